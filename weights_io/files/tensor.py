@@ -1,0 +1,58 @@
+"""A tensor that is still in its file: shape and dtype now, bytes when asked for, and only those of the slice."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+Index = tuple[slice, ...] | slice | int
+
+
+class LazyTensor(Protocol):
+    """What every reader hands out."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype  # float32, float16, ml_dtypes.bfloat16, ...
+    source: Path  # the file that holds it, for messages
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The tensor's values, or those of ``index`` (a slice for each of the leading axes, step 1)."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A strided view of plain numbers in a file. Read with ``pread``, not ``mmap``, so that a loader's peak memory is
+    what it holds and not the file besides."""
+
+    source: Path
+    offset: int  # bytes from the start of the file to element [0, ..., 0]
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        spans = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=False)]
+        spans += [(0, n) for n in self.shape[len(spans) :]]
+        shape = tuple(max(0, stop - start) for start, stop in spans)
+        if 0 in shape:
+            return np.empty(shape, self.dtype)
+        first = sum(start * stride for (start, _), stride in zip(spans, self.strides, strict=True))
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, self.strides, strict=True))
+        with open(self.source, "rb") as file:
+            file.seek(self.offset + first * self.dtype.itemsize)
+            # fromfile does not know the dtypes of ml_dtypes; bytes do.
+            data = np.fromfile(file, np.uint8, extent * self.dtype.itemsize)
+        flat = data.view(self.dtype)
+        return np.lib.stride_tricks.as_strided(flat, shape, [s * self.dtype.itemsize for s in self.strides])
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides, in elements."""
+    strides = []
+    step = 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))

@@ -1,0 +1,33 @@
+"""Public names of a package that cost nothing until they are used."""
+
+import importlib
+import sys
+import types
+
+
+def install(package: str, exports: dict[str, str]) -> None:
+    """Make ``package.name`` import ``package.module`` on first use, for each ``name: module`` of ``exports``.
+
+    An exported function may share its name with the module that holds it (``minicpm_jax.generate`` is the function,
+    ``python -m minicpm_jax.generate`` the command). Importing that module would rebind the package's attribute to the
+    module, so the package refuses to have an exported name rebound to a module.
+    """
+
+    class LazyPackage(types.ModuleType):
+        def __getattr__(self, name: str):
+            if name not in exports:
+                raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            value = getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
+            self.__dict__[name] = value
+            return value
+
+        def __setattr__(self, name: str, value) -> None:
+            if not (name in exports and isinstance(value, types.ModuleType)):
+                super().__setattr__(name, value)
+
+        def __dir__(self):
+            return sorted({*self.__dict__, *exports})
+
+    module = sys.modules[package]
+    module.__class__ = LazyPackage
+    module.__dict__["__all__"] = sorted(exports)
