@@ -1,0 +1,20 @@
+"""MiniCPM in JAX/Flax: models, generation and training for TPU (and any other device that JAX runs on)."""
+
+import importlib.util
+
+from weights_io import lazy_exports
+
+if importlib.util.find_spec("jax") is None or importlib.util.find_spec("flax") is None:
+    raise ImportError("minicpm_jax needs JAX and Flax: pip install 'minicpm-jax-mlx[jax]' (on a TPU: [tpu]).")
+
+lazy_exports.install(
+    __name__,
+    {
+        "Model": "model",
+        "load": "loading",
+        "generate": "generate",
+        "stream_generate": "generate",
+        "batch_generate": "generate",
+        "chat": "chat",
+    },
+)

@@ -1,0 +1,148 @@
+"""Causal self-attention with rotary positions and a key/value cache.
+
+Dims as in model.py: B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N / K, H head dimension.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from weights_io.config import ModelConfig
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths"], meta_fields=[])
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of all layers. Flat in the last axis: [.., K, 64] would be padded to 128 lanes on a TPU."""
+
+    k: Float[Array, "L B S KH"]
+    v: Float[Array, "L B S KH"]
+    lengths: Int[Array, "B"]  # slots filled in each row; slot = position
+
+    @staticmethod
+    def empty(config: ModelConfig, batch: int, slots: int, dtype: Any) -> "Cache":
+        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads * config.head_dim)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "mask"], meta_fields=[])
+@dataclass(frozen=True)
+class Positions:
+    """Where the T new tokens stand and what they may see."""
+
+    index: Int[Array, "B T"]
+    cos: Float[Array, "B T H"]
+    sin: Float[Array, "B T H"]
+    mask: Bool[Array, "B T T"] | None  # without a cache: which tokens may be attended to; None: the cache's length says
+
+
+def positions_of(
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    mask: Int[Array, "B T"] | None = None,
+    start: Int[Array, "B"] | None = None,
+    length: Int[Array, "B"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+) -> Positions:
+    """Positions of [B, T] new tokens: after ``start`` cached ones (``length`` in all), or of a whole batch with
+    padding (``mask``) or several packed documents in a row (``segments``: numbered; each sees only itself)."""
+    batch, width = shape
+    if start is not None:
+        index = start[:, None] + jnp.arange(width)
+        return Positions(index, *rope_tables(config, index, length), mask=None)
+    visible = jnp.tril(jnp.ones((width, width), bool))[None]
+    index = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    if mask is not None:
+        visible = visible & (mask[:, None, :] != 0)
+        index = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    if segments is not None:
+        same = segments[:, :, None] == segments[:, None, :]
+        visible = visible & same
+        index = jnp.arange(width) - jnp.argmax(same, axis=2)  # since the first token of the same document
+    visible = jnp.broadcast_to(visible, (batch, width, width))
+    return Positions(index, *rope_tables(config, index, jnp.full(batch, width)), mask=visible)
+
+
+def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array, "B"]) -> tuple[Array, Array]:
+    """cos and sin [B, T, H] in float32, half-split order (arXiv 2104.09864). Dynamic NTK scaling grows the base with
+    ``length``, the number of tokens seen so far."""
+    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    theta = jnp.float32(config.rope_theta)
+    position = index.astype(jnp.float32)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.type == "linear":
+        position = position / scaling.factor
+    if scaling is not None and scaling.type == "dynamic":
+        stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
+        grown = theta * stretch ** (config.head_dim / (config.head_dim - 2))
+        theta = jnp.where(length > config.max_position_embeddings, grown, theta)[:, None, None]
+    angle = position[..., None] / theta**half
+    angle = jnp.concatenate([angle, angle], axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:
+    """Turn each pair (h, h + H/2) by its angle, in float32, and round back to x's dtype."""
+    wide = x.astype(jnp.float32)
+    first, second = jnp.split(wide, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (wide * positions.cos[:, :, None] + turned * positions.sin[:, :, None]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, projections: dict[str, nnx.Module], config: ModelConfig):
+        self.q_proj, self.k_proj = projections["q_proj"], projections["k_proj"]
+        self.v_proj, self.o_proj = projections["v_proj"], projections["o_proj"]
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        batch, width, _ = x.shape
+        with jax.named_scope("attention"):
+            q = rotate(self.q_proj(x).reshape(batch, width, self.heads, self.head_dim), positions)
+            k = rotate(self.k_proj(x).reshape(batch, width, self.kv_heads, self.head_dim), positions)
+            v = self.v_proj(x).reshape(k.shape)
+            mask = positions.mask
+            if cache is not None:
+                cache = _written(cache, layer, k.reshape(batch, width, -1), v.reshape(batch, width, -1))
+                slots = cache.k.shape[2]
+                k = cache.k[layer].reshape(batch, slots, self.kv_heads, self.head_dim)
+                v = cache.v[layer].reshape(k.shape)
+                mask = jnp.arange(slots) <= positions.index[:, :, None]  # [B, T, S]
+            return self.o_proj(attend(q, k, v, mask)), cache
+
+
+def attend(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
+) -> Float[Array, "B T NH"]:
+    """softmax(q k / sqrt(H)) v with scores and softmax in float32; head n reads key/value head n // G."""
+    batch, width, heads, head_dim = q.shape
+    grouped = q.reshape(batch, width, k.shape[2], -1, head_dim)
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, precision=highest, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=highest).reshape(batch, width, heads * head_dim)
+
+
+def _written(cache: Cache, layer: ArrayLike, k: Float[Array, "B T KH"], v: Float[Array, "B T KH"]) -> Cache:
+    """The cache with T new slots in each row of one layer. Rows may differ in length only where T is 1: prefill begins
+    at the same slot in every row."""
+    batch, width, _ = k.shape
+
+    def write(stored, new):
+        if batch == 1 or width > 1:
+            return jax.lax.dynamic_update_slice(stored, new[None], (layer, 0, cache.lengths[0], 0))
+        return stored.at[layer, jnp.arange(batch), cache.lengths].set(new[:, 0])
+
+    return Cache(write(cache.k, k), write(cache.v, v), cache.lengths)

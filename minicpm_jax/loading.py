@@ -1,0 +1,102 @@
+"""From a checkpoint's file slices to placed (and, given a mesh, sharded) stacked arrays.
+
+The host holds one tensor at a time: each layer's slice is read, placed, and written into its row of the stacked array,
+which is donated and so updated in place. Peak host memory is the weights (on a CPU) plus one tensor.
+"""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from minicpm_data.of_checkpoint import tokenizer_of
+from minicpm_jax.model import Model, nested
+from minicpm_jax.sharding import partition_spec
+from weights_io.checkpoint import Checkpoint, open_checkpoint
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.hub import resolve
+from weights_io.parameters import Parameter, parameters
+
+if TYPE_CHECKING:
+    from minicpm_data.tokenizer import Tokenizer
+
+
+def load(
+    path_or_repo: str | Path | None = None,
+    dtype: str | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    hub: str = "huggingface",
+) -> "tuple[Model, Tokenizer | None]":
+    """Load a released checkpoint as it stands.
+
+    ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
+    ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``revision``: a branch or commit of the hub.
+    ``mesh``: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor. Returns the model and its tokenizer (None
+    where the folder holds no tokenizer files). Raises `InputError` with one sentence where something cannot be used.
+    """
+    if adapter is not None:
+        raise InputError("adapters are not supported yet; merge the adapter into the checkpoint and load that.")
+    path = resolve(path_or_repo, revision=revision, hub=hub, check=ModelConfig.from_dict)
+    checkpoint = open_checkpoint(path)
+    tokenizer = tokenizer_of(checkpoint)
+    return load_weights(checkpoint, dtype, mesh), tokenizer
+
+
+def load_weights(checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
+    """The model of an opened checkpoint, each array placed where the mesh wants it."""
+    target = jnp.dtype(check_dtype(dtype or checkpoint.dtype))
+    leaves = {p.name: _place(checkpoint, p, target, mesh) for p in parameters(checkpoint.config)}
+    return Model(nested(leaves), checkpoint.config, checkpoint.eos_token_ids)
+
+
+def check_dtype(dtype: str) -> str:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype {dtype!r} is not supported; choose float32, bfloat16 or float16.")
+    return dtype
+
+
+def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    shape, names = parameter.shape(checkpoint.config), parameter.tensors(checkpoint.config)
+    sharding = (
+        SingleDeviceSharding(jax.devices()[0])
+        if mesh is None
+        else NamedSharding(mesh, partition_spec(parameter.logical_axes(), shape, mesh))
+    )
+    if not parameter.stacked:
+        return _read(checkpoint, names[0], shape, dtype, sharding)
+    row_sharding = sharding if mesh is None else NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+    stacked = _zeros(shape, dtype, sharding)
+    for layer, name in enumerate(names):
+        stacked = _set_row(stacked, _read(checkpoint, name, shape[1:], dtype, row_sharding), layer, sharding)
+    return stacked
+
+
+def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    """One tensor of the files as a placed array; each process reads only the slices of its devices."""
+    tensor, seen = checkpoint.tensors[name], {}
+
+    def slice_of(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
+        if key not in seen:  # replicated axes ask for the same slice once for each device
+            seen[key] = np.ascontiguousarray(tensor.read(index).astype(dtype, copy=False))
+        return seen[key]
+
+    return jax.make_array_from_callback(shape, sharding, slice_of)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _set_row(stacked: jax.Array, row: jax.Array, layer: int, sharding: Any) -> jax.Array:
+    updated = jax.lax.dynamic_update_index_in_dim(stacked, row, layer, 0)
+    return jax.lax.with_sharding_constraint(updated, sharding)

@@ -1,0 +1,217 @@
+"""MiniCPM's decoder: a pure function of (weights, token ids, cache), dressed as Flax NNX modules.
+
+Dims: B batch, T new tokens, S cache slots, V vocabulary, D hidden, F intermediate, L layers,
+      N query heads, K key/value heads, G = N / K, H head dimension.
+
+The layers are stacked on axis 0 and scanned, so the program is as long as one layer. `unstack` gives the same model
+with a list of layers: XLA:CPU reads separate arrays three times as fast as slices of a stacked one.
+Source of the semantics: modeling_minicpm.py of the released checkpoints; the scales are muP's (arXiv 2404.06395).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from minicpm_jax.attention import Attention, Cache, Positions, positions_of
+from weights_io.config import ModelConfig
+from weights_io.parameters import parameters
+
+
+class Linear(nnx.Module):
+    """y = W x, without bias. The weight keeps the [out, in] order of the checkpoint."""
+
+    def __init__(self, weight: Float[Array, "O I"]):
+        self.weight = nnx.Param(weight)
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        return jnp.einsum("...i,oi->...o", x, self.weight[...], precision=precision(x))
+
+
+class Embedding(nnx.Module):
+    """A table of rows; a tied head is its `attend`."""
+
+    def __init__(self, weight: Float[Array, "V D"]):
+        self.weight = nnx.Param(weight)
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.weight[...][ids]
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return jnp.einsum("...d,vd->...v", x, self.weight[...], precision=precision(x))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x), rounded to the model's dtype, then times the weight (in this order, as the original)."""
+
+    def __init__(self, weight: Float[Array, "D"], eps: float):
+        self.weight, self.eps = nnx.Param(weight), eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype) * self.weight[...]
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, weights: dict[str, Any]):
+        self.gate_proj = Linear(weights["gate_proj"]["weight"])
+        self.up_proj = Linear(weights["up_proj"]["weight"])
+        self.down_proj = Linear(weights["down_proj"]["weight"])
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        with jax.named_scope("mlp"):
+            return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, weights: dict[str, Any], config: ModelConfig):
+        self.input_layernorm = RMSNorm(weights["input_layernorm"]["weight"], config.rms_norm_eps)
+        projections = {name: Linear(part["weight"]) for name, part in weights["self_attn"].items()}
+        self.self_attn = Attention(projections, config)
+        self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"]["weight"], config.rms_norm_eps)
+        self.mlp = MLP(weights["mlp"])
+        self.residual_scale = config.residual_scale
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        added, cache = self.self_attn(self.input_layernorm(x), positions, cache, layer)
+        x = x + scaled(added, self.residual_scale)
+        x = x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
+        return x, cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers and final norm: all but the head."""
+
+    def __init__(self, weights: dict[str, Any], config: ModelConfig):
+        self.embed_tokens = Embedding(weights["embed_tokens"]["weight"])
+        self.layers = DecoderLayer(weights["layers"], config)  # stacked: every leaf has a leading axis L
+        self.norm = RMSNorm(weights["norm"]["weight"], config.rms_norm_eps)
+        self.embedding_scale = config.embedding_scale
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        with jax.named_scope("embed"):
+            return scaled(self.embed_tokens(ids), self.embedding_scale)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, remat: bool = False
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Run the layers over embeddings; returns the hidden state before the final norm, and the cache."""
+
+        def step(carry, layer):
+            x, cache = carry
+            weights, index = layer
+            return weights(x, positions, cache, index), None
+
+        if isinstance(self.layers, nnx.List):
+            for index, layer in enumerate(self.layers):
+                x, cache = layer(x, positions, cache, index)
+            return x, cache
+        depth = self.layers.input_layernorm.weight.shape[0]
+        step = jax.checkpoint(step) if remat else step
+        (x, cache), _ = jax.lax.scan(step, (x, cache), (self.layers, jnp.arange(depth)))
+        return x, cache
+
+
+class Model(nnx.Module):
+    """A causal language model. `model(input_ids)` gives logits; the parts serve generation and training."""
+
+    def __init__(self, weights: dict[str, Any], config: ModelConfig, eos_token_ids: tuple[int, ...] = ()):
+        """``weights``: nested by the dots of `weights_io.parameters` names; leaves are arrays or shapes.
+        ``eos_token_ids``: what config.json and generation_config.json say ends a text."""
+        self.config, self.eos_token_ids = config, eos_token_ids
+        self.model = Decoder(weights["model"], config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(weights["lm_head"]["weight"])
+
+    def __call__(
+        self, input_ids: Int[ArrayLike, "B T"], attention_mask: Int[ArrayLike, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits in float32. ``attention_mask``: 1 for tokens, 0 for padding on either side (whose rows are noise)."""
+        ids = jnp.asarray(input_ids)
+        mask = None if attention_mask is None else jnp.asarray(attention_mask)
+        return _logits(self, ids, mask)
+
+    def hidden_states(self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False):
+        """[B, T, D] after the final norm: what the head reads."""
+        x, _ = self.model(self.model.embed(ids), positions, remat=remat)
+        return self.model.norm(x)
+
+    def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits in float32 from the normed hidden state, which is divided by D / dim_model_base, tied or not."""
+        with jax.named_scope("head"):
+            x = scaled(x, 1 / self.config.logit_divisor, self.config.logit_divisor)
+            logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
+            return logits.astype(jnp.float32)
+
+    def decode(
+        self, ids: Int[Array, "B T"], cache: Cache, new: Int[Array, "B"] | int
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Run more tokens through the cache: the first ``new`` of each row, the rest being padding on the right.
+        Returns [B, T, D] after the final norm, for `head`."""
+        positions = positions_of(self.config, ids.shape, start=cache.lengths, length=cache.lengths + new)
+        x, cache = self.model(self.model.embed(ids), positions, cache)
+        return self.model.norm(x), dataclasses.replace(cache, lengths=cache.lengths + new)
+
+
+@jax.jit
+def _logits(model: Model, ids, mask):
+    return model.head(model.hidden_states(ids, positions_of(model.config, ids.shape, mask=mask)))
+
+
+def scaled(x: Array, factor: float, divisor: float | None = None) -> Array:
+    """x * factor (or x / divisor) with the product in float32, rounded once to x's dtype, as PyTorch does."""
+    wide = x.astype(jnp.float32)
+    return (wide * factor if divisor is None else wide / divisor).astype(x.dtype)
+
+
+def precision(x: Array) -> jax.lax.Precision | None:
+    """float32 means float32: TPUs would otherwise round float32 operands to bfloat16."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
+    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing."""
+    leaves = {p.name: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype)) for p in parameters(config)}
+    return Model(nested(leaves), config)
+
+
+def initialise(config: ModelConfig, key: Array, dtype: str = "float32") -> Model:
+    """A fresh model with muP's initialisation, from the parameter table."""
+    table = parameters(config)
+    leaves = {}
+    for parameter, subkey in zip(table, jax.random.split(key, len(table)), strict=True):
+        shape = parameter.shape(config)
+        if parameter.init == "ones":
+            leaves[parameter.name] = jnp.ones(shape, dtype)
+        else:
+            leaves[parameter.name] = parameter.init_std(config) * jax.random.normal(subkey, shape, dtype)
+    return Model(nested(leaves), config)
+
+
+def unstack(model: Model) -> Model:
+    """The same weights with one array for each layer: the faster form for decoding on a CPU."""
+    stacked = model.model.layers
+    depth = model.config.num_hidden_layers
+    layers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)]
+    copy = jax.tree.map(lambda x: x, model)
+    copy.model.layers = nnx.List(layers)
+    return copy

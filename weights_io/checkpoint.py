@@ -1,0 +1,125 @@
+"""A checkpoint opened: its config, and its tensors checked against the parameter table before a byte of them is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weights_io import config as config_module
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.files.tensor import LazyTensor
+from weights_io.parameters import HEAD, tensor_shapes
+
+EMBEDDING = "model.embed_tokens.weight"
+# Buffers that old files carry and every forward pass computes for itself.
+BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model folder or a GGUF file holds."""
+
+    path: Path
+    raw_config: Mapping[str, Any]  # config.json as it stands
+    config: ModelConfig
+    tensors: Mapping[str, LazyTensor]  # Hugging Face name -> tensor; exactly those of the parameter table
+    dtype: str  # float32 | bfloat16 | float16
+    bos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # union of config.json and generation_config.json
+    metadata: Mapping[str, Any] | None = None  # of a GGUF file
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a Hugging Face folder or a GGUF file. Every fault is an `InputError`; tensor faults are listed together."""
+    if path.suffix == ".gguf":
+        from weights_io.files import gguf
+
+        file = gguf.open_file(path)
+        raw, tensors, metadata = file.config, file.tensors, file.metadata
+        source, generation = str(path), {}
+    else:
+        from weights_io.files.folder import open_folder
+
+        if not path.is_dir():
+            raise InputError(f"{path} is neither a model folder nor a .gguf file.")
+        source = str(path / "config.json")
+        raw = config_module.read_json(path / "config.json")
+        ModelConfig.from_dict(raw, source)  # refuse the model before looking for its weights
+        tensors, metadata = open_folder(path), None
+        generation_file = path / "generation_config.json"
+        generation = config_module.read_json(generation_file) if generation_file.exists() else {}
+    config = ModelConfig.from_dict(raw, source)
+    return Checkpoint(
+        path=path,
+        raw_config=raw,
+        config=config,
+        tensors=check_tensors(config, tensors, path),
+        dtype=config_module.stored_dtype(raw) or _file_dtype(tensors),
+        bos_token_ids=config_module.token_ids(raw, "bos_token_id"),
+        eos_token_ids=tuple(
+            dict.fromkeys(
+                config_module.token_ids(raw, "eos_token_id") + config_module.token_ids(generation, "eos_token_id")
+            )
+        ),
+        metadata=metadata,
+    )
+
+
+def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+    """The tensors of the table, in its order. Missing, unexpected and misshapen ones are reported in one `InputError`."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
+    if config.tie_word_embeddings and HEAD.tensor in found:
+        _check_tied_head(found[EMBEDDING] if EMBEDDING in found else None, found.pop(HEAD.tensor), path)
+    expected = dict(tensor_shapes(config))
+    faults = _listed("missing", [name for name in expected if name not in found])
+    faults += _listed("unexpected", [name for name in found if name not in expected])
+    faults += _listed(
+        "misshapen",
+        [
+            f"{name} {list(found[name].shape)} for {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name].shape) != shape
+        ],
+    )
+    if faults:
+        raise InputError(f"{path}: the tensors do not fit config.json: {'; '.join(faults)}.")
+    not_float = [name for name in expected if not _is_float(found[name].dtype)]
+    if not_float:
+        raise InputError(f"{path}: tensors that are not floating point: {', '.join(not_float)}.")
+    return {name: found[name] for name in expected}
+
+
+def _listed(word: str, names: list[str]) -> list[str]:
+    return [f"{len(names)} {word} ({', '.join(names)})"] if names else []
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return dtype.name in ("float64", *config_module.DTYPES)
+
+
+def _check_tied_head(embedding: LazyTensor | None, head: LazyTensor, path: Path) -> None:
+    """A tied checkpoint may store its head a second time, but only the same numbers."""
+    if embedding is None:
+        return  # reported as missing
+    equal = embedding.shape == head.shape and all(
+        np.array_equal(embedding.read((slice(i, i + 4096),)), head.read((slice(i, i + 4096),)), equal_nan=True)
+        for i in range(0, head.shape[0], 4096)
+    )
+    if not equal:
+        raise InputError(
+            f"{path}: lm_head.weight differs from the embedding that config.json ties it to; "
+            'write "tie_word_embeddings": false into config.json if the stored head is meant.'
+        )
+
+
+def _file_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    """Where config.json is silent: the dtype of the embedding in the file."""
+    name = tensors[EMBEDDING].dtype.name if EMBEDDING in tensors else "float32"
+    return name if name in config_module.DTYPES else "float32"

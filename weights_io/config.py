@@ -1,0 +1,281 @@
+"""The numbers that make a MiniCPM what it is, read from ``config.json`` with the defaults of the model's own class.
+
+Released MiniCPM configs carry no ``model_type``, ``rope_theta`` or ``tie_word_embeddings``; MiniCPM's configuration class
+fills them with minicpm, 10000.0 and True. A key that would change the numbers and is not understood is refused by name.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weights_io.errors import InputError
+
+# Defaults of the two configuration classes, where they differ (MiniCPM's class: configuration_minicpm.py of April 2024;
+# Llama's: transformers).
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "minicpm": {"tie_word_embeddings": True, "scale_emb": 1.0, "dim_model_base": 1, "scale_depth": 1.0},
+    "llama": {"tie_word_embeddings": False},
+}
+COMMON_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+}
+# Keys that would change the numbers if they held anything but these values.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "pretraining_tp": (1, None),
+    "num_experts": (0, None),
+    "num_experts_per_tok": (0, None),
+    "num_local_experts": (0, None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, 1.0, None),
+    "quantization_config": (None,),
+    "quantization": (None,),
+    "sparse_config": (None,),
+    "hidden_act_param": (None,),
+    "is_decoder": (None, False, True),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "use_qk_norm": (False, None),
+    "qk_norm": (False, None),
+}
+# Keys that never reach the numbers of a forward pass.
+HARMLESS = frozenset(
+    """architectures auto_map model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id
+    pad_token_id unk_token_id attention_dropout initializer_range tokenizer_class model_max_length model_file
+    output_attentions output_hidden_states return_dict gradient_checkpointing is_encoder_decoder rope_parameters
+    name_or_path keys_to_ignore_at_inference task_specific_params id2label label2id num_labels problem_type
+    use_flash_attn attn_implementation unsloth_fixed unsloth_version pruned_heads tie_encoder_decoder
+    chunk_size_feed_forward cross_attention_hidden_size add_cross_attention finetuning_task torchscript
+    use_bfloat16 prefix decoder_start_token_id sep_token_id max_length min_length remove_invalid_values
+    embd_pdrop resid_pdrop hidden_dropout residual_dropout""".split()
+)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """``linear``: positions are divided by ``factor``. ``dynamic`` (NTK): above ``max_position_embeddings`` the base
+    grows with the length: theta * (factor * length / max - (factor - 1)) ** (H / (H - 2))."""
+
+    type: str
+    factor: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and scales of one dense decoder. Names are those of ``config.json``; every number moves the logits
+    (``max_position_embeddings`` under dynamic RoPE scaling, ``initializer_range`` those of a freshly made model)."""
+
+    model_type: str = "minicpm"  # minicpm | llama
+    vocab_size: int = 32000  # V
+    hidden_size: int = 4096  # D
+    intermediate_size: int = 11008  # F
+    num_hidden_layers: int = 32  # L
+    num_attention_heads: int = 32  # N
+    num_key_value_heads: int = 32  # K
+    head_dim: int = 128  # H
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    scale_emb: float = 1.0
+    scale_depth: float = 1.0
+    dim_model_base: int = 1
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on the embedding of token ids (not on embeddings that the caller gives)."""
+        return self.scale_emb if self.model_type == "minicpm" else 1.0
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on what attention and MLP add to the residual stream."""
+        return self.scale_depth / math.sqrt(self.num_hidden_layers) if self.model_type == "minicpm" else 1.0
+
+    @property
+    def logit_divisor(self) -> float:
+        """The final hidden state is divided by this before the head, tied or not; it is also muP's width ratio."""
+        return self.hidden_size / self.dim_model_base if self.model_type == "minicpm" else 1.0
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
+        """From the contents of ``config.json``. Every fault is an `InputError` that names ``source`` and the key."""
+        return _Reader(raw, source).config()
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ModelConfig":
+        return cls.from_dict(read_json(path), str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a ``config.json`` that this class and transformers (Llama) read back as the same config."""
+        raw: dict[str, Any] = {
+            "architectures": [{"minicpm": "MiniCPMForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]],
+            **dataclasses.asdict(self),
+        }
+        if self.model_type == "llama":
+            for key in ("scale_emb", "scale_depth", "dim_model_base"):
+                del raw[key]
+        return raw
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `InputError` where it is missing, not UTF-8, not JSON or not an object."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; a model folder holds config.json beside its weights.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); download it again.") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds {type(raw).__name__}, not a JSON object; download it again.")
+    return raw
+
+
+@dataclass
+class _Reader:
+    raw: dict[str, Any]
+    source: str
+    seen: set[str] = field(default_factory=set)
+
+    def refuse(self, text: str) -> InputError:
+        return InputError(f"{self.source}: {text}")
+
+    def config(self) -> ModelConfig:
+        family = self.family()
+        defaults = COMMON_DEFAULTS | FAMILY_DEFAULTS[family]
+        values = {key: self.raw.get(key, default) for key, default in defaults.items()}
+        self.refuse_unknown(set(defaults))
+        if "rope_parameters" in self.raw:
+            self.read_rope_parameters(values)
+        for key in ("num_key_value_heads", "head_dim"):
+            if values[key] is None:
+                n, d = self.count(values, "num_attention_heads"), self.count(values, "hidden_size")
+                values[key] = n if key == "num_key_value_heads" else d // n
+        values["rope_scaling"] = self.rope_scaling(values["rope_scaling"])
+        for key, value in values.items():
+            if key.startswith("num_") or key.endswith("_size") or key in ("head_dim", "dim_model_base"):
+                values[key] = self.count(values, key)
+            elif key in ("rms_norm_eps", "rope_theta", "scale_emb", "scale_depth", "initializer_range"):
+                values[key] = self.number(key, value)
+        values["max_position_embeddings"] = self.count(values, "max_position_embeddings")
+        if not isinstance(values["tie_word_embeddings"], bool):
+            raise self.refuse(f"tie_word_embeddings is {values['tie_word_embeddings']!r}; it must be true or false.")
+        if values["hidden_act"] != "silu":
+            raise self.refuse(f"hidden_act {values['hidden_act']!r} is not supported; the dense MiniCPM uses 'silu'.")
+        config = ModelConfig(model_type=family, **values)
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise self.refuse(
+                f"num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{config.num_key_value_heads}; one of the two is wrong."
+            )
+        if config.head_dim % 2:
+            raise self.refuse(f"head_dim {config.head_dim} is odd, and rotary embeddings turn pairs; correct it.")
+        if family == "minicpm" and config.head_dim * config.num_attention_heads != config.hidden_size:
+            raise self.refuse(
+                f"hidden_size {config.hidden_size} is not num_attention_heads {config.num_attention_heads} x head_dim "
+                f"{config.head_dim}, as MiniCPM has it; one of them is wrong."
+            )
+        return config
+
+    def family(self) -> str:
+        architectures = self.raw.get("architectures") or []
+        if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+            raise self.refuse(f"architectures is {architectures!r}; it must be a list of names.")
+        known = {"MiniCPMForCausalLM": "minicpm", "LlamaForCausalLM": "llama"}
+        model_type = self.raw.get("model_type") or (known.get(architectures[0]) if architectures else "minicpm")
+        unknown = [a for a in architectures if a not in known]
+        if unknown or model_type not in FAMILY_DEFAULTS:
+            name = unknown[0] if unknown else f"model_type {model_type!r}"
+            raise self.refuse(f"{name} is not supported; supported are {', '.join(known)} (dense).")
+        if architectures and known[architectures[0]] != model_type:
+            raise self.refuse(f"model_type {model_type!r} contradicts architectures {architectures}; correct one.")
+        return model_type
+
+    def refuse_unknown(self, understood: set[str]) -> None:
+        for key, value in self.raw.items():
+            if key in NEUTRAL:
+                if value not in NEUTRAL[key]:
+                    raise self.refuse(f"{key} = {json.dumps(value)[:80]} changes the numbers and is not supported.")
+            elif key in understood or key in HARMLESS or key.startswith("_"):
+                continue
+            elif isinstance(value, (bool, int, float, dict)) and value not in (False, None) and value != {}:
+                raise self.refuse(
+                    f"{key} = {json.dumps(value)[:80]} is not understood and may change the numbers; "
+                    "remove the key if it is only a note."
+                )
+
+    def read_rope_parameters(self, values: dict[str, Any]) -> None:
+        """transformers 5 writes ``rope_parameters: {rope_theta, rope_type, factor...}`` in place of two keys."""
+        rope = self.raw["rope_parameters"]
+        if rope is None:
+            return
+        if not isinstance(rope, dict):
+            raise self.refuse(f"rope_parameters is {rope!r}; it must be an object.")
+        rope = dict(rope)
+        values["rope_theta"] = rope.pop("rope_theta", values["rope_theta"])
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            values["rope_scaling"] = rope
+        elif set(rope) - {"rope_type", "type", "partial_rotary_factor"} or rope.get("partial_rotary_factor", 1) != 1:
+            raise self.refuse(f"rope_parameters {json.dumps(rope)} holds more than a default RoPE has.")
+
+    def rope_scaling(self, raw: Any) -> RopeScaling | None:
+        if raw is None:
+            return None
+        if not isinstance(raw, dict):
+            raise self.refuse(f"rope_scaling is {raw!r}; it must be null or an object with type and factor.")
+        fields = dict(raw)
+        kind = fields.pop("rope_type", fields.pop("type", None))
+        fields.pop("type", None)
+        if kind == "default" and not fields:
+            return None
+        factor = fields.pop("factor", None)
+        if kind not in ("linear", "dynamic") or fields:
+            raise self.refuse(f"rope_scaling {json.dumps(raw)} is not supported; types are linear and dynamic.")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor < math.inf:
+            raise self.refuse(f"rope_scaling factor {factor!r} must be a number above 1.")
+        return RopeScaling(kind, float(factor))
+
+    def count(self, values: dict[str, Any], key: str) -> int:
+        value = values[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.refuse(f"{key} is {value!r}; it must be a positive whole number.")
+        return value
+
+    def number(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise self.refuse(f"{key} is {value!r}; it must be a positive number.")
+        return float(value)
+
+
+def stored_dtype(raw: dict[str, Any]) -> str | None:
+    """The dtype that ``config.json`` states (``torch_dtype``, or ``dtype`` as transformers 5 writes it), if any."""
+    name = raw.get("dtype", raw.get("torch_dtype"))
+    return name if name in DTYPES else None
+
+
+def token_ids(raw: dict[str, Any], key: str) -> tuple[int, ...]:
+    """``bos_token_id``/``eos_token_id`` of a config: absent, one id or a list; id 0 is an id."""
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise InputError(f"{key} is {value!r}; it must be a token id or a list of them.")
+    return tuple(ids)
