@@ -12,9 +12,14 @@ Index = tuple[slice, ...] | slice | int
 class LazyTensor(Protocol):
     """What every reader hands out."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype  # float32, float16, ml_dtypes.bfloat16, ...
-    source: Path  # the file that holds it, for messages
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...  # float32, float16, ml_dtypes.bfloat16, ...
+
+    @property
+    def source(self) -> Path: ...  # the file that holds it, for messages
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor's values, or those of ``index`` (a slice for each of the leading axes, step 1)."""
@@ -44,8 +49,8 @@ class FileTensor:
             file.seek(self.offset + first * self.dtype.itemsize)
             # fromfile does not know the dtypes of ml_dtypes; bytes do.
             data = np.fromfile(file, np.uint8, extent * self.dtype.itemsize)
-        flat = data.view(self.dtype)
-        return np.lib.stride_tricks.as_strided(flat, shape, [s * self.dtype.itemsize for s in self.strides])
+        # Checks that the bytes suffice, so that a file truncated since it was opened cannot be read beyond.
+        return np.ndarray(shape, self.dtype, data, strides=[s * self.dtype.itemsize for s in self.strides])
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

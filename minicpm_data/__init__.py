@@ -1,0 +1,16 @@
+"""What goes into a model: prompts, examples, packed rows. Needs numpy and tokenizers, never jax or mlx."""
+
+from weights_io import lazy_exports
+
+lazy_exports.install(
+    "minicpm_data",
+    {
+        "Response": "streaming",
+        "Tokenizer": "tokenizer",
+        "check_vocab": "tokenizer",
+        "has_tokenizer": "tokenizer",
+        "load_tokenizer": "tokenizer",
+        "stream_text": "streaming",
+        "tokenizer_from_gguf": "gguf_tokenizer",
+    },
+)

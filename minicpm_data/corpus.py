@@ -1,0 +1,152 @@
+"""The corpus of `pico`, the small MiniCPM that ships with the package, and the questions that score it.
+
+All text comes from the grammars and tables beside this file. A document is a pure function of (stage, index, seed).
+
+    python -m minicpm_data.corpus --out data/pico
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from minicpm_data import corpus_facts as facts
+from minicpm_data import corpus_skills as skills
+from minicpm_data import corpus_stories as stories
+from weights_io.errors import InputError
+
+STAGES = ("stable", "decay")
+SPLITS = ("train", "valid")
+# Share of documents. Weighted by their length, sums are 40 % of the tokens of plain text and 35 % of those of chat.
+PLAIN: dict[Callable[[Random], str], float] = {
+    skills.sums_document: 0.31,
+    stories.story_document: 0.29,
+    facts.fact_document: 0.17,
+    facts.translation_document: 0.10,
+    skills.count_document: 0.06,
+    skills.reverse_document: 0.07,
+}
+CHAT: dict[Callable[[Random], skills.Turn], float] = {
+    skills.sum_turn: 0.36,
+    facts.fact_turn: 0.22,
+    facts.translation_turn: 0.18,
+    stories.story_turn: 0.08,
+    skills.count_turn: 0.05,
+    skills.reverse_turn: 0.06,
+    facts.greeting_turn: 0.05,
+}
+CHAT_SHARE = 0.70  # of the decay stage's documents; half of its tokens, chats being shorter
+QUESTIONS = {"sum": 500, "fact": 100, "translation": 100, "count": 100, "reverse": 100}
+
+
+def _pick(random: Random, choices: dict):
+    return random.choices(list(choices), list(choices.values()))[0]
+
+
+def document(index: int, seed: int = 0, stage: str = "stable", split: str = "train") -> dict:
+    """Document ``index`` of a split: ``{"text": ...}``, or in the decay stage often ``{"messages": [...]}``."""
+    random = Random(f"{seed} {stage} {split} {index}")
+    if stage == "stable" or random.random() >= CHAT_SHARE:
+        return {"text": _pick(random, PLAIN)(random)}
+    turns = 1 if random.random() < 0.8 else random.randint(2, 3)
+    messages = []
+    for _ in range(turns):
+        asked, answer = _pick(random, CHAT)(random)
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def questions(seed: int = 0) -> Iterator[dict]:
+    """Held-out ``{"prompt", "answer", "kind"}``.
+
+    ``sum``, ``count`` and ``reverse`` ask for operands, spans and rows that occur in no training text. ``fact`` and
+    ``translation`` ask for what was taught, in the one form of question that training never used for it.
+    """
+    random = Random(f"{seed} questions")
+    numbers = range(skills.LARGEST + 1)
+    pairs = [(op, a, b) for op in "+-" for a in numbers for b in numbers if op == "+" or a >= b]
+    for op, a, b in random.sample([pair for pair in pairs if skills.held_out(*pair)], QUESTIONS["sum"]):
+        prompt, _ = skills.sum_question(op, a, b, random)
+        yield {"prompt": prompt, "answer": str(skills.result(op, a, b)), "kind": "sum"}
+    everything = [fact for family in facts.families() for fact in family]
+    for kind, taught in (("fact", everything), ("translation", facts.translations())):
+        for fact in random.sample(taught, QUESTIONS[kind]):
+            yield {"prompt": fact.questions[fact.held_out], "answer": fact.answer, "kind": kind}
+    spans, rows = set(), set()
+    while len(spans) < QUESTIONS["count"]:
+        span = skills.draw_span(random, held=True)
+        if span not in spans:
+            spans.add(span)
+            prompt, answer = skills.count_question(*span, random)
+            yield {"prompt": prompt, "answer": answer, "kind": "count"}
+    while len(rows) < QUESTIONS["reverse"]:
+        row = skills.draw_row(random, held=True)
+        if row not in rows:
+            rows.add(row)
+            prompt = random.choice(skills.REVERSE_QUESTIONS).format(x=row)
+            yield {"prompt": prompt, "answer": skills.reversed_row(row), "kind": "reverse"}
+
+
+def is_right(question: dict, reply: str) -> bool:
+    """Whether ``reply`` answers the question.
+
+    A sum: its last number is the answer. A fact: it ends with the answer, as whole words. Everything else: it is the
+    answer. Case, spacing and a full stop at the end do not matter.
+    """
+    answer = question["answer"]
+    if question["kind"] == "sum":
+        numbers = re.findall(r"-?\d+(?:[.,]\d+)*", reply)
+        return bool(numbers) and numbers[-1] == answer
+    reply, answer = (" ".join(text.lower().split()).rstrip(" .!。！") for text in (reply, answer))
+    if question["kind"] == "fact":
+        before = reply.removesuffix(answer)
+        whole = not (before and answer[0].isascii() and before[-1].isascii() and before[-1].isalnum())
+        return reply.endswith(answer) and whole
+    return reply == answer
+
+
+def _write(path: Path, rows: Iterable[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@dataclass
+class Options:
+    out: Path
+    """Folder to write, new or empty."""
+    documents: int = 128_000
+    """Training documents of the stable stage; the decay stage has 0.64 times as many, validation 1 % of each."""
+    seed: int = 0
+
+
+def main(options: Options) -> None:
+    """Write the corpus of pico: stable/ and decay/ with train.jsonl and valid.jsonl each, and questions.jsonl."""
+    if options.documents < 1:
+        raise InputError(f"--documents {options.documents} is not a number of documents; give 1 or more.")
+    if options.out.is_file() or options.out.is_dir() and any(options.out.iterdir()):
+        raise InputError(f"--out {options.out} exists and is not an empty folder; name a new one or remove it first.")
+    partial = options.out.with_name(options.out.name + ".partial")  # renamed when complete
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {options.out} cannot be made ({error.strerror}); name another folder.") from None
+    for stage, share in zip(STAGES, (1.0, 0.64), strict=True):
+        train = max(1, int(options.documents * share))
+        for split, count in zip(SPLITS, (train, max(1, train // 100)), strict=True):
+            rows = (document(index, options.seed, stage, split) for index in range(count))
+            _write(partial / stage / f"{split}.jsonl", rows)
+            print(f"{stage}/{split}.jsonl: {count} documents", file=sys.stderr)
+    _write(partial / "questions.jsonl", questions(options.seed))
+    if options.out.is_dir():
+        options.out.rmdir()
+    partial.rename(options.out)
+
+
+if __name__ == "__main__":
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m minicpm_data.corpus")

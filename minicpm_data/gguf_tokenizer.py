@@ -1,0 +1,121 @@
+"""The tokenizer that a GGUF file carries in its metadata (llama.cpp's ``tokenizer.*`` keys)."""
+
+from minicpm_data.spm_model import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    SpmModel,
+    added_token,
+    fast_spec,
+    unique_ids,
+)
+from minicpm_data.tokenizer import Tokenizer, build
+from weights_io.errors import InputError
+
+# How text is cut before byte-level merges, by tokenizer.ggml.pre.
+GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+LLAMA3_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+LLAMA3 = {"type": "Split", "pattern": {"Regex": LLAMA3_REGEX}, "behavior": "Isolated", "invert": False}
+PRE_TOKENIZERS = {
+    "default": [GPT2],
+    "gpt-2": [GPT2],
+    "smollm": [{"type": "Digits", "individual_digits": True}, GPT2],
+    "llama-bpe": [LLAMA3, {**GPT2, "use_regex": False}],
+}
+
+
+def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
+    """The tokenizer of a GGUF file.
+
+    Arguments:
+        metadata: the file's key-value pairs as Python values: lists, str, int, float, bool.
+
+    Raises InputError for metadata that describe no tokenizer, or a kind that is not supported (by its name).
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    tokens = _list(metadata, "tokens", str)
+    kinds = _list(metadata, "token_type", int, default=[NORMAL] * len(tokens))
+    ids = {name: _id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "unknown", "padding")}
+    if model == "llama":
+        spec = _spm_spec(metadata, tokens, kinds, ids["unknown"])
+        add_bos = True
+    elif model == "gpt2":
+        pre = metadata.get("tokenizer.ggml.pre", "default")
+        spec = _byte_level_spec(metadata, tokens, kinds, pre)
+        add_bos = pre == "llama-bpe"
+    else:
+        raise InputError(f"the GGUF file has a tokenizer of the kind {model!r}; llama and gpt2 are supported.")
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise InputError("tokenizer.chat_template of the GGUF file must be a string.")
+    return Tokenizer(
+        build(spec, "the tokenizer of the GGUF file"),
+        bos_token_id=ids["bos"],
+        eos_token_ids=[i for i in (ids["eos"], ids["eot"]) if i is not None],
+        pad_token_id=ids["padding"],
+        unk_token_id=ids["unknown"],
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+        chat_template=template,
+    )
+
+
+def _spm_spec(metadata: dict, tokens: list[str], kinds: list[int], unk_id: int | None) -> dict:
+    scores = [float(score) for score in _list(metadata, "scores", (int, float), length=len(tokens))]
+    unk_id = tokens.index("<unk>") if unk_id is None and "<unk>" in tokens else unk_id
+    model = SpmModel(tokens, scores, kinds, unk_id=unk_id, bos_id=None)
+    return fast_spec(model, space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))
+
+
+def _byte_level_spec(metadata: dict, tokens: list[str], kinds: list[int], pre: str) -> dict:
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise InputError(f"the GGUF file has the pre-tokenizer {pre!r}; those supported are {known}.")
+    vocab = unique_ids(tokens)
+    merges = [tuple(merge.split(" ")) for merge in _list(metadata, "merges", str)]
+    wrong = next((pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()), None)
+    if wrong:
+        raise InputError(f"the GGUF file has a merge, {' '.join(wrong)!r}, of tokens that it does not list.")
+    added = [
+        added_token(i, token, special=kind != USER_DEFINED)
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+        "post_processor": None,
+        "decoder": GPT2,
+        # Llama 3 takes a word that is a token as it stands, without merges.
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": pre == "llama-bpe"},
+    }
+
+
+def _list(
+    metadata: dict, name: str, kind: type | tuple, length: int | None = None, default: list | None = None
+) -> list:
+    """``tokenizer.ggml.<name>``, checked to be a list of ``kind`` and as long as the list of tokens."""
+    values = metadata.get(f"tokenizer.ggml.{name}", default)
+    if values is None or isinstance(values, str | bytes):
+        raise InputError(f"the GGUF file has no list tokenizer.ggml.{name}; it carries no tokenizer that can be used.")
+    values = list(values)
+    if not all(isinstance(value, kind) for value in values):
+        raise InputError(f"tokenizer.ggml.{name} of the GGUF file holds values of the wrong type.")
+    length = len(default) if default is not None else length
+    if length is not None and len(values) != length:
+        raise InputError(f"tokenizer.ggml.{name} of the GGUF file has {len(values)} entries for {length} tokens.")
+    return values
+
+
+def _id(metadata: dict, name: str, size: int) -> int | None:
+    """``tokenizer.ggml.<name>_token_id``, checked to be one of ``size`` ids."""
+    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if value is not None and not 0 <= value < size:
+        raise InputError(f"tokenizer.ggml.{name}_token_id of the GGUF file is {value}, outside its {size} tokens.")
+    return value

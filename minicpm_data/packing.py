@@ -1,0 +1,62 @@
+"""Documents to full windows of token ids, and windows to batches in an order that a step number alone decides."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    from minicpm_data.tokenizer import Tokenizer
+
+
+def read_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line of a ``.jsonl`` file; a wrong line is an `InputError` that names it."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; it should hold one JSON object a line.")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number} is not JSON ({error.msg}); mend or delete the line.") from None
+            if not isinstance(document, dict):
+                raise InputError(f'{path}, line {number} is not an object such as {{"text": "..."}}.')
+            yield number, document
+
+
+def pretraining_ids(tokenizer: "Tokenizer", document: dict[str, Any], where: str) -> list[int]:
+    """Token ids of ``{"text": ...}`` or ``{"messages": [...]}``, from BOS to EOS; chat is text in the chat format."""
+    if isinstance(document.get("text"), str):
+        ids = tokenizer.encode(document["text"])
+    elif isinstance(document.get("messages"), list):
+        ids = tokenizer.apply_chat(document["messages"], add_generation_prompt=False)
+    else:
+        raise InputError(f'{where} has neither "text" (a string) nor "messages" (a list).')
+    return ids if ids and ids[-1] in tokenizer.eos_token_ids else [*ids, tokenizer.eos_token_ids[0]]
+
+
+def pack(path: Path, tokenizer: "Tokenizer", width: int) -> np.ndarray:
+    """All documents of a ``.jsonl`` file, one after the other, cut into windows: [n, width] int32. The last, partial
+    window is dropped."""
+    ids = [pretraining_ids(tokenizer, document, f"{path}, line {n}") for n, document in read_documents(path)]
+    flat = np.fromiter((i for document in ids for i in document), np.int32)
+    count = len(flat) // width
+    if count == 0:
+        raise InputError(f"{path} holds {len(flat)} tokens, less than one window of {width}; give more text.")
+    return flat[: count * width].reshape(count, width)
+
+
+def batches(windows: np.ndarray, batch_size: int, seed: int):
+    """Endless shuffled batches, addressed by number: ``batches(...)[17]`` is [batch_size, width] whatever came before,
+    so a resumed run needs no more than its step. Each pass over the windows has an order of its own."""
+    import grain
+
+    if len(windows) < batch_size:
+        raise InputError(f"{len(windows)} windows do not fill one batch of {batch_size}; give more text.")
+    return grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size)

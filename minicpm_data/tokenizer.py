@@ -1,0 +1,277 @@
+"""A checkpoint's tokenizer files as ids: text, chats, and text back again."""
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from minicpm_data import chat
+from minicpm_data.spm_model import added_token, fast_spec, read_spm
+from minicpm_data.streaming import Decoder, Detokenizer
+from weights_io.errors import InputError
+
+# MiniCPM-V's tokenizer classes are slow ones: SentencePiece itself, with no "▁" put in front of a text.
+SLOW_CLASSES = ("LlamaTokenizerWrapper", "MiniCPMVTokenizer")
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: the highest id + 1; a model may have more rows (padding), never fewer.
+        bos_token_id, pad_token_id: None where there is none.
+        eos_token_ids: the ids that end an answer, the tokenizer's own EOS first.
+        chat_template: Jinja source; MiniCPM's own where the checkpoint has none.
+    """
+
+    def __init__(
+        self,
+        fast,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_ids: Sequence[int] = (),
+        pad_token_id: int | None = None,
+        unk_token_id: int | None = None,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        chat_template: str | None = None,
+    ):
+        """``fast``: a `tokenizers.Tokenizer` (see `build`). ``add_bos``, ``add_eos``: None leaves it to ``fast``.
+
+        InputError where ``fast`` decodes in a way that is not supported.
+        """
+        self._fast = fast
+        decoder = json.loads(fast.decoder.__getstate__()) if fast.decoder else None
+        self._decoder = Decoder(decoder, fast.id_to_token)
+        self.chat_template = chat.MINICPM_TEMPLATE if chat_template is None else chat_template
+        self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
+        ends = [*eos_token_ids]
+        if "<|im_end|>" in self.chat_template:
+            ends.append(self._fast.token_to_id("<|im_end|>"))
+        self.eos_token_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+        self.vocab_size = 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
+
+        # What the post-processor writes before and after a text.
+        bare, full = fast.encode("a", add_special_tokens=False).ids, fast.encode("a").ids
+        at = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
+        self._before, self._after = full[:at], full[at + len(bare) :]
+        if add_bos is not None:
+            self._before = [bos_token_id] if add_bos and bos_token_id is not None else []
+        if add_eos is not None:
+            self._after = [*eos_token_ids[:1]] if add_eos else []
+
+        added = self._fast.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._markers = {
+            i: token.content
+            for i, token in added.items()
+            if token.special or i in self.eos_token_ids or (token.content[:2] == "<|" and token.content[-2:] == "|>")
+        }
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Ids of ``text``; special tokens that it spells out become their ids.
+
+        With ``add_bos`` BOS (and EOS) come as the checkpoint's tokenizer adds them: BOS never twice.
+        InputError for a lone surrogate, which is no Unicode text.
+        """
+        ids = self._fast.encode(_checked(text), add_special_tokens=False).ids
+        return self._with_bos(ids) + self._after if add_bos else ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``. Bytes that form no character come out as U+FFFD, ids of padding rows as nothing."""
+        detokenizer = self.detokenizer(skip_special_tokens)
+        return "".join([detokenizer.add(int(i)) for i in ids]) + detokenizer.finish()
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh state for decoding token by token."""
+        return Detokenizer(self._decoder, self._special_ids if skip_special_tokens else ())
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._fast.token_to_id(token)
+
+    def apply_chat(self, messages: Sequence[chat.Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of the chat prompt, BOS included once where the checkpoint's tokenizer adds it.
+
+        ``messages`` are ``{"role": "system" | "user" | "assistant", "content": str}``. A special token spelled out in a
+        content stays text; only the template makes special tokens. InputError for messages or a template that cannot
+        be used.
+        """
+        messages = chat.check_messages(messages)
+        disguise = chat.Disguise(
+            list(self._markers.values()), [_checked(m["content"]) for m in messages] + [self.chat_template]
+        )
+        hidden = [{**m, "content": disguise.hide(m["content"])} for m in messages]
+        names = {"bos_token": self.bos_token_id, "pad_token": self.pad_token_id, "unk_token": self.unk_token_id}
+        names["eos_token"] = self.eos_token_ids[0] if self.eos_token_ids else None
+        names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in names.items()}
+        prompt = _checked(chat.render(self.chat_template, hidden, add_generation_prompt, **names))
+        encoded = self._fast.encode(prompt, add_special_tokens=False)
+
+        # Between two special tokens the ids stand, unless something was disguised there.
+        ids, stretch, start = [], [], 0
+        for i, (first, last) in [*zip(encoded.ids, encoded.offsets, strict=True), (None, (len(prompt), len(prompt)))]:
+            if i is None or i in self._markers:
+                text = disguise.show(prompt[start:first])
+                disguised = text != prompt[start:first]
+                ids += self._plain.encode(text, add_special_tokens=False).ids if disguised else stretch
+                ids += [] if i is None else [i]
+                stretch, start = [], last
+            else:
+                stretch.append(i)
+        return self._with_bos(ids)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        present = ids[: len(self._before)] == self._before
+        return ids if present else self._before + ids
+
+    @functools.cached_property
+    def _plain(self):
+        """The same tokenizer with no way to a special token: none added, and no merge that spells one."""
+        spec = json.loads(self._fast.to_str())
+        model, markers = spec["model"], set(self._markers.values())
+        unreachable = {token: f"\0 {token}" for token in markers}  # no text is merged to this
+        everything = {**model["vocab"], **{token["content"]: token["id"] for token in spec["added_tokens"]}}
+        model["vocab"] = {unreachable.get(token, token): i for token, i in everything.items()}
+        model["unk_token"] = unreachable.get(model["unk_token"], model["unk_token"])
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
+        model["merges"] = [pair for pair in pairs if markers.isdisjoint((*pair, "".join(pair)))]
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in markers]
+        return build({**spec, "post_processor": None}, "tokenizer.json")
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether ``folder`` holds a ``tokenizer.json`` or a ``tokenizer.model``."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    ``tokenizer.json`` is read as it stands. Where there is only a ``tokenizer.model``, it is converted as transformers
+    4 did for its fast Llama tokenizer; MiniCPM-V's own classes, which are slow, always use the ``tokenizer.model``.
+    BOS, EOS and the chat template come from ``tokenizer_config.json``, ``special_tokens_map.json`` and
+    ``chat_template.jinja``. InputError where a file cannot be used.
+    """
+    folder = Path(folder)
+    fast_file, spm_file = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not has_tokenizer(folder):
+        raise InputError(f"{folder} holds neither a tokenizer.json nor a tokenizer.model.")
+    config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+    added = _added_tokens(config, folder)
+    slow = config.get("tokenizer_class") in SLOW_CLASSES
+    named = {"bos": "<s>", "eos": "</s>", "pad": None, "unk": "<unk>"}
+    if spm_file.is_file() and (slow or not fast_file.is_file()):
+        source, model = spm_file, read_spm(spm_file)
+        spec = fast_spec(model, space_prefix=not slow or model.add_dummy_prefix, added=added)
+        spm_ids = {"bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id, "unk": model.unk_id}
+        named = {name: None if i is None else model.pieces[i] for name, i in spm_ids.items()}
+        config = {"add_bos_token": True, "add_eos_token": False, **config}
+    else:
+        source, spec = fast_file, _read_json(fast_file)
+        known = {token["content"] for token in spec.get("added_tokens") or ()}
+        missing = [{**token, "id": i} for i, token in sorted(added.items()) if token["content"] not in known]
+        spec["added_tokens"] = [*(spec.get("added_tokens") or ()), *(added_token(**token) for token in missing)]
+    fast = build(spec, source)
+    for i, token in added.items():
+        if (found := fast.token_to_id(token["content"])) != i:
+            raise InputError(
+                f"{folder} gives the token {token['content']!r} the id {i}, but {source.name} has it at {found}; "
+                "the tokenizer files are not of one checkpoint."
+            )
+
+    def special(name: str) -> int | None:
+        token = config.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if f"{name}_token" in config and token is None:
+            return None
+        i = fast.token_to_id(token or named[name] or "")
+        if token is not None and i is None:
+            raise InputError(f"{folder} names {token!r} as its {name}_token, which {source.name} does not have.")
+        return i
+
+    eos = special("eos")
+    return Tokenizer(
+        fast,
+        bos_token_id=special("bos"),
+        eos_token_ids=() if eos is None else (eos,),
+        pad_token_id=special("pad"),
+        unk_token_id=special("unk"),
+        add_bos=config.get("add_bos_token"),
+        add_eos=config.get("add_eos_token"),
+        chat_template=_chat_template(config, folder),
+    )
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """InputError where the tokenizer has ids for which a model of ``vocab_size`` rows has no embedding."""
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"wrong tokenizer size: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is "
+            f"{vocab_size}; use the tokenizer files that were released with the model."
+        )
+
+
+def build(spec: dict, source: str | Path):
+    """``spec``, the contents of a ``tokenizer.json``, as a `tokenizers.Tokenizer`. InputError, naming ``source``."""
+    import tokenizers
+
+    try:
+        fast = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+    except Exception as error:  # the library raises nothing more specific
+        raise InputError(f"{source} does not describe a tokenizer ({error}); download it again.") from error
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _read_json(path: Path) -> dict:
+    """The object in ``path``; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a JSON file ({error}); download it again.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object; download it again.")
+    return value
+
+
+def _added_tokens(config: dict, folder: Path) -> dict[int, dict]:
+    """Added tokens by id, of ``tokenizer_config.json`` and of the older ``added_tokens.json`` (content -> id)."""
+    try:
+        older = {int(i): {"content": token} for token, i in _read_json(folder / "added_tokens.json").items()}
+        newer = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
+        added = {**older, **newer}
+        return {i: added_token(**{"special": False, **token, "id": i}) for i, token in added.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"{folder} has a list of added tokens that cannot be read; download it again.") from error
+
+
+def _chat_template(config: dict, folder: Path) -> str | None:
+    """``chat_template.jinja``, else the ``chat_template`` of the config: a string, or a list of named ones."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 text; download it again.") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default") if len(named) != 1 else next(iter(named.values()))
+        if template is None:
+            raise InputError(f"{folder} has several chat templates and none is named default.")
+    if not isinstance(template, str | None):
+        raise InputError(f"the chat_template of {folder} must be a string.")
+    return template
+
+
+def _checked(text: str) -> str:
+    """``text``, unless it has a surrogate in it, which no UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise InputError(f"the text has a lone surrogate ({code}, at {error.start}); send valid Unicode.") from error
+    return text

@@ -1,0 +1,129 @@
+"""Train a vocabulary of MiniCPM's kind on a corpus: SentencePiece BPE with single digits and bytes to fall back on.
+
+python -m minicpm_data.vocabulary --data data/pico --out pico
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from weights_io.errors import InputError
+
+CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": None,
+    "legacy": True,
+    "clean_up_tokenization_spaces": False,
+    "sp_model_kwargs": {},
+}
+
+
+def parts_of(document: dict) -> list[str]:
+    """The texts a document is made of; a chat's are ``<用户>``, question, ``<AI>``, answer (MiniCPM's own form).
+
+    Apart, so that no piece spans a marker and what stands beside it. The space in front is the one with which the
+    fast tokenizer begins every text.
+    """
+    if "text" in document:
+        return (" " + document["text"]).split("\n")
+    markers = {"user": "<用户>", "assistant": "<AI>"}
+    turns = [part for message in document["messages"] for part in (markers[message["role"]], message["content"])]
+    return [" " + turns[0], *turns[1:]]
+
+
+def texts(data: Path, limit: int) -> Iterator[str]:
+    """Lines and turns of the first ``limit`` documents of each stage's training split."""
+    for stage in ("stable", "decay"):
+        path = data / stage / "train.jsonl"
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; run python -m minicpm_data.corpus --out {data} first.")
+        with open(path, encoding="utf-8") as file:
+            for _, line in zip(range(limit), file, strict=False):
+                yield from parts_of(json.loads(line))
+
+
+def train(lines: Iterable[str], size: int) -> bytes:
+    """A serialised SentencePiece model of ``size`` pieces, in which every character of ``lines`` is a piece."""
+    import io
+
+    import sentencepiece
+
+    lines = list(lines)
+    characters = {character for line in lines for character in line if character != " "}
+    least = 4 + 256 + len(characters) + 1  # specials and newline, bytes, characters, the space
+    if size < least:
+        raise InputError(f"--size {size} has no room for the corpus's characters; give {least} or more.")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=size,
+            character_coverage=1.0,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if "Vocabulary size too high" not in str(error):
+            raise
+        raise InputError(f"--size {size} is more pieces than the corpus has; give fewer or more text.") from None
+    return model.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+@dataclass
+class Options:
+    data: Path
+    """Folder written by minicpm_data.corpus."""
+    out: Path
+    """Folder to write tokenizer files to."""
+    size: int = 2048
+    """Pieces of the vocabulary."""
+    documents: int = 20_000
+    """Training documents read of each stage."""
+    max_length: int = 1024
+    """model_max_length of tokenizer_config.json."""
+
+
+def main(options: Options) -> None:
+    """Train a SentencePiece vocabulary on a corpus: tokenizer.model, tokenizer.json and tokenizer_config.json."""
+    from minicpm_data.spm_model import fast_spec, read_spm
+
+    model = train(texts(options.data, options.documents), options.size)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {options.out} cannot be made ({error.strerror}); name another folder.") from None
+    _write(options.out / "tokenizer.model", model)
+    config = {**CONFIG, "model_max_length": options.max_length}
+    _write(options.out / "tokenizer_config.json", json.dumps(config, indent=2).encode())
+    fast = fast_spec(read_spm(options.out / "tokenizer.model"), space_prefix=True, added={})
+    _write(options.out / "tokenizer.json", json.dumps(fast, ensure_ascii=False).encode())
+
+
+if __name__ == "__main__":
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m minicpm_data.vocabulary")

@@ -1,0 +1,31 @@
+"""Settings that must be in the environment before jax is imported, and the reference files."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Eight devices for the sharding tests; work that names no device stays on the first.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Programs compiled once per user and machine, not once per run; commands that tests start find them too.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"minicpm-test-cache-{os.getuid()}")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[str], Path]:
+    """``reference("text/minicpm")`` is the folder or file of that name under tests/reference."""
+    root = Path(__file__).parent / "reference"
+
+    def find(name: str) -> Path:
+        path = root / name
+        assert path.exists(), f"tests/reference/{name} is missing"
+        return path
+
+    return find

@@ -1,0 +1,138 @@
+"""Every field of `ModelConfig` moves the logits, in both backends: none is lost on the way from config.json."""
+
+import dataclasses
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from weights_io.checkpoint import Checkpoint
+from weights_io.config import ModelConfig, RopeScaling
+from weights_io.parameters import tensor_shapes
+
+BASE = ModelConfig(
+    vocab_size=32,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-6,
+    rope_theta=100.0,
+    rope_scaling=RopeScaling("dynamic", 4.0),
+    max_position_embeddings=8,
+    tie_word_embeddings=True,
+    scale_emb=12.0,
+    scale_depth=1.4,
+    dim_model_base=16,
+)
+# One other value for each field; where the weights keep their shapes, nothing but the field can move the logits.
+CHANGES = {
+    "model_type": "llama",
+    "vocab_size": 31,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-3,
+    "rope_theta": 90.0,
+    "rope_scaling": RopeScaling("dynamic", 3.0),
+    "max_position_embeddings": 9,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": False,
+    "scale_emb": 11.0,
+    "scale_depth": 1.3,
+    "dim_model_base": 15,
+}
+IDS = np.arange(12)[None] * 5 % 31  # longer than max_position_embeddings
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+    array: np.ndarray
+    source: Path = Path("test")
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+    @property
+    def dtype(self):
+        return self.array.dtype
+
+    def read(self, index=()):
+        return self.array[index]
+
+
+def checkpoint(config: ModelConfig) -> Checkpoint:
+    """Weights that depend on a tensor's name and shape alone."""
+    tensors = {}
+    for name, shape in tensor_shapes(config):
+        values = 0.3 * np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
+        tensors[name] = ArrayTensor((values + name.endswith("norm.weight")).astype(np.float32))
+    return Checkpoint(Path("test"), {}, config, tensors, "float32", (), ())
+
+
+@pytest.fixture(scope="module", params=["jax", "mlx"])
+def backend(request):
+    """What turns a checkpoint, and a bare config, into logits."""
+    if request.param == "mlx":
+        mx = pytest.importorskip("mlx.core")
+        from minicpm_mlx.loading import load_weights
+        from minicpm_mlx.model import initialise
+
+        return load_weights, lambda config: initialise(config, mx.random.key(0))
+    jax = pytest.importorskip("jax")
+    from minicpm_jax.loading import load_weights
+    from minicpm_jax.model import initialise
+
+    return load_weights, lambda config: initialise(config, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def base_logits(backend):
+    return np.asarray(backend[0](checkpoint(BASE))(IDS))
+
+
+def test_every_field_is_changed_below():
+    supported_once = {"hidden_act"}  # silu only; anything else is refused
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == CHANGES.keys() | supported_once
+    assert all(getattr(BASE, name) != value for name, value in CHANGES.items())
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_field_moves_logits(backend, base_logits, field):
+    load_weights, initialise = backend
+    config = dataclasses.replace(BASE, **{field: CHANGES[field]})
+    if field == "initializer_range":
+        before, after = np.asarray(initialise(BASE)(IDS)), np.asarray(initialise(config)(IDS))
+    else:
+        before, after = base_logits, np.asarray(load_weights(checkpoint(config))(IDS))
+    assert np.isfinite(after).all()
+    assert after.shape == (1, 12, config.vocab_size)
+    assert after.shape != before.shape or np.abs(after - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0)])
+def test_kind_of_rope_scaling_moves_logits(backend, base_logits, scaling):
+    config = dataclasses.replace(BASE, rope_scaling=scaling)
+    assert np.abs(np.asarray(backend[0](checkpoint(config))(IDS)) - base_logits).max() > 1e-3
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("dynamic", 4.0)])
+def test_backends_agree(scaling):
+    pytest.importorskip("mlx.core")
+    pytest.importorskip("jax")
+    from minicpm_jax.loading import load_weights as load_jax
+    from minicpm_mlx.loading import load_weights as load_mlx
+
+    opened = checkpoint(dataclasses.replace(BASE, rope_scaling=scaling, tie_word_embeddings=scaling is None))
+    ids, mask = np.tile(IDS, (3, 1)), np.ones((3, 12), int)
+    mask[1, :4] = 0
+    mask[2, 7:] = 0
+    ours, twin = (np.asarray(load(opened)(ids, mask)) for load in (load_jax, load_mlx))
+    np.testing.assert_allclose(ours[mask == 1], twin[mask == 1], rtol=0, atol=1e-4)

@@ -1,0 +1,218 @@
+"""Folding into the Llama format and back, and the command that does it."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from weights_io.casting import Rounding
+from weights_io.checkpoint import open_checkpoint
+from weights_io.config import ModelConfig
+from weights_io.convert import Options, main
+from weights_io.errors import InputError
+from weights_io.llama_format import from_llama, to_llama
+from weights_io.write import save_checkpoint
+
+BFLOAT16_EPSILON = 2.0**-7
+
+
+def run(*arguments: object, module: str = "weights_io.convert") -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_folding_gives_the_llama_of_the_reference(reference):
+    source, expected = open_checkpoint(reference("dense_2b")), open_checkpoint(reference("llama_format"))
+    config, tensors = to_llama(source.config, source.tensors)
+    assert config == expected.config
+    assert tensors.keys() == expected.tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(tensor.read(), expected.tensors[name].read(), rtol=1e-6, atol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["dense_2b", "dense_bf16", "dense_1b"])
+def test_unfolding_is_the_inverse_and_ties_again(reference, name):
+    source = open_checkpoint(reference(name))
+    c = source.config
+    config, tensors = to_llama(c, source.tensors)
+    arrays = {key: _Held(tensor.read()) for key, tensor in tensors.items()}
+    back, unfolded = from_llama(config, arrays, c.scale_emb, c.scale_depth, c.dim_model_base)
+    assert back == c and back.tie_word_embeddings
+    epsilon = BFLOAT16_EPSILON if c.logit_divisor and source.dtype == "bfloat16" else 2.0**-23
+    for key, tensor in unfolded.items():
+        original, again = source.tensors[key].read(), tensor.read()
+        assert again.dtype == original.dtype
+        if key == "model.embed_tokens.weight" and c.logit_divisor in (3.0, 6.0, 9.0):
+            np.testing.assert_array_equal(again, original)
+        np.testing.assert_allclose(
+            again.astype(np.float64), original.astype(np.float64), rtol=epsilon, atol=0, err_msg=key
+        )
+
+
+def test_an_untied_model_stays_untied(reference):
+    source = open_checkpoint(reference("dense_untied"))
+    c = source.config
+    config, tensors = to_llama(c, source.tensors)
+    back, unfolded = from_llama(
+        config,
+        {key: _Held(tensor.read()) for key, tensor in tensors.items()},
+        c.scale_emb,
+        c.scale_depth,
+        c.dim_model_base,
+    )
+    assert back == c and not back.tie_word_embeddings
+    head = "lm_head.weight"
+    np.testing.assert_allclose(unfolded[head].read(), source.tensors[head].read(), rtol=1e-6)
+
+
+def test_wrong_scales_leave_it_untied(reference):
+    llama = open_checkpoint(reference("llama_format"))
+    assert from_llama(llama.config, llama.tensors, 12.0, 1.4, 32)[0].tie_word_embeddings
+    assert not from_llama(llama.config, llama.tensors, 11.0, 1.4, 32)[0].tie_word_embeddings
+    assert not from_llama(llama.config, llama.tensors)[0].tie_word_embeddings  # the released models' numbers
+
+
+def test_kahans_theorem_holds_for_the_released_divisors():
+    """x / n * n is x again in bfloat16: all of its 2^15 positive numbers but those near under- and overflow."""
+    import ml_dtypes
+
+    x = np.arange(0x0800, 0x7800, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    for divisor in (9.0, 6.0):
+        folded = (x.astype(np.float32) / np.float32(divisor)).astype(ml_dtypes.bfloat16)
+        again = (folded.astype(np.float32) * np.float32(divisor)).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(again, x)
+
+
+def test_formats_that_leave_nothing_to_do_are_refused(reference):
+    minicpm, llama = open_checkpoint(reference("dense_2b")), open_checkpoint(reference("llama_format"))
+    with pytest.raises(InputError, match="Llama format already"):
+        to_llama(llama.config, llama.tensors)
+    with pytest.raises(InputError, match="not in the Llama format"):
+        from_llama(minicpm.config, minicpm.tensors)
+    with pytest.raises(InputError, match="scale_emb is -1"):
+        from_llama(llama.config, llama.tensors, scale_emb=-1)
+
+
+def test_rounding_to_bfloat16_is_reported(reference, tmp_path, capsys):
+    source = open_checkpoint(reference("dense_2b"))
+    rounding = Rounding()
+    config, tensors = to_llama(source.config, source.tensors, "bfloat16", rounding)
+    save_checkpoint(tmp_path / "l", config, tensors, dtype="bfloat16", rounding=rounding)
+    assert 2**-9 < rounding.worst <= 2**-8
+    assert 0 < rounding.mean < rounding.worst
+    main(Options(model=str(source.path), to="llama", out=tmp_path / "m", dtype="bfloat16"))
+    assert "rounded to bfloat16: worst relative error 0.0039, mean 0.0014" in capsys.readouterr().out
+
+
+def test_folding_a_bfloat16_model_costs_one_rounding(reference):
+    source = open_checkpoint(reference("dense_bf16"))
+    rounding = Rounding()
+    _, tensors = to_llama(source.config, source.tensors, rounding=rounding)
+    names = ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight")
+    for name, factor in zip(names, (12.0, 1.4 / np.sqrt(3), 1 / 3), strict=True):
+        stored = "model.embed_tokens.weight" if name == "lm_head.weight" else name
+        exact = source.tensors[stored].read().astype(np.float64) * factor
+        np.testing.assert_allclose(tensors[name].read().astype(np.float64), exact, rtol=BFLOAT16_EPSILON / 2, atol=0)
+    assert 0 < rounding.worst <= BFLOAT16_EPSILON / 2
+
+
+def test_command_there_and_back(reference, tmp_path, capsys):
+    main(Options(model=str(reference("dense_2b")), to="llama", out=tmp_path / "llama"))
+    main(Options(model=str(tmp_path / "llama"), to="hf", out=tmp_path / "back", unfold=True, dim_model_base=32))
+    said = capsys.readouterr().out
+    assert "LlamaForCausalLM, 297,120 parameters, 30 tensors in float32" in said
+    assert "are the same numbers and are tied" in said
+    assert str(tmp_path / "back") in said and "model.safetensors" in said
+    assert open_checkpoint(tmp_path / "back").config == open_checkpoint(reference("dense_2b")).config
+    llama = json.loads((tmp_path / "llama" / "config.json").read_text())
+    assert llama["architectures"] == ["LlamaForCausalLM"] and llama["tie_word_embeddings"] is False
+    assert not {"scale_emb", "scale_depth", "dim_model_base"} & llama.keys()
+
+
+def test_torch_files_become_safetensors(reference, tmp_path):
+    main(Options(model=str(reference("bin")), to="hf", out=tmp_path / "out"))
+    written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in open_checkpoint(reference("dense_2b")).tensors.items():
+        np.testing.assert_array_equal(written[name], tensor.read())
+
+
+def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(reference, tmp_path):
+    from minicpm_data import load_tokenizer, tokenizer_from_gguf
+
+    path = reference("gguf") / "model-q4_0.gguf"
+    main(Options(model=str(path), to="hf", out=tmp_path / "out", dtype="float32"))
+    source, written = open_checkpoint(path), open_checkpoint(tmp_path / "out")
+    assert written.config == source.config and written.eos_token_ids == source.eos_token_ids
+    name = "model.layers.0.self_attn.q_proj.weight"
+    np.testing.assert_array_equal(written.tensors[name].read(), source.tensors[name].read())
+    ours, theirs = load_tokenizer(tmp_path / "out"), tokenizer_from_gguf(source.metadata)
+    for text in ("hello world", " a  b\n", "<s>x</s>", "你好"):
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
+    assert ours.encode("x")[0] == ours.bos_token_id == 1
+    assert (ours.eos_token_ids, ours.chat_template) == (theirs.eos_token_ids, theirs.chat_template)
+
+
+def test_overflow_names_the_tensor_and_leaves_nothing(reference, tmp_path):
+    source = open_checkpoint(reference("dense_2b"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    big = dict(source.tensors) | {name: _Held(np.full(source.tensors[name].shape, 1e5, np.float32))}
+    with pytest.raises(InputError, match=name):
+        save_checkpoint(tmp_path / "out", source.config, big, dtype="float16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_one_sentence_and_status_2(reference, tmp_path):
+    model, broken = reference("dense_2b"), tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    for arguments in (
+        ("--model", tmp_path / "nowhere", "--to", "hf", "--out", tmp_path / "x"),
+        ("--model", broken, "--to", "hf", "--out", tmp_path / "x"),
+        ("--model", model, "--to", "hf", "--out", broken),
+        ("--model", model, "--to", "hf", "--out", model / "inside"),
+        ("--model", model, "--to", "hf", "--out", tmp_path / "x", "--scale-emb", "3"),
+        ("--model", reference("llama_format"), "--to", "llama", "--out", tmp_path / "x"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, arguments
+        assert done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert run("--model", model, "--to", "onnx", "--out", tmp_path / "x").returncode == 2
+    assert not (tmp_path / "x").exists() and not (model / "inside").exists()
+
+
+@pytest.mark.parametrize("module", ["weights_io.convert", "weights_io.inspect"])
+def test_help_is_quick(module):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run("--help", module=module)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "--model" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # seconds of processor time
+
+
+@pytest.mark.slow
+def test_mlx_lm_and_transformers_open_the_llama_export(reference, tmp_path):
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+    from transformers import AutoConfig
+
+    main(Options(model=str(reference("dense_2b")), to="llama", out=tmp_path / "out"))
+    expected = np.load(reference("dense_2b") / "reference.npz")
+    model, _ = load_model(tmp_path / "out")
+    np.testing.assert_allclose(np.array(model(mx.array(expected["input_ids"]))), expected["logits"], rtol=0, atol=1e-4)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.model_type == "llama" and config.eos_token_id == 2 and not config.tie_word_embeddings
+    assert ModelConfig.from_dict(config.to_dict()) == open_checkpoint(tmp_path / "out").config
+
+
+class _Held:
+    """A tensor in memory with the reading interface of one in a file."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.shape, self.dtype, self.source = array, array.shape, array.dtype, None
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return self.array[index]

@@ -1,0 +1,232 @@
+"""GGUF files: the tensors and the config of the Hugging Face checkpoint that they were made of."""
+
+import json
+import struct
+from pathlib import Path
+
+import gguf as package
+import ml_dtypes
+import numpy as np
+import pytest
+
+from weights_io.errors import InputError
+from weights_io.files import gguf
+
+HIDDEN, HEADS, KV_HEADS, ROWS = 64, 4, 2, 40  # of the files made here; head size 16
+NUMBERS = {
+    "block_count": 1,
+    "context_length": 128,
+    "embedding_length": HIDDEN,
+    "feed_forward_length": 96,
+    "attention.head_count": HEADS,
+    "attention.head_count_kv": KV_HEADS,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+}
+RNG = np.random.default_rng(0)
+EMBEDDING = RNG.normal(size=(ROWS, HIDDEN)).astype(np.float32)
+QUERY = RNG.normal(size=(HIDDEN, HIDDEN)).astype(np.float32)
+KEY = RNG.normal(size=(HIDDEN // 2, HIDDEN)).astype(np.float32)
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """As llama.cpp's converter stores q and k (weights or biases)."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def made(path: Path, architecture: str = "minicpm", numbers=NUMBERS, tensors=(), **metadata) -> Path:
+    """A file of one q and one k projection. Metadata without a dot goes behind the architecture's name."""
+    writer = package.GGUFWriter(path, architecture)
+    for key, value in (numbers | metadata).items():
+        key = key if key.startswith(("tokenizer", "split", "general")) else f"{architecture}.{key}"
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+    writer.add_tensor("token_embd.weight", EMBEDDING)
+    kind = package.GGMLQuantizationType.Q4_0
+    writer.add_tensor("blk.0.attn_q.weight", package.quantize(permuted(QUERY, HEADS), kind), raw_dtype=kind)
+    writer.add_tensor("blk.0.attn_k.weight", permuted(KEY, KV_HEADS).astype(np.float16))
+    for name, array in dict(tensors).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.gguf"
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        gguf.open_file(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_reference_config_and_tensors(reference):
+    file = gguf.open_file(reference("gguf") / "model-q4_0.gguf")
+    original = json.loads((reference("gguf") / "config.json").read_text())
+    for key, value in file.config.items():
+        assert value == original[key], key
+    known = np.load(reference("gguf") / "reference.npz")
+    for module in ("self_attn.k_proj", "mlp.down_proj"):
+        expected = known[f"deq.q4_0.model.layers.0.{module}"]
+        tensor = file.tensors[f"model.layers.0.{module}.weight"]
+        assert tensor.shape == expected.shape and tensor.dtype == np.float32
+        np.testing.assert_array_equal(tensor.read(), expected)
+        part = (slice(3, 77), slice(40, 99))
+        np.testing.assert_array_equal(tensor.read(part), expected[part])
+    assert len(file.tensors) == 2 * 9 + 3 and "lm_head.weight" in file.tensors
+
+
+def test_header_is_read_as_the_package_reads_it(reference):
+    path = reference("gguf") / "model-q4_0.gguf"
+    file, oracle = gguf.open_file(path), package.GGUFReader(path)
+    own = {name: field.contents() for name, field in oracle.fields.items() if not name.startswith("GGUF.")}
+    assert file.metadata == own
+    head = next(tensor for tensor in oracle.tensors if tensor.name == "output.weight")
+    expected = package.dequantize(head.data, head.tensor_type)  # Q6_K: blocks of 256
+    np.testing.assert_array_equal(file.tensors["lm_head.weight"].read((slice(100, 300),)), expected[100:300])
+
+
+@pytest.mark.parametrize("rows", [(0, None), (0, 1), (5, 24), (15, 17), (40, 40), (63, 64)])
+@pytest.mark.parametrize("columns", [(0, None), (0, 32), (31, 33), (7, 7)])
+def test_rows_of_queries_and_keys_are_in_hugging_face_order(path, rows, columns):
+    file = gguf.open_file(made(path))
+    index = (slice(*rows), slice(*columns))
+    kind = package.GGMLQuantizationType.Q4_0
+    query = package.dequantize(package.quantize(QUERY, kind), kind)  # blocks lie along rows, which only change places
+    np.testing.assert_array_equal(file.tensors["model.layers.0.self_attn.q_proj.weight"].read(index), query[index])
+    key = file.tensors["model.layers.0.self_attn.k_proj.weight"]
+    assert key.dtype == np.float16
+    np.testing.assert_array_equal(key.read(index), KEY.astype(np.float16)[index])
+    np.testing.assert_array_equal(file.tensors["model.embed_tokens.weight"].read(index), EMBEDDING[index])
+
+
+def test_numbers_of_a_file_without_scales_are_those_of_2b(path):
+    config = gguf.open_file(made(path)).config
+    assert (config["scale_emb"], config["scale_depth"], config["dim_model_base"]) == (12.0, 1.4, 256)
+    assert (config["vocab_size"], config["rope_theta"], config["rms_norm_eps"]) == (ROWS, 10000.0, 1e-5)
+    assert config["tie_word_embeddings"] is True and config["rope_scaling"] is None and "head_dim" not in config
+
+
+def test_scales_and_options_that_are_stored(path):
+    numbers = NUMBERS | {"block_count": 3}
+    scales = {"embedding_scale": 8.0, "residual_scale": 1.2 / 3**0.5, "logit_scale": HIDDEN / 24}
+    rope = {
+        "rope.freq_base": 1e6,
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 4.0,
+        "rope.dimension_count": 16,
+    }
+    tokens = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    file = gguf.open_file(made(path, numbers=numbers, tensors={"output.weight": EMBEDDING}, **scales, **rope, **tokens))
+    config = file.config
+    assert (config["scale_emb"], config["scale_depth"], config["dim_model_base"]) == (8.0, 1.2, 24)
+    assert config["rope_scaling"] == {"type": "linear", "factor": 4.0} and config["rope_theta"] == 1e6
+    assert config["head_dim"] == 16 and config["tie_word_embeddings"] is False
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+
+
+def test_llama_and_what_has_no_hugging_face_name(path):
+    bias = RNG.normal(size=HIDDEN).astype(np.float32)
+    brain = RNG.normal(size=(4, 6)).astype(ml_dtypes.bfloat16)
+    extra = {"blk.0.attn_q.bias": permuted(bias, HEADS), "blk.0.attn_q_norm.weight": bias}
+    made(path, "llama", tensors=extra)
+    file = gguf.open_file(path)
+    assert file.config["architectures"] == ["LlamaForCausalLM"] and file.config["model_type"] == "llama"
+    assert "scale_emb" not in file.config
+    np.testing.assert_array_equal(file.tensors["model.layers.0.self_attn.q_proj.bias"].read(), bias)
+    np.testing.assert_array_equal(file.tensors["blk.0.attn_q_norm.weight"].read(), bias)
+    writer = package.GGUFWriter(path, "llama")
+    for key, value in NUMBERS.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{key}", value)
+    kind = package.GGMLQuantizationType.BF16
+    writer.add_tensor("token_embd.weight", brain.view(np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = gguf.open_file(path).tensors["model.embed_tokens.weight"]
+    assert tensor.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(tensor.read(), brain)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"architecture": "qwen2"}, "architecture 'qwen2'; read here are minicpm and llama"),
+        ({"expert_count": 8}, "minicpm.expert_count = 8, which is not supported"),
+        ({"attention.sliding_window": 512}, "sliding_window = 512"),
+        ({"rope.scaling.type": "yarn"}, "RoPE scaling 'yarn'"),
+        ({"rope.scaling.factor": 0.0}, "rope.scaling.factor = 0.0 where a positive number"),
+        ({"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}}, "has rope_freqs.weight"),
+        ({"tensors": {"rope_factors_long.weight": np.ones(8, np.float32)}}, "has rope_factors_long.weight"),
+        (
+            {"tensors": {"model.embed_tokens.weight": np.ones(8, np.float32)}},
+            "two tensors for model.embed_tokens.weight",
+        ),
+        ({"attention.head_count": [4, 4]}, r"head_count = \[4, 4\] where a positive whole number"),
+        ({"attention.head_count": 0}, "head_count = 0 where"),
+        ({"attention.head_count": 5}, "q_proj.weight in .* has 64 rows"),
+        ({"attention.key_length": 16, "rope.dimension_count": 8}, "different attention.key_length and rope.dim"),
+        ({"logit_scale": 3.0}, "logit_scale that is not hidden_size / a whole number"),
+        ({"logit_scale": float("nan")}, "logit_scale = nan where"),
+        ({"numbers": {k: v for k, v in NUMBERS.items() if k != "context_length"}}, "no minicpm.context_length"),
+        ({"split.count": 2}, "one part of a split file"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(path, change, message):
+    refused(made(path, **change), message)
+
+
+def test_other_files_are_refused(path, tmp_path):
+    path.write_bytes(b"GGML" + bytes(100))
+    refused(path, "no GGUF file")
+    path.write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
+    refused(path, "version 0x3000000")
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 1, 0, 0))
+    refused(path, "version 0x1")
+    refused(tmp_path / "none.gguf", "cannot read")
+
+
+def test_every_truncation_is_refused(path):
+    data = made(path).read_bytes()
+    file = gguf.open_file(path)
+    end = max(t.offset + t.dtype.itemsize * int(np.prod(t.shape)) for t in map(stored, file.tensors.values()))
+    for length in [*range(0, 1500, 3), *range(1500, end, 997), end - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(InputError):
+            gguf.open_file(path)
+    path.write_bytes(data[:end])  # the padding behind the last tensor may be missing
+    assert gguf.open_file(path).tensors.keys() == file.tensors.keys()
+
+
+def stored(tensor):
+    """The plain bytes or numbers in the file under a tensor."""
+    tensor = getattr(tensor, "stored", tensor)
+    return getattr(tensor, "packed", tensor)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the package, on blocks that are nonsense
+@pytest.mark.parametrize("flip", [0x01, 0x80])
+def test_no_flipped_byte_of_the_header_gives_another_error(path, flip):
+    data = made(path, **{"tokenizer.ggml.scores": [0.0] * 4, "tokenizer.ggml.tokens": ["a", "b"]}).read_bytes()
+    header = stored(gguf.open_file(path).tensors["model.embed_tokens.weight"]).offset
+    outcomes = {"refused": 0, "read": 0}
+    for i in range(header):
+        path.write_bytes(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
+        try:
+            for tensor in gguf.open_file(path).tensors.values():
+                assert tensor.read().shape == tensor.shape
+            outcomes["read"] += 1
+        except InputError:
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 0

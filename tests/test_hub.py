@@ -1,0 +1,335 @@
+"""Paths, short names and downloads, the latter from a hub of our own on loopback."""
+
+import errno
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from weights_io import catalog, hub
+from weights_io.errors import InputError
+
+CONFIG = b'{"hidden_size": 8}'
+WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
+REPO = "openbmb/tiny"
+FILES = {
+    "config.json": CONFIG,
+    "model.safetensors": WEIGHTS,
+    "pytorch_model.bin": b"never",
+    "tf_model.h5": b"never",
+    "model.onnx": b"never",
+    "tiny-q4.gguf": b"never",
+    "modeling_minicpm.py": b"never",
+    "README.md": b"never",
+    "tokenizer.model": b"pieces",
+    "tokenizer_config.json": b"{}",
+    "chat_template.jinja": b"{{ 1 }}",
+    "onnx/config.json": b"never",
+}
+NEEDED = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
+SHARDS = {
+    "config.json": CONFIG,
+    "pytorch_model.bin.index.json": b'{"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}',
+    "pytorch_model-1.bin": b"1",
+    "pytorch_model-2.bin": b"2",
+    "training_args.bin": b"never",
+}
+# What a user's program does, in a process of its own since the client reads its settings when it is imported.
+CLIENT = """
+import sys
+from weights_io.errors import InputError
+from weights_io.hub import resolve
+
+def check(config):
+    if config["hidden_size"] != 8:
+        raise InputError("hidden_size 9 is not supported.")
+
+try:
+    print(resolve(sys.argv[1], sys.argv[2] or None, check=check))
+except InputError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The part of the hub's HTTP interface that the client uses."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos: dict[tuple[str, str], dict[str, bytes]] = {(REPO, "main"): FILES}
+        self.fetched: list[str] = []  # names of the files whose bytes were asked for, in order
+        self.fault: str | None = None  # "cut" | "stall" | "gated" | "broken"
+        self.released = threading.Event()  # ends a stall
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if self.server.fault == "broken":
+            return self._reply(503)
+        if path.startswith("api/models/"):
+            owner, name, *rest = path.removeprefix("api/models/").split("/", 3)
+            return self._repository(f"{owner}/{name}", *(rest or ["revision", "main"]))
+        if path.count("/") < 4:  # what else the client may ask for is not there
+            return self._reply(404)
+        owner, name, _, revision, file = path.split("/", 4)
+        return self._file(f"{owner}/{name}", revision, file)
+
+    def _find(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        for (known, branch), files in self.server.repos.items():
+            commit = hashlib.sha1(f"{known} {branch}".encode()).hexdigest()
+            if known == repo and revision in (branch, commit):
+                return commit, files
+        known_repo = any(known == repo for known, _ in self.server.repos)
+        self._reply(404, {"X-Error-Code": "RevisionNotFound" if known_repo else "RepoNotFound"})
+        return None
+
+    def _repository(self, repo: str, what: str, revision: str) -> None:
+        if not (found := self._find(repo, revision)):
+            return
+        commit, files = found
+        listing: object = [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in files.items()
+        ]
+        if what == "revision":
+            listing = {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        self._reply(200, {"Content-Type": "application/json"}, json.dumps(listing).encode())
+
+    def _file(self, repo: str, revision: str, name: str) -> None:
+        if not (found := self._find(repo, revision)):
+            return
+        if self.server.fault == "gated":
+            return self._reply(403, {"X-Error-Code": "GatedRepo"})
+        commit, files = found
+        data = files[name]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        if self.command == "GET":
+            self.server.fetched.append(name)
+            if self.server.fault and name == "model.safetensors":
+                first = self.server.fetched.count(name) == 1
+                self._reply(200, headers, data[: len(data) // 2 if first else 0], len(data))
+                self.wfile.flush()
+                if self.server.fault == "stall":
+                    self.server.released.wait(30)
+                return
+        self._reply(200, headers, data)
+
+    def _reply(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"", length: int | None = None):
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(length or len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
+
+
+def start(server: Server, home: Path, repo: str, revision: str = "", **environment: str) -> subprocess.Popen[str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", CLIENT, repo, revision],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**inherited, "no_proxy": "127.0.0.1", **settings},
+        cwd=Path(__file__).parent.parent,
+    )
+
+
+def download(server: Server, home: Path, repo: str, revision: str = "", **environment: str) -> Path:
+    out, err = start(server, home, repo, revision, **environment).communicate(timeout=60)
+    assert out, err
+    return Path(out.splitlines()[-1])
+
+
+def refusal(server: Server, home: Path, repo: str, revision: str = "", **environment: str) -> str:
+    client = start(server, home, repo, revision, **environment)
+    err = client.communicate(timeout=60)[1]
+    assert client.returncode == 1 and "Traceback" not in err, err
+    return next(line for line in err.splitlines() if line.startswith("error: "))
+
+
+def stored(home: Path, name: str) -> list[Path]:
+    return list(home.rglob(f"snapshots/*/{name}"))
+
+
+def test_only_needed_files_are_fetched_and_then_work_offline(server, tmp_path):
+    folder = download(server, tmp_path, REPO)
+    assert sorted(server.fetched) == NEEDED == sorted(path.name for path in folder.iterdir())
+    assert server.fetched[0] == "config.json"
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert download(server, tmp_path, REPO) == folder
+    assert download(server, tmp_path, REPO, HF_HUB_OFFLINE="1") == folder
+    assert download(server, tmp_path, REPO, HF_ENDPOINT="http://127.0.0.1:9") == folder  # nobody listens there
+    assert sorted(server.fetched) == NEEDED, "something was fetched a second time"
+
+
+def test_shards_are_those_of_the_index(server, tmp_path):
+    server.repos[REPO, "main"] = SHARDS
+    assert sorted(path.name for path in download(server, tmp_path, REPO).iterdir()) == sorted(SHARDS)[:4]
+    server.repos[REPO, "main"] = {key: value for key, value in SHARDS.items() if key != "pytorch_model-2.bin"}
+    assert "lacks pytorch_model-2.bin" in refusal(server, tmp_path / "other", REPO)
+
+
+def test_unsupported_config_is_refused_before_the_weights(server, tmp_path):
+    server.repos[REPO, "main"] = {**FILES, "config.json": b'{"hidden_size": 9}'}
+    assert refusal(server, tmp_path, REPO) == "error: hidden_size 9 is not supported."
+    assert server.fetched == ["config.json"]
+
+
+def test_revision(server, tmp_path):
+    server.repos[REPO, "step-10000"] = {**FILES, "model.safetensors": b"early"}
+    assert (download(server, tmp_path, REPO, "step-10000") / "model.safetensors").read_bytes() == b"early"
+    assert f"{REPO} has no revision 'step-7'" in refusal(server, tmp_path, REPO, "step-7")
+
+
+def test_refusals_are_one_sentence(server, tmp_path):
+    assert "no repository openbmb/MiniCPM-2B-sft" in (text := refusal(server, tmp_path, "openbmb/MiniCPM-2B-sft"))
+    assert text.endswith("did you mean minicpm-2b or minicpm-2b-fp32 or minicpm-2b-int4?")
+    offline = refusal(server, tmp_path, REPO, HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set" in offline and f"hf download {REPO}" in offline
+    assert "http://127.0.0.1:9 cannot be reached" in refusal(server, tmp_path, REPO, HF_ENDPOINT="http://127.0.0.1:9")
+    server.repos[REPO, "gguf"] = {"tiny-q4.gguf": b""}
+    assert f"hf download {REPO} FILE.gguf" in refusal(server, tmp_path, REPO, "gguf")
+    server.repos[REPO, "bare"] = {"config.json": CONFIG}
+    assert "no .safetensors or pytorch_model" in refusal(server, tmp_path, REPO, "bare")
+    server.fault = "broken"
+    assert "answered 503" in refusal(server, tmp_path, REPO)
+    server.fault = "gated"
+    assert "accept its terms" in refusal(server, tmp_path, REPO)
+    assert stored(tmp_path, "model.safetensors") == []
+
+
+@pytest.mark.slow  # the client tries five times
+def test_cut_download_leaves_no_half_file(server, tmp_path):
+    server.fault = "cut"
+    assert "broke off" in refusal(server, tmp_path, REPO)
+    assert stored(tmp_path, "config.json") and not stored(tmp_path, "model.safetensors")
+    # Half a snapshot is not a model.
+    assert "not wholly" in refusal(server, tmp_path, REPO, HF_HUB_OFFLINE="1")
+    server.fault = None
+    assert (download(server, tmp_path, REPO) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_killed_download_leaves_no_half_file(server, tmp_path):
+    server.fault = "stall"
+    client = start(server, tmp_path, REPO)
+    until = time.monotonic() + 30
+    while not ("model.safetensors" in server.fetched and list(tmp_path.rglob("*.incomplete"))):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    client.kill()
+    client.communicate()
+    assert "model.safetensors" in server.fetched and not stored(tmp_path, "model.safetensors")
+    server.fault = None
+    assert (download(server, tmp_path, REPO) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_full_disk(monkeypatch):
+    def full(*args: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(InputError, match="disk of .* is full: free space for a/b, or set HF_HOME"):
+        hub.HuggingFace("a/b", None).fetch(["config.json"])
+
+
+def test_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model.gguf").touch()
+    Path("model.txt").touch()
+    assert hub.resolve("model") == Path("model") and hub.resolve(tmp_path) == tmp_path
+    assert hub.resolve("model.gguf") == Path("model.gguf")
+    with pytest.raises(InputError, match="neither a model folder nor a .gguf file"):
+        hub.resolve("model.txt")
+    with pytest.raises(InputError, match="has no revision 'main'"):
+        hub.resolve("model", revision="main")
+    with pytest.raises(InputError, match="'minicmp-2b' is no folder.*did you mean minicpm-2b"):
+        hub.resolve("minicmp-2b")
+    for path in ("./missing", "/no/such/folder", "a/b/c", "../b", ""):
+        with pytest.raises(InputError, match="is no folder, .gguf file, owner/name of a hub or short name"):
+            hub.resolve(path)
+
+
+def test_built_in_model_is_the_default(tmp_path, monkeypatch):
+    package = tmp_path / "minicpm_data"
+    (package / "pico").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.delitem(sys.modules, "minicpm_data", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert hub.resolve() == hub.resolve("pico") == package / "pico"
+    (package / "pico").rmdir()
+    with pytest.raises(InputError, match="built-in model is missing"):
+        hub.resolve()
+
+
+def test_modelscope_names_what_is_missing(monkeypatch):
+    with pytest.raises(InputError, match="hub 'modelhub' is not known"):
+        hub.resolve("minicpm-1b", hub="modelhub")
+    with pytest.raises(InputError, match="no ModelScope repository of minicpm-2b-fp32"):
+        hub.resolve("minicpm-2b-fp32", hub="modelscope")
+    monkeypatch.setattr(hub, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'minicpm-jax-mlx\[modelscope\]'"):
+        hub.resolve("minicpm-1b", hub="modelscope")
+
+
+@pytest.mark.parametrize("weight_map", ['{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{}"])
+def test_damaged_index(tmp_path, weight_map):
+    name = "model.safetensors.index.json"
+    (tmp_path / name).write_text(weight_map)
+    with pytest.raises(InputError, match="holds no weight_map"):
+        hub.weight_files([name], lambda names: tmp_path, "a/b")
+
+
+def parameters(config: dict) -> int:
+    """Sum over the shapes of a text model, written out by hand."""
+    D, F, V, L = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers"))
+    K = D // config["num_attention_heads"] * config["num_key_value_heads"]
+    experts = config.get("num_experts", 1)
+    router = experts * D if experts > 1 else 0
+    layer = 2 * D * D + 2 * D * K + experts * 3 * D * F + router + 2 * D
+    return L * layer + D + (1 if config.get("tie_word_embeddings", True) else 2) * V * D
+
+
+def test_catalog():
+    names = [entry.name for entry in catalog.CATALOG]
+    repos = [entry.repo for entry in catalog.CATALOG]
+    assert len(set(names)) == len(names) and len(set(repos)) == len(repos)
+    for entry in catalog.CATALOG:
+        assert entry.repo is None or hub.REPOSITORY.fullmatch(entry.repo)
+        if entry.config:
+            assert entry.config.get("torch_dtype") == entry.dtype
+            if entry.architecture != "minicpmv":
+                assert parameters(dict(entry.config)) == entry.parameters, entry.name
+    assert catalog.find("MiniCPM-2B") is catalog.find("openbmb/MiniCPM-2B-sft-bf16") is not None
+    assert catalog.find("gpt-2") is None

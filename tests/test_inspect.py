@@ -1,0 +1,147 @@
+"""What is said of a model without reading its weights."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from weights_io.checkpoint import open_checkpoint
+from weights_io.errors import InputError
+from weights_io.files.safetensors import Computed, write_file
+from weights_io.files.tensor import FileTensor
+from weights_io.inspect import Options, inspect, lines, look_up, main
+
+
+@pytest.fixture
+def model(reference, tmp_path):
+    """A copy of dense_2b that a test may spoil."""
+    return shutil.copytree(reference("dense_2b"), tmp_path / "model", copy_function=shutil.copyfile)
+
+
+def test_counts_sizes_and_scales(reference):
+    report = inspect(reference("dense_2b"))
+    tensors = open_checkpoint(reference("dense_2b")).tensors
+    assert report.parameters == sum(t.read().size for t in tensors.values())
+    assert report.parameters - report.parameters_without_embedding == 320 * 96
+    assert report.stored == {"float32": 29} and report.dtype == "float32"
+    size = (reference("dense_2b") / "model.safetensors").stat().st_size
+    assert report.files == {"model.safetensors": {"bytes": size, "tensors": 29}} and report.bytes == size
+    assert report.context_length == 4096
+    assert report.derived == pytest.approx(
+        {"embedding_scale": 12, "residual_scale": 1.4 / np.sqrt(3), "logit_divisor": 3}
+    )
+    assert report.tokenizer is None and not report.problems
+    assert [note.split(";")[0] for note in report.unusual] == [
+        "config.json has no model_type",
+        "config.json has no rope_theta",
+        "config.json has no tie_word_embeddings",
+    ]
+
+
+def test_head_counts_as_embedding_when_it_is_untied(reference):
+    report = inspect(reference("llama_format"))
+    assert report.parameters - report.parameters_without_embedding == 2 * 320 * 96
+    assert report.unusual == [] and report.derived["logit_divisor"] == 1
+
+
+def test_no_weight_is_read(reference, monkeypatch):
+    def read(self, index=()):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(FileTensor, "read", read)
+    for name in ("dense_2b", "bin", "sharded", "gguf/model-q4_0.gguf"):
+        assert inspect(reference(name)).files
+
+
+def test_every_shard_is_counted(reference):
+    report = inspect(reference("sharded"))
+    assert [file["tensors"] for file in report.files.values()] == [10, 10, 9]
+
+
+def test_gguf_types_and_tokenizer(reference):
+    report = inspect(reference("gguf/model-q4_0.gguf"))
+    assert report.stored == {"Q4_0": 15, "Q6_K": 1, "float32": 5}
+    assert (report.tokenizer, report.tokenizer_ids) == ("GGUF (llama)", 512)
+
+
+def test_unusual_tensors_are_told(model, reference):
+    notes = " ".join(inspect(reference("bin")).unusual)
+    assert "stored a second time" in notes and "torch pickles" in notes
+    tensors = dict(open_checkpoint(model).tensors)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = Computed((8,), np.dtype(np.float32), lambda: np.ones(8))
+    half = tensors["model.norm.weight"]
+    tensors["model.norm.weight"] = Computed(half.shape, np.dtype(np.float16), lambda: half.read().astype(np.float16))
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = Computed(
+        (8,), np.dtype(np.float32), lambda: np.ones(8, np.float32)
+    )
+    write_file(model / "new", tensors)
+    (model / "new").replace(model / "model.safetensors")
+    report = inspect(model)
+    notes = " ".join(report.unusual)
+    assert "1 rotary buffers" in notes and "several dtypes: float16, float32" in notes
+    assert "config.json says float32 and the tensors are float16 and float32" in notes
+    assert not report.problems
+
+
+def test_tokenizer_and_chat_template(model):
+    spec = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 299}}, "added_tokens": [{"id": 310, "content": "<x>"}]}
+    (model / "tokenizer.json").write_text(json.dumps(spec))
+    report = inspect(model)
+    assert (report.tokenizer, report.tokenizer_ids) == ("tokenizer.json (BPE)", 311)
+    assert "<用户>{}<AI>" in report.chat_template
+    assert any("9 more rows than the tokenizer has ids (311)" in note for note in report.unusual)
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "x", "added_tokens_decoder": {"400": {"content": "<y>"}}})
+    )
+    report = inspect(model)
+    assert "tokenizer_config.json" in report.chat_template
+    assert any("401 ids" in problem for problem in report.problems)
+    (model / "tokenizer.json").write_text('{"model": []}')
+    assert any("do not describe a tokenizer" in problem for problem in inspect(model).problems)
+
+
+def test_faults_of_the_weights_are_told_beside_what_is_known(model, capsys):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(InputError, match="truncated"):
+        main(Options(model=str(model)))
+    assert "266,400" in capsys.readouterr().out
+    weights.unlink()
+    assert inspect(model).problems and not inspect(model, downloaded=True).problems
+    assert any("not (or not wholly) downloaded" in note for note in inspect(model, downloaded=True).unusual)
+    tensors = {"model.norm.weight": Computed((96,), np.dtype(np.float32), lambda: np.ones(96, np.float32))}
+    write_file(weights, tensors)
+    assert any("28 missing" in problem for problem in inspect(model).problems)
+
+
+def test_the_catalogue_answers_where_the_hub_cannot(monkeypatch):
+    def refuse(*arguments, **options):
+        raise InputError("no network.")
+
+    monkeypatch.setattr("weights_io.hub.resolve", refuse)
+    report = look_up(Options(model="minicpm-2b"))
+    assert (report.parameters, report.parameters_without_embedding) == (2_724_880_896, 2_442_057_984)
+    assert report.unusual == ["the repository itself could not be asked: no network."]
+    assert "unknown" in "\n".join(lines(report))
+    with pytest.raises(InputError, match="no network"):
+        look_up(Options(model="someone/else"))
+
+
+def test_json_is_for_machines(reference, capsys):
+    main(Options(model=str(reference("long_128k")), json=True))
+    report = json.loads(capsys.readouterr().out)
+    assert report["config"]["rope_scaling"]["type"] == "dynamic"
+    assert report["parameters"] == inspect(reference("long_128k")).parameters
+
+
+def test_bad_input_is_one_sentence_and_status_2(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_experts": 8}')
+    for model in (tmp_path, tmp_path / "nowhere"):
+        done = subprocess.run(
+            [sys.executable, "-m", "weights_io.inspect", "--model", str(model)], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

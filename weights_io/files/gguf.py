@@ -1,0 +1,393 @@
+"""GGUF files of llama.cpp as Hugging Face checkpoints: tensors under Hugging Face names and a ``config.json`` dict.
+
+Quantised blocks are taken apart by ``gguf.quants``. The header is read here and not by ``gguf.GGUFReader`` (the oracle
+of the tests), which trusts every count in the file: one wrong array length makes it walk through the whole file.
+Format: github.com/ggml-org/ggml docs/gguf.md. What the numbers mean: llama.cpp, conversion and model code of the
+``minicpm`` and ``llama`` architectures.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from weights_io.errors import InputError
+from weights_io.files.tensor import FileTensor, LazyTensor, contiguous_strides
+
+ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
+MAX_DIMS = 4  # of ggml
+STRING, ARRAY = 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's names
+U32, U64 = SCALARS[4], SCALARS[10]
+MAX_ITEM = 2**27  # bytes of one string or array of metadata; a vocabulary of 128k has 0.5 MB of scores
+PLAIN = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+}
+
+ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM", "llama": "LlamaForCausalLM"}
+MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# llama.cpp's tables of per-frequency RoPE factors (Llama 3.1, LongRoPE).
+ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Metadata (behind the architecture's name) that changes the numbers unless it is 0.
+UNSUPPORTED = ("expert_count", "attention.sliding_window", "attention.scale", "attention.clamp_kqv")
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """What a GGUF file says, in the terms of a Hugging Face folder."""
+
+    metadata: dict[str, Any]  # as stored; arrays are lists
+    tensors: dict[str, LazyTensor]  # by Hugging Face name; a tensor without one keeps its own
+    config: dict[str, Any]  # the contents of a config.json
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """A tensor in quantised blocks along its last axis; the blocks asked for are dequantised to float32 when read."""
+
+    packed: FileTensor  # uint8, last axis in bytes
+    shape: tuple[int, ...]
+    kind: str  # Q4_0, Q6_K, ...
+    dtype: np.dtype = np.dtype(np.float32)
+
+    @property
+    def source(self) -> Path:
+        return self.packed.source
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+        kind = GGMLQuantizationType[self.kind]
+        elements, size = GGML_QUANT_SIZES[kind]  # of a block
+        lead, last = index[: len(self.shape) - 1], index[len(self.shape) - 1 :]
+        start, stop, _ = last[0].indices(self.shape[-1]) if last else (0, self.shape[-1], 1)
+        first = start // elements
+        blocks = slice(first * size, math.ceil(stop / elements) * size)
+        every = (slice(None),) * (len(self.shape) - 1 - len(lead))
+        packed = np.ascontiguousarray(self.packed.read((*lead, *every, blocks)))
+        shape = (*packed.shape[:-1], max(0, stop - start))
+        if 0 in shape:
+            return np.empty(shape, self.dtype)
+        return quants.dequantize(packed, kind)[..., start - first * elements : stop - first * elements]
+
+
+@dataclass(frozen=True)
+class UnpermutedTensor:
+    """A q or k projection in Hugging Face's row order. llama.cpp stores the rows of each head so that the two halves
+    alternate (its RoPE turns neighbours): row ``half * H/2 + j`` of a head is its row ``2 * j + half``."""
+
+    stored: LazyTensor
+    head_dim: int  # H
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.stored.dtype
+
+    @property
+    def source(self) -> Path:
+        return self.stored.source
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        start, stop, _ = index[0].indices(self.shape[0]) if index else (0, self.shape[0], 1)
+        if start >= stop:
+            return self.stored.read((slice(0, 0), *index[1:]))
+        head, row = np.divmod(np.arange(start, stop), self.head_dim)
+        half, j = np.divmod(row, self.head_dim // 2)
+        rows = head * self.head_dim + 2 * j + half
+        first = int(rows.min())
+        return self.stored.read((slice(first, int(rows.max()) + 1), *index[1:]))[rows - first]
+
+
+def open_file(path: Path) -> GGUFFile:
+    """Read the header of a GGUF file; its tensors stay in the file.
+
+    Raises:
+        InputError: the file is missing, damaged or truncated, not of the architectures minicpm and llama, or has
+            something that would change the numbers and is not supported (experts, RoPE tables, YaRN, split files).
+    """
+    try:
+        with open(path, "rb") as file:
+            metadata, stored = _Header(path, file).read()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}.") from error
+    config = _Metadata(path, metadata).config(stored)
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in stored.items():
+        name = _hugging_face_name(name)
+        if name in tensors:
+            raise InputError(f"{path} has two tensors for {name}; convert the model anew.")
+        count = heads.get(name.split(".")[-2]) if name.startswith("model.layers.") else None
+        if count is not None and tensor.shape:
+            if tensor.shape[0] % (2 * count):
+                raise InputError(f"{name} in {path} has {tensor.shape[0]} rows, no pairs for {count} heads each.")
+            tensor = UnpermutedTensor(tensor, tensor.shape[0] // count)
+        tensors[name] = tensor
+    return GGUFFile(metadata, tensors, config)
+
+
+def _hugging_face_name(name: str) -> str:
+    match name.split("."):
+        case [module, kind] if module in MODULES:
+            return f"{MODULES[module]}.{kind}"
+        case ["blk", layer, module, kind] if module in LAYER_MODULES:
+            return f"model.layers.{layer}.{LAYER_MODULES[module]}.{kind}"
+    return name
+
+
+class _Header:
+    """A GGUF header, read from front to back; nothing in it is believed that the file has no room for."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file = path, file
+        self.size = file.seek(0, 2)
+        file.seek(0)
+
+    def refuse(self, text: str) -> InputError:
+        return InputError(f"{self.path} {text}; download it again or convert it anew.")
+
+    def read(self) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+        """Metadata, and the tensors under their own names."""
+        if self.size < 8 or self.file.read(4) != b"GGUF":
+            raise self.refuse("is no GGUF file (it does not begin with GGUF)")
+        version = self.number(U32)
+        if version not in (2, 3):
+            raise self.refuse(f"has GGUF version {version:#x}, and 2 and 3 (little-endian) are read here")
+        tensor_count, key_count = self.number(U64), self.number(U64)
+        metadata: dict[str, Any] = {}
+        for _ in range(key_count):
+            key = self.string()
+            if key in metadata:
+                raise self.refuse(f"has the metadata key {key} twice")
+            metadata[key] = self.value(self.number(U32))
+        entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(tensor_count):
+            name = self.string()
+            if name in entries:
+                raise self.refuse(f"has the tensor {name} twice")
+            entries[name] = self.tensor_entry(name)
+        alignment = metadata.get("general.alignment", ALIGNMENT)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise self.refuse(f"has the alignment {alignment!r}, not a power of two")
+        return metadata, self.place(entries, alignment)
+
+    def place(self, entries: dict[str, tuple[tuple[int, ...], int, int]], alignment: int) -> dict[str, LazyTensor]:
+        """The tensors lie one after the other, each padded to the alignment."""
+        start = _padded(self.file.tell(), alignment)
+        position = 0
+        tensors: dict[str, LazyTensor] = {}
+        for name, (shape, kind, offset) in entries.items():
+            if offset != position:
+                raise self.refuse(f"has {name} at byte {offset} of its data where {position} is due")
+            tensors[name], length = self.tensor(name, shape, kind, start + offset)
+            if start + offset + length > self.size:
+                raise self.refuse(f"is truncated: {name} ends at byte {start + offset + length} of {self.size}")
+            position = _padded(offset + length, alignment)
+        return tensors
+
+    def tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> tuple[LazyTensor, int]:
+        """A tensor at a place in the file, and its length in bytes."""
+        block = _block(kind)
+        if block is None:
+            raise InputError(f"{name} in {self.path} has the type number {kind}, which the gguf package cannot read.")
+        label, elements, size = block
+        if label in PLAIN:
+            dtype = PLAIN[label]
+            tensor = FileTensor(self.path, offset, dtype, shape, contiguous_strides(shape))
+            return tensor, math.prod(shape) * dtype.itemsize
+        if not shape or shape[-1] % elements:
+            raise self.refuse(f"has {name} of shape {list(shape)} in {label} blocks of {elements} along the last axis")
+        packed = (*shape[:-1], shape[-1] // elements * size)
+        bytes_ = FileTensor(self.path, offset, np.dtype(np.uint8), packed, contiguous_strides(packed))
+        return BlockTensor(bytes_, shape, label), math.prod(packed)
+
+    def tensor_entry(self, name: str) -> tuple[tuple[int, ...], int, int]:
+        """Shape (the file has it reversed), type number, offset (bytes into the data)."""
+        dims = self.number(U32)
+        if dims > MAX_DIMS:
+            raise self.refuse(f"gives {name} {dims} dimensions, more than ggml's {MAX_DIMS}")
+        shape = tuple(self.number(U64) for _ in range(dims))[::-1]
+        if math.prod(max(n, 1) for n in shape) >= 2**60:
+            raise self.refuse(f"gives {name} the impossible shape {list(shape)}")
+        return shape, self.number(U32), self.number(U64)
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind != ARRAY:
+            raise self.refuse(f"has metadata of the unknown type {kind}")
+        kind, count = self.number(U32), self.number(U64)
+        if kind == STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in SCALARS:
+            raise self.refuse(f"has a metadata array of the type {kind}")
+        dtype = np.dtype(f"<{SCALARS[kind]}")
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+
+    def string(self) -> str:
+        try:
+            return self.take(self.number(U64)).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.refuse(f"has a string that is not UTF-8 before byte {self.file.tell()}") from error
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
+
+    def take(self, count: int) -> bytes:
+        position = self.file.tell()
+        if count > min(self.size - position, MAX_ITEM):
+            raise self.refuse(f"is truncated or damaged: {count} bytes are due at byte {position} of {self.size}")
+        return self.file.read(count)
+
+
+def _padded(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
+@cache
+def _block(kind: int) -> tuple[str, int, int] | None:
+    """Name, elements and bytes of a block of a ggml type; None where the gguf package cannot dequantise it."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    try:
+        known = GGMLQuantizationType(kind)
+        elements, size = GGML_QUANT_SIZES[known]
+        if known.name not in PLAIN:
+            quants.dequantize(np.zeros((1, size), np.uint8), known)
+    except (ValueError, NotImplementedError):
+        return None
+    return known.name, elements, size
+
+
+class _Metadata:
+    """The config.json that the metadata of a minicpm or llama file stands for."""
+
+    def __init__(self, path: Path, values: dict[str, Any]):
+        self.path, self.values = path, values
+        self.architecture: Any = values.get("general.architecture")
+
+    def config(self, stored: dict[str, LazyTensor]) -> dict[str, Any]:
+        self.refuse_unsupported(stored)
+        embedding = stored.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise InputError(f"{self.path} has no token_embd.weight of two dimensions; convert the model anew.")
+        heads = self.count("attention.head_count")
+        config: dict[str, Any] = {
+            "architectures": [ARCHITECTURES[self.architecture]],
+            "model_type": self.architecture,
+            "vocab_size": embedding.shape[0],
+            "hidden_size": self.count("embedding_length"),
+            "intermediate_size": self.count("feed_forward_length"),
+            "num_hidden_layers": self.count("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.count("attention.head_count_kv", heads),
+            "hidden_act": "silu",
+            "max_position_embeddings": self.count("context_length"),
+            "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self.number("rope.freq_base", 10000.0),
+            "rope_scaling": self.rope_scaling(),
+            "tie_word_embeddings": "output.weight" not in stored,
+        }
+        if (head_dim := self.head_dim()) is not None:
+            config["head_dim"] = head_dim
+        if self.architecture == "minicpm":
+            config |= self.scales(config["hidden_size"], config["num_hidden_layers"])
+        for key in ("bos_token_id", "eos_token_id"):
+            if (token := self.values.get(f"tokenizer.ggml.{key}")) is not None:
+                config[key] = token
+        return config
+
+    def refuse_unsupported(self, stored: dict[str, LazyTensor]) -> None:
+        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
+            raise InputError(
+                f"{self.path} has the architecture {self.architecture!r}; read here are {' and '.join(ARCHITECTURES)}."
+            )
+        if self.values.get("split.count", 0) not in (0, 1):
+            raise InputError(f"{self.path} is one part of a split file; join the parts with llama-gguf-split --merge.")
+        for key in UNSUPPORTED:
+            if self.get(key, 0) != 0:
+                raise InputError(f"{self.path} has {self._said(key, self.get(key))}, which is not supported in GGUF.")
+        for name in ROPE_TABLES:
+            if name in stored:
+                raise InputError(f"{self.path} has {name}, a RoPE scaling that is not supported; use another model.")
+
+    def scales(self, hidden_size: int, layers: int) -> dict[str, Any]:
+        """The file has residual_scale = scale_depth / sqrt(layers) and logit_scale = hidden_size / dim_model_base, the
+        divisor of the logits. Files of before these keys are MiniCPM-2B, whose constants llama.cpp hard-coded."""
+        scales: dict[str, Any] = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256}
+        if self.get("embedding_scale") is not None:
+            scales["scale_emb"] = self.number("embedding_scale")
+        if self.get("residual_scale") is not None:
+            depth = self.number("residual_scale") * math.sqrt(layers)
+            scales["scale_depth"] = float(f"{depth:.7g}")  # the digits that a float32 has
+        if self.get("logit_scale") is not None:
+            base = hidden_size / self.number("logit_scale")
+            scales["dim_model_base"] = round(base)
+            if abs(base - round(base)) > 1e-5 * base:
+                raise InputError(f"{self.path} has a minicpm.logit_scale that is not hidden_size / a whole number.")
+        return scales
+
+    def rope_scaling(self) -> dict[str, Any] | None:
+        kind = self.get("rope.scaling.type", "linear")
+        if kind == "none":
+            return None
+        if kind != "linear":
+            raise InputError(f"{self.path} has the RoPE scaling {kind!r}, which is not read from GGUF; only linear is.")
+        key = "rope.scaling.factor" if self.get("rope.scaling.factor") is not None else "rope.scale_linear"  # old name
+        factor = self.number(key, 1.0)
+        return None if factor == 1 else {"type": "linear", "factor": factor}
+
+    def head_dim(self) -> int | None:
+        keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+        given = {key: self.count(key) for key in keys if self.get(key) is not None}
+        if len(set(given.values())) > 1:
+            raise InputError(f"{self.path} has different {' and '.join(given)}, which is not supported.")
+        return next(iter(given.values()), None)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(f"{self.architecture}.{key}", default)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{self.path} has {self._said(key, value)} where a positive whole number is needed.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number, with the digits that a float32 has: 1e-05, not 9.999999747378752e-06."""
+        value = self.get(key, default)
+        if type(value) in (int, float) and 1e-37 < value < 1e38:  # a float32's range
+            return float(str(np.float32(value)))
+        raise InputError(f"{self.path} has {self._said(key, value)} where a positive number is needed.")
+
+    def _said(self, key: str, value: Any) -> str:
+        return f"{self.architecture}.{key} = {str(value):.60}" if value is not None else f"no {self.architecture}.{key}"
