@@ -38,8 +38,10 @@ class Tokenizer:
     ):
         """``fast``: a `tokenizers.Tokenizer` (see `build`). ``add_bos``, ``add_eos``: None leaves it to ``fast``.
 
-        InputError where ``fast`` decodes in a way that is not supported.
+        InputError where ``fast`` is not BPE, or decodes in a way that is not supported.
         """
+        if (kind := type(fast.model).__name__) != "BPE":
+            raise InputError(f"tokenizer.json holds a {kind} model; only BPE tokenizers are supported.")
         self._fast = fast
         decoder = json.loads(fast.decoder.__getstate__()) if fast.decoder else None
         self._decoder = Decoder(decoder, fast.id_to_token)

@@ -127,12 +127,15 @@ def attend(
 ) -> Float[Array, "B T NH"]:
     """softmax(q k / sqrt(H)) v with scores and softmax in float32; head n reads key/value head n // G."""
     batch, width, heads, head_dim = q.shape
-    grouped = q.reshape(batch, width, k.shape[2], -1, head_dim)
+    # Turn the small operands, not the scores: with batch and head axes leading, no [T, S] array is ever transposed.
+    q = q.reshape(batch, width, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
     highest = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, precision=highest, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, precision=highest, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=highest).reshape(batch, width, heads * head_dim)
+    mixed = jnp.einsum("bkgts,bksh->bkgth", weights, v, precision=highest)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * head_dim)
 
 
 def _written(cache: Cache, layer: ArrayLike, k: Float[Array, "B T KH"], v: Float[Array, "B T KH"]) -> Cache:

@@ -38,7 +38,7 @@ CHANGES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 4,
     "head_dim": 16,
-    "rms_norm_eps": 1e-3,
+    "rms_norm_eps": 1e-1,
     "rope_theta": 90.0,
     "rope_scaling": RopeScaling("dynamic", 3.0),
     "max_position_embeddings": 9,

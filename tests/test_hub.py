@@ -221,7 +221,7 @@ def test_refusals_are_one_sentence(server, tmp_path):
     server.repos[REPO, "gguf"] = {"tiny-q4.gguf": b""}
     assert f"hf download {REPO} FILE.gguf" in refusal(server, tmp_path, REPO, "gguf")
     server.repos[REPO, "bare"] = {"config.json": CONFIG}
-    assert "no .safetensors or pytorch_model" in refusal(server, tmp_path, REPO, "bare")
+    assert "holds none of model.safetensors" in refusal(server, tmp_path, REPO, "bare")
     server.fault = "broken"
     assert "answered 503" in refusal(server, tmp_path, REPO)
     server.fault = "gated"

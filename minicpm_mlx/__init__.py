@@ -1,0 +1,21 @@
+"""MiniCPM in MLX: models, generation and training on Apple silicon (and on Linux, where MLX runs on the CPU)."""
+
+import importlib.util
+
+from weights_io import lazy_exports
+
+# `mlx` is a namespace package: a leftover folder of that name is found without MLX in it.
+if importlib.util.find_spec("mlx") is None or importlib.util.find_spec("mlx.core") is None:
+    raise ImportError("minicpm_mlx needs MLX: pip install 'minicpm-jax-mlx[mlx]'.")
+
+lazy_exports.install(
+    __name__,
+    {
+        "Model": "model",
+        "load": "loading",
+        "generate": "generate",
+        "stream_generate": "generate",
+        "batch_generate": "generate",
+        "chat": "chat",
+    },
+)

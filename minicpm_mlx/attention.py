@@ -1,0 +1,113 @@
+"""Causal self-attention with rotary positions and the key/value caches of `mlx_lm`.
+
+Dims as in model.py: B batch, T new tokens, S cache slots, D hidden, N query heads, K key/value heads, G = N / K,
+      H head dimension.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
+
+from weights_io.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the T new tokens stand and what they may see."""
+
+    offset: int | mx.array  # position of the first new token; [B] where rows differ, negative where padding comes first
+    freqs: mx.array  # positions to a radian: [H/2], or [B, H/2] where rows differ
+    mask: mx.array | str | None  # [B, 1, T, S] bool, "causal", or None: a single token sees everything
+
+
+def positions_of(
+    config: ModelConfig,
+    ids: mx.array,
+    mask: mx.array | None = None,
+    cache: Any | None = None,
+    segments: mx.array | None = None,
+) -> Positions:
+    """Positions of new tokens (``ids`` [B, T], for the shape): after those in ``cache`` (any one layer's), or of a
+    whole batch with padding (``mask`` [B, T]) or several packed documents in a row (``segments`` [B, T]: numbered; each
+    sees only itself). RoPE is relative: a document inside a row needs no positions of its own."""
+    width = ids.shape[1]
+    offset = 0 if cache is None else cache.offset
+    freqs = rope_freqs(config, offset + width)
+    if mask is None and segments is None:
+        return Positions(offset, freqs, create_attention_mask(ids, cache))
+    visible = mx.tril(mx.ones((width, width), mx.bool_))[None]
+    if mask is not None:
+        # A padding token sees itself: a row of nothing would be NaN, which no mask takes out of the values again.
+        visible = visible & ((mask[:, None, :] != 0) | mx.eye(width, dtype=mx.bool_))
+        offset = -mx.argmax(mask != 0, axis=1).astype(mx.int32)
+    if segments is not None:
+        visible = visible & (segments[:, :, None] == segments[:, None, :])
+    return Positions(offset, freqs, visible[:, None])
+
+
+def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:
+    """theta^(2h/H) in float32, half-split order (arXiv 2104.09864): [H/2], or [B, H/2] for lengths [B]. Dynamic NTK
+    scaling grows the base with ``length``, the number of tokens seen so far."""
+    half = mx.arange(0, config.head_dim, 2, dtype=mx.float32) / config.head_dim
+    theta = mx.array(config.rope_theta, mx.float32)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.type == "dynamic":
+        length = mx.array(length, mx.float32)[..., None]
+        stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
+        grown = theta * stretch ** (config.head_dim / (config.head_dim - 2))
+        theta = mx.where(length > config.max_position_embeddings, grown, theta)
+    freqs = theta**half
+    if scaling is not None and scaling.type == "linear":
+        freqs = freqs * scaling.factor  # as good as dividing the position
+    return freqs
+
+
+def rotate(x: mx.array, positions: Positions) -> mx.array:
+    """Turn each pair (h, h + H/2) of x [B, N or K, T, H] by its angle, in float32, and round back to x's dtype."""
+    # The Metal kernel computes in float32 whatever the dtype; the CPU's would round cos and sin to bfloat16.
+    wide = x.astype(mx.float32) if mx.default_device() == mx.cpu else x
+
+    def turn(rows: mx.array, offset: int | mx.array, freqs: mx.array) -> mx.array:
+        return mx.fast.rope(rows, rows.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+
+    if positions.freqs.ndim == 1:
+        return turn(wide, positions.offset, positions.freqs).astype(x.dtype)
+    starts = mx.array(positions.offset)
+    rows = [turn(wide[b : b + 1], starts[b], positions.freqs[b]) for b in range(x.shape[0])]  # one base in each call
+    return mx.concatenate(rows).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> mx.array:
+        """[B, T, D] to [B, T, D]; ``cache``: this layer's, written in place."""
+        batch, width, _ = x.shape
+        q = self.q_proj(x).reshape(batch, width, self.heads, self.head_dim).transpose(0, 2, 1, 3)
+        k = self.k_proj(x).reshape(batch, width, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        v = self.v_proj(x).reshape(batch, width, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        q, k = rotate(q, positions), rotate(k, positions)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        return self.o_proj(attend(q, k, v, positions.mask, cache))
+
+
+def attend(q: mx.array, k: Any, v: Any, mask: mx.array | str | None, cache: Any | None = None) -> mx.array:
+    """softmax(q k / sqrt(H)) v [B, T, NH] of q [B, N, T, H] and k, v [B, K, S, H] (packed ones of a quantised
+    ``cache``), with the softmax in float32; head n reads key/value head n // G."""
+    batch, heads, width, head_dim = q.shape
+    out = scaled_dot_product_attention(q, k, v, cache=cache, scale=head_dim**-0.5, mask=mask)
+    return out.transpose(0, 2, 1, 3).reshape(batch, width, heads * head_dim)

@@ -1,0 +1,70 @@
+"""From a checkpoint's file slices to MLX arrays.
+
+One tensor at a time is read and converted, whatever the format, so that peak memory is the weights plus one tensor.
+`mx.load` is not used: it refuses a file for one float64 tensor in it, and reads neither PyTorch's nor all GGUF files.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from minicpm_data.of_checkpoint import tokenizer_of
+from minicpm_mlx.model import Model
+from weights_io.checkpoint import Checkpoint, open_checkpoint
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.files.tensor import LazyTensor
+from weights_io.hub import resolve
+
+if TYPE_CHECKING:
+    from minicpm_data.tokenizer import Tokenizer
+
+
+def load(
+    path_or_repo: str | Path | None = None,
+    dtype: str | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    hub: str = "huggingface",
+) -> "tuple[Model, Tokenizer | None]":
+    """Load a released checkpoint as it stands.
+
+    ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
+    ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``revision``: a branch or commit of the hub.
+    Returns the model and its tokenizer (None where the folder holds no tokenizer files). Raises `InputError` with one
+    sentence where something cannot be used.
+    """
+    if adapter is not None:
+        raise InputError("adapters are not supported yet; merge the adapter into the checkpoint and load that.")
+    path = resolve(path_or_repo, revision=revision, hub=hub, check=ModelConfig.from_dict)
+    checkpoint = open_checkpoint(path)
+    tokenizer = tokenizer_of(checkpoint)
+    return load_weights(checkpoint, dtype), tokenizer
+
+
+def load_weights(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
+    """The model of an opened checkpoint, every weight read."""
+    target = getattr(mx, check_dtype(dtype or checkpoint.dtype))
+    model = Model(checkpoint.config, checkpoint.eos_token_ids)
+    model.load_weights([(name, _read(tensor, target)) for name, tensor in checkpoint.tensors.items()])
+    return model.eval()
+
+
+def check_dtype(dtype: str) -> str:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype {dtype!r} is not supported; choose float32, bfloat16 or float16.")
+    return dtype
+
+
+def _read(tensor: LazyTensor, dtype: mx.Dtype) -> mx.array:
+    """One tensor of the files, in memory. bfloat16 goes by its bits; MLX has no float64 on a GPU."""
+    data = tensor.read()
+    if data.dtype.name == "bfloat16":
+        array = mx.array(data.view(np.uint16)).view(mx.bfloat16)
+    else:
+        array = mx.array(data.astype(np.float32) if data.dtype == np.float64 else data)
+    array = array.astype(dtype)
+    mx.eval(array)
+    return array

@@ -1,0 +1,192 @@
+"""MiniCPM's decoder in MLX. The class is also what `mlx_lm` asks of a model: its caches, samplers, LoRA layers and
+quantisation work on it.
+
+Dims: B batch, T new tokens, S cache slots, V vocabulary, D hidden, F intermediate, L layers,
+      N query heads, K key/value heads, G = N / K, H head dimension.
+
+Attributes are named as the tensors in Hugging Face files, so parameters need no map.
+Source of the semantics: modeling_minicpm.py of the released checkpoints; the scales are muP's (arXiv 2404.06395).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from minicpm_mlx.attention import Attention, Positions, positions_of
+from weights_io.checkpoint import BUFFERS
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.parameters import HEAD, parameters
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        # nn.RMSNorm rounds x / rms(x) to the model's dtype before the weight, as the original does.
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.residual_scale = config.residual_scale
+
+    def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> mx.array:
+        """[B, T, D] to [B, T, D]; ``cache``: this layer's, written in place."""
+        x = x + scaled(self.self_attn(self.input_layernorm(x), positions, cache), self.residual_scale)
+        return x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: all but the head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embedding_scale = config.embedding_scale
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """[B, T] to [B, T, D]."""
+        return scaled(self.embed_tokens(ids), self.embedding_scale)
+
+    def __call__(
+        self, x: mx.array, positions: Positions, cache: Sequence[Any] | None = None, remat: bool = False
+    ) -> mx.array:
+        """Run the layers over embeddings; returns the hidden state before the final norm. ``remat``: recompute each
+        layer in the backward pass instead of keeping what it computed."""
+        for index, layer in enumerate(self.layers):
+            run = nn.utils.checkpoint(layer) if remat else layer
+            x = run(x, positions, None if cache is None else cache[index])
+        return x
+
+
+class Model(nn.Module):
+    """A causal language model. `model(input_ids)` gives logits; the parts serve generation and training."""
+
+    def __init__(self, config: ModelConfig, eos_token_ids: tuple[int, ...] = ()):
+        """``eos_token_ids``: what config.json and generation_config.json say ends a text."""
+        super().__init__()
+        self.config, self.eos_token_ids = config, eos_token_ids
+        self.model_type = config.model_type
+        self.model = Decoder(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        input_ids: Any,
+        attention_mask: Any | None = None,
+        cache: Sequence[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Logits [B, T, V] in float32 for ids [B, T] (arrays, or lists of lists).
+
+        ``attention_mask`` [B, T]: 1 for tokens, 0 for padding on either side (whose rows are noise).
+        ``cache``: one cache of `mlx_lm` for each layer, written in place; the ids then follow the cached tokens.
+        ``input_embeddings`` [B, T, D]: used as they are instead of the ids' scaled embeddings.
+        """
+        if attention_mask is not None and cache is not None:
+            raise InputError("attention_mask does not go with a cache; pad on the left and use a BatchKVCache.")
+        ids = mx.array(input_ids)
+        mask = None if attention_mask is None else mx.array(attention_mask)
+        positions = positions_of(self.config, ids, mask, None if cache is None else cache[0])
+        x = self.model.embed(ids) if input_embeddings is None else input_embeddings
+        return self.head(self.model.norm(self.model(x, positions, cache)))
+
+    def hidden_states(self, ids: mx.array, positions: Positions, remat: bool = False) -> mx.array:
+        """[B, T, D] after the final norm: what the head reads."""
+        return self.model.norm(self.model(self.model.embed(ids), positions, remat=remat))
+
+    def head(self, x: mx.array) -> mx.array:
+        """Logits in float32 from the normed hidden state, which is divided by D / dim_model_base, tied or not."""
+        x = scaled(x, 1 / self.config.logit_divisor, self.config.logit_divisor)
+        logits = self.model.embed_tokens.as_linear(x) if self.lm_head is None else self.lm_head(x)
+        return logits.astype(mx.float32)
+
+    def decode(self, ids: mx.array, cache: Sequence[Any]) -> mx.array:
+        """Run more tokens [B, T] through the cache. Returns [B, T, D] after the final norm, for `head`."""
+        positions = positions_of(self.config, ids, cache=cache[0])
+        return self.model.norm(self.model(self.model.embed(ids), positions, cache))
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """For `mlx_lm`, which makes one cache for each."""
+        return self.model.layers
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The files' tensors less those that are no parameters; for `mlx_lm.utils.load_model`. `loading` goes another
+        way, and refuses a stored head that differs from the embedding it is tied to."""
+        return {
+            name: array
+            for name, array in weights.items()
+            if not (name.endswith(BUFFERS) or (self.config.tie_word_embeddings and name == HEAD.tensor))
+        }
+
+
+class ModelArgs(ModelConfig):
+    """The name under which `mlx_lm` looks for a model's config class."""
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
+        """As `ModelConfig.from_dict`, but for the quantisation, which `mlx_lm` applies to the model it has made."""
+        own = {key: value for key, value in raw.items() if key not in ("quantization", "quantization_config")}
+        return ModelConfig.from_dict(own, source)
+
+
+def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """One Metal kernel for a chain of elementwise operations. On a CPU, MLX would start a C++ compiler: left alone."""
+    return mx.compile(function, shapeless=True) if mx.default_device() == mx.gpu else function
+
+
+@fused
+def gated(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up."""
+    return gate * mx.sigmoid(gate) * up
+
+
+@fused
+def scaled(x: mx.array, factor: float, divisor: float | None = None) -> mx.array:
+    """x * factor (or x / divisor) with the product in float32, rounded once to x's dtype, as PyTorch does."""
+    wide = x.astype(mx.float32)
+    return (wide * factor if divisor is None else wide / divisor).astype(x.dtype)
+
+
+def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
+    """The model with weights that are never computed unless they are used: for shapes and memory estimates."""
+    model = Model(config)
+    leaves = {
+        n: mx.zeros(p.tensor_shape(config), getattr(mx, dtype)) for p in parameters(config) for n in p.tensors(config)
+    }
+    model.load_weights(list(leaves.items()))
+    return model
+
+
+def initialise(config: ModelConfig, key: mx.array, dtype: str = "float32") -> Model:
+    """A fresh model with muP's initialisation, from the parameter table. ``key``: from `mx.random.key`."""
+    model, table = Model(config), parameters(config)
+    leaves = {}
+    for parameter, subkey in zip(table, mx.random.split(key, len(table)), strict=True):
+        names, shape = parameter.tensors(config), parameter.tensor_shape(config)
+        for name, layer_key in zip(names, mx.random.split(subkey, len(names)), strict=True):
+            if parameter.init == "ones":
+                leaves[name] = mx.ones(shape, getattr(mx, dtype))
+            else:
+                leaves[name] = parameter.init_std(config) * mx.random.normal(shape, getattr(mx, dtype), key=layer_key)
+    model.load_weights(list(leaves.items()))
+    return model

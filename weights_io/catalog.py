@@ -1,0 +1,310 @@
+"""The family's released checkpoints by short name, with what is known of each before a byte is downloaded.
+
+Counts are sums over the tensor shapes, checked against the paper (arXiv 2404.06395, table 2) or the sizes of the
+released files; MiniCPM5's is from its GGUF conversion. ``None`` stands for unknown: the config.json decides.
+
+    python -m weights_io.catalog
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One released checkpoint."""
+
+    name: str  # the short name that every --model takes
+    repo: str | None  # Hugging Face repository; None: comes with this package
+    architecture: str  # minicpm | minicpm-moe | minicpm3 | minicpmv | llama
+    parameters: int | None  # exact; None: unknown
+    dtype: str | None  # as stored; None: unknown
+    notes: str = ""
+    modelscope: str | None = None  # repository on ModelScope; None: unknown
+    config: Mapping[str, Any] | None = None  # the keys of config.json that are known; None: shape unknown
+
+
+_SCALES = {"scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4}
+_COMMON = {
+    "architectures": ["MiniCPMForCausalLM"],
+    "hidden_act": "silu",
+    "initializer_range": 0.1,
+    "rms_norm_eps": 1e-05,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    **_SCALES,
+}
+_2B = _COMMON | {
+    "vocab_size": 122753,
+    "hidden_size": 2304,
+    "intermediate_size": 5760,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 36,
+    "num_key_value_heads": 36,
+    "max_position_embeddings": 4096,
+}
+_1B = _COMMON | {
+    "vocab_size": 73440,
+    "hidden_size": 1536,
+    "intermediate_size": 3840,
+    "num_hidden_layers": 52,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+}
+_128K = _2B | {
+    "vocab_size": 122760,
+    "max_position_embeddings": 65536,
+    "rope_theta": 1e6,
+    "rope_scaling": {"type": "dynamic", "factor": 4.0},
+    "tie_word_embeddings": False,
+}
+_MOE = _2B | {"num_experts": 8, "num_experts_per_tok": 2, "rope_scaling": None}
+# The scales are folded into the weights, which unties the head from the embedding.
+_2B_LLAMA = {key: value for key, value in _2B.items() if key not in _SCALES} | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "tie_word_embeddings": False,
+}
+_V2 = _2B | {
+    "architectures": ["MiniCPMV"],
+    "model_type": "minicpmv",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "drop_vision_last_layer": True,
+    "image_size": 448,
+    "max_slice_nums": 9,
+    "mm_use_im_start_end": True,
+    "patch_size": 14,
+    "pretraining_tp": 1,
+    "query_num": 64,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "scale_resolution": 448,
+    "slice_mode": True,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vision_encoder": "vit_so400m_patch14_siglip_384.webli",
+}
+_BF16, _FP16, _FP32 = ({"torch_dtype": dtype} for dtype in ("bfloat16", "float16", "float32"))
+_N2B, _N2B_UNTIED, _N1B = 2_724_880_896, 3_007_703_808, 1_360_246_272
+
+CATALOG: tuple[Entry, ...] = (
+    Entry("pico", None, "minicpm", None, None, "built in; small enough for a laptop's CPU"),
+    Entry(
+        "minicpm-2b",
+        "openbmb/MiniCPM-2B-sft-bf16",
+        "minicpm",
+        _N2B,
+        "bfloat16",
+        "chat",
+        "OpenBMB/miniCPM-bf16",
+        _2B | _BF16,
+    ),
+    Entry("minicpm-2b-fp32", "openbmb/MiniCPM-2B-sft-fp32", "minicpm", _N2B, "float32", "chat", config=_2B | _FP32),
+    Entry(
+        "minicpm-2b-dpo",
+        "openbmb/MiniCPM-2B-dpo-bf16",
+        "minicpm",
+        _N2B,
+        "bfloat16",
+        "chat, preference-tuned",
+        "OpenBMB/MiniCPM-2B-dpo-bf16",
+        _2B | _BF16,
+    ),
+    Entry(
+        "minicpm-2b-dpo-fp16",
+        "openbmb/MiniCPM-2B-dpo-fp16",
+        "minicpm",
+        _N2B,
+        "float16",
+        "chat, preference-tuned",
+        config=_2B | _FP16,
+    ),
+    Entry(
+        "minicpm-2b-dpo-fp32",
+        "openbmb/MiniCPM-2B-dpo-fp32",
+        "minicpm",
+        _N2B,
+        "float32",
+        "chat, preference-tuned",
+        config=_2B | _FP32,
+    ),
+    Entry(
+        "minicpm-2b-llama",
+        "openbmb/MiniCPM-2B-sft-bf16-llama-format",
+        "llama",
+        _N2B_UNTIED,
+        "bfloat16",
+        "minicpm-2b with its scales folded into the weights",
+        config=_2B_LLAMA | _BF16,
+    ),
+    Entry(
+        "minicpm-2b-llama-fp32",
+        "openbmb/MiniCPM-2B-sft-fp32-llama-format",
+        "llama",
+        _N2B_UNTIED,
+        "float32",
+        "minicpm-2b-fp32 with its scales folded into the weights",
+        config=_2B_LLAMA | _FP32,
+    ),
+    Entry(
+        "minicpm-2b-dpo-llama",
+        "openbmb/MiniCPM-2B-dpo-bf16-llama-format",
+        "llama",
+        _N2B_UNTIED,
+        "bfloat16",
+        "minicpm-2b-dpo with its scales folded into the weights",
+        config=_2B_LLAMA | _BF16,
+    ),
+    Entry(
+        "minicpm-2b-mlx",
+        "mlx-community/MiniCPM-2B-sft-bf16-llama-format-mlx",
+        "llama",
+        _N2B_UNTIED,
+        None,
+        "minicpm-2b-llama as converted for MLX",
+        config=_2B_LLAMA,
+    ),
+    Entry("minicpm-2b-int4", "openbmb/MiniCPM-2B-sft-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
+    Entry("minicpm-2b-dpo-int4", "openbmb/MiniCPM-2B-dpo-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
+    Entry(
+        "minicpm-2b-history",
+        "openbmb/MiniCPM-2B-history",
+        "minicpm",
+        _N2B,
+        None,
+        "base; 30 checkpoints of the pretraining run, every 10,000 steps: choose one with a revision",
+        config=_2B,
+    ),
+    Entry(
+        "minicpm-2b-128k",
+        "openbmb/MiniCPM-2B-128k",
+        "minicpm",
+        3_007_736_064,
+        "bfloat16",
+        "chat, long context",
+        "openbmb/MiniCPM-2B-128k",
+        _128K | _BF16,
+    ),
+    Entry(
+        "minicpm-1b",
+        "openbmb/MiniCPM-1B-sft-bf16",
+        "minicpm",
+        _N1B,
+        "bfloat16",
+        "chat",
+        "OpenBMB/MiniCPM-1B-sft-bf16",
+        _1B | _BF16,
+    ),
+    Entry(
+        "minicpm-s-1b",
+        "openbmb/MiniCPM-S-1B-sft",
+        "minicpm",
+        _N1B,
+        "bfloat16",
+        "chat; sparse activation (FATReLU) whose threshold only its config.json tells",
+        "OpenBMB/MiniCPM-S-1B-sft",
+    ),
+    Entry(
+        "minicpm-s-1b-llama",
+        "openbmb/MiniCPM-S-1B-sft-llama-format",
+        "llama",
+        None,
+        None,
+        "minicpm-s-1b with its scales folded into the weights",
+    ),
+    Entry(
+        "minicpm-moe-8x2b",
+        "openbmb/MiniCPM-MoE-8x2B",
+        "minicpm-moe",
+        13_873_291_776,
+        "bfloat16",
+        "chat; 2 of 8 experts a token",
+        "OpenBMB/MiniCPM-MoE-8x2B",
+        _MOE | _BF16,
+    ),
+    Entry("minicpm-v", "openbmb/MiniCPM-V", "minicpmv", None, None, "images, not sliced", "OpenBMB/MiniCPM-V"),
+    Entry(
+        "minicpm-v-2",
+        "openbmb/MiniCPM-V-2",
+        "minicpmv",
+        3_434_965_792,
+        "bfloat16",
+        "images, sliced",
+        config=_V2 | _BF16,
+    ),
+    Entry(
+        "minicpm3-4b", "openbmb/MiniCPM3-4B", "minicpm3", None, "bfloat16", "latent attention", "OpenBMB/MiniCPM3-4B"
+    ),
+    Entry(
+        "minicpm4-0.5b",
+        "openbmb/MiniCPM4-0.5B",
+        "minicpm",
+        None,
+        "bfloat16",
+        "chat, LongRoPE",
+        "OpenBMB/MiniCPM4-0.5B",
+    ),
+    Entry(
+        "minicpm4-8b",
+        "openbmb/MiniCPM4-8B",
+        "minicpm",
+        None,
+        "bfloat16",
+        "chat, LongRoPE; attention is sparse on long prompts",
+        "OpenBMB/MiniCPM4-8B",
+    ),
+    Entry(
+        "minicpm4.1-8b",
+        "openbmb/MiniCPM4.1-8B",
+        "minicpm",
+        None,
+        "bfloat16",
+        "chat with thinking; attention is sparse on long prompts",
+    ),
+    Entry(
+        "bitcpm4-0.5b",
+        "openbmb/BitCPM4-0.5B",
+        "minicpm",
+        None,
+        None,
+        "ternary, stored as floats",
+        "OpenBMB/BitCPM4-0.5B",
+    ),
+    Entry("bitcpm4-1b", "openbmb/BitCPM4-1B", "minicpm", None, None, "ternary, stored as floats", "OpenBMB/BitCPM4-1B"),
+    Entry("minicpm5-1b", "openbmb/MiniCPM5-1B", "llama", 1_080_632_832, "bfloat16", "chat with thinking"),
+)
+_BY_NAME = {entry.name: entry for entry in CATALOG}
+
+
+def find(name: str) -> Entry | None:
+    """The entry of that short name (upper or lower case) or of that Hugging Face repository."""
+    return _BY_NAME.get(name.lower()) or next((entry for entry in CATALOG if entry.repo == name), None)
+
+
+def nearest(name: str) -> list[str]:
+    """Up to three short names that resemble ``name``, or whose repository does; beginnings of one come first."""
+    typed = name.lower().rpartition("/")[2]
+    spellings = {key.lower(): entry.name for entry in CATALOG for key in (_tail(entry.repo), entry.name) if key}
+    begun = sorted((key for key in spellings if typed and key.startswith(typed)), key=len)
+    return list(dict.fromkeys(spellings[key] for key in begun + difflib.get_close_matches(typed, spellings)))[:3]
+
+
+def _tail(repo: str | None) -> str:
+    return (repo or "").rpartition("/")[2]
+
+
+def main() -> None:
+    """Print the short names that every --model takes."""
+    for entry in CATALOG:
+        count = f"{entry.parameters / 1e9:.2f} B" if entry.parameters else "unknown"
+        where = entry.repo or "built in"
+        print(f"{entry.name:22} {count:>9}  {entry.dtype or 'unknown':9} {where:51} {entry.notes}".rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Convert a model to a Hugging Face folder, in its own architecture or as a Llama.
+
+    python -m weights_io.convert --model openbmb/MiniCPM-2B-sft-bf16 --to llama --out minicpm-2b-llama
+
+``--to hf`` rewrites any readable format (torch ``.bin`` files, GGUF) as safetensors. ``--to llama`` folds MiniCPM's
+scales into the weights, for programs that know Llama only; ``--to hf --unfold`` turns such a model back.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from weights_io.casting import Rounding
+from weights_io.checkpoint import Checkpoint, open_checkpoint
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.parameters import count
+from weights_io.write import Tensor, check_output, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str
+    """Model folder, GGUF file, hub id (owner/name) or short name of the catalogue."""
+    to: Literal["hf", "llama"]
+    """hf: Hugging Face layout in the model's own architecture; llama: MiniCPM's scales folded in, LlamaForCausalLM."""
+    out: Path
+    """Folder to write; it must not exist yet, or be empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the written weights; by default each tensor keeps its own."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where --model is downloaded from if it is not on this disk."""
+    unfold: bool = False
+    """With --to hf: turn a MiniCPM in the Llama format back into one with scales."""
+    scale_emb: float = 12.0
+    """With --unfold: factor on the embedding. The defaults of the three are those of all released MiniCPMs."""
+    scale_depth: float = 1.4
+    """With --unfold: factor on each residual branch, times 1 / sqrt(layers)."""
+    dim_model_base: int = 256
+    """With --unfold: the logits are divided by hidden_size / dim_model_base."""
+
+
+def main(options: Options) -> None:
+    """Convert a model to a Hugging Face folder, in its own architecture or as a Llama."""
+    from weights_io.hub import resolve
+
+    _check(options)
+    check_output(options.out)
+    path = resolve(options.model, revision=options.revision, hub=options.hub, check=ModelConfig.from_dict)
+    check_output(options.out, path)
+    checkpoint = open_checkpoint(path)
+    print("\n".join(convert(checkpoint, options)))
+
+
+def convert(checkpoint: Checkpoint, options: Options) -> list[str]:
+    """Write ``options.out``; the lines that say what was written and what it cost. Raises `InputError`."""
+    from weights_io.llama_format import from_llama, to_llama
+
+    config = checkpoint.config
+    tensors: Mapping[str, Tensor] = checkpoint.tensors
+    rounding = Rounding()
+    if options.to == "llama":
+        config, tensors = to_llama(config, checkpoint.tensors, options.dtype, rounding)
+    elif options.unfold:
+        config, tensors = from_llama(
+            config,
+            checkpoint.tensors,
+            options.scale_emb,
+            options.scale_depth,
+            options.dim_model_base,
+            options.dtype,
+            rounding,
+        )
+    files = save_checkpoint(
+        options.out,
+        config,
+        tensors,
+        raw_config=checkpoint.raw_config,
+        copy_from=checkpoint.path if checkpoint.path.is_dir() else None,
+        extra_files=_tokenizer_files(checkpoint.metadata) if checkpoint.metadata is not None else None,
+        dtype=options.dtype,
+        rounding=rounding,
+    )
+    dtypes = {str(options.dtype or tensor.dtype) for tensor in tensors.values()}
+    lines = [
+        f"{files[0].parent}: {config.to_dict()['architectures'][0]}, {count(config):,} parameters, {len(tensors)} "
+        f"tensors in {' and '.join(sorted(dtypes))}"
+    ]
+    lines += [f"  {file.name:34} {file.stat().st_size:>14,} bytes" for file in files]
+    if rounding.count:
+        lines.append(_rounding_line(rounding, dtypes))
+    if options.unfold:
+        state = "are the same numbers and are tied" if config.tie_word_embeddings else "differ and stay untied"
+        lines.append(f"unfolded with these scales, head and embedding {state}")
+    return lines
+
+
+def _check(options: Options) -> None:
+    if options.unfold and options.to == "llama":
+        raise InputError("--unfold leads away from the Llama format; use it with --to hf.")
+    given = [
+        field.name
+        for field in dataclasses.fields(options)
+        if field.name in ("scale_emb", "scale_depth", "dim_model_base")
+        and getattr(options, field.name) != field.default
+    ]
+    if given and not options.unfold:
+        raise InputError(f"--{given[0].replace('_', '-')} is only used with --unfold; leave it out or add --unfold.")
+
+
+def _rounding_line(rounding: Rounding, dtypes: set[str]) -> str:
+    line = (
+        f"rounded to {' and '.join(sorted(dtypes))}: worst relative error {rounding.worst:.2g}, "
+        f"mean {rounding.mean:.2g} of {rounding.count:,} numbers"
+    )
+    if rounding.vanished:
+        line += f", {rounding.vanished:,} became 0"
+    return line if dtypes == {"float32"} else f"{line}; --dtype float32 keeps them to 6e-08"
+
+
+def _tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The tokenizer that a GGUF file carries, as a folder's files; none where it carries none."""
+    if "tokenizer.ggml.model" not in metadata:
+        return {}
+    # The one place where this package looks up to minicpm_data, which knows what tokenizers are made of.
+    from minicpm_data.gguf_tokenizer import tokenizer_from_gguf
+    from minicpm_data.tokenizer_files import tokenizer_files
+
+    return tokenizer_files(tokenizer_from_gguf(dict(metadata)))
+
+
+if __name__ == "__main__":
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m weights_io.convert")

@@ -1,0 +1,278 @@
+"""From what the user typed to a folder on this disk: a path, a short name, or a repository of a hub."""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable, Collection
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from weights_io import catalog
+from weights_io.errors import InputError
+from weights_io.files.folder import USUAL
+
+# Beside the weights; code (*.py) and other frameworks' copies of the weights are never fetched.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "quantize_config.json",
+)
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class Hub(Protocol):
+    """One repository at one revision."""
+
+    def names(self) -> set[str] | None:
+        """The files in its top folder; None where the hub cannot be reached."""
+        ...
+
+    def fetch(self, names: Collection[str]) -> Path:
+        """The folder that holds ``names``, after downloading those that are not in the cache."""
+        ...
+
+
+def resolve(
+    path_or_repo: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    hub: str = "huggingface",
+    check: Callable[[dict[str, Any]], object] | None = None,
+    weights: bool = True,
+) -> Path:
+    """The folder (or .gguf file) that ``path_or_repo`` stands for, downloaded first where it is a hub's.
+
+    Arguments:
+        path_or_repo: a folder, a .gguf file, a short name of the catalogue or ``owner/name``; None: the built-in model.
+        revision: branch, tag or commit of a repository; None is its default branch.
+        hub: ``huggingface`` (heeds ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN``) or ``modelscope``.
+        check: called with a repository's config.json before weights are asked for; raises `InputError` to refuse it.
+        weights: False leaves the weights on the hub and brings only config and tokenizer.
+
+    Raises `InputError`: no such thing, no access, no network and not in the cache, a full disk, `check` said no.
+    """
+    if hub not in ("huggingface", "modelscope"):
+        raise InputError(f"The hub {hub!r} is not known: choose huggingface or modelscope.")
+    given = "pico" if path_or_repo is None else os.fspath(path_or_repo)
+    path = Path(given).expanduser()
+    entry = catalog.find(given)
+    local = bool(path_or_repo) and path.exists()
+    if local or (entry and entry.repo is None):
+        if revision is not None:
+            raise InputError(f"{given} comes from this disk and has no revision {revision!r}: leave the revision out.")
+        return _local(path) if local else built_in()
+    repo = entry.repo if entry else given
+    if entry and hub == "modelscope" and given != entry.repo:
+        if entry.modelscope is None:
+            raise InputError(f"The catalogue knows no ModelScope repository of {entry.name}: give its owner/name.")
+        repo = entry.modelscope
+    if not repo or not REPOSITORY.fullmatch(repo):
+        raise InputError(f"{given!r} is no folder, .gguf file, owner/name of a hub or short name{_suggestion(given)}")
+    source: Hub = HuggingFace(repo, revision) if hub == "huggingface" else ModelScope(repo, revision)
+    return _download(source, repo, check, weights)
+
+
+def built_in() -> Path:
+    """The folder of the model that comes with this package."""
+    spec = find_spec("minicpm_data")  # finds the package without importing it
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        if (folder := Path(location) / "pico").is_dir():
+            return folder
+    raise InputError(
+        "The built-in model is missing from this installation: reinstall minicpm-jax-mlx or pass a folder."
+    )
+
+
+def weight_files(names: Collection[str], fetch: Callable[[Collection[str]], Path], repo: str) -> list[str]:
+    """Which of a repository's top-level files ``names`` are its weights: one kind only, as `open_folder` takes.
+
+    Empty where there are none. `InputError` where its index is no index.
+    """
+    for name in USUAL:
+        if name in names and name.endswith(".json"):
+            shards = _read_json(fetch([name]) / name).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise InputError(f"{name} of {repo} holds no weight_map: choose another revision or repository.")
+            return sorted({name, *shards.values()})
+        if name in names:
+            return [name]
+    others = [name for name in names if fnmatch(name, "*.safetensors") and not name.startswith("adapter")]
+    return others if len(others) == 1 else []
+
+
+def _local(path: Path) -> Path:
+    if path.is_dir() or path.suffix == ".gguf":
+        return path
+    raise InputError(f"{path} is neither a model folder nor a .gguf file: give the folder that holds config.json.")
+
+
+def _download(source: Hub, repo: str, check: Callable[[dict[str, Any]], object] | None, weights: bool) -> Path:
+    listed = source.names()
+    if listed is not None and "config.json" not in listed:
+        remedy = "choose another"
+        if any(name.endswith(".gguf") for name in listed):
+            remedy = f"download the one you want with `hf download {repo} FILE.gguf` and pass its path"
+        raise InputError(f"{repo} holds no config.json in its top folder at this revision: {remedy}.")
+    folder = source.fetch(["config.json"])
+    config = _read_json(folder / "config.json")
+    if check:
+        check(config)
+    names = {path.name for path in folder.iterdir()} if listed is None else listed
+    wanted = [name for name in SIDE_FILES if name in names]
+    if weights:
+        found = weight_files(names, source.fetch, repo)
+        if listed is None and (not found or not names.issuperset(found)):
+            raise InputError(_unreachable(repo))
+        if not found:
+            raise InputError(f"{repo} holds none of {', '.join(USUAL)}: choose another repository.")
+        if missing := sorted(set(found) - names):
+            raise InputError(
+                f"{repo} lacks {missing[0]}, which its index lists: choose another revision or repository."
+            )
+        wanted += found
+    return source.fetch(wanted)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): delete it to have it fetched anew.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: the repository is damaged.")
+    return content
+
+
+def _suggestion(given: str) -> str:
+    """The end of a sentence."""
+    close = catalog.nearest(given)
+    return (
+        f"; did you mean {' or '.join(close)}?" if close else "; `python -m weights_io.catalog` lists the short names"
+    )
+
+
+def _unreachable(repo: str) -> str:
+    from huggingface_hub import constants
+
+    state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{_endpoint()} cannot be reached"
+    remedy = "unset it" if constants.HF_HUB_OFFLINE else "set HF_ENDPOINT to a mirror"
+    return (
+        f"{state} and {repo} is not (or not wholly) in the cache {constants.HF_HUB_CACHE}: {remedy}, or run "
+        f"`hf download {repo} --local-dir FOLDER` on a connected machine and pass that folder."
+    )
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+
+
+class HuggingFace:
+    """A repository of the Hugging Face hub or a mirror, kept in the cache that other programs use as well."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        self.repo, self.revision = repo, revision
+        self.asked = revision  # what the user typed; `revision` becomes the commit it stands for
+
+    def names(self) -> set[str] | None:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+        try:
+            # Not list_repo_files: without a network it tries for half a minute.
+            info = HfApi(endpoint=_endpoint()).model_info(self.repo, revision=self.revision)
+            return {file.rfilename for file in info.siblings or ()}
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500:
+                raise self._explained(error) from None
+            return None
+        except (HTTPError, OfflineModeIsEnabled):
+            return None
+
+    def fetch(self, names: Collection[str]) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HTTPError
+
+        try:
+            folder = snapshot_download(
+                self.repo, revision=self.revision, allow_patterns=list(names), endpoint=_endpoint()
+            )
+        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet, a transfer that broke off
+            raise self._explained(error) from None
+        missing = [name for name in names if not (Path(folder) / name).is_file()]
+        if missing:  # older hub clients return whatever is in the cache
+            raise InputError(_unreachable(self.repo))
+        self.revision = Path(folder).name  # the commit: every later file is of the same one
+        return Path(folder)
+
+    def _explained(self, error: Exception) -> InputError:
+        from huggingface_hub import constants, errors
+
+        repo, cache = self.repo, constants.HF_HUB_CACHE
+        if isinstance(error, errors.GatedRepoError):
+            return InputError(
+                f"{repo} is gated: accept its terms at {_endpoint()}/{repo}, then run `hf auth login` or set HF_TOKEN."
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return InputError(
+                f"There is no folder {repo} here and no repository {repo} at {_endpoint()} that you may read "
+                f"(private ones need `hf auth login`){_suggestion(repo)}"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return InputError(
+                f"{repo} has no revision {self.asked!r}: choose a branch, tag or commit listed at {_endpoint()}/{repo}."
+            )
+        if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            if isinstance(error.__cause__, errors.HfHubHTTPError):
+                return self._explained(error.__cause__)
+            return InputError(_unreachable(repo))
+        if isinstance(error, errors.HfHubHTTPError):
+            return InputError(
+                f"{_endpoint()} answered {error.response.status_code} for {repo}: try again later or set HF_ENDPOINT."
+            )
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return InputError(f"The disk of {cache} is full: free space for {repo}, or set HF_HOME to another disk.")
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return InputError(f"The cache {cache} cannot be written: set HF_HOME to a folder that you may write.")
+        detail = " ".join(str(error).split()) or type(error).__name__
+        return InputError(f"The download of {repo} broke off ({detail}): run the same command again to go on with it.")
+
+
+class ModelScope:
+    """A repository of ModelScope, by its own client and in its own cache."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        if not find_spec("modelscope"):
+            raise InputError("ModelScope's client is missing: run `pip install 'minicpm-jax-mlx[modelscope]'`.")
+        self.repo, self.revision = repo, revision
+
+    def names(self) -> set[str] | None:
+        from modelscope.hub.api import HubApi
+
+        return {file["Path"] for file in self._ask(HubApi().get_model_files)}
+
+    def fetch(self, names: Collection[str]) -> Path:
+        from modelscope.hub.snapshot_download import snapshot_download
+
+        return Path(self._ask(snapshot_download, allow_patterns=list(names)))
+
+    def _ask(self, request: Callable[..., Any], **options: Any) -> Any:
+        from modelscope.hub.errors import HubError
+
+        try:
+            return request(self.repo, revision=self.revision, **options)
+        except (HubError, OSError) as error:
+            at = f" at revision {self.revision!r}" if self.revision else ""
+            detail = " ".join(str(error).split())
+            raise InputError(
+                f"ModelScope did not give {self.repo}{at} ({detail}): check the name, the revision and the network."
+            ) from None

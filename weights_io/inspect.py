@@ -1,0 +1,290 @@
+"""Say what a model is, from its config and the headers of its files, without reading a weight.
+
+python -m weights_io.inspect --model openbmb/MiniCPM-2B-sft-bf16
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from weights_io.checkpoint import BUFFERS, check_tensors
+from weights_io.config import COMMON_DEFAULTS, FAMILY_DEFAULTS, ModelConfig, read_json, stored_dtype
+from weights_io.errors import InputError
+from weights_io.files.tensor import LazyTensor
+from weights_io.parameters import DENSE, HEAD, count
+
+DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
+EMBEDDING = DENSE[0]
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str
+    """Model folder, GGUF file, hub id (owner/name) or short name of the catalogue; weights are not downloaded."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where --model is looked up if it is not on this disk."""
+    json: bool = False
+    """Print JSON, for other programs."""
+
+
+@dataclass
+class Report:
+    """What is known of a model. The fields are those of ``--json``."""
+
+    source: str  # folder, file or catalogue entry
+    architecture: str
+    parameters: int
+    parameters_without_embedding: int  # nor head, where it has weights of its own
+    dtype: str  # what a loader takes if not told otherwise
+    stored: dict[str, int]  # dtype or quantised type in the files -> number of tensors
+    bytes: int  # of the weight files
+    files: dict[str, dict[str, int]]  # name -> bytes, tensors
+    context_length: int
+    config: dict[str, Any]
+    derived: dict[str, float]  # what the scales of the config come to
+    tokenizer: str | None = None
+    tokenizer_ids: int | None = None
+    chat_template: str = DEFAULT_TEMPLATE
+    unusual: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)  # why it cannot be loaded as it is
+
+
+def main(options: Options) -> None:
+    """Say what a model is, from its config and the headers of its files, without reading a weight."""
+    report = look_up(options)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(lines(report)))
+    if report.problems:
+        raise InputError(" ".join(report.problems))
+
+
+def look_up(options: Options) -> Report:
+    """The report on a local model, one of a hub (config and tokenizer are fetched, weights counted if they are in the
+    cache), or, where the hub cannot be asked, what the catalogue knows of it. Raises `InputError`."""
+    from weights_io import catalog
+    from weights_io.hub import resolve
+
+    try:
+        path = resolve(options.model, revision=options.revision, hub=options.hub, weights=False)
+    except InputError as error:
+        entry = catalog.find(options.model)
+        if entry is None or entry.config is None:
+            raise
+        report = describe(f"{entry.repo}, as the catalogue has it", entry.config, {})
+        report.dtype = entry.dtype or report.dtype
+        report.unusual = [f"the repository itself could not be asked: {error}"]
+        return report
+    return inspect(path, downloaded=path.suffix != ".gguf" and not Path(options.model).expanduser().exists())
+
+
+def inspect(path: Path, downloaded: bool = False) -> Report:
+    """The report on a model folder or GGUF file. ``downloaded``: a hub's cache, whose weights may be missing.
+
+    Raises `InputError` where config.json (or the GGUF header) cannot be used; other faults are listed in the report.
+    """
+    if path.suffix == ".gguf":
+        from weights_io.files import gguf
+
+        file = gguf.open_file(path)
+        report = describe(str(path), file.config, file.tensors)
+        _describe_gguf_tokenizer(report, file.metadata)
+    else:
+        from weights_io.files.folder import open_folder
+
+        raw = read_json(path / "config.json")
+        ModelConfig.from_dict(raw, str(path / "config.json"))
+        tensors: Mapping[str, LazyTensor] = {}
+        missing = None
+        try:
+            tensors = open_folder(path)
+        except InputError as error:
+            missing = str(error)
+        report = describe(str(path), raw, tensors)
+        if missing and downloaded:
+            report.unusual.append("the weights are not (or not wholly) downloaded; sizes and stored dtypes are unknown")
+        elif missing:
+            report.problems.append(missing)
+        _describe_tokenizer(report, path)
+    if report.tokenizer_ids is not None and report.tokenizer_ids != report.config["vocab_size"]:
+        rows, ids = report.config["vocab_size"], report.tokenizer_ids
+        if ids > rows:
+            report.problems.append(f"{report.source}: the tokenizer has {ids} ids, and the embedding {rows} rows.")
+        else:
+            report.unusual.append(f"the embedding has {rows - ids} more rows than the tokenizer has ids ({ids})")
+    return report
+
+
+def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> Report:
+    """The report on a config.json and, where they are at hand, the tensors of its files."""
+    config = ModelConfig.from_dict(dict(raw), source)
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    stored = Counter(_stored_as(tensor) for tensor in tensors.values())
+    files: dict[str, dict[str, int]] = {}
+    for tensor in tensors.values():
+        file = files.setdefault(tensor.source.name, {"bytes": tensor.source.stat().st_size, "tensors": 0})
+        file["tensors"] += 1
+    embedding = tensors.get(EMBEDDING.tensor)
+    report = Report(
+        source=source,
+        architecture=config.to_dict()["architectures"][0],
+        parameters=count(config),
+        parameters_without_embedding=count(config) - embeddings,
+        dtype=stored_dtype(dict(raw)) or (embedding.dtype.name if embedding is not None else "float32"),
+        stored=dict(stored),
+        bytes=sum(file["bytes"] for file in files.values()),
+        files=dict(sorted(files.items())),
+        context_length=config.max_position_embeddings,
+        config=dataclasses.asdict(config),
+        derived={
+            "embedding_scale": config.embedding_scale,
+            "residual_scale": config.residual_scale,
+            "logit_divisor": config.logit_divisor,
+        },
+        unusual=_absent_keys(raw, config) + _unusual_tensors(raw, config, tensors),
+    )
+    if tensors:
+        # A duplicate of a tied head is left out, since checking it means reading it.
+        compared = {n: t for n, t in tensors.items() if not (n == HEAD.tensor and config.tie_word_embeddings)}
+        try:
+            check_tensors(config, compared, Path(source))
+        except InputError as error:
+            report.problems.append(str(error))
+    return report
+
+
+def lines(report: Report) -> list[str]:
+    """The report as a person reads it."""
+    config = report.config
+    heads = f"{config['num_attention_heads']} heads"
+    if config["num_key_value_heads"] != config["num_attention_heads"]:
+        heads += f" ({config['num_key_value_heads']} for keys and values)"
+    rope = f"RoPE base {config['rope_theta']:g}"
+    if config["rope_scaling"]:
+        rope += f", {config['rope_scaling']['type']} scaling by {config['rope_scaling']['factor']:g}"
+    stored = ", ".join(f"{kind} ({n})" for kind, n in report.stored.items())
+    derived = report.derived
+    tokenizer = report.tokenizer or ("none" if report.files else "unknown")
+    if report.tokenizer_ids is not None:
+        tokenizer += f", {report.tokenizer_ids:,} ids"
+    table = {
+        "model": report.source,
+        "architecture": f"{report.architecture} (dense), {'tied' if config['tie_word_embeddings'] else 'untied'} head",
+        "parameters": f"{report.parameters:,} ({report.parameters_without_embedding:,} without embedding and head)",
+        "dtype": f"{report.dtype}; tensors stored as {stored}" if stored else report.dtype,
+        "size": f"{report.bytes:,} bytes" if report.files else "unknown",
+        "context": f"{report.context_length:,} tokens, {rope}",
+        "shape": f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, MLP "
+        f"{config['intermediate_size']}, {heads} of {config['head_dim']}, vocabulary {config['vocab_size']:,}",
+        "scales": f"embedding x {derived['embedding_scale']:g}, residual x {derived['residual_scale']:.7g}, "
+        f"logits / {derived['logit_divisor']:.7g}",
+        "norm": f"RMS, epsilon {config['rms_norm_eps']:g}",
+        "tokenizer": tokenizer,
+        "chat template": report.chat_template if report.tokenizer else tokenizer,
+    }
+    text = [f"{name:14} {value}" for name, value in table.items()]
+    text += [
+        f"{'file':14} {name}: {file['bytes']:,} bytes, {file['tensors']} tensors" for name, file in report.files.items()
+    ]
+    return text + [f"{'unusual':14} {note}" for note in report.unusual]
+
+
+def _absent_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
+    given = set(raw) | set(raw.get("rope_parameters") or {})
+    used = dataclasses.asdict(config)
+    defaults = COMMON_DEFAULTS | FAMILY_DEFAULTS[config.model_type] | {"model_type": config.model_type}
+    del defaults["initializer_range"]  # says how training began
+    absent = [key for key, default in defaults.items() if default is not None and key not in given]
+    return [f"config.json has no {key}; the default {json.dumps(used[key])} is taken" for key in sorted(absent)]
+
+
+def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> list[str]:
+    notes = []
+    if config.tie_word_embeddings and HEAD.tensor in tensors:
+        notes.append("the tied head is stored a second time; a loader compares it with the embedding")
+    buffers = [name for name in tensors if name.endswith(BUFFERS)]
+    if buffers:
+        notes.append(f"rotary buffers are stored ({len(buffers)} tensors); they are passed over and computed anew")
+    dtypes = sorted({tensor.dtype.name for name, tensor in tensors.items() if name not in buffers})
+    said = stored_dtype(dict(raw))
+    if len(dtypes) > 1:
+        notes.append(f"the tensors are of several dtypes: {', '.join(dtypes)}")
+    if said and dtypes and dtypes != [said]:
+        notes.append(f"config.json says {said} and the tensors are {' and '.join(dtypes)}")
+    if "auto_map" in raw:
+        notes.append("config.json points to Python code of its own (auto_map), which is never run here")
+    if any(tensor.source.suffix == ".bin" for tensor in tensors.values()):
+        notes.append("the weights are torch pickles; they are read without running them")
+    return notes
+
+
+def _stored_as(tensor: LazyTensor) -> str:
+    from weights_io.files.gguf import BlockTensor, UnpermutedTensor
+
+    if isinstance(tensor, UnpermutedTensor):
+        tensor = tensor.stored
+    return tensor.kind if isinstance(tensor, BlockTensor) else tensor.dtype.name
+
+
+def _describe_tokenizer(report: Report, folder: Path) -> None:
+    """Fill in the tokenizer's kind, how many ids it has, and where its chat template is; never builds the tokenizer."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return
+    try:
+        config = _optional_json(folder / "tokenizer_config.json")
+        ids = [int(i) for i in config.get("added_tokens_decoder") or {}]
+        ids += _optional_json(folder / "added_tokens.json").values()
+        if (folder / "tokenizer.json").is_file():
+            spec = read_json(folder / "tokenizer.json")
+            model = spec["model"]
+            report.tokenizer = f"tokenizer.json ({model.get('type', 'BPE')})"
+            vocab = model["vocab"]  # {piece: id}, or Unigram's [[piece, score], ...]
+            ids += vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+            ids += [token["id"] for token in spec.get("added_tokens") or []]
+        else:
+            report.tokenizer = "tokenizer.model (SentencePiece)"
+            ids.append(_sentencepiece_ids(folder / "tokenizer.model") - 1)
+        report.tokenizer_ids = 1 + max(ids, default=-1)
+    except InputError as error:
+        report.problems.append(str(error))
+    except (AttributeError, KeyError, TypeError, ValueError):  # JSON of another make than a tokenizer's
+        report.problems.append(f"the tokenizer files of {folder} do not describe a tokenizer; download them again.")
+    else:
+        if (folder / "chat_template.jinja").is_file():
+            report.chat_template = "its own, in chat_template.jinja"
+        elif config.get("chat_template"):
+            report.chat_template = "its own, in tokenizer_config.json"
+
+
+def _describe_gguf_tokenizer(report: Report, metadata: Mapping[str, Any]) -> None:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if "tokenizer.ggml.model" in metadata and isinstance(tokens, list):
+        report.tokenizer, report.tokenizer_ids = f"GGUF ({metadata['tokenizer.ggml.model']})", len(tokens)
+    if metadata.get("tokenizer.chat_template"):
+        report.chat_template = "its own, in the GGUF file"
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _sentencepiece_ids(path: Path) -> int:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(path)).vocab_size()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} is not a SentencePiece model; download it again.") from error
+
+
+if __name__ == "__main__":
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m weights_io.inspect")

@@ -1,0 +1,116 @@
+"""MiniCPM as a Llama and back: the scales of the MiniCPM forward pass folded into the weights.
+
+A Llama computes the same logits where the embedding is multiplied by ``scale_emb``, what each attention and MLP adds
+(o_proj, down_proj) by ``scale_depth / sqrt(layers)``, and the head divided by ``hidden_size / dim_model_base``; head
+and embedding then differ and cannot be tied. Each tensor is scaled when it is read, in float32 or wider, then rounded.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from weights_io.casting import Rounding, cast, numpy_dtype
+from weights_io.checkpoint import EMBEDDING
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.files.safetensors import Computed
+from weights_io.files.tensor import LazyTensor
+from weights_io.parameters import HEAD, tensor_shapes
+
+ADDED_TO_RESIDUAL = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
+ROWS = 4096  # read at a time to compare head and embedding
+
+
+def to_llama(
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    dtype: str | None = None,
+    rounding: Rounding | None = None,
+) -> tuple[ModelConfig, dict[str, LazyTensor | Computed]]:
+    """Config and tensors of the Llama with the same logits, in float32 up to its rounding.
+
+    ``dtype`` is what the folded tensors are rounded to (None: each one's own); ``rounding`` collects, while they are
+    read, what that cost. Raises `InputError` where the model is a Llama already.
+    """
+    if config.model_type == "llama":
+        raise InputError("the model is in the Llama format already; there is nothing to fold.")
+    llama = dataclasses.replace(
+        config, model_type="llama", tie_word_embeddings=False, scale_emb=1.0, scale_depth=1.0, dim_model_base=1
+    )
+    folded: dict[str, LazyTensor | Computed] = {}
+    for name, _ in tensor_shapes(llama):
+        stored = EMBEDDING if name == HEAD.tensor and config.tie_word_embeddings else name
+        multiply, divide = _scale(name, config)
+        folded[name] = _scaled(name, tensors[stored], multiply, divide, dtype, rounding)
+    return llama, folded
+
+
+def from_llama(
+    config: ModelConfig,
+    tensors: Mapping[str, LazyTensor],
+    scale_emb: float = 12.0,
+    scale_depth: float = 1.4,
+    dim_model_base: int = 256,
+    dtype: str | None = None,
+    rounding: Rounding | None = None,
+) -> tuple[ModelConfig, dict[str, LazyTensor | Computed]]:
+    """Config and tensors of the MiniCPM with the same logits; the inverse of `to_llama`.
+
+    A Llama's config does not tell the scales; the defaults are those of all released MiniCPMs. Where they bring head
+    and embedding back to the same numbers, up to the rounding of the folding, the result is tied, else untied; it
+    computes the same function with any scales. Reads head and embedding once, to compare them.
+
+    Raises:
+        InputError: the model is no Llama, a scale is not positive, or its heads do not fill the hidden size.
+    """
+    if config.model_type != "llama":
+        raise InputError("the model is not in the Llama format; there is nothing to unfold.")
+    scales = {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": dim_model_base}
+    raw = dataclasses.replace(config, model_type="minicpm", tie_word_embeddings=False).to_dict()
+    minicpm = ModelConfig.from_dict(raw | scales, "the unfolded model")
+    head = tensors[EMBEDDING if config.tie_word_embeddings else HEAD.tensor]
+    if _tied(tensors[EMBEDDING], head, minicpm):
+        minicpm = dataclasses.replace(minicpm, tie_word_embeddings=True)
+    unfolded: dict[str, LazyTensor | Computed] = {}
+    for name, _ in tensor_shapes(minicpm):
+        multiply, divide = _scale(name, minicpm)
+        tensor = head if name == HEAD.tensor else tensors[name]
+        unfolded[name] = _scaled(name, tensor, divide, multiply, dtype, rounding)
+    return minicpm, unfolded
+
+
+def _scale(name: str, config: ModelConfig) -> tuple[float, float]:
+    """Factor and divisor that fold the scales into this tensor."""
+    if name == EMBEDDING:
+        return config.embedding_scale, 1.0
+    if name == HEAD.tensor:
+        return 1.0, config.logit_divisor
+    return (config.residual_scale if name.endswith(ADDED_TO_RESIDUAL) else 1.0), 1.0
+
+
+def _scaled(
+    name: str, tensor: LazyTensor, multiply: float, divide: float, dtype: str | None, rounding: Rounding | None
+) -> LazyTensor | Computed:
+    if multiply == 1 and divide == 1:
+        return tensor
+    target = numpy_dtype(dtype or tensor.dtype)
+    return Computed(tuple(tensor.shape), target, lambda: cast(name, tensor.read(), target, multiply, divide, rounding))
+
+
+def _tied(embedding: LazyTensor, head: LazyTensor, config: ModelConfig) -> bool:
+    """Whether both hold the same numbers once unfolded, each of them rounded at most twice."""
+    import ml_dtypes
+
+    kinds = [ml_dtypes.finfo(dtype) for dtype in (embedding.dtype, head.dtype, np.float32)]  # compared in float32
+    epsilon = max(float(kind.eps) for kind in kinds)
+    tiny = max(float(kind.tiny) for kind in kinds)  # below it the rounding error is no longer relative
+    scale, divisor = config.embedding_scale, config.logit_divisor
+    tolerance = 2 * epsilon * tiny * max(divisor, 1 / scale)
+    for start in range(0, config.vocab_size, ROWS):
+        rows = (slice(start, start + ROWS),)
+        x = embedding.read(rows).astype(np.float32) / np.float32(scale)
+        y = head.read(rows).astype(np.float32) * np.float32(divisor)
+        if not np.all(np.abs(x - y) <= 2 * epsilon * np.maximum(np.abs(x), np.abs(y)) + tolerance):
+            return False
+    return True

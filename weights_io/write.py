@@ -1,0 +1,213 @@
+"""Checkpoints going out: a Hugging Face folder, written one tensor at a time, that is there whole or not at all."""
+
+import errno
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weights_io.casting import Rounding, cast, numpy_dtype
+from weights_io.config import DTYPES, HARMLESS, ModelConfig, stored_dtype
+from weights_io.errors import InputError
+from weights_io.files.safetensors import Computed, write_file
+from weights_io.files.tensor import LazyTensor
+from weights_io.parameters import DENSE, HEAD, parameters, tensor_shapes
+
+Tensor = LazyTensor | Computed
+
+MAX_SHARD_BYTES = 5_000_000_000
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Harmless keys of a source's config.json that its copy leaves out: they point to code that is not copied, to the place
+# the source came from, or are written anew in the older spelling that every reader knows.
+NOT_COPIED_KEYS = frozenset({"auto_map", "model_file", "name_or_path", "rope_parameters", "dtype", "torch_dtype"})
+
+
+def save_checkpoint(
+    out: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    raw_config: Mapping[str, Any] | None = None,
+    copy_from: Path | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    rounding: Rounding | None = None,
+) -> list[Path]:
+    """Write a model folder and return its files, weights first.
+
+    ``tensors``: Hugging Face name -> anything with shape, dtype and read(), e.g. a `Computed`; all that the parameter
+    table has for ``config`` (lm_head.weight is passed over where the head is tied).
+    ``raw_config``: the source's config.json, whose harmless keys (token ids and the like) are kept.
+    ``copy_from``: the source's folder; its tokenizer files and generation_config.json are copied.
+    ``extra_files``: further files by name; they win over copied ones.
+    ``dtype``: float32, bfloat16 or float16; None keeps each tensor's own. ``rounding`` collects what the cast cost.
+
+    The files are written to a folder beside ``out`` that takes its name at the very end: killed, the export leaves
+    nothing under ``out``. Raises `InputError` where ``out`` cannot be used (see `check_output`), the disk is full or a
+    number does not fit ``dtype``.
+    """
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
+    out = check_output(out, copy_from)
+    tensors = _of_the_table(config, tensors)
+    dtypes = {name: numpy_dtype(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in tensors.items()}
+    files = _side_files(config, dtype or _stated_dtype(raw_config, dtypes), raw_config, copy_from) | dict(
+        extra_files or {}
+    )
+    shards = _shards(sizes, max_shard_bytes)
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(out, sum(sizes.values()))
+        partial.mkdir()
+        with _progress_bar(out.name, sum(sizes.values())) as bar:
+            for shard, names in shards.items():
+                write_file(
+                    partial / shard,
+                    {name: _cast_tensor(name, tensors[name], dtypes[name], rounding, bar.update) for name in names},
+                )
+        if len(shards) > 1:
+            files["model.safetensors.index.json"] = _index(shards, sizes)
+        for name, content in files.items():
+            (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        partial.rename(out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # not there any more if all went well
+    return [out / name for name in (*shards, *sorted(files))]
+
+
+def check_output(out: Path, source: Path | None = None) -> Path:
+    """``out`` as an absolute path. `InputError` where it holds something, or lies in the model folder ``source``."""
+    try:
+        out = Path(out).expanduser().resolve()
+        if source is not None and source.is_dir() and out.is_relative_to(source.resolve()):
+            raise InputError(
+                f"{out} lies in the model folder {source}, which stays as it is; choose a folder elsewhere."
+            )
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out} is a file; choose a folder that does not exist yet.")
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out} exists and is not empty; choose another folder or remove it first.")
+    except (OSError, RuntimeError) as error:  # a loop of links, a folder that may not be listed, no home for ~
+        raise InputError(f"cannot use {out} as an output folder ({error}); choose another.") from error
+    return out
+
+
+def unstacked(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Computed]:
+    """Arrays under the names of the parameter table, layers stacked on axis 0 -> tensors under Hugging Face names.
+
+    Anything that ``np.asarray`` takes will do, e.g. ``jax.Array``; one layer at a time is fetched, when it is written.
+    """
+    tensors = {}
+    for parameter in parameters(config):
+        array = arrays[parameter.name]
+        for layer, tensor in enumerate(parameter.tensors(config)):
+
+            def make(array: Any = array, layer: int | None = layer if parameter.stacked else None) -> np.ndarray:
+                return np.asarray(array if layer is None else array[layer])
+
+            tensors[tensor] = Computed(parameter.tensor_shape(config), np.dtype(array.dtype), make)
+    return tensors
+
+
+def _of_the_table(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    expected = dict(tensor_shapes(config))
+    wrong = [name for name, shape in expected.items() if name not in tensors or tuple(tensors[name].shape) != shape]
+    wrong += [name for name in tensors if name not in expected and name != HEAD.tensor]
+    if wrong:
+        raise ValueError(f"tensors missing, misshapen or not of the model: {', '.join(wrong)}")
+    return {name: tensors[name] for name in expected}
+
+
+def _cast_tensor(
+    name: str, tensor: Tensor, dtype: np.dtype, rounding: Rounding | None, written: Callable[[int], Any]
+) -> Computed:
+    def make() -> np.ndarray:
+        array = cast(name, tensor.read(), dtype, rounding=rounding)
+        written(array.nbytes)
+        return array
+
+    return Computed(tuple(tensor.shape), dtype, make)
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> tensors, none above ``limit`` bytes unless a single tensor is."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def _index(shards: Mapping[str, list[str]], sizes: Mapping[str, int]) -> str:
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    return _json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def _side_files(
+    config: ModelConfig, dtype: str, raw_config: Mapping[str, Any] | None, copy_from: Path | None
+) -> dict[str, str | bytes]:
+    kept = {key: value for key, value in (raw_config or {}).items() if key in HARMLESS - NOT_COPIED_KEYS}
+    files: dict[str, str | bytes] = {"config.json": _json(kept | config.to_dict() | {"torch_dtype": dtype})}
+    for path in [copy_from / name for name in COPIED_FILES] if copy_from is not None else []:
+        try:
+            files[path.name] = path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}.") from error
+    return files
+
+
+def _stated_dtype(raw_config: Mapping[str, Any] | None, dtypes: Mapping[str, np.dtype]) -> str:
+    """What config.json is to say where no dtype was asked for: what the source's said, else the embedding's."""
+    embedding = dtypes[DENSE[0].tensor].name
+    return stored_dtype(dict(raw_config or {})) or (embedding if embedding in DTYPES else "float32")
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise InputError(
+            f"{out} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room or choose another."
+        )
+
+
+def _unwritable(out: Path, error: OSError) -> InputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"the disk of {out} is full and nothing was left there; make room or choose another.")
+    where = f" ({error.filename})" if error.filename else ""
+    return InputError(f"cannot write {out}: {error.strerror or error}{where}; choose another folder.")
+
+
+def _progress_bar(name: str, total: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None)  # None: only on a terminal
