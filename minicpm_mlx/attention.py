@@ -32,7 +32,7 @@ def positions_of(
 ) -> Positions:
     """Positions of new tokens (``ids`` [B, T], for the shape): after those in ``cache`` (any one layer's), or of a
     whole batch with padding (``mask`` [B, T]) or several packed documents in a row (``segments`` [B, T]: numbered; each
-    sees only itself). RoPE is relative: a document inside a row needs no positions of its own."""
+    sees only itself). RoPE is relative: neither padding nor a document in a row asks for positions of its own."""
     width = ids.shape[1]
     offset = 0 if cache is None else cache.offset
     freqs = rope_freqs(config, offset + width)
@@ -40,9 +40,8 @@ def positions_of(
         return Positions(offset, freqs, create_attention_mask(ids, cache))
     visible = mx.tril(mx.ones((width, width), mx.bool_))[None]
     if mask is not None:
-        # A padding token sees itself: a row of nothing would be NaN, which no mask takes out of the values again.
+        # A padding token sees itself: softmax over nothing is NaN on some devices, and the next layer spreads it.
         visible = visible & ((mask[:, None, :] != 0) | mx.eye(width, dtype=mx.bool_))
-        offset = -mx.argmax(mask != 0, axis=1).astype(mx.int32)
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
     return Positions(offset, freqs, visible[:, None])
