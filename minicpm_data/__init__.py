@@ -2,7 +2,7 @@
 
 from weights_io import lazy_exports
 
-lazy_exports.install(
+__getattr__ = lazy_exports.install(
     "minicpm_data",
     {
         "Response": "streaming",

@@ -75,7 +75,8 @@ def questions(seed: int = 0) -> Iterator[dict]:
     for kind, taught in (("fact", everything), ("translation", facts.translations())):
         for fact in random.sample(taught, QUESTIONS[kind]):
             yield {"prompt": fact.questions[fact.held_out], "answer": fact.answer, "kind": kind}
-    spans, rows = set(), set()
+    spans: set[tuple[str, int, int]] = set()
+    rows: set[str] = set()
     while len(spans) < QUESTIONS["count"]:
         span = skills.draw_span(random, held=True)
         if span not in spans:

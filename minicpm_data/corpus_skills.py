@@ -3,6 +3,7 @@
 import hashlib
 from functools import lru_cache
 from random import Random
+from typing import Any
 
 from minicpm_data import corpus_world as world
 
@@ -17,7 +18,7 @@ def bucket(*key: object, of: int = 10) -> int:
     return int.from_bytes(digest, "little") % of
 
 
-def held_out(op: str, a: object, b: object) -> bool:
+def held_out(op: str, a: Any, b: Any) -> bool:
     """Whether ``a op b`` (``op`` one of ``+ - up down reverse``) is one of the 10 % that no training text contains.
 
     A sum and the sum of its exchanged operands are held out together.

@@ -54,7 +54,7 @@ def words(text: str) -> list[str]:
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    return [tuple(pair.split("=")) for pair in text.split()]
+    return [(left, right) for left, _, right in (pair.partition("=") for pair in text.split())]
 
 
 # English = Chinese, one to one

@@ -13,7 +13,7 @@ def tokenizer_of(checkpoint: Checkpoint):
     if checkpoint.metadata is not None:
         from minicpm_data.gguf_tokenizer import tokenizer_from_gguf
 
-        tokenizer = tokenizer_from_gguf(checkpoint.metadata)
+        tokenizer = tokenizer_from_gguf(dict(checkpoint.metadata))
     elif has_tokenizer(checkpoint.folder):
         tokenizer = load_tokenizer(checkpoint.folder)
     else:

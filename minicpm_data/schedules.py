@@ -45,9 +45,12 @@ class WarmupStableDecay:
             return self.peak
         into = step - self.decay_start + 1
         done = into / self.decay_steps
-        return self.peak * {
-            "exponential": 0.5 ** (into / self.half_life),
-            "linear": 1 - done,
-            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-            "1-sqrt": 1 - math.sqrt(done),
-        }[self.decay]
+        return (
+            self.peak
+            * {
+                "exponential": 0.5 ** (into / self.half_life),
+                "linear": 1 - done,
+                "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+                "1-sqrt": 1 - math.sqrt(done),
+            }[self.decay]
+        )

@@ -4,6 +4,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from weights_io.errors import InputError
 
@@ -30,7 +31,8 @@ class SpmModel:
 def read_spm(path: Path) -> SpmModel:
     """Read a ``tokenizer.model``. InputError where it is cut short, no SentencePiece model, or not BPE."""
     pieces, scores, types = [], [], []
-    trainer, normaliser = {}, {}
+    trainer: dict[int, Any] = {}
+    normaliser: dict[int, Any] = {}
     try:
         for field, value in _fields(path.read_bytes()):
             if field == 1:
@@ -54,7 +56,7 @@ def read_spm(path: Path) -> SpmModel:
     return SpmModel(pieces, scores, types, bool(normaliser.get(3, True)), unk, bos, eos, pad)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a protobuf message: varints as int, the rest as bytes.
 
     ValueError or IndexError where it is cut short.

@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from weights_io.errors import InputError
 
@@ -14,8 +15,13 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_OF_CHAR = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
+
 # One U+FFFD for each byte that belongs to no character, as the ByteFallback decoder of `tokenizers` writes them.
-codecs.register_error("each_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
+def _each_byte(error: Any) -> tuple[str, int]:
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("each_byte", _each_byte)
 
 
 class Decoder:

@@ -103,14 +103,16 @@ class Tokenizer:
             list(self._markers.values()), [_checked(m["content"]) for m in messages] + [self.chat_template]
         )
         hidden = [{**m, "content": disguise.hide(m["content"])} for m in messages]
-        names = {"bos_token": self.bos_token_id, "pad_token": self.pad_token_id, "unk_token": self.unk_token_id}
-        names["eos_token"] = self.eos_token_ids[0] if self.eos_token_ids else None
-        names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in names.items()}
+        special = {"bos_token": self.bos_token_id, "pad_token": self.pad_token_id, "unk_token": self.unk_token_id}
+        special["eos_token"] = self.eos_token_ids[0] if self.eos_token_ids else None
+        names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in special.items()}
         prompt = _checked(chat.render(self.chat_template, hidden, add_generation_prompt, **names))
         encoded = self._fast.encode(prompt, add_special_tokens=False)
 
         # Between two special tokens the ids stand, unless something was disguised there.
-        ids, stretch, start = [], [], 0
+        ids: list[int] = []
+        stretch: list[int] = []
+        start = 0
         for i, (first, last) in [*zip(encoded.ids, encoded.offsets, strict=True), (None, (len(prompt), len(prompt)))]:
             if i is None or i in self._markers:
                 text = disguise.show(prompt[start:first])

@@ -7,7 +7,7 @@ from weights_io import lazy_exports
 if importlib.util.find_spec("jax") is None or importlib.util.find_spec("flax") is None:
     raise ImportError("minicpm_jax needs JAX and Flax: pip install 'minicpm-jax-mlx[jax]' (on a TPU: [tpu]).")
 
-lazy_exports.install(
+__getattr__ = lazy_exports.install(
     __name__,
     {
         "Model": "model",

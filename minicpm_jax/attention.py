@@ -1,6 +1,7 @@
 """Causal self-attention with rotary positions and a key/value cache.
 
-Dims as in model.py: B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N / K, H head dimension.
+Dims as in model.py: B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N / K,
+      H head dimension.
 """
 
 import functools

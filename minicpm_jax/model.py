@@ -156,8 +156,9 @@ class Model(nnx.Module):
         """Run more tokens through the cache: the first ``new`` of each row, the rest being padding on the right.
         Returns [B, T, D] after the final norm, for `head`."""
         positions = positions_of(self.config, ids.shape, start=cache.lengths, length=cache.lengths + new)
-        x, cache = self.model(self.model.embed(ids), positions, cache)
-        return self.model.norm(x), dataclasses.replace(cache, lengths=cache.lengths + new)
+        x, written = self.model(self.model.embed(ids), positions, cache)
+        assert written is not None  # as a cache went in
+        return self.model.norm(x), dataclasses.replace(written, lengths=cache.lengths + new)
 
 
 @jax.jit

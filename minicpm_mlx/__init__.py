@@ -8,7 +8,7 @@ from weights_io import lazy_exports
 if importlib.util.find_spec("mlx") is None or importlib.util.find_spec("mlx.core") is None:
     raise ImportError("minicpm_mlx needs MLX: pip install 'minicpm-jax-mlx[mlx]'.")
 
-lazy_exports.install(
+__getattr__ = lazy_exports.install(
     __name__,
     {
         "Model": "model",

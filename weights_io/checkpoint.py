@@ -1,4 +1,4 @@
-"""A checkpoint opened: its config, and its tensors checked against the parameter table before a byte of them is read."""
+"""A checkpoint opened: its config, and its tensors checked against the parameter table before one is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,10 +73,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
-    """The tensors of the table, in its order. Missing, unexpected and misshapen ones are reported in one `InputError`."""
+    """The tensors of the table, in its order; missing, unexpected and misshapen ones are all in one `InputError`."""
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     if config.tie_word_embeddings and HEAD.tensor in found:
-        _check_tied_head(found[EMBEDDING] if EMBEDDING in found else None, found.pop(HEAD.tensor), path)
+        _check_tied_head(found.get(EMBEDDING), found.pop(HEAD.tensor), path)
     expected = dict(tensor_shapes(config))
     faults = _listed("missing", [name for name in expected if name not in found])
     faults += _listed("unexpected", [name for name in found if name not in expected])

@@ -1,4 +1,4 @@
-"""Every command line of the project: a dataclass of options becomes flags, an InputError becomes one sentence and exit 2."""
+"""Every command line of the project: a dataclass of options becomes flags, an InputError one sentence and exit 2."""
 
 import os
 import sys
@@ -19,9 +19,8 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str) -> N
     """
     import tyro
 
-    parsed = tyro.cli(options, prog=prog, description=main.__doc__, config=(tyro.conf.FlagConversionOff,))
     try:
-        main(parsed)
+        main(tyro.cli(options, prog=prog, description=main.__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
         sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

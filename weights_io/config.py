@@ -1,7 +1,7 @@
 """The numbers that make a MiniCPM what it is, read from ``config.json`` with the defaults of the model's own class.
 
-Released MiniCPM configs carry no ``model_type``, ``rope_theta`` or ``tie_word_embeddings``; MiniCPM's configuration class
-fills them with minicpm, 10000.0 and True. A key that would change the numbers and is not understood is refused by name.
+Released MiniCPM configs carry no ``model_type``, ``rope_theta`` or ``tie_word_embeddings``; MiniCPM's own class fills
+them with minicpm, 10000.0 and True. A key that would change the numbers and is not understood is refused by name.
 """
 
 import dataclasses

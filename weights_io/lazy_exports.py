@@ -3,10 +3,14 @@
 import importlib
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 
-def install(package: str, exports: dict[str, str]) -> None:
+def install(package: str, exports: dict[str, str]) -> Callable[[str], Any]:
     """Make ``package.name`` import ``package.module`` on first use, for each ``name: module`` of ``exports``.
+
+    Returns the package's ``__getattr__``; assigned to that name, it tells type checkers that there are such attributes.
 
     An exported function may share its name with the module that holds it (``minicpm_jax.generate`` is the function,
     ``python -m minicpm_jax.generate`` the command). Importing that module would rebind the package's attribute to the
@@ -31,3 +35,4 @@ def install(package: str, exports: dict[str, str]) -> None:
     module = sys.modules[package]
     module.__class__ = LazyPackage
     module.__dict__["__all__"] = sorted(exports)
+    return lambda name: getattr(module, name)

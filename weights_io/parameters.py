@@ -45,7 +45,7 @@ class Parameter:
         return ("layers",) * self.stacked + self.axes
 
     def init_std(self, config: ModelConfig) -> float:
-        """Standard deviation at the start. muP divides a matrix's by sqrt(D / dim_model_base) (arXiv 2404.06395, 3.1)."""
+        """Standard deviation at the start; muP divides a matrix's by sqrt(D / dim_model_base) (arXiv 2404.06395)."""
         width = config.logit_divisor if self.init == "matrix" else 1.0
         return config.initializer_range / math.sqrt(width)
 

@@ -1,0 +1,139 @@
+"""Prefill and the decode loop, compiled once for each size of prompt and cache.
+
+Prompts are padded on the right to a power of two, so that few programs serve all lengths. Decoding runs many steps in
+one call (a `while_loop` on the device), so a token costs neither a dispatch nor a transfer of its own.
+Dims: B batch, T prompt bucket, S cache slots, V vocabulary.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from minicpm_data.generation import Sampling
+from minicpm_jax.attention import Cache
+from minicpm_jax.model import Model
+from minicpm_jax.sampling import Knobs, sample
+
+STEPS = 32  # most tokens of one call of the decode loop
+PATIENCE = 0.1  # seconds a reader may wait for the next piece of text
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "token", "seen", "keys", "done", "end_ids"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class State:
+    """Where the rows of a batch stand between two calls."""
+
+    cache: Cache
+    token: Int[Array, "B"]  # the last one chosen, not yet in the cache
+    seen: Bool[Array, "B V"] | None  # for the repetition penalty
+    keys: Array  # [B] of jax.random
+    done: Bool[Array, "B"]  # rows that have ended
+    end_ids: Int[Array, "E"]
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def prefill(
+    model: Model, ids: Int[Array, "B T"], lengths: Int[Array, "B"], end_ids: Array, key: Array, knobs: Knobs, slots: int
+) -> State:
+    """Run right-padded prompts through an empty cache of S slots and choose each row's first token."""
+    batch, width = ids.shape
+    cache = Cache.empty(model.config, batch, slots, model.model.embed_tokens.weight.dtype)
+    hidden, cache = model.decode(ids, cache, lengths)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    seen = None
+    if knobs.penalised:
+        real = jnp.arange(width) < lengths[:, None]
+        rows = jnp.arange(batch)[:, None]
+        seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, ids].max(real)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+    state = State(cache, jnp.zeros(batch, jnp.int32), seen, keys, jnp.zeros(batch, bool), end_ids)
+    return _chosen(model, state, last, knobs)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def decode(
+    model: Model, state: State, steps: Int[Array, ""], knobs: Knobs
+) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
+    """Up to ``steps`` (at most `STEPS`) more tokens for each row, fewer where all rows end. Returns the state, the
+    tokens [STEPS, B] and how many of them are real."""
+
+    def step(carry):
+        state, tokens, count = carry
+        hidden, cache = model.decode(state.token[:, None], state.cache, 1)
+        state = _chosen(model, State(cache, *_rest(state)), hidden, knobs)
+        return state, tokens.at[count].set(state.token), count + 1
+
+    def more(carry):
+        state, _, count = carry
+        return (count < steps) & ~jnp.all(state.done)
+
+    tokens = jnp.zeros((STEPS, *state.token.shape), jnp.int32)
+    return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
+
+
+def _rest(state: State) -> tuple:
+    return state.token, state.seen, state.keys, state.done, state.end_ids
+
+
+def _chosen(model: Model, state: State, hidden: Array, knobs: Knobs) -> State:
+    """The state with the next token of each row, from the hidden state [B, 1, D] before it."""
+    logits = model.head(hidden)[:, 0]
+    both = jax.vmap(jax.random.split)(state.keys)
+    token = sample(logits, state.seen, knobs, both[:, 1]).astype(jnp.int32)
+    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
+    done = state.done | jnp.any(token[:, None] == state.end_ids, axis=1)
+    return State(state.cache, token, seen, both[:, 0], done, state.end_ids)
+
+
+def stream_tokens(
+    model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling, end_ids: frozenset[int]
+) -> Iterator[np.ndarray]:
+    """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens`` steps.
+    A row that has ended goes on with tokens of no meaning."""
+    use_compilation_cache()
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    ids = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    seed = int.from_bytes(os.urandom(4)) if sampling.seed is None else sampling.seed
+    knobs = Knobs.of(sampling, model.config.vocab_size)
+    ends = np.array(sorted(end_ids) or [-1], np.int32)
+    slots = bucket(max(ids.shape[1], lengths.max() + max_tokens))
+    state = prefill(model, ids, lengths, ends, jax.random.key(seed), knobs, slots)
+    yield np.asarray(state.token)
+    made, steps = 1, 1
+    while made < max_tokens:
+        if bool(np.all(state.done)):
+            return
+        began = time.perf_counter()
+        state, tokens, count = decode(model, state, jnp.int32(min(steps, max_tokens - made)), knobs)
+        count = int(count)
+        yield from np.asarray(tokens)[:count]
+        made += count
+        # Grow the call while the reader does not have to wait for it.
+        steps = min(STEPS, 2 * steps) if time.perf_counter() - began < PATIENCE / 2 else steps
+
+
+def bucket(length: int) -> int:
+    """The power of two, at least 32, that holds ``length``."""
+    return max(32, 1 << (int(length) - 1).bit_length())
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk (``~/.cache/minicpm_jax``) unless JAX_COMPILATION_CACHE_DIR says where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "minicpm_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
