@@ -1,14 +1,25 @@
-"""What the two backends' generators share: the sampling options, the prompt's ids, the ids that end an answer."""
+"""What the two backends' generators share: the options, the prompt's ids, the ids that end an answer, the public calls.
 
+A backend brings one function, ``decoding.stream_tokens``; `Generator` makes its ``stream_generate``, ``generate``,
+``batch_generate`` and ``chat`` of it, so that both have the same names, signatures and behaviour.
+"""
+
+import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from minicpm_data.streaming import Response, stream_text
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from minicpm_data.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,100 @@ class Sampling:
         return self.repetition_penalty != 1
 
 
-def prompt_ids(tokenizer: "Tokenizer | None", prompt: str | Sequence[int], vocab_size: int) -> list[int]:
+class Generator:
+    """The public generation functions of the backend ``package`` (imported when a first token is asked for)."""
+
+    def __init__(self, package: str):
+        self._package = package
+
+    def stream_generate(
+        self,
+        model: Any,
+        tokenizer: "Tokenizer | None",
+        prompt: Prompt,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[Response]:
+        """Yield a `Response` (``text``, ``token``, ``finish_reason``) for each new token.
+
+        ``prompt``: a text (BOS is added once, no template) or token ids. The sampling options are those of `Sampling`.
+        An answer ends at an EOS id of config, generation config or tokenizer, at a string of ``stop`` (not part of the
+        text), or after ``max_tokens``. Raises `InputError` for what is out of range.
+        """
+        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+        ends = end_ids(model, tokenizer)
+        steps = self._steps(model, tokenizer, [prompt], max_tokens, sampling, ends)
+        return stream_text((int(tokens[0]) for tokens in steps), tokenizer, ends, stop, max_tokens)
+
+    def generate(self, model: Any, tokenizer: "Tokenizer | None", prompt: Prompt, **options: Any) -> str:
+        """The whole answer; ``options`` as in `stream_generate`."""
+        return "".join(r.text for r in self.stream_generate(model, tokenizer, prompt, **options))
+
+    def batch_generate(
+        self,
+        model: Any,
+        tokenizer: "Tokenizer | None",
+        prompts: Sequence[Prompt],
+        max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> list[list[Response]]:
+        """The `Response` lists of several prompts of any lengths, computed together; each equal to a single run
+        (sampled rows draw from streams of their own). ``sampling`` as in `stream_generate`."""
+        if not prompts:
+            return []
+        ends = end_ids(model, tokenizer)
+        steps = list(self._steps(model, tokenizer, prompts, max_tokens, Sampling(**sampling), ends))
+        rows = zip(*steps, strict=True)
+        return [list(stream_text(map(int, row), tokenizer, ends, stop, max_tokens)) for row in rows]
+
+    def chat(
+        self,
+        model: Any,
+        tokenizer: "Tokenizer",
+        query: str,
+        history: Sequence[Message] | None = None,
+        max_tokens: int = 1024,
+        temperature: float = 0.3,
+        top_p: float = 0.8,
+        **options: Any,
+    ) -> tuple[str, list[Message]]:
+        """The reply to ``query`` after ``history`` (messages of role and content), and the history with both added.
+
+        The defaults of temperature and top_p are the original's; ``options`` as in `stream_generate`.
+        """
+        if tokenizer is None:
+            raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
+        messages = [*(history or ()), {"role": "user", "content": query}]
+        prompt = tokenizer.apply_chat(messages)
+        options |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        reply = self.generate(model, tokenizer, prompt, **options).strip()
+        return reply, [*messages, {"role": "assistant", "content": reply}]
+
+    def _steps(
+        self,
+        model: Any,
+        tokenizer: "Tokenizer | None",
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        sampling: Sampling,
+        ends: frozenset[int],
+    ) -> "Iterator[np.ndarray]":
+        """Token ids [B], step after step; what cannot work is refused before the first."""
+        if max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
+        ids = [prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
+        decoding = importlib.import_module(f"{self._package}.decoding")
+        return decoding.stream_tokens(model, ids, max_tokens, sampling, ends)
+
+
+def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> list[int]:
     """The ids of a prompt: a text gets BOS once and no template; ids are taken as they are."""
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -61,12 +165,6 @@ def prompt_ids(tokenizer: "Tokenizer | None", prompt: str | Sequence[int], vocab
     return ids
 
 
-def check_max_tokens(max_tokens: int) -> int:
-    if max_tokens < 1:
-        raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
-    return max_tokens
-
-
-def end_ids(model: Any, tokenizer: "Tokenizer | None", extra: Iterable[int] = ()) -> frozenset[int]:
+def end_ids(model: Any, tokenizer: "Tokenizer | None") -> frozenset[int]:
     """The ids that end an answer: the union of config.json, generation_config.json and the tokenizer."""
-    return frozenset([*model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ()), *extra])
+    return frozenset([*model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())])

@@ -1,7 +1,7 @@
 """Prefill and the decode loop, compiled once for each size of prompt and cache.
 
-Prompts are padded on the right to a power of two, so that few programs serve all lengths. Decoding runs many steps in
-one call (a `while_loop` on the device), so a token costs neither a dispatch nor a transfer of its own.
+Prompts are padded on the right to one of few lengths, so that few programs serve all of them. Decoding runs many steps
+in one call (a `while_loop` on the device), so a token costs neither a dispatch nor a transfer of its own.
 Dims: B batch, T prompt bucket, S cache slots, V vocabulary.
 """
 
@@ -127,8 +127,8 @@ def stream_tokens(
 
 
 def bucket(length: int) -> int:
-    """The power of two, at least 32, that holds ``length``."""
-    return max(32, 1 << (int(length) - 1).bit_length())
+    """The least of 32, 64, ... 1024, 2048, 3072, ... that holds ``length``: always doubling would waste long caches."""
+    return max(32, 1 << (int(length) - 1).bit_length()) if length <= 1024 else -(-int(length) // 1024) * 1024
 
 
 def use_compilation_cache() -> None:

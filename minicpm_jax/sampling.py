@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_data.generation import Sampling
@@ -33,11 +34,11 @@ class Knobs:
     @staticmethod
     def of(sampling: Sampling, vocab_size: int) -> "Knobs":
         return Knobs(
-            jnp.float32(sampling.temperature),
-            jnp.float32(sampling.top_p),
-            jnp.int32(min(sampling.top_k or vocab_size, vocab_size)),
-            jnp.float32(sampling.min_p),
-            jnp.float32(sampling.repetition_penalty),
+            np.float32(sampling.temperature),
+            np.float32(sampling.top_p),
+            np.int32(min(sampling.top_k or vocab_size, vocab_size)),
+            np.float32(sampling.min_p),
+            np.float32(sampling.repetition_penalty),
             sampling.greedy,
             sampling.penalised,
         )

@@ -1,0 +1,236 @@
+"""The command lines that both backends have: the flags, what is printed, and how a terminal conversation goes."""
+
+import importlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from minicpm_data.generation import Sampling
+from weights_io import command_line
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    from minicpm_data.streaming import Response
+    from minicpm_data.tokenizer import Tokenizer
+
+HELP = """/reset  forget the conversation
+/help   this text
+/quit   end (Ctrl-D too); Ctrl-C stops an answer"""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model: str | None = None
+    """Model folder, GGUF file, hub id (owner/name) or short name of the catalogue; left out: the built-in model."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where --model is downloaded from if it is not on this disk."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of weights and computation; by default the checkpoint's own, and float32 where JAX runs on a CPU."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    temp: float = 0.0
+    """Temperature; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0: from all."""
+    min_p: float = 0.0
+    """Leave out tokens with less than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of prompt and answer become less likely to come again."""
+    seed: int | None = None
+    """The same seed draws the same answer; by default another each time."""
+    system_prompt: str | None = None
+    """A system message before the first question."""
+    stop: tuple[str, ...] = ()
+    """End the answer where one of these texts begins."""
+
+    def sampling(self) -> dict[str, Any]:
+        """Under the names of `Sampling`, checked."""
+        named = {"temperature" if f.name == "temp" else f.name: getattr(self, f.name) for f in fields(SamplingOptions)}
+        options = {f.name: named[f.name] for f in fields(Sampling)}
+        Sampling(**options)
+        return options
+
+
+@dataclass(frozen=True)
+class GenerateOptions(SamplingOptions, ModelOptions):
+    prompt: Annotated[str, tyro.conf.arg(aliases=("-p",))] = "Hello!"
+    """What to answer; - reads it from standard input."""
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = 256
+    """Most tokens of the answer."""
+    ignore_chat_template: bool = False
+    """Continue the prompt as raw text."""
+    verbose: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Print speed and memory at the end."""
+
+
+@dataclass(frozen=True)
+class ChatOptions(SamplingOptions, ModelOptions):
+    temp: float = 0.3
+    """Temperature; 0 takes the likeliest token."""
+    top_p: float = 0.8
+    """Draw from the likeliest tokens that together have this probability."""
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = 1024
+    """Most tokens of an answer."""
+
+
+def run_generate(package: str) -> None:
+    """``python -m PACKAGE.generate``."""
+
+    def main(options: GenerateOptions) -> None:
+        """Answer a prompt with a MiniCPM (or Llama) model."""
+        sampling, max_tokens = options.sampling(), _positive(options.max_tokens)
+        prompt = _read_stdin() if options.prompt == "-" else options.prompt
+        backend = importlib.import_module(package)
+        model, tokenizer, device = _load(package, options)
+        if options.ignore_chat_template:
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = tokenizer.apply_chat([*_system(options), {"role": "user", "content": prompt}])
+        meter = Meter(device)
+        answer = backend.stream_generate(model, tokenizer, ids, max_tokens, stop=options.stop, **sampling)
+        for response in meter.watch(answer):
+            print(response.text, end="", flush=True)
+        print()
+        if options.verbose:
+            print(meter.report(len(ids)), file=sys.stderr)
+
+    command_line.run(main, GenerateOptions, f"python -m {package}.generate")
+
+
+def run_chat(package: str) -> None:
+    """``python -m PACKAGE.chat``."""
+
+    def main(options: ChatOptions) -> None:
+        """Talk with a MiniCPM (or Llama) model; /help lists what can be typed besides questions."""
+        sampling, max_tokens = options.sampling(), _positive(options.max_tokens)
+        backend = importlib.import_module(package)
+        model, tokenizer, _ = _load(package, options)
+        history = _system(options)
+        for query in _typed_lines():
+            match query.strip():
+                case "":
+                    continue
+                case "/quit" | "/exit":
+                    return
+                case "/reset":
+                    history = _system(options)
+                    continue
+                case command if command.startswith("/"):
+                    print(HELP)
+                    continue
+            asked = [*history, {"role": "user", "content": query}]
+            prompt = tokenizer.apply_chat(asked)
+            answer = backend.stream_generate(model, tokenizer, prompt, max_tokens, stop=options.stop, **sampling)
+            history = [*asked, {"role": "assistant", "content": _printed(answer)}]
+
+    command_line.run(main, ChatOptions, f"python -m {package}.chat")
+
+
+class Meter:
+    """Times an answer: what came before its first token (the prompt) apart from the rest, and compiling apart."""
+
+    def __init__(self, device: ModuleType):
+        self.device = device
+        self.tokens = 0
+        self.reason: str | None = None
+        self.clock = [time.perf_counter()]  # before, at the first token, at the end
+        self.compiled = [device.compile_seconds()]
+
+    def watch(self, answer: "Iterable[Response]") -> "Iterator[Response]":
+        for response in answer:
+            self.tokens += response.token is not None
+            self.reason = response.finish_reason or self.reason
+            if len(self.clock) == 1:
+                self._mark()
+            yield response
+        self._mark()
+
+    def _mark(self) -> None:
+        self.clock.append(time.perf_counter())
+        self.compiled.append(self.device.compile_seconds())
+
+    def report(self, prompt_tokens: int) -> str:
+        spans = [b - a for a, b in zip(self.clock, self.clock[1:], strict=False)]
+        compiling = [b - a for a, b in zip(self.compiled, self.compiled[1:], strict=False)]
+        prompt, answer = (max(s - c, 1e-9) for s, c in zip(spans, compiling, strict=True))
+        lines = [
+            "=" * 10,
+            f"Prompt: {prompt_tokens} tokens, {prompt_tokens / prompt:.1f} tokens-per-sec",
+            f"Generation: {self.tokens} tokens, {max(self.tokens - 1, 0) / answer:.1f} tokens-per-sec",
+            f"Peak memory: {self.device.peak_memory() / 1e9:.3f} GB on {self.device.description()}",
+        ]
+        if sum(compiling) > 0:
+            lines.append(f"Compiling: {sum(compiling):.1f} s (the programs are kept on disk for the next run)")
+        if self.reason == "length":
+            lines.append("The answer was cut at --max-tokens.")
+        return "\n".join(lines)
+
+
+def _load(package: str, options: ModelOptions) -> "tuple[Any, Tokenizer, ModuleType]":
+    """Model, tokenizer and the backend's device module."""
+    device = importlib.import_module(f"{package}.device")
+    dtype = options.dtype or device.preferred_dtype()
+    backend = importlib.import_module(package)
+    model, tokenizer = backend.load(options.model, dtype, revision=options.revision, hub=options.hub)
+    if tokenizer is None:
+        raise InputError(
+            f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."
+        )
+    return model, tokenizer, device
+
+
+def _system(options: SamplingOptions) -> list[dict[str, str]]:
+    return [] if options.system_prompt is None else [{"role": "system", "content": options.system_prompt}]
+
+
+def _positive(max_tokens: int) -> int:
+    if max_tokens < 1:
+        raise InputError(f"--max-tokens is {max_tokens}; it must be at least 1.")
+    return max_tokens
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text (byte {error.start}); convert it first.") from None
+
+
+def _typed_lines() -> Iterator[str]:
+    """What the user types, line by line, until the end of the input."""
+    if sys.stdin.isatty():
+        import contextlib
+
+        with contextlib.suppress(ImportError):  # line editing; absent on some systems
+            import readline  # noqa: F401
+    while True:
+        try:
+            yield input(">>> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D to end)")
+
+
+def _printed(answer: "Iterable[Response]") -> str:
+    """The answer, shown as it comes. Ctrl-C ends it early."""
+    text = ""
+    try:
+        for response in answer:
+            print(response.text, end="", flush=True)
+            text += response.text
+    except KeyboardInterrupt:
+        pass
+    print()
+    return text.strip()

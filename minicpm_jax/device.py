@@ -1,0 +1,42 @@
+"""What the programs run on: its name, the memory used, the time spent on compiling."""
+
+import jax
+
+_compiled = 0.0
+
+
+def _listen(event: str, seconds: float, **_) -> None:
+    global _compiled
+    if event.startswith("/jax/core/compile/"):
+        _compiled += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def description() -> str:
+    """``TPU v5 lite x 8``, ``cpu``."""
+    devices = jax.devices()
+    return devices[0].device_kind + (f" x {len(devices)}" if len(devices) > 1 else "")
+
+
+def preferred_dtype() -> str | None:
+    """What to compute in unless told otherwise; None is the checkpoint's own. XLA's bfloat16 on a CPU is ten times
+    slower than its float32."""
+    return "float32" if jax.default_backend() == "cpu" else None
+
+
+def peak_memory() -> int:
+    """Bytes: the most that the fullest device held; on a CPU, that this process held."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if any(stats):
+        return max(s["peak_bytes_in_use"] for s in stats if s)
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent on tracing and compiling so far."""
+    return _compiled

@@ -1,0 +1,24 @@
+"""What the programs run on: its name, the memory used, the time spent on compiling."""
+
+import mlx.core as mx
+
+
+def description() -> str:
+    """``Apple M2 Max``, ``cpu``."""
+    device = mx.default_device()
+    return "cpu" if device == mx.cpu else str(mx.device_info().get("device_name", "gpu"))
+
+
+def preferred_dtype() -> str | None:
+    """What to compute in unless told otherwise; None is the checkpoint's own."""
+    return None
+
+
+def peak_memory() -> int:
+    """Bytes: the most that MLX held."""
+    return mx.get_peak_memory()
+
+
+def compile_seconds() -> float:
+    """None: Metal's kernels come compiled, or in milliseconds."""
+    return 0.0

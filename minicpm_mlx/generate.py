@@ -1,0 +1,18 @@
+"""Text from a prompt.
+
+    python -m minicpm_mlx.generate --model openbmb/MiniCPM-2B-sft-bf16 --prompt "What is the capital of China?"
+
+``--model`` left out is the built-in model. The prompt is put into the checkpoint's chat template once.
+"""
+
+from minicpm_data.generation import Generator
+
+generator = Generator("minicpm_mlx")
+stream_generate = generator.stream_generate
+generate = generator.generate
+batch_generate = generator.batch_generate
+
+if __name__ == "__main__":
+    from minicpm_data import commands
+
+    commands.run_generate("minicpm_mlx")
