@@ -10,21 +10,15 @@ from typing import Any
 def install(package: str, exports: dict[str, str]) -> Callable[[str], Any]:
     """Make ``package.name`` import ``package.module`` on first use, for each ``name: module`` of ``exports``.
 
-    Returns the package's ``__getattr__``; assigned to that name, it tells type checkers that there are such attributes.
+    Returns the ``__getattr__`` of the package, which has to assign it to that name.
 
     An exported function may share its name with the module that holds it (``minicpm_jax.generate`` is the function,
     ``python -m minicpm_jax.generate`` the command). Importing that module would rebind the package's attribute to the
     module, so the package refuses to have an exported name rebound to a module.
     """
+    module = sys.modules[package]
 
     class LazyPackage(types.ModuleType):
-        def __getattr__(self, name: str):
-            if name not in exports:
-                raise AttributeError(f"module {package!r} has no attribute {name!r}")
-            value = getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
-            self.__dict__[name] = value
-            return value
-
         def __setattr__(self, name: str, value) -> None:
             if not (name in exports and isinstance(value, types.ModuleType)):
                 super().__setattr__(name, value)
@@ -32,7 +26,14 @@ def install(package: str, exports: dict[str, str]) -> Callable[[str], Any]:
         def __dir__(self):
             return sorted({*self.__dict__, *exports})
 
-    module = sys.modules[package]
+    def find(name: str) -> Any:
+        if name not in exports:
+            # Must raise and not ask the module again: `from package import submodule` tries this before it imports.
+            raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=module)
+        value = getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
+        module.__dict__[name] = value
+        return value
+
     module.__class__ = LazyPackage
     module.__dict__["__all__"] = sorted(exports)
-    return lambda name: getattr(module, name)
+    return find
