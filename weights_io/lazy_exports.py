@@ -10,12 +10,13 @@ from typing import Any
 def install(package: str, exports: dict[str, str]) -> Callable[[str], Any]:
     """Make ``package.name`` import ``package.module`` on first use, for each ``name: module`` of ``exports``.
 
-    Returns the ``__getattr__`` of the package, which has to assign it to that name.
+    Returns the function to assign to the package's ``__getattr__``.
 
     An exported function may share its name with the module that holds it (``minicpm_jax.generate`` is the function,
     ``python -m minicpm_jax.generate`` the command). Importing that module would rebind the package's attribute to the
     module, so the package refuses to have an exported name rebound to a module.
     """
+
     module = sys.modules[package]
 
     class LazyPackage(types.ModuleType):
@@ -26,14 +27,13 @@ def install(package: str, exports: dict[str, str]) -> Callable[[str], Any]:
         def __dir__(self):
             return sorted({*self.__dict__, *exports})
 
-    def find(name: str) -> Any:
+    def load(name: str) -> Any:
         if name not in exports:
-            # Must raise and not ask the module again: `from package import submodule` tries this before it imports.
-            raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=module)
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
-        module.__dict__[name] = value
+        setattr(module, name, value)
         return value
 
     module.__class__ = LazyPackage
     module.__dict__["__all__"] = sorted(exports)
-    return find
+    return load

@@ -1,4 +1,4 @@
-"""SmolLM2's GGUF file (see test_smollm2.py) as transformers reads it, with its own tables of names, row orders and tokenizers."""
+"""SmolLM2's GGUF file (see test_smollm2.py) as transformers reads it: names, row orders and tokenizers are its own."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Llama, the format MiniCPM is exchanged in: our exports in transformers, and transformers' own models in both backends."""
+"""Llama, the format MiniCPM is exchanged in: our exports in transformers, and its own models in both backends."""
 
 import json
 import subprocess
