@@ -1,0 +1,259 @@
+"""Pretraining: the schedule, the windows, muP's groups, and a run that is killed and goes on as if it had not been."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_tokenizer
+
+pytest.importorskip("jax")
+
+import jax
+import jax.numpy as jnp
+
+from minicpm_data.metrics import Metrics
+from minicpm_data.packing import batches, pack
+from minicpm_data.schedules import WarmupStableDecay
+from minicpm_data.tokenizer import load_tokenizer
+from minicpm_jax import train
+from minicpm_jax.losses import packed_loss
+from minicpm_jax.model import initialise
+from weights_io.checkpoint import open_checkpoint
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+
+RAW = {
+    "architectures": ["MiniCPMForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.1,
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+STEPS = ["--steps", "24", "--warmup-steps", "3", "--decay-steps", "8", "--half-life", "3", "--save-every", "4"]
+SIZES = ["--batch-size", "2", "--seq-length", "32", "--valid-every", "8"]
+
+
+def test_the_schedule_has_three_stages():
+    schedule = WarmupStableDecay(peak=0.01, steps=100, warmup_steps=10, decay_steps=20, half_life=5)
+    assert schedule.decay_start == 80
+    assert [schedule(s) for s in (0, 4, 9, 10, 79)] == pytest.approx([0.001, 0.005, 0.01, 0.01, 0.01])
+    assert schedule(84) == pytest.approx(0.005) and schedule(99) == pytest.approx(0.01 / 16)
+    for decay, halfway in [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - math.sqrt(0.5))]:
+        form = WarmupStableDecay(1.0, 100, 10, 20, decay)
+        assert form(89) == pytest.approx(halfway) and form(99) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [{"decay_steps": 95}, {"warmup_steps": -1}, {"half_life": 0}])
+def test_schedules_that_cannot_be(wrong):
+    with pytest.raises(InputError):
+        WarmupStableDecay(**{"peak": 1.0, "steps": 100, "warmup_steps": 10, "decay_steps": 20, "half_life": 5} | wrong)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """``data`` with both stages, ``tokenizer`` and ``config.json``."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokenizer = load_tokenizer(tiny_tokenizer.write(folder / "tokenizer"))
+    (folder / "config.json").write_text(json.dumps(RAW | {"vocab_size": tokenizer.vocab_size}))
+    for stage in ("stable", "decay"):
+        for split, count in (("train", 60), ("valid", 12)):
+            path = folder / "data" / stage / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            chat = [{"role": "user", "content": "海在哪里？"}, {"role": "assistant", "content": "The sea."}]
+            rows = [{"text": tiny_tokenizer.SENTENCES[i % 6]} for i in range(count)]
+            rows = [{"messages": chat} if stage == "decay" and i % 2 else row for i, row in enumerate(rows)]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(corpus, out, *more):
+    arguments = ["--config", corpus / "config.json", "--tokenizer", corpus / "tokenizer", "--data", corpus / "data"]
+    return [
+        sys.executable,
+        "-m",
+        "minicpm_jax.pretrain",
+        *map(str, arguments),
+        "--out",
+        str(out),
+        *STEPS,
+        *SIZES,
+        *more,
+    ]
+
+
+def run(corpus, out, *more):
+    return subprocess.run(command(corpus, out, *more), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    ran = run(corpus, out)
+    assert ran.returncode == 0, ran.stderr
+    return out
+
+
+def test_windows_hold_every_token_from_bos_to_eos(corpus):
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    windows = pack(corpus / "data" / "decay" / "train.jsonl", tokenizer, 16)
+    rows = [json.loads(line) for line in (corpus / "data" / "decay" / "train.jsonl").open()]
+    expected = []
+    for row in rows:
+        text = "text" in row
+        ids = tokenizer.encode(row["text"]) if text else tokenizer.apply_chat(row["messages"], False)
+        expected += [*ids, 2]
+    flat = windows.reshape(-1).tolist()
+    assert flat == expected[: len(flat)] and len(expected) - len(flat) < 16
+    assert flat.count(1) == flat.count(2) + (flat[-1] != 2)
+
+
+def test_batches_are_addressed_by_number():
+    windows = np.arange(40, dtype=np.int32).reshape(10, 4)
+    data, again = batches(windows, 2, seed=0), batches(windows, 2, seed=0)
+    assert np.array_equal(data[7], again[7])
+    first, second = (np.concatenate([data[i] for i in range(s, s + 5)]) for s in (0, 5))
+    for order in (first, second):  # each pass holds every window once, in another order
+        assert sorted(order[:, 0].tolist()) == list(range(0, 40, 4))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, np.concatenate([batches(windows, 2, seed=1)[i] for i in range(5)]))
+    with pytest.raises(InputError, match="10 windows"):
+        batches(windows, 11, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("not json", "line 2 is not JSON"),
+        ("[1]", "line 2 is not an object"),
+        ('{"words": 1}', 'line 2 has neither "text"'),
+    ],
+)
+def test_a_wrong_line_is_named(corpus, tmp_path, line, said):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "Hello"}\n' + line + "\n")
+    with pytest.raises(InputError, match=said):
+        pack(path, load_tokenizer(corpus / "tokenizer"), 4)
+
+
+def test_packed_documents_are_trained_apart(corpus):
+    """The loss of two documents in one window is that of each alone, weighted by their trained tokens."""
+    config = ModelConfig.from_file(corpus / "config.json")
+    model = initialise(config, jax.random.key(0))
+    one, other = [1, 7, 8, 9, 2], [1, 20, 21, 2]
+    together = packed_loss(model, jnp.array([one + other]), 1)
+    alone = [packed_loss(model, jnp.array([row]), 1) * (len(row) - 1) for row in (one, other)]
+    assert float(together) == pytest.approx(float(sum(alone)) / (len(one) + len(other) - 2), rel=1e-5)
+
+
+def test_mup_groups_take_their_share_of_a_step(corpus):
+    """The first Adam step moves every number by the learning rate times its group's share (weight decay apart)."""
+    config = ModelConfig.from_file(corpus / "config.json")
+    model = initialise(config, jax.random.key(0))
+    weights = train.weights_of(model)
+    optimiser = train.optimizer(config, 0.9, 0.95, weight_decay=0.0, clip=1e9)
+    gradients = jax.tree.map(lambda w: jnp.ones_like(w), weights)
+    updates, _ = optimiser.update(gradients, optimiser.init(weights), weights)
+    for name, update in updates.items():
+        matrix = "proj" in name
+        np.testing.assert_allclose(update, -0.5 if matrix else -1.0, rtol=1e-5, err_msg=name)
+    decayed = train.optimizer(config, 0.9, 0.95, weight_decay=0.1, clip=1e9)
+    updates, _ = decayed.update(jax.tree.map(jnp.zeros_like, weights), decayed.init(weights), weights)
+    np.testing.assert_allclose(updates["model.embed_tokens.weight"], 0)
+    name = "model.layers.mlp.up_proj.weight"
+    np.testing.assert_allclose(updates[name], -0.5 * 0.1 * weights[name], rtol=1e-5)
+
+
+def test_initialisation_is_mups(corpus):
+    config = ModelConfig.from_file(corpus / "config.json")
+    weights = train.weights_of(initialise(config, jax.random.key(0)))
+    assert float(jnp.std(weights["model.embed_tokens.weight"])) == pytest.approx(0.1, rel=0.05)
+    assert float(jnp.std(weights["model.layers.mlp.up_proj.weight"])) == pytest.approx(0.1 / math.sqrt(2), rel=0.05)
+    assert float(jnp.ptp(weights["model.norm.weight"])) == 0
+
+
+def test_a_run_learns_and_leaves_a_model(whole, corpus):
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    assert [r["step"] for r in records] == [8, 10, 16, 20, 24]
+    assert [r["stage"] for r in records] == ["stable", "stable", "stable", "decay", "decay"]
+    assert records[-1]["stable_valid_loss"] < records[0]["stable_valid_loss"] < math.log(RAW["hidden_size"] * 15)
+    checkpoint = open_checkpoint(whole / "model")
+    assert checkpoint.dtype == "bfloat16" and checkpoint.eos_token_ids == (2,)
+    assert (whole / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert load_tokenizer(whole / "model").encode("Hello") == load_tokenizer(corpus / "tokenizer").encode("Hello")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, whole, tmp_path, how):
+    """Kill the process itself after its first checkpoint; the rest of the run has the same figures, bit for bit."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(corpus, out), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "4").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(how)
+    process.wait(60)
+    stopped_early = not (out / "model").exists()
+    ran = run(corpus, out)
+    assert ran.returncode == 0, ran.stderr
+    assert not stopped_early or "going on after step" in ran.stdout
+    assert how != signal.SIGINT or process.returncode in (130, 0)
+    assert figures(out) == figures(whole)
+    assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+def figures(out: Path):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def test_a_half_written_line_of_figures_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 3, "lo')
+    metrics = Metrics(path, start=1)
+    metrics.write({"step": 2, "loss": 2.4})
+    assert [json.loads(line)["loss"] for line in path.open()] == [3.0, 2.4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "0"], "--steps is 0"),
+        (["--seq-length", "1"], "--seq-length is 1"),
+        (["--decay-steps", "30"], "do not fit into 24"),
+        (["--config", "{corpus}/none.json"], "none.json does not exist"),
+        (["--data", "{corpus}"], "train.jsonl does not exist"),
+        (["--tokenizer", "{corpus}"], "neither a tokenizer.json nor a tokenizer.model"),
+        (["--out", "{corpus}"], "is not empty and holds no run"),
+        (["--out", "{corpus}/config.json"], "is a file"),
+        (["--batch-size", "4000"], "do not fill one batch"),
+        (["--learning-rate", "1e30"], "the loss of step"),
+    ],
+)
+def test_bad_input(corpus, tmp_path, arguments, said):
+    ran = run(corpus, tmp_path / "out", *(a.format(corpus=corpus) for a in arguments))
+    assert ran.returncode == 2, ran.stderr
+    assert said in ran.stderr and "Traceback" not in ran.stderr
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_another_run_is_not_continued(corpus, whole):
+    before = sorted(os.listdir(whole)), figures(whole)
+    ran = run(corpus, whole, "--seed", "1")
+    assert ran.returncode == 2 and "another seed" in ran.stderr
+    assert (sorted(os.listdir(whole)), figures(whole)) == before
