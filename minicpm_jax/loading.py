@@ -83,16 +83,20 @@ def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh 
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    """One tensor of the files as a placed array; each process reads only the slices of its devices."""
-    seen: dict[tuple, np.ndarray] = {}
+    """One tensor of the files as a placed array; each process reads only the rows of its devices, and each row once:
+    in a file the columns of one device lie between those of the others."""
+    rows: dict[tuple, np.ndarray] = {}
+    parts: dict[tuple, np.ndarray] = {}
 
-    def slice_of(index: tuple[slice, ...]) -> np.ndarray:
+    def part_of(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
-        if key not in seen:  # replicated axes ask for the same slice once for each device
-            seen[key] = checkpoint.read(name, dtype.name, index).astype(dtype, copy=False)
-        return seen[key]
+        if key[0] not in rows:
+            rows[key[0]] = checkpoint.read(name, dtype.name, index[:1]).astype(dtype, copy=False)
+        if key not in parts:  # replicated axes ask for the same part once for each device
+            parts[key] = np.ascontiguousarray(rows[key[0]][(slice(None), *index[1:])])
+        return parts[key]
 
-    return jax.make_array_from_callback(shape, sharding, slice_of)
+    return jax.make_array_from_callback(shape, sharding, part_of)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -231,6 +231,7 @@ def refused(error, message):
     assert re.search(message, error), error
 
 
+@pytest.mark.slow
 def test_as_a_command(backend, reference, tmp_path):
     command = [sys.executable, "-m", backend.__name__]
     arguments = ["--model", str(reference("dense_2b")), "--reference", str(reference("dense_2b") / "reference.npz")]
