@@ -45,8 +45,9 @@ lint: $(VENV)/.test ## ruff and types alone
 pico: $(VENV)/.backends ## train the built-in model again: corpus, vocabulary, pretraining, evaluation
 	$(VENV)/bin/python -m minicpm_data.corpus --out $(PICO)/corpus
 	$(VENV)/bin/python -m minicpm_data.vocabulary --data $(PICO)/corpus --out $(PICO)/tokenizer
-	$(VENV)/bin/python -m minicpm_jax.pretrain --data $(PICO)/corpus --tokenizer $(PICO)/tokenizer --out $(PICO)/model
-	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(PICO)/model --data $(PICO)/corpus
+	$(VENV)/bin/python -m minicpm_jax.pretrain --config minicpm_data/pico/config.json --data $(PICO)/corpus \
+	  --tokenizer $(PICO)/tokenizer --out $(PICO)/training
+	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(PICO)/training/model
 
 clean: ## remove the environments, caches and build leftovers (runs/ stays)
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -92,7 +92,7 @@ def run_generate(package: str) -> None:
         sampling, max_tokens = options.sampling(), _positive(options.max_tokens)
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
         backend = importlib.import_module(package)
-        model, tokenizer, device = _load(package, options)
+        model, tokenizer, device = load_model(package, options)
         if options.ignore_chat_template:
             ids = tokenizer.encode(prompt)
         else:
@@ -115,7 +115,7 @@ def run_chat(package: str) -> None:
         """Talk with a MiniCPM (or Llama) model; /help lists what can be typed besides questions."""
         sampling, max_tokens = options.sampling(), _positive(options.max_tokens)
         backend = importlib.import_module(package)
-        model, tokenizer, _ = _load(package, options)
+        model, tokenizer, _ = load_model(package, options)
         history = _system(options)
         for query in _typed_lines():
             match query.strip():
@@ -177,7 +177,7 @@ class Meter:
         return "\n".join(lines)
 
 
-def _load(package: str, options: ModelOptions) -> "tuple[Any, Tokenizer, ModuleType]":
+def load_model(package: str, options: ModelOptions) -> "tuple[Any, Tokenizer, ModuleType]":
     """Model, tokenizer and the backend's device module."""
     device = importlib.import_module(f"{package}.device")
     dtype = options.dtype or device.preferred_dtype()

@@ -9,10 +9,12 @@ layout). Interrupted by Ctrl-C, a kill or a power cut, the same command goes on 
 """
 
 import json
+import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io import command_line
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from weights_io.config import ModelConfig
+
+REPORT_EVERY = 10  # steps between lines of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -76,19 +80,14 @@ def pretrain(options: Options) -> None:
     """Train a MiniCPM from nothing (or go on with an interrupted run)."""
     check(options)
     import jax
-    import orbax.checkpoint as ocp
     from tqdm import tqdm
 
-    from minicpm_data import load_tokenizer
-    from minicpm_data.packing import batches, pack
-    from minicpm_data.tokenizer import check_vocab
+    from minicpm_data.metrics import Metrics
     from minicpm_jax import train
     from minicpm_jax.model import initialise
     from weights_io.config import ModelConfig
 
     config = ModelConfig.from_file(options.config)
-    tokenizer = load_tokenizer(options.tokenizer)
-    check_vocab(tokenizer, config.vocab_size)
     schedule = WarmupStableDecay(
         options.learning_rate,
         options.steps,
@@ -97,66 +96,135 @@ def pretrain(options: Options) -> None:
         options.decay,
         options.half_life,
     )
-    stages = {}
-    for stage in ("stable", "decay"):
-        windows, valid = (
-            pack(options.data / stage / f"{split}.jsonl", tokenizer, options.seq_length) for split in ("train", "valid")
-        )
-        stages[stage] = (batches(windows, options.batch_size, options.seed), valid)
-        print(f"{stage}: {windows.size:,} tokens in windows of {options.seq_length}")
-
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    stages, bos_token_id = read_data(options, config.vocab_size)
     optimiser = train.optimizer(config, options.beta1, options.beta2, options.weight_decay, options.clip)
     weights = train.weights_of(initialise(config, jax.random.key(options.seed)))
-    state = (weights, optimiser.init(weights))
-    options.out.mkdir(parents=True, exist_ok=True)
-    manager = ocp.CheckpointManager(
-        (options.out / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    )
-    start = manager.latest_step() or 0
-    if start:
-        state = manager.restore(
-            start, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-        )
-        print(f"going on after step {start}")
-    metrics = Metrics(options.out / "metrics.jsonl", start)
-    fixed: dict[str, Any] = {"config": config, "bos_token_id": tokenizer.bos_token_id, "dtype": dtype}
-    tokens_a_step = options.batch_size * options.seq_length
-    step = start
-    began = time.perf_counter()
-    try:
-        with tqdm(total=options.steps, initial=start, unit="step") as bar:
-            while step < options.steps:
-                # The decay stage reads its own data from its first batch on.
-                stage, offset = ("decay", schedule.decay_start) if step >= schedule.decay_start else ("stable", 0)
-                data, valid = stages[stage]
-                rate = schedule(step)
-                state, figures = train.pretrain_step(
-                    state, data[step - offset], rate, optimiser=optimiser, remat=options.remat, **fixed
-                )
-                step += 1
-                record = {"step": step, "stage": stage, "tokens": step * tokens_a_step, "learning_rate": rate}
-                if step % options.valid_every == 0 or step == options.steps:
-                    record["valid_loss"] = valid_loss(state[0], valid, options.batch_size, fixed)
-                if "valid_loss" in record or step % 10 == 0:
-                    speed = (step - start) * tokens_a_step / (time.perf_counter() - began)
-                    record |= {name: float(value) for name, value in figures.items()} | {"tokens_per_second": speed}
-                    metrics.write(record)
-                    bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_s=f"{speed:,.0f}", refresh=False)
-                bar.update()
-                if step % options.save_every == 0 or step == options.steps:
-                    manager.save(step, args=ocp.args.StandardSave(state))
-    except KeyboardInterrupt:
-        if step > (manager.latest_step() or 0):
-            manager.save(step, args=ocp.args.StandardSave(state))
-        print(f"\nstopped after step {step}; the same command goes on from here.")
-        raise
-    finally:
-        manager.wait_until_finished()
-        manager.close()
+    fixed: dict[str, Any] = {
+        "config": config,
+        "bos_token_id": bos_token_id,
+        "dtype": options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+    }
+    with Checkpoints(options) as checkpoints, tqdm(total=options.steps, unit="step") as bar:
+        step, state = checkpoints.restore((weights, optimiser.init(weights)))
+        bar.update(step)
+        metrics = Metrics(options.out / "metrics.jsonl", step)
+        began, start = time.perf_counter(), step
+        while step < options.steps and not checkpoints.interrupted:
+            # The decay stage reads its own data from its first batch on.
+            stage, offset = ("decay", schedule.decay_start) if step >= schedule.decay_start else ("stable", 0)
+            batch, rate = stages[stage].train[step - offset], schedule(step)
+            state, figures = train.pretrain_step(state, batch, rate, optimiser=optimiser, remat=options.remat, **fixed)
+            step += 1
+            bar.update()
+            validate = step % options.valid_every == 0 or step == options.steps
+            if validate or step % REPORT_EVERY == 0:
+                tokens = step * options.batch_size * options.seq_length
+                record: dict[str, Any] = {"step": step, "stage": stage, "tokens": tokens, "learning_rate": rate}
+                record |= {name: float(value) for name, value in figures.items()}
+                if not math.isfinite(record["loss"]):
+                    raise InputError(
+                        f"the loss of step {step} is {record['loss']}; the last checkpoint is of step "
+                        f"{checkpoints.latest}: choose a lower --learning-rate."
+                    )
+                speed = (step - start) / (time.perf_counter() - began)
+                record["tokens_per_second"] = speed * tokens / step
+                if validate:
+                    for name, data in stages.items():
+                        record[f"{name}_valid_loss"] = valid_loss(state[0], data.valid, options.batch_size, fixed)
+                metrics.write(record)
+                bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_s=f"{record['tokens_per_second']:,.0f}")
+            if step % options.save_every == 0 or step == options.steps or checkpoints.interrupted:
+                checkpoints.save(step, state)
+    if step < options.steps:
+        print(f"stopped after step {step} of {options.steps}; the same command goes on from there.")
+        raise KeyboardInterrupt
     metrics.draw(options.out / "loss.png", schedule.decay_start)
     save_model(options, config, state[0])
     print(f"model in {options.out / 'model'}, loss curve in {options.out / 'loss.png'}")
+
+
+class Stage(NamedTuple):
+    train: Any  # batches [B, T] by their number
+    valid: "np.ndarray"  # windows [n, T]
+
+
+def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int]:
+    """The windows of both stages, and the id that begins a document."""
+    from minicpm_data.packing import batches, pack
+    from minicpm_data.tokenizer import check_vocab, load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    check_vocab(tokenizer, vocab_size)
+    if tokenizer.bos_token_id is None or not tokenizer.eos_token_ids:
+        raise InputError(f"the tokenizer of {options.tokenizer} has no BOS or no EOS, which part the documents.")
+    stages = {}
+    for name in ("stable", "decay"):
+        windows, valid = (
+            pack(options.data / name / f"{split}.jsonl", tokenizer, options.seq_length) for split in ("train", "valid")
+        )
+        stages[name] = Stage(batches(windows, options.batch_size, options.seed), valid)
+        print(f"{name}: {windows.size:,} tokens in windows of {options.seq_length}")
+    return stages, tokenizer.bos_token_id
+
+
+class Checkpoints:
+    """Weights and moments in ``--out/checkpoints``, by orbax, which renames a checkpoint when it is whole. Ctrl-C only
+    sets `interrupted`, so that no step is cut in two."""
+
+    KEPT = ("config", "batch_size", "seq_length", "seed")  # a resumed run must agree on these
+
+    def __init__(self, options: Options):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self.interrupted = False
+        folder = options.out / "checkpoints"
+        settings = {name: getattr(options, name) for name in self.KEPT}
+        settings["config"] = json.loads(options.config.read_text(encoding="utf-8"))
+        self._check_settings(options.out / "settings.json", settings)
+        self._manager = ocp.CheckpointManager(
+            folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        )
+
+    @staticmethod
+    def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed:
+                raise InputError(
+                    f"{path.parent} holds a run with another {', '.join(changed)}; choose another --out, or delete it."
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+    def __enter__(self) -> "Checkpoints":
+        def interrupt(*_: object) -> None:
+            self.interrupted = True
+
+        self._before = signal.signal(signal.SIGINT, interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+        signal.signal(signal.SIGINT, self._before)
+
+    @property
+    def latest(self) -> int:
+        return self._manager.latest_step() or 0
+
+    def restore(self, state: Any) -> tuple[int, Any]:
+        """Step and state of the latest checkpoint; 0 and the state given where there is none."""
+        import jax
+
+        if not self.latest:
+            return 0, state
+        shapes = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, state)
+        print(f"going on after step {self.latest}")
+        return self.latest, self._manager.restore(self.latest, args=self._ocp.args.StandardRestore(shapes))
+
+    def save(self, step: int, state: Any) -> None:
+        self._manager.save(step, args=self._ocp.args.StandardSave(state))
 
 
 def check(options: Options) -> None:
@@ -166,8 +234,10 @@ def check(options: Options) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
     if options.seq_length < 2:
         raise InputError(f"--seq-length is {options.seq_length}; a window needs at least 2 tokens.")
-    if (options.out / "model").exists() and not (options.out / "checkpoints").exists():
-        raise InputError(f"{options.out / 'model'} exists already; choose another --out.")
+    if options.out.is_file():
+        raise InputError(f"--out {options.out} is a file; choose a folder.")
+    if options.out.exists() and any(options.out.iterdir()) and not (options.out / "settings.json").exists():
+        raise InputError(f"{options.out} is not empty and holds no run to go on with; choose another --out.")
 
 
 def valid_loss(weights: dict[str, Any], windows: "np.ndarray", batch_size: int, fixed: dict[str, Any]) -> float:
@@ -200,48 +270,6 @@ def save_model(options: Options, config: "ModelConfig", weights: dict[str, Any])
         copy_from=options.tokenizer,
         dtype=options.save_dtype,
     )
-
-
-class Metrics:
-    """``metrics.jsonl``: one JSON object a line. A resumed run drops the lines after its checkpoint."""
-
-    def __init__(self, path: Path, start: int):
-        self.path = path
-        kept = [r for r in read_metrics(path) if r["step"] <= start] if path.exists() else []
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-
-    def write(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def draw(self, picture: Path, decay_start: int) -> None:
-        """Loss against tokens, with the drop at the decay."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        records = read_metrics(self.path)
-        tokens = [r["tokens"] / 1e6 for r in records]
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        axes.plot(tokens, [r["loss"] for r in records], lw=0.8, alpha=0.6, label="training loss")
-        valid = [(r["tokens"] / 1e6, r["valid_loss"]) for r in records if "valid_loss" in r]
-        axes.plot(*zip(*valid, strict=True), "o-", ms=3, label="validation loss of the stage")
-        boundary = next((r["tokens"] / 1e6 for r in records if r["step"] > decay_start), None)
-        if boundary is not None:
-            axes.axvline(boundary, color="grey", ls="--", lw=0.8)
-            axes.annotate("decay begins", (boundary, axes.get_ylim()[1]), ha="right", va="top", rotation=90, fontsize=8)
-        axes.set(xlabel="million tokens", ylabel="cross entropy (nats per token)", yscale="log")
-        rates = axes.twinx()
-        rates.plot(tokens, [r["learning_rate"] for r in records], color="tab:red", lw=0.8, alpha=0.5)
-        rates.set_ylabel("learning rate", color="tab:red")
-        axes.legend()
-        figure.savefig(picture, dpi=120)
-        plt.close(figure)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
 if __name__ == "__main__":

@@ -135,15 +135,21 @@ def _read_archive(path: Path, file: io.BufferedReader, size: int) -> tuple[bytes
                 raise InputError(f"{info.filename} in {path} goes beyond the end of the file; download it again.")
         if entries[root + "data.pkl"][1] > MAX_PICKLE:
             raise InputError(f"{path} has a pickle of more than {MAX_PICKLE} bytes, more than any model needs.")
-        if root + "byteorder" in names and archive.read(root + "byteorder") != b"little":
+        if root + "byteorder" in names and _stored(file, *entries[root + "byteorder"]) != b"little":
             raise InputError(f"{path} is not little-endian; save it again on a little-endian machine.")
-        pickled = archive.read(root + "data.pkl")  # checks its CRC
+        pickled = _stored(file, *entries[root + "data.pkl"])
     except InputError:
         raise
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise InputError(f"{path} is truncated or damaged ({error}); download it again.") from error
     prefix = root + "data/"
     return pickled, {name.removeprefix(prefix): place for name, place in entries.items() if name.startswith(prefix)}
+
+
+def _stored(file: io.BufferedReader, offset: int, size: int) -> bytes:
+    """An entry's bytes. Not by `ZipFile.read`, which checks the CRC: torch does not, and can be told to write none."""
+    file.seek(offset)
+    return file.read(size)
 
 
 def _data_offset(file: io.BufferedReader, info: zipfile.ZipInfo) -> int:

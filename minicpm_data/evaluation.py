@@ -1,0 +1,56 @@
+"""How many of the built-in model's held-out questions a model answers rightly."""
+
+import importlib
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import islice
+
+from minicpm_data.commands import ModelOptions, load_model
+from weights_io import command_line
+from weights_io.errors import InputError
+
+SHOWN = 5  # wrong answers
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(ModelOptions):
+    limit: int | None = None
+    """Only the first so many questions; by default all 900."""
+    batch_size: int = 50
+    """Questions answered together."""
+    max_tokens: int = 48
+    """Most tokens of an answer."""
+    seed: int = 0
+    """Draws the questions; 0 draws those that pico's corpus keeps out of its training text."""
+
+
+def run_evaluate(package: str) -> None:
+    """``python -m PACKAGE.evaluate``."""
+
+    def main(options: EvaluateOptions) -> None:
+        """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing) and count."""
+        from minicpm_data.corpus import is_right, questions
+
+        for name in ("batch_size", "max_tokens", "limit"):
+            if (value := getattr(options, name)) is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+        backend = importlib.import_module(package)
+        model, tokenizer, _ = load_model(package, options)
+        scores: dict[str, list[bool]] = defaultdict(list)
+        wrong = []
+        asked = list(islice(questions(options.seed), options.limit))
+        for start in range(0, len(asked), options.batch_size):
+            group = asked[start : start + options.batch_size]
+            prompts = [tokenizer.apply_chat([{"role": "user", "content": q["prompt"]}]) for q in group]
+            answers = backend.batch_generate(model, tokenizer, prompts, options.max_tokens)
+            for question, answer in zip(group, answers, strict=True):
+                reply = "".join(r.text for r in answer)
+                scores[question["kind"]].append(is_right(question, reply))
+                if not scores[question["kind"]][-1]:
+                    wrong.append(f"{question['prompt']} -> {reply} (right: {question['answer']})")
+        for kind, right in scores.items():
+            print(f"{kind:12} {sum(right):>4} of {len(right):>4} right, {sum(right) / len(right):.1%}")
+        for line in wrong[:SHOWN]:
+            print(f"wrong: {line}")
+
+    command_line.run(main, EvaluateOptions, f"python -m {package}.evaluate")

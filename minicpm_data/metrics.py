@@ -1,0 +1,54 @@
+"""What a training run writes down: ``metrics.jsonl``, one JSON object a line, and the picture of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """A run's figures by step. One that resumes after step ``start`` drops what was written after it."""
+
+    def __init__(self, path: Path, start: int = 0):
+        self.path = path
+        self.records = [r for r in _read(path) if r["step"] <= start] if path.exists() else []
+        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def draw(self, picture: Path, decay_start: int | None = None) -> None:
+        """Loss and learning rate against tokens; a line where the decay begins."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        tokens = [r["tokens"] / 1e6 for r in self.records]
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        axes.plot(tokens, [r["loss"] for r in self.records], lw=0.8, alpha=0.6, label="training loss")
+        valid: dict[str, list[tuple[float, float]]] = {}
+        for record in self.records:
+            for name in [key for key in record if key.endswith("valid_loss")]:
+                valid.setdefault(name, []).append((record["tokens"] / 1e6, record[name]))
+        for name, points in valid.items():
+            axes.plot(*zip(*points, strict=True), "o-", ms=2.5, lw=1, label=name.replace("_", " "))
+        boundary = next((r["tokens"] / 1e6 for r in self.records if decay_start and r["step"] > decay_start), None)
+        if boundary is not None:
+            axes.axvline(boundary, color="grey", ls="--", lw=0.8)
+            axes.annotate(
+                "decay begins ", (boundary, axes.get_ylim()[1]), ha="right", va="top", rotation=90, fontsize=8
+            )
+        axes.set(xlabel="million tokens", ylabel="cross entropy (nats per token)", yscale="log")
+        rates = axes.twinx()
+        rates.plot(tokens, [r["learning_rate"] for r in self.records], color="tab:red", lw=0.8, alpha=0.5)
+        rates.set_ylabel("learning rate", color="tab:red")
+        axes.legend(loc="upper center")
+        figure.savefig(picture, dpi=120)
+        plt.close(figure)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines that were written whole."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]

@@ -1,0 +1,9 @@
+"""How many of the built-in model's held-out questions a model answers rightly.
+
+python -m minicpm_jax.evaluate
+"""
+
+if __name__ == "__main__":
+    from minicpm_data import evaluation
+
+    evaluation.run_evaluate("minicpm_jax")

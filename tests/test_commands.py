@@ -1,0 +1,122 @@
+"""The commands that both backends have, as a user types them."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny_model
+
+BACKENDS = ["minicpm_jax", "minicpm_mlx"]
+COMMANDS = [f"{package}.{name}" for package in BACKENDS for name in ("generate", "chat", "evaluate", "parity")]
+COMMANDS += ["minicpm_jax.pretrain", "minicpm_data.corpus", "minicpm_data.vocabulary"]
+COMMANDS += ["weights_io.convert", "weights_io.inspect"]
+HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
+ASKING_FOR_HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    sys.stderr.write(" ".join(sys.modules))
+    sys.exit(end.code)
+"""
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def package(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model.write(tmp_path_factory.mktemp("babbler"))
+
+
+def run(module, *arguments, stdin="", **environment):
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_costs_no_heavy_import(module):
+    ran = subprocess.run([sys.executable, "-c", ASKING_FOR_HELP, module], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert f"python -m {module}" in ran.stdout
+    assert not HEAVY & set(ran.stderr.split())
+
+
+def test_generate(package, folder):
+    ran = run(f"{package}.generate", "--model", folder, "--prompt", "The fox", "--max-tokens", 12)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+    assert re.search(r"Prompt: \d+ tokens, [\d.]+ tokens-per-sec\n", ran.stderr)
+    assert re.search(r"Generation: \d+ tokens, [\d.]+ tokens-per-sec\n", ran.stderr)
+    assert re.search(r"Peak memory: [\d.]+ GB on ", ran.stderr)
+    quiet = run(
+        f"{package}.generate", "--model", folder, "-p", "The fox", "-m", 12, "--verbose", "False", "--dtype", "float32"
+    )
+    assert quiet.stdout == ran.stdout
+    assert "tokens-per-sec" not in quiet.stderr
+
+
+def test_the_prompt_comes_from_standard_input(package, folder):
+    options = ("--model", folder, "--max-tokens", 8, "--verbose", "False")
+    typed = run(f"{package}.generate", *options, "--prompt", "你好，世界")
+    piped = run(f"{package}.generate", *options, "--prompt", "-", stdin="你好，世界")
+    assert typed.returncode == piped.returncode == 0, piped.stderr
+    assert typed.stdout == piped.stdout
+    raw = run(f"{package}.generate", *options, "--prompt", "你好，世界", "--ignore-chat-template")
+    assert raw.returncode == 0 and raw.stdout != typed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--temp", "-1"], "temperature is -1"),
+        (["--top-p", "1.5"], "top_p is 1.5"),
+        (["--model", "no/such-folder-here"], "no/such-folder-here"),
+        (["--model", "{folder}/config.json"], "config.json is neither a model folder"),
+        (["--no-such-flag"], "no-such-flag"),
+        (["--dtype", "float64"], "float64"),
+        (["--prompt", ""], None),  # an empty question is a question: the template still makes a prompt
+    ],
+)
+def test_wrong_calls(package, folder, arguments, said):
+    filled = [a.format(folder=folder) for a in arguments]
+    model = [] if "--model" in filled else ["--model", folder]
+    ran = run(f"{package}.generate", *model, *filled, "-m" if said is None else "--seed", 4)
+    assert ran.returncode == (0 if said is None else 2), ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert said is None or said in ran.stderr
+
+
+def test_undecodable_standard_input_is_refused(package, folder):
+    ran = run(f"{package}.generate", "--model", folder, "--prompt", "-", stdin="\udcff\udcfe")
+    assert (ran.returncode, ran.stderr.count("error:")) == (2, 1)
+    assert "UTF-8" in ran.stderr
+
+
+def test_chat(package, folder):
+    lines = "Hello\n/help\n/reset\n\n你好\n/quit\nnever read\n"
+    ran = run(f"{package}.chat", "--model", folder, "--seed", 1, "--max-tokens", 6, stdin=lines)
+    assert ran.returncode == 0, ran.stderr
+    assert "/reset" in ran.stdout
+    ended = run(f"{package}.chat", "--model", folder, "--seed", 1, "--max-tokens", 6, stdin="Hello\n")
+    assert ended.returncode == 0 and ran.stdout.startswith(ended.stdout)
+
+
+def test_evaluate_counts(package, folder):
+    ran = run(f"{package}.evaluate", "--model", folder, "--limit", 6, "--max-tokens", 4)
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"sum +0 of +6 right, 0.0%", ran.stdout)
+    assert run(f"{package}.evaluate", "--limit", 0).returncode == 2

@@ -1,0 +1,241 @@
+"""Generation through the public calls of both backends: greedy, sampled, batched, streamed, stopped."""
+
+import importlib
+import inspect
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny_model
+
+from minicpm_data import generation
+from weights_io.errors import InputError
+
+BACKENDS = ["minicpm_jax", "minicpm_mlx"]
+FOLDERS = ["dense_1b", "dense_2b", "dense_untied", "llama_format", "long_128k"]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="module")
+def babbler(backend, tmp_path_factory):
+    """A model of random weights, and its tokenizer."""
+    return backend.load(tiny_model.write(tmp_path_factory.mktemp("babbler")))
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def case(backend, request):
+    folder = request.getfixturevalue("reference")(request.param)
+    return backend.load(folder, "float32")[0], np.load(folder / "reference.npz")
+
+
+def tokens_of(responses):
+    return [response.token for response in responses]
+
+
+def test_greedy_ids_are_the_originals(backend, case):
+    model, data = case
+    endings = ["", *(key.removeprefix("prompt_ids") for key in data if key.startswith("prompt_ids_P"))]
+    for ending in endings:
+        prompt, expected = data[f"prompt_ids{ending}"][0].tolist(), data[f"greedy_ids{ending}"].reshape(-1).tolist()
+        made = expected[len(prompt) :]
+        assert tokens_of(backend.stream_generate(model, None, prompt, max_tokens=len(made))) == made
+
+
+def test_a_batch_of_unequal_prompts_equals_single_runs(backend, case):
+    model, data = case
+    mask = data["batch_attention_mask"]
+    prompts = [row[seen == 1].tolist() for row, seen in zip(data["batch_prompt_ids"], mask, strict=True)]
+    prompts.append(prompts[0][:3])
+    rows = backend.batch_generate(model, None, prompts, max_tokens=24)
+    if model.config.rope_scaling is None:  # the original counts padding as length, which moves a dynamic base
+        assert [tokens_of(row) for row in rows[:2]] == data["batch_greedy_ids"][:, mask.shape[1] :].tolist()
+    singles = [tokens_of(backend.stream_generate(model, None, prompt, max_tokens=24)) for prompt in prompts]
+    assert [tokens_of(row) for row in rows] == singles
+
+
+def test_text_is_the_decoded_tokens(backend, babbler):
+    model, tokenizer = babbler
+    prompt = tokenizer.apply_chat([{"role": "user", "content": "你好"}])
+    responses = list(backend.stream_generate(model, tokenizer, prompt, max_tokens=40, temperature=1.5, seed=3))
+    ids = [r.token for r in responses if r.token not in (*tokenizer.eos_token_ids, *model.eos_token_ids)]
+    text = "".join(r.text for r in responses)
+    assert text == tokenizer.decode(ids) and text
+    assert all("\ufffd" not in r.text for r in responses[:-1]) or "\ufffd" in tokenizer.decode(ids)
+    again = backend.generate(model, tokenizer, prompt, max_tokens=40, temperature=1.5, seed=3)
+    assert again == text
+
+
+def test_a_text_prompt_gets_bos_once(backend, babbler):
+    model, tokenizer = babbler
+    expected = tokens_of(backend.stream_generate(model, tokenizer, tokenizer.encode("Hello"), max_tokens=8))
+    assert tokens_of(backend.stream_generate(model, tokenizer, "Hello", max_tokens=8)) == expected
+    assert tokens_of(backend.stream_generate(model, tokenizer, "<s>Hello", max_tokens=8)) == expected
+
+
+def test_an_answer_ends_at_eos_of_config_or_tokenizer(backend, case):
+    model, data = case
+    prompt = data["prompt_ids"][0].tolist()
+    made = data["greedy_ids"].reshape(-1)[len(prompt) :].tolist()
+    model.eos_token_ids, before = (made[5],), model.eos_token_ids
+    try:
+        responses = list(backend.stream_generate(model, None, prompt, max_tokens=24))
+    finally:
+        model.eos_token_ids = before
+    first = made.index(made[5])
+    assert tokens_of(responses) == made[: first + 1]
+    assert [r.finish_reason for r in responses] == [None] * first + ["stop"]
+
+
+def test_max_tokens_is_the_other_end(backend, babbler):
+    model, tokenizer = babbler
+    for count in (1, 2, 33, 50):
+        responses = list(backend.stream_generate(model, tokenizer, [1, 5, 9], max_tokens=count, temperature=1, seed=1))
+        assert len(responses) <= count
+        assert responses[-1].finish_reason == ("length" if len(responses) == count else "stop")
+
+
+def test_stop_string(backend, babbler):
+    model, tokenizer = babbler
+    options = {"max_tokens": 60, "temperature": 1.0, "seed": 11}
+    whole = backend.generate(model, tokenizer, "The fox", **options)
+    stop = whole[len(whole) // 2 :][:3]
+    cut = backend.generate(model, tokenizer, "The fox", stop=["no such text", stop], **options)
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_the_seed_decides(backend, babbler):
+    model, tokenizer = babbler
+
+    def draw(**options):
+        return tokens_of(backend.stream_generate(model, tokenizer, [1, 7], max_tokens=30, temperature=1.0, **options))
+
+    assert draw(seed=5) == draw(seed=5)
+    assert draw(seed=5) != draw(seed=6)
+    assert draw() != draw()
+
+
+def test_rows_of_a_sampled_batch_differ(backend, babbler):
+    model, tokenizer = babbler
+    rows = backend.batch_generate(model, tokenizer, [[1, 7]] * 3, max_tokens=30, temperature=1.0, seed=5)
+    assert len({tuple(tokens_of(row)) for row in rows}) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 3},
+        {"temperature": 1.3, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.3},
+        {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(backend, options):
+    """2000 draws from 8 known logits against what transformers' chain of warpers leaves of them."""
+    logits = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], np.float32)
+    seen = np.array([True, False, False, True, False, False, False, True])
+    expected = warped(logits, seen, **options)
+    counts = Counter(draws(backend.__name__, logits, seen, 2000, generation.Sampling(**options, seed=0)))
+    assert set(counts) <= set(np.flatnonzero(expected))
+    for token, probability in enumerate(expected):  # 4.5 standard deviations
+        assert abs(counts[token] / 2000 - probability) <= 4.5 * np.sqrt(probability * (1 - probability) / 2000)
+
+
+def warped(logits, seen, temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """The probabilities that transformers draws from, worked out one token at a time."""
+    scores = np.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+    scores = np.where(seen, scores, logits) / temperature
+    order = np.argsort(-scores)
+    kept = set(order[: top_k or len(order)].tolist())
+    p = np.where(np.isin(np.arange(len(scores)), list(kept)), np.exp(scores), 0)
+    p /= p.sum()
+    total, nucleus = 0.0, set()
+    for token in order:
+        if total >= top_p:
+            break
+        nucleus.add(int(token))
+        total += p[token]
+    p = np.where(np.isin(np.arange(len(scores)), list(nucleus)), p, 0)
+    p = np.where(p >= min_p * p.max(), p, 0)
+    return p / p.sum()
+
+
+def draws(package, logits, seen, count, sampling):
+    """``count`` tokens drawn by the backend's own sampler."""
+    sampler = importlib.import_module(f"{package}.sampling")
+    rows, seen_rows = np.tile(logits, (count, 1)), np.tile(seen, (count, 1))
+    if package == "minicpm_jax":
+        import jax
+
+        knobs = sampler.Knobs.of(sampling, len(logits))
+        return np.asarray(sampler.sample(rows, seen_rows, knobs, jax.random.split(jax.random.key(0), count))).tolist()
+    import mlx.core as mx
+
+    seen_rows = mx.array(seen_rows) if sampling.penalised else None
+    return np.asarray(sampler.sample(mx.array(rows), seen_rows, sampling, mx.random.key(0))).tolist()
+
+
+def test_repetition_penalty_is_the_same_in_both(tmp_path):
+    folder = tiny_model.write(tmp_path)
+    rows = []
+    for package in BACKENDS:
+        backend = importlib.import_module(package)
+        model, tokenizer = backend.load(folder, "float32")
+        options = {"max_tokens": 40, "repetition_penalty": 1.3}
+        rows.append(tokens_of(backend.stream_generate(model, tokenizer, "The fox and the dog", **options)))
+    assert rows[0] == rows[1]
+
+
+def test_chat_keeps_the_history(backend, babbler):
+    model, tokenizer = babbler
+    reply, history = backend.chat(model, tokenizer, "Hello", max_tokens=8, seed=1)
+    assert history == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}]
+    system = [{"role": "system", "content": "Be kind."}]
+    _, longer = backend.chat(model, tokenizer, "And you?", history=[*system, *history], max_tokens=8, seed=1)
+    assert longer[:3] == [*system, *history] and [m["role"] for m in longer[3:]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_k": -3}, "top_k is -3"),
+        ({"min_p": 2}, "min_p is 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"stop": [""]}, "stop string"),
+    ],
+)
+def test_options_out_of_range_are_refused_at_once(backend, babbler, options, said):
+    with pytest.raises(InputError, match=said):
+        backend.stream_generate(*babbler, "Hello", **options)
+
+
+@pytest.mark.parametrize(("prompt", "said"), [([], "empty"), ([1, 100_000], "100000"), ([-1], "-1")])
+def test_prompts_that_cannot_be_run(backend, babbler, prompt, said):
+    with pytest.raises(InputError, match=said):
+        backend.stream_generate(*babbler, prompt)
+
+
+def test_a_text_prompt_needs_a_tokenizer(backend, babbler):
+    with pytest.raises(InputError, match="tokenizer"):
+        backend.stream_generate(babbler[0], None, "Hello")
+
+
+def test_both_packages_export_the_same_calls():
+    jax, mlx = map(importlib.import_module, BACKENDS)
+    assert jax.__all__ == mlx.__all__
+    for name in jax.__all__:
+        ours, theirs = (
+            [p for p in inspect.signature(getattr(package, name)).parameters.values() if p.name != "mesh"]
+            for package in (jax, mlx)
+        )
+        if name != "Model":  # built of weights in JAX, of a config in MLX
+            assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs], name

@@ -1,0 +1,60 @@
+"""What each package needs, and what it says where that is missing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Imports run one way.
+ABOVE = {
+    "weights_io": {"minicpm_data", "minicpm_jax", "minicpm_mlx", "minicpm_serve", "jax", "flax", "mlx", "mlx_lm"},
+    "minicpm_data": {"minicpm_jax", "minicpm_mlx", "minicpm_serve", "jax", "flax", "mlx", "mlx_lm"},
+    "minicpm_jax": {"minicpm_mlx", "minicpm_serve", "mlx", "mlx_lm"},
+    "minicpm_mlx": {"minicpm_jax", "minicpm_serve", "jax", "flax"},
+}
+NEVER = {"torch", "transformers", "peft"}  # only mlx-lm brings them along
+EXCEPTIONS = {("weights_io/convert.py", "minicpm_data")}  # which writes the tokenizer that a GGUF file carries
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports, also within its functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", ABOVE)
+def test_imports_run_one_way(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {(str(path.relative_to(ROOT)), name) for path in files for name in imported(path)}
+    wrong = {(path, name) for path, name in wrong if name in ABOVE[package] | NEVER}
+    assert wrong - EXCEPTIONS == set()
+
+
+def alone(statement: str) -> str:
+    """The last line that an interpreter without any installed package prints."""
+    run = subprocess.run([sys.executable, "-S", "-c", statement], capture_output=True, text=True, cwd=ROOT)
+    return (run.stderr + run.stdout).splitlines()[-1]
+
+
+def test_without_jax_the_package_names_the_extra():
+    expected = "ImportError: minicpm_jax needs JAX and Flax: pip install 'minicpm-jax-mlx[jax]' (on a TPU: [tpu])."
+    assert alone("import minicpm_jax") == expected
+
+
+def test_with_jax_but_not_flax_the_package_names_the_extra():
+    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: n == 'jax' or find(n); "
+    assert alone(hide + "import minicpm_jax").startswith("ImportError: minicpm_jax needs JAX and Flax: pip install")
+
+
+def test_without_mlx_the_package_names_the_extra():
+    expected = "ImportError: minicpm_mlx needs MLX: pip install 'minicpm-jax-mlx[mlx]'."
+    assert alone("import minicpm_mlx") == expected
