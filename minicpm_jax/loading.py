@@ -1,7 +1,8 @@
 """From a checkpoint's file slices to placed (and, given a mesh, sharded) stacked arrays.
 
-The host holds one tensor at a time: each layer's slice is read, placed, and written into its row of the stacked array,
-which is donated and so updated in place. Peak host memory is the weights (on a CPU) plus one tensor.
+The host holds two tensors at a time: each layer's slice is read, placed, and written into its row of the stacked array,
+which is donated and so updated in place, while the next one is read. Peak host memory is the weights (on a CPU) plus
+less than one layer.
 """
 
 import functools
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from minicpm_data.of_checkpoint import tokenizer_of
 from minicpm_jax.model import Model, nested
-from minicpm_jax.sharding import partition_spec
+from minicpm_jax.sharding import automatic, partition_spec
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
@@ -52,6 +53,7 @@ def load(
 def load_weights(checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
     """The model of an opened checkpoint, each array placed where the mesh wants it."""
     target = jnp.dtype(check_dtype(dtype or checkpoint.dtype))
+    mesh = None if mesh is None else automatic(mesh)
     leaves = {p.name: _place(checkpoint, p, target, mesh) for p in parameters(checkpoint.config)}
     return Model(nested(leaves), checkpoint.config, checkpoint.eos_token_ids)
 
@@ -74,21 +76,27 @@ def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh 
     row_sharding = sharding if mesh is None else NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
     stacked = _zeros(shape, dtype, sharding)
     for layer, name in enumerate(names):
-        stacked = _set_row(stacked, _read(checkpoint, name, shape[1:], dtype, row_sharding), layer, sharding)
+        row = _read(checkpoint, name, shape[1:], dtype, row_sharding)
+        stacked.block_until_ready()  # the row before this one is written and given up: else rows would pile up
+        stacked = _set_row(stacked, row, layer, sharding)
     return stacked
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    """One tensor of the files as a placed array; each process reads only the slices of its devices."""
-    tensor, seen = checkpoint.tensors[name], {}
+    """One tensor of the files as a placed array; each process reads only the rows of its devices, and each row once:
+    in a file the columns of one device lie between those of the others."""
+    rows: dict[tuple, np.ndarray] = {}
+    parts: dict[tuple, np.ndarray] = {}
 
-    def slice_of(index: tuple[slice, ...]) -> np.ndarray:
+    def part_of(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
-        if key not in seen:  # replicated axes ask for the same slice once for each device
-            seen[key] = np.ascontiguousarray(tensor.read(index).astype(dtype, copy=False))
-        return seen[key]
+        if key[0] not in rows:
+            rows[key[0]] = checkpoint.read(name, dtype.name, index[:1]).astype(dtype, copy=False)
+        if key not in parts:  # replicated axes ask for the same part once for each device
+            parts[key] = np.ascontiguousarray(rows[key[0]][(slice(None), *index[1:])])
+        return parts[key]
 
-    return jax.make_array_from_callback(shape, sharding, slice_of)
+    return jax.make_array_from_callback(shape, sharding, part_of)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

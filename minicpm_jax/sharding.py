@@ -1,6 +1,10 @@
 """Logical axes of the parameter table to mesh axes."""
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from weights_io.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")  # of a mesh; data splits batches, and no weights
 
 # Logical axis -> mesh axis. Matrices are split over fsdp along the hidden size and over tensor along the other one.
 RULES = {
@@ -11,6 +15,14 @@ RULES = {
     "mlp": "tensor",
     "layers": None,
 }
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The mesh with axes along which XLA finds the shardings of a program; those of `jax.make_mesh` are explicit."""
+    unknown = [name for name in mesh.axis_names if name not in AXES]
+    if unknown:
+        raise InputError(f"the mesh has the axis {unknown[0]!r}; name its axes {', '.join(AXES)} (any of them).")
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -15,7 +15,6 @@ from minicpm_mlx.model import Model
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.files.tensor import LazyTensor
 from weights_io.hub import resolve
 
 if TYPE_CHECKING:
@@ -46,9 +45,9 @@ def load(
 
 def load_weights(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
     """The model of an opened checkpoint, every weight read."""
-    target = getattr(mx, check_dtype(dtype or checkpoint.dtype))
+    target = check_dtype(dtype or checkpoint.dtype)
     model = Model(checkpoint.config, checkpoint.eos_token_ids)
-    model.load_weights([(name, _read(tensor, target)) for name, tensor in checkpoint.tensors.items()])
+    model.load_weights([(name, _read(checkpoint, name, target)) for name in checkpoint.tensors])
     return model.eval()
 
 
@@ -58,13 +57,14 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
-def _read(tensor: LazyTensor, dtype: mx.Dtype) -> mx.array:
+def _read(checkpoint: Checkpoint, name: str, dtype: str) -> mx.array:
     """One tensor of the files, in memory. bfloat16 goes by its bits; MLX has no float64 on a GPU."""
-    data = tensor.read()
+    data = checkpoint.read(name, dtype)
     if data.dtype.name == "bfloat16":
         array = mx.array(data.view(np.uint16)).view(mx.bfloat16)
     else:
         array = mx.array(data.astype(np.float32) if data.dtype == np.float64 else data)
-    array = array.astype(dtype)
+    array = array.astype(getattr(mx, dtype))
     mx.eval(array)
+    mx.clear_cache()  # MLX would keep the buffer that was cast
     return array

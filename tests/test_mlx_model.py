@@ -101,6 +101,12 @@ def test_logits(case):
         close(case.model(case[f"input_ids_T{length}"]), case[f"logits_T{length}"])
 
 
+def test_logits_of_a_quantised_gguf(reference):
+    known = np.load(reference("gguf") / "reference.npz")
+    model = load_weights(open_checkpoint(reference("gguf/model-q4_0.gguf")), "float32")
+    close(model(known["input_ids"]), known["logits.q4_0"])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(case, side):
     mask = case[f"{side}_attention_mask"]

@@ -1,0 +1,307 @@
+"""A conversion checked: a model's numbers beside those that another program computed from the same weights.
+
+The reference is a ``.npz`` file of numpy arrays; what it has of these keys is compared (B rows, T tokens, V vocabulary,
+L layers, D hidden, P tokens of a prompt, N new tokens; X is any ending, such as T80):
+
+    input_ids[_X] [B, T], logits[_X] [B, T, V]; labels [B, T] (-100: not counted) with loss, a mean
+    hidden_states [L + 1, T, D] (scaled embeddings, then after each layer) and final_norm [T, D], both of row 0
+    left_*, right_*: input_ids, attention_mask, logits, labels, loss of rows that are padded; compared at tokens only
+    prompt_ids[_X] [1, P], greedy_ids[_X] [P + N], the prompt included, greedy_logits[_X] [N, V]
+    batch_prompt_ids, batch_attention_mask [B, P], padded on the left, batch_greedy_ids [B, P + N]
+
+A result whose key ends in _f32, _bf16 or _f16 is of a run in that dtype. Where a file has such results of the dtype
+asked for, the others are those of other runs and are passed over.
+"""
+
+import itertools
+import math
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+
+IGNORED = -100  # a label that does not count, as in PyTorch
+SUFFIXES = {"float32": "_f32", "bfloat16": "_bf16", "float16": "_f16"}
+# Measured on the reference models (of 3 and 4 layers): in float32 4e-6 on logits; in bfloat16 0.05, as far as the
+# original's own run in bfloat16 is from float32; in float16 0.012, and 0.02 on hidden states after the scaling.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
+KEYS = "input_ids with logits, or prompt_ids with greedy_ids"
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str
+    """Model folder, GGUF file, hub id (owner/name) or short name of the catalogue."""
+    reference: Path
+    """The .npz file with the numbers of the other program."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of weights and computation."""
+    tolerance: float | None = None
+    """Largest difference that holds (times the root mean square of the expected numbers where that is above 1); by
+    default 1e-4 in float32, 0.15 in bfloat16, 0.03 in float16."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where --model is downloaded from if it is not on this disk."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend supplies; arrays are numpy's, results float32."""
+
+    load: Callable[..., tuple[Any, Any]]
+    logits: Callable[[Any, np.ndarray, np.ndarray | None], np.ndarray]  # model, ids and mask [B, T] -> [B, T, V]
+    states: Callable[[Any, np.ndarray], tuple[np.ndarray, np.ndarray]]  # model, ids [1, T] -> [L + 1, T, D], [T, D]
+    continued: Callable[[Any, list[np.ndarray], np.ndarray], np.ndarray]
+    """model, B prompts, tokens [B, N] -> [B, N, V]: what each token is chosen from, through a cache"""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass and what the reference has of it."""
+
+    name: str  # a format for the name of each result: "left_{}", "{}_T80"
+    ids: np.ndarray
+    mask: np.ndarray | None
+    labels: np.ndarray | None
+    expected: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Prompts, the tokens [B, N] that follow and the logits [B, N, V] that each was chosen from, if they are there."""
+
+    name: str
+    prompts: list[np.ndarray]
+    tokens: np.ndarray
+    logits: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Result:
+    case: str
+    worst: float  # largest difference; NaN where ours are
+    allowed: float
+    note: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.worst <= self.allowed
+
+    def line(self) -> str:
+        verdict = "ok" if self.holds else "FAIL"
+        return f"{self.case:24} {self.worst:16.2e} {self.allowed:9.2e}  {verdict:5} {self.note}".rstrip()
+
+
+def run(options: Options, backend: Backend) -> None:
+    """Print how the model compares, case by case. Exits with 1 where a case does not hold; raises `InputError`."""
+    tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
+    if not 0 <= tolerance < math.inf:
+        raise InputError(f"--tolerance is {tolerance}; it must be a number from 0 on.")
+    reference = Reference(options.reference, options.dtype)
+    model, _ = backend.load(options.model, options.dtype, revision=options.revision, hub=options.hub)
+    passes, continuations = reference.passes(model.config), reference.continuations(model.config)
+    if not passes and not continuations:
+        raise InputError(f"{options.reference} has no numbers to compare in {options.dtype}; it needs {KEYS}.")
+    print(f"{'case':24} {'worst difference':>16} {'allowed':>9}")
+    results = []
+    compared = [compare_pass(part, backend, model, tolerance) for part in passes]
+    compared += [compare_continuation(part, backend, model, tolerance) for part in continuations]
+    with np.errstate(all="ignore"):  # logits that overflow FAIL; a warning besides says nothing more
+        for result in itertools.chain(*compared):
+            print(result.line(), flush=True)
+            results.append(result)
+    failed = [result.case for result in results if not result.holds]
+    if failed:
+        print(f"{options.model} in {options.dtype}: {len(failed)} of {len(results)} cases FAIL: {', '.join(failed)}")
+        sys.exit(1)
+    print(f"{options.model} in {options.dtype}: all {len(results)} cases hold")
+
+
+def compare_pass(part: Pass, backend: Backend, model: Any, tolerance: float) -> Iterator[Result]:
+    expected = part.expected
+    if expected.keys() & {"logits", "loss"}:
+        logits = backend.logits(model, part.ids, part.mask)
+        valid = np.ones(part.ids.shape, bool) if part.mask is None else part.mask == 1
+        if "logits" in expected:
+            yield difference(part.name.format("logits"), logits[valid], expected["logits"][valid], tolerance)
+        if "loss" in expected and part.labels is not None:
+            worst = abs(mean_loss(logits, part.labels) - float(expected["loss"]))
+            yield Result(part.name.format("loss"), worst, tolerance)
+    if expected.keys() & {"hidden_states", "final_norm"}:
+        for key, ours in zip(("hidden_states", "final_norm"), backend.states(model, part.ids[:1]), strict=True):
+            if key in expected:
+                yield difference(part.name.format(key), ours, expected[key], tolerance)
+
+
+def compare_continuation(part: Continuation, backend: Backend, model: Any, tolerance: float) -> Iterator[Result]:
+    """The reference's tokens are fed, so that one that differs does not change those after it: ours are the same
+    exactly where a free run's would be. Another token holds only as a tie, within what two logits may be off."""
+    logits = backend.continued(model, part.prompts, part.tokens)
+    scale = part.logits if part.logits is not None else logits
+    ours = np.argmax(logits, axis=-1)
+    lead = np.take_along_axis(logits, ours[..., None], -1) - np.take_along_axis(logits, part.tokens[..., None], -1)
+    other = np.argwhere(ours != part.tokens)
+    note = f"{part.tokens.size} tokens"
+    if other.size:
+        row, step = other[0]
+        at = f"row {row}, " if len(ours) > 1 else ""
+        note += f", {len(other)} differ: {at}new token {step} is {ours[row, step]}, not {part.tokens[row, step]}"
+    yield Result(part.name, float(np.max(lead)), 2 * allowed(scale, tolerance), note)
+    if part.logits is not None:
+        yield difference(part.name.replace("greedy_ids", "greedy_logits"), logits, part.logits, tolerance)
+
+
+def difference(case: str, ours: np.ndarray, expected: np.ndarray, tolerance: float) -> Result:
+    worst = np.max(np.abs(ours.astype(np.float64) - expected))
+    return Result(case, float(worst), allowed(expected, tolerance))
+
+
+def allowed(expected: np.ndarray, tolerance: float) -> float:
+    """Rounding errors grow with the numbers: hidden states of large models are in the hundreds."""
+    return tolerance * max(1.0, float(np.sqrt(np.mean(np.square(expected, dtype=np.float64)))))
+
+
+def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean cross entropy in nats; position t - 1 predicts labels[t]."""
+    logits, labels = logits[:, :-1].astype(np.float64), labels[:, 1:]
+    counted = labels != IGNORED
+    picked = np.take_along_axis(logits, np.where(counted, labels, 0)[..., None], -1)[..., 0]
+    top = logits.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
+    return float((total - picked)[counted].mean())
+
+
+class Reference:
+    """The arrays of a reference file, each checked when it is asked for."""
+
+    def __init__(self, path: Path, dtype: str):
+        self.path = path
+        self.arrays = _arrays(path)
+        suffix = SUFFIXES[dtype]
+        self.suffix = suffix if any(key.endswith(suffix) for key in self.arrays) else ""
+
+    def passes(self, config: ModelConfig) -> list[Pass]:
+        found = []
+        for key in self.arrays:
+            prefix, middle, ending = key.partition("input_ids")
+            if not middle or prefix not in ("", "left_", "right_") or (prefix and ending):
+                continue
+            shape = self.arrays[key].shape
+            ids = self.ids(key, config, dims=2)
+            mask = self.mask(f"{prefix}attention_mask", shape) if prefix else None
+            labels, expected = None, {"logits": self.numbers(f"{prefix}logits{ending}", (*shape, config.vocab_size))}
+            if f"{prefix}labels" in self.arrays and not ending:
+                labels = self.labels(f"{prefix}labels", shape, config)
+                expected["loss"] = self.numbers(f"{prefix}loss", ())
+            if not prefix and not ending:
+                state = (shape[1], config.hidden_size)
+                expected["hidden_states"] = self.numbers("hidden_states", (config.num_hidden_layers + 1, *state))
+                expected["final_norm"] = self.numbers("final_norm", state)
+            given = {name: array for name, array in expected.items() if array is not None}
+            if given:
+                found.append(Pass(f"{prefix}{{}}{ending}", ids, mask, labels, given))
+        return found
+
+    def continuations(self, config: ModelConfig) -> list[Continuation]:
+        found = []
+        for key in self.arrays:
+            prefix, middle, ending = key.partition("prompt_ids")
+            name = f"{prefix}greedy_ids{ending}"
+            if not middle or prefix not in ("", "batch_") or name + self.suffix not in self.arrays:
+                continue
+            prompts = self.ids(key, config, dims=2)
+            tokens = np.atleast_2d(self.ids(name + self.suffix, config, dims=2 if prefix else 1))
+            rows, width = prompts.shape
+            if len(tokens) != rows or tokens.shape[1] <= width or not np.array_equal(tokens[:, :width], prompts):
+                raise self.refuse(name, f"does not continue {key}: each row is the prompt and at least one more token")
+            tokens = tokens[:, width:]
+            if prefix:
+                mask = self.mask("batch_attention_mask", prompts.shape)
+                prompts_alone = [row[real == 1] for row, real in zip(prompts, mask, strict=True)]
+                found.append(Continuation(name, prompts_alone, tokens, None))
+            else:
+                logits = self.numbers(f"greedy_logits{ending}", (tokens.size, config.vocab_size))
+                found.append(Continuation(name, [prompts[0]], tokens, None if logits is None else logits[None]))
+        return found
+
+    def refuse(self, key: str, text: str) -> InputError:
+        return InputError(f"{key} in {self.path} {text}.")
+
+    def ids(self, key: str, config: ModelConfig, dims: int) -> np.ndarray:
+        """Token ids [B, T] (or [T]) of the model's vocabulary."""
+        ids = self.whole(key)
+        if ids.ndim != dims or ids.size == 0:
+            raise self.refuse(key, f"has the shape {list(ids.shape)}, and token ids of {dims} dimensions are needed")
+        self.in_vocabulary(key, ids, config)
+        return ids.astype(np.int64)
+
+    def labels(self, key: str, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray:
+        labels = self.whole(key)
+        if labels.shape != shape or not np.any(labels[:, 1:] != IGNORED):
+            raise self.refuse(key, f"has the shape {list(labels.shape)} and is to label tokens {list(shape)}")
+        self.in_vocabulary(key, labels[labels != IGNORED], config)
+        return labels.astype(np.int64)
+
+    def mask(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
+        if key not in self.arrays:
+            raise self.refuse(key, "is missing; it says which of the ids are padding")
+        mask = self.whole(key)
+        if mask.shape != shape or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
+            raise self.refuse(key, f"is not 1 for tokens and 0 for padding in rows {list(shape)} with a token in each")
+        return mask.astype(np.int64)
+
+    def whole(self, key: str) -> np.ndarray:
+        if self.arrays[key].dtype.kind not in "iub":
+            raise self.refuse(key, f"holds {self.arrays[key].dtype}, and whole numbers are needed")
+        return self.arrays[key]
+
+    def in_vocabulary(self, key: str, ids: np.ndarray, config: ModelConfig) -> None:
+        outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if outside.size:
+            raise self.refuse(
+                key,
+                f"holds the id {outside[0]}, and the model's are 0 to {config.vocab_size - 1}; take its own reference",
+            )
+
+    def numbers(self, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """A result of the run in the dtype asked for; None where there is none."""
+        if key + self.suffix not in self.arrays:
+            return None
+        array = self.arrays[key + self.suffix]
+        if array.shape != shape:
+            text = f"has the shape {list(array.shape)}, and the model gives {list(shape)}; take its own reference"
+            raise self.refuse(key + self.suffix, text)
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise self.refuse(key + self.suffix, "does not hold finite floating-point numbers alone")
+        return array
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a .npz file. Pickles in it are not read."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise InputError(f"{path} holds a single array; save arrays by name with numpy.savez.")
+        with loaded:
+            arrays = {key: loaded[key] for key in loaded.files}
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the .npz file with the reference's numbers.") from None
+    except (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error):
+            raise InputError(f"{path} is no .npz file of plain arrays (Python objects are not read).") from error
+        raise InputError(f"{path} cannot be read as .npz ({error}); save it again with numpy.savez.") from error
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy hands out other members of the archive as bytes
+            raise InputError(f"{key} in {path} is no array; save the file again with numpy.savez.")
+    return arrays

@@ -1,0 +1,80 @@
+"""Check a conversion: compare a model with numbers that another program computed from the same weights.
+
+    python -m minicpm_jax.parity --model DIR --reference FILE.npz
+
+`minicpm_data.parity` says which arrays the file may hold. The exit code is 0 where all hold, 1 where some do not and 2
+where the comparison cannot be made.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from minicpm_data import parity
+from weights_io import command_line
+
+if TYPE_CHECKING:
+    from minicpm_jax.model import Model
+
+
+def main(options: parity.Options) -> None:
+    """Compare a model with numbers that another program computed from the same weights."""
+    from minicpm_jax import load
+
+    parity.run(options, parity.Backend(load, logits, states, continued))
+
+
+def logits(model: "Model", ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """[B, T, V] of ids [B, T]."""
+    return np.asarray(model(ids, mask))
+
+
+def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of ids [1, T]: the embeddings and what each layer gives [L + 1, T, D], and after the final norm [T, D]."""
+    import jax
+
+    x, last = jax.jit(_states)(model, ids)
+    return wide(x[:, 0]), wide(last[0])
+
+
+def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """[B, N, V]: what each of the tokens [B, N] is chosen from when they follow the prompts through a cache."""
+    import jax
+
+    from minicpm_jax.attention import Cache
+
+    lengths = np.array([len(prompt) for prompt in prompts])
+    ids = np.stack([np.pad(prompt, (0, lengths.max() - len(prompt))) for prompt in prompts])
+    slots = lengths.max() + tokens.shape[1]
+    cache = Cache.empty(model.config, len(prompts), slots, model.model.embed_tokens.weight.dtype)
+    x, cache = jax.jit(_decoded)(model, ids, cache, lengths)
+    steps = [wide(x)[np.arange(len(ids)), lengths - 1][:, None]]
+    for token in tokens.T[:-1]:
+        x, cache = jax.jit(_decoded)(model, token[:, None], cache, 1)
+        steps.append(wide(x))
+    return np.concatenate(steps, axis=1)
+
+
+def _states(model, ids):
+    import jax
+    import jax.numpy as jnp
+
+    from minicpm_jax.attention import positions_of
+
+    positions = positions_of(model.config, ids.shape)
+    x = model.model.embed(ids)
+    last, after = jax.lax.scan(lambda x, layer: (layer(x, positions)[0],) * 2, x, model.model.layers)
+    return jnp.concatenate([x[None], after]), model.model.norm(last)
+
+
+def _decoded(model, ids, cache, new):
+    x, cache = model.decode(ids, cache, new)
+    return model.head(x), cache
+
+
+def wide(x) -> np.ndarray:
+    return np.asarray(x).astype(np.float32)
+
+
+if __name__ == "__main__":
+    command_line.run(main, parity.Options, "python -m minicpm_jax.parity")

@@ -1,0 +1,68 @@
+"""What loading a checkpoint costs a process of its own: for test_jax_loading.py and test_mlx_loading.py."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from weights_io.config import ModelConfig
+from weights_io.files.safetensors import Computed
+from weights_io.parameters import DENSE, count, tensor_shapes
+from weights_io.write import save_checkpoint
+
+CONFIG = ModelConfig(  # 194 MB in float32, 28 MB a layer
+    vocab_size=8000,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_hidden_layers=6,
+    num_attention_heads=12,
+    num_key_value_heads=12,
+    head_dim=64,
+)
+WEIGHTS = 4 * count(CONFIG)  # bytes in float32
+LAYER = 4 * sum(math.prod(p.tensor_shape(CONFIG)) for p in DENSE if p.stacked)
+MEASURED = Path("/proc/self/clear_refs").exists()  # Linux: its peak is this process's own, and can be set back
+# Loads twice, as the first time compiles. The peak counts from what the process holds before the second time.
+SCRIPT = """
+import gc, importlib, json, re, sys
+from pathlib import Path
+backend, folder, dtype = sys.argv[1:]
+status = lambda key: 1024 * int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+load = importlib.import_module(f"minicpm_{backend}").load
+loaded = load(folder, dtype=dtype)
+del loaded
+gc.collect()
+if backend == "mlx":
+    import mlx.core
+    mlx.core.clear_cache()
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+loaded = load(folder, dtype=dtype)
+print(json.dumps([status("VmHWM") - before, status("VmRSS") - before]))
+"""
+
+
+def big_checkpoint(folder: Path) -> Path:
+    dtype = np.dtype(np.float32)
+
+    def tensor(shape: tuple[int, ...]) -> Computed:
+        return Computed(shape, dtype, lambda: np.full(shape, 0.01, dtype))
+
+    save_checkpoint(folder, CONFIG, {name: tensor(shape) for name, shape in tensor_shapes(CONFIG)})
+    return folder
+
+
+def peak_and_held(backend: str, folder: Path, dtype: str) -> tuple[int, int]:
+    """Bytes above the process before loading: at the most, and afterwards."""
+    # Freed memory goes back at once, so that what is measured is what the loader holds, not what malloc keeps.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, backend, str(folder), dtype],
+        capture_output=True, text=True, check=True, env=env, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    peak, held = json.loads(done.stdout)
+    return peak, held

@@ -1,0 +1,296 @@
+"""The JAX model against the original PyTorch code's numbers, and its shapes at full size."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+
+from minicpm_jax.attention import Cache, positions_of, rotate  # noqa: E402
+from minicpm_jax.loading import load, load_weights  # noqa: E402
+from minicpm_jax.losses import mean_loss  # noqa: E402
+from minicpm_jax.model import Model, RMSNorm, abstract, initialise, scaled, unstack  # noqa: E402
+from minicpm_jax.train import weights_of  # noqa: E402
+from weights_io import catalog  # noqa: E402
+from weights_io.checkpoint import open_checkpoint  # noqa: E402
+from weights_io.config import ModelConfig  # noqa: E402
+from weights_io.errors import InputError  # noqa: E402
+from weights_io.parameters import parameters  # noqa: E402
+
+FOLDERS = ["dense_1b", "dense_2b", "dense_bf16", "dense_eps", "dense_untied", "llama_format", "long_128k"]
+FOLDERS += ["long_linear", "bin", "bin_sharded", "sharded"]
+TOLERANCE = 2e-5  # measured: at most 3.5e-6; the original's own distance from float64 is 1e-5
+SMALL = ModelConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    initializer_range=0.2,
+    scale_emb=12.0,
+    scale_depth=1.4,
+    dim_model_base=16,
+)
+
+
+class Reference:
+    """A model in float32 and the numbers of the original's float32 run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.model = load_weights(open_checkpoint(folder), "float32")
+        self.data = np.load(folder / "reference.npz")
+
+    def __getitem__(self, key):
+        return self.data[f"{key}_f32" if f"{key}_f32" in self.data else key]
+
+    def lengths(self, prefix):
+        """The endings of keys such as ``input_ids_T80``."""
+        return [key.removeprefix(prefix) for key in self.data if key.startswith(prefix)]
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def case(request):
+    return Reference(request.getfixturevalue("reference")(request.param))
+
+
+@pytest.fixture(scope="module")
+def dense(reference):
+    return Reference(reference("dense_2b"))
+
+
+@pytest.fixture(scope="module")
+def long(reference):
+    return Reference(reference("long_128k"))
+
+
+def close(actual, expected, tolerance=TOLERANCE):
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def decoded(model, ids, cache, new, head=True):
+    x, cache = model.decode(ids, cache, new)
+    return model.head(x) if head else x, cache
+
+
+def empty_cache(model, batch, slots):
+    return Cache.empty(model.config, batch, slots, jnp.float32)
+
+
+def greedy(model, prompts, steps, width=None):
+    """[B, steps] ids that the model continues with, through a cache. Prompts are padded on the right to ``width``."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    width = width or lengths.max()
+    ids = np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in prompts])
+    logits, cache = decoded(model, ids, empty_cache(model, len(ids), width + steps), lengths)
+    tokens = [jnp.argmax(logits[jnp.arange(len(ids)), lengths - 1], axis=-1)]
+    while len(tokens) < steps:
+        logits, cache = decoded(model, tokens[-1][:, None], cache, 1)
+        tokens.append(jnp.argmax(logits[:, 0], axis=-1))
+    return np.stack(tokens, axis=1)
+
+
+def test_logits(case):
+    logits = case.model(case["input_ids"])
+    assert logits.dtype == jnp.float32
+    close(logits, case["logits"])
+    for length in case.lengths("input_ids_T"):
+        close(case.model(case[f"input_ids_T{length}"]), case[f"logits_T{length}"])
+
+
+def test_logits_of_a_quantised_gguf(reference):
+    known = np.load(reference("gguf") / "reference.npz")
+    model = load_weights(open_checkpoint(reference("gguf/model-q4_0.gguf")), "float32")
+    close(model(known["input_ids"]), known["logits.q4_0"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(case, side):
+    mask = case[f"{side}_attention_mask"]
+    logits = np.asarray(case.model(case[f"{side}_input_ids"], mask))
+    close(logits[mask == 1], case[f"{side}_logits"][mask == 1])
+    assert np.isfinite(logits).all()
+
+
+def test_hidden_states(case):
+    ids = jnp.asarray(case["input_ids"][:1])
+    positions = positions_of(case.model.config, ids.shape)
+    states = [case.model.model.embed(ids)]
+    for layer in unstack(case.model).model.layers:
+        states.append(layer(states[-1], positions)[0])
+    close(jnp.concatenate(states), case["hidden_states"], 1e-4)
+    close(case.model.model.norm(states[-1])[0], case["final_norm"], 1e-4)
+    close(case.model.hidden_states(ids, positions)[0], case["final_norm"], 1e-4)
+
+
+def test_loss(case):
+    close(mean_loss(case.model, case["input_ids"], case["labels"]), case["loss"])
+    if "left_loss_f32" in case.data or "loss_f32" not in case.data:
+        for side in ("left", "right"):
+            ids, labels, mask = (case[f"{side}_{key}"] for key in ("input_ids", "labels", "attention_mask"))
+            close(mean_loss(case.model, ids, labels, mask), case[f"{side}_loss"])
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_greedy_through_a_cache(case, padding):
+    """Tokens of padding behind the prompt neither are seen nor, under dynamic NTK, count."""
+    for ending in ["", *(f"_P{length}" for length in case.lengths("prompt_ids_P"))]:
+        prompt = case[f"prompt_ids{ending}"]
+        expected = case[f"greedy_ids{ending}"][prompt.shape[1] :]
+        tokens = greedy(case.model, prompt, len(expected), prompt.shape[1] + padding)
+        assert tokens[0].tolist() == expected.tolist()
+
+
+def test_greedy_batch_of_unequal_prompts(case):
+    mask, width = case["batch_attention_mask"], case["batch_prompt_ids"].shape[1]
+    prompts = [row[real == 1] for row, real in zip(case["batch_prompt_ids"], mask, strict=True)]
+    assert len({len(prompt) for prompt in prompts}) == 2
+    expected = case["batch_greedy_ids"][:, width:]
+    assert greedy(case.model, prompts, expected.shape[1]).tolist() == expected.tolist()
+
+
+def test_cached_keys_keep_their_rotation(long):
+    """Dynamic NTK: a prompt in two pieces is not one forward pass, in the original either."""
+    ids, split = jnp.asarray(long["input_ids_T80"]), int(long["chunk_split"])
+    first, cache = decoded(long.model, ids[:, :split], empty_cache(long.model, 1, 80), split)
+    second, _ = decoded(long.model, ids[:, split:], cache, 80 - split)
+    close(jnp.concatenate([first, second], axis=1), long["chunk_logits"])
+
+
+def test_dynamic_ntk_grows_by_the_row_in_a_batch(long):
+    prompts = [long["prompt_ids_P20"][0], long["prompt_ids_P40"][0]]
+    tokens = greedy(long.model, prompts, 24)
+    assert tokens[0].tolist() == long["greedy_ids_P20"][20:].tolist()
+    assert tokens[1].tolist() == long["greedy_ids_P40"][40:].tolist()
+
+
+def test_decode_is_the_cached_call_before_the_head(dense):
+    ids = jnp.asarray(dense["input_ids"])
+    first, cache = decoded(dense.model, ids[:, :5], empty_cache(dense.model, 2, 12), 5, False)
+    second, cache = decoded(dense.model, ids[:, 5:], cache, 7, False)
+    close(dense.model.head(jnp.concatenate([first, second], axis=1)), dense["logits"])
+    assert cache.lengths.tolist() == [12, 12]
+
+
+def test_input_embeddings_are_not_scaled(dense):
+    ids = jnp.asarray(dense["input_ids"])
+
+    def logits(x):
+        x, _ = dense.model.model(x, positions_of(dense.model.config, ids.shape))
+        return np.asarray(dense.model.head(dense.model.model.norm(x)))
+
+    close(logits(dense.model.model.embed(ids)), dense["logits"])
+    assert np.abs(logits(dense.model.model.embed_tokens(ids)) - dense["logits"]).max() > 1
+
+
+def test_documents_packed_in_a_row_do_not_see_each_other(dense):
+    ids = jnp.asarray(dense["input_ids"][:1])
+    segments = jnp.asarray([[0] * 5 + [1] * 7])
+    positions = positions_of(dense.model.config, ids.shape, segments=segments)
+    logits = dense.model.head(dense.model.hidden_states(ids, positions))
+    close(logits[:, :5], dense.model(ids[:, :5]))
+    close(logits[:, 5:], dense.model(ids[:, 5:]))
+
+
+def test_bfloat16_is_as_near_as_the_original(reference):
+    folder = reference("dense_bf16")
+    data, model = np.load(folder / "reference.npz"), load_weights(open_checkpoint(folder))
+    assert {array.dtype for array in jax.tree.leaves(model)} == {jnp.dtype("bfloat16")}
+    logits = np.asarray(model(data["input_ids"]))
+    exact, original = data["logits_f32"], data["logits"]
+    assert np.abs(logits - exact).max() < 1.5 * np.abs(original - exact).max()
+    assert np.sqrt(np.mean((logits - exact) ** 2)) < 1.1 * np.sqrt(np.mean((original - exact) ** 2))
+
+
+@pytest.mark.parametrize("run", [lambda norm, x: norm(x), jax.jit(lambda norm, x: norm(x))])
+def test_norm_rounds_before_the_weight(run):
+    """Bit for bit in bfloat16, as the original; compiled too."""
+    x = 3 * jax.random.normal(jax.random.key(0), (16, 96), jnp.bfloat16)
+    weight = (1 + jax.random.normal(jax.random.key(1), (96,))).astype(jnp.bfloat16)
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)
+    result = run(RMSNorm(weight, 1e-5), x)
+    assert jnp.array_equal(result, normed.astype(jnp.bfloat16) * weight)
+    assert not jnp.array_equal(result, (normed * weight.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_rotation_and_scales_round_once(dense):
+    x = jax.random.normal(jax.random.key(0), (1, 300, 2, 16), jnp.bfloat16)
+    positions = positions_of(dense.model.config, (1, 300))
+    assert dense.model.config.head_dim == 16
+    assert jnp.array_equal(rotate(x, positions), rotate(x.astype(jnp.float32), positions).astype(jnp.bfloat16))
+    assert jnp.array_equal(scaled(x, 0.221359), (x.astype(jnp.float32) * 0.221359).astype(jnp.bfloat16))
+    assert not jnp.array_equal(scaled(x, 0.221359), x * 0.221359)  # JAX rounds the factor first
+
+
+def test_recomputed_layers_give_the_same_gradients(dense):
+    ids = jnp.asarray(dense["input_ids"])
+
+    def loss(model, remat):
+        logits = model.head(model.hidden_states(ids, positions_of(model.config, ids.shape), remat=remat))
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, recomputed = (jax.tree.leaves(gradient(dense.model, remat)) for remat in (False, True))
+    assert len(plain) == 9 + 2  # layers are stacked; the head is the embedding
+    for a, b in zip(plain, recomputed, strict=True):
+        assert jnp.abs(a).max() > 0
+        close(a, b, 1e-5 * float(jnp.abs(a).max()))  # measured: 1.1e-6, as XLA fuses the two programs otherwise
+    programs = [str(jax.make_jaxpr(loss, static_argnums=1)(dense.model, remat)) for remat in (False, True)]
+    assert ["remat" in program for program in programs] == [False, True]
+
+
+def test_unstacked_layers_give_the_same_numbers(dense):
+    listed = unstack(dense.model)
+    assert len(listed.model.layers) == 3
+    close(listed(dense["input_ids"]), dense["logits"])
+    assert greedy(listed, dense["prompt_ids"], 24)[0].tolist() == dense["greedy_ids"][8:].tolist()
+    close(dense.model(dense["input_ids"]), dense["logits"])  # the model that was given is as it was
+
+
+def test_load(dense):
+    model, tokenizer = load(dense.folder, dtype="float16")
+    assert tokenizer is None
+    assert model.model.norm.weight.dtype == jnp.float16
+    close(model(dense["input_ids"]), dense["logits"], 0.05)
+    with pytest.raises(InputError, match="'int8' is not supported"):
+        load(dense.folder, dtype="int8")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_initialise_follows_the_parameter_table(tied):
+    config = dataclasses.replace(SMALL, tie_word_embeddings=tied)
+    weights = weights_of(initialise(config, jax.random.key(0)))
+    assert jnp.std(weights["model.embed_tokens.weight"]) == pytest.approx(0.2, rel=0.05)
+    up = weights["model.layers.mlp.up_proj.weight"]
+    assert jnp.std(up) == pytest.approx(0.2 / 2, rel=0.05)  # sqrt(64 / 16)
+    assert not jnp.array_equal(up[0], up[1])
+    assert jnp.array_equal(weights["model.norm.weight"], jnp.ones(64))
+    shapes = {name: array.shape for name, array in weights.items()}
+    assert shapes == {parameter.name: parameter.shape(config) for parameter in parameters(config)}
+    assert shapes == {name: array.shape for name, array in jax.eval_shape(weights_of, abstract(config)).items()}
+    leaves = jax.tree.leaves(initialise(config, jax.random.key(0)))
+    assert len(leaves) == len(shapes)  # nothing beside the table
+
+
+@pytest.mark.parametrize("name, parameters", [("minicpm-2b", 2_724_880_896), ("minicpm-1b", 1_360_246_272)])
+def test_full_size_has_the_published_count_and_shapes(name, parameters):
+    """As shapes: nothing is allocated."""
+    config = ModelConfig.from_dict(dict(catalog.find(name).config))
+    model = abstract(config)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model)) == parameters
+    ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    logits = jax.eval_shape(Model.__call__, model, ids)
+    assert (logits.shape, logits.dtype) == ((1, 128, config.vocab_size), jnp.float32)
+    cache = jax.eval_shape(lambda: Cache.empty(config, 1, 256, jnp.bfloat16))
+    x, after = jax.eval_shape(lambda m, i, c: m.decode(i, c, 128), model, ids, cache)
+    assert (x.shape, x.dtype) == ((1, 128, config.hidden_size), jnp.bfloat16)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), cache)
