@@ -1,11 +1,14 @@
 """From a checkpoint's file slices to MLX arrays.
 
-One tensor at a time is read and converted, whatever the format, so that peak memory is the weights plus one tensor.
-`mx.load` is not used: it refuses a file for one float64 tensor in it, and reads neither PyTorch's nor all GGUF files.
+Safetensors are mapped lazily: each tensor is looked through for NaN, one at a time, and read into its array when it is
+first used. `mx.load` reads neither PyTorch's nor all GGUF files, and no file with a float64 tensor in it, and casting
+lazily would hold every tensor twice: there, one tensor after the other is read and cast. Either way, peak memory is the
+weights plus one tensor.
 """
 
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -44,10 +47,11 @@ def load(
 
 
 def load_weights(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
-    """The model of an opened checkpoint, every weight read."""
+    """The model of an opened checkpoint, every weight checked and mapped, or read."""
     target = check_dtype(dtype or checkpoint.dtype)
     model = Model(checkpoint.config, checkpoint.eos_token_ids)
-    model.load_weights([(name, _read(checkpoint, name, target)) for name in checkpoint.tensors])
+    mapped = _mapped(checkpoint)
+    model.load_weights([(name, _read(checkpoint, name, target, mapped)) for name in checkpoint.tensors])
     return model.eval()
 
 
@@ -57,9 +61,21 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
-def _read(checkpoint: Checkpoint, name: str, dtype: str) -> mx.array:
-    """One tensor of the files, in memory. bfloat16 goes by its bits; MLX has no float64 on a GPU."""
+def _mapped(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """The arrays, not yet read, of the safetensors files whose dtypes MLX has."""
+    arrays: dict[str, Any] = {}
+    for source in {tensor.source for tensor in checkpoint.tensors.values() if tensor.source.suffix == ".safetensors"}:
+        with contextlib.suppress(RuntimeError):  # a dtype that it has not
+            found: Any = mx.load(str(source))
+            arrays |= found
+    return arrays
+
+
+def _read(checkpoint: Checkpoint, name: str, dtype: str, mapped: dict[str, mx.array]) -> mx.array:
+    """One tensor of the files. bfloat16 goes by its bits; MLX has no float64 on a GPU."""
     data = checkpoint.read(name, dtype)
+    if name in mapped and data.dtype.name == dtype:
+        return mapped[name]
     if data.dtype.name == "bfloat16":
         array = mx.array(data.view(np.uint16)).view(mx.bfloat16)
     else:

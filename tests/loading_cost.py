@@ -34,14 +34,18 @@ backend, folder, dtype = sys.argv[1:]
 status = lambda key: 1024 * int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 load = importlib.import_module(f"minicpm_{backend}").load
 loaded = load(folder, dtype=dtype)
+if backend == "mlx":
+    import mlx.core
+    mlx.core.eval(loaded[0].parameters())
 del loaded
 gc.collect()
 if backend == "mlx":
-    import mlx.core
     mlx.core.clear_cache()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 loaded = load(folder, dtype=dtype)
+if backend == "mlx":
+    mlx.core.eval(loaded[0].parameters())
 print(json.dumps([status("VmHWM") - before, status("VmRSS") - before]))
 """
 

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from weights_io.checkpoint import BLOCK, largest_magnitude, open_checkpoint
+from weights_io.casting import CACHED, largest_magnitude
+from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed, write_file
 
@@ -92,12 +93,12 @@ def test_too_large_for_the_dtype(load, reference, tmp_path):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_largest_magnitude(dtype):
     rng = np.random.default_rng(0)
-    for shape in [(), (0,), (1,), (7, 5), (3, BLOCK)]:
+    for shape in [(), (0,), (1,), (7, 5), (3, CACHED)]:
         values = rng.normal(size=shape).astype(dtype)
         expected = np.abs(values.astype(np.float64)).max(initial=0)
         assert float(largest_magnitude(values)) == expected
         assert largest_magnitude(values).dtype == dtype
-    for place in (0, BLOCK - 1, BLOCK, 3 * BLOCK - 1):
+    for place in (0, CACHED - 1, CACHED, 3 * CACHED - 1):
         for number in (np.nan, -np.nan, np.inf, -np.inf):
             values[...] = 1
             values.reshape(-1)[place] = number

@@ -7,6 +7,7 @@ import numpy as np
 from weights_io.errors import InputError
 
 BLOCK = 1 << 20  # elements worked on at a time, so that a 1 GB embedding needs no second copy in float32
+CACHED = 1 << 16  # elements looked at together: their bits stay in the processor's cache
 
 
 @dataclass
@@ -44,9 +45,10 @@ def cast(
     """``array * multiply / divide`` in ``dtype``, worked out in float32 (in float64 where that is to be float32).
 
     Raises:
-        InputError: a finite number of the tensor ``name`` is not finite in ``dtype``.
+        InputError: a number of the tensor ``name`` is NaN or infinite, or would be infinite in ``dtype``.
     """
     dtype = numpy_dtype(dtype)
+    check_finite(name, array)
     scaled = multiply != 1 or divide != 1
     if array.dtype == dtype and not scaled:
         return array
@@ -62,13 +64,37 @@ def cast(
             if divide != 1:
                 exact /= working.type(divide)
             rounded = exact.astype(dtype)
-        finite = np.isfinite(rounded)
-        if not finite.all() and not np.array_equal(finite, np.isfinite(block)):
+        if not np.isfinite(rounded).all():
             raise InputError(f"{name} has numbers too large for {dtype}; choose a dtype of wider range.")
         target[start : start + BLOCK] = rounded
         if rounding is not None and (scaled or dtype.itemsize < array.dtype.itemsize or _trade(array.dtype, dtype)):
             rounding.add(exact, rounded.astype(working))
     return result
+
+
+def check_finite(what: str, values: np.ndarray) -> np.ndarray:
+    """The largest |x|. Raises `InputError`, naming ``what``, where any x is NaN or infinite."""
+    largest = largest_magnitude(values)
+    if not np.isfinite(largest):
+        raise InputError(
+            f"{what} holds NaN or infinite numbers, and would make every logit NaN; download the file again or take "
+            "another checkpoint."
+        )
+    return largest
+
+
+def largest_magnitude(values: np.ndarray) -> np.ndarray:
+    """The largest |x| of a float array (0 where it is empty); NaN or infinite where any x is.
+
+    Without the sign, floats are ordered as their bits are: whole numbers are compared, at 6 GB/s, where numpy would
+    look at bfloat16 and float16 one by one.
+    """
+    bits = values.reshape(-1).view(f"u{values.dtype.itemsize}")
+    no_sign = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    largest = bits.dtype.type(0)
+    for start in range(0, bits.size, CACHED):
+        largest = max(largest, (bits[start : start + CACHED] & no_sign).max())
+    return largest[None].view(values.dtype)[0]
 
 
 def numpy_dtype(dtype: np.dtype | str) -> np.dtype:
