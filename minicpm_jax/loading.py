@@ -32,8 +32,9 @@ def load(
     dtype: str | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
-    mesh: Mesh | None = None,
     hub: str = "huggingface",
+    *,
+    mesh: Mesh | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
     """Load a released checkpoint as it stands.
 
