@@ -1,4 +1,4 @@
-"""A checkpoint opened: its tensors against the table, its tied head, its special ids, and scales that are no numbers."""
+"""A checkpoint opened: tensors against the table, the tied head, special ids, scales that are no numbers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""config.json read: what released and saved ones hold is taken, and what would change the numbers is refused by name."""
+"""config.json read: what saved ones hold is taken, what would change the numbers is refused by name."""
 
 import json
 import math

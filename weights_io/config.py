@@ -195,9 +195,11 @@ class _Reader:
                 values[key] = self.number(key, value)
         values["max_position_embeddings"] = self.count(values, "max_position_embeddings")
         if not isinstance(values["tie_word_embeddings"], bool):
-            raise self.refuse(f"tie_word_embeddings is {shown(values['tie_word_embeddings'])}; it must be true or false.")
+            raise self.refuse(
+                f"tie_word_embeddings is {shown(values['tie_word_embeddings'])}; it must be true or false."
+            )
         if values["hidden_act"] != "silu":
-            raise self.refuse(f"hidden_act {shown(values['hidden_act'])} is not supported; the dense MiniCPM uses 'silu'.")
+            raise self.refuse(f"hidden_act {values['hidden_act']!r} is not supported; the dense MiniCPM uses 'silu'.")
         config = ModelConfig(model_type=family, **values)
         if config.num_attention_heads % config.num_key_value_heads:
             raise self.refuse(
@@ -254,7 +256,9 @@ class _Reader:
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             values["rope_scaling"] = rope
         elif set(rope) - {"rope_type", "type", "partial_rotary_factor"} or rope.get("partial_rotary_factor", 1) != 1:
-            raise self.refuse(f"rope_parameters {shown(rope)} holds more than a default RoPE has; take a model without it.")
+            raise self.refuse(
+                f"rope_parameters {shown(rope)} holds more than a default RoPE has; take a model without it."
+            )
 
     def rope_scaling(self, raw: Any) -> RopeScaling | None:
         if raw is None:

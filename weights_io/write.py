@@ -1,5 +1,6 @@
 """Checkpoints going out: a Hugging Face folder, written one tensor at a time, that is there whole or not at all."""
 
+import contextlib
 import errno
 import json
 import secrets
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from weights_io.casting import Rounding, cast, numpy_dtype
+from weights_io.casting import Rounding, cast, check_dtype, numpy_dtype
 from weights_io.config import DTYPES, HARMLESS, ModelConfig, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed, write_file
-from weights_io.files.tensor import LazyTensor
+from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import DENSE, HEAD, parameters, tensor_shapes
+from weights_io.progress import progress_bar
 
 Tensor = LazyTensor | Computed
 
@@ -60,8 +62,8 @@ def save_checkpoint(
     nothing under ``out``. Raises `InputError` where ``out`` cannot be used (see `check_output`), the disk is full or a
     number does not fit ``dtype``.
     """
-    if dtype not in (None, *DTYPES):
-        raise InputError(f"dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
+    if dtype is not None:
+        check_dtype(dtype)
     out = check_output(out, copy_from)
     tensors = _of_the_table(config, tensors)
     dtypes = {name: numpy_dtype(dtype or tensor.dtype) for name, tensor in tensors.items()}
@@ -71,11 +73,12 @@ def save_checkpoint(
     )
     shards = _shards(sizes, max_shard_bytes)
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    new = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _check_space(out, sum(sizes.values()))
         partial.mkdir()
-        with _progress_bar(out.name, sum(sizes.values())) as bar:
+        with progress_bar(out.name, sum(sizes.values())) as bar:
             for shard, names in shards.items():
                 write_file(
                     partial / shard,
@@ -90,6 +93,9 @@ def save_checkpoint(
         raise _unwritable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # not there any more if all went well
+        with contextlib.suppress(OSError):  # not empty if all went well
+            for folder in new:
+                folder.rmdir()
     return [out / name for name in (*shards, *sorted(files))]
 
 
@@ -140,7 +146,7 @@ def _cast_tensor(
     name: str, tensor: Tensor, dtype: np.dtype, rounding: Rounding | None, written: Callable[[int], Any]
 ) -> Computed:
     def make() -> np.ndarray:
-        array = cast(name, tensor.read(), dtype, rounding=rounding)
+        array = cast(located(name, tensor), tensor.read(), dtype, rounding=rounding)
         written(array.nbytes)
         return array
 
@@ -205,9 +211,3 @@ def _unwritable(out: Path, error: OSError) -> InputError:
         return InputError(f"the disk of {out} is full and nothing was left there; make room or choose another.")
     where = f" ({error.filename})" if error.filename else ""
     return InputError(f"cannot write {out}: {error.strerror or error}{where}; choose another folder.")
-
-
-def _progress_bar(name: str, total: int):
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None)  # None: only on a terminal
