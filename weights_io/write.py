@@ -14,6 +14,7 @@ import numpy as np
 from weights_io.casting import Rounding, cast, check_dtype, numpy_dtype
 from weights_io.config import DTYPES, HARMLESS, ModelConfig, stored_dtype
 from weights_io.errors import InputError
+from weights_io.files.folder import SIDE_FILES
 from weights_io.files.safetensors import Computed, write_file
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import DENSE, HEAD, parameters, tensor_shapes
@@ -22,18 +23,9 @@ from weights_io.progress import progress_bar
 Tensor = LazyTensor | Computed
 
 MAX_SHARD_BYTES = 5_000_000_000
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-# Harmless keys of a source's config.json that its copy leaves out: they point to code that is not copied, to the place
-# the source came from, or are written anew in the older spelling that every reader knows.
+# Harmless keys of a source's config.json that its copy leaves out, as it does all that begin with "_": they point to
+# code that is not copied, to the place the source came from, or are written anew in the older spelling that every
+# reader knows.
 NOT_COPIED_KEYS = frozenset({"auto_map", "model_file", "name_or_path", "rope_parameters", "dtype", "torch_dtype"})
 
 
@@ -176,9 +168,10 @@ def _index(shards: Mapping[str, list[str]], sizes: Mapping[str, int]) -> str:
 def _side_files(
     config: ModelConfig, dtype: str, raw_config: Mapping[str, Any] | None, copy_from: Path | None
 ) -> dict[str, str | bytes]:
-    kept = {key: value for key, value in (raw_config or {}).items() if key in HARMLESS - NOT_COPIED_KEYS}
+    copied = {key for key in HARMLESS - NOT_COPIED_KEYS if not key.startswith("_")}
+    kept = {key: value for key, value in (raw_config or {}).items() if key in copied}
     files: dict[str, str | bytes] = {"config.json": _json(kept | config.to_dict() | {"torch_dtype": dtype})}
-    for path in [copy_from / name for name in COPIED_FILES] if copy_from is not None else []:
+    for path in [copy_from / name for name in SIDE_FILES] if copy_from is not None else []:
         try:
             files[path.name] = path.read_bytes()
         except FileNotFoundError:
