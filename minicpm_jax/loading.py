@@ -23,7 +23,7 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.hub import resolve
 from weights_io.parameters import Parameter, parameters
-from weights_io.progress import progress_bar
+from weights_io.progress import reading
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
@@ -56,12 +56,12 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | 
     """The model of an opened checkpoint, each array placed where the mesh wants it."""
     target = jnp.dtype(check_dtype(dtype or checkpoint.dtype))
     mesh = None if mesh is None else automatic(mesh)
-    with progress_bar("loading", sum(map(checkpoint.nbytes, checkpoint.tensors))) as bar:
-        leaves = {p.name: _place(checkpoint, p, target, mesh, bar) for p in parameters(checkpoint.config)}
+    with reading(checkpoint) as checkpoint:
+        leaves = {p.name: _place(checkpoint, p, target, mesh) for p in parameters(checkpoint.config)}
     return Model(nested(leaves), checkpoint.config, checkpoint.eos_token_ids)
 
 
-def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh | None, bar: Any) -> jax.Array:
+def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh | None) -> jax.Array:
     shape, names = parameter.shape(checkpoint.config), parameter.tensors(checkpoint.config)
     sharding = (
         SingleDeviceSharding(jax.devices()[0])
@@ -69,17 +69,17 @@ def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh 
         else NamedSharding(mesh, partition_spec(parameter.logical_axes(), shape, mesh))
     )
     if not parameter.stacked:
-        return _read(checkpoint, names[0], shape, dtype, sharding, bar)
+        return _read(checkpoint, names[0], shape, dtype, sharding)
     row_sharding = sharding if mesh is None else NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
     stacked = _zeros(shape, dtype, sharding)
     for layer, name in enumerate(names):
-        row = _read(checkpoint, name, shape[1:], dtype, row_sharding, bar)
+        row = _read(checkpoint, name, shape[1:], dtype, row_sharding)
         stacked.block_until_ready()  # the row before this one is written and given up: else rows would pile up
         stacked = _set_row(stacked, row, layer, sharding)
     return stacked
 
 
-def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any, sharding: Any, bar: Any) -> jax.Array:
+def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
     """One tensor of the files as a placed array; each process reads only the rows of its devices, and each row once:
     in a file the columns of one device lie between those of the others."""
     rows: dict[tuple, np.ndarray] = {}
@@ -93,9 +93,7 @@ def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any,
             parts[key] = np.ascontiguousarray(rows[key[0]][(slice(None), *index[1:])])
         return parts[key]
 
-    array = jax.make_array_from_callback(shape, sharding, part_of)
-    bar.update(checkpoint.nbytes(name))
-    return array
+    return jax.make_array_from_callback(shape, sharding, part_of)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

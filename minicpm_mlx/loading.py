@@ -20,7 +20,7 @@ from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.hub import resolve
-from weights_io.progress import progress_bar
+from weights_io.progress import reading
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
@@ -53,12 +53,8 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
     target = check_dtype(dtype or checkpoint.dtype)
     model = Model(checkpoint.config, checkpoint.eos_token_ids)
     mapped = _mapped(checkpoint)
-    weights = []
-    with progress_bar("loading", sum(map(checkpoint.nbytes, checkpoint.tensors))) as bar:
-        for name in checkpoint.tensors:
-            weights.append((name, _read(checkpoint, name, target, mapped)))
-            bar.update(checkpoint.nbytes(name))
-    model.load_weights(weights)
+    with reading(checkpoint) as checkpoint:
+        model.load_weights([(name, _read(checkpoint, name, target, mapped)) for name in checkpoint.tensors])
     return model.eval()
 
 

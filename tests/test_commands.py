@@ -120,9 +120,3 @@ def test_evaluate_counts(package, folder):
     assert ran.returncode == 0, ran.stderr
     assert re.search(r"sum +0 of +6 right, 0.0%", ran.stdout)
     assert run(f"{package}.evaluate", "--limit", 0).returncode == 2
-
-
-def test_a_terminal_without_unicode_shows_question_marks(folder):
-    ran = run("weights_io.inspect", "--model", folder, PYTHONIOENCODING="ascii")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert "MiniCPM's default, <??>{}<AI>" in ran.stdout

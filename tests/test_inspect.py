@@ -1,12 +1,14 @@
 """What is said of a model without reading its weights."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tiny_model
 
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
@@ -176,3 +178,14 @@ def test_several_problems_are_one_sentence_and_each_has_a_remedy(model):
     assert len(inspect(model).problems) == 3 and text.count(". ") == 0 and text.endswith(".")
     assert text.count("download it again") == 2
     assert "has 1000 ids, and the embedding 320 rows; use the tokenizer files that were released" in text
+
+
+def test_a_terminal_without_unicode_shows_question_marks(model):
+    ran = subprocess.run(
+        [sys.executable, "-m", "weights_io.inspect", "--model", str(tiny_model.write(model / "tiny"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "MiniCPM's default, <??>{}<AI>" in ran.stdout

@@ -1,7 +1,7 @@
 """A checkpoint opened: its config, and its tensors checked against the parameter table before one is read."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Checkpoint:
     bos_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]  # union of config.json and generation_config.json
     metadata: Mapping[str, Any] | None = None  # of a GGUF file
+    on_read: Callable[[int], object] | None = None  # told the bytes of each read, for a progress bar
 
     @property
     def folder(self) -> Path:
@@ -51,12 +52,14 @@ class Checkpoint:
             raise InputError(
                 f"{name} holds {float(largest):.4g}, which is too large for {dtype}; choose a dtype of wider range."
             )
+        if self.on_read is not None:
+            self.on_read(values.nbytes)
         return values
 
-    def nbytes(self, name: str) -> int:
-        """Size of a tensor as it is read."""
-        tensor = self.tensors[name]
-        return math.prod(tensor.shape) * tensor.dtype.itemsize
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, as they are read."""
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -34,7 +34,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rope_scaling": None,
 }
-# Keys that would change the numbers if they, or an item of their list, held anything but these values.
+# Keys that would change the numbers if they held anything but these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -195,9 +195,7 @@ class _Reader:
                 values[key] = self.number(key, value)
         values["max_position_embeddings"] = self.count(values, "max_position_embeddings")
         if not isinstance(values["tie_word_embeddings"], bool):
-            raise self.refuse(
-                f"tie_word_embeddings is {shown(values['tie_word_embeddings'])}; it must be true or false."
-            )
+            raise self.refuse(f"tie_word_embeddings is {values['tie_word_embeddings']!r}; it must be true or false.")
         if values["hidden_act"] != "silu":
             raise self.refuse(f"hidden_act {values['hidden_act']!r} is not supported; the dense MiniCPM uses 'silu'.")
         config = ModelConfig(model_type=family, **values)
@@ -222,10 +220,12 @@ class _Reader:
         if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
             raise self.refuse(f"architectures is {shown(architectures)}; it must be a list of names.")
         known = {"MiniCPMForCausalLM": "minicpm", "LlamaForCausalLM": "llama"}
+        if not isinstance(self.raw.get("model_type"), str | None):
+            raise self.refuse(f"model_type is {shown(self.raw['model_type'])}; it must be a name.")
         model_type = self.raw.get("model_type") or (known.get(architectures[0]) if architectures else "minicpm")
         unknown = [a for a in architectures if a not in known]
-        if unknown or not isinstance(model_type, str) or model_type not in FAMILY_DEFAULTS:
-            name = unknown[0][:80] if unknown else f"model_type {shown(model_type)}"
+        if unknown or model_type not in FAMILY_DEFAULTS:
+            name = unknown[0] if unknown else f"model_type {model_type!r}"
             raise self.refuse(f"{name} is not supported; supported are {', '.join(known)} (dense).")
         if architectures and known[architectures[0]] != model_type:
             raise self.refuse(f"model_type {model_type!r} contradicts architectures {architectures}; correct one.")
@@ -234,7 +234,8 @@ class _Reader:
     def refuse_unknown(self, understood: set[str]) -> None:
         for key, value in self.raw.items():
             if key in NEUTRAL:
-                if any(item not in NEUTRAL[key] for item in (value if isinstance(value, list) else [value])):
+                items = value if isinstance(value, list) else [value]  # a list has one for each layer
+                if any(item not in NEUTRAL[key] for item in items):
                     raise self.refuse(
                         f"{key} = {shown(value)} changes the numbers and is not supported; take a model without it."
                     )
