@@ -41,10 +41,12 @@ class Metrics:
                 "decay begins ", (boundary, axes.get_ylim()[1]), ha="right", va="top", rotation=90, fontsize=8
             )
         axes.set(xlabel="million tokens", ylabel="cross entropy (nats per token)", yscale="log")
+        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_format(lambda value, _: f"{value:g}")
         rates = axes.twinx()
         rates.plot(tokens, [r["learning_rate"] for r in self.records], color="tab:red", lw=0.8, alpha=0.5)
         rates.set_ylabel("learning rate", color="tab:red")
-        axes.legend(loc="upper center")
+        axes.legend(loc="upper right", bbox_to_anchor=(0.8, 1))
         figure.savefig(picture, dpi=120)
         plt.close(figure)
 

@@ -93,7 +93,7 @@ _BF16, _FP16, _FP32 = ({"torch_dtype": dtype} for dtype in ("bfloat16", "float16
 _N2B, _N2B_UNTIED, _N1B = 2_724_880_896, 3_007_703_808, 1_360_246_272
 
 CATALOG: tuple[Entry, ...] = (
-    Entry("pico", None, "minicpm", None, None, "built in; small enough for a laptop's CPU"),
+    Entry("pico", None, "minicpm", 1_296_000, "float32", "built in; small enough for a laptop's CPU"),
     Entry(
         "minicpm-2b",
         "openbmb/MiniCPM-2B-sft-bf16",

@@ -1,0 +1,54 @@
+"""The model that comes with the package: small, trained, and the same in both backends."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minicpm_data
+import minicpm_jax
+import minicpm_mlx
+from minicpm_data.corpus import questions
+from weights_io import catalog
+from weights_io.checkpoint import open_checkpoint
+from weights_io.hub import built_in
+from weights_io.parameters import count
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_it_is_a_small_minicpm():
+    checkpoint = open_checkpoint(built_in())
+    config = checkpoint.config
+    assert 1_000_000 <= count(config) == catalog.find("pico").parameters <= 3_000_000
+    assert sum(path.stat().st_size for path in built_in().iterdir()) < 6_000_000
+    assert (config.scale_emb, config.scale_depth, config.tie_word_embeddings) == (12, 1.4, True)
+    assert config.dim_model_base < config.hidden_size and config.num_key_value_heads < config.num_attention_heads
+    tokenizer = minicpm_data.load_tokenizer(built_in())
+    assert tokenizer.apply_chat([{"role": "user", "content": "你好"}]) == tokenizer.encode("<用户>你好<AI>")
+
+
+def test_both_backends_give_the_same_answers():
+    (jax_model, tokenizer), (mlx_model, _) = minicpm_jax.load(dtype="float32"), minicpm_mlx.load(dtype="float32")
+    asked = [question["prompt"] for question in questions()][::60] + ["Tell me a story about a cat.", "讲一个故事。"]
+    prompts = [tokenizer.apply_chat([{"role": "user", "content": prompt}]) for prompt in asked]
+    ours, theirs = (
+        package.batch_generate(model, tokenizer, prompts, max_tokens=100)
+        for package, model in ((minicpm_jax, jax_model), (minicpm_mlx, mlx_model))
+    )
+    for prompt, one, other in zip(asked, ours, theirs, strict=True):
+        assert [r.token for r in one] == [r.token for r in other], prompt
+    assert sum(len(row) for row in ours) > 200 and all(row[-1].finish_reason == "stop" for row in ours)
+
+
+@pytest.mark.slow
+def test_the_scores_of_the_readme():
+    """At least 95 % of held-out sums; the README says what the command prints."""
+    ran = subprocess.run([sys.executable, "-m", "minicpm_jax.evaluate"], capture_output=True, text=True, check=True)
+    scores = {kind: float(percent) for kind, percent in re.findall(r"(\w+) .* ([\d.]+)%", ran.stdout)}
+    assert scores["sum"] >= 95
+    for readme in ("README.md", "README.zh.md"):
+        said = sorted(int(n) for n in re.findall(r"(\d+) %", (ROOT / readme).read_text(encoding="utf-8")))
+        assert said == sorted(round(score) for score in scores.values())

