@@ -1,16 +1,15 @@
 """The command lines that both backends have: the flags, what is printed, and how a terminal conversation goes."""
 
-import importlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minicpm_data.generation import Sampling
+from minicpm_data.generation import Backend, Sampling
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -84,38 +83,38 @@ class ChatOptions(SamplingOptions, ModelOptions):
     """Most tokens of an answer."""
 
 
-def run_generate(package: str) -> None:
-    """``python -m PACKAGE.generate``."""
+def run_generate(backend: Callable[[], Backend], prog: str) -> None:
+    """``python -m PACKAGE.generate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: GenerateOptions) -> None:
         """Answer a prompt with a MiniCPM (or Llama) model."""
         sampling, max_tokens = options.sampling(), _positive(options.max_tokens)
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
-        backend = importlib.import_module(package)
-        model, tokenizer, device = load_model(package, options)
+        running = backend()
+        model, tokenizer = load_model(running, options)
         if options.ignore_chat_template:
             ids = tokenizer.encode(prompt)
         else:
             ids = tokenizer.apply_chat([*_system(options), {"role": "user", "content": prompt}])
-        meter = Meter(device)
-        answer = backend.stream_generate(model, tokenizer, ids, max_tokens, stop=options.stop, **sampling)
+        meter = Meter(running.device)
+        answer = running.generator.stream_generate(model, tokenizer, ids, max_tokens, stop=options.stop, **sampling)
         for response in meter.watch(answer):
             print(response.text, end="", flush=True)
         print()
         if options.verbose:
             print(meter.report(len(ids)), file=sys.stderr)
 
-    command_line.run(main, GenerateOptions, f"python -m {package}.generate")
+    command_line.run(main, GenerateOptions, prog)
 
 
-def run_chat(package: str) -> None:
-    """``python -m PACKAGE.chat``."""
+def run_chat(backend: Callable[[], Backend], prog: str) -> None:
+    """``python -m PACKAGE.chat``; ``backend`` as in `run_generate`."""
 
     def main(options: ChatOptions) -> None:
         """Talk with a MiniCPM (or Llama) model; /help lists what can be typed besides questions."""
         sampling, max_tokens = options.sampling(), _positive(options.max_tokens)
-        backend = importlib.import_module(package)
-        model, tokenizer, _ = load_model(package, options)
+        running = backend()
+        model, tokenizer = load_model(running, options)
         history = _system(options)
         for query in _typed_lines():
             match query.strip():
@@ -131,10 +130,12 @@ def run_chat(package: str) -> None:
                     continue
             asked = [*history, {"role": "user", "content": query}]
             prompt = tokenizer.apply_chat(asked)
-            answer = backend.stream_generate(model, tokenizer, prompt, max_tokens, stop=options.stop, **sampling)
+            answer = running.generator.stream_generate(
+                model, tokenizer, prompt, max_tokens, stop=options.stop, **sampling
+            )
             history = [*asked, {"role": "assistant", "content": _printed(answer)}]
 
-    command_line.run(main, ChatOptions, f"python -m {package}.chat")
+    command_line.run(main, ChatOptions, prog)
 
 
 class Meter:
@@ -171,23 +172,21 @@ class Meter:
             f"Peak memory: {self.device.peak_memory() / 1e9:.3f} GB on {self.device.description()}",
         ]
         if sum(compiling) > 0:
-            lines.append(f"Compiling: {sum(compiling):.1f} s (the programs are kept on disk for the next run)")
+            lines.append(f"Compiling: {sum(compiling):.1f} s")
         if self.reason == "length":
             lines.append("The answer was cut at --max-tokens.")
         return "\n".join(lines)
 
 
-def load_model(package: str, options: ModelOptions) -> "tuple[Any, Tokenizer, ModuleType]":
-    """Model, tokenizer and the backend's device module."""
-    device = importlib.import_module(f"{package}.device")
-    dtype = options.dtype or device.preferred_dtype()
-    backend = importlib.import_module(package)
+def load_model(backend: Backend, options: ModelOptions) -> "tuple[Any, Tokenizer]":
+    """Model and tokenizer."""
+    dtype = options.dtype or backend.device.preferred_dtype()
     model, tokenizer = backend.load(options.model, dtype, revision=options.revision, hub=options.hub)
     if tokenizer is None:
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."
         )
-    return model, tokenizer, device
+    return model, tokenizer
 
 
 def _system(options: SamplingOptions) -> list[dict[str, str]]:

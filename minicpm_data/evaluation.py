@@ -1,11 +1,12 @@
 """How many of the built-in model's held-out questions a model answers rightly."""
 
-import importlib
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
 from minicpm_data.commands import ModelOptions, load_model
+from minicpm_data.generation import Backend
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -24,8 +25,8 @@ class EvaluateOptions(ModelOptions):
     """Draws the questions; 0 draws those that pico's corpus keeps out of its training text."""
 
 
-def run_evaluate(package: str) -> None:
-    """``python -m PACKAGE.evaluate``."""
+def run_evaluate(backend: Callable[[], Backend], prog: str) -> None:
+    """``python -m PACKAGE.evaluate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: EvaluateOptions) -> None:
         """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing) and count."""
@@ -34,15 +35,15 @@ def run_evaluate(package: str) -> None:
         for name in ("batch_size", "max_tokens", "limit"):
             if (value := getattr(options, name)) is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-        backend = importlib.import_module(package)
-        model, tokenizer, _ = load_model(package, options)
+        running = backend()
+        model, tokenizer = load_model(running, options)
         scores: dict[str, list[bool]] = defaultdict(list)
         wrong = []
         asked = list(islice(questions(options.seed), options.limit))
         for start in range(0, len(asked), options.batch_size):
             group = asked[start : start + options.batch_size]
             prompts = [tokenizer.apply_chat([{"role": "user", "content": q["prompt"]}]) for q in group]
-            answers = backend.batch_generate(model, tokenizer, prompts, options.max_tokens)
+            answers = running.generator.batch_generate(model, tokenizer, prompts, options.max_tokens)
             for question, answer in zip(group, answers, strict=True):
                 reply = "".join(r.text for r in answer)
                 scores[question["kind"]].append(is_right(question, reply))
@@ -53,4 +54,4 @@ def run_evaluate(package: str) -> None:
         for line in wrong[:SHOWN]:
             print(f"wrong: {line}")
 
-    command_line.run(main, EvaluateOptions, f"python -m {package}.evaluate")
+    command_line.run(main, EvaluateOptions, prog)
