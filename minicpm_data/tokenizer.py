@@ -54,9 +54,11 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
 
         # What the post-processor writes before and after a text.
-        bare, full = fast.encode("a", add_special_tokens=False).ids, fast.encode("a").ids
-        at = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
-        self._before, self._after = full[:at], full[at + len(bare) :]
+        probe = fast.encode("", add_special_tokens=False)
+        probe.pad(1)  # one token, whatever the vocabulary can spell
+        full = fast.post_process(probe)
+        at = full.sequence_ids.index(0)
+        self._before, self._after = full.ids[:at], full.ids[at + 1 :]
         if add_bos is not None:
             self._before = [bos_token_id] if add_bos and bos_token_id is not None else []
         if add_eos is not None:
@@ -172,9 +174,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         config = {"add_bos_token": True, "add_eos_token": False, **config}
     else:
         source, spec = fast_file, _read_json(fast_file)
-        known = {token["content"] for token in spec.get("added_tokens") or ()}
+        listed = spec.get("added_tokens") or []
+        if not isinstance(listed, list) or not all(
+            isinstance(t, dict) and isinstance(t.get("content"), str) for t in listed
+        ):
+            raise InputError(f"{fast_file} has a list of added tokens that cannot be read; download it again.")
+        known = {token["content"] for token in listed}
         missing = [{**token, "id": i} for i, token in sorted(added.items()) if token["content"] not in known]
-        spec["added_tokens"] = [*(spec.get("added_tokens") or ()), *(added_token(**token) for token in missing)]
+        spec["added_tokens"] = [*listed, *(added_token(**token) for token in missing)]
     fast = build(spec, source)
     for i, token in added.items():
         if (found := fast.token_to_id(token["content"])) != i:
@@ -188,6 +195,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         if f"{name}_token" in config and token is None:
             return None
+        if not isinstance(token, str | None):
+            raise InputError(f"the {name}_token of {folder} is {token!r}; it must be the text of a token.")
         i = fast.token_to_id(token or named[name] or "")
         if token is not None and i is None:
             raise InputError(f"{folder} names {token!r} as its {name}_token, which {source.name} does not have.")
@@ -247,6 +256,8 @@ def _added_tokens(config: dict, folder: Path) -> dict[int, dict]:
         older = {int(i): {"content": token} for token, i in _read_json(folder / "added_tokens.json").items()}
         newer = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
         added = {**older, **newer}
+        if not all(isinstance(token["content"], str) for token in added.values()):
+            raise TypeError
         return {i: added_token(**{"special": False, **token, "id": i}) for i, token in added.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{folder} has a list of added tokens that cannot be read; download it again.") from error
