@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from minicpm_data.streaming import Response, stream_text
+from minicpm_data.streaming import Response, stop_strings, stream_text
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
@@ -123,13 +123,15 @@ class Generator:
     ) -> tuple[str, list[Message]]:
         """The reply to ``query`` after ``history`` (messages of role and content), and the history with both added.
 
-        The defaults of temperature and top_p are the original's; ``options`` as in `stream_generate`.
+        The defaults of temperature and top_p are the original's, and so is that the reply ends where the model writes
+        ``<用户>`` or ``<AI>``, if the chat template has them; ``options`` as in `stream_generate`.
         """
         if tokenizer is None:
             raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
         messages = [*(history or ()), {"role": "user", "content": query}]
         prompt = tokenizer.apply_chat(messages)
         options |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        options["stop"] = (*stop_strings(options.get("stop", ())), *tokenizer.turn_markers)
         reply = self.generate(model, tokenizer, prompt, **options).strip()
         return reply, [*messages, {"role": "assistant", "content": reply}]
 
