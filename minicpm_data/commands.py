@@ -172,8 +172,12 @@ def run_chat(backend: Callable[[], Backend], prog: str) -> None:
                     print(HELP)
                     continue
             asked = [*history, {"role": "user", "content": query}]
-            prompt = tokenizer.apply_chat(asked)
-            answer = running.generator.stream_generate(model, tokenizer, prompt, max_tokens, stop=stops, **sampling)
+            try:
+                prompt = tokenizer.apply_chat(asked)
+                answer = running.generator.stream_generate(model, tokenizer, prompt, max_tokens, stop=stops, **sampling)
+            except InputError as error:
+                _complain(error)
+                continue
             if reply := _printed(answer):  # a question without an answer is forgotten
                 history = [*asked, {"role": "assistant", "content": reply}]
 
@@ -259,11 +263,24 @@ def _typed_lines() -> Iterator[str]:
             import readline  # noqa: F401
     while True:
         try:
-            yield input(">>> " if sys.stdin.isatty() else "")
+            line = input(">>> " if sys.stdin.isatty() else "")
         except EOFError:
+            if sys.stdin.isatty():
+                print()  # what is printed next shall not stand beside the >>>
             return
         except KeyboardInterrupt:
             print("\n(/quit or Ctrl-D to end)")
+        except UnicodeDecodeError:
+            _complain(InputError("what was typed is not UTF-8 text; set the terminal, or convert the file."))
+        else:
+            yield line
+
+
+def _complain(error: InputError) -> None:
+    """A conversation with a person goes on after a question that cannot be asked; one out of a file ends."""
+    if not sys.stdin.isatty():
+        raise error
+    print(f"error: {error}", file=sys.stderr)
 
 
 def _printed(answer: "Iterable[Response]") -> str:

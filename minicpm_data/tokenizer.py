@@ -132,7 +132,10 @@ class Tokenizer:
         special["eos_token"] = self.eos_token_ids[0] if self.eos_token_ids else None
         names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in special.items()}
         prompted = add_generation_prompt and not continue_final_message
-        context: dict[str, Any] = {**names, **disguise.hide_all(variables)}
+        try:
+            context: dict[str, Any] = {**names, **disguise.hide_all(variables)}
+        except RecursionError:
+            raise InputError("the template variables are nested too deeply; give flatter ones.") from None
         prompt = _checked(chat.render(self.chat_template, hidden, prompted, **context))
         if continue_final_message:
             final, found, after = prompt.rpartition(disguise.end)

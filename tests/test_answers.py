@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_tokenizer as tiny
 
-from minicpm_data import commands, load_tokenizer
+from minicpm_data import commands, corpus, evaluation, load_tokenizer
 from minicpm_data.generation import Backend, Generator
 from weights_io.errors import InputError
 
@@ -100,6 +100,48 @@ def test_the_terminal_chat_ends_at_a_marker_and_remembers_what_it_showed(parrot,
     assert bird.tokenizer.decode(bird.asked[1]) == "<用户>Hello<AI>The fox.<用户>world<AI>"
 
 
+@pytest.mark.parametrize("wrong", [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "a\ud83d"])
+@pytest.mark.parametrize("person", [True, False])
+def test_a_question_that_is_no_text(parrot, typed, monkeypatch, person, wrong):
+    """A person can type another; a file is refused."""
+    bird = parrot("The fox.")
+    lines = iter([wrong, "Hello"])
+
+    def read(prompt):
+        line = next(lines, "/quit")
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: person, raising=False)
+    code, out, error = typed(commands.run_chat, bird)
+    assert (code, out) == ((0, "The fox.\n") if person else (2, ""))
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_shown(parrot, typed, monkeypatch):
+    bird = parrot("The fox and the dog")
+    says, lines = bird.stream_tokens, iter(["Hello", "world", "The sea"])
+
+    def interrupted(*arguments):
+        """After two tokens of the first answer, before the first of the second."""
+        left = {0: 2, 1: 0}.get(len(bird.asked), 99)
+        for token in says(*arguments):
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            yield token
+
+    bird.generator = Generator(interrupted)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    code, out, _ = typed(commands.run_chat, bird)
+    assert code == 0
+    first, second, third, _ = out.split("\n")
+    assert "The fox and the dog".startswith(first) and second == "" and third == "The fox and the dog"
+    assert bird.tokenizer.decode(bird.asked[-1]) == f"<用户>Hello<AI>{first}<用户>The sea<AI>"
+
+
 def test_a_question_without_an_answer_is_forgotten(parrot, typed, monkeypatch):
     bird = parrot("")
     lines = iter(["Hello", "world"])
@@ -164,6 +206,7 @@ def test_chat_template_config(parrot, typed):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--chat-template-config", '{"a":' + "[" * 800 + "]" * 800 + "}"], "template variables are"),
         (["--chat-template-config", "{"], "--chat-template-config is not JSON"),
         (["--chat-template-config", "[" * 100_000], "--chat-template-config is not JSON"),
         (["--chat-template-config", "[1]"], "must be a JSON object"),
@@ -222,3 +265,15 @@ def test_a_template_without_the_final_message_is_refused(parrot):
 def test_template_variables_that_cannot_be_used(parrot, variables):
     with pytest.raises(InputError, match="template variable|surrogate"):
         parrot("").tokenizer.apply_chat([{"role": "user", "content": "Hello"}], variables=variables)
+
+
+@pytest.mark.parametrize(("required", "code"), [(None, 0), ("0", 0), ("50", 0), ("50.1", 1), ("101", 2), ("nan", 2)])
+def test_a_share_of_the_sums_can_be_required(parrot, typed, required, code):
+    """A backend that knows the first of two sums, and goes on with a turn that is none of its business."""
+    answer = next(corpus.questions())["answer"]
+    bird = parrot(f"It is {answer}<用户>0")
+    flags = [] if required is None else ["--require-sums", required]
+    ended, out, error = typed(evaluation.run_evaluate, bird, "--limit", "2", *flags)
+    assert ended == code
+    assert error.count("\n") == (code > 0)
+    assert code == 2 or "sum             1 of    2 right, 50.0%" in out
