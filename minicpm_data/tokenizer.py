@@ -143,8 +143,11 @@ class Tokenizer:
                 raise InputError("the chat template leaves out the message that the answer should go on from.")
             spaces = texts[-1][len(texts[-1].rstrip()) :]
             prompt = final if after.startswith(" ") else final.removesuffix(spaces)
-        encoded = self._fast.encode(prompt, add_special_tokens=False)
+        return self._with_bos(self._undisguised(prompt, disguise))
 
+    def _undisguised(self, prompt: str, disguise: chat.Disguise) -> list[int]:
+        """Ids of ``prompt``, in which what was disguised is text."""
+        encoded = self._fast.encode(prompt, add_special_tokens=False)
         # Between two special tokens the ids stand, unless something was disguised there.
         ids: list[int] = []
         stretch: list[int] = []
@@ -158,7 +161,7 @@ class Tokenizer:
                 stretch, start = [], last
             else:
                 stretch.append(i)
-        return self._with_bos(ids)
+        return ids
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         present = ids[: len(self._before)] == self._before
@@ -322,9 +325,10 @@ def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     if taken:
         raise InputError(f"the template variable {taken[0]} cannot be given; it is made of the messages.")
     try:
-        _checked(json.dumps(variables, ensure_ascii=False))
+        text = json.dumps(variables, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"the template variables are no values of JSON ({error}).") from None
+        raise InputError(f"the template variables are no values of JSON ({error}); give others.") from None
+    _checked(text)
     return variables
 
 
