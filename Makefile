@@ -42,15 +42,19 @@ lint: $(VENV)/.test ## ruff and types alone
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-pico: $(VENV)/.backends ## train the built-in model again and put it in place: corpus, vocabulary, pretraining, score
-	$(VENV)/bin/python -m minicpm_data.corpus --out $(PICO)/corpus
-	$(VENV)/bin/python -m minicpm_data.vocabulary --data $(PICO)/corpus --out $(PICO)/tokenizer
+pico: $(PICO)/tokenizer/tokenizer.json ## train the built-in model again (or go on with it) and put it in place
 	$(VENV)/bin/python -m minicpm_jax.pretrain --config minicpm_data/pico/config.json --data $(PICO)/corpus \
 	  --tokenizer $(PICO)/tokenizer --out $(PICO)/training --steps 6000 --decay-steps 1000 --half-life 250 \
 	  --batch-size 8 --save-dtype float32
 	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(PICO)/training/model --require-sums 95
 	cp $(PICO)/training/model/* minicpm_data/pico/
-	cp $(PICO)/training/loss.png docs/pico-loss.png
+	mkdir -p docs && cp $(PICO)/training/loss.png docs/pico-loss.png
+
+$(PICO)/corpus/questions.jsonl: | $(VENV)/.backends
+	$(VENV)/bin/python -m minicpm_data.corpus --out $(PICO)/corpus
+
+$(PICO)/tokenizer/tokenizer.json: $(PICO)/corpus/questions.jsonl
+	$(VENV)/bin/python -m minicpm_data.vocabulary --data $(PICO)/corpus --out $(PICO)/tokenizer
 
 clean: ## remove the environments, caches and build leftovers (runs/ stays)
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -5,6 +5,7 @@ A backend hands over one function, ``stream_tokens``; `Generator` makes its ``st
 """
 
 import math
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -40,7 +41,7 @@ class Sampling:
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 for no limit")
         self._require("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        self._require("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is none)")
+        self._require("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 1e-6 to 1e6 (1 is none)")
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
@@ -54,6 +55,13 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1
+
+    def row_keys(self, rows: int) -> "np.ndarray":
+        """A key [2] of uint32 for each row of a batch, by seed and row; both backends' generators take such keys."""
+        import numpy as np
+
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return np.stack([np.random.SeedSequence((seed, row)).generate_state(2) for row in range(rows)])
 
 
 class Generator:

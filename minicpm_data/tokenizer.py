@@ -9,6 +9,7 @@ from typing import Any
 from minicpm_data import chat
 from minicpm_data.spm_model import added_token, fast_spec, read_spm
 from minicpm_data.streaming import Decoder, Detokenizer
+from weights_io.checkpoint import check_vocabulary
 from weights_io.errors import InputError
 
 # MiniCPM-V's tokenizer classes are slow ones: SentencePiece itself, with no "▁" put in front of a text.
@@ -254,11 +255,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
     """InputError where the tokenizer has ids for which a model of ``vocab_size`` rows has no embedding."""
-    if tokenizer.vocab_size > vocab_size:
-        raise InputError(
-            f"wrong tokenizer size: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is "
-            f"{vocab_size}; use the tokenizer files that were released with the model."
-        )
+    check_vocabulary(tokenizer.vocab_size, vocab_size)
 
 
 def build(spec: dict, source: str | Path):

@@ -5,6 +5,7 @@ in one call (a `while_loop` on the device), so a token costs neither a dispatch 
 Dims: B batch, T prompt bucket, S cache slots, V vocabulary.
 """
 
+import dataclasses
 import functools
 import os
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
 from minicpm_data.generation import Sampling
 from minicpm_jax.attention import Cache
@@ -24,6 +25,7 @@ from minicpm_jax.sampling import Knobs, sample
 
 STEPS = 32  # most tokens of one call of the decode loop
 PATIENCE = 0.1  # seconds a reader may wait for the next piece of text
+ROOM = 1024  # cache slots for an answer; a longer one makes the cache grow
 
 
 @functools.partial(
@@ -45,7 +47,13 @@ class State:
 
 @functools.partial(jax.jit, static_argnames="slots")
 def prefill(
-    model: Model, ids: Int[Array, "B T"], lengths: Int[Array, "B"], end_ids: Array, key: Array, knobs: Knobs, slots: int
+    model: Model,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    end_ids: Int[Array, "E"],
+    keys: UInt32[Array, "B 2"],
+    knobs: Knobs,
+    slots: int,
 ) -> State:
     """Run right-padded prompts through an empty cache of S slots and choose each row's first token."""
     batch, width = ids.shape
@@ -57,8 +65,8 @@ def prefill(
         real = jnp.arange(width) < lengths[:, None]
         rows = jnp.arange(batch)[:, None]
         seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, ids].max(real)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
-    state = State(cache, jnp.zeros(batch, jnp.int32), seen, keys, jnp.zeros(batch, bool), end_ids)
+    draws = jax.random.wrap_key_data(keys)
+    state = State(cache, jnp.zeros(batch, jnp.int32), seen, draws, jnp.zeros(batch, bool), end_ids)
     return _chosen(model, state, last, knobs)
 
 
@@ -72,7 +80,7 @@ def decode(
     def step(carry):
         state, tokens, count = carry
         hidden, cache = model.decode(state.token[:, None], state.cache, 1)
-        state = _chosen(model, State(cache, *_rest(state)), hidden, knobs)
+        state = _chosen(model, dataclasses.replace(state, cache=cache), hidden, knobs)
         return state, tokens.at[count].set(state.token), count + 1
 
     def more(carry):
@@ -81,10 +89,6 @@ def decode(
 
     tokens = jnp.zeros((STEPS, *state.token.shape), jnp.int32)
     return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
-
-
-def _rest(state: State) -> tuple:
-    return state.token, state.seen, state.keys, state.done, state.end_ids
 
 
 def _chosen(model: Model, state: State, hidden: Array, knobs: Knobs) -> State:
@@ -97,6 +101,17 @@ def _chosen(model: Model, state: State, hidden: Array, knobs: Knobs) -> State:
     return State(state.cache, token, seen, both[:, 0], done, state.end_ids)
 
 
+@functools.partial(jax.jit, static_argnames="slots")
+def grown(state: State, slots: int) -> State:
+    """The same with S cache slots."""
+
+    def padded(stored):
+        return jnp.pad(stored, [(0, 0), (0, 0), (0, slots - stored.shape[2]), (0, 0)])
+
+    cache = Cache(padded(state.cache.k), padded(state.cache.v), state.cache.lengths)
+    return dataclasses.replace(state, cache=cache)
+
+
 def stream_tokens(
     model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling, end_ids: frozenset[int]
 ) -> Iterator[np.ndarray]:
@@ -104,21 +119,25 @@ def stream_tokens(
     A row that has ended goes on with tokens of no meaning."""
     use_compilation_cache()
     lengths = np.array([len(p) for p in prompts], np.int32)
-    ids = np.zeros((len(prompts), bucket(lengths.max())), np.int32)
+    longest = int(lengths.max())
+    ids = np.zeros((len(prompts), bucket(longest)), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    seed = int.from_bytes(os.urandom(4)) if sampling.seed is None else sampling.seed
     knobs = Knobs.of(sampling, model.config.vocab_size)
     ends = np.array(sorted(end_ids) or [-1], np.int32)
-    slots = bucket(max(ids.shape[1], lengths.max() + max_tokens))
-    state = prefill(model, ids, lengths, ends, jax.random.key(seed), knobs, slots)
+    slots = max(ids.shape[1], bucket(longest + min(max_tokens, ROOM)))
+    state = prefill(model, ids, lengths, ends, sampling.row_keys(len(prompts)), knobs, slots)
     yield np.asarray(state.token)
     made, steps = 1, 1
     while made < max_tokens:
         if bool(np.all(state.done)):
             return
+        if longest + made > slots:
+            slots = bucket(slots + ROOM)
+            state = grown(state, slots)
         began = time.perf_counter()
-        state, tokens, count = decode(model, state, jnp.int32(min(steps, max_tokens - made)), knobs)
+        room = min(steps, max_tokens - made, slots - longest - made + 1)
+        state, tokens, count = decode(model, state, np.int32(room), knobs)
         count = int(count)
         yield from np.asarray(tokens)[:count]
         made += count

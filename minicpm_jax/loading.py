@@ -17,11 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from minicpm_data.of_checkpoint import tokenizer_of
 from minicpm_jax.model import Model, nested
 from minicpm_jax.sharding import automatic, partition_spec
+from weights_io.casting import check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.hub import resolve
 from weights_io.parameters import Parameter, parameters
+from weights_io.progress import reading
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
@@ -32,8 +34,9 @@ def load(
     dtype: str | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
-    mesh: Mesh | None = None,
     hub: str = "huggingface",
+    *,
+    mesh: Mesh | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
     """Load a released checkpoint as it stands.
 
@@ -54,14 +57,9 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | 
     """The model of an opened checkpoint, each array placed where the mesh wants it."""
     target = jnp.dtype(check_dtype(dtype or checkpoint.dtype))
     mesh = None if mesh is None else automatic(mesh)
-    leaves = {p.name: _place(checkpoint, p, target, mesh) for p in parameters(checkpoint.config)}
+    with reading(checkpoint) as checkpoint:
+        leaves = {p.name: _place(checkpoint, p, target, mesh) for p in parameters(checkpoint.config)}
     return Model(nested(leaves), checkpoint.config, checkpoint.eos_token_ids)
-
-
-def check_dtype(dtype: str) -> str:
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype {dtype!r} is not supported; choose float32, bfloat16 or float16.")
-    return dtype
 
 
 def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh | None) -> jax.Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from minicpm_data.token_ids import checked_ids
 from minicpm_jax.attention import Attention, Cache, Positions, positions_of
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
@@ -133,8 +134,10 @@ class Model(nnx.Module):
     def __call__(
         self, input_ids: Int[ArrayLike, "B T"], attention_mask: Int[ArrayLike, "B T"] | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits in float32. ``attention_mask``: 1 for tokens, 0 for padding on either side (whose rows are noise)."""
-        ids = jnp.asarray(input_ids)
+        """Logits in float32. ``attention_mask``: 1 for tokens, 0 for padding on either side (whose rows are noise).
+        Raises `InputError` for ids that are no [B, T] array, or (where they come from the host) not of the vocabulary.
+        """
+        ids = jnp.asarray(checked_ids(input_ids, self.config.vocab_size, jax.Array))
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
         return _logits(self, ids, mask)
 
@@ -146,7 +149,7 @@ class Model(nnx.Module):
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32 from the normed hidden state, which is divided by D / dim_model_base, tied or not."""
         with jax.named_scope("head"):
-            x = scaled(x, 1 / self.config.logit_divisor, self.config.logit_divisor)
+            x = divided(x, self.config.logit_divisor)
             logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
             return logits.astype(jnp.float32)
 
@@ -166,10 +169,14 @@ def _logits(model: Model, ids, mask):
     return model.head(model.hidden_states(ids, positions_of(model.config, ids.shape, mask=mask)))
 
 
-def scaled(x: Array, factor: float, divisor: float | None = None) -> Array:
-    """x * factor (or x / divisor) with the product in float32, rounded once to x's dtype, as PyTorch does."""
-    wide = x.astype(jnp.float32)
-    return (wide * factor if divisor is None else wide / divisor).astype(x.dtype)
+def scaled(x: Array, factor: float) -> Array:
+    """x * factor with the product in float32, rounded once to x's dtype, as PyTorch does."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def divided(x: Array, divisor: float) -> Array:
+    """x / divisor, rounded likewise."""
+    return (x.astype(jnp.float32) / divisor).astype(x.dtype)
 
 
 def precision(x: Array) -> jax.lax.Precision | None:

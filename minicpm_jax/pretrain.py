@@ -8,6 +8,7 @@ documents; the decay stage reads the second, as MiniCPM mixes chat data in there
 layout). Interrupted by Ctrl-C, a kill or a power cut, the same command goes on where the last checkpoint was.
 """
 
+import hashlib
 import json
 import math
 import signal
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io import command_line
+from weights_io.config import read_json
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def pretrain(options: Options) -> None:
         options.decay,
         options.half_life,
     )
-    stages, bos_token_id = read_data(options, config.vocab_size)
+    stages, bos_token_id, fingerprint = read_data(options, config.vocab_size)
     optimiser = train.optimizer(config, options.beta1, options.beta2, options.weight_decay, options.clip)
     weights = train.weights_of(initialise(config, jax.random.key(options.seed)))
     fixed: dict[str, Any] = {
@@ -104,7 +106,7 @@ def pretrain(options: Options) -> None:
         "bos_token_id": bos_token_id,
         "dtype": options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
     }
-    with Checkpoints(options) as checkpoints, tqdm(total=options.steps, unit="step") as bar:
+    with Checkpoints(options, config, fingerprint) as checkpoints, tqdm(total=options.steps, unit="step") as bar:
         step, state = checkpoints.restore((weights, optimiser.init(weights)))
         bar.update(step)
         metrics = Metrics(options.out / "metrics.jsonl", step)
@@ -148,8 +150,8 @@ class Stage(NamedTuple):
     valid: "np.ndarray"  # windows [n, T]
 
 
-def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int]:
-    """The windows of both stages, and the id that begins a document."""
+def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int, str]:
+    """The windows of both stages, the id that begins a document, and a hash of all the windows."""
     from minicpm_data.packing import batches, pack
     from minicpm_data.tokenizer import check_vocab, load_tokenizer
 
@@ -157,31 +159,31 @@ def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int]
     check_vocab(tokenizer, vocab_size)
     if tokenizer.bos_token_id is None or not tokenizer.eos_token_ids:
         raise InputError(f"the tokenizer of {options.tokenizer} has no BOS or no EOS, which part the documents.")
-    stages = {}
+    stages, fingerprint = {}, hashlib.sha256()
     for name in ("stable", "decay"):
         windows, valid = (
             pack(options.data / name / f"{split}.jsonl", tokenizer, options.seq_length) for split in ("train", "valid")
         )
         stages[name] = Stage(batches(windows, options.batch_size, options.seed), valid)
+        fingerprint.update(windows.tobytes() + valid.tobytes())
         print(f"{name}: {windows.size:,} tokens in windows of {options.seq_length}")
-    return stages, tokenizer.bos_token_id
+    return stages, tokenizer.bos_token_id, fingerprint.hexdigest()
 
 
 class Checkpoints:
     """Weights and moments in ``--out/checkpoints``, by orbax, which renames a checkpoint when it is whole. Ctrl-C only
     sets `interrupted`, so that no step is cut in two."""
 
-    KEPT = ("config", "batch_size", "seq_length", "seed")  # a resumed run must agree on these
+    KEPT = ("batch_size", "seq_length", "seed")  # a resumed run must agree on these, on the model and on the data
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, config: "ModelConfig", data: str):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
         self.interrupted = False
         folder = options.out / "checkpoints"
         settings = {name: getattr(options, name) for name in self.KEPT}
-        settings["config"] = json.loads(options.config.read_text(encoding="utf-8"))
-        self._check_settings(options.out / "settings.json", settings)
+        self._check_settings(options.out / "settings.json", settings | {"config": config.to_dict(), "data": data})
         self._manager = ocp.CheckpointManager(
             folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         )
@@ -189,14 +191,17 @@ class Checkpoints:
     @staticmethod
     def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path)
             changed = [name for name in settings if before.get(name) != settings[name]]
             if changed:
                 raise InputError(
                     f"{path.parent} holds a run with another {', '.join(changed)}; choose another --out, or delete it."
                 )
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        partial.replace(path)
 
     def __enter__(self) -> "Checkpoints":
         def interrupt(*_: object) -> None:
@@ -232,6 +237,12 @@ def check(options: Options) -> None:
     for name in ("steps", "batch_size", "save_every", "valid_every"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+    for name in ("learning_rate", "clip", "half_life"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0.")
+    for name in ("beta1", "beta2", "weight_decay"):
+        if not 0 <= getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be from 0 to below 1.")
     if options.seq_length < 2:
         raise InputError(f"--seq-length is {options.seq_length}; a window needs at least 2 tokens.")
     if options.out.is_file():

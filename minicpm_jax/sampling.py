@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_data.generation import Sampling
 
+COLDEST = 1e-6  # temperature; logits divided by less overflow float32
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -34,7 +36,7 @@ class Knobs:
     @staticmethod
     def of(sampling: Sampling, vocab_size: int) -> "Knobs":
         return Knobs(
-            np.float32(sampling.temperature),
+            np.float32(max(sampling.temperature, COLDEST)),
             np.float32(sampling.top_p),
             np.int32(min(sampling.top_k or vocab_size, vocab_size)),
             np.float32(sampling.min_p),

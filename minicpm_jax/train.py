@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from minicpm_jax.losses import packed_loss
@@ -66,7 +65,3 @@ def packed_evaluation(weights: Weights, windows: jax.Array, *, config: ModelConf
 def weights_of(model: Model) -> Weights:
     """The model's arrays under the names of the parameter table."""
     return {p.name: functools.reduce(getattr, p.name.split("."), model)[...] for p in parameters(model.config)}
-
-
-def as_float32(weights: Weights) -> Weights:
-    return {name: jnp.asarray(w, jnp.float32) for name, w in weights.items()}

@@ -6,6 +6,8 @@ Dims: B batch, T longest prompt, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,60 +21,65 @@ from minicpm_mlx.sampling import sample
 CLEAR_EVERY = 256  # tokens after which MLX's pool of freed buffers is emptied, as the cache grows by that much
 
 
+@dataclass(frozen=True)
+class State:
+    """Where the rows of a batch stand between two steps."""
+
+    cache: list[Any]  # one for each layer, written in place
+    token: mx.array  # [B], the last one chosen, not yet in the cache
+    seen: mx.array | None  # [B, V] bool, for the repetition penalty
+    keys: mx.array  # [B, 2] of mx.random
+
+
+def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> State:
+    """Run the prompts through an empty cache and choose each row's first token."""
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    cache = make_prompt_cache(model) if len(prompts) == 1 else [BatchKVCache(padding) for _ in model.layers]
+    ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+    hidden = model.decode(ids, cache)
+    seen = None
+    if sampling.penalised:
+        rows = np.zeros((len(prompts), model.config.vocab_size), bool)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[list(prompt)] = True
+        seen = mx.array(rows)
+    return _chosen(model, State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts)))), hidden, sampling)
+
+
+def decode(model: Model, state: State, sampling: Sampling) -> State:
+    """One more token for each row."""
+    return _chosen(model, state, model.decode(state.token[:, None], state.cache), sampling)
+
+
+def _chosen(model: Model, state: State, hidden: mx.array, sampling: Sampling) -> State:
+    """The state with the next token of each row, from the last hidden state of [B, T, D] before it."""
+    logits = model.head(hidden[:, -1:])[:, 0]
+    keys, draws = state.keys, None
+    if not sampling.greedy:
+        both = mx.stack([mx.random.split(key) for key in state.keys])
+        keys, draws = both[:, 0], both[:, 1]
+    token = sample(logits, state.seen, sampling, draws)
+    seen = None if state.seen is None else mx.put_along_axis(state.seen, token[:, None], mx.array(True), axis=1)
+    mx.async_eval(token)
+    return replace(state, token=token, seen=seen, keys=keys)
+
+
 def stream_tokens(
     model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling, end_ids: frozenset[int]
 ) -> Iterator[np.ndarray]:
     """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens`` steps.
     A row that has ended goes on with tokens of no meaning."""
-    with wired_limit(model):
-        steps = _Steps(model, prompts, sampling)
-        token = steps.first()
+    with wired_limit(model, [mx.default_stream(mx.default_device())]):
+        state = prefill(model, prompts, sampling)
         ends, done = np.array(sorted(end_ids)), np.zeros(len(prompts), bool)
         for made in range(1, max_tokens + 1):
-            following = steps.next(token) if made < max_tokens else token
-            tokens = np.asarray(token)
+            following = decode(model, state, sampling) if made < max_tokens else state
+            tokens = np.asarray(state.token)
             yield tokens
             done |= np.isin(tokens, ends)
             if done.all():
                 return
-            token = following
+            state = following
             if made % CLEAR_EVERY == 0:
                 mx.clear_cache()
-
-
-class _Steps:
-    """The rows of a batch between two steps: their cache, what they have seen, and the key of their draws."""
-
-    def __init__(self, model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling):
-        width = max(map(len, prompts))
-        padding = [width - len(prompt) for prompt in prompts]
-        self.model, self.sampling = model, sampling
-        self.cache = make_prompt_cache(model)
-        if len(prompts) > 1:
-            self.cache = [BatchKVCache(padding) for _ in self.cache]
-        self.ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
-        self.key = None if sampling.seed is None else mx.random.key(sampling.seed)
-        self.seen = None
-        if sampling.penalised:
-            seen = np.zeros((len(prompts), model.config.vocab_size), bool)
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[list(prompt)] = True
-            self.seen = mx.array(seen)
-
-    def first(self) -> mx.array:
-        """Run the prompts and choose each row's first token [B]."""
-        return self._chosen(self.model.decode(self.ids, self.cache)[:, -1:])
-
-    def next(self, token: mx.array) -> mx.array:
-        """The token [B] after ``token`` [B]."""
-        return self._chosen(self.model.decode(token[:, None], self.cache))
-
-    def _chosen(self, hidden: mx.array) -> mx.array:
-        key = None
-        if self.key is not None:
-            self.key, key = mx.random.split(self.key)
-        token = sample(self.model.head(hidden)[:, 0], self.seen, self.sampling, key)
-        if self.seen is not None:
-            self.seen = mx.put_along_axis(self.seen, token[:, None], mx.array(True), axis=1)
-        mx.async_eval(token)
-        return token

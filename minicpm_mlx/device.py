@@ -20,5 +20,5 @@ def peak_memory() -> int:
 
 
 def compile_seconds() -> float:
-    """None: Metal's kernels come compiled, or in milliseconds."""
+    """Nothing that counts: Metal's kernels come compiled, or take milliseconds."""
     return 0.0

@@ -15,10 +15,12 @@ import numpy as np
 
 from minicpm_data.of_checkpoint import tokenizer_of
 from minicpm_mlx.model import Model
+from weights_io.casting import check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.hub import resolve
+from weights_io.progress import reading
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
@@ -51,14 +53,9 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
     target = check_dtype(dtype or checkpoint.dtype)
     model = Model(checkpoint.config, checkpoint.eos_token_ids)
     mapped = _mapped(checkpoint)
-    model.load_weights([(name, _read(checkpoint, name, target, mapped)) for name in checkpoint.tensors])
+    with reading(checkpoint) as checkpoint:
+        model.load_weights([(name, _read(checkpoint, name, target, mapped)) for name in checkpoint.tensors])
     return model.eval()
-
-
-def check_dtype(dtype: str) -> str:
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype {dtype!r} is not supported; choose float32, bfloat16 or float16.")
-    return dtype
 
 
 def _mapped(checkpoint: Checkpoint) -> dict[str, mx.array]:

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from minicpm_data.token_ids import checked_ids
 from minicpm_mlx.attention import Attention, Positions, positions_of
 from weights_io.checkpoint import BUFFERS
 from weights_io.config import ModelConfig
@@ -100,10 +101,11 @@ class Model(nn.Module):
         ``attention_mask`` [B, T]: 1 for tokens, 0 for padding on either side (whose rows are noise).
         ``cache``: one cache of `mlx_lm` for each layer, written in place; the ids then follow the cached tokens.
         ``input_embeddings`` [B, T, D]: used as they are instead of the ids' scaled embeddings.
+        Raises `InputError` for ids that are no [B, T] array, or (where they come from the host) not of the vocabulary.
         """
         if attention_mask is not None and cache is not None:
             raise InputError("attention_mask does not go with a cache; pad on the left and use a BatchKVCache.")
-        ids = mx.array(input_ids)
+        ids = mx.array(checked_ids(input_ids, self.config.vocab_size, mx.array))
         mask = None if attention_mask is None else mx.array(attention_mask)
         positions = positions_of(self.config, ids, mask, None if cache is None else cache[0])
         x = self.model.embed(ids) if input_embeddings is None else input_embeddings
@@ -115,7 +117,7 @@ class Model(nn.Module):
 
     def head(self, x: mx.array) -> mx.array:
         """Logits in float32 from the normed hidden state, which is divided by D / dim_model_base, tied or not."""
-        x = scaled(x, 1 / self.config.logit_divisor, self.config.logit_divisor)
+        x = divided(x, self.config.logit_divisor)
         logits = self.model.embed_tokens.as_linear(x) if self.lm_head is None else self.lm_head(x)
         return logits.astype(mx.float32)
 
@@ -161,10 +163,15 @@ def gated(gate: mx.array, up: mx.array) -> mx.array:
 
 
 @fused
-def scaled(x: mx.array, factor: float, divisor: float | None = None) -> mx.array:
-    """x * factor (or x / divisor) with the product in float32, rounded once to x's dtype, as PyTorch does."""
-    wide = x.astype(mx.float32)
-    return (wide * factor if divisor is None else wide / divisor).astype(x.dtype)
+def scaled(x: mx.array, factor: float) -> mx.array:
+    """x * factor with the product in float32, rounded once to x's dtype, as PyTorch does."""
+    return (x.astype(mx.float32) * factor).astype(x.dtype)
+
+
+@fused
+def divided(x: mx.array, divisor: float) -> mx.array:
+    """x / divisor, rounded likewise."""
+    return (x.astype(mx.float32) / divisor).astype(x.dtype)
 
 
 def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:

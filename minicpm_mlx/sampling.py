@@ -7,16 +7,19 @@ import mlx.core as mx
 
 from minicpm_data.generation import Sampling
 
+COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 
-def sample(logits: mx.array, seen: mx.array | None, sampling: Sampling, key: mx.array | None) -> mx.array:
+
+def sample(logits: mx.array, seen: mx.array | None, sampling: Sampling, keys: mx.array | None) -> mx.array:
     """One token [B] for each row of ``logits`` [B, V]. ``seen`` [B, V]: tokens of prompt and answer, for the repetition
-    penalty; ``key``: of `mx.random`, None draws from its global state."""
+    penalty; ``keys`` [B, 2]: for the draws, if there are any."""
     if seen is not None:
         penalty = sampling.repetition_penalty
         logits = mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.greedy:
+    if sampling.greedy or keys is None:
         return mx.argmax(logits, axis=-1)
-    return mx.random.categorical(filtered(logits / sampling.temperature, sampling), key=key)
+    kept = filtered(logits / max(sampling.temperature, COLDEST), sampling)
+    return mx.stack([mx.random.categorical(row, key=key) for row, key in zip(kept, keys, strict=True)])
 
 
 def filtered(logits: mx.array, sampling: Sampling) -> mx.array:

@@ -8,12 +8,14 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny_model
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.convert import Options, main
 from weights_io.errors import InputError
+from weights_io.files.safetensors import Computed, write_file
 from weights_io.llama_format import from_llama, to_llama
 from weights_io.write import save_checkpoint
 
@@ -145,11 +147,53 @@ def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(reference, tmp_path):
 
 def test_overflow_names_the_tensor_and_leaves_nothing(reference, tmp_path):
     source = open_checkpoint(reference("dense_2b"))
-    name = "model.layers.0.mlp.up_proj.weight"
-    big = dict(source.tensors) | {name: _Held(np.full(source.tensors[name].shape, 1e5, np.float32))}
-    with pytest.raises(InputError, match=name):
-        save_checkpoint(tmp_path / "out", source.config, big, dtype="float16")
+    with pytest.raises(InputError, match="model.layers.0.mlp.up_proj.weight has numbers too large"):
+        save_checkpoint(tmp_path / "out", source.config, _too_large(source), dtype="float16")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"to": "hf"}, {"to": "hf", "dtype": "bfloat16"}, {"to": "llama"}])
+def test_nan_names_tensor_and_file_and_leaves_no_new_folder(reference, tmp_path, options):
+    source = open_checkpoint(reference("dense_2b"))
+    name = "model.layers.0.mlp.down_proj.weight"  # one that folding scales
+    spoiled = np.full(source.tensors[name].shape, np.nan, np.float32)
+    save_nan = dict(source.tensors) | {name: Computed(spoiled.shape, spoiled.dtype, lambda: spoiled)}
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text((source.path / "config.json").read_text())
+    write_file(model / "model.safetensors", save_nan)
+    with pytest.raises(InputError, match=f"{name} in {model}/model.safetensors holds NaN"):
+        main(Options(model=str(model), out=tmp_path / "x" / "y" / "z", **options))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_older_folder_above_the_output_stays(reference, tmp_path):
+    (tmp_path / "old").mkdir()
+    source = open_checkpoint(reference("dense_2b"))
+    with pytest.raises(InputError, match="too large for float16"):
+        save_checkpoint(tmp_path / "old" / "new" / "out", source.config, _too_large(source), dtype="float16")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+    save_checkpoint(tmp_path / "old" / "new" / "out", source.config, source.tensors)
+    assert (tmp_path / "old" / "new" / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("to", ["hf", "llama"])
+@pytest.mark.parametrize(
+    "files, rows, message",
+    [
+        ({}, 100, r"wrong tokenizer size: the tokenizer has \d+ ids, and the embedding 100 rows; use the tokenizer"),
+        ({"tokenizer.model": b"no SentencePiece"}, 600, "tokenizer.model"),
+        ({"tokenizer.json": '{"model": {'}, 600, "tokenizer.json is not a JSON file"),
+        ({"tokenizer_config.json": "[]"}, 600, "tokenizer_config.json must hold a JSON object"),
+    ],
+)
+def test_a_tokenizer_that_load_would_refuse_is_refused_before_writing(tmp_path, files, rows, message, to):
+    model = tiny_model.write(tmp_path / "source", vocab_size=rows)
+    for name, content in files.items():
+        (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        main(Options(model=str(model), to=to, out=tmp_path / "x" / "out"))
+    assert not (tmp_path / "x").exists()
 
 
 def test_bad_input_is_refused_by_name_and_leaves_nothing(reference, tmp_path):
@@ -201,6 +245,12 @@ def test_mlx_lm_and_transformers_open_the_llama_export(reference, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.model_type == "llama" and config.eos_token_id == 2 and not config.tie_word_embeddings
     assert ModelConfig.from_dict(config.to_dict()) == open_checkpoint(tmp_path / "out").config
+
+
+def _too_large(source):
+    """The tensors of a checkpoint, one of them with numbers that float16 has not."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    return dict(source.tensors) | {name: _Held(np.full(source.tensors[name].shape, 1e5, np.float32))}
 
 
 class _Held:

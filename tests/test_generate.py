@@ -120,8 +120,39 @@ def test_the_seed_decides(backend, babbler):
 
 def test_rows_of_a_sampled_batch_differ(backend, babbler):
     model, tokenizer = babbler
-    rows = backend.batch_generate(model, tokenizer, [[1, 7]] * 3, max_tokens=30, temperature=1.0, seed=5)
-    assert len({tuple(tokens_of(row)) for row in rows}) == 3
+    options = {"max_tokens": 30, "temperature": 1.0, "seed": 5}
+    rows = [tokens_of(row) for row in backend.batch_generate(model, tokenizer, [[1, 7]] * 3, **options)]
+    assert len({tuple(row) for row in rows}) == 3
+    assert rows[0] == tokens_of(backend.stream_generate(model, tokenizer, [1, 7], **options))
+
+
+def test_a_seed_of_64_bits_counts_whole(backend, babbler):
+    model, tokenizer = babbler
+    options = {"max_tokens": 30, "temperature": 1.0}
+    texts = [backend.generate(model, tokenizer, [1, 7], seed=seed, **options) for seed in (1, 2**32 + 1)]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-50])
+def test_the_coldest_draws_are_greedy(backend, babbler, temperature):
+    model, tokenizer = babbler
+    greedy = tokens_of(backend.stream_generate(model, tokenizer, [1, 7], max_tokens=20))
+    cold = backend.stream_generate(model, tokenizer, [1, 7], max_tokens=20, temperature=temperature, seed=1)
+    assert tokens_of(cold) == greedy
+
+
+def test_the_cache_of_jax_grows_with_the_answer(tmp_path, monkeypatch):
+    from minicpm_jax import decoding, load, stream_generate
+
+    model, _ = load(tiny_model.write(tmp_path, eos_token_id=None))
+    prompts = [[1, 7, 9], [1] * 30]
+    expected = [tokens_of(stream_generate(model, None, prompt, max_tokens=150)) for prompt in prompts]
+    monkeypatch.setattr(decoding, "ROOM", 4)
+    sizes, grown = set(), decoding.grown
+    monkeypatch.setattr(decoding, "grown", lambda state, slots: sizes.add(slots) or grown(state, slots))
+    assert [tokens_of(stream_generate(model, None, prompt, max_tokens=150)) for prompt in prompts] == expected
+    assert [len(row) for row in expected] == [150, 150]
+    assert sizes == {64, 128, 256}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +208,8 @@ def draws(package, logits, seen, count, sampling):
     import mlx.core as mx
 
     seen_rows = mx.array(seen_rows) if sampling.penalised else None
-    return np.asarray(sampler.sample(mx.array(rows), seen_rows, sampling, mx.random.key(0))).tolist()
+    keys = mx.random.split(mx.random.key(0), count)
+    return np.asarray(sampler.sample(mx.array(rows), seen_rows, sampling, keys)).tolist()
 
 
 def test_repetition_penalty_is_the_same_in_both(tmp_path):
@@ -224,6 +256,21 @@ def test_prompts_that_cannot_be_run(backend, babbler, prompt, said):
         backend.stream_generate(*babbler, prompt)
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([[1, 100_000]], "100000"),
+        ([[-1]], "-1"),
+        ([1, 2], "batch, tokens"),
+        ([[1], [2, 3]], "unequal"),
+        ([[0.5]], "whole"),
+    ],
+)
+def test_ids_that_a_model_cannot_take(backend, babbler, ids, said):
+    with pytest.raises(InputError, match=said):
+        babbler[0](ids)
+
+
 def test_a_text_prompt_needs_a_tokenizer(backend, babbler):
     with pytest.raises(InputError, match="tokenizer"):
         backend.stream_generate(babbler[0], None, "Hello")
@@ -231,7 +278,7 @@ def test_a_text_prompt_needs_a_tokenizer(backend, babbler):
 
 def test_a_tokenizer_of_another_size_is_refused(backend, tmp_path):
     folder = tiny_model.write(tmp_path, vocab_size=300)
-    with pytest.raises(InputError, match="wrong tokenizer size: the tokenizer has [0-9]+ ids.*vocab_size is 300"):
+    with pytest.raises(InputError, match="wrong tokenizer size: the tokenizer has [0-9]+ ids, and .* 300 rows"):
         backend.load(folder)
 
 
@@ -243,5 +290,5 @@ def test_both_packages_export_the_same_calls():
             [p for p in inspect.signature(getattr(package, name)).parameters.values() if p.name != "mesh"]
             for package in (jax, mlx)
         )
-        if name != "Model":  # built of weights in JAX, of a config in MLX
+        if name != "Model":  # built of weights in JAX, of a config in MLX; mesh is keyword-only
             assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs], name

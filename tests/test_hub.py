@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from weights_io import catalog, hub
+from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
+from weights_io.write import save_checkpoint
 
 CONFIG = b'{"hidden_size": 8}'
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
@@ -49,9 +52,9 @@ import sys
 from weights_io.errors import InputError
 from weights_io.hub import resolve
 
-def check(config):
+def check(config, source):
     if config["hidden_size"] != 8:
-        raise InputError("hidden_size 9 is not supported.")
+        raise InputError(f"{source}: hidden_size 9 is not supported.")
 
 try:
     print(resolve(sys.argv[1], sys.argv[2] or None, check=check))
@@ -202,7 +205,7 @@ def test_shards_are_those_of_the_index(server, tmp_path):
 
 def test_unsupported_config_is_refused_before_the_weights(server, tmp_path):
     server.repos[REPO, "main"] = {**FILES, "config.json": b'{"hidden_size": 9}'}
-    assert refusal(server, tmp_path, REPO) == "error: hidden_size 9 is not supported."
+    assert refusal(server, tmp_path, REPO) == f"error: config.json of {REPO}: hidden_size 9 is not supported."
     assert server.fetched == ["config.json"]
 
 
@@ -276,6 +279,18 @@ def test_paths(tmp_path, monkeypatch):
         hub.resolve("model", revision="main")
     with pytest.raises(InputError, match="'minicmp-2b' is no folder.*did you mean minicpm-2b"):
         hub.resolve("minicmp-2b")
+    with pytest.raises(InputError, match="models/none.gguf does not exist"):
+        hub.resolve("models/none.gguf")
+    with pytest.raises(InputError, match="~nosuchuser/x.* cannot be looked up"):
+        hub.resolve("~nosuchuser/x")
+    for path in ("a" * 5000, "a/" * 2500):
+        with pytest.raises(InputError, match="cannot be looked up .File name too long.: give another") as caught:
+            hub.resolve(path)
+        assert len(str(caught.value)) < 200
+    for path in ("a/" + "b" * 300, "a/b--c", "a/b."):
+        with pytest.raises(InputError, match=r"\"a/b.* is no name that a repository can have") as caught:
+            hub.resolve(path)
+        assert len(str(caught.value)) < 200
     for path in ("./missing", "/no/such/folder", "a/b/c", "../b", ""):
         with pytest.raises(InputError, match="is no folder, .gguf file, owner/name of a hub or short name"):
             hub.resolve(path)
@@ -301,6 +316,29 @@ def test_modelscope_names_what_is_missing(monkeypatch):
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'minicpm-jax-mlx\[modelscope\]'"):
         hub.resolve("minicpm-1b", hub="modelscope")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", f'{{"a": {"1" * 5000}}}'])
+def test_json_of_a_repository_that_cannot_be_read(server, tmp_path, text):
+    server.repos[REPO, "main"] = {**FILES, "config.json": text.encode()}
+    said = refusal(server, tmp_path, REPO)
+    assert "config.json" in said and said.endswith("download it again.")
+    assert server.fetched == ["config.json"]
+
+
+def test_the_same_side_files_are_fetched_and_copied(server, tmp_path, reference):
+    source = shutil.copytree(reference("dense_2b"), tmp_path / "source", copy_function=shutil.copyfile)
+    for name in {*hub.FETCHED, "chat_template.json"} - {"config.json"}:
+        (source / name).write_text("{}")
+    server.repos[REPO, "main"] = {
+        path.name: CONFIG if path.name == "config.json" else path.read_bytes() for path in source.iterdir()
+    }
+    folder = download(server, tmp_path / "cache", REPO)
+    opened = open_checkpoint(source)
+    save_checkpoint(tmp_path / "out", opened.config, opened.tensors, copy_from=source)
+    fetched, copied = ({path.name for path in place.iterdir()} for place in (folder, tmp_path / "out"))
+    assert fetched - {"quantize_config.json"} == copied
+    assert "generation_config.json" in copied and "chat_template.json" not in copied
 
 
 @pytest.mark.parametrize("weight_map", ['{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "{}"])

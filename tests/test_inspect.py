@@ -1,12 +1,14 @@
 """What is said of a model without reading its weights."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tiny_model
 
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
@@ -144,3 +146,46 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path):
         )
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "file, key, value, message",
+    [
+        ("config.json", "eos_token_id", "2", 'config.json: eos_token_id is "2"; it must be a token id'),
+        ("config.json", "eos_token_id", -1, "config.json: eos_token_id is -1; it must be a token id"),
+        ("config.json", "bos_token_id", [1.5], r"config.json: bos_token_id is \[1.5\]; it must be a token id"),
+        ("generation_config.json", None, [], "generation_config.json holds list, not a JSON object"),
+        ("generation_config.json", None, {"eos_token_id": "x"}, "generation_config.json: eos_token_id is"),
+    ],
+)
+def test_what_load_refuses_beside_the_weights_is_a_problem(model, file, key, value, message):
+    content = {**json.loads((model / "config.json").read_text()), key: value} if key else value
+    (model / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(model)
+    with pytest.raises(InputError, match=message):
+        main(Options(model=str(model)))
+
+
+def test_several_problems_are_one_sentence_and_each_has_a_remedy(model):
+    (model / "generation_config.json").write_text("[]")
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 999}}}))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(InputError) as caught:
+        main(Options(model=str(model)))
+    text = str(caught.value)
+    assert len(inspect(model).problems) == 3 and text.count(". ") == 0 and text.endswith(".")
+    assert text.count("download it again") == 2
+    assert "has 1000 ids, and the embedding 320 rows; use the tokenizer files that were released" in text
+
+
+def test_a_terminal_without_unicode_shows_question_marks(model):
+    ran = subprocess.run(
+        [sys.executable, "-m", "weights_io.inspect", "--model", str(tiny_model.write(model / "tiny"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "MiniCPM's default, <??>{}<AI>" in ran.stdout

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,18 +82,9 @@ def corpus(tmp_path_factory):
 
 
 def command(corpus, out, *more):
-    arguments = ["--config", corpus / "config.json", "--tokenizer", corpus / "tokenizer", "--data", corpus / "data"]
-    return [
-        sys.executable,
-        "-m",
-        "minicpm_jax.pretrain",
-        *map(str, arguments),
-        "--out",
-        str(out),
-        *STEPS,
-        *SIZES,
-        *more,
-    ]
+    inputs = ["--config", corpus / "config.json", "--tokenizer", corpus / "tokenizer", "--data", corpus / "data"]
+    flags = map(str, [*inputs, "--out", out, *STEPS, *SIZES, *more])
+    return [sys.executable, "-m", "minicpm_jax.pretrain", *flags]
 
 
 def run(corpus, out, *more):
@@ -235,6 +227,8 @@ def test_a_half_written_line_of_figures_is_dropped(tmp_path):
     [
         (["--steps", "0"], "--steps is 0"),
         (["--seq-length", "1"], "--seq-length is 1"),
+        (["--learning-rate", "-1"], "--learning-rate is -1"),
+        (["--beta2", "1"], "--beta2 is 1"),
         (["--decay-steps", "30"], "do not fit into 24"),
         (["--config", "{corpus}/none.json"], "none.json does not exist"),
         (["--data", "{corpus}"], "train.jsonl does not exist"),
@@ -252,8 +246,14 @@ def test_bad_input(corpus, tmp_path, arguments, said):
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_another_run_is_not_continued(corpus, whole):
+def test_another_run_is_not_continued(corpus, whole, tmp_path):
     before = sorted(os.listdir(whole)), figures(whole)
     ran = run(corpus, whole, "--seed", "1")
     assert ran.returncode == 2 and "another seed" in ran.stderr
+    changed = tmp_path / "data"
+    shutil.copytree(corpus / "data", changed)
+    with (changed / "stable" / "valid.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "One more. " * 40}) + "\n")
+    ran = run(corpus, whole, "--data", changed)
+    assert ran.returncode == 2 and "another data" in ran.stderr
     assert (sorted(os.listdir(whole)), figures(whole)) == before

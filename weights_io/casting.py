@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from weights_io.config import DTYPES
 from weights_io.errors import InputError
 
 BLOCK = 1 << 20  # elements worked on at a time, so that a 1 GB embedding needs no second copy in float32
@@ -95,6 +96,13 @@ def largest_magnitude(values: np.ndarray) -> np.ndarray:
     for start in range(0, bits.size, CACHED):
         largest = max(largest, (bits[start : start + CACHED] & no_sign).max())
     return largest[None].view(values.dtype)[0]
+
+
+def check_dtype(dtype: str) -> str:
+    """``dtype``, the name of one that weights are loaded and written in. Raises `InputError` for any other."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; choose {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    return dtype
 
 
 def numpy_dtype(dtype: np.dtype | str) -> np.dtype:

@@ -1,6 +1,7 @@
 """A checkpoint opened: its config, and its tensors checked against the parameter table before one is read."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from weights_io import config as config_module
 from weights_io.casting import check_finite, numpy_dtype
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.files.tensor import LazyTensor
+from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import HEAD, tensor_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -31,6 +32,7 @@ class Checkpoint:
     bos_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]  # union of config.json and generation_config.json
     metadata: Mapping[str, Any] | None = None  # of a GGUF file
+    on_read: Callable[[int], object] | None = None  # told the bytes of each read, for a progress bar
 
     @property
     def folder(self) -> Path:
@@ -42,15 +44,22 @@ class Checkpoint:
         Raises `InputError` where a number is NaN, infinite or too large for ``dtype``: one such makes every logit NaN.
         """
         values = np.ascontiguousarray(self.tensors[name].read(index))
-        largest = check_finite(f"{name} in {self.tensors[name].source}", values)
+        name = located(name, self.tensors[name])
+        largest = check_finite(name, values)
         with np.errstate(over="ignore"):
             fits = np.isfinite(largest.astype(numpy_dtype(dtype)))
         if not fits:
             raise InputError(
-                f"{name} in {self.tensors[name].source} holds {float(largest):.4g}, which is too large for {dtype}; "
-                "choose a dtype of wider range."
+                f"{name} holds {float(largest):.4g}, which is too large for {dtype}; choose a dtype of wider range."
             )
+        if self.on_read is not None:
+            self.on_read(values.nbytes)
         return values
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, as they are read."""
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -60,7 +69,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
         file = gguf.open_file(path)
         raw, tensors, metadata = file.config, file.tensors, file.metadata
-        source, generation = str(path), {}
+        source = str(path)
     else:
         from weights_io.files.folder import open_folder
 
@@ -70,8 +79,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raw = config_module.read_json(path / "config.json")
         ModelConfig.from_dict(raw, source)  # refuse the model before looking for its weights
         tensors, metadata = open_folder(path), None
-        generation_file = path / "generation_config.json"
-        generation = config_module.read_json(generation_file) if generation_file.exists() else {}
+    begin, end = special_ids(path, raw)
     config = ModelConfig.from_dict(raw, source)
     return Checkpoint(
         path=path,
@@ -79,21 +87,35 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config=config,
         tensors=check_tensors(config, tensors, path),
         dtype=config_module.stored_dtype(raw) or _file_dtype(tensors),
-        bos_token_ids=config_module.token_ids(raw, "bos_token_id"),
-        eos_token_ids=tuple(
-            dict.fromkeys(
-                config_module.token_ids(raw, "eos_token_id") + config_module.token_ids(generation, "eos_token_id")
-            )
-        ),
+        bos_token_ids=begin,
+        eos_token_ids=end,
         metadata=metadata,
     )
+
+
+def special_ids(path: Path, raw: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """BOS ids of config.json, and EOS ids of config.json and generation_config.json together."""
+    raw, source = dict(raw), str(path / "config.json") if path.is_dir() else str(path)
+    ends = config_module.token_ids(raw, "eos_token_id", source)
+    generation = path / "generation_config.json"
+    if generation.exists():
+        ends += config_module.token_ids(config_module.read_json(generation), "eos_token_id", str(generation))
+    return config_module.token_ids(raw, "bos_token_id", source), tuple(dict.fromkeys(ends))
+
+
+def check_vocabulary(ids: int, rows: int) -> None:
+    """`InputError` where a tokenizer of that many ids has some for which the embedding has no row."""
+    if ids > rows:
+        raise InputError(
+            f"wrong tokenizer size: the tokenizer has {ids} ids, and the embedding {rows} rows; use the tokenizer "
+            "files that were released with the model."
+        )
 
 
 def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
     """The tensors of the table, in its order; missing, unexpected and misshapen ones are all in one `InputError`."""
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
-    if config.tie_word_embeddings and HEAD.tensor in found:
-        _check_tied_head(found.get(EMBEDDING), found.pop(HEAD.tensor), path)
+    copied_head = found.pop(HEAD.tensor, None) if config.tie_word_embeddings else None
     expected = dict(tensor_shapes(config))
     faults = _listed("missing", [name for name in expected if name not in found])
     faults += _listed("unexpected", [name for name in found if name not in expected])
@@ -106,10 +128,17 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
         ],
     )
     if faults:
-        raise InputError(f"{path}: the tensors do not fit config.json: {'; '.join(faults)}.")
+        raise InputError(
+            f"{path}: the tensors do not fit config.json; take both, whole, from one checkpoint: {'; '.join(faults)}."
+        )
     not_float = [name for name in expected if not _is_float(found[name].dtype)]
     if not_float:
-        raise InputError(f"{path}: tensors that are not floating point: {', '.join(not_float)}.")
+        raise InputError(
+            f"{path}: tensors that are not floating point ({', '.join(not_float)}); take the checkpoint before its "
+            "quantisation."
+        )
+    if copied_head is not None:
+        _check_tied_head(found[EMBEDDING], copied_head, path)
     return {name: found[name] for name in expected}
 
 
@@ -121,10 +150,8 @@ def _is_float(dtype: np.dtype) -> bool:
     return dtype.name in ("float64", *config_module.DTYPES)
 
 
-def _check_tied_head(embedding: LazyTensor | None, head: LazyTensor, path: Path) -> None:
+def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path) -> None:
     """A tied checkpoint may store its head a second time, but only the same numbers."""
-    if embedding is None:
-        return  # reported as missing
     equal = embedding.shape == head.shape and all(
         np.array_equal(embedding.read((slice(i, i + 4096),)), head.read((slice(i, i + 4096),)), equal_nan=True)
         for i in range(0, head.shape[0], 4096)

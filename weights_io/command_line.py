@@ -1,5 +1,6 @@
 """Every command line of the project: a dataclass of options becomes flags, an InputError one sentence and exit 2."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str) -> N
     """
     import tyro
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no 中 shows ?
     try:
         main(tyro.cli(options, prog=prog, description=main.__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
         sys.stdout.flush()

@@ -53,19 +53,36 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "use_qk_norm": (False, None),
     "qk_norm": (False, None),
+    "layer_types": ("full_attention", None),  # one a layer
+    "use_sliding_window": (False, None),
+    "rope_interleaved": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "pruned_heads": ({}, None),
 }
-# Keys that never reach the numbers of a forward pass.
+# Keys that never reach the numbers of a forward pass: every other key that transformers writes (4 wrote its generation
+# settings here too), and notes of those who trained, converted or tuned a model. A key of no list is refused.
 HARMLESS = frozenset(
     """architectures auto_map model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id
-    pad_token_id unk_token_id attention_dropout initializer_range tokenizer_class model_max_length model_file
-    output_attentions output_hidden_states return_dict gradient_checkpointing is_encoder_decoder rope_parameters
-    name_or_path keys_to_ignore_at_inference task_specific_params id2label label2id num_labels problem_type
-    use_flash_attn attn_implementation unsloth_fixed unsloth_version pruned_heads tie_encoder_decoder
-    chunk_size_feed_forward cross_attention_hidden_size add_cross_attention finetuning_task torchscript
-    use_bfloat16 prefix decoder_start_token_id sep_token_id max_length min_length remove_invalid_values
-    embd_pdrop resid_pdrop hidden_dropout residual_dropout""".split()
+    pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class model_max_length prefix
+    attention_dropout hidden_dropout residual_dropout embd_pdrop resid_pdrop initializer_range rope_parameters
+    output_attentions output_hidden_states return_dict gradient_checkpointing keys_to_ignore_at_inference
+    cross_attention_hidden_size tie_encoder_decoder chunk_size_feed_forward
+    finetuning_task task_specific_params problem_type id2label label2id num_labels loss_type
+    torchscript use_bfloat16 tf_legacy_loss use_flash_attn attn_implementation
+    name_or_path model_file unsloth_fixed unsloth_version is_llama_config transformers.js_config
+    _name_or_path _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _from_model_config
+    max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens""".split()
 )
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_COUNT = 2**31 - 1  # sizes and positions are int32 in both backends
+MAX_LAYERS = 1000  # the table is written out layer by layer; the deepest released model has 62
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the normal float32 numbers, in which the scales are applied
 
 
 @dataclass(frozen=True)
@@ -143,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; a model folder holds config.json beside its weights.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5000 digits
         raise InputError(f"{path} cannot be read as JSON ({error}); download it again.") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds {type(raw).__name__}, not a JSON object; download it again.")
@@ -189,6 +206,8 @@ class _Reader:
             )
         if config.head_dim % 2:
             raise self.refuse(f"head_dim {config.head_dim} is odd, and rotary embeddings turn pairs; correct it.")
+        if config.head_dim == 2 and config.rope_scaling and config.rope_scaling.type == "dynamic":
+            raise self.refuse("head_dim 2 has no dynamic rope_scaling, whose exponent is H / (H - 2); correct one.")
         if family == "minicpm" and config.head_dim * config.num_attention_heads != config.hidden_size:
             raise self.refuse(
                 f"hidden_size {config.hidden_size} is not num_attention_heads {config.num_attention_heads} x head_dim "
@@ -199,8 +218,10 @@ class _Reader:
     def family(self) -> str:
         architectures = self.raw.get("architectures") or []
         if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
-            raise self.refuse(f"architectures is {architectures!r}; it must be a list of names.")
+            raise self.refuse(f"architectures is {shown(architectures)}; it must be a list of names.")
         known = {"MiniCPMForCausalLM": "minicpm", "LlamaForCausalLM": "llama"}
+        if not isinstance(self.raw.get("model_type"), str | None):
+            raise self.refuse(f"model_type is {shown(self.raw['model_type'])}; it must be a name.")
         model_type = self.raw.get("model_type") or (known.get(architectures[0]) if architectures else "minicpm")
         unknown = [a for a in architectures if a not in known]
         if unknown or model_type not in FAMILY_DEFAULTS:
@@ -213,13 +234,14 @@ class _Reader:
     def refuse_unknown(self, understood: set[str]) -> None:
         for key, value in self.raw.items():
             if key in NEUTRAL:
-                if value not in NEUTRAL[key]:
-                    raise self.refuse(f"{key} = {json.dumps(value)[:80]} changes the numbers and is not supported.")
-            elif key in understood or key in HARMLESS or key.startswith("_"):
-                continue
-            elif isinstance(value, (bool, int, float, dict)) and value not in (False, None) and value != {}:
+                items = value if isinstance(value, list) else [value]  # a list has one for each layer
+                if any(item not in NEUTRAL[key] for item in items):
+                    raise self.refuse(
+                        f"{key} = {shown(value)} changes the numbers and is not supported; take a model without it."
+                    )
+            elif value is not None and key not in understood | HARMLESS:
                 raise self.refuse(
-                    f"{key} = {json.dumps(value)[:80]} is not understood and may change the numbers; "
+                    f"{key[:80]} = {shown(value)} is not understood and may change the numbers; "
                     "remove the key if it is only a note."
                 )
 
@@ -229,19 +251,21 @@ class _Reader:
         if rope is None:
             return
         if not isinstance(rope, dict):
-            raise self.refuse(f"rope_parameters is {rope!r}; it must be an object.")
+            raise self.refuse(f"rope_parameters is {shown(rope)}; it must be an object.")
         rope = dict(rope)
         values["rope_theta"] = rope.pop("rope_theta", values["rope_theta"])
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             values["rope_scaling"] = rope
         elif set(rope) - {"rope_type", "type", "partial_rotary_factor"} or rope.get("partial_rotary_factor", 1) != 1:
-            raise self.refuse(f"rope_parameters {json.dumps(rope)} holds more than a default RoPE has.")
+            raise self.refuse(
+                f"rope_parameters {shown(rope)} holds more than a default RoPE has; take a model without it."
+            )
 
     def rope_scaling(self, raw: Any) -> RopeScaling | None:
         if raw is None:
             return None
         if not isinstance(raw, dict):
-            raise self.refuse(f"rope_scaling is {raw!r}; it must be null or an object with type and factor.")
+            raise self.refuse(f"rope_scaling is {shown(raw)}; it must be null or an object with type and factor.")
         fields = dict(raw)
         kind = fields.pop("rope_type", fields.pop("type", None))
         fields.pop("type", None)
@@ -249,33 +273,40 @@ class _Reader:
             return None
         factor = fields.pop("factor", None)
         if kind not in ("linear", "dynamic") or fields:
-            raise self.refuse(f"rope_scaling {json.dumps(raw)} is not supported; types are linear and dynamic.")
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor < math.inf:
-            raise self.refuse(f"rope_scaling factor {factor!r} must be a number above 1.")
+            raise self.refuse(f"rope_scaling {shown(raw)} is not supported; types are linear and dynamic.")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= LARGEST:
+            raise self.refuse(f"rope_scaling factor {shown(factor)} must be a number above 1 that float32 holds.")
         return RopeScaling(kind, float(factor))
 
     def count(self, values: dict[str, Any], key: str) -> int:
         value = values[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refuse(f"{key} is {value!r}; it must be a positive whole number.")
+        most = MAX_LAYERS if key == "num_hidden_layers" else MAX_COUNT
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.refuse(f"{key} is {shown(value)}; it must be a positive whole number, at most {most}.")
         return value
 
     def number(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self.refuse(f"{key} is {value!r}; it must be a positive number.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not SMALLEST <= value <= LARGEST:
+            raise self.refuse(f"{key} is {shown(value)}; it must be a positive number that float32 holds.")
         return float(value)
+
+
+def shown(value: Any) -> str:
+    """A value of a JSON file as a message quotes it: short, whatever it is."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def stored_dtype(raw: dict[str, Any]) -> str | None:
     """The dtype that ``config.json`` states (``torch_dtype``, or ``dtype`` as transformers 5 writes it), if any."""
-    name = raw.get("dtype", raw.get("torch_dtype"))
+    name = raw.get("dtype") or raw.get("torch_dtype")
     return name if name in DTYPES else None
 
 
-def token_ids(raw: dict[str, Any], key: str) -> tuple[int, ...]:
+def token_ids(raw: dict[str, Any], key: str, source: str = "config.json") -> tuple[int, ...]:
     """``bos_token_id``/``eos_token_id`` of a config: absent, one id or a list; id 0 is an id."""
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise InputError(f"{key} is {value!r}; it must be a token id or a list of them.")
+        raise InputError(f"{source}: {key} is {shown(value)}; it must be a token id or a list of them.")
     return tuple(ids)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint, open_checkpoint
@@ -60,6 +60,7 @@ def convert(checkpoint: Checkpoint, options: Options) -> list[str]:
     """Write ``options.out``; the lines that say what was written and what it cost. Raises `InputError`."""
     from weights_io.llama_format import from_llama, to_llama
 
+    tokenizer = _tokenizer_files(checkpoint)  # refused before a gigabyte is written
     config = checkpoint.config
     tensors: Mapping[str, Tensor] = checkpoint.tensors
     rounding = Rounding()
@@ -81,7 +82,7 @@ def convert(checkpoint: Checkpoint, options: Options) -> list[str]:
         tensors,
         raw_config=checkpoint.raw_config,
         copy_from=checkpoint.path if checkpoint.path.is_dir() else None,
-        extra_files=_tokenizer_files(checkpoint.metadata) if checkpoint.metadata is not None else None,
+        extra_files=tokenizer,
         dtype=options.dtype,
         rounding=rounding,
     )
@@ -122,15 +123,19 @@ def _rounding_line(rounding: Rounding, dtypes: set[str]) -> str:
     return line if dtypes == {"float32"} else f"{line}; --dtype float32 keeps them to 6e-08"
 
 
-def _tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The tokenizer that a GGUF file carries, as a folder's files; none where it carries none."""
-    if "tokenizer.ggml.model" not in metadata:
+def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tokenizer that a GGUF file carries, as a folder's files; none for a folder, whose own are copied.
+
+    Raises `InputError` for the tokenizers with which the written folder could not be loaded.
+    """
+    if checkpoint.metadata is not None and "tokenizer.ggml.model" not in checkpoint.metadata:
         return {}
     # The one place where this package looks up to minicpm_data, which knows what tokenizers are made of.
-    from minicpm_data.gguf_tokenizer import tokenizer_from_gguf
+    from minicpm_data.of_checkpoint import tokenizer_of
     from minicpm_data.tokenizer_files import tokenizer_files
 
-    return tokenizer_files(tokenizer_from_gguf(dict(metadata)))
+    tokenizer = tokenizer_of(checkpoint)
+    return tokenizer_files(tokenizer) if checkpoint.metadata is not None else {}
 
 
 if __name__ == "__main__":

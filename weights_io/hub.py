@@ -1,7 +1,6 @@
 """From what the user typed to a folder on this disk: a path, a short name, or a repository of a hub."""
 
 import errno
-import json
 import os
 import re
 from collections.abc import Callable, Collection
@@ -11,21 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from weights_io import catalog
+from weights_io.config import read_json, shown
 from weights_io.errors import InputError
-from weights_io.files.folder import USUAL
+from weights_io.files.folder import SIDE_FILES, USUAL
 
-# Beside the weights; code (*.py) and other frameworks' copies of the weights are never fetched.
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "quantize_config.json",
-)
+# Beside the weights; code (*.py) and other frameworks' copies of the weights are never fetched. quantize_config.json is
+# AutoGPTQ's, which says how the weights are packed.
+FETCHED = ("config.json", "quantize_config.json", *SIDE_FILES)
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -45,7 +36,7 @@ def resolve(
     path_or_repo: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     hub: str = "huggingface",
-    check: Callable[[dict[str, Any]], object] | None = None,
+    check: Callable[[dict[str, Any], str], object] | None = None,
     weights: bool = True,
 ) -> Path:
     """The folder (or .gguf file) that ``path_or_repo`` stands for, downloaded first where it is a hub's.
@@ -54,7 +45,8 @@ def resolve(
         path_or_repo: a folder, a .gguf file, a short name of the catalogue or ``owner/name``; None: the built-in model.
         revision: branch, tag or commit of a repository; None is its default branch.
         hub: ``huggingface`` (heeds ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN``) or ``modelscope``.
-        check: called with a repository's config.json before weights are asked for; raises `InputError` to refuse it.
+        check: called with a repository's config.json, and what to call it, before weights are asked for; raises
+            `InputError` to refuse it.
         weights: False leaves the weights on the hub and brings only config and tokenizer.
 
     Raises `InputError`: no such thing, no access, no network and not in the cache, a full disk, `check` said no.
@@ -62,13 +54,19 @@ def resolve(
     if hub not in ("huggingface", "modelscope"):
         raise InputError(f"The hub {hub!r} is not known: choose huggingface or modelscope.")
     given = "pico" if path_or_repo is None else os.fspath(path_or_repo)
-    path = Path(given).expanduser()
     entry = catalog.find(given)
-    local = bool(path_or_repo) and path.exists()
+    try:
+        path = Path(given).expanduser()
+        local = bool(path_or_repo) and path.exists()
+    except (OSError, RuntimeError) as error:  # too long, a folder that may not be entered, a home that is not there
+        detail = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise InputError(f"{shown(given)} cannot be looked up ({detail}): give another path or a short name.") from None
     if local or (entry and entry.repo is None):
         if revision is not None:
             raise InputError(f"{given} comes from this disk and has no revision {revision!r}: leave the revision out.")
         return _local(path) if local else built_in()
+    if path.suffix == ".gguf":
+        raise InputError(f"{given} does not exist: give the path of a .gguf file that is on this disk.")
     repo = entry.repo if entry else given
     if entry and hub == "modelscope" and given != entry.repo:
         if entry.modelscope is None:
@@ -98,7 +96,7 @@ def weight_files(names: Collection[str], fetch: Callable[[Collection[str]], Path
     """
     for name in USUAL:
         if name in names and name.endswith(".json"):
-            shards = _read_json(fetch([name]) / name).get("weight_map")
+            shards = read_json(fetch([name]) / name).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise InputError(f"{name} of {repo} holds no weight_map: choose another revision or repository.")
             return sorted({name, *shards.values()})
@@ -114,7 +112,7 @@ def _local(path: Path) -> Path:
     raise InputError(f"{path} is neither a model folder nor a .gguf file: give the folder that holds config.json.")
 
 
-def _download(source: Hub, repo: str, check: Callable[[dict[str, Any]], object] | None, weights: bool) -> Path:
+def _download(source: Hub, repo: str, check: Callable[[dict[str, Any], str], object] | None, weights: bool) -> Path:
     listed = source.names()
     if listed is not None and "config.json" not in listed:
         remedy = "choose another"
@@ -122,11 +120,11 @@ def _download(source: Hub, repo: str, check: Callable[[dict[str, Any]], object] 
             remedy = f"download the one you want with `hf download {repo} FILE.gguf` and pass its path"
         raise InputError(f"{repo} holds no config.json in its top folder at this revision: {remedy}.")
     folder = source.fetch(["config.json"])
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if check:
-        check(config)
+        check(config, f"config.json of {repo}")
     names = {path.name for path in folder.iterdir()} if listed is None else listed
-    wanted = [name for name in SIDE_FILES if name in names]
+    wanted = [name for name in FETCHED if name in names]
     if weights:
         found = weight_files(names, source.fetch, repo)
         if listed is None and (not found or not names.issuperset(found)):
@@ -139,16 +137,6 @@ def _download(source: Hub, repo: str, check: Callable[[dict[str, Any]], object] 
             )
         wanted += found
     return source.fetch(wanted)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): delete it to have it fetched anew.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object: the repository is damaged.")
-    return content
 
 
 def _suggestion(given: str) -> str:
@@ -185,7 +173,7 @@ class HuggingFace:
 
     def names(self) -> set[str] | None:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
         try:
             # Not list_repo_files: without a network it tries for half a minute.
@@ -195,6 +183,8 @@ class HuggingFace:
             if error.response.status_code < 500:
                 raise self._explained(error) from None
             return None
+        except HFValidationError:  # too long, "--" in it, ...
+            raise InputError(f"{shown(self.repo)} is no name that a repository can have: correct it.") from None
         except (HTTPError, OfflineModeIsEnabled):
             return None
 

@@ -6,12 +6,12 @@ python -m weights_io.inspect --model openbmb/MiniCPM-2B-sft-bf16
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from weights_io.checkpoint import BUFFERS, check_tensors
+from weights_io.checkpoint import BUFFERS, check_tensors, check_vocabulary, special_ids
 from weights_io.config import COMMON_DEFAULTS, FAMILY_DEFAULTS, ModelConfig, read_json, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor
@@ -63,7 +63,7 @@ def main(options: Options) -> None:
     else:
         print("\n".join(lines(report)))
     if report.problems:
-        raise InputError(" ".join(report.problems))
+        raise InputError("; ".join(problem.removesuffix(".") for problem in report.problems) + ".")
 
 
 def look_up(options: Options) -> Report:
@@ -94,7 +94,8 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
         from weights_io.files import gguf
 
         file = gguf.open_file(path)
-        report = describe(str(path), file.config, file.tensors)
+        raw = file.config
+        report = describe(str(path), raw, file.tensors)
         _describe_gguf_tokenizer(report, file.metadata)
     else:
         from weights_io.files.folder import open_folder
@@ -113,13 +114,21 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
         elif missing:
             report.problems.append(missing)
         _describe_tokenizer(report, path)
-    if report.tokenizer_ids is not None and report.tokenizer_ids != report.config["vocab_size"]:
-        rows, ids = report.config["vocab_size"], report.tokenizer_ids
-        if ids > rows:
-            report.problems.append(f"{report.source}: the tokenizer has {ids} ids, and the embedding {rows} rows.")
-        else:
+    _collect(report, special_ids, path, raw)
+    rows, ids = report.config["vocab_size"], report.tokenizer_ids
+    if ids is not None:
+        _collect(report, check_vocabulary, ids, rows)
+        if ids < rows:
             report.unusual.append(f"the embedding has {rows - ids} more rows than the tokenizer has ids ({ids})")
     return report
+
+
+def _collect(report: Report, check: Callable[..., object], *arguments: Any) -> None:
+    """Call ``check``; what it refuses becomes one of the report's problems."""
+    try:
+        check(*arguments)
+    except InputError as error:
+        report.problems.append(str(error))
 
 
 def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> Report:
@@ -153,10 +162,7 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
     if tensors:
         # A duplicate of a tied head is left out, since checking it means reading it.
         compared = {n: t for n, t in tensors.items() if not (n == HEAD.tensor and config.tie_word_embeddings)}
-        try:
-            check_tensors(config, compared, Path(source))
-        except InputError as error:
-            report.problems.append(str(error))
+        _collect(report, check_tensors, config, compared, Path(source))
     return report
 
 

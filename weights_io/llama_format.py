@@ -15,7 +15,7 @@ from weights_io.checkpoint import EMBEDDING
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
-from weights_io.files.tensor import LazyTensor
+from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import HEAD, tensor_shapes
 
 ADDED_TO_RESIDUAL = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
@@ -95,7 +95,11 @@ def _scaled(
     if multiply == 1 and divide == 1:
         return tensor
     target = numpy_dtype(dtype or tensor.dtype)
-    return Computed(tuple(tensor.shape), target, lambda: cast(name, tensor.read(), target, multiply, divide, rounding))
+
+    def make() -> np.ndarray:
+        return cast(located(name, tensor), tensor.read(), target, multiply, divide, rounding)
+
+    return Computed(tuple(tensor.shape), target, make)
 
 
 def _tied(embedding: LazyTensor, head: LazyTensor, config: ModelConfig) -> bool:

@@ -1,5 +1,6 @@
 """Checkpoints going out: a Hugging Face folder, written one tensor at a time, that is there whole or not at all."""
 
+import contextlib
 import errno
 import json
 import secrets
@@ -10,28 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from weights_io.casting import Rounding, cast, numpy_dtype
+from weights_io.casting import Rounding, cast, check_dtype, numpy_dtype
 from weights_io.config import DTYPES, HARMLESS, ModelConfig, stored_dtype
 from weights_io.errors import InputError
+from weights_io.files.folder import SIDE_FILES
 from weights_io.files.safetensors import Computed, write_file
-from weights_io.files.tensor import LazyTensor
+from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import DENSE, HEAD, parameters, tensor_shapes
+from weights_io.progress import progress_bar
 
 Tensor = LazyTensor | Computed
 
 MAX_SHARD_BYTES = 5_000_000_000
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-# Harmless keys of a source's config.json that its copy leaves out: they point to code that is not copied, to the place
-# the source came from, or are written anew in the older spelling that every reader knows.
+# Harmless keys of a source's config.json that its copy leaves out, as it does all that begin with "_": they point to
+# code that is not copied, to the place the source came from, or are written anew in the older spelling that every
+# reader knows.
 NOT_COPIED_KEYS = frozenset({"auto_map", "model_file", "name_or_path", "rope_parameters", "dtype", "torch_dtype"})
 
 
@@ -60,8 +54,8 @@ def save_checkpoint(
     nothing under ``out``. Raises `InputError` where ``out`` cannot be used (see `check_output`), the disk is full or a
     number does not fit ``dtype``.
     """
-    if dtype not in (None, *DTYPES):
-        raise InputError(f"dtype {dtype!r} is not supported; choose {', '.join(DTYPES)}.")
+    if dtype is not None:
+        check_dtype(dtype)
     out = check_output(out, copy_from)
     tensors = _of_the_table(config, tensors)
     dtypes = {name: numpy_dtype(dtype or tensor.dtype) for name, tensor in tensors.items()}
@@ -71,11 +65,12 @@ def save_checkpoint(
     )
     shards = _shards(sizes, max_shard_bytes)
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+    new = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _check_space(out, sum(sizes.values()))
         partial.mkdir()
-        with _progress_bar(out.name, sum(sizes.values())) as bar:
+        with progress_bar(out.name, sum(sizes.values())) as bar:
             for shard, names in shards.items():
                 write_file(
                     partial / shard,
@@ -90,6 +85,9 @@ def save_checkpoint(
         raise _unwritable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # not there any more if all went well
+        with contextlib.suppress(OSError):  # not empty if all went well
+            for folder in new:
+                folder.rmdir()
     return [out / name for name in (*shards, *sorted(files))]
 
 
@@ -140,7 +138,7 @@ def _cast_tensor(
     name: str, tensor: Tensor, dtype: np.dtype, rounding: Rounding | None, written: Callable[[int], Any]
 ) -> Computed:
     def make() -> np.ndarray:
-        array = cast(name, tensor.read(), dtype, rounding=rounding)
+        array = cast(located(name, tensor), tensor.read(), dtype, rounding=rounding)
         written(array.nbytes)
         return array
 
@@ -170,9 +168,10 @@ def _index(shards: Mapping[str, list[str]], sizes: Mapping[str, int]) -> str:
 def _side_files(
     config: ModelConfig, dtype: str, raw_config: Mapping[str, Any] | None, copy_from: Path | None
 ) -> dict[str, str | bytes]:
-    kept = {key: value for key, value in (raw_config or {}).items() if key in HARMLESS - NOT_COPIED_KEYS}
+    copied = {key for key in HARMLESS - NOT_COPIED_KEYS if not key.startswith("_")}
+    kept = {key: value for key, value in (raw_config or {}).items() if key in copied}
     files: dict[str, str | bytes] = {"config.json": _json(kept | config.to_dict() | {"torch_dtype": dtype})}
-    for path in [copy_from / name for name in COPIED_FILES] if copy_from is not None else []:
+    for path in [copy_from / name for name in SIDE_FILES] if copy_from is not None else []:
         try:
             files[path.name] = path.read_bytes()
         except FileNotFoundError:
@@ -205,9 +204,3 @@ def _unwritable(out: Path, error: OSError) -> InputError:
         return InputError(f"the disk of {out} is full and nothing was left there; make room or choose another.")
     where = f" ({error.filename})" if error.filename else ""
     return InputError(f"cannot write {out}: {error.strerror or error}{where}; choose another folder.")
-
-
-def _progress_bar(name: str, total: int):
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=None)  # None: only on a terminal

@@ -11,6 +11,16 @@ from weights_io.files.tensor import LazyTensor
 
 # The best first.
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# What belongs to a model beside config.json and its weights: fetched from a hub, and copied by an export.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 LFS_POINTER = b"version https://git-lfs"
 
 

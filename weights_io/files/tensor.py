@@ -26,6 +26,12 @@ class LazyTensor(Protocol):
         ...
 
 
+def located(name: str, tensor: object) -> str:
+    """``name`` as messages call it: with the file that holds it, where there is one."""
+    source = getattr(tensor, "source", None)
+    return f"{name} in {source}" if source else name
+
+
 @dataclass(frozen=True)
 class FileTensor:
     """A strided view of plain numbers in a file. Read with ``pread``, not ``mmap``, so that a loader's peak memory is

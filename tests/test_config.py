@@ -1,0 +1,266 @@
+"""config.json read: what saved ones hold is taken, what would change the numbers is refused by name."""
+
+import json
+import math
+import re
+
+import pytest
+
+from weights_io import catalog
+from weights_io.config import MAX_COUNT, ModelConfig, RopeScaling, read_json, stored_dtype, token_ids
+from weights_io.errors import InputError
+
+TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 40}
+# HuggingFaceTB/SmolLM2-135M-Instruct, as released.
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+# What transformers 4's PretrainedConfig.to_dict() writes besides the model's own numbers.
+TRANSFORMERS_4 = {
+    "_name_or_path": "openbmb/CPM-2B",
+    "_attn_implementation_autoset": True,
+    "add_cross_attention": False,
+    "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"},
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "decoder_start_token_id": None,
+    "diversity_penalty": 0.0,
+    "do_sample": True,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "finetuning_task": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "prefix": None,
+    "problem_type": None,
+    "pruned_heads": {},
+    "quantization_config": None,
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "return_dict": True,
+    "return_dict_in_generate": False,
+    "sep_token_id": None,
+    "suppress_tokens": None,
+    "task_specific_params": None,
+    "temperature": 0.8,
+    "tf_legacy_loss": False,
+    "tie_encoder_decoder": False,
+    "tokenizer_class": None,
+    "top_k": 50,
+    "top_p": 0.8,
+    "torchscript": False,
+    "typical_p": 1.0,
+    "use_bfloat16": False,
+}
+
+
+def refused(raw: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        ModelConfig.from_dict(raw, "the file")
+    text = str(caught.value)
+    assert text.startswith("the file: ") and "\n" not in text and len(text) < 300
+
+
+def test_the_defaults_are_those_of_minicpms_own_class():
+    config = ModelConfig.from_dict({})
+    assert (config.model_type, config.rope_theta, config.tie_word_embeddings) == ("minicpm", 10000.0, True)
+    assert (config.scale_emb, config.scale_depth, config.dim_model_base) == (1.0, 1.0, 1)
+    assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (32, 128, 1e-6)
+    llama = ModelConfig.from_dict({"architectures": ["LlamaForCausalLM"]})
+    assert (llama.model_type, llama.tie_word_embeddings) == ("llama", False)
+
+
+DENSE = [entry for entry in catalog.CATALOG if entry.config and entry.architecture in ("minicpm", "llama")]
+
+
+@pytest.mark.parametrize("entry", DENSE, ids=lambda entry: entry.name)
+def test_released_configs(entry):
+    config = ModelConfig.from_dict({**entry.config, **TRANSFORMERS_4})
+    assert config == ModelConfig.from_dict(dict(entry.config))
+    assert config.model_type == entry.architecture
+    assert config.tie_word_embeddings == ("llama" not in entry.architecture and "128k" not in entry.name)
+    assert config.rope_theta == (1e6 if "128k" in entry.name else 1e4)
+    if entry.architecture == "minicpm":
+        assert config.residual_scale == pytest.approx(1.4 / math.sqrt(52 if "1b" in entry.name else 40))
+        assert config.logit_divisor == (6 if "1b" in entry.name else 9)
+
+
+def test_smollm2():
+    config = ModelConfig.from_dict(SMOLLM2)
+    assert (config.rope_theta, config.head_dim, config.tie_word_embeddings) == (1e5, 64, True)
+    assert (config.embedding_scale, config.residual_scale, config.logit_divisor) == (1, 1, 1)
+    refused(SMOLLM2 | {"rope_interleaved": True}, "rope_interleaved = true changes the numbers")
+
+
+def test_transformers_5_writes_rope_parameters_and_dtype():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 4.0}
+    raw = {**TINY, "rope_parameters": rope, "dtype": "bfloat16", "layer_types": ["full_attention"] * 2}
+    config = ModelConfig.from_dict(raw)
+    assert (config.rope_theta, config.rope_scaling) == (1e6, RopeScaling("dynamic", 4.0))
+    assert config == ModelConfig.from_dict(
+        {**TINY, "rope_theta": 1e6, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    )
+    plain = ModelConfig.from_dict({**TINY, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert (plain.rope_theta, plain.rope_scaling) == (5e5, None)
+    refused({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling .*yarn.* is not supported")
+    refused({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "more than a default RoPE has")
+    refused({"rope_parameters": [1]}, "must be an object")
+
+
+@pytest.mark.parametrize(
+    "raw, dtype",
+    [
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "float32"),
+        ({"dtype": "int8"}, None),
+        ({"torch_dtype": ["float32"]}, None),
+        ({}, None),
+    ],
+)
+def test_stored_dtype(raw, dtype):
+    assert stored_dtype(raw) == dtype
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("no_rope_layers", [0, 1]),
+        ("position_embedding_type", "alibi"),
+        ("norm_type", "layernorm"),
+        ("use_rope", False),
+        ("logit_scale", 0),
+        ("anything", {}),
+        ("anything", []),
+        ("_sliding_window_pattern", 6),
+        ("attention_bias", True),
+        ("sliding_window", 4096),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("partial_rotary_factor", 0.5),
+        ("pruned_heads", {"0": [1]}),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused_by_name(key, value):
+    refused({**TINY, key: value}, f"{key} = {re.escape(json.dumps(value))} .*change")
+    assert ModelConfig.from_dict({**TINY, key: None}) == ModelConfig.from_dict(TINY)
+
+
+def test_a_long_value_is_quoted_in_part():
+    refused({**TINY, "weights": ["x" * 50] * 1000}, r"weights = \[\"xxx.*\.\.\. is not understood")
+    refused({**TINY, "k" * 5000: 1}, "k = 1 is not understood")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model_type", ["minicpm"]),
+        ("model_type", {"a": 1}),
+        ("architectures", "MiniCPMForCausalLM"),
+        ("architectures", [["MiniCPMForCausalLM"]]),
+        ("hidden_act", ["silu"]),
+        ("tie_word_embeddings", 1),
+        ("rope_scaling", "dynamic"),
+        ("rope_scaling", {"type": ["dynamic"], "factor": 2.0}),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", True),
+        ("hidden_size", 32.0),
+        ("max_position_embeddings", 10**12),
+        ("dim_model_base", 10**400),
+    ],
+)
+def test_values_of_the_wrong_kind(key, value):
+    refused({**TINY, key: value}, key)
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta", "scale_emb", "scale_depth"])
+@pytest.mark.parametrize("value", [10**400, 1e300, 1e-45, 0, -1.0, math.nan, math.inf, "1", True, None])
+def test_scales_are_numbers_that_float32_holds(key, value):
+    refused({**TINY, key: value}, f"{key} is .*; it must be a positive number that float32 holds.")
+
+
+@pytest.mark.parametrize("factor", [10**400, 1e300, 1, 0.5, math.nan, math.inf, "2", True, None])
+def test_factor_of_rope_scaling(factor):
+    refused({**TINY, "rope_scaling": {"type": "linear", "factor": factor}}, "rope_scaling factor")
+
+
+def test_shapes_that_contradict_each_other():
+    refused({**TINY, "num_key_value_heads": 3}, "is not a multiple of num_key_value_heads 3")
+    refused({**TINY, "hidden_size": 36}, "head_dim 9 is odd")
+    refused({**TINY, "head_dim": 16}, "is not num_attention_heads 4 x head_dim 16")
+    dynamic = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": MAX_COUNT}
+    refused({**TINY, **dynamic, "num_attention_heads": 16}, "head_dim 2 has no dynamic rope_scaling")
+    ModelConfig.from_dict({**TINY, **dynamic, "num_attention_heads": 8})
+    refused({"architectures": ["MiniCPMForCausalLM"], "model_type": "llama"}, "contradicts architectures")
+
+
+@pytest.mark.parametrize("raw", [{}, SMOLLM2, {**TINY, "rope_scaling": {"type": "linear", "factor": 2}}])
+def test_what_is_written_is_read_back(raw):
+    config = ModelConfig.from_dict(raw)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("text", [f'{{"a": {"1" * 5000}}}', "[" * 100_000, "{", "[1]", "", b"\xff\xfe{}"])
+def test_json_that_cannot_be_read(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=r"config.json (cannot be read as JSON|holds list).*; download it again\.$"):
+        read_json(path)
+
+
+def test_token_ids():
+    assert [token_ids({"eos_token_id": value}, "eos_token_id") for value in (None, 0, [2, 5], [])] == [
+        (),
+        (0,),
+        (2, 5),
+        (),
+    ]
+    for value in ("2", -1, True, [2, None], {"id": 2}, 1.0):
+        with pytest.raises(InputError, match="the file: eos_token_id is .*; it must be a token id or a list"):
+            token_ids({"eos_token_id": value}, "eos_token_id", "the file")
