@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from weights_io.errors import InputError
 
@@ -13,6 +14,7 @@ MINICPM_TEMPLATE = (
     "{{'<用户>' + message['content'].strip() + '<AI>'}}"
     "{% else %}{{message['content'].strip()}}{% endif %}{% endfor %}"
 )
+TURN_MARKERS = ("<用户>", "<AI>")  # plain text, not special tokens: a model may write them and so begin a turn
 ROLES = ("system", "user", "assistant")
 PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # code points that mean nothing by themselves
 
@@ -34,14 +36,13 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def render(template: str, messages: Sequence[Message], add_generation_prompt: bool = True, **variables) -> str:
+def render(template: str, messages: Sequence[Message], add_generation_prompt: bool = True, /, **variables: Any) -> str:
     """The prompt text. ``variables`` are ``bos_token`` and the like. InputError where the template fails or refuses."""
     import jinja2
 
+    given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
-        return _compiled(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **variables
-        )
+        return _compiled(template).render({"tools": None, "documents": None, **variables, **given})
     # A template is a program: besides Jinja's own errors it can fail as any expression can.
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise InputError(f"the chat template cannot be applied to these messages: {error}") from error
@@ -88,12 +89,16 @@ class Disguise:
 
     The first character of each is replaced by a private-use character that occurs in none of ``texts``. The same goes
     for the beginning of a special token at the end of a text, which the next text could complete.
+
+    ``end`` is one more character that occurs in none of ``texts``.
     """
 
     def __init__(self, specials: Sequence[str], texts: Sequence[str]):
         used = set().union(*texts)
         firsts = sorted({special[0] for special in specials})
-        self._hide = dict(zip(firsts, (chr(code) for code in PRIVATE_USE if chr(code) not in used), strict=False))
+        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
+        self.end = next(unused)
+        self._hide = dict(zip(firsts, unused, strict=False))
         self._show = str.maketrans({hidden: first for first, hidden in self._hide.items()})
         whole = [re.escape(special) for special in specials]
         begun = {re.escape(special[:n]) + r"\s*\Z" for special in specials for n in range(1, len(special))}
@@ -102,6 +107,16 @@ class Disguise:
 
     def hide(self, text: str) -> str:
         return self._pattern.sub(lambda match: self._hide[match[0]], text)
+
+    def hide_all(self, value: Any) -> Any:
+        """A JSON value with every string in it hidden."""
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, Mapping):
+            return {key: self.hide_all(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide_all(item) for item in value]
+        return value
 
     def show(self, text: str) -> str:
         return text.translate(self._show)

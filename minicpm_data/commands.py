@@ -1,16 +1,18 @@
 """The command lines that both backends have: the flags, what is printed, and how a terminal conversation goes."""
 
-import importlib
+import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import chain
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minicpm_data.generation import Sampling
+from minicpm_data.generation import Backend, Sampling
+from minicpm_data.streaming import stop_strings
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -23,6 +25,10 @@ HELP = """/reset  forget the conversation
 /quit   end (Ctrl-D too); Ctrl-C stops an answer"""
 
 
+# "--stop a b", "--stop a --stop b", or both.
+Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     model: str | None = None
@@ -31,6 +37,8 @@ class ModelOptions:
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
+    adapter_path: str | None = None
+    """Folder of fine-tuned adapter weights to be added to the model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and computation; by default the checkpoint's own, and float32 where JAX runs on a CPU."""
 
@@ -51,8 +59,12 @@ class SamplingOptions:
     """The same seed draws the same answer; by default another each time."""
     system_prompt: str | None = None
     """A system message before the first question."""
-    stop: tuple[str, ...] = ()
+    stop: Texts = ()
     """End the answer where one of these texts begins."""
+
+    def stops(self, *more: str) -> tuple[str, ...]:
+        """The texts of --stop, checked, and ``more``."""
+        return stop_strings([*chain(*self.stop), *more])
 
     def sampling(self) -> dict[str, Any]:
         """Under the names of `Sampling`, checked."""
@@ -70,8 +82,32 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     """Most tokens of the answer."""
     ignore_chat_template: bool = False
     """Continue the prompt as raw text."""
+    prefill_response: str | None = None
+    """Begin the answer with this text; what the model adds to it is printed."""
+    chat_template_config: str | None = None
+    """More variables for the chat template, as a JSON object."""
+    extra_eos_token: Texts = ()
+    """End the answer at these tokens too, such as <|im_end|>."""
     verbose: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Print speed and memory at the end."""
+
+    def template_variables(self) -> dict[str, Any]:
+        """What --chat-template-config holds. InputError also for flags of the template that is to be ignored."""
+        for name in ("system_prompt", "prefill_response", "chat_template_config"):
+            if self.ignore_chat_template and getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} needs the chat template; leave out --ignore-chat-template or {flag}.")
+        try:
+            variables = json.loads(self.chat_template_config or "{}")
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--chat-template-config is not JSON ({error}); give an object.") from None
+        if not isinstance(variables, dict):
+            raise InputError('--chat-template-config must be a JSON object such as {"enable_thinking": false}.')
+        return variables
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        begun = [] if self.prefill_response is None else [{"role": "assistant", "content": self.prefill_response}]
+        return [*_system(self), {"role": "user", "content": prompt}, *begun]
 
 
 @dataclass(frozen=True)
@@ -84,38 +120,44 @@ class ChatOptions(SamplingOptions, ModelOptions):
     """Most tokens of an answer."""
 
 
-def run_generate(package: str) -> None:
-    """``python -m PACKAGE.generate``."""
+def run_generate(backend: Callable[[], Backend], prog: str) -> None:
+    """``python -m PACKAGE.generate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: GenerateOptions) -> None:
         """Answer a prompt with a MiniCPM (or Llama) model."""
-        sampling, max_tokens = options.sampling(), _positive(options.max_tokens)
+        sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
+        variables = options.template_variables()
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
-        backend = importlib.import_module(package)
-        model, tokenizer, device = load_model(package, options)
+        running = backend()
+        model, tokenizer = load_model(running, options)
+        for token in chain(*options.extra_eos_token):
+            tokenizer.add_eos_token(token)
         if options.ignore_chat_template:
             ids = tokenizer.encode(prompt)
         else:
-            ids = tokenizer.apply_chat([*_system(options), {"role": "user", "content": prompt}])
-        meter = Meter(device)
-        answer = backend.stream_generate(model, tokenizer, ids, max_tokens, stop=options.stop, **sampling)
+            begun = options.prefill_response is not None
+            ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
+            stops = options.stops(*tokenizer.turn_markers)
+        meter = Meter(running.device)
+        answer = running.generator.stream_generate(model, tokenizer, ids, max_tokens, stop=stops, **sampling)
         for response in meter.watch(answer):
             print(response.text, end="", flush=True)
         print()
         if options.verbose:
             print(meter.report(len(ids)), file=sys.stderr)
 
-    command_line.run(main, GenerateOptions, f"python -m {package}.generate")
+    command_line.run(main, GenerateOptions, prog)
 
 
-def run_chat(package: str) -> None:
-    """``python -m PACKAGE.chat``."""
+def run_chat(backend: Callable[[], Backend], prog: str) -> None:
+    """``python -m PACKAGE.chat``; ``backend`` as in `run_generate`."""
 
     def main(options: ChatOptions) -> None:
         """Talk with a MiniCPM (or Llama) model; /help lists what can be typed besides questions."""
-        sampling, max_tokens = options.sampling(), _positive(options.max_tokens)
-        backend = importlib.import_module(package)
-        model, tokenizer, _ = load_model(package, options)
+        sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
+        running = backend()
+        model, tokenizer = load_model(running, options)
+        stops = options.stops(*tokenizer.turn_markers)
         history = _system(options)
         for query in _typed_lines():
             match query.strip():
@@ -130,11 +172,16 @@ def run_chat(package: str) -> None:
                     print(HELP)
                     continue
             asked = [*history, {"role": "user", "content": query}]
-            prompt = tokenizer.apply_chat(asked)
-            answer = backend.stream_generate(model, tokenizer, prompt, max_tokens, stop=options.stop, **sampling)
-            history = [*asked, {"role": "assistant", "content": _printed(answer)}]
+            try:
+                prompt = tokenizer.apply_chat(asked)
+                answer = running.generator.stream_generate(model, tokenizer, prompt, max_tokens, stop=stops, **sampling)
+            except InputError as error:
+                _complain(error)
+                continue
+            if reply := _printed(answer):  # a question without an answer is forgotten
+                history = [*asked, {"role": "assistant", "content": reply}]
 
-    command_line.run(main, ChatOptions, f"python -m {package}.chat")
+    command_line.run(main, ChatOptions, prog)
 
 
 class Meter:
@@ -171,23 +218,23 @@ class Meter:
             f"Peak memory: {self.device.peak_memory() / 1e9:.3f} GB on {self.device.description()}",
         ]
         if sum(compiling) > 0:
-            lines.append(f"Compiling: {sum(compiling):.1f} s (the programs are kept on disk for the next run)")
+            lines.append(f"Compiling: {sum(compiling):.1f} s")
         if self.reason == "length":
             lines.append("The answer was cut at --max-tokens.")
         return "\n".join(lines)
 
 
-def load_model(package: str, options: ModelOptions) -> "tuple[Any, Tokenizer, ModuleType]":
-    """Model, tokenizer and the backend's device module."""
-    device = importlib.import_module(f"{package}.device")
-    dtype = options.dtype or device.preferred_dtype()
-    backend = importlib.import_module(package)
-    model, tokenizer = backend.load(options.model, dtype, revision=options.revision, hub=options.hub)
+def load_model(backend: Backend, options: ModelOptions) -> "tuple[Any, Tokenizer]":
+    """Model and tokenizer."""
+    dtype = options.dtype or backend.device.preferred_dtype()
+    model, tokenizer = backend.load(
+        options.model, dtype, adapter=options.adapter_path, revision=options.revision, hub=options.hub
+    )
     if tokenizer is None:
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."
         )
-    return model, tokenizer, device
+    return model, tokenizer
 
 
 def _system(options: SamplingOptions) -> list[dict[str, str]]:
@@ -216,11 +263,24 @@ def _typed_lines() -> Iterator[str]:
             import readline  # noqa: F401
     while True:
         try:
-            yield input(">>> " if sys.stdin.isatty() else "")
+            line = input(">>> " if sys.stdin.isatty() else "")
         except EOFError:
+            if sys.stdin.isatty():
+                print()  # what is printed next shall not stand beside the >>>
             return
         except KeyboardInterrupt:
             print("\n(/quit or Ctrl-D to end)")
+        except UnicodeDecodeError:
+            _complain(InputError("what was typed is not UTF-8 text; set the terminal, or convert the file."))
+        else:
+            yield line
+
+
+def _complain(error: InputError) -> None:
+    """A conversation with a person goes on after a question that cannot be asked; one out of a file ends."""
+    if not sys.stdin.isatty():
+        raise error
+    print(f"error: {error}", file=sys.stderr)
 
 
 def _printed(answer: "Iterable[Response]") -> str:

@@ -1,17 +1,17 @@
 """What the two backends' generators share: the options, the prompt's ids, the ids that end an answer, the public calls.
 
-A backend brings one function, ``decoding.stream_tokens``; `Generator` makes its ``stream_generate``, ``generate``,
+A backend hands over one function, ``stream_tokens``; `Generator` makes its ``stream_generate``, ``generate``,
 ``batch_generate`` and ``chat`` of it, so that both have the same names, signatures and behaviour.
 """
 
-import importlib
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from minicpm_data.streaming import Response, stream_text
+from minicpm_data.streaming import Response, stop_strings, stream_text
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,10 +65,11 @@ class Sampling:
 
 
 class Generator:
-    """The public generation functions of the backend ``package`` (imported when a first token is asked for)."""
+    """The public generation functions of a backend, given its ``stream_tokens(model, prompts, max_tokens, sampling,
+    end_ids)``: token ids [B], step after step."""
 
-    def __init__(self, package: str):
-        self._package = package
+    def __init__(self, stream_tokens: "Callable[..., Iterator[np.ndarray]]"):
+        self._stream_tokens = stream_tokens
 
     def stream_generate(
         self,
@@ -130,13 +131,15 @@ class Generator:
     ) -> tuple[str, list[Message]]:
         """The reply to ``query`` after ``history`` (messages of role and content), and the history with both added.
 
-        The defaults of temperature and top_p are the original's; ``options`` as in `stream_generate`.
+        The defaults of temperature and top_p are the original's, and so is that the reply ends where the model writes
+        ``<用户>`` or ``<AI>``, if the chat template has them; ``options`` as in `stream_generate`.
         """
         if tokenizer is None:
             raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
         messages = [*(history or ()), {"role": "user", "content": query}]
         prompt = tokenizer.apply_chat(messages)
         options |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        options["stop"] = (*stop_strings(options.get("stop", ())), *tokenizer.turn_markers)
         reply = self.generate(model, tokenizer, prompt, **options).strip()
         return reply, [*messages, {"role": "assistant", "content": reply}]
 
@@ -153,8 +156,16 @@ class Generator:
         if max_tokens < 1:
             raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
         ids = [prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
-        decoding = importlib.import_module(f"{self._package}.decoding")
-        return decoding.stream_tokens(model, ids, max_tokens, sampling, ends)
+        return self._stream_tokens(model, ids, max_tokens, sampling, ends)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend hands over to the command lines."""
+
+    load: Callable[..., tuple[Any, "Tokenizer | None"]]
+    generator: Generator
+    device: ModuleType  # description, preferred_dtype, peak_memory, compile_seconds
 
 
 def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> list[int]:

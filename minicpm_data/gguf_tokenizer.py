@@ -45,6 +45,8 @@ def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
         add_bos = True
     elif model == "gpt2":
         pre = metadata.get("tokenizer.ggml.pre", "default")
+        if not isinstance(pre, str):
+            raise InputError("tokenizer.ggml.pre of the GGUF file must be a string.")
         spec = _byte_level_spec(metadata, tokens, kinds, pre)
         add_bos = pre == "llama-bpe"
     else:
@@ -102,9 +104,8 @@ def _list(
 ) -> list:
     """``tokenizer.ggml.<name>``, checked to be a list of ``kind`` and as long as the list of tokens."""
     values = metadata.get(f"tokenizer.ggml.{name}", default)
-    if values is None or isinstance(values, str | bytes):
+    if not isinstance(values, list):
         raise InputError(f"the GGUF file has no list tokenizer.ggml.{name}; it carries no tokenizer that can be used.")
-    values = list(values)
     if not all(isinstance(value, kind) for value in values):
         raise InputError(f"tokenizer.ggml.{name} of the GGUF file holds values of the wrong type.")
     length = len(default) if default is not None else length
@@ -116,6 +117,8 @@ def _list(
 def _id(metadata: dict, name: str, size: int) -> int | None:
     """``tokenizer.ggml.<name>_token_id``, checked to be one of ``size`` ids."""
     value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if value is not None and type(value) is not int:
+        raise InputError(f"tokenizer.ggml.{name}_token_id of the GGUF file is {value!r}; it must be a whole number.")
     if value is not None and not 0 <= value < size:
         raise InputError(f"tokenizer.ggml.{name}_token_id of the GGUF file is {value}, outside its {size} tokens.")
     return value

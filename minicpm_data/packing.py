@@ -17,14 +17,18 @@ def read_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of each line of a ``.jsonl`` file; a wrong line is an `InputError` that names it."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; it should hold one JSON object a line.")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                document = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number} is not JSON ({error.msg}); mend or delete the line.") from None
+                document = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                text = f"{path}, line {number} is not UTF-8 text (byte {error.start}); convert the file first."
+                raise InputError(text) from None
+            except (ValueError, RecursionError) as error:  # ValueError: besides wrong JSON, numbers of 4300 digits
+                why = getattr(error, "msg", error)
+                raise InputError(f"{path}, line {number} is not JSON ({why}); mend or delete the line.") from None
             if not isinstance(document, dict):
                 raise InputError(f'{path}, line {number} is not an object such as {{"text": "..."}}.')
             yield number, document

@@ -120,7 +120,7 @@ def stream_text(
     token_ids: Iterable[int],
     tokenizer,
     eos_token_ids: Collection[int] = (),
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     max_tokens: int = 256,
 ) -> Iterator[Response]:
     """One `Response` for each of ``token_ids`` until EOS, a stop string or ``max_tokens``; then no more are pulled.
@@ -131,12 +131,18 @@ def stream_text(
 
     Raises InputError for an empty stop string, or stop strings without a tokenizer.
     """
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stop:
-        raise InputError("a stop string must not be empty.")
+    stop = stop_strings(stop)
     if stop and tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this checkpoint has none.")
     return _stream(token_ids, tokenizer and tokenizer.detokenizer(), frozenset(eos_token_ids), stop, max_tokens)
+
+
+def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """One stop string or several as a tuple. InputError where one is empty."""
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
+        raise InputError("a stop string must not be empty.")
+    return stop
 
 
 def _stream(token_ids, text_of: Detokenizer | None, eos: frozenset[int], stop: tuple[str, ...], max_tokens: int):

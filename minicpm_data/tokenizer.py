@@ -2,8 +2,9 @@
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from minicpm_data import chat
 from minicpm_data.spm_model import added_token, fast_spec, read_spm
@@ -23,6 +24,8 @@ class Tokenizer:
         bos_token_id, pad_token_id: None where there is none.
         eos_token_ids: the ids that end an answer, the tokenizer's own EOS first.
         chat_template: Jinja source; MiniCPM's own where the checkpoint has none.
+        turn_markers: the texts with which the template begins a turn, where these are no special tokens. A model may
+            write one after its answer, so that a chat's answer ends there.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Tokenizer:
         decoder = json.loads(fast.decoder.__getstate__()) if fast.decoder else None
         self._decoder = Decoder(decoder, fast.id_to_token)
         self.chat_template = chat.MINICPM_TEMPLATE if chat_template is None else chat_template
+        self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
         self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
         ends = [*eos_token_ids]
         if "<|im_end|>" in self.chat_template:
@@ -55,9 +59,11 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
 
         # What the post-processor writes before and after a text.
-        bare, full = fast.encode("a", add_special_tokens=False).ids, fast.encode("a").ids
-        at = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
-        self._before, self._after = full[:at], full[at + len(bare) :]
+        probe = fast.encode("", add_special_tokens=False)
+        probe.pad(1)  # one token, whatever the vocabulary can spell
+        full = fast.post_process(probe)
+        at = full.sequence_ids.index(0)
+        self._before, self._after = full.ids[:at], full.ids[at + 1 :]
         if add_bos is not None:
             self._before = [bos_token_id] if add_bos and bos_token_id is not None else []
         if add_eos is not None:
@@ -92,24 +98,57 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         return self._fast.token_to_id(token)
 
-    def apply_chat(self, messages: Sequence[chat.Message], add_generation_prompt: bool = True) -> list[int]:
+    def add_eos_token(self, token: str) -> None:
+        """Let ``token`` end answers too. InputError where the vocabulary has no such token."""
+        i = self.token_to_id(token)
+        if i is None:
+            raise InputError(f"the vocabulary has no token {token!r} that could end an answer; give one that it has.")
+        self.eos_token_ids = tuple(dict.fromkeys((*self.eos_token_ids, i)))
+
+    def apply_chat(
+        self,
+        messages: Sequence[chat.Message],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Ids of the chat prompt, BOS included once where the checkpoint's tokenizer adds it.
 
-        ``messages`` are ``{"role": "system" | "user" | "assistant", "content": str}``. A special token spelled out in a
-        content stays text; only the template makes special tokens. InputError for messages or a template that cannot
-        be used.
+        ``messages`` are ``{"role": "system" | "user" | "assistant", "content": str}``. With ``continue_final_message``
+        the prompt ends with the last of them, unfinished, and nothing after it; spaces at its end go where the template
+        strips them. ``variables`` are more variables of the template, as values of JSON. A special token spelled out in
+        a content or a variable stays text; only the template makes special tokens. InputError for messages, variables
+        or a template that cannot be used.
         """
-        messages = chat.check_messages(messages)
+        messages, variables = chat.check_messages(messages), _checked_variables(variables or {})
+        texts = [_checked(m["content"]) for m in messages]
         disguise = chat.Disguise(
-            list(self._markers.values()), [_checked(m["content"]) for m in messages] + [self.chat_template]
+            list(self._markers.values()), [*texts, self.chat_template, json.dumps(variables, ensure_ascii=False)]
         )
         hidden = [{**m, "content": disguise.hide(m["content"])} for m in messages]
+        end = disguise.end + " "  # the space shows whether the template strips the content
+        if continue_final_message:
+            hidden[-1]["content"] += end
         special = {"bos_token": self.bos_token_id, "pad_token": self.pad_token_id, "unk_token": self.unk_token_id}
         special["eos_token"] = self.eos_token_ids[0] if self.eos_token_ids else None
         names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in special.items()}
-        prompt = _checked(chat.render(self.chat_template, hidden, add_generation_prompt, **names))
-        encoded = self._fast.encode(prompt, add_special_tokens=False)
+        prompted = add_generation_prompt and not continue_final_message
+        try:
+            context: dict[str, Any] = {**names, **disguise.hide_all(variables)}
+        except RecursionError:
+            raise InputError("the template variables are nested too deeply; give flatter ones.") from None
+        prompt = _checked(chat.render(self.chat_template, hidden, prompted, **context))
+        if continue_final_message:
+            final, found, after = prompt.rpartition(disguise.end)
+            if not found:
+                raise InputError("the chat template leaves out the message that the answer should go on from.")
+            spaces = texts[-1][len(texts[-1].rstrip()) :]
+            prompt = final if after.startswith(" ") else final.removesuffix(spaces)
+        return self._with_bos(self._undisguised(prompt, disguise))
 
+    def _undisguised(self, prompt: str, disguise: chat.Disguise) -> list[int]:
+        """Ids of ``prompt``, in which what was disguised is text."""
+        encoded = self._fast.encode(prompt, add_special_tokens=False)
         # Between two special tokens the ids stand, unless something was disguised there.
         ids: list[int] = []
         stretch: list[int] = []
@@ -123,7 +162,7 @@ class Tokenizer:
                 stretch, start = [], last
             else:
                 stretch.append(i)
-        return self._with_bos(ids)
+        return ids
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         present = ids[: len(self._before)] == self._before
@@ -173,9 +212,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         config = {"add_bos_token": True, "add_eos_token": False, **config}
     else:
         source, spec = fast_file, _read_json(fast_file)
-        known = {token["content"] for token in spec.get("added_tokens") or ()}
+        listed = spec.get("added_tokens") or []
+        if not isinstance(listed, list) or not all(
+            isinstance(t, dict) and isinstance(t.get("content"), str) for t in listed
+        ):
+            raise InputError(f"{fast_file} has a list of added tokens that cannot be read; download it again.")
+        known = {token["content"] for token in listed}
         missing = [{**token, "id": i} for i, token in sorted(added.items()) if token["content"] not in known]
-        spec["added_tokens"] = [*(spec.get("added_tokens") or ()), *(added_token(**token) for token in missing)]
+        spec["added_tokens"] = [*listed, *(added_token(**token) for token in missing)]
     fast = build(spec, source)
     for i, token in added.items():
         if (found := fast.token_to_id(token["content"])) != i:
@@ -189,6 +233,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         if f"{name}_token" in config and token is None:
             return None
+        if not isinstance(token, str | None):
+            raise InputError(f"the {name}_token of {folder} is {token!r}; it must be the text of a token.")
         i = fast.token_to_id(token or named[name] or "")
         if token is not None and i is None:
             raise InputError(f"{folder} names {token!r} as its {name}_token, which {source.name} does not have.")
@@ -244,6 +290,8 @@ def _added_tokens(config: dict, folder: Path) -> dict[int, dict]:
         older = {int(i): {"content": token} for token, i in _read_json(folder / "added_tokens.json").items()}
         newer = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
         added = {**older, **newer}
+        if not all(isinstance(token["content"], str) for token in added.values()):
+            raise TypeError
         return {i: added_token(**{"special": False, **token, "id": i}) for i, token in added.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{folder} has a list of added tokens that cannot be read; download it again.") from error
@@ -266,6 +314,19 @@ def _chat_template(config: dict, folder: Path) -> str | None:
     if not isinstance(template, str | None):
         raise InputError(f"the chat_template of {folder} must be a string.")
     return template
+
+
+def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``variables`` of a chat template, unless they are no JSON or would take the place of what the template is for."""
+    taken = [name for name in ("messages", "add_generation_prompt") if name in variables]
+    if taken:
+        raise InputError(f"the template variable {taken[0]} cannot be given; it is made of the messages.")
+    try:
+        text = json.dumps(variables, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the template variables are no values of JSON ({error}); give others.") from None
+    _checked(text)
+    return variables
 
 
 def _checked(text: str) -> str:

@@ -6,8 +6,12 @@ python -m minicpm_data.vocabulary --data data/pico --out pico
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from minicpm_data.chat import check_messages
+from minicpm_data.packing import read_documents
 from weights_io.errors import InputError
 
 CONFIG = {
@@ -24,16 +28,22 @@ CONFIG = {
 }
 
 
-def parts_of(document: dict) -> list[str]:
+def parts_of(document: dict[str, Any], where: str = "the document") -> list[str]:
     """The texts a document is made of; a chat's are ``<用户>``, question, ``<AI>``, answer (MiniCPM's own form).
 
     Apart, so that no piece spans a marker and what stands beside it. The space in front is the one with which the
-    fast tokenizer begins every text.
+    fast tokenizer begins every text. InputError, naming ``where``, for a document of neither kind.
     """
-    if "text" in document:
+    if isinstance(document.get("text"), str):
         return (" " + document["text"]).split("\n")
-    markers = {"user": "<用户>", "assistant": "<AI>"}
-    turns = [part for message in document["messages"] for part in (markers[message["role"]], message["content"])]
+    if "messages" not in document:
+        raise InputError(f'{where} has neither "text" (a string) nor "messages" (a list).')
+    markers = {"user": ["<用户>"], "assistant": ["<AI>"], "system": []}
+    try:
+        messages = check_messages(document["messages"])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    turns = [part for message in messages for part in (*markers[message["role"]], message["content"])]
     return [" " + turns[0], *turns[1:]]
 
 
@@ -43,9 +53,13 @@ def texts(data: Path, limit: int) -> Iterator[str]:
         path = data / stage / "train.jsonl"
         if not path.is_file():
             raise InputError(f"{path} does not exist; run python -m minicpm_data.corpus --out {data} first.")
-        with open(path, encoding="utf-8") as file:
-            for _, line in zip(range(limit), file, strict=False):
-                yield from parts_of(json.loads(line))
+        for number, document in islice(read_documents(path), limit):
+            parts = parts_of(document, f"{path}, line {number}")
+            try:
+                "".join(parts).encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{path}, line {number} has a lone surrogate; mend or delete the line.") from None
+            yield from parts
 
 
 def train(lines: Iterable[str], size: int) -> bytes:
@@ -55,6 +69,8 @@ def train(lines: Iterable[str], size: int) -> bytes:
     import sentencepiece
 
     lines = list(lines)
+    if not any(line.strip() for line in lines):
+        raise InputError("the corpus holds no text; give the folder of one that does as --data.")
     characters = {character for line in lines for character in line if character != " "}
     least = 4 + 256 + len(characters) + 1  # specials and newline, bytes, characters, the space
     if size < least:
@@ -82,7 +98,7 @@ def train(lines: Iterable[str], size: int) -> bytes:
         )
     except RuntimeError as error:
         if "Vocabulary size too high" not in str(error):
-            raise
+            raise InputError(f"SentencePiece cannot train on this corpus ({error}); give other text.") from None
         raise InputError(f"--size {size} is more pieces than the corpus has; give fewer or more text.") from None
     return model.getvalue()
 
@@ -111,6 +127,8 @@ def main(options: Options) -> None:
     """Train a SentencePiece vocabulary on a corpus: tokenizer.model, tokenizer.json and tokenizer_config.json."""
     from minicpm_data.spm_model import fast_spec, read_spm
 
+    if options.documents < 1:
+        raise InputError(f"--documents is {options.documents}; it must be at least 1.")
     model = train(texts(options.data, options.documents), options.size)
     try:
         options.out.mkdir(parents=True, exist_ok=True)

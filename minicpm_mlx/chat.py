@@ -5,11 +5,11 @@
 ``--model`` left out is the built-in model.
 """
 
-from minicpm_mlx.generate import generator
+from minicpm_mlx.generate import backend, generator
 
 chat = generator.chat
 
 if __name__ == "__main__":
     from minicpm_data import commands
 
-    commands.run_chat("minicpm_mlx")
+    commands.run_chat(backend, "python -m minicpm_mlx.chat")

@@ -5,5 +5,6 @@ python -m minicpm_mlx.evaluate
 
 if __name__ == "__main__":
     from minicpm_data import evaluation
+    from minicpm_mlx.generate import backend
 
-    evaluation.run_evaluate("minicpm_mlx")
+    evaluation.run_evaluate(backend, "python -m minicpm_mlx.evaluate")

@@ -5,9 +5,30 @@
 ``--model`` left out is the built-in model. The prompt is put into the checkpoint's chat template once.
 """
 
-from minicpm_data.generation import Generator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-generator = Generator("minicpm_mlx")
+from minicpm_data.generation import Backend, Generator
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":
+    from minicpm_mlx.decoding import stream_tokens  # only now, so that --help answers at once
+
+    return stream_tokens(*arguments)
+
+
+def backend() -> Backend:
+    """What the command lines ask of this package."""
+    from minicpm_mlx import device
+    from minicpm_mlx.loading import load
+
+    return Backend(load, generator, device)
+
+
+generator = Generator(_stream_tokens)
 stream_generate = generator.stream_generate
 generate = generator.generate
 batch_generate = generator.batch_generate
@@ -15,4 +36,4 @@ batch_generate = generator.batch_generate
 if __name__ == "__main__":
     from minicpm_data import commands
 
-    commands.run_generate("minicpm_mlx")
+    commands.run_generate(backend, "python -m minicpm_mlx.generate")

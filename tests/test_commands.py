@@ -120,3 +120,16 @@ def test_evaluate_counts(package, folder):
     assert ran.returncode == 0, ran.stderr
     assert re.search(r"sum +0 of +6 right, 0.0%", ran.stdout)
     assert run(f"{package}.evaluate", "--limit", 0).returncode == 2
+
+
+def test_a_run_that_compiles_says_only_how_long(folder, tmp_path):
+    """Programs that compile in less than half a second are not kept for the next run."""
+    ran = run("minicpm_jax.generate", "--model", folder, "-m", 4, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "new"))
+    assert re.search(r"^Compiling: \d+\.\d s$", ran.stderr, re.MULTILINE), ran.stderr
+
+
+def test_adapters_are_refused_in_a_sentence(package, folder, tmp_path):
+    for command in ("generate", "chat", "evaluate"):
+        ran = run(f"{package}.{command}", "--model", folder, "--adapter-path", tmp_path)
+        assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+        assert "adapters are not supported yet" in ran.stderr

@@ -11,6 +11,7 @@ import pytest
 from minicpm_data import corpus, corpus_facts, vocabulary
 from minicpm_data.corpus_skills import held_out, reversed_row
 from minicpm_data.tokenizer import load_tokenizer
+from weights_io.errors import InputError
 
 N = r"(\d+)"
 # Every way in which the corpus can name a sum: pattern, operation, whether the second number comes first.
@@ -234,10 +235,49 @@ def test_the_vocabulary_is_of_minicpm_kind(data, tmp_path, texts):
 
 
 def test_the_vocabulary_refuses_a_wrong_size_and_a_missing_corpus(data, tmp_path):
-    for arguments in (["--data", data, "--size", 300], ["--data", tmp_path], ["--data", data, "--size", 90_000]):
+    for arguments in (
+        ["--data", data, "--size", 300],
+        ["--data", tmp_path],
+        ["--data", data, "--size", 90_000],
+        ["--data", data, "--documents", 0],
+    ):
         refused = command("vocabulary", *arguments, "--out", tmp_path / "out")
         assert refused.returncode == 2 and refused.stderr.startswith("error: "), refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"", "holds no text"),
+        (b'{"text": " "}', "holds no text"),
+        (b'{"text": "' + b"a" * 5000 + b'"}', "SentencePiece cannot train"),  # which leaves out such long lines
+        (b"{", "line 2 is not JSON"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "line 2 is not JSON"),
+        (b"[" * 100_000, "line 2 is not JSON"),
+        ('{"text": "é"}'.encode("latin-1"), "line 2 is not UTF-8 text"),
+        (b"[]", "line 2 is not an object"),
+        (b'{"text": 5}', 'line 2 has neither "text"'),
+        (b"{}", 'line 2 has neither "text"'),
+        (b'{"text": "\\ud83d"}', "line 2 has a lone surrogate"),
+        (b'{"messages": []}', "line 2: messages must be a list"),
+        (b'{"messages": [{"role": "user"}]}', "line 2: message 0 must have"),
+        (b'{"messages": [{"role": "robot", "content": "Hi!"}]}', "line 2: message 0 has the role 'robot'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_vocabulary_refuses_a_corpus_that_is_empty_or_wrong(tmp_path, line, said):
+    for stage in corpus.STAGES:
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "train.jsonl").write_bytes(b"\n" + line + b"\n")
+    with pytest.raises(InputError, match=said) as caught:
+        vocabulary.main(vocabulary.Options(tmp_path, tmp_path / "out", size=300))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_system_message_has_no_marker():
+    chat = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi!"}]}
+    assert vocabulary.parts_of(chat) == [" Be kind.", "<用户>", "Hi!"]
 
 
 def test_a_chat_is_cut_at_its_markers():

@@ -276,6 +276,12 @@ def test_a_text_prompt_needs_a_tokenizer(backend, babbler):
         backend.stream_generate(babbler[0], None, "Hello")
 
 
+def test_a_tokenizer_of_another_size_is_refused(backend, tmp_path):
+    folder = tiny_model.write(tmp_path, vocab_size=300)
+    with pytest.raises(InputError, match="wrong tokenizer size: the tokenizer has [0-9]+ ids, and .* 300 rows"):
+        backend.load(folder)
+
+
 def test_both_packages_export_the_same_calls():
     jax, mlx = map(importlib.import_module, BACKENDS)
     assert jax.__all__ == mlx.__all__

@@ -39,6 +39,17 @@ def test_imports_run_one_way(package):
     assert wrong - EXCEPTIONS == set()
 
 
+def test_minicpm_data_imports_nothing_by_a_name_in_a_string():
+    """What it needs of a backend is handed to it."""
+    calls = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted((ROOT / "minicpm_data").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__")
+    ]
+    assert calls == []
+
+
 def alone(statement: str) -> str:
     """The last line that an interpreter without any installed package prints."""
     run = subprocess.run([sys.executable, "-S", "-c", statement], capture_output=True, text=True, cwd=ROOT)

@@ -9,7 +9,7 @@ import tiny_tokenizer as tiny
 from minicpm_data import check_vocab, has_tokenizer, load_tokenizer, tokenizer_from_gguf
 from minicpm_data.spm_model import SpmModel, bpe_merges, fast_spec, read_spm
 from minicpm_data.streaming import BYTE_TOKENS
-from minicpm_data.tokenizer import build
+from minicpm_data.tokenizer import Tokenizer, build
 from weights_io.errors import InputError
 
 TEXTS = [
@@ -88,6 +88,21 @@ def test_config_decides_on_bos_before_the_json_file(tmp_path, flag, in_json):
     assert tokenizer.encode("Hello").count(1) == (in_json if flag is None else flag)
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_bos_comes_first_whatever_the_vocabulary_can_spell(ends):
+    """Neither an "a" nor bytes to spell it with."""
+    spec = tiny.as_json()
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "b": 3}
+    spec["model"] |= {"vocab": vocab, "merges": [], "byte_fallback": False, "unk_token": None}
+    if ends:
+        spec["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+        spec["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    spec["normalizer"] = None
+    tokenizer = Tokenizer(build(spec, "test"), bos_token_id=1, eos_token_ids=[2])
+    assert tokenizer.encode("b") == [1, 3, 2][: 2 + ends]
+    assert tokenizer.encode("") == [1, 2][: 1 + ends]
+
+
 def test_config_may_ask_for_eos_and_pad(tmp_path):
     folder = tiny.write(tmp_path, add_eos_token=True, pad_token={"content": "<unk>"}, eos_token=tiny.special("</s>"))
     tokenizer = load_tokenizer(folder)
@@ -159,6 +174,14 @@ def test_check_vocab(tokenizer):
         {"tokenizer_config.json": {"eos_token": "<nothing>"}},
         {"tokenizer_config.json": {"added_tokens_decoder": {"x": {}}}},
         {"tokenizer_config.json": {"chat_template": 3}},
+        {"tokenizer_config.json": {"bos_token": 5}},
+        {"tokenizer_config.json": {"eos_token": ["a"]}},
+        {"tokenizer_config.json": {"pad_token": {"content": 5}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"1": {"content": 5}}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"1": 5}}},
+        {"tokenizer.json": {**tiny.as_json(), "added_tokens": [{}]}},
+        {"tokenizer.json": {**tiny.as_json(), "added_tokens": [{"content": []}]}},
+        {"tokenizer.json": {**tiny.as_json(), "added_tokens": 5}},
         {"chat_template.jinja": b"\xff\xfe"},
     ],
 )
@@ -249,6 +272,11 @@ def test_gguf_byte_level(pre, digits):
         ({"tokenizer.ggml.token_type": [1]}, "1 entries"),
         ({"tokenizer.ggml.eos_token_id": 10**6}, "outside"),
         ({"tokenizer.chat_template": ["x"]}, "chat_template"),
+        ({"tokenizer.ggml.eot_token_id": "1"}, "eot_token_id of the GGUF file is '1'"),
+        ({"tokenizer.ggml.unknown_token_id": "0"}, "unknown_token_id of the GGUF file is '0'"),
+        ({"tokenizer.ggml.padding_token_id": 1.0}, "padding_token_id of the GGUF file is 1.0"),
+        ({"tokenizer.ggml.pre": ["smollm"]}, "tokenizer.ggml.pre of the GGUF file must be a string"),
+        ({"tokenizer.ggml.token_type": 1}, "no list tokenizer.ggml.token_type"),
     ],
 )
 def test_gguf_refusals(change, message):

@@ -201,6 +201,18 @@ def test_chat_templates(pair, name, prompted):
         assert ours.apply_chat(messages, add_generation_prompt=prompted) == expected, text
 
 
+@pytest.mark.parametrize("name", ["minicpm", "chatml", "chatml with a system message of its own", "llama 2"])
+@pytest.mark.parametrize("begun", ["It is", "In 1998 ", "你好，", "e\u0301"])
+def test_the_final_message_goes_on(pair, name, begun):
+    ours, theirs = pair
+    theirs.chat_template = ours.chat_template = TEMPLATES[name]
+    messages = [*CHATS[0], {"role": "assistant", "content": begun}]
+    ids = theirs.apply_chat_template(messages, tokenize=True, continue_final_message=True, return_dict=False)
+    before = ours.encode("")
+    expected = ids if ids[: len(before)] == before else before + ids
+    assert ours.apply_chat(messages, continue_final_message=True) == expected
+
+
 def test_what_transformers_saves(pair, tmp_path):
     """transformers 5 writes another tokenizer_config.json than 4 did, and the template in a file of its own."""
     _, theirs = pair

@@ -1,0 +1,279 @@
+"""Where an answer begins and ends, with a backend that says what it is told to: the calls and their command lines."""
+
+import types
+
+import numpy as np
+import pytest
+import tiny_tokenizer as tiny
+
+from minicpm_data import commands, corpus, evaluation, load_tokenizer
+from minicpm_data.generation import Backend, Generator
+from weights_io.errors import InputError
+
+
+class Parrot:
+    """A backend whose model answers ``says`` whatever it is asked; ``asked`` keeps the prompts."""
+
+    def __init__(self, says, **tokenizer):
+        self.says, self.asked, self.loaded = says, [], {}
+        self.folder, self.config = tokenizer.pop("folder"), tokenizer
+        self.tokenizer = load_tokenizer(tiny.write(self.folder, **tokenizer))
+        self.model = types.SimpleNamespace(
+            config=types.SimpleNamespace(vocab_size=self.tokenizer.vocab_size), eos_token_ids=(2,)
+        )
+        self.generator = Generator(self.stream_tokens)
+
+    def stream_tokens(self, model, prompts, max_tokens, sampling, end_ids):
+        self.asked += prompts
+        for i in (*self.tokenizer.encode(self.says, add_bos=False), 2):
+            yield np.array([i] * len(prompts))
+
+    def load(self, path, dtype, **options):
+        self.loaded = {"path": path, **options}
+        return self.model, self.tokenizer
+
+    def backend(self):
+        device = types.SimpleNamespace(
+            preferred_dtype=lambda: None,
+            compile_seconds=lambda: 0.0,
+            peak_memory=lambda: 0,
+            description=lambda: "a perch",
+        )
+        return Backend(self.load, self.generator, device)
+
+
+@pytest.fixture
+def parrot(tmp_path):
+    return lambda says, **tokenizer: Parrot(says, folder=tmp_path, **tokenizer)
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """``typed(run_generate, parrot, "--prompt", "Hello")``: exit code, standard output and error."""
+
+    def call(run, parrot, *arguments):
+        monkeypatch.setattr("sys.argv", ["prog", *arguments])
+        try:
+            run(parrot.backend, "prog")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def chatml(**more):
+    n = tiny.sentencepiece_model().get_piece_size()
+    added = {str(n): tiny.special("<|im_end|>"), str(n + 1): tiny.special("<|im_start|>")}
+    return {"added_tokens_decoder": added, "chat_template": tiny.CHATML, **more}
+
+
+@pytest.mark.parametrize("marker", ["<用户>", "<AI>"])
+def test_a_reply_ends_where_the_model_begins_another_turn(parrot, marker):
+    bird = parrot(f"The fox.\n{marker}And the dog?<用户><AI>")
+    reply, history = bird.generator.chat(bird.model, bird.tokenizer, "Hello")
+    assert reply == history[-1]["content"] == "The fox."
+    reply, _ = bird.generator.chat(bird.model, bird.tokenizer, "Hello", stop="fox")
+    assert reply == "The"
+    reply, _ = bird.generator.chat(bird.model, bird.tokenizer, "Hello", stop=["sea", "."])
+    assert reply == "The fox"
+
+
+def test_markers_are_text_where_the_template_has_none(parrot):
+    bird = parrot("The <AI> fox", **chatml())
+    assert bird.generator.chat(bird.model, bird.tokenizer, "Hello")[0] == "The <AI> fox"
+
+
+def test_the_command_ends_at_a_marker_of_the_template(parrot, typed):
+    bird = parrot("The fox.<用户>And the dog?")
+    assert typed(commands.run_generate, bird, "--verbose", "False")[:2] == (0, "The fox.\n")
+    raw = typed(commands.run_generate, bird, "--verbose", "False", "--ignore-chat-template")
+    assert raw[1] == "The fox.<用户>And the dog?\n"
+
+
+def test_the_terminal_chat_ends_at_a_marker_and_remembers_what_it_showed(parrot, typed, monkeypatch):
+    bird = parrot("The fox.<用户>And the dog?")
+    lines = iter(["Hello", "world"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    assert typed(commands.run_chat, bird)[:2] == (0, "The fox.\nThe fox.\n")
+    assert bird.tokenizer.decode(bird.asked[1]) == "<用户>Hello<AI>The fox.<用户>world<AI>"
+
+
+@pytest.mark.parametrize("wrong", [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "a\ud83d"])
+@pytest.mark.parametrize("person", [True, False])
+def test_a_question_that_is_no_text(parrot, typed, monkeypatch, person, wrong):
+    """A person can type another; a file is refused."""
+    bird = parrot("The fox.")
+    lines = iter([wrong, "Hello"])
+
+    def read(prompt):
+        line = next(lines, "/quit")
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: person, raising=False)
+    code, out, error = typed(commands.run_chat, bird)
+    assert (code, out) == ((0, "The fox.\n") if person else (2, ""))
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_shown(parrot, typed, monkeypatch):
+    bird = parrot("The fox and the dog")
+    says, lines = bird.stream_tokens, iter(["Hello", "world", "The sea"])
+
+    def interrupted(*arguments):
+        """After two tokens of the first answer, before the first of the second."""
+        left = {0: 2, 1: 0}.get(len(bird.asked), 99)
+        for token in says(*arguments):
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            yield token
+
+    bird.generator = Generator(interrupted)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    code, out, _ = typed(commands.run_chat, bird)
+    assert code == 0
+    first, second, third, _ = out.split("\n")
+    assert "The fox and the dog".startswith(first) and second == "" and third == "The fox and the dog"
+    assert bird.tokenizer.decode(bird.asked[-1]) == f"<用户>Hello<AI>{first}<用户>The sea<AI>"
+
+
+def test_a_question_without_an_answer_is_forgotten(parrot, typed, monkeypatch):
+    bird = parrot("")
+    lines = iter(["Hello", "world"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    assert typed(commands.run_chat, bird)[0] == 0
+    assert bird.tokenizer.decode(bird.asked[1]) == "<用户>world<AI>"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--stop", "sea", "--stop", "dog"), ("--stop", "dog", "--stop", "sea"), ("--stop", "sea", "dog"), ("--stop=dog",)],
+)
+def test_every_stop_counts(parrot, typed, flags):
+    bird = parrot("The fox and the dog, to the end.")
+    for run in (commands.run_generate, commands.run_chat):
+        out = typed(run, bird, "--help")[1]
+        assert "--stop TEXT [TEXT ...]" in out and "(repeatable)" in out
+    assert typed(commands.run_generate, bird, *flags, "--verbose", "False")[:2] == (0, "The fox and the \n")
+
+
+def test_an_empty_stop_is_refused_before_anything_is_loaded(parrot, typed):
+    bird = parrot("The fox")
+    code, _, error = typed(commands.run_generate, bird, "--stop", "")
+    assert (code, error, bird.loaded) == (2, "error: a stop string must not be empty.\n", {})
+
+
+def test_extra_eos_token(parrot, typed):
+    bird = parrot("The fox\nand the dog<|im_start|> sleeps", **chatml())
+    quiet = ("--verbose", "False", "--extra-eos-token")
+    assert typed(commands.run_generate, bird, *quiet, "<|im_start|>")[:2] == (0, "The fox\nand the dog\n")
+    assert typed(commands.run_generate, bird, *quiet, "<|im_start|>", "\n")[:2] == (0, "The fox\n")
+    code, out, error = typed(commands.run_generate, bird, *quiet, "<nothing>")
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith("error: the vocabulary has no token '<nothing>'")
+
+
+def test_the_adapter_is_handed_to_load(parrot, typed, monkeypatch):
+    bird = parrot("")
+    assert typed(commands.run_generate, bird, "--adapter-path", "some/adapter")[0] == 0
+    assert bird.loaded.pop("adapter") == "some/adapter"
+    monkeypatch.setattr("builtins.input", lambda prompt: "/quit")
+    assert typed(commands.run_chat, bird, "--adapter-path", "some/adapter")[0] == 0
+    assert bird.loaded["adapter"] == "some/adapter"
+
+
+def test_prefill_response(parrot, typed):
+    bird = parrot(" the fox.")
+    flags = ("--prompt", "Hello", "--verbose", "False", "--prefill-response", "It is ")
+    assert typed(commands.run_generate, bird, *flags)[0] == 0
+    assert bird.asked == [bird.tokenizer.encode("<用户>Hello<AI>It is")]
+
+
+def test_chat_template_config(parrot, typed):
+    template = "{{ mode }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ tools[0].name if tools }}"
+    bird = parrot("", chat_template=template)
+    config = '{"mode": "The fox", "tools": [{"name": "dog</s>"}]}'
+    assert typed(commands.run_generate, bird, "--prompt", "Hello", "--chat-template-config", config)[0] == 0
+    assert bird.tokenizer.decode(bird.asked[0]) == "The foxHellodog</s>"
+    assert 2 not in bird.asked[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--chat-template-config", '{"a":' + "[" * 800 + "]" * 800 + "}"], "template variables are"),
+        (["--chat-template-config", "{"], "--chat-template-config is not JSON"),
+        (["--chat-template-config", "[" * 100_000], "--chat-template-config is not JSON"),
+        (["--chat-template-config", "[1]"], "must be a JSON object"),
+        (["--chat-template-config", '{"messages": []}'], "template variable messages cannot be given"),
+        (["--ignore-chat-template", "--prefill-response", "It"], "--prefill-response needs the chat template"),
+        (["--ignore-chat-template", "--system-prompt", "It"], "--system-prompt needs the chat template"),
+        (["--ignore-chat-template", "--chat-template-config", "{}"], "--chat-template-config needs the chat template"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_flags_of_the_template_that_cannot_be_used(parrot, typed, flags, said):
+    code, out, error = typed(commands.run_generate, parrot("The fox"), *flags)
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert said in error
+
+
+SEAMS = ["It is", "It is ", "你好，", "", " ", "\n", "Hello</s>", "Hello</", "<|im_end|>\n", "<|im_st"]
+
+
+@pytest.mark.parametrize("begun", SEAMS)
+def test_the_prompt_goes_on_in_the_final_message(parrot, begun):
+    """As the beginning of a whole conversation of that text; special tokens spelled in it stay text."""
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": begun}]
+    bird = parrot("")
+    ids = bird.tokenizer.apply_chat(messages, continue_final_message=True)
+    assert bird.tokenizer.decode(ids) == "<用户>Hello<AI>" + begun.strip()
+    assert 2 not in ids and ids.count(1) == 1
+    bird = parrot("", **chatml())
+    start, asked = bird.tokenizer.token_to_id("<|im_start|>"), bird.tokenizer.apply_chat(messages[:1])
+    ids = bird.tokenizer.apply_chat(messages, continue_final_message=True)
+    assert bird.tokenizer.decode(ids) == bird.tokenizer.decode(asked) + begun
+    assert [i for i in ids if i in (1, 2, *bird.tokenizer.eos_token_ids, start)] == [
+        i for i in asked if i in (1, 2, *bird.tokenizer.eos_token_ids, start)
+    ]
+    if "<" not in begun:
+        assert ids == bird.tokenizer.encode(
+            f"<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n{begun}"
+        )  # one text with what the template writes before it
+
+
+def test_a_template_that_strips_what_stands_before_the_answer_is_left_whole(parrot):
+    template = tiny.CHATML.replace("message['content']", "message['content'].strip()")
+    bird = parrot("", **chatml(chat_template=template))
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": " \n"}]
+    assert bird.tokenizer.apply_chat(messages, continue_final_message=True) == bird.tokenizer.apply_chat(messages[:1])
+
+
+def test_a_template_without_the_final_message_is_refused(parrot):
+    bird = parrot("", chat_template="{{ messages[0].content }}")
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "It"}]
+    with pytest.raises(InputError, match="leaves out the message"):
+        bird.tokenizer.apply_chat(messages, continue_final_message=True)
+
+
+@pytest.mark.parametrize("variables", [{"a": {1, 2}}, {"a": "\ud83d"}, {"add_generation_prompt": True}])
+def test_template_variables_that_cannot_be_used(parrot, variables):
+    with pytest.raises(InputError, match="template variable|surrogate"):
+        parrot("").tokenizer.apply_chat([{"role": "user", "content": "Hello"}], variables=variables)
+
+
+@pytest.mark.parametrize(("required", "code"), [(None, 0), ("0", 0), ("50", 0), ("50.1", 1), ("101", 2), ("nan", 2)])
+def test_a_share_of_the_sums_can_be_required(parrot, typed, required, code):
+    """A backend that knows the first of two sums, and goes on with a turn that is none of its business."""
+    answer = next(corpus.questions())["answer"]
+    bird = parrot(f"It is {answer}<用户>0")
+    flags = [] if required is None else ["--require-sums", required]
+    ended, out, error = typed(evaluation.run_evaluate, bird, "--limit", "2", *flags)
+    assert ended == code
+    assert error.count("\n") == (code > 0)
+    assert code == 2 or "sum             1 of    2 right, 50.0%" in out
