@@ -6,7 +6,7 @@ Dims: R = B T rows (tokens), C experts chosen for each, M = R C, E experts, D hi
 Which experts a token takes is known on the device alone, so the program must have one shape for all choices. It has
 one of three forms. A few rows (a decode step) index into the stacked weights and read the chosen experts' alone. Many
 are sorted by expert and cut into blocks of one expert each: `jax.lax.ragged_dot` would run every expert on every row
-and mask (8.0 times the operations in its program for a TPU v5e, blocks have 1.5; a sixth of their speed on a CPU). And
+and mask (8.0 times the operations in its program for a TPU v5e, blocks have 1.5; a fifth of their speed on a CPU). And
 where the experts are spread over devices, each device runs its own on all rows, so that no weights travel.
 Source of the semantics: modeling_minicpm.py of openbmb/MiniCPM-MoE-8x2B.
 """
