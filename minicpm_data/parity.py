@@ -187,7 +187,13 @@ class Reference:
         self.path = path
         self.arrays = _arrays(path)
         suffix = SUFFIXES[dtype]
-        self.suffix = suffix if any(key.endswith(suffix) for key in self.arrays) else ""
+        results = [key.removesuffix(suffix) for key in self.arrays if key.endswith(suffix)]
+        self.suffix = suffix if any(self.has_ids(result) for result in results) else ""
+
+    def has_ids(self, result: str) -> bool:
+        """Whether the ids are there that a result is of; logits_other_f32 without input_ids_other is none of ours."""
+        ending = result.partition("logits")[2]
+        return any(f"{ids}{ending}" in self.arrays for ids in ("input_ids", "prompt_ids"))
 
     def passes(self, config: ModelConfig) -> list[Pass]:
         found = []

@@ -1,8 +1,8 @@
 """From a checkpoint's file slices to placed (and, given a mesh, sharded) stacked arrays.
 
-The host holds two tensors at a time: each layer's slice is read, placed, and written into its row of the stacked array,
-which is donated and so updated in place, while the next one is read. Peak host memory is the weights (on a CPU) plus
-less than one layer.
+The host holds two tensors at a time: each is read, placed, and written into its row of the stacked array, which is
+donated and so updated in place, while the next one is read. Peak host memory is the weights (on a CPU) plus less than
+one layer.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from minicpm_data.of_checkpoint import tokenizer_of
 from minicpm_jax.model import Model, nested
-from minicpm_jax.sharding import automatic, partition_spec
+from minicpm_jax.sharding import automatic, partition_spec, splits
 from weights_io.casting import check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
@@ -42,8 +42,9 @@ def load(
 
     ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
     ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``revision``: a branch or commit of the hub.
-    ``mesh``: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor. Returns the model and its tokenizer (None
-    where the folder holds no tokenizer files). Raises `InputError` with one sentence where something cannot be used.
+    ``mesh``: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert. Returns the model and its tokenizer
+    (None where the folder holds no tokenizer files). Raises `InputError` with one sentence where something cannot be
+    used.
     """
     if adapter is not None:
         raise InputError("adapters are not supported yet; merge the adapter into the checkpoint and load that.")
@@ -59,7 +60,10 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | 
     mesh = None if mesh is None else automatic(mesh)
     with reading(checkpoint) as checkpoint:
         leaves = {p.name: _place(checkpoint, p, target, mesh) for p in parameters(checkpoint.config)}
-    return Model(nested(leaves), checkpoint.config, checkpoint.eos_token_ids)
+    model = Model(nested(leaves), checkpoint.config, checkpoint.eos_token_ids)
+    if mesh is not None and checkpoint.config.num_experts:
+        model.model.layers.mlp.experts.spread = splits("expert", checkpoint.config.num_experts, mesh)
+    return model
 
 
 def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh | None) -> jax.Array:
@@ -69,14 +73,15 @@ def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh 
         if mesh is None
         else NamedSharding(mesh, partition_spec(parameter.logical_axes(), shape, mesh))
     )
-    if not parameter.stacked:
+    stack = parameter.stack(checkpoint.config)
+    if not stack:
         return _read(checkpoint, names[0], shape, dtype, sharding)
-    row_sharding = sharding if mesh is None else NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+    row_sharding = sharding if mesh is None else NamedSharding(mesh, PartitionSpec(*sharding.spec[len(stack) :]))
     stacked = _zeros(shape, dtype, sharding)
-    for layer, name in enumerate(names):
-        row = _read(checkpoint, name, shape[1:], dtype, row_sharding)
+    for place, name in zip(np.ndindex(*stack), names, strict=True):
+        row = _read(checkpoint, name, shape[len(stack) :], dtype, row_sharding)
         stacked.block_until_ready()  # the row before this one is written and given up: else rows would pile up
-        stacked = _set_row(stacked, row, layer, sharding)
+        stacked = _set_row(stacked, row, place, sharding)
     return stacked
 
 
@@ -103,6 +108,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _set_row(stacked: jax.Array, row: jax.Array, layer: int, sharding: Any) -> jax.Array:
-    updated = jax.lax.dynamic_update_index_in_dim(stacked, row, layer, 0)
+def _set_row(stacked: jax.Array, row: jax.Array, place: tuple[int, ...], sharding: Any) -> jax.Array:
+    update = row.reshape((1,) * len(place) + row.shape)
+    updated = jax.lax.dynamic_update_slice(stacked, update, (*place, *(0,) * row.ndim))
     return jax.lax.with_sharding_constraint(updated, sharding)

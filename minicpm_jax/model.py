@@ -17,7 +17,9 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_data.token_ids import checked_ids
+from minicpm_jax.arithmetic import divided, gated, precision, scaled
 from minicpm_jax.attention import Attention, Cache, Positions, positions_of
+from minicpm_jax.moe import MoE
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -58,16 +60,17 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, weights: dict[str, Any]):
+    def __init__(self, weights: dict[str, Any], config: ModelConfig):
         self.gate_proj = Linear(weights["gate_proj"]["weight"])
         self.up_proj = Linear(weights["up_proj"]["weight"])
         self.down_proj = Linear(weights["down_proj"]["weight"])
+        self.threshold = config.activation_threshold
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         with jax.named_scope("mlp"):
-            return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.threshold))
 
 
 class DecoderLayer(nnx.Module):
@@ -76,7 +79,11 @@ class DecoderLayer(nnx.Module):
         projections = {name: Linear(part["weight"]) for name, part in weights["self_attn"].items()}
         self.self_attn = Attention(projections, config)
         self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"]["weight"], config.rms_norm_eps)
-        self.mlp = MLP(weights["mlp"])
+        if config.num_experts:
+            router = Linear(weights["mlp"]["gate"]["weight"])
+            self.mlp: MLP | MoE = MoE(router, weights["mlp"]["experts"], config)
+        else:
+            self.mlp = MLP(weights["mlp"], config)
         self.residual_scale = config.residual_scale
 
     def __call__(
@@ -167,21 +174,6 @@ class Model(nnx.Module):
 @jax.jit
 def _logits(model: Model, ids, mask):
     return model.head(model.hidden_states(ids, positions_of(model.config, ids.shape, mask=mask)))
-
-
-def scaled(x: Array, factor: float) -> Array:
-    """x * factor with the product in float32, rounded once to x's dtype, as PyTorch does."""
-    return (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-def divided(x: Array, divisor: float) -> Array:
-    """x / divisor, rounded likewise."""
-    return (x.astype(jnp.float32) / divisor).astype(x.dtype)
-
-
-def precision(x: Array) -> jax.lax.Precision | None:
-    """float32 means float32: TPUs would otherwise round float32 operands to bfloat16."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

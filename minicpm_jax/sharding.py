@@ -4,15 +4,18 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from weights_io.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")  # of a mesh; data splits batches, and no weights
+AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
 
-# Logical axis -> mesh axis. Matrices are split over fsdp along the hidden size and over tensor along the other one.
+# Logical axis -> mesh axis. Matrices are split over fsdp along the hidden size and over tensor along the other one;
+# the router is small and every device sends its own tokens.
 RULES = {
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "expert": "expert",
+    "router": None,
     "layers": None,
 }
 
@@ -30,5 +33,10 @@ def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
     spec = []
     for axis, size in zip(axes, shape, strict=True):
         name = RULES[axis]
-        spec.append(name if name in mesh.shape and size % mesh.shape[name] == 0 else None)
+        spec.append(name if splits(name, size, mesh) else None)
     return PartitionSpec(*spec)
+
+
+def splits(name: str | None, size: int, mesh: Mesh) -> bool:
+    """Whether the mesh has that axis and it divides a dimension of that size."""
+    return name in mesh.shape and size % mesh.shape[name] == 0

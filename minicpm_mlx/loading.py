@@ -2,8 +2,8 @@
 
 Safetensors are mapped lazily: each tensor is looked through for NaN, one at a time, and read into its array when it is
 first used. `mx.load` reads neither PyTorch's nor all GGUF files, and no file with a float64 tensor in it, and casting
-lazily would hold every tensor twice: there, one tensor after the other is read and cast. Either way, peak memory is the
-weights plus one tensor.
+lazily would hold every tensor twice: there, one tensor after the other is read and cast. A layer's experts are read and
+stacked, one of their three matrices at a time. Peak memory is the weights plus one tensor, or one such stack.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.hub import resolve
+from weights_io.parameters import parameters
 from weights_io.progress import reading
 
 if TYPE_CHECKING:
@@ -53,8 +54,13 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
     target = check_dtype(dtype or checkpoint.dtype)
     model = Model(checkpoint.config, checkpoint.eos_token_ids)
     mapped = _mapped(checkpoint)
+    leaves = {}
     with reading(checkpoint) as checkpoint:
-        model.load_weights([(name, _read(checkpoint, name, target, mapped)) for name in checkpoint.tensors])
+        for parameter in parameters(checkpoint.config):
+            for name, tensors in parameter.layers(checkpoint.config).items():
+                arrays = [_read(checkpoint, tensor, target, mapped) for tensor in tensors]
+                leaves[name] = _stacked(arrays) if parameter.of_expert else arrays[0]
+    model.load_weights(list(leaves.items()))
     return model.eval()
 
 
@@ -68,11 +74,20 @@ def _mapped(checkpoint: Checkpoint) -> dict[str, mx.array]:
     return arrays
 
 
+def _stacked(arrays: list[mx.array]) -> mx.array:
+    """[E, ...] of E arrays, which are given up."""
+    stacked = mx.stack(arrays)
+    arrays.clear()
+    mx.eval(stacked)
+    mx.clear_cache()
+    return stacked
+
+
 def _read(checkpoint: Checkpoint, name: str, dtype: str, mapped: dict[str, mx.array]) -> mx.array:
     """One tensor of the files. bfloat16 goes by its bits; MLX has no float64 on a GPU."""
     data = checkpoint.read(name, dtype)
     if name in mapped and data.dtype.name == dtype:
-        return mapped[name]
+        return mapped.pop(name)  # else a stacked one would stay
     if data.dtype.name == "bfloat16":
         array = mx.array(data.view(np.uint16)).view(mx.bfloat16)
     else:

@@ -4,18 +4,20 @@ quantisation work on it.
 Dims: B batch, T new tokens, S cache slots, V vocabulary, D hidden, F intermediate, L layers,
       N query heads, K key/value heads, G = N / K, H head dimension.
 
-Attributes are named as the tensors in Hugging Face files, so parameters need no map.
+Attributes are named as the tensors in Hugging Face files, so parameters need no map; a layer's experts are stacked.
 Source of the semantics: modeling_minicpm.py of the released checkpoints; the scales are muP's (arXiv 2404.06395).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from minicpm_data.token_ids import checked_ids
+from minicpm_mlx.arithmetic import divided, gated, scaled
 from minicpm_mlx.attention import Attention, Positions, positions_of
+from minicpm_mlx.moe import MoE
 from weights_io.checkpoint import BUFFERS
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
@@ -23,16 +25,17 @@ from weights_io.parameters import HEAD, parameters
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.threshold = config.activation_threshold
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.threshold))
 
 
 class DecoderLayer(nn.Module):
@@ -42,7 +45,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if config.num_experts else MLP(config)
         self.residual_scale = config.residual_scale
 
     def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> mx.array:
@@ -132,13 +135,18 @@ class Model(nn.Module):
         return self.model.layers
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The files' tensors less those that are no parameters; for `mlx_lm.utils.load_model`. `loading` goes another
-        way, and refuses a stored head that differs from the embedding it is tied to."""
-        return {
+        """The files' tensors less those that are no parameters, experts stacked; for `mlx_lm.utils.load_model`.
+        `loading` goes another way, and refuses a stored head that differs from the embedding it is tied to."""
+        kept = {
             name: array
             for name, array in weights.items()
             if not (name.endswith(BUFFERS) or (self.config.tie_word_embeddings and name == HEAD.tensor))
         }
+        for parameter in parameters(self.config):
+            for name, tensors in parameter.layers(self.config).items():
+                if parameter.of_expert and kept.keys() >= set(tensors):  # else saved from here, and stacked already
+                    kept[name] = mx.stack([kept.pop(tensor) for tensor in tensors])
+        return kept
 
 
 class ModelArgs(ModelConfig):
@@ -151,34 +159,11 @@ class ModelArgs(ModelConfig):
         return ModelConfig.from_dict(own, source)
 
 
-def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """One Metal kernel for a chain of elementwise operations. On a CPU, MLX would start a C++ compiler: left alone."""
-    return mx.compile(function, shapeless=True) if mx.default_device() == mx.gpu else function
-
-
-@fused
-def gated(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up."""
-    return gate * mx.sigmoid(gate) * up
-
-
-@fused
-def scaled(x: mx.array, factor: float) -> mx.array:
-    """x * factor with the product in float32, rounded once to x's dtype, as PyTorch does."""
-    return (x.astype(mx.float32) * factor).astype(x.dtype)
-
-
-@fused
-def divided(x: mx.array, divisor: float) -> mx.array:
-    """x / divisor, rounded likewise."""
-    return (x.astype(mx.float32) / divisor).astype(x.dtype)
-
-
 def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
     """The model with weights that are never computed unless they are used: for shapes and memory estimates."""
     model = Model(config)
     leaves = {
-        n: mx.zeros(p.tensor_shape(config), getattr(mx, dtype)) for p in parameters(config) for n in p.tensors(config)
+        n: mx.zeros(p.layer_shape(config), getattr(mx, dtype)) for p in parameters(config) for n in p.layers(config)
     }
     model.load_weights(list(leaves.items()))
     return model
@@ -189,7 +174,7 @@ def initialise(config: ModelConfig, key: mx.array, dtype: str = "float32") -> Mo
     model, table = Model(config), parameters(config)
     leaves = {}
     for parameter, subkey in zip(table, mx.random.split(key, len(table)), strict=True):
-        names, shape = parameter.tensors(config), parameter.tensor_shape(config)
+        names, shape = parameter.layers(config), parameter.layer_shape(config)
         for name, layer_key in zip(names, mx.random.split(subkey, len(names)), strict=True):
             if parameter.init == "ones":
                 leaves[name] = mx.ones(shape, getattr(mx, dtype))

@@ -1,5 +1,6 @@
 """What loading a checkpoint costs a process of its own: for test_jax_loading.py and test_mlx_loading.py."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,10 +12,10 @@ import numpy as np
 
 from weights_io.config import ModelConfig
 from weights_io.files.safetensors import Computed
-from weights_io.parameters import DENSE, count, tensor_shapes
+from weights_io.parameters import count, parameters, tensor_shapes
 from weights_io.write import save_checkpoint
 
-CONFIG = ModelConfig(  # 194 MB in float32, 28 MB a layer
+DENSE = ModelConfig(  # 194 MB in float32, 28 MB a layer
     vocab_size=8000,
     hidden_size=768,
     intermediate_size=2048,
@@ -23,8 +24,10 @@ CONFIG = ModelConfig(  # 194 MB in float32, 28 MB a layer
     num_key_value_heads=12,
     head_dim=64,
 )
-WEIGHTS = 4 * count(CONFIG)  # bytes in float32
-LAYER = 4 * sum(math.prod(p.tensor_shape(CONFIG)) for p in DENSE if p.stacked)
+EXPERTS = dataclasses.replace(  # 251 MB, 57 MB a layer
+    DENSE, num_hidden_layers=4, intermediate_size=640, num_experts=8, num_experts_per_tok=2
+)
+CONFIGS = {"dense": DENSE, "experts": EXPERTS}
 MEASURED = Path("/proc/self/clear_refs").exists()  # Linux: its peak is this process's own, and can be set back
 # Loads twice, as the first time compiles. The peak counts from what the process holds before the second time.
 SCRIPT = """
@@ -50,13 +53,24 @@ print(json.dumps([status("VmHWM") - before, status("VmRSS") - before]))
 """
 
 
-def big_checkpoint(folder: Path) -> Path:
+def weights(name: str) -> int:
+    """Bytes in float32."""
+    return 4 * count(CONFIGS[name])
+
+
+def layer(name: str) -> int:
+    """Bytes in float32 of one layer."""
+    return 4 * sum(math.prod(p.layer_shape(CONFIGS[name])) for p in parameters(CONFIGS[name]) if p.stacked)
+
+
+def big_checkpoint(folder: Path, name: str) -> Path:
     dtype = np.dtype(np.float32)
 
     def tensor(shape: tuple[int, ...]) -> Computed:
         return Computed(shape, dtype, lambda: np.full(shape, 0.01, dtype))
 
-    save_checkpoint(folder, CONFIG, {name: tensor(shape) for name, shape in tensor_shapes(CONFIG)})
+    config = CONFIGS[name]
+    save_checkpoint(folder, config, {name: tensor(shape) for name, shape in tensor_shapes(config)})
     return folder
 
 

@@ -28,6 +28,10 @@ BASE = ModelConfig(
     scale_depth=1.4,
     dim_model_base=16,
 )
+EXPERTS = dataclasses.replace(BASE, num_experts=4, num_experts_per_tok=2)
+FATRELU = dataclasses.replace(BASE, hidden_act="fatrelu", hidden_act_param=0.1)
+# What the fields are changed in that mean nothing in BASE.
+BASES = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS, "hidden_act_param": FATRELU}
 # One other value for each field; where the weights keep their shapes, nothing but the field can move the logits.
 CHANGES = {
     "model_type": "llama",
@@ -38,6 +42,10 @@ CHANGES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 4,
     "head_dim": 16,
+    "num_experts": 5,
+    "num_experts_per_tok": 1,
+    "hidden_act": "relu",
+    "hidden_act_param": 0.2,
     "rms_norm_eps": 1e-1,
     "rope_theta": 90.0,
     "rope_scaling": RopeScaling("dynamic", 3.0),
@@ -95,42 +103,51 @@ def backend(request):
 
 @pytest.fixture(scope="module")
 def base_logits(backend):
-    return np.asarray(backend[0](checkpoint(BASE))(IDS))
+    return {base: np.asarray(backend[0](checkpoint(base))(IDS)) for base in (BASE, EXPERTS, FATRELU)}
 
 
 def test_every_field_is_changed_below():
-    supported_once = {"hidden_act"}  # silu only; anything else is refused
-    assert {field.name for field in dataclasses.fields(ModelConfig)} == CHANGES.keys() | supported_once
-    assert all(getattr(BASE, name) != value for name, value in CHANGES.items())
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == CHANGES.keys()
+    assert all(getattr(BASES.get(name, BASE), name) != value for name, value in CHANGES.items())
 
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_field_moves_logits(backend, base_logits, field):
     load_weights, initialise = backend
-    config = dataclasses.replace(BASE, **{field: CHANGES[field]})
+    base = BASES.get(field, BASE)
+    config = dataclasses.replace(base, **{field: CHANGES[field]})
     if field == "initializer_range":
         before, after = np.asarray(initialise(BASE)(IDS)), np.asarray(initialise(config)(IDS))
     else:
-        before, after = base_logits, np.asarray(load_weights(checkpoint(config))(IDS))
+        before, after = base_logits[base], np.asarray(load_weights(checkpoint(config))(IDS))
     assert np.isfinite(after).all()
     assert after.shape == (1, 12, config.vocab_size)
     assert after.shape != before.shape or np.abs(after - before).max() > 1e-3
 
 
+def test_kind_of_mlp_moves_logits(backend, base_logits):
+    """Dense, with experts, FATReLU, and with both."""
+    both = dataclasses.replace(EXPERTS, hidden_act="fatrelu", hidden_act_param=0.1)
+    kinds = [*base_logits.values(), np.asarray(backend[0](checkpoint(both))(IDS))]
+    for i, kind in enumerate(kinds):
+        assert all(np.abs(kind - other).max() > 1e-3 for other in kinds[:i])
+
+
 @pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0)])
 def test_kind_of_rope_scaling_moves_logits(backend, base_logits, scaling):
     config = dataclasses.replace(BASE, rope_scaling=scaling)
-    assert np.abs(np.asarray(backend[0](checkpoint(config))(IDS)) - base_logits).max() > 1e-3
+    assert np.abs(np.asarray(backend[0](checkpoint(config))(IDS)) - base_logits[BASE]).max() > 1e-3
 
 
+@pytest.mark.parametrize("base", [BASE, EXPERTS, FATRELU])
 @pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("dynamic", 4.0)])
-def test_backends_agree(scaling):
+def test_backends_agree(scaling, base):
     pytest.importorskip("mlx.core")
     pytest.importorskip("jax")
     from minicpm_jax.loading import load_weights as load_jax
     from minicpm_mlx.loading import load_weights as load_mlx
 
-    opened = checkpoint(dataclasses.replace(BASE, rope_scaling=scaling, tie_word_embeddings=scaling is None))
+    opened = checkpoint(dataclasses.replace(base, rope_scaling=scaling, tie_word_embeddings=scaling is None))
     ids, mask = np.tile(IDS, (3, 1)), np.ones((3, 12), int)
     mask[1, :4] = 0
     mask[2, 7:] = 0

@@ -17,7 +17,8 @@ from weights_io.convert import Options, main
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed, write_file
 from weights_io.llama_format import from_llama, to_llama
-from weights_io.write import save_checkpoint
+from weights_io.parameters import parameters
+from weights_io.write import save_checkpoint, unstacked
 
 BFLOAT16_EPSILON = 2.0**-7
 
@@ -83,6 +84,42 @@ def test_formats_that_leave_nothing_to_do_are_refused(reference):
         from_llama(minicpm.config, minicpm.tensors)
     with pytest.raises(InputError, match="scale_emb is -1"):
         from_llama(llama.config, llama.tensors, scale_emb=-1)
+
+
+@pytest.mark.parametrize("name", ["moe_8x2b", "s_1b"])
+def test_experts_and_fatrelu_are_rewritten_bit_for_bit(reference, tmp_path, name):
+    main(Options(model=str(reference(name)), to="hf", out=tmp_path / "out"))
+    source, written = open_checkpoint(reference(name)), open_checkpoint(tmp_path / "out")
+    assert written.config == source.config
+    assert written.tensors.keys() == source.tensors.keys()
+    for key, tensor in source.tensors.items():
+        np.testing.assert_array_equal(written.tensors[key].read(), tensor.read())
+
+
+@pytest.mark.parametrize("name, message", [("moe_8x2b", "a Llama has no experts"), ("s_1b", "a Llama has no FATReLU")])
+def test_a_llama_of_experts_or_fatrelu_is_refused(reference, tmp_path, name, message):
+    with pytest.raises(InputError, match=f"{message}.*; use --to hf"):
+        main(Options(model=str(reference(name)), to="llama", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_llama_keeps_relu(tmp_path):
+    source = open_checkpoint(tiny_model.write(tmp_path, hidden_act="relu"))
+    config, _ = to_llama(source.config, source.tensors)
+    assert config.to_dict()["hidden_act"] == "relu"
+    assert "hidden_act_param" not in config.to_dict()
+
+
+def test_stacked_experts_are_written_apart(reference, tmp_path):
+    """What training saves: arrays stacked over layers and experts."""
+    source = open_checkpoint(reference("moe_8x2b"))
+    stacked = {
+        p.name: np.stack([source.tensors[t].read() for t in p.tensors(source.config)]).reshape(p.shape(source.config))
+        for p in parameters(source.config)
+    }
+    save_checkpoint(tmp_path / "out", source.config, unstacked(source.config, stacked))
+    for key, tensor in open_checkpoint(tmp_path / "out").tensors.items():
+        np.testing.assert_array_equal(tensor.read(), source.tensors[key].read(), err_msg=key)
 
 
 def test_rounding_to_bfloat16_is_reported(reference, tmp_path, capsys):

@@ -12,7 +12,7 @@ from minicpm_data import generation
 from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
-FOLDERS = ["dense_1b", "dense_2b", "dense_untied", "llama_format", "long_128k"]
+FOLDERS = ["dense_1b", "dense_2b", "dense_untied", "llama_format", "long_128k", "moe_8x2b", "s_1b"]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,20 @@ def test_faults_of_the_weights_are_told_beside_what_is_known(model, capsys):
     tensors = {"model.norm.weight": Computed((96,), np.dtype(np.float32), lambda: np.ones(96, np.float32))}
     write_file(weights, tensors)
     assert any("28 missing" in problem for problem in inspect(model).problems)
+
+
+def test_experts_and_activation_are_told(reference):
+    report = inspect(reference("moe_8x2b"))
+    tensors = open_checkpoint(reference("moe_8x2b")).tensors
+    assert report.parameters == sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+    idle = [tensor for name, tensor in tensors.items() if re.search(r"experts\.[2-7]\.", name)]
+    assert report.parameters_active == report.parameters - sum(int(np.prod(tensor.shape)) for tensor in idle)
+    text = "\n".join(lines(report))
+    assert "MiniCPMForCausalLM (2 of 8 experts a token), tied head" in text
+    assert f"{report.parameters_active:,} active a token" in text
+    assert "MLP 40 (silu)" in text
+    text = "\n".join(lines(inspect(reference("s_1b"))))
+    assert "(dense)" in text and "active" not in text and "MLP 160 (fatrelu from 0.3 up)" in text
 
 
 def test_the_catalogue_answers_where_the_hub_cannot(monkeypatch):

@@ -11,7 +11,8 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
-from minicpm_jax import load  # noqa: E402
+from minicpm_jax import load, stream_generate  # noqa: E402
+from minicpm_jax.losses import packed_loss  # noqa: E402
 from minicpm_jax.train import weights_of  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
@@ -101,8 +102,40 @@ def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, m
         assert reads[stored] == [(stored.shape[0] // split, *stored.shape[1:])] * split, name
 
 
+@pytest.mark.parametrize(
+    "axes",
+    [{"expert": 8}, {"expert": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"tensor": 8}, {"fsdp": 8}],
+)
+def test_experts_on_a_mesh(reference, axes):
+    """Each device holds its experts, and logits, a cached step and gradients do not depend on where they are."""
+    folder = reference("moe_8x2b")  # E 8, D 64, F 40
+    data = np.load(folder / "reference.npz")
+    model, _ = load(folder, mesh=mesh_of(axes))
+    expert, fsdp, tensor = (axes.get(name, 1) for name in ("expert", "fsdp", "tensor"))
+    weights = weights_of(model)
+    w1 = weights["model.layers.mlp.experts.w1.weight"].addressable_shards
+    assert {shard.data.shape for shard in w1} == {(3, 8 // expert, 40 // tensor, 64 // fsdp)}
+    router = weights["model.layers.mlp.gate.weight"].addressable_shards
+    assert {shard.data.shape for shard in router} == {(3, 8, 64 // fsdp)}
+    assert model.model.layers.mlp.experts.spread == ("expert" in axes)
+    np.testing.assert_allclose(np.asarray(model(data["input_ids"])), data["logits"], rtol=0, atol=2e-5)
+    prompt, expected = data["prompt_ids"][0].tolist(), data["greedy_ids"][8:].tolist()
+    assert [r.token for r in stream_generate(model, None, prompt, max_tokens=24)] == expected
+    gradients = weights_of(jax.jit(jax.grad(packed_loss), static_argnums=2)(model, jnp.asarray(data["input_ids"]), 1))
+    whole = weights_of(jax.jit(jax.grad(packed_loss), static_argnums=2)(load(folder)[0], data["input_ids"], 1))
+    for name, gradient in gradients.items():
+        scale = np.abs(np.asarray(whole[name])).max()
+        np.testing.assert_allclose(gradient, whole[name], rtol=0, atol=1e-4 * scale, err_msg=name)
+
+
+def test_experts_that_the_mesh_does_not_divide_stay_whole(reference):
+    model, _ = load(reference("moe_8x2b"), mesh=Mesh(np.array(jax.devices()[:3]), ("expert",)))
+    assert weights_of(model)["model.layers.mlp.experts.w1.weight"].addressable_shards[0].data.shape == (3, 8, 40, 64)
+    assert not model.model.layers.mlp.experts.spread
+
+
 def test_an_axis_of_another_name_is_refused(folder):
-    with pytest.raises(InputError, match="the mesh has the axis 'model'; name its axes data, fsdp, tensor"):
+    with pytest.raises(InputError, match="the mesh has the axis 'model'; name its axes data, fsdp, tensor, expert"):
         load(folder, mesh=jax.make_mesh((8,), ("model",)))
 
 
@@ -138,9 +171,10 @@ def test_a_path_of_nothing_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not loading_cost.MEASURED, reason="needs Linux's /proc")
 @pytest.mark.parametrize("dtype, size", [("float32", 1.0), ("bfloat16", 0.5)])
-def test_peak_memory_is_the_weights_and_less_than_a_layer(tmp_path, dtype, size):
+@pytest.mark.parametrize("config", loading_cost.CONFIGS)
+def test_peak_memory_is_the_weights_and_less_than_a_layer(tmp_path, config, dtype, size):
     """Measured: 19 MB above the weights' 194 in float32, 16 above the 97 in bfloat16; a layer of the file has 28."""
-    folder = loading_cost.big_checkpoint(tmp_path / "model")
+    folder = loading_cost.big_checkpoint(tmp_path / "model", config)
     peak, held = loading_cost.peak_and_held("jax", folder, dtype)
-    weights = size * loading_cost.WEIGHTS
-    assert 0.95 * weights < held < peak < weights + loading_cost.LAYER
+    weights = size * loading_cost.weights(config)
+    assert 0.95 * weights < held < peak < weights + loading_cost.layer(config)

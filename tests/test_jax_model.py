@@ -23,7 +23,7 @@ from weights_io.errors import InputError  # noqa: E402
 from weights_io.parameters import parameters  # noqa: E402
 
 FOLDERS = ["dense_1b", "dense_2b", "dense_bf16", "dense_eps", "dense_untied", "llama_format", "long_128k"]
-FOLDERS += ["long_linear", "bin", "bin_sharded", "sharded"]
+FOLDERS += ["long_linear", "bin", "bin_sharded", "sharded", "moe_8x2b", "s_1b"]
 TOLERANCE = 2e-5  # measured: at most 3.5e-6; the original's own distance from float64 is 1e-5
 SMALL = ModelConfig(
     vocab_size=64,
@@ -265,14 +265,17 @@ def test_load(dense):
         load(dense.folder, dtype="int8")
 
 
+@pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("tied", [True, False])
-def test_initialise_follows_the_parameter_table(tied):
-    config = dataclasses.replace(SMALL, tie_word_embeddings=tied)
+def test_initialise_follows_the_parameter_table(tied, experts):
+    chosen = {"num_experts": experts, "num_experts_per_tok": experts // 2}
+    config = dataclasses.replace(SMALL, tie_word_embeddings=tied, **chosen)
     weights = weights_of(initialise(config, jax.random.key(0)))
     assert jnp.std(weights["model.embed_tokens.weight"]) == pytest.approx(0.2, rel=0.05)
-    up = weights["model.layers.mlp.up_proj.weight"]
+    up = weights[f"model.layers.mlp.{'experts.w3' if experts else 'up_proj'}.weight"]
     assert jnp.std(up) == pytest.approx(0.2 / 2, rel=0.05)  # sqrt(64 / 16)
     assert not jnp.array_equal(up[0], up[1])
+    assert not experts or not jnp.array_equal(up[0, 0], up[0, 1])
     assert jnp.array_equal(weights["model.norm.weight"], jnp.ones(64))
     shapes = {name: array.shape for name, array in weights.items()}
     assert shapes == {parameter.name: parameter.shape(config) for parameter in parameters(config)}
@@ -281,7 +284,10 @@ def test_initialise_follows_the_parameter_table(tied):
     assert len(leaves) == len(shapes)  # nothing beside the table
 
 
-@pytest.mark.parametrize("name, parameters", [("minicpm-2b", 2_724_880_896), ("minicpm-1b", 1_360_246_272)])
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("minicpm-2b", 2_724_880_896), ("minicpm-1b", 1_360_246_272), ("minicpm-moe-8x2b", 13_873_291_776)],
+)
 def test_full_size_has_the_published_count_and_shapes(name, parameters):
     """As shapes: nothing is allocated."""
     config = ModelConfig.from_dict(dict(catalog.find(name).config))

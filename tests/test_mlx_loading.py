@@ -55,10 +55,11 @@ def test_a_path_of_nothing_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not loading_cost.MEASURED, reason="needs Linux's /proc")
 @pytest.mark.parametrize("dtype, size", [("float32", 1.0), ("bfloat16", 0.5)])
-def test_peak_memory_is_the_weights_and_less_than_a_layer(tmp_path, dtype, size):
+@pytest.mark.parametrize("config", loading_cost.CONFIGS)
+def test_peak_memory_is_the_weights_and_less_than_a_layer(tmp_path, config, dtype, size):
     """Measured: nothing above the weights' 194 MB where they are mapped; 13 above the 97 where they are cast to
     bfloat16, and a layer of the file has 28."""
-    folder = loading_cost.big_checkpoint(tmp_path / "model")
+    folder = loading_cost.big_checkpoint(tmp_path / "model", config)
     peak, held = loading_cost.peak_and_held("mlx", folder, dtype)
-    weights = size * loading_cost.WEIGHTS
-    assert 0.95 * weights < held <= peak < weights + loading_cost.LAYER
+    weights = size * loading_cost.weights(config)
+    assert 0.95 * weights < held <= peak < weights + loading_cost.layer(config)

@@ -13,6 +13,7 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models import cache as caches  # noqa: E402
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model  # noqa: E402
 
@@ -22,9 +23,10 @@ from minicpm_mlx.model import Model, ModelArgs, abstract, gated, initialise, sca
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
+from weights_io.parameters import parameters  # noqa: E402
 
 FOLDERS = ["dense_1b", "dense_2b", "dense_bf16", "dense_eps", "dense_untied", "llama_format", "long_128k"]
-FOLDERS += ["long_linear", "bin", "bin_sharded", "sharded"]
+FOLDERS += ["long_linear", "bin", "bin_sharded", "sharded", "moe_8x2b", "s_1b"]
 TOLERANCE = 2e-5  # measured: at most 4.2e-6; the original's own distance from float64 is 1e-5
 # A head dimension of 32, the smallest that a quantised cache takes.
 SMALL = ModelConfig(
@@ -279,14 +281,16 @@ def test_recomputed_layers_give_the_same_gradients(dense):
         assert mx.array_equal(a, b) and mx.abs(a).max() > 0
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_quantised_weights_pass_through_mlx_lm(tmp_path, tied):
-    config = dataclasses.replace(SMALL, tie_word_embeddings=tied)
+@pytest.mark.parametrize("tied, experts", [(True, 0), (False, 0), (True, 4)])
+def test_quantised_weights_pass_through_mlx_lm(tmp_path, tied, experts):
+    chosen = {"num_experts": experts, "num_experts_per_tok": experts // 2}
+    config = dataclasses.replace(SMALL, tie_word_embeddings=tied, **chosen)
     model = initialise(config, mx.random.key(0))
     ids = [[1, 2, 3, 4]]
     exact = model(ids)
     model, raw = quantize_model(model, config.to_dict(), group_size=32, bits=8)
     assert isinstance(model.model.embed_tokens, nn.QuantizedEmbedding)
+    assert not experts or isinstance(model.layers[0].mlp.experts.w1, QuantizedSwitchLinear)
     save_model(tmp_path, model)
     save_config(raw, tmp_path / "config.json")
     again, _ = load_model(tmp_path, get_model_classes=lambda config: (Model, ModelArgs))
@@ -323,14 +327,19 @@ def test_load(dense):
         load(dense.folder, dtype="int8")
 
 
-def test_initialise_follows_the_parameter_table():
-    model = initialise(SMALL, mx.random.key(0))
+@pytest.mark.parametrize("experts", [0, 4])
+def test_initialise_follows_the_parameter_table(experts):
+    config = dataclasses.replace(SMALL, num_experts=experts, num_experts_per_tok=experts // 2)
+    model = initialise(config, mx.random.key(0))
     assert mx.std(model.model.embed_tokens.weight).item() == pytest.approx(0.2, rel=0.05)
-    assert mx.std(model.layers[0].mlp.up_proj.weight).item() == pytest.approx(0.2 / 2, rel=0.05)  # sqrt(64 / 16)
-    assert not mx.array_equal(model.layers[0].mlp.up_proj.weight, model.layers[1].mlp.up_proj.weight)
+    ups = [layer.mlp.experts.w3.weight if experts else layer.mlp.up_proj.weight for layer in model.layers]
+    assert mx.std(ups[0]).item() == pytest.approx(0.2 / 2, rel=0.05)  # sqrt(64 / 16)
+    assert not mx.array_equal(ups[0], ups[1])
+    assert not experts or not mx.array_equal(ups[0][0], ups[0][1])
     assert mx.array_equal(model.model.norm.weight, mx.ones(64))
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
-    assert shapes == {name: array.shape for name, array in tree_flatten(abstract(SMALL).parameters())}
+    assert shapes == {name: p.layer_shape(config) for p in parameters(config) for name in p.layers(config)}
+    assert shapes == {name: array.shape for name, array in tree_flatten(abstract(config).parameters())}
 
 
 def test_without_mlx_the_package_names_the_extra():

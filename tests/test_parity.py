@@ -64,7 +64,10 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize(
     "name, cases",
-    [("dense_2b", PASSES + GREEDY), ("dense_untied", PASSES + GREEDY), ("long_128k", PASSES + GREEDY + LONG + CHUNKED)],
+    [
+        *((name, PASSES + GREEDY) for name in ("dense_2b", "dense_untied", "moe_8x2b", "s_1b")),
+        ("long_128k", PASSES + GREEDY + LONG + CHUNKED),
+    ],
 )
 def test_a_reference_holds(check, reference, name, cases):
     code, found, summary, _ = check(reference(name), reference(name) / "reference.npz")

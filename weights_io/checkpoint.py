@@ -13,7 +13,7 @@ from weights_io.casting import check_finite, numpy_dtype
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.parameters import HEAD, tensor_shapes
+from weights_io.parameters import HEAD, MOE, tensor_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 # Buffers that old files carry and every forward pass computes for itself.
@@ -116,6 +116,7 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
     """The tensors of the table, in its order; missing, unexpected and misshapen ones are all in one `InputError`."""
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     copied_head = found.pop(HEAD.tensor, None) if config.tie_word_embeddings else None
+    _check_experts(config, found, path)
     expected = dict(tensor_shapes(config))
     faults = _listed("missing", [name for name in expected if name not in found])
     faults += _listed("unexpected", [name for name in found if name not in expected])
@@ -140,6 +141,22 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
     if copied_head is not None:
         _check_tied_head(found[EMBEDDING], copied_head, path)
     return {name: found[name] for name in expected}
+
+
+def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: Path) -> None:
+    """config.json and the files must agree on whether there are experts, else every tensor of an MLP is a fault."""
+    first = MOE[1].tensor.format(layer=0, expert=0)
+    stored = any(".mlp.experts." in name for name in found)
+    if config.num_experts and not stored:
+        raise InputError(
+            f"{path}: config.json has num_experts {config.num_experts} and the files hold no expert tensors ({first} "
+            "and the like); remove num_experts and num_experts_per_tok if the model is dense."
+        )
+    if stored and not config.num_experts:
+        raise InputError(
+            f"{path}: the files hold expert tensors ({first} and the like) and config.json has no num_experts; write "
+            "num_experts and num_experts_per_tok (8 and 2 in MiniCPM-MoE-8x2B) into it."
+        )
 
 
 def _listed(word: str, names: list[str]) -> list[str]:

@@ -16,7 +16,14 @@ from weights_io.errors import InputError
 # Defaults of the two configuration classes, where they differ (MiniCPM's class: configuration_minicpm.py of April 2024;
 # Llama's: transformers).
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "minicpm": {"tie_word_embeddings": True, "scale_emb": 1.0, "dim_model_base": 1, "scale_depth": 1.0},
+    "minicpm": {
+        "tie_word_embeddings": True,
+        "scale_emb": 1.0,
+        "dim_model_base": 1,
+        "scale_depth": 1.0,
+        "num_experts": None,
+        "num_experts_per_tok": None,
+    },
     "llama": {"tie_word_embeddings": False},
 }
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -28,13 +35,15 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
     "hidden_act": "silu",
+    "hidden_act_param": None,
     "max_position_embeddings": 2048,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "rope_scaling": None,
 }
-# Keys that would change the numbers if they held anything but these values.
+ACTIVATIONS = ("silu", "relu", "fatrelu")
+# Keys that would change the numbers if they held anything but these values, where the family has no such number.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -47,7 +56,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "quantization": (None,),
     "sparse_config": (None,),
-    "hidden_act_param": (None,),
     "is_decoder": (None, False, True),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -96,7 +104,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and scales of one dense decoder. Names are those of ``config.json``; every number moves the logits
+    """Shape and scales of one decoder. Names are those of ``config.json``; every number moves the logits
     (``max_position_embeddings`` under dynamic RoPE scaling, ``initializer_range`` those of a freshly made model)."""
 
     model_type: str = "minicpm"  # minicpm | llama
@@ -107,7 +115,10 @@ class ModelConfig:
     num_attention_heads: int = 32  # N
     num_key_value_heads: int = 32  # K
     head_dim: int = 128  # H
-    hidden_act: str = "silu"
+    num_experts: int = 0  # E; 0: dense
+    num_experts_per_tok: int = 0  # C, chosen for each token
+    hidden_act: str = "silu"  # silu | relu | fatrelu
+    hidden_act_param: float | None = None  # fatrelu's threshold
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -133,6 +144,11 @@ class ModelConfig:
         """The final hidden state is divided by this before the head, tied or not; it is also muP's width ratio."""
         return self.hidden_size / self.dim_model_base if self.model_type == "minicpm" else 1.0
 
+    @property
+    def activation_threshold(self) -> float | None:
+        """The activation is x where x >= this, else 0 (FATReLU, arXiv 2402.13516, eq. 3; ReLU at 0); None: SiLU."""
+        return {"silu": None, "relu": 0.0, "fatrelu": self.hidden_act_param}[self.hidden_act]
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
         """From the contents of ``config.json``. Every fault is an `InputError` that names ``source`` and the key."""
@@ -148,10 +164,10 @@ class ModelConfig:
             "architectures": [{"minicpm": "MiniCPMForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]],
             **dataclasses.asdict(self),
         }
-        if self.model_type == "llama":
-            for key in ("scale_emb", "scale_depth", "dim_model_base"):
-                del raw[key]
-        return raw
+        absent = ["scale_emb", "scale_depth", "dim_model_base"] if self.model_type == "llama" else []
+        absent += [] if self.num_experts else ["num_experts", "num_experts_per_tok"]
+        absent += ["hidden_act_param"] if self.hidden_act_param is None else []
+        return {key: value for key, value in raw.items() if key not in absent}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -188,7 +204,11 @@ class _Reader:
                 n, d = self.count(values, "num_attention_heads"), self.count(values, "hidden_size")
                 values[key] = n if key == "num_key_value_heads" else d // n
         values["rope_scaling"] = self.rope_scaling(values["rope_scaling"])
+        for key in {"num_experts", "num_experts_per_tok"} & values.keys():
+            values[key] = 0 if values[key] in (None, 0) else self.count(values, key)
         for key, value in values.items():
+            if key.startswith("num_experts"):
+                continue  # may be 0
             if key.startswith("num_") or key.endswith("_size") or key in ("head_dim", "dim_model_base"):
                 values[key] = self.count(values, key)
             elif key in ("rms_norm_eps", "rope_theta", "scale_emb", "scale_depth", "initializer_range"):
@@ -196,9 +216,9 @@ class _Reader:
         values["max_position_embeddings"] = self.count(values, "max_position_embeddings")
         if not isinstance(values["tie_word_embeddings"], bool):
             raise self.refuse(f"tie_word_embeddings is {values['tie_word_embeddings']!r}; it must be true or false.")
-        if values["hidden_act"] != "silu":
-            raise self.refuse(f"hidden_act {values['hidden_act']!r} is not supported; the dense MiniCPM uses 'silu'.")
+        values["hidden_act_param"] = self.threshold(values["hidden_act"], values["hidden_act_param"])
         config = ModelConfig(model_type=family, **values)
+        self.check_experts(config)
         if config.num_attention_heads % config.num_key_value_heads:
             raise self.refuse(
                 f"num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -226,20 +246,22 @@ class _Reader:
         unknown = [a for a in architectures if a not in known]
         if unknown or model_type not in FAMILY_DEFAULTS:
             name = unknown[0] if unknown else f"model_type {model_type!r}"
-            raise self.refuse(f"{name} is not supported; supported are {', '.join(known)} (dense).")
+            raise self.refuse(f"{name} is not supported; supported are {', '.join(known)}.")
         if architectures and known[architectures[0]] != model_type:
             raise self.refuse(f"model_type {model_type!r} contradicts architectures {architectures}; correct one.")
         return model_type
 
     def refuse_unknown(self, understood: set[str]) -> None:
         for key, value in self.raw.items():
-            if key in NEUTRAL:
+            if key in understood | HARMLESS:
+                continue
+            elif key in NEUTRAL:
                 items = value if isinstance(value, list) else [value]  # a list has one for each layer
                 if any(item not in NEUTRAL[key] for item in items):
                     raise self.refuse(
                         f"{key} = {shown(value)} changes the numbers and is not supported; take a model without it."
                     )
-            elif value is not None and key not in understood | HARMLESS:
+            elif value is not None:
                 raise self.refuse(
                     f"{key[:80]} = {shown(value)} is not understood and may change the numbers; "
                     "remove the key if it is only a note."
@@ -277,6 +299,40 @@ class _Reader:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= LARGEST:
             raise self.refuse(f"rope_scaling factor {shown(factor)} must be a number above 1 that float32 holds.")
         return RopeScaling(kind, float(factor))
+
+    def threshold(self, activation: Any, value: Any) -> float | None:
+        if activation not in ACTIVATIONS:
+            raise self.refuse(f"hidden_act {activation!r} is not supported; MiniCPM's are {', '.join(ACTIVATIONS)}.")
+        if activation != "fatrelu":
+            if value is not None:
+                raise self.refuse(f"hidden_act_param is {value!r}, and {activation} has no parameter; remove the key.")
+            return None
+        if value is None:
+            raise self.refuse(
+                'hidden_act is "fatrelu" and hidden_act_param, its threshold, is missing; write '
+                '"hidden_act_param": 0.01 into it, which is the ProSparse paper\'s value (arXiv 2402.13516, for models '
+                "of 7B and 13B), unless the model's card tells another."
+            )
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise self.refuse(f"hidden_act_param is {value!r}; the threshold of fatrelu must be a number of 0 or more.")
+        return float(value)
+
+    def check_experts(self, config: ModelConfig) -> None:
+        experts, chosen = config.num_experts, config.num_experts_per_tok
+        if experts and not chosen:
+            raise self.refuse(
+                f"num_experts is {experts} and num_experts_per_tok is 0 or missing; write how many experts a token "
+                "takes (2 in MiniCPM-MoE-8x2B)."
+            )
+        if chosen and not experts:
+            raise self.refuse(
+                f"num_experts_per_tok is {chosen} and num_experts is 0 or missing; write how many experts there are "
+                "(8 in MiniCPM-MoE-8x2B), or remove both keys if the model is dense."
+            )
+        if chosen > experts:
+            raise self.refuse(
+                f"num_experts_per_tok {chosen} is above num_experts {experts}; a token takes each expert at most once."
+            )
 
     def count(self, values: dict[str, Any], key: str) -> int:
         value = values[key]

@@ -15,10 +15,9 @@ from weights_io.checkpoint import BUFFERS, check_tensors, check_vocabulary, spec
 from weights_io.config import COMMON_DEFAULTS, FAMILY_DEFAULTS, ModelConfig, read_json, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor
-from weights_io.parameters import DENSE, HEAD, count
+from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 
 DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
-EMBEDDING = DENSE[0]
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Report:
     architecture: str
     parameters: int
     parameters_without_embedding: int  # nor head, where it has weights of its own
+    parameters_active: int  # those that one token is computed with: fewer where a token takes some of the experts
     dtype: str  # what a loader takes if not told otherwise
     stored: dict[str, int]  # dtype or quantised type in the files -> number of tensors
     bytes: int  # of the weight files
@@ -146,6 +146,7 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
         architecture=config.to_dict()["architectures"][0],
         parameters=count(config),
         parameters_without_embedding=count(config) - embeddings,
+        parameters_active=count_active(config),
         dtype=stored_dtype(dict(raw)) or (embedding.dtype.name if embedding is not None else "float32"),
         stored=dict(stored),
         bytes=sum(file["bytes"] for file in files.values()),
@@ -180,15 +181,26 @@ def lines(report: Report) -> list[str]:
     tokenizer = report.tokenizer or ("none" if report.files else "unknown")
     if report.tokenizer_ids is not None:
         tokenizer += f", {report.tokenizer_ids:,} ids"
+    kind, parameters = (
+        "dense",
+        f"{report.parameters:,} ({report.parameters_without_embedding:,} without embedding and head)",
+    )
+    if config["num_experts"]:
+        kind = f"{config['num_experts_per_tok']} of {config['num_experts']} experts a token"
+        parameters += f", {report.parameters_active:,} active a token"
+    activation = config["hidden_act"]
+    if config["hidden_act_param"] is not None:
+        activation += f" from {config['hidden_act_param']:g} up"
     table = {
         "model": report.source,
-        "architecture": f"{report.architecture} (dense), {'tied' if config['tie_word_embeddings'] else 'untied'} head",
-        "parameters": f"{report.parameters:,} ({report.parameters_without_embedding:,} without embedding and head)",
+        "architecture": f"{report.architecture} ({kind}), {'tied' if config['tie_word_embeddings'] else 'untied'} head",
+        "parameters": parameters,
         "dtype": f"{report.dtype}; tensors stored as {stored}" if stored else report.dtype,
         "size": f"{report.bytes:,} bytes" if report.files else "unknown",
         "context": f"{report.context_length:,} tokens, {rope}",
         "shape": f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, MLP "
-        f"{config['intermediate_size']}, {heads} of {config['head_dim']}, vocabulary {config['vocab_size']:,}",
+        f"{config['intermediate_size']} ({activation}), {heads} of {config['head_dim']}, vocabulary "
+        f"{config['vocab_size']:,}",
         "scales": f"embedding x {derived['embedding_scale']:g}, residual x {derived['residual_scale']:.7g}, "
         f"logits / {derived['logit_divisor']:.7g}",
         "norm": f"RMS, epsilon {config['rms_norm_eps']:g}",

@@ -31,10 +31,17 @@ def to_llama(
     """Config and tensors of the Llama with the same logits, in float32 up to its rounding.
 
     ``dtype`` is what the folded tensors are rounded to (None: each one's own); ``rounding`` collects, while they are
-    read, what that cost. Raises `InputError` where the model is a Llama already.
+    read, what that cost. Raises `InputError` where the model is a Llama already, or has what a Llama has not: experts
+    or FATReLU (a Llama with ReLU is one: ``hidden_act`` is kept).
     """
     if config.model_type == "llama":
         raise InputError("the model is in the Llama format already; there is nothing to fold.")
+    if config.num_experts:
+        raise InputError("a Llama has no experts, so that an MoE cannot be written as one; use --to hf.")
+    if config.hidden_act == "fatrelu":
+        raise InputError(
+            "a Llama has no FATReLU, and with another activation it would compute something else; use --to hf."
+        )
     llama = dataclasses.replace(
         config, model_type="llama", tie_word_embeddings=False, scale_emb=1.0, scale_depth=1.0, dim_model_base=1
     )

@@ -1,8 +1,9 @@
 """The one parameter table: what a model holds, under which name, in which shape, and how it begins.
 
 Loader, exporter, abstract shapes, shardings, initialisation and both backends read this table; there is no second list.
-A parameter's ``name`` is its path in the JAX model, where the layers are stacked on axis 0; its ``tensor`` is the name
-in Hugging Face files and in the MLX model, one for each layer. Matrices keep the [out, in] order of the files.
+A parameter's ``tensor`` is its name in Hugging Face files, one for each layer and expert. The MLX model stacks the
+experts of a layer; the JAX model, where ``name`` is its path, stacks the layers too. A stacked index leaves the name.
+Matrices keep the [out, in] order of the files.
 """
 
 import math
@@ -14,35 +15,59 @@ from weights_io.config import ModelConfig
 
 @dataclass(frozen=True)
 class Parameter:
-    tensor: str  # "model.layers.{layer}.mlp.up_proj.weight"
-    dims: str  # one letter a dimension, of one layer: "F D"
+    tensor: str  # "model.layers.{layer}.mlp.experts.{expert}.w1.weight"
+    dims: str  # one letter a dimension, of one tensor: "F D"
     axes: tuple[str, ...]  # logical axes of those dimensions, for sharding rules
     init: str  # embedding | matrix | ones
 
     @property
     def name(self) -> str:
-        """Path in the JAX model: ``model.layers.mlp.up_proj.weight``."""
-        return self.tensor.replace(".{layer}", "")
+        """Path in the JAX model: ``model.layers.mlp.experts.w1.weight``."""
+        return self.tensor.replace(".{layer}", "").replace(".{expert}", "")
 
     @property
     def stacked(self) -> bool:
+        """Whether each layer has one (or one for each expert)."""
         return "{layer}" in self.tensor
+
+    @property
+    def of_expert(self) -> bool:
+        return "{expert}" in self.tensor
+
+    def layers(self, config: ModelConfig) -> dict[str, list[str]]:
+        """Its names in the MLX model, one for each layer -> the Hugging Face names of the experts stacked there."""
+        layers = range(config.num_hidden_layers if self.stacked else 1)
+        experts = range(config.num_experts if self.of_expert else 1)
+        return {
+            self.tensor.replace(".{expert}", "").format(layer=i): [
+                self.tensor.format(layer=i, expert=e) for e in experts
+            ]
+            for i in layers
+        }
 
     def tensors(self, config: ModelConfig) -> list[str]:
         """Its Hugging Face names, in stacking order."""
-        return [self.tensor.format(layer=i) for i in range(config.num_hidden_layers)] if self.stacked else [self.tensor]
+        return [tensor for experts in self.layers(config).values() for tensor in experts]
+
+    def stack(self, config: ModelConfig) -> tuple[int, ...]:
+        """Sizes of the stacked axes, [L, E] at most: ``np.ndindex`` of them goes through `tensors` in order."""
+        return (config.num_hidden_layers,) * self.stacked + (config.num_experts,) * self.of_expert
 
     def tensor_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of one tensor in the files."""
         return tuple(dimensions(config)[d] for d in self.dims.split())
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Shape in the JAX model: stacked over layers where it belongs to one."""
-        return (config.num_hidden_layers,) * self.stacked + self.tensor_shape(config)
+        """Shape in the JAX model: stacked over layers and experts where it belongs to one."""
+        return self.stack(config) + self.tensor_shape(config)
+
+    def layer_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Shape in the MLX model: stacked over experts."""
+        return self.shape(config)[self.stacked :]
 
     def logical_axes(self) -> tuple[str, ...]:
         """One logical axis for each dimension of `shape`."""
-        return ("layers",) * self.stacked + self.axes
+        return ("layers",) * self.stacked + ("expert",) * self.of_expert + self.axes
 
     def init_std(self, config: ModelConfig) -> float:
         """Standard deviation at the start; muP divides a matrix's by sqrt(D / dim_model_base) (arXiv 2404.06395)."""
@@ -54,27 +79,38 @@ class Parameter:
         return 1 / config.logit_divisor if self.init == "matrix" else 1.0
 
 
-# V vocabulary, D hidden, F intermediate, N query heads, K key/value heads, H head dimension.
+# V vocabulary, D hidden, F intermediate, N query heads, K key/value heads, H head dimension, E experts.
 _LAYER = "model.layers.{layer}."
-DENSE = (
-    Parameter("model.embed_tokens.weight", "V D", ("vocab", "embed"), "embedding"),
+_EXPERT = _LAYER + "mlp.experts.{expert}."
+EMBEDDING = Parameter("model.embed_tokens.weight", "V D", ("vocab", "embed"), "embedding")
+ATTENTION = (
     Parameter(_LAYER + "input_layernorm.weight", "D", ("embed",), "ones"),
     Parameter(_LAYER + "self_attn.q_proj.weight", "NH D", ("heads", "embed"), "matrix"),
     Parameter(_LAYER + "self_attn.k_proj.weight", "KH D", ("kv_heads", "embed"), "matrix"),
     Parameter(_LAYER + "self_attn.v_proj.weight", "KH D", ("kv_heads", "embed"), "matrix"),
     Parameter(_LAYER + "self_attn.o_proj.weight", "D NH", ("embed", "heads"), "matrix"),
     Parameter(_LAYER + "post_attention_layernorm.weight", "D", ("embed",), "ones"),
+)
+MLP = (
     Parameter(_LAYER + "mlp.gate_proj.weight", "F D", ("mlp", "embed"), "matrix"),
     Parameter(_LAYER + "mlp.up_proj.weight", "F D", ("mlp", "embed"), "matrix"),
     Parameter(_LAYER + "mlp.down_proj.weight", "D F", ("embed", "mlp"), "matrix"),
-    Parameter("model.norm.weight", "D", ("embed",), "ones"),
 )
+MOE = (
+    Parameter(_LAYER + "mlp.gate.weight", "E D", ("router", "embed"), "matrix"),
+    Parameter(_EXPERT + "w1.weight", "F D", ("mlp", "embed"), "matrix"),  # gate
+    Parameter(_EXPERT + "w2.weight", "D F", ("embed", "mlp"), "matrix"),  # down
+    Parameter(_EXPERT + "w3.weight", "F D", ("mlp", "embed"), "matrix"),  # up
+)
+NORM = Parameter("model.norm.weight", "D", ("embed",), "ones")
 HEAD = Parameter("lm_head.weight", "V D", ("vocab", "embed"), "embedding")
+DENSE = (EMBEDDING, *ATTENTION, *MLP, NORM)
 
 
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """The table of this architecture; a tied head has no parameter of its own."""
-    return DENSE if config.tie_word_embeddings else (*DENSE, HEAD)
+    table = (EMBEDDING, *ATTENTION, *MOE, NORM) if config.num_experts else DENSE
+    return table if config.tie_word_embeddings else (*table, HEAD)
 
 
 def dimensions(config: ModelConfig) -> dict[str, int]:
@@ -85,6 +121,7 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
         "F": config.intermediate_size,
         "NH": config.num_attention_heads * config.head_dim,
         "KH": config.num_key_value_heads * config.head_dim,
+        "E": config.num_experts,
     }
 
 
@@ -96,5 +133,12 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def count(config: ModelConfig) -> int:
-    """Number of parameters; 2,724,880,896 for MiniCPM-2B."""
+    """Number of parameters; 2,724,880,896 for MiniCPM-2B, 13,873,291,776 for MiniCPM-MoE-8x2B."""
     return sum(math.prod(parameter.shape(config)) for parameter in parameters(config))
+
+
+def count_active(config: ModelConfig) -> int:
+    """Number of parameters that one token is computed with; 4,318,142,976 of MiniCPM-MoE-8x2B's."""
+    idle = config.num_experts - config.num_experts_per_tok
+    experts = [parameter for parameter in parameters(config) if parameter.of_expert]
+    return count(config) - idle * sum(math.prod(p.shape(config)) // config.num_experts for p in experts)

@@ -17,7 +17,7 @@ from weights_io.errors import InputError
 from weights_io.files.folder import SIDE_FILES
 from weights_io.files.safetensors import Computed, write_file
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.parameters import DENSE, HEAD, parameters, tensor_shapes
+from weights_io.parameters import EMBEDDING, HEAD, parameters, tensor_shapes
 from weights_io.progress import progress_bar
 
 Tensor = LazyTensor | Computed
@@ -109,17 +109,19 @@ def check_output(out: Path, source: Path | None = None) -> Path:
 
 
 def unstacked(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Computed]:
-    """Arrays under the names of the parameter table, layers stacked on axis 0 -> tensors under Hugging Face names.
+    """Arrays under the names of the parameter table, stacked over layers and experts -> tensors under Hugging Face
+    names.
 
-    Anything that ``np.asarray`` takes will do, e.g. ``jax.Array``; one layer at a time is fetched, when it is written.
+    Anything that ``np.asarray`` takes will do, e.g. ``jax.Array``; one tensor at a time is fetched, when it is written.
     """
     tensors = {}
     for parameter in parameters(config):
         array = arrays[parameter.name]
-        for layer, tensor in enumerate(parameter.tensors(config)):
+        places = np.ndindex(*parameter.stack(config))  # of nothing stacked: (), once
+        for place, tensor in zip(places, parameter.tensors(config), strict=True):
 
-            def make(array: Any = array, layer: int | None = layer if parameter.stacked else None) -> np.ndarray:
-                return np.asarray(array if layer is None else array[layer])
+            def make(array: Any = array, place: tuple[int, ...] = place) -> np.ndarray:
+                return np.asarray(array[place] if place else array)
 
             tensors[tensor] = Computed(parameter.tensor_shape(config), np.dtype(array.dtype), make)
     return tensors
@@ -183,7 +185,7 @@ def _side_files(
 
 def _stated_dtype(raw_config: Mapping[str, Any] | None, dtypes: Mapping[str, np.dtype]) -> str:
     """What config.json is to say where no dtype was asked for: what the source's said, else the embedding's."""
-    embedding = dtypes[DENSE[0].tensor].name
+    embedding = dtypes[EMBEDDING.tensor].name
     return stored_dtype(dict(raw_config or {})) or (embedding if embedding in DTYPES else "float32")
 
 

@@ -1,0 +1,26 @@
+"""Elementwise pieces that every part of the model shares, and the precision of its products."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def gated(gate: Array, up: Array, threshold: float | None = None) -> Array:
+    """silu(gate) * up; with a ``threshold`` FATReLU in place of SiLU: gate where gate >= threshold, else 0."""
+    active = jax.nn.silu(gate) if threshold is None else jnp.where(gate >= threshold, gate, 0)
+    return active * up
+
+
+def scaled(x: Array, factor: float) -> Array:
+    """x * factor with the product in float32, rounded once to x's dtype, as PyTorch does."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def divided(x: Array, divisor: float) -> Array:
+    """x / divisor, rounded likewise."""
+    return (x.astype(jnp.float32) / divisor).astype(x.dtype)
+
+
+def precision(x: Array) -> jax.lax.Precision | None:
+    """float32 means float32: TPUs would otherwise round float32 operands to bfloat16."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
