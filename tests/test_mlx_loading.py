@@ -62,4 +62,5 @@ def test_peak_memory_is_the_weights_and_less_than_a_layer(tmp_path, config, dtyp
     folder = loading_cost.big_checkpoint(tmp_path / "model", config)
     peak, held = loading_cost.peak_and_held("mlx", folder, dtype)
     weights = size * loading_cost.weights(config)
-    assert 0.95 * weights < held <= peak < weights + loading_cost.layer(config)
+    assert 0.95 * weights < held
+    assert max(held, peak) < weights + loading_cost.layer(config)  # equal to a page where nothing but weights is held

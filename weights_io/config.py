@@ -302,10 +302,14 @@ class _Reader:
 
     def threshold(self, activation: Any, value: Any) -> float | None:
         if activation not in ACTIVATIONS:
-            raise self.refuse(f"hidden_act {activation!r} is not supported; MiniCPM's are {', '.join(ACTIVATIONS)}.")
+            raise self.refuse(
+                f"hidden_act {shown(activation)} is not supported; MiniCPM's are {', '.join(ACTIVATIONS)}."
+            )
         if activation != "fatrelu":
             if value is not None:
-                raise self.refuse(f"hidden_act_param is {value!r}, and {activation} has no parameter; remove the key.")
+                raise self.refuse(
+                    f"hidden_act_param is {shown(value)}, and {activation} has no parameter; remove the key."
+                )
             return None
         if value is None:
             raise self.refuse(
@@ -313,8 +317,10 @@ class _Reader:
                 '"hidden_act_param": 0.01 into it, which is the ProSparse paper\'s value (arXiv 2402.13516, for models '
                 "of 7B and 13B), unless the model's card tells another."
             )
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise self.refuse(f"hidden_act_param is {value!r}; the threshold of fatrelu must be a number of 0 or more.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST:
+            raise self.refuse(
+                f"hidden_act_param is {shown(value)}; the threshold of fatrelu must be a number of 0 or more."
+            )
         return float(value)
 
     def check_experts(self, config: ModelConfig) -> None:
