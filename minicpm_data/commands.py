@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minicpm_data.generation import Backend, Sampling
+from minicpm_data.generation import Backend, CacheOptions, Sampling
 from minicpm_data.streaming import stop_strings
 from weights_io import command_line
 from weights_io.errors import InputError
@@ -88,8 +88,22 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     """More variables for the chat template, as a JSON object."""
     extra_eos_token: Texts = ()
     """End the answer at these tokens too, such as <|im_end|>."""
+    kv_bits: Literal[4, 8] | None = None
+    """Keep keys and values in so many bits (JAX: 8)."""
+    kv_group_size: int = 64
+    """Numbers that share a scale with --kv-bits in MLX."""
+    max_kv_size: int | None = None
+    """Keep only the first 4 and the latest so many tokens (MLX)."""
+    prefill_step_size: int = 512
+    """Tokens of the prompt that are run together: less takes less memory."""
     verbose: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Print speed and memory at the end."""
+
+    def memory(self) -> dict[str, Any]:
+        """Under the names of `CacheOptions`, checked."""
+        options = {f.name: getattr(self, f.name) for f in fields(CacheOptions)}
+        CacheOptions(**options)
+        return options
 
     def template_variables(self) -> dict[str, Any]:
         """What --chat-template-config holds. InputError also for flags of the template that is to be ignored."""
@@ -126,7 +140,7 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
     def main(options: GenerateOptions) -> None:
         """Answer a prompt with a MiniCPM (or Llama) model."""
         sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
-        variables = options.template_variables()
+        variables, memory = options.template_variables(), options.memory()
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
         running = backend()
         model, tokenizer = load_model(running, options)
@@ -139,7 +153,8 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
             ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
             stops = options.stops(*tokenizer.turn_markers)
         meter = Meter(running.device)
-        answer = running.generator.stream_generate(model, tokenizer, ids, max_tokens, stop=stops, **sampling)
+        kept = sampling | memory
+        answer = running.generator.stream_generate(model, tokenizer, ids, max_tokens, stop=stops, **kept)
         for response in meter.watch(answer):
             print(response.text, end="", flush=True)
         print()

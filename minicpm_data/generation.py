@@ -7,7 +7,7 @@ A backend hands over one function, ``stream_tokens``; `Generator` makes its ``st
 import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +64,41 @@ class Sampling:
         return np.stack([np.random.SeedSequence((seed, row)).generate_state(2) for row in range(rows)])
 
 
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is kept of the tokens so far. ``kv_bits``: keys and values in so many bits (JAX: 8; MLX: 4 or 8, in groups
+    of ``kv_group_size`` numbers); None: in the model's dtype. ``max_kv_size`` (MLX): only the first 4 and the latest
+    so many; None: all. ``prefill_step_size``: tokens of a prompt that are run together, a matter of memory alone."""
+
+    kv_bits: int | None = None
+    max_kv_size: int | None = None
+    prefill_step_size: int = 512
+    kv_group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.kv_bits not in (None, 4, 8):
+            raise InputError(f"kv_bits is {self.kv_bits}; it must be 4 or 8.")
+        for name, least in (("max_kv_size", 8), ("prefill_step_size", 1), ("kv_group_size", 1)):
+            value = getattr(self, name)
+            if value is not None and (value != int(value) or value < least):
+                raise InputError(f"{name} is {value}; it must be a whole number, at least {least}.")
+        if self.kv_bits and self.max_kv_size:
+            raise InputError("kv_bits and max_kv_size do not go together; leave one of them out.")
+
+
+def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> "np.ndarray":
+    """[B, V] bool: the tokens of each prompt, for the repetition penalty."""
+    import numpy as np
+
+    seen = np.zeros((len(prompts), vocab_size), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[list(prompt)] = True
+    return seen
+
+
 class Generator:
     """The public generation functions of a backend, given its ``stream_tokens(model, prompts, max_tokens, sampling,
-    end_ids)``: token ids [B], step after step."""
+    end_ids, memory)``: token ids [B], step after step."""
 
     def __init__(self, stream_tokens: "Callable[..., Iterator[np.ndarray]]"):
         self._stream_tokens = stream_tokens
@@ -84,16 +116,18 @@ class Generator:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        **memory: Any,
     ) -> Iterator[Response]:
         """Yield a `Response` (``text``, ``token``, ``finish_reason``) for each new token.
 
         ``prompt``: a text (BOS is added once, no template) or token ids. The sampling options are those of `Sampling`.
         An answer ends at an EOS id of config, generation config or tokenizer, at a string of ``stop`` (not part of the
-        text), or after ``max_tokens``. Raises `InputError` for what is out of range.
+        text), or after ``max_tokens``. ``memory``: what is kept of the tokens so far, under the names of
+        `CacheOptions`. Raises `InputError` for what is out of range.
         """
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         ends = end_ids(model, tokenizer)
-        steps = self._steps(model, tokenizer, [prompt], max_tokens, sampling, ends)
+        steps = self._steps(model, tokenizer, [prompt], max_tokens, sampling, ends, CacheOptions(**memory))
         return stream_text((int(tokens[0]) for tokens in steps), tokenizer, ends, stop, max_tokens)
 
     def generate(self, model: Any, tokenizer: "Tokenizer | None", prompt: Prompt, **options: Any) -> str:
@@ -107,14 +141,15 @@ class Generator:
         prompts: Sequence[Prompt],
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
-        **sampling: Any,
+        **options: Any,
     ) -> list[list[Response]]:
         """The `Response` lists of several prompts of any lengths, computed together; each equal to a single run
-        (sampled rows draw from streams of their own). ``sampling`` as in `stream_generate`."""
+        (sampled rows draw from streams of their own). ``options`` as in `stream_generate`."""
         if not prompts:
             return []
         ends = end_ids(model, tokenizer)
-        steps = list(self._steps(model, tokenizer, prompts, max_tokens, Sampling(**sampling), ends))
+        memory = CacheOptions(**{f.name: options.pop(f.name) for f in fields(CacheOptions) if f.name in options})
+        steps = list(self._steps(model, tokenizer, prompts, max_tokens, Sampling(**options), ends, memory))
         rows = zip(*steps, strict=True)
         return [list(stream_text(map(int, row), tokenizer, ends, stop, max_tokens)) for row in rows]
 
@@ -151,12 +186,13 @@ class Generator:
         max_tokens: int,
         sampling: Sampling,
         ends: frozenset[int],
+        memory: CacheOptions,
     ) -> "Iterator[np.ndarray]":
         """Token ids [B], step after step; what cannot work is refused before the first."""
         if max_tokens < 1:
             raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
         ids = [prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
-        return self._stream_tokens(model, ids, max_tokens, sampling, ends)
+        return self._stream_tokens(model, ids, max_tokens, sampling, ends, memory)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Dims as in model.py: B batch, T new tokens, S cache slots, N query heads, K key/
       H head dimension.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -11,24 +12,82 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int8
 
 from weights_io.config import ModelConfig
 
+BLOCK = 512  # cache slots that a prompt's attention looks at together
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths"], meta_fields=[])
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths", "k_scale", "v_scale"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of all layers. Flat in the last axis: [.., K, 64] would be padded to 128 lanes on a TPU."""
+    """Keys and values of all layers. Flat in the last axis: [.., K, 64] would be padded to 128 lanes on a TPU.
+    In int8 a slot's head has a scale: its largest number / 127."""
 
-    k: Float[Array, "L B S KH"]
-    v: Float[Array, "L B S KH"]
+    k: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
+    v: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
     lengths: Int[Array, "B"]  # slots filled in each row; slot = position
+    k_scale: Float[Array, "L B S K"] | None = None
+    v_scale: Float[Array, "L B S K"] | None = None
 
     @staticmethod
-    def empty(config: ModelConfig, batch: int, slots: int, dtype: Any) -> "Cache":
-        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads * config.head_dim)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    def empty(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None = None) -> "Cache":
+        """``bits`` 8: int8; None: ``dtype``."""
+        lead = (config.num_hidden_layers, batch, slots)
+        shape = (*lead, config.num_key_value_heads * config.head_dim)
+        lengths = jnp.zeros(batch, jnp.int32)
+        if bits is None:
+            return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths)
+        k, v = jnp.zeros(shape, jnp.int8), jnp.zeros(shape, jnp.int8)
+        scales = [jnp.zeros((*lead, config.num_key_value_heads), jnp.float32) for _ in range(2)]
+        return Cache(k, v, lengths, *scales)
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[2]
+
+    def written(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "Cache":
+        """With k and v [B, T, K, H] of one layer in the slots ``index``: T in a row from the same one in every row, or
+        one in each row."""
+        batch, width, heads, _ = k.shape
+
+        def write(stored, new):
+            new = new.astype(stored.dtype)
+            if batch == 1 or width > 1:
+                return jax.lax.dynamic_update_slice(stored, new[None], (layer, 0, index[0, 0], 0))
+            return stored.at[layer, jnp.arange(batch), index[:, 0]].set(new[:, 0])
+
+        if self.k_scale is None or self.v_scale is None:
+            k, v = (x.reshape(batch, width, -1) for x in (k, v))
+            return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
+        (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+        k, v = (x.reshape(batch, width, -1) for x in (k, v))
+        scales = write(self.k_scale, k_scale), write(self.v_scale, v_scale)
+        return Cache(write(self.k, k), write(self.v, v), self.lengths, *scales)
+
+    def read(self, layer: ArrayLike, first: ArrayLike, size: int, like: Float[Array, "B T K H"]) -> tuple[Array, Array]:
+        """Keys and values [B, size, K, H] of one layer from slot ``first`` on, in the dtype of ``like``."""
+        batch, heads = like.shape[0], like.shape[2]
+
+        def part(stored, scale):
+            block = jax.lax.dynamic_slice(stored, (layer, 0, first, 0), (1, batch, size, stored.shape[3]))[0]
+            block = block.reshape(batch, size, heads, -1)
+            if scale is None:
+                return block
+            scale = jax.lax.dynamic_slice(scale, (layer, 0, first, 0), (1, batch, size, heads))[0]
+            return (block * scale[..., None]).astype(like.dtype)
+
+        return part(self.k, self.k_scale), part(self.v, self.v_scale)
+
+
+def quantised(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Float[Array, "B T K"]]:
+    """int8 and the scale of each head."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30) / 127
+    return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "mask"], meta_fields=[])
@@ -115,11 +174,11 @@ class Attention(nnx.Module):
             v = self.v_proj(x).reshape(k.shape)
             mask = positions.mask
             if cache is not None:
-                cache = _written(cache, layer, k.reshape(batch, width, -1), v.reshape(batch, width, -1))
-                slots = cache.k.shape[2]
-                k = cache.k[layer].reshape(batch, slots, self.kv_heads, self.head_dim)
-                v = cache.v[layer].reshape(k.shape)
-                mask = jnp.arange(slots) <= positions.index[:, :, None]  # [B, T, S]
+                cache = cache.written(layer, k, v, positions.index)
+                if width > 1:
+                    return self.o_proj(attend_blocks(q, cache, layer, k, positions.index)), cache
+                k, v = cache.read(layer, 0, cache.slots, k)
+                mask = jnp.arange(cache.slots) <= positions.index[:, :, None]  # [B, T, S]
             return self.o_proj(attend(q, k, v, mask)), cache
 
 
@@ -139,14 +198,35 @@ def attend(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * head_dim)
 
 
-def _written(cache: Cache, layer: ArrayLike, k: Float[Array, "B T KH"], v: Float[Array, "B T KH"]) -> Cache:
-    """The cache with T new slots in each row of one layer. Rows may differ in length only where T is 1: prefill begins
-    at the same slot in every row."""
-    batch, width, _ = k.shape
+def attend_blocks(
+    q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, like: Float[Array, "B T K H"], index: Int[Array, "B T"]
+) -> Float[Array, "B T NH"]:
+    """`attend` over the filled slots of a cache, `BLOCK` of them at a time with a running softmax (arXiv 2205.14135):
+    no [T, S] array is made. A token sees the slots up to its own, ``index``."""
+    batch, width, heads, head_dim = q.shape
+    block = min(BLOCK, cache.slots)
+    q = q.reshape(batch, width, like.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    highest, lowest = jax.lax.Precision.HIGHEST, jnp.finfo(jnp.float32).min
 
-    def write(stored, new):
-        if batch == 1 or width > 1:
-            return jax.lax.dynamic_update_slice(stored, new[None], (layer, 0, cache.lengths[0], 0))
-        return stored.at[layer, jnp.arange(batch), cache.lengths].set(new[:, 0])
+    def step(i, carry):
+        top, total, mixed = carry
+        first = jnp.minimum(i * block, cache.slots - block)  # the last block may reach back into the one before
+        k, v = cache.read(layer, first, block, like)
+        slot = first + jnp.arange(block)
+        visible = ((slot >= i * block) & (slot <= index[:, :, None]))[:, None, None]  # [B, 1, 1, T, S]
+        scores = jnp.einsum("bkgth,bskh->bkgts", q, k, precision=highest, preferred_element_type=jnp.float32)
+        scores = jnp.where(visible, scores * head_dim**-0.5, lowest)
+        higher = jnp.maximum(top, jnp.max(scores, axis=-1))
+        weights = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0)
+        fade = jnp.exp(top - higher)
+        added = jnp.einsum(
+            "bkgts,bskh->bkgth", weights.astype(v.dtype), v, precision=highest, preferred_element_type=jnp.float32
+        )
+        return higher, total * fade + jnp.sum(weights, axis=-1), mixed * fade[..., None] + added
 
-    return Cache(write(cache.k, k), write(cache.v, v), cache.lengths)
+    shape = q.shape[:-1]
+    start = jnp.full(shape, lowest), jnp.zeros(shape, jnp.float32), jnp.zeros(q.shape, jnp.float32)
+    blocks = (jnp.max(index) + block) // block
+    _, total, mixed = jax.lax.fori_loop(0, blocks, step, start)
+    mixed = (mixed / total[..., None]).astype(like.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * head_dim)

@@ -1,7 +1,8 @@
 """Prefill and the decode loop, compiled once for each size of prompt and cache.
 
-Prompts are padded on the right to one of few lengths, so that few programs serve all of them. Decoding runs many steps
-in one call (a `while_loop` on the device), so a token costs neither a dispatch nor a transfer of its own.
+Prompts are padded on the right to one of few lengths and long ones run piece by piece, so that few programs serve all
+of them. Decoding runs many steps in one call (a `while_loop` on the device), so a token costs neither a dispatch nor a
+transfer of its own.
 Dims: B batch, T prompt bucket, S cache slots, V vocabulary.
 """
 
@@ -16,12 +17,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from minicpm_data.generation import Sampling
+from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_jax.attention import Cache
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
+from weights_io.errors import InputError
 
 STEPS = 32  # most tokens of one call of the decode loop
 PATIENCE = 0.1  # seconds a reader may wait for the next piece of text
@@ -45,26 +47,44 @@ class State:
     end_ids: Int[Array, "E"]
 
 
-@functools.partial(jax.jit, static_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
+def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache, Float[Array, "B 1 D"]]:
+    """A cache, and the place for each row's last hidden state."""
+    dtype = model.model.embed_tokens.weight.dtype
+    cache = Cache.empty(model.config, batch, slots, dtype, bits)
+    return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
+
+
+@functools.partial(jax.jit, donate_argnames=("cache", "last"))
 def prefill(
     model: Model,
     ids: Int[Array, "B T"],
+    cache: Cache,
+    last: Float[Array, "B 1 D"],
+    start: Int[Array, ""],
     lengths: Int[Array, "B"],
-    end_ids: Int[Array, "E"],
+) -> tuple[Cache, Float[Array, "B 1 D"]]:
+    """Run the T tokens from position ``start`` on of right-padded prompts of ``lengths`` tokens."""
+    width = ids.shape[1]
+    new = jnp.clip(lengths - start, 0, width)
+    hidden, cache = model.decode(ids, cache, new, jnp.broadcast_to(start, lengths.shape), lengths)
+    at = (lengths - 1 - start)[:, None, None]
+    found = jnp.take_along_axis(hidden, jnp.clip(at, 0, width - 1), axis=1)
+    return cache, jnp.where((at >= 0) & (at < width), found, last)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def begin(
+    model: Model,
+    cache: Cache,
+    last: Float[Array, "B 1 D"],
+    seen: Bool[Array, "B V"] | None,
     keys: UInt32[Array, "B 2"],
+    end_ids: Int[Array, "E"],
     knobs: Knobs,
-    slots: int,
 ) -> State:
-    """Run right-padded prompts through an empty cache of S slots and choose each row's first token."""
-    batch, width = ids.shape
-    cache = Cache.empty(model.config, batch, slots, model.model.embed_tokens.weight.dtype)
-    hidden, cache = model.decode(ids, cache, lengths)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    seen = None
-    if knobs.penalised:
-        real = jnp.arange(width) < lengths[:, None]
-        rows = jnp.arange(batch)[:, None]
-        seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, ids].max(real)
+    """Choose the first token of each row after its prompt."""
+    batch = len(last)
     draws = jax.random.wrap_key_data(keys)
     state = State(cache, jnp.zeros(batch, jnp.int32), seen, draws, jnp.zeros(batch, bool), end_ids)
     return _chosen(model, state, last, knobs)
@@ -106,27 +126,50 @@ def grown(state: State, slots: int) -> State:
     """The same with S cache slots."""
 
     def padded(stored):
-        return jnp.pad(stored, [(0, 0), (0, 0), (0, slots - stored.shape[2]), (0, 0)])
+        return stored if stored.ndim == 1 else jnp.pad(stored, [(0, 0), (0, 0), (0, slots - stored.shape[2]), (0, 0)])
 
-    cache = Cache(padded(state.cache.k), padded(state.cache.v), state.cache.lengths)
-    return dataclasses.replace(state, cache=cache)
+    return dataclasses.replace(state, cache=jax.tree.map(padded, state.cache))
 
 
 def stream_tokens(
-    model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling, end_ids: frozenset[int]
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
 ) -> Iterator[np.ndarray]:
     """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens`` steps.
-    A row that has ended goes on with tokens of no meaning."""
+    A row that has ended goes on with tokens of no meaning. Raises `InputError` for a kind of cache that is not here."""
+    if memory.kv_bits == 4 or memory.max_kv_size is not None:
+        raise InputError("the cache of JAX keeps every token, whole or in 8 bits; leave out max_kv_size and 4 kv_bits.")
+    return _tokens(model, prompts, max_tokens, sampling, end_ids, memory)
+
+
+def _tokens(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
+) -> Iterator[np.ndarray]:
     use_compilation_cache()
     lengths = np.array([len(p) for p in prompts], np.int32)
     longest = int(lengths.max())
-    ids = np.zeros((len(prompts), bucket(longest)), np.int32)
+    width = min(bucket(longest), bucket(memory.prefill_step_size))
+    ids = np.zeros((len(prompts), -(-longest // width) * width), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
+    slots = max(ids.shape[1], bucket(longest + min(max_tokens, ROOM)))
+    cache, last = empty(model, len(prompts), slots, memory.kv_bits)
+    for start in range(0, longest, width):
+        cache, last = prefill(model, ids[:, start : start + width], cache, last, np.int32(start), lengths)
     knobs = Knobs.of(sampling, model.config.vocab_size)
     ends = np.array(sorted(end_ids) or [-1], np.int32)
-    slots = max(ids.shape[1], bucket(longest + min(max_tokens, ROOM)))
-    state = prefill(model, ids, lengths, ends, sampling.row_keys(len(prompts)), knobs, slots)
+    seen = seen_tokens(prompts, model.config.vocab_size) if sampling.penalised else None
+    state = begin(model, cache, last, seen, sampling.row_keys(len(prompts)), ends, knobs)
+    del cache, last
     yield np.asarray(state.token)
     made, steps = 1, 1
     while made < max_tokens:

@@ -161,11 +161,22 @@ class Model(nnx.Module):
             return logits.astype(jnp.float32)
 
     def decode(
-        self, ids: Int[Array, "B T"], cache: Cache, new: Int[Array, "B"] | int
+        self,
+        ids: Int[Array, "B T"],
+        cache: Cache,
+        new: Int[Array, "B"] | int,
+        start: Int[Array, "B"] | None = None,
+        length: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run more tokens through the cache: the first ``new`` of each row, the rest being padding on the right.
-        Returns [B, T, D] after the final norm, for `head`."""
-        positions = positions_of(self.config, ids.shape, start=cache.lengths, length=cache.lengths + new)
+        Returns [B, T, D] after the final norm, for `head`.
+
+        ``start``: the position of the first one, where that is not the row's end (a row that is done with its prompt).
+        ``length``: of the whole prompt, if this is a part of it: dynamic NTK takes the base of the whole.
+        """
+        start = cache.lengths if start is None else start
+        length = cache.lengths + new if length is None else length
+        positions = positions_of(self.config, ids.shape, start=start, length=length)
         x, written = self.model(self.model.embed(ids), positions, cache)
         assert written is not None  # as a cache went in
         return self.model.norm(x), dataclasses.replace(written, lengths=cache.lengths + new)

@@ -29,13 +29,15 @@ def positions_of(
     mask: mx.array | None = None,
     cache: Any | None = None,
     segments: mx.array | None = None,
+    length: int | mx.array | None = None,
 ) -> Positions:
     """Positions of new tokens (``ids`` [B, T], for the shape): after those in ``cache`` (any one layer's), or of a
     whole batch with padding (``mask`` [B, T]) or several packed documents in a row (``segments`` [B, T]: numbered; each
-    sees only itself). RoPE is relative: neither padding nor a document in a row asks for positions of its own."""
+    sees only itself). RoPE is relative: neither padding nor a document in a row asks for positions of its own.
+    ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes its base."""
     width = ids.shape[1]
     offset = 0 if cache is None else cache.offset
-    freqs = rope_freqs(config, offset + width)
+    freqs = rope_freqs(config, offset + width if length is None else length)
     if mask is None and segments is None:
         return Positions(offset, freqs, create_attention_mask(ids, cache))
     visible = mx.tril(mx.ones((width, width), mx.bool_))[None]

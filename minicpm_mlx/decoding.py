@@ -12,11 +12,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import wired_limit
-from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, QuantizedKVCache, make_prompt_cache
 
-from minicpm_data.generation import Sampling
+from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_mlx.model import Model
 from minicpm_mlx.sampling import sample
+from weights_io.errors import InputError
 
 CLEAR_EVERY = 256  # tokens after which MLX's pool of freed buffers is emptied, as the cache grows by that much
 
@@ -31,19 +32,37 @@ class State:
     keys: mx.array  # [B, 2] of mx.random
 
 
-def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> State:
-    """Run the prompts through an empty cache and choose each row's first token."""
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    cache = make_prompt_cache(model) if len(prompts) == 1 else [BatchKVCache(padding) for _ in model.layers]
+def empty(model: Model, padding: Sequence[int], memory: CacheOptions) -> list[Any]:
+    """A cache for each layer and rows with so much padding on the left. `InputError` where there is none such."""
+    batch = len(padding) > 1
+    if memory.kv_bits is None:
+        if not batch:
+            return make_prompt_cache(model, memory.max_kv_size)
+        if memory.max_kv_size is None:
+            return [BatchKVCache(padding) for _ in model.layers]
+        return [BatchRotatingKVCache(memory.max_kv_size, padding) for _ in model.layers]
+    if batch:
+        raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for a batch.")
+    if model.config.head_dim % memory.kv_group_size:
+        raise InputError(
+            f"kv_group_size {memory.kv_group_size} does not divide the head dimension {model.config.head_dim}; "
+            "choose 32, 64 or 128, whichever does."
+        )
+    return [QuantizedKVCache(memory.kv_group_size, memory.kv_bits) for _ in model.layers]
+
+
+def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, cache: list[Any], pieces: int) -> State:
+    """Run the prompts through an empty cache, ``pieces`` tokens at a time, and choose each row's first token."""
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths)
+    padding = [width - length for length in lengths]
     ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
-    hidden = model.decode(ids, cache)
-    seen = None
-    if sampling.penalised:
-        rows = np.zeros((len(prompts), model.config.vocab_size), bool)
-        for row, prompt in zip(rows, prompts, strict=True):
-            row[list(prompt)] = True
-        seen = mx.array(rows)
+    whole = width if len(prompts) == 1 else mx.array(lengths)
+    for start in range(0, width, pieces):
+        hidden = model.decode(ids[:, start : start + pieces], cache, whole)
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalised else None
     return _chosen(model, State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts)))), hidden, sampling)
 
 
@@ -66,12 +85,31 @@ def _chosen(model: Model, state: State, hidden: mx.array, sampling: Sampling) ->
 
 
 def stream_tokens(
-    model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling, end_ids: frozenset[int]
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
 ) -> Iterator[np.ndarray]:
     """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens`` steps.
-    A row that has ended goes on with tokens of no meaning."""
+    A row that has ended goes on with tokens of no meaning. Raises `InputError` for a kind of cache that is not here."""
+    width = max(map(len, prompts))
+    cache = empty(model, [width - len(prompt) for prompt in prompts], memory)
+    return _tokens(model, prompts, max_tokens, sampling, end_ids, cache, memory.prefill_step_size)
+
+
+def _tokens(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    cache: list[Any],
+    pieces: int,
+) -> Iterator[np.ndarray]:
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
-        state = prefill(model, prompts, sampling)
+        state = prefill(model, prompts, sampling, cache, pieces)
         ends, done = np.array(sorted(end_ids)), np.zeros(len(prompts), bool)
         for made in range(1, max_tokens + 1):
             following = decode(model, state, sampling) if made < max_tokens else state

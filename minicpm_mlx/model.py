@@ -124,9 +124,13 @@ class Model(nn.Module):
         logits = self.model.embed_tokens.as_linear(x) if self.lm_head is None else self.lm_head(x)
         return logits.astype(mx.float32)
 
-    def decode(self, ids: mx.array, cache: Sequence[Any]) -> mx.array:
-        """Run more tokens [B, T] through the cache. Returns [B, T, D] after the final norm, for `head`."""
-        positions = positions_of(self.config, ids, cache=cache[0])
+    def decode(self, ids: mx.array, cache: Sequence[Any], length: int | mx.array | None = None) -> mx.array:
+        """Run more tokens [B, T] through the cache. Returns [B, T, D] after the final norm, for `head`.
+
+        ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes the base of
+        the whole.
+        """
+        positions = positions_of(self.config, ids, cache=cache[0], length=length)
         return self.model.norm(self.model(self.model.embed(ids), positions, cache))
 
     @property

@@ -292,3 +292,21 @@ def test_both_packages_export_the_same_calls():
         )
         if name != "Model":  # built of weights in JAX, of a config in MLX; mesh is keyword-only
             assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs], name
+
+
+@pytest.mark.parametrize("pieces", [3, 32])
+def test_the_size_of_a_prompts_pieces_changes_nothing(backend, case, pieces, monkeypatch):
+    """Under dynamic NTK too: each piece takes the base of the whole prompt."""
+    if backend.__name__ == "minicpm_jax":  # whose pieces are at least 32 tokens, and attention's blocks 512
+        monkeypatch.setattr("minicpm_jax.decoding.bucket", lambda length: -(-length // 4) * 4)
+        monkeypatch.setattr("minicpm_jax.attention.BLOCK", 7)
+    model, data = case
+    for ending in ["", *(key.removeprefix("prompt_ids") for key in data if key.startswith("prompt_ids_P"))]:
+        prompt, expected = data[f"prompt_ids{ending}"][0].tolist(), data[f"greedy_ids{ending}"].reshape(-1).tolist()
+        made = expected[len(prompt) :]
+        options = {"max_tokens": len(made), "prefill_step_size": pieces}
+        assert tokens_of(backend.stream_generate(model, None, prompt, **options)) == made
+    prompts = [prompt, prompt[:2], prompt[:7]]
+    rows = backend.batch_generate(model, None, prompts, max_tokens=12, prefill_step_size=pieces)
+    singles = [tokens_of(backend.stream_generate(model, None, prompt, max_tokens=12)) for prompt in prompts]
+    assert [tokens_of(row) for row in rows] == singles

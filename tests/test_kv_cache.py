@@ -1,0 +1,146 @@
+"""What is kept of the tokens so far: in fewer bits, only the latest, and what a long prompt costs."""
+
+import importlib
+
+import numpy as np
+import pytest
+import tiny_model
+
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+
+BACKENDS = ["minicpm_jax", "minicpm_mlx"]
+PROMPT = [1, *range(3, 60)]
+# As wide as MiniCPM-2B, with a tenth of its layers.
+WIDE = ModelConfig(
+    vocab_size=122753,
+    hidden_size=2304,
+    intermediate_size=5760,
+    num_hidden_layers=4,
+    num_attention_heads=36,
+    num_key_value_heads=36,
+    head_dim=64,
+    scale_emb=12.0,
+    scale_depth=1.4,
+    dim_model_base=256,
+)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Heads of 32 numbers, the fewest that MLX quantises; never ends by itself."""
+    changes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": None}
+    return tiny_model.write(tmp_path_factory.mktemp("wide"), **changes)
+
+
+def tokens(backend, model, prompt=PROMPT, count=40, **options):
+    return [r.token for r in backend.stream_generate(model, None, prompt, max_tokens=count, **options)]
+
+
+def test_eight_bits_hardly_move_the_logits_in_jax(folder):
+    import jax.numpy as jnp
+
+    from minicpm_jax import load
+    from minicpm_jax.attention import Cache
+
+    model, _ = load(folder, "float32")
+    ids = jnp.asarray([PROMPT])
+    logits = []
+    for bits in (None, 8):
+        x, cache = model.decode(ids[:, :-1], Cache.empty(model.config, 1, 64, jnp.float32, bits), len(PROMPT) - 1)
+        x, cache = model.decode(ids[:, -1:], cache, 1)
+        logits.append(np.asarray(model.head(x)))
+    assert cache.k.dtype == jnp.int8 and cache.k_scale.shape == (2, 1, 64, 2)
+    error = np.abs(logits[1] - logits[0]).max() / logits[0].std()
+    assert 0 < error < 0.05  # measured: 0.011
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pico_answers_out_of_a_quantised_cache(backend, bits):
+    model, tokenizer = backend.load()
+    questions = ["12 + 30 = ?", "What is the capital of France?", "中国的首都是哪里？"]
+    prompts = [tokenizer.apply_chat([{"role": "user", "content": question}]) for question in questions]
+    options = {"kv_bits": bits, "kv_group_size": 32}
+    if bits == 4 and backend.__name__ == "minicpm_jax":
+        with pytest.raises(InputError, match="kv_bits"):
+            backend.stream_generate(model, tokenizer, prompts[0], **options)
+        return
+    exact = [backend.generate(model, tokenizer, prompt) for prompt in prompts]
+    packed = [backend.generate(model, tokenizer, prompt, **options) for prompt in prompts]
+    assert exact[0] == "12 + 30 = 42" and packed[0 if bits == 8 else 1 :] == exact[0 if bits == 8 else 1 :]
+    if backend.__name__ == "minicpm_jax":
+        rows = backend.batch_generate(model, tokenizer, prompts, kv_bits=8)
+        assert ["".join(r.text for r in row) for row in rows] == packed
+
+
+def test_a_cache_of_the_latest_tokens_forgets(reference):
+    import minicpm_mlx as backend
+
+    folder = reference("dense_2b")
+    model, data = backend.load(folder, "float32")[0], np.load(folder / "reference.npz")
+    prompt, exact = data["prompt_ids"][0].tolist(), data["greedy_ids"].reshape(-1)[8:].tolist()
+    assert tokens(backend, model, prompt, 24, max_kv_size=32) == exact
+    turned = tokens(backend, model, prompt, 24, max_kv_size=16)
+    assert turned[:8] == exact[:8] and turned != exact
+    rows = backend.batch_generate(model, None, [prompt, prompt[:4]], max_tokens=24, max_kv_size=32)
+    assert [r.token for r in rows[0]] == exact
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv_bits": 3}, "kv_bits is 3"),
+        ({"max_kv_size": 2}, "max_kv_size is 2"),
+        ({"prefill_step_size": 0}, "prefill_step_size is 0"),
+        ({"kv_bits": 8, "max_kv_size": 64}, "do not go together"),
+    ],
+)
+def test_caches_that_cannot_be_are_refused_at_once(backend, folder, options, said):
+    model, _ = backend.load(folder, "float32")
+    with pytest.raises(InputError, match=said):
+        backend.stream_generate(model, None, PROMPT, **options)
+
+
+def test_caches_of_the_other_backend_are_refused_at_once(folder):
+    jax, mlx = map(importlib.import_module, BACKENDS)
+    model, _ = jax.load(folder, "float32")
+    with pytest.raises(InputError, match="keeps every token"):
+        jax.stream_generate(model, None, PROMPT, max_kv_size=64)
+    model, _ = mlx.load(folder, "float32")
+    with pytest.raises(InputError, match="does not divide the head dimension 32"):
+        mlx.stream_generate(model, None, PROMPT, kv_bits=8)
+    with pytest.raises(InputError, match="one prompt at a time"):
+        mlx.batch_generate(model, None, [PROMPT, PROMPT], kv_bits=8, kv_group_size=32)
+
+
+@pytest.mark.slow
+def test_memory_of_a_long_prompt_is_its_cache():
+    """Of the compiled program that runs 512 tokens of it: nothing but the cache grows with the length. Measured in
+    float32: temporaries of 313 MB at 4,096 tokens and at 32,768, beside a cache of 2.4 GB; one [T, T] array of 36 heads
+    would be 155 GB."""
+    import jax
+    import jax.numpy as jnp
+
+    from minicpm_jax.attention import Cache
+    from minicpm_jax.decoding import prefill
+    from minicpm_jax.model import abstract
+
+    def memory(slots):
+        cache = jax.eval_shape(lambda: Cache.empty(WIDE, 1, slots, jnp.float32))
+        shapes = [((1, 512), jnp.int32), ((1, 1, 2304), jnp.float32), ((), jnp.int32), ((1,), jnp.int32)]
+        ids, last, start, lengths = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+        compiled = (
+            prefill.lower(abstract(WIDE, "float32"), ids, cache, last, start, lengths).compile().memory_analysis()
+        )
+        size = 2 * 4 * WIDE.num_hidden_layers * slots * WIDE.hidden_size
+        assert size <= compiled.alias_size_in_bytes < size * 1.01  # the cache is written in place
+        return compiled.temp_size_in_bytes
+
+    short, long = memory(4096), memory(32768)
+    print(f"temporaries at 4096: {short / 1e6:.0f} MB, at 32768: {long / 1e6:.0f} MB")
+    assert long < 1.1 * short < 1e9
