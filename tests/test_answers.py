@@ -23,7 +23,7 @@ class Parrot:
         )
         self.generator = Generator(self.stream_tokens)
 
-    def stream_tokens(self, model, prompts, max_tokens, sampling, end_ids):
+    def stream_tokens(self, model, prompts, max_tokens, sampling, end_ids, memory):
         self.asked += prompts
         for i in (*self.tokenizer.encode(self.says, add_bos=False), 2):
             yield np.array([i] * len(prompts))
