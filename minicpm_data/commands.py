@@ -38,7 +38,7 @@ class ModelOptions:
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
     adapter_path: str | None = None
-    """Folder of fine-tuned adapter weights to be added to the model."""
+    """Folder of fine-tuned adapter weights to be added to the model (not supported yet)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and computation; by default the checkpoint's own, and float32 where JAX runs on a CPU."""
 
@@ -142,6 +142,8 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
         sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
         variables, memory = options.template_variables(), options.memory()
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
+        if not prompt.strip():
+            raise InputError("the prompt is empty; ask something.")
         running = backend()
         model, tokenizer = load_model(running, options)
         for token in chain(*options.extra_eos_token):
@@ -158,6 +160,7 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
         for response in meter.watch(answer):
             print(response.text, end="", flush=True)
         print()
+        _note_context(model, len(ids) + meter.tokens)
         if options.verbose:
             print(meter.report(len(ids)), file=sys.stderr)
 
@@ -195,6 +198,7 @@ def run_chat(backend: Callable[[], Backend], prog: str) -> None:
                 continue
             if reply := _printed(answer):  # a question without an answer is forgotten
                 history = [*asked, {"role": "assistant", "content": reply}]
+                _note_context(model, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
 
     command_line.run(main, ChatOptions, prog)
 
@@ -252,6 +256,13 @@ def load_model(backend: Backend, options: ModelOptions) -> "tuple[Any, Tokenizer
     return model, tokenizer
 
 
+def _note_context(model: Any, tokens: int, remedy: str = "") -> None:
+    """Beyond the length that a model was trained for it answers, but with nonsense."""
+    context = model.config.max_position_embeddings
+    if tokens > context and model.config.rope_scaling is None:
+        print(f"note: {tokens} tokens are more than the {context} this model is made for{remedy}", file=sys.stderr)
+
+
 def _system(options: SamplingOptions) -> list[dict[str, str]]:
     return [] if options.system_prompt is None else [{"role": "system", "content": options.system_prompt}]
 
@@ -263,6 +274,8 @@ def _positive(max_tokens: int) -> int:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise InputError("standard input is closed; give the prompt with --prompt.")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -271,6 +284,8 @@ def _read_stdin() -> str:
 
 def _typed_lines() -> Iterator[str]:
     """What the user types, line by line, until the end of the input."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed; run the command where something can be typed.")
     if sys.stdin.isatty():
         import contextlib
 

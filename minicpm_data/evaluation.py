@@ -4,7 +4,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 from minicpm_data.commands import ModelOptions, load_model
 from minicpm_data.generation import Backend
@@ -17,7 +16,7 @@ SHOWN = 5  # wrong answers
 @dataclass(frozen=True)
 class EvaluateOptions(ModelOptions):
     limit: int | None = None
-    """Only the first so many questions; by default all 900."""
+    """Only so many questions, spread over all kinds; by default all 900."""
     batch_size: int = 50
     """Questions answered together."""
     max_tokens: int = 48
@@ -45,7 +44,9 @@ def run_evaluate(backend: Callable[[], Backend], prog: str) -> None:
         model, tokenizer = load_model(running, options)
         scores: dict[str, list[bool]] = defaultdict(list)
         wrong = []
-        asked = list(islice(questions(options.seed), options.limit))
+        everything = list(questions(options.seed))
+        count = min(options.limit or len(everything), len(everything))
+        asked = [everything[i * len(everything) // count] for i in range(count)]
         for start in range(0, len(asked), options.batch_size):
             group = asked[start : start + options.batch_size]
             prompts = [tokenizer.apply_chat([{"role": "user", "content": q["prompt"]}]) for q in group]

@@ -34,7 +34,8 @@ class Metrics:
                 valid.setdefault(name, []).append((record["tokens"] / 1e6, record[name]))
         for name, points in valid.items():
             axes.plot(*zip(*points, strict=True), "o-", ms=2.5, lw=1, label=name.replace("_", " "))
-        boundary = next((r["tokens"] / 1e6 for r in self.records if decay_start and r["step"] > decay_start), None)
+        first = self.records[0]
+        boundary = None if decay_start is None else decay_start * first["tokens"] / first["step"] / 1e6
         if boundary is not None:
             axes.axvline(boundary, color="grey", ls="--", lw=0.8)
             axes.annotate(
@@ -46,7 +47,8 @@ class Metrics:
         rates = axes.twinx()
         rates.plot(tokens, [r["learning_rate"] for r in self.records], color="tab:red", lw=0.8, alpha=0.5)
         rates.set_ylabel("learning rate", color="tab:red")
-        axes.legend(loc="upper right", bbox_to_anchor=(0.8, 1))
+        rates.set_ylim(bottom=0)
+        figure.legend(loc="outside lower center", ncols=3)
         figure.savefig(picture, dpi=120)
         plt.close(figure)
 

@@ -2,6 +2,8 @@
 
 import jax
 
+from weights_io.errors import InputError
+
 _compiled = 0.0
 
 
@@ -22,8 +24,14 @@ def description() -> str:
 
 def preferred_dtype() -> str | None:
     """What to compute in unless told otherwise; None is the checkpoint's own. XLA's bfloat16 on a CPU is ten times
-    slower than its float32."""
-    return "float32" if jax.default_backend() == "cpu" else None
+    slower than its float32. Raises `InputError` where JAX finds no device."""
+    try:
+        return "float32" if jax.default_backend() == "cpu" else None
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(
+            f"JAX cannot start ({reason}); install JAX's build for it, or set JAX_PLATFORMS=cpu."
+        ) from None
 
 
 def peak_memory() -> int:

@@ -8,6 +8,7 @@ documents; the decay stage reads the second, as MiniCPM mixes chat data in there
 layout). Interrupted by Ctrl-C, a kill or a power cut, the same command goes on where the last checkpoint was.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -106,9 +107,10 @@ def pretrain(options: Options) -> None:
         "bos_token_id": bos_token_id,
         "dtype": options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
     }
-    with Checkpoints(options, config, fingerprint) as checkpoints, tqdm(total=options.steps, unit="step") as bar:
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(options, config, fingerprint))
         step, state = checkpoints.restore((weights, optimiser.init(weights)))
-        bar.update(step)
+        bar = stack.enter_context(tqdm(total=options.steps, initial=step, unit="step"))
         metrics = Metrics(options.out / "metrics.jsonl", step)
         began, start = time.perf_counter(), step
         while step < options.steps and not checkpoints.interrupted:
@@ -174,7 +176,8 @@ class Checkpoints:
     """Weights and moments in ``--out/checkpoints``, by orbax, which renames a checkpoint when it is whole. Ctrl-C only
     sets `interrupted`, so that no step is cut in two."""
 
-    KEPT = ("batch_size", "seq_length", "seed")  # a resumed run must agree on these, on the model and on the data
+    # A resumed run must agree on the model, on the data and on all options but these.
+    FREE = ("config", "tokenizer", "data", "out", "save_dtype", "save_every", "valid_every", "remat")
 
     def __init__(self, options: Options, config: "ModelConfig", data: str):
         import orbax.checkpoint as ocp
@@ -182,7 +185,7 @@ class Checkpoints:
         self._ocp = ocp
         self.interrupted = False
         folder = options.out / "checkpoints"
-        settings = {name: getattr(options, name) for name in self.KEPT}
+        settings = {name: value for name, value in vars(options).items() if name not in self.FREE}
         self._check_settings(options.out / "settings.json", settings | {"config": config.to_dict(), "data": data})
         self._manager = ocp.CheckpointManager(
             folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)

@@ -8,6 +8,7 @@ import tiny_tokenizer as tiny
 
 from minicpm_data import commands, corpus, evaluation, load_tokenizer
 from minicpm_data.generation import Backend, Generator
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
 
@@ -18,9 +19,7 @@ class Parrot:
         self.says, self.asked, self.loaded = says, [], {}
         self.folder, self.config = tokenizer.pop("folder"), tokenizer
         self.tokenizer = load_tokenizer(tiny.write(self.folder, **tokenizer))
-        self.model = types.SimpleNamespace(
-            config=types.SimpleNamespace(vocab_size=self.tokenizer.vocab_size), eos_token_ids=(2,)
-        )
+        self.model = types.SimpleNamespace(config=ModelConfig(vocab_size=self.tokenizer.vocab_size), eos_token_ids=(2,))
         self.generator = Generator(self.stream_tokens)
 
     def stream_tokens(self, model, prompts, max_tokens, sampling, end_ids, memory):

@@ -25,6 +25,11 @@ class Entry:
     modelscope: str | None = None  # repository on ModelScope; None: unknown
     config: Mapping[str, Any] | None = None  # the keys of config.json that are known; None: shape unknown
 
+    @property
+    def runs(self) -> bool:
+        """Whether this project runs it."""
+        return self.name not in NOT_YET
+
 
 _SCALES = {"scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4}
 _COMMON = {
@@ -278,6 +283,10 @@ CATALOG: tuple[Entry, ...] = (
     Entry("bitcpm4-1b", "openbmb/BitCPM4-1B", "minicpm", None, None, "ternary, stored as floats", "OpenBMB/BitCPM4-1B"),
     Entry("minicpm5-1b", "openbmb/MiniCPM5-1B", "llama", 1_080_632_832, "bfloat16", "chat with thinking"),
 )
+NOT_YET = frozenset(
+    """minicpm-2b-int4 minicpm-2b-dpo-int4 minicpm-v minicpm-v-2 minicpm3-4b minicpm4-0.5b minicpm4-8b minicpm4.1-8b
+    bitcpm4-0.5b bitcpm4-1b""".split()
+)
 _BY_NAME = {entry.name: entry for entry in CATALOG}
 
 
@@ -298,13 +307,21 @@ def _tail(repo: str | None) -> str:
     return (repo or "").rpartition("/")[2]
 
 
-def main() -> None:
-    """Print the short names that every --model takes."""
+@dataclass(frozen=True)
+class Options:
+    pass
+
+
+def main(options: Options) -> None:
+    """Print the short names that every --model takes: parameters, dtype, whether it runs, repository, notes."""
     for entry in CATALOG:
-        count = f"{entry.parameters / 1e9:.2f} B" if entry.parameters else "unknown"
-        where = entry.repo or "built in"
-        print(f"{entry.name:22} {count:>9}  {entry.dtype or 'unknown':9} {where:51} {entry.notes}".rstrip())
+        count = "unknown" if entry.parameters is None else f"{entry.parameters / 1e6:,.0f} M"
+        where, runs = entry.repo or "built in", "runs" if entry.runs else "not yet"
+        line = f"{entry.name:22} {count:>9}  {entry.dtype or 'unknown':9} {runs:8} {where:51} {entry.notes}"
+        print(line.rstrip())
 
 
 if __name__ == "__main__":
-    main()
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m weights_io.catalog")

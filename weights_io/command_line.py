@@ -15,8 +15,8 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str) -> N
     """Parse ``sys.argv`` into ``options`` (a dataclass; its docstrings are the help) and call ``main`` with it.
 
     ``prog`` is how the command is typed, e.g. ``"python -m weights_io.inspect"``. Wrong flags and `InputError` exit
-    with 2, Ctrl-C with 130, a reader that went away (``| head``) with 0; any other exception is a defect of ours and
-    keeps its traceback.
+    with 2, and so do files that cannot be read or written; Ctrl-C exits with 130, a reader that went away (``| head``)
+    with 0; any other exception is a defect of ours and keeps its traceback.
     """
     import tyro
 
@@ -31,6 +31,11 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str) -> N
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except OSError as error:
+        if sys.stdout is not None:  # else the exit would fail on what is still to be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        what = f"{error.filename} cannot be read or written" if error.filename else "the output cannot be written"
+        print(f"error: {what} ({error.strerror or error}); check its permissions and its disk.", file=sys.stderr)
+        sys.exit(2)
