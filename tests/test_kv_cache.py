@@ -42,22 +42,22 @@ def tokens(backend, model, prompt=PROMPT, count=40, **options):
     return [r.token for r in backend.stream_generate(model, None, prompt, max_tokens=count, **options)]
 
 
-def test_eight_bits_hardly_move_the_logits_in_jax(folder):
+def test_eight_bits_hardly_move_the_logits_of_pico_in_jax():
     import jax.numpy as jnp
 
     from minicpm_jax import load
     from minicpm_jax.attention import Cache
 
-    model, _ = load(folder, "float32")
+    model, _ = load(dtype="float32")
     ids = jnp.asarray([PROMPT])
     logits = []
     for bits in (None, 8):
         x, cache = model.decode(ids[:, :-1], Cache.empty(model.config, 1, 64, jnp.float32, bits), len(PROMPT) - 1)
         x, cache = model.decode(ids[:, -1:], cache, 1)
         logits.append(np.asarray(model.head(x)))
-    assert cache.k.dtype == jnp.int8 and cache.k_scale.shape == (2, 1, 64, 2)
+    assert cache.k.dtype == jnp.int8 and cache.k_scale.shape == (6, 1, 64, 2)
     error = np.abs(logits[1] - logits[0]).max() / logits[0].std()
-    assert 0 < error < 0.05  # measured: 0.011
+    assert 0 < error < 0.02  # measured: 0.0068
 
 
 @pytest.mark.parametrize("bits", [4, 8])
