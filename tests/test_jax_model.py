@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from reference_run import Reference
 
 jax = pytest.importorskip("jax")
 
@@ -40,35 +41,19 @@ SMALL = ModelConfig(
 )
 
 
-class Reference:
-    """A model in float32 and the numbers of the original's float32 run."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.model = load_weights(open_checkpoint(folder), "float32")
-        self.data = np.load(folder / "reference.npz")
-
-    def __getitem__(self, key):
-        return self.data[f"{key}_f32" if f"{key}_f32" in self.data else key]
-
-    def lengths(self, prefix):
-        """The endings of keys such as ``input_ids_T80``."""
-        return [key.removeprefix(prefix) for key in self.data if key.startswith(prefix)]
-
-
 @pytest.fixture(scope="module", params=FOLDERS)
 def case(request):
-    return Reference(request.getfixturevalue("reference")(request.param))
+    return Reference(request.getfixturevalue("reference")(request.param), load_weights)
 
 
 @pytest.fixture(scope="module")
 def dense(reference):
-    return Reference(reference("dense_2b"))
+    return Reference(reference("dense_2b"), load_weights)
 
 
 @pytest.fixture(scope="module")
 def long(reference):
-    return Reference(reference("long_128k"))
+    return Reference(reference("long_128k"), load_weights)
 
 
 def close(actual, expected, tolerance=TOLERANCE):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from reference_run import Reference
 
 mx = pytest.importorskip("mlx.core")
 
@@ -44,35 +45,19 @@ SMALL = ModelConfig(
 )
 
 
-class Reference:
-    """A model in float32 and the numbers of the original's float32 run."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.model = load_weights(open_checkpoint(folder), "float32")
-        self.data = np.load(folder / "reference.npz")
-
-    def __getitem__(self, key):
-        return self.data[f"{key}_f32" if f"{key}_f32" in self.data else key]
-
-    def lengths(self, prefix):
-        """The endings of keys such as ``input_ids_T80``."""
-        return [key.removeprefix(prefix) for key in self.data if key.startswith(prefix)]
-
-
 @pytest.fixture(scope="module", params=FOLDERS)
 def case(request):
-    return Reference(request.getfixturevalue("reference")(request.param))
+    return Reference(request.getfixturevalue("reference")(request.param), load_weights)
 
 
 @pytest.fixture(scope="module")
 def dense(reference):
-    return Reference(reference("dense_2b"))
+    return Reference(reference("dense_2b"), load_weights)
 
 
 @pytest.fixture(scope="module")
 def long(reference):
-    return Reference(reference("long_128k"))
+    return Reference(reference("long_128k"), load_weights)
 
 
 def close(actual, expected, tolerance=TOLERANCE):
@@ -299,7 +284,7 @@ def test_quantised_weights_pass_through_mlx_lm(tmp_path, tied, experts):
 
 
 def test_lora_layers_of_mlx_lm(reference):
-    case = Reference(reference("dense_2b"))
+    case = Reference(reference("dense_2b"), load_weights)
     case.model.freeze()
     linear_to_lora_layers(case.model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0})
     trainable = dict(tree_flatten(case.model.trainable_parameters()))
