@@ -1,0 +1,258 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353) as arrays: which matrices they change, and how.
+
+An adapter holds its matrices by Hugging Face module name, one for each layer and expert. The JAX model wants them
+stacked as the parameter table has it (`stacked`, `unstacked`), the MLX model by layer (`by_layer`, `from_layers`), a
+checkpoint to be written has them added to its weights (`fused`).
+
+Dims: r rank, I in, O out features of a matrix.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from weights_io.casting import Rounding, cast, check_finite, numpy_dtype
+from weights_io.checkpoint import Checkpoint
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.files.safetensors import Computed
+from weights_io.files.tensor import LazyTensor, located
+from weights_io.parameters import Parameter, parameters
+
+ALL_LINEAR = "all-linear"
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # a, b and DoRA's magnitude
+RowNorms = Callable[[str], np.ndarray]  # Hugging Face tensor name -> Euclidean norms [O] of its rows
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is trained with. Raises `InputError` for numbers that no adapter has."""
+
+    rank: int  # r; of matrices of several ranks, the largest
+    alpha: float  # the update is alpha / rank times B A
+    dropout: float = 0.0  # on what goes into A, while training
+    dora: bool = False
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    base_model: str | None = None  # a note for the reader: the model it was trained on
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise InputError(f"the adapter's rank is {self.rank}; it must be a positive whole number.")
+        if not _is_number(self.alpha) or not 0 < self.alpha < math.inf:
+            raise InputError(f"the adapter's alpha is {self.alpha}; it must be a positive number.")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise InputError(f"the adapter's dropout is {self.dropout}; it must be at least 0 and below 1.")
+
+    @property
+    def scale(self) -> float:
+        """Factor on B A."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The change of one matrix W [O, I]: W + scale B A, with DoRA each row then set to the length ``magnitude``."""
+
+    a: np.ndarray  # [r, I] float32
+    b: np.ndarray  # [O, r] float32
+    magnitude: np.ndarray | None = None  # [O] float32, of DoRA
+    scale: float = 1.0
+
+    def change(self) -> np.ndarray:
+        """scale B A, [O, I] float32."""
+        return np.float32(self.scale) * (self.b @ self.a)
+
+    def applied(self, weight: np.ndarray) -> np.ndarray:
+        """The changed ``weight`` [O, I], worked out in float32 (DoRA: equation 5 of its paper)."""
+        changed = weight.astype(np.float32) + self.change()
+        if self.magnitude is None:
+            return changed
+        norms = np.linalg.norm(changed, axis=1)
+        return changed * (self.magnitude / np.where(norms > 0, norms, 1))[:, None]  # a row of zeros has no direction
+
+
+@dataclass(frozen=True)
+class Adapter:
+    config: AdapterConfig
+    tensors: Mapping[str, Matrices]  # by module name: "model.layers.3.mlp.experts.5.w1"; scale of each may differ
+
+
+def module_name(tensor: str) -> str:
+    """``model.layers.0.self_attn.q_proj`` of a weight's name."""
+    return tensor.removesuffix(".weight")
+
+
+def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Parameter, ...]:
+    """The matrices that ``targets`` name, in table order.
+
+    A target is the last part of a module's name or more of it (``q_proj``, ``self_attn.q_proj``, ``w1``), or
+    "all-linear": every matrix of the layers but an MoE's router, which is adapted only where ``gate`` is named itself.
+    Raises `InputError` for a name that matches nothing, and lists what there is.
+    """
+    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
+    found: set[str] = set()
+    for target in targets:
+        hits = {p.name for p in matrices if target == ALL_LINEAR and not is_router(p)}
+        hits |= {p.name for p in matrices if f".{module_name(p.name)}".endswith(f".{target}") and target}
+        if not hits:
+            raise InputError(
+                f"the model has no matrix {target!r} that an adapter could change; choose among "
+                f"{', '.join(short_name(p) for p in matrices)} and {ALL_LINEAR}."
+            )
+        found |= hits
+    if not found:
+        raise InputError(f"an adapter needs at least one target; {ALL_LINEAR} takes every matrix of the layers.")
+    return tuple(p for p in matrices if p.name in found)
+
+
+def is_router(parameter: Parameter) -> bool:
+    return "router" in parameter.axes
+
+
+def short_name(parameter: Parameter) -> str:
+    """``q_proj``, by which targets are told."""
+    return module_name(parameter.name).rpartition(".")[2]
+
+
+def modules(config: ModelConfig) -> dict[str, Parameter]:
+    """Every module that an adapter may change -> its row of the table, in table order (the router too)."""
+    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
+    return {module_name(tensor): p for p in matrices for tensor in p.tensors(config)}
+
+
+def row_norms(checkpoint: Checkpoint) -> RowNorms:
+    """Of a checkpoint's matrices: what DoRA's magnitudes begin as, [O] float32 of a tensor read when asked for."""
+    return lambda tensor: np.linalg.norm(checkpoint.read(tensor, "float32").astype(np.float32), axis=1)
+
+
+def stacked(parameter: Parameter, adapter: Adapter, model: ModelConfig, norms: RowNorms | None = None) -> Arrays:
+    """a [*stack, r, I], b [*stack, O, r] and, of DoRA, magnitude [*stack, O] for the JAX model; float32.
+
+    ``stack`` is `Parameter.stack`, r the config's rank: smaller ones are padded with zeros. Scales that differ from the
+    config's are folded into b, so that ``adapter.config.scale`` serves them all. A layer or expert without an adapter
+    is zeros and changes nothing; under DoRA it then needs the row lengths of its weights (``norms``, see `row_norms`;
+    ValueError where it is None).
+    """
+    stack = parameter.stack(model)
+    found = [_padded(parameter, tensor, adapter, model, norms) for tensor in parameter.tensors(model)]
+    a, b, magnitude = _joined(found)
+    return _reshaped(a, stack), _reshaped(b, stack), None if magnitude is None else _reshaped(magnitude, stack)
+
+
+def by_layer(
+    parameter: Parameter, adapter: Adapter, model: ModelConfig, norms: RowNorms | None = None
+) -> dict[str, Arrays]:
+    """The same by module name of the MLX model (``model.layers.3.mlp.experts.w1``), for the layers that have any.
+
+    a [r, I] and b [O, r], of experts [E, r, I] and [E, O, r]; padded and scaled as in `stacked`.
+    """
+    result = {}
+    for name, tensors in parameter.layers(model).items():
+        if not any(module_name(tensor) in adapter.tensors for tensor in tensors):
+            continue
+        found = [_padded(parameter, tensor, adapter, model, norms) for tensor in tensors]
+        result[module_name(name)] = _joined(found) if parameter.of_expert else found[0]
+    return result
+
+
+def unstacked(
+    config: AdapterConfig, arrays: Mapping[str, Arrays], model: ModelConfig, layers: Collection[int] | None = None
+) -> Adapter:
+    """The adapter of arrays as `stacked` gives them, by `Parameter.name`.
+
+    Anything that ``np.asarray`` takes will do. ``layers``: those that have an adapter; None is all.
+    """
+    table = {p.name: p for p in parameters(model)}
+    tensors = {}
+    for name, (a, b, magnitude) in arrays.items():
+        parameter = table[name]
+        for place, tensor in zip(np.ndindex(*parameter.stack(model)), parameter.tensors(model), strict=True):
+            if layers is None or place[0] in layers:
+                tensors[module_name(tensor)] = _matrices(config, a[place], b[place], _at(magnitude, place))
+    return Adapter(config, tensors)
+
+
+def from_layers(config: AdapterConfig, arrays: Mapping[str, Arrays], model: ModelConfig) -> Adapter:
+    """The adapter of arrays as `by_layer` gives them, by module name of the MLX model."""
+    table = {module_name(name): p for p in parameters(model) for name in p.layers(model)}
+    tensors = {}
+    for name, (a, b, magnitude) in arrays.items():
+        parameter = table[name]
+        for i, tensor in enumerate(parameter.layers(model)[f"{name}.weight"]):
+            place = (i,) if parameter.of_expert else ()
+            tensors[module_name(tensor)] = _matrices(config, a[place], b[place], _at(magnitude, place))
+    return Adapter(config, tensors)
+
+
+def fused(
+    checkpoint: Checkpoint, adapter: Adapter, dtype: str | None = None, rounding: Rounding | None = None
+) -> dict[str, LazyTensor | Computed]:
+    """The checkpoint's tensors with the adapter worked into them; each is made when it is read.
+
+    ``dtype`` is what the changed ones are rounded to (None: each one's own), from float32; ``rounding`` collects,
+    while they are read, what that cost. The others are the checkpoint's own.
+    """
+    result: dict[str, LazyTensor | Computed] = dict(checkpoint.tensors)
+    for module, matrices in adapter.tensors.items():
+        result[f"{module}.weight"] = _fused(f"{module}.weight", checkpoint, matrices, dtype, rounding)
+    return result
+
+
+def _fused(
+    name: str, checkpoint: Checkpoint, matrices: Matrices, dtype: str | None, rounding: Rounding | None
+) -> Computed:
+    tensor = checkpoint.tensors[name]
+    target = numpy_dtype(dtype or tensor.dtype)
+
+    def make() -> np.ndarray:
+        weight = tensor.read()
+        check_finite(located(name, tensor), weight)
+        return cast(f"{name}, fused,", matrices.applied(weight), target, rounding=rounding)
+
+    return Computed(tuple(tensor.shape), target, make)
+
+
+def _padded(parameter: Parameter, tensor: str, adapter: Adapter, model: ModelConfig, norms: RowNorms | None) -> Arrays:
+    """One matrix's a, b and magnitude in the rank and scale of the whole adapter; zeros where it has none."""
+    rows, columns = parameter.tensor_shape(model)
+    config, magnitude = adapter.config, None
+    a, b = np.zeros((config.rank, columns), np.float32), np.zeros((rows, config.rank), np.float32)
+    found = adapter.tensors.get(module_name(tensor))
+    if found is not None:
+        rank = len(found.a)
+        a[:rank], b[:, :rank] = found.a, found.b * np.float32(found.scale / config.scale)
+        magnitude = found.magnitude
+    elif config.dora:
+        if norms is None:
+            raise ValueError(f"DoRA has no magnitudes for {tensor}: give the row norms of its weights")
+        magnitude = norms(tensor)
+    return a, b, magnitude
+
+
+def _joined(found: list[Arrays]) -> Arrays:
+    magnitudes = [magnitude for _, _, magnitude in found if magnitude is not None]
+    return (
+        np.stack([a for a, _, _ in found]),
+        np.stack([b for _, b, _ in found]),
+        np.stack(magnitudes) if magnitudes else None,
+    )
+
+
+def _reshaped(array: np.ndarray, stack: tuple[int, ...]) -> np.ndarray:
+    """[L * E, ...] as [*stack, ...]."""
+    return array.reshape(*stack, *array.shape[1:])
+
+
+def _matrices(config: AdapterConfig, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None) -> Matrices:
+    lengths = None if magnitude is None else np.asarray(magnitude, np.float32)
+    return Matrices(np.asarray(a, np.float32), np.asarray(b, np.float32), lengths, config.scale)
+
+
+def _at(array: np.ndarray | None, place: tuple[int, ...]) -> np.ndarray | None:
+    return None if array is None else array[place]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
