@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 
 def gated(gate: Array, up: Array, threshold: float | None = None) -> Array:
@@ -24,3 +24,8 @@ def divided(x: Array, divisor: float) -> Array:
 def precision(x: Array) -> jax.lax.Precision | None:
     """float32 means float32: TPUs would otherwise round float32 operands to bfloat16."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def product(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """W x in x's dtype."""
+    return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x))

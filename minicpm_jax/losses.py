@@ -1,44 +1,177 @@
-"""What training minimises."""
+"""What training minimises.
+
+Dims: B rows, T tokens, C of them at a time, V vocabulary, D hidden.
+
+Labels are the tokens themselves where they are targets, -100 elsewhere; position t - 1 predicts the token at t. The
+logits of a whole batch are never there at once: with 122,753 words, 8 rows of 2048 tokens would take 8 GB.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
+from minicpm_jax.arithmetic import divided, precision, product
 from minicpm_jax.attention import positions_of
 from minicpm_jax.model import Model
 
 IGNORED = -100  # a label that is not trained, as in PyTorch
+LOGITS = 2**27  # most logits at once: 0.5 GB in float32
+
+Batch = dict[str, Array]  # ids, labels, segments [B, T]; for DPO reference [B]
+Sums = tuple[Float[Array, ""], dict[str, Array]]
 
 
-def next_token_loss(
-    logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum of cross entropies and number of trained tokens. ``labels[t]`` is the token at t; position t - 1 predicts
-    it; -100 is ignored."""
-    targets = labels[:, 1:]
-    trained = targets != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(trained, targets, 0))
-    return jnp.sum(losses * trained), jnp.sum(trained)
+def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Cross entropy of each label in float32, at its own position; 0 where there is none."""
+    hidden = divided(hidden, model.config.logit_divisor)
+    weight = model.model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
+    width = labels.shape[1]
+    chunk = max(1, min(width - 1, LOGITS // (labels.shape[0] * model.config.vocab_size)))
+    filling = -(width - 1) % chunk
+    hidden = jnp.pad(hidden[:, :-1], [(0, 0), (0, filling), (0, 0)])
+    targets = jnp.pad(labels[:, 1:], [(0, 0), (0, filling)], constant_values=IGNORED)
+    losses = _chunked(chunk, hidden, weight, targets)[:, : width - 1]
+    return jnp.pad(losses, [(0, 0), (1, 0)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(
+    chunk: int, hidden: Float[Array, "B T D"], weight: Float[Array, "V D"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Cross entropies, C tokens of each row at a time. The gradient is spelled out: JAX would keep all the logits, or
+    add up the weight's gradient in the weight's dtype."""
+
+    def losses(part):
+        logits, target, trained = _logits(*part, weight)
+        right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return jnp.where(trained, jax.nn.logsumexp(logits, axis=-1) - right, 0)
+
+    return _whole(jax.lax.map(losses, (_parts(hidden, chunk), _parts(targets, chunk))))
+
+
+def _forward(chunk, hidden, weight, targets):
+    return _chunked(chunk, hidden, weight, targets), (hidden, weight, targets)
+
+
+def _backward(chunk, saved, gradient):
+    hidden, weight, targets = saved
+
+    def step(total, part):
+        x, targets, above = part
+        logits, target, trained = _logits(x, targets, weight)
+        right = target[..., None] == jnp.arange(logits.shape[-1])
+        share = (jax.nn.softmax(logits, axis=-1) - right) * jnp.where(trained, above, 0)[..., None]
+        share = share.astype(x.dtype)
+        wide = {"precision": precision(x), "preferred_element_type": jnp.float32}
+        total = total + jnp.einsum("bcv,bcd->vd", share, x, **wide)
+        return total, jnp.einsum("bcv,vd->bcd", share, weight, precision=precision(x))
+
+    parts = tuple(_parts(x, chunk) for x in (hidden, targets, gradient))
+    total, below = jax.lax.scan(step, jnp.zeros(weight.shape, jnp.float32), parts)
+    return _whole(below), total.astype(weight.dtype), None
+
+
+_chunked.defvjp(_forward, _backward)
+
+
+def _logits(x, targets, weight):
+    """Logits in float32; targets with 0 for those that are ignored; which are not."""
+    return product(weight, x).astype(jnp.float32), jnp.maximum(targets, 0), targets != IGNORED
+
+
+def _parts(x: Float[Array, "B T ..."], chunk: int) -> Float[Array, "N B C ..."]:
+    """Along T, so that a batch that is spread over devices stays so."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _whole(parts: Float[Array, "N B C ..."]) -> Float[Array, "B T ..."]:
+    return jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], -1, *parts.shape[3:])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``name``: sft (cross entropy), dpo (arXiv 2305.18290) or orpo (2403.07691), whose strength is ``beta``.
+    ``balance``: weight of the experts' `moe.imbalance`. ``remat``: recompute layers in the backward pass."""
+
+    name: Literal["sft", "dpo", "orpo"] = "sft"
+    beta: float = 0.1
+    balance: float = 0.01
+    remat: bool = False
+
+    def __call__(self, model: Model, batch: Batch) -> Sums:
+        """The sum to be minimised over a batch, and sums to be reported: ``weight`` is what they are divided by, the
+        number of trained tokens (sft) or of pairs."""
+        positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
+        x, _, imbalance = model.model(model.model.embed(batch["ids"]), positions, remat=self.remat)
+        losses = token_losses(model, model.model.norm(x), batch["labels"])
+        trained = batch["labels"][:, 1:] != IGNORED
+        sums = OBJECTIVES[self.name](losses, trained, batch, self.beta)
+        total = sums["loss"]
+        if model.config.num_experts:
+            sums["imbalance"] = imbalance * sums["weight"]
+            total = total + self.balance * sums["imbalance"]
+        return total, sums
+
+
+def _supervised(losses, trained, batch, beta) -> dict[str, Array]:
+    return {"loss": jnp.sum(losses), "weight": jnp.sum(trained)}
+
+
+def _dpo(losses, trained, batch, beta) -> dict[str, Array]:
+    """-log sigmoid(beta (how much likelier than under the reference the chosen answer is, less that of the rejected)).
+    The first half of the rows are chosen, the second rejected ones; log-probabilities are sums over the answer."""
+    chosen, rejected = jnp.split(-jnp.sum(losses, axis=1) - batch["reference"], 2)
+    pairs = batch["labels"].shape[0] // 2
+    real = jnp.any(trained[:pairs], axis=1)  # not a row that fills up the batch
+    margin = beta * (chosen - rejected)
+    return {
+        "loss": -jnp.sum(jax.nn.log_sigmoid(margin) * real),
+        "margin": jnp.sum(margin * real),
+        "accuracy": jnp.sum((margin > 0) & real),
+        "weight": jnp.sum(real),
+    }
+
+
+def _orpo(losses, trained, batch, beta) -> dict[str, Array]:
+    """Mean cross entropy of the chosen answer - beta log sigmoid(log odds ratio), with mean log-probabilities."""
+    mean = -jnp.sum(losses, axis=1) / jnp.maximum(jnp.sum(trained, axis=1), 1)
+    real = jnp.any(jnp.split(trained, 2)[0], axis=1)
+    # A row of nothing has the log-probability 0, whose odds are infinite.
+    mean = jnp.where(jnp.any(trained, axis=1), mean, -1.0)
+    odds = mean - jnp.log(-jnp.expm1(jnp.minimum(mean, -1e-6)))
+    (chosen, _), (better, worse) = jnp.split(mean, 2), jnp.split(odds, 2)
+    ratio = better - worse
+    return {
+        "loss": jnp.sum((-chosen - beta * jax.nn.log_sigmoid(ratio)) * real),
+        "margin": jnp.sum(ratio * real),
+        "accuracy": jnp.sum((ratio > 0) & real),
+        "weight": jnp.sum(real),
+    }
+
+
+OBJECTIVES: dict[str, Callable[..., dict[str, Array]]] = {"sft": _supervised, "dpo": _dpo, "orpo": _orpo}
 
 
 def packed_loss(model: Model, windows: Int[Array, "B T"], bos_token_id: int, remat: bool = False) -> Float[Array, ""]:
     """Mean cross entropy over windows of documents that each begin with BOS: a document neither sees nor predicts
-    another one."""
-    segments = jnp.cumsum(windows == bos_token_id, axis=1)
-    positions = positions_of(model.config, windows.shape, segments=segments)
-    logits = model.head(model.hidden_states(windows, positions, remat=remat))
-    total, count = next_token_loss(logits, jnp.where(windows == bos_token_id, IGNORED, windows))
-    return total / jnp.maximum(count, 1)
+    another one. A mixture of experts has a hundredth of its imbalance added."""
+    begins = windows == bos_token_id
+    batch = {"ids": windows, "labels": jnp.where(begins, IGNORED, windows), "segments": jnp.cumsum(begins, axis=1)}
+    total, sums = Objective(remat=remat)(model, batch)
+    return total / jnp.maximum(sums["weight"], 1)
 
 
 def mean_loss(model: Model, ids: Int[Array, "B T"], labels: Int[Array, "B T"], mask: Int[Array, "B T"] | None = None):
     """The loss that the original returns for ``labels``: a mean over all labels but -100."""
-    total, count = _sums(model, ids, labels, mask)
-    return total / count
+    return _mean_loss(model, ids, labels, mask)
 
 
 @jax.jit
-def _sums(model: Model, ids, labels, mask):
-    logits = model.head(model.hidden_states(ids, positions_of(model.config, ids.shape, mask=mask)))
-    return next_token_loss(logits, labels)
+def _mean_loss(model: Model, ids, labels, mask):
+    hidden = model.hidden_states(ids, positions_of(model.config, ids.shape, mask=mask))
+    return jnp.sum(token_losses(model, hidden, labels)) / jnp.sum(labels[:, 1:] != IGNORED)

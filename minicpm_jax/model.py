@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_data.token_ids import checked_ids
-from minicpm_jax.arithmetic import divided, gated, precision, scaled
+from minicpm_jax.adapters import LowRank
+from minicpm_jax.arithmetic import divided, gated, product, scaled
 from minicpm_jax.attention import Attention, Cache, Positions, positions_of
 from minicpm_jax.moe import MoE
 from weights_io.config import ModelConfig
@@ -29,9 +30,11 @@ class Linear(nnx.Module):
 
     def __init__(self, weight: Float[Array, "O I"]):
         self.weight = nnx.Param(weight)
+        self.adapter: LowRank | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        return jnp.einsum("...i,oi->...o", x, self.weight[...], precision=precision(x))
+        y = product(self.weight[...], x)
+        return y if self.adapter is None else self.adapter(x, y, product)
 
 
 class Embedding(nnx.Module):
@@ -44,7 +47,7 @@ class Embedding(nnx.Module):
         return self.weight[...][ids]
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return jnp.einsum("...d,vd->...v", x, self.weight[...], precision=precision(x))
+        return product(self.weight[...], x)
 
 
 class RMSNorm(nnx.Module):
@@ -88,11 +91,13 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
+        """Hidden state, cache, and the `moe.imbalance` of this layer (0 where it has no experts)."""
         added, cache = self.self_attn(self.input_layernorm(x), positions, cache, layer)
         x = x + scaled(added, self.residual_scale)
-        x = x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
-        return x, cache
+        normed = self.post_attention_layernorm(x)
+        added, imbalance = self.mlp(normed) if isinstance(self.mlp, MoE) else (self.mlp(normed), jnp.float32(0))
+        return x + scaled(added, self.residual_scale), cache, imbalance
 
 
 class Decoder(nnx.Module):
@@ -110,22 +115,27 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, remat: bool = False
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Run the layers over embeddings; returns the hidden state before the final norm, and the cache."""
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
+        """Run the layers over embeddings; returns the hidden state before the final norm, the cache, and the mean of
+        the layers' `moe.imbalance`, which costs nothing where it is not used. ``remat``: recompute each layer in the
+        backward pass instead of keeping what it computed."""
 
         def step(carry, layer):
             x, cache = carry
             weights, index = layer
-            return weights(x, positions, cache, index), None
+            x, cache, imbalance = weights(x, positions, cache, index)
+            return (x, cache), imbalance
 
         if isinstance(self.layers, nnx.List):
+            carry, each = (x, cache), []
             for index, layer in enumerate(self.layers):
-                x, cache = layer(x, positions, cache, index)
-            return x, cache
+                carry, imbalance = step(carry, (layer, index))
+                each.append(imbalance)
+            return *carry, jnp.mean(jnp.stack(each))
         depth = self.layers.input_layernorm.weight.shape[0]
         step = jax.checkpoint(step) if remat else step
-        (x, cache), _ = jax.lax.scan(step, (x, cache), (self.layers, jnp.arange(depth)))
-        return x, cache
+        (x, cache), each = jax.lax.scan(step, (x, cache), (self.layers, jnp.arange(depth)))
+        return x, cache, jnp.mean(each)
 
 
 class Model(nnx.Module):
@@ -150,7 +160,7 @@ class Model(nnx.Module):
 
     def hidden_states(self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False):
         """[B, T, D] after the final norm: what the head reads."""
-        x, _ = self.model(self.model.embed(ids), positions, remat=remat)
+        x, _, _ = self.model(self.model.embed(ids), positions, remat=remat)
         return self.model.norm(x)
 
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -177,7 +187,7 @@ class Model(nnx.Module):
         start = cache.lengths if start is None else start
         length = cache.lengths + new if length is None else length
         positions = positions_of(self.config, ids.shape, start=start, length=length)
-        x, written = self.model(self.model.embed(ids), positions, cache)
+        x, written, _ = self.model(self.model.embed(ids), positions, cache)
         assert written is not None  # as a cache went in
         return self.model.norm(x), dataclasses.replace(written, lengths=cache.lengths + new)
 

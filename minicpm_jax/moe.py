@@ -11,6 +11,7 @@ where the experts are spread over devices, each device runs its own on all rows,
 Source of the semantics: modeling_minicpm.py of openbmb/MiniCPM-MoE-8x2B.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minicpm_jax.arithmetic import gated, precision
+from minicpm_jax.adapters import LowRank, Product
+from minicpm_jax.arithmetic import gated, precision, product
 from weights_io.config import ModelConfig
 
 LOWEST, HIGHEST = 8, 256  # rows of a block: what a TPU takes at once, and where it computes as long as it reads weights
@@ -29,18 +31,27 @@ class ExpertLinear(nnx.Module):
 
     def __init__(self, weight: Float[Array, "E O I"]):
         self.weight = nnx.Param(weight)
+        self.adapter: LowRank | None = nnx.data(None)
 
     def of(self, expert: Int[Array, ""], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Rows that all take one expert."""
-        return jnp.einsum("...i,oi->...o", x, _one(self.weight[...], expert), precision=precision(x))
+        return self._adapted(x, lambda weight, x: product(_one(weight, expert), x), lambda ratio: ratio[expert])
 
     def in_blocks(self, x: Float[Array, "N H I"], experts: Int[Array, "N"]) -> Float[Array, "N H O"]:
         """N blocks of H rows, each block with its expert."""
-        return block_products(self.weight[...], x, experts)
+        return self._adapted(
+            x, lambda weight, x: block_products(weight, x, experts), lambda ratio: ratio[experts][:, None]
+        )
 
     def all(self, x: Float[Array, "R E I"]) -> Float[Array, "R E O"]:
         """One row for each expert."""
-        return jnp.einsum("rei,eoi->reo", x, self.weight[...], precision=precision(x))
+        return self._adapted(
+            x, lambda weight, x: jnp.einsum("rei,eoi->reo", x, weight, precision=precision(x)), lambda ratio: ratio
+        )
+
+    def _adapted(self, x: Array, product: Product, ratio: Callable[[Array], Array]) -> Array:
+        y = product(self.weight[...], x)
+        return y if self.adapter is None else self.adapter(x, y, product, ratio)
 
 
 class Experts(nnx.Module):
@@ -112,10 +123,13 @@ class MoE(nnx.Module):
         self.experts = Experts(weights, config)
         self.chosen = config.num_experts_per_tok
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """Also the layer's `imbalance`, for training."""
         with jax.named_scope("moe"):
             rows = x.reshape(-1, x.shape[-1])
-            return self.experts(rows, *route(self.gate(rows), self.chosen)).reshape(x.shape)
+            logits = self.gate(rows)
+            weights, chosen = route(logits, self.chosen)
+            return self.experts(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen)
 
 
 def route(logits: Float[Array, "R E"], chosen: int) -> tuple[Float[Array, "R C"], Int[Array, "R C"]]:
@@ -123,6 +137,15 @@ def route(logits: Float[Array, "R E"], chosen: int) -> tuple[Float[Array, "R C"]
     largest, divided by their sum, rounded to the model's dtype."""
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), chosen)
     return (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(logits.dtype), experts
+
+
+def imbalance(logits: Float[Array, "R E"], chosen: Int[Array, "R C"]) -> Float[Array, ""]:
+    """E sum_e f_e P_e: the share f of all choices that fell on an expert times its mean probability P (arXiv
+    2101.03961, equation 4). 1 where the experts are used alike; training adds a hundredth of it to the loss."""
+    count = logits.shape[-1]
+    shares = jnp.mean(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), axis=0)
+    taken = jnp.bincount(chosen.reshape(-1), length=count) / chosen.size
+    return count * jnp.sum(taken * shares)
 
 
 @jax.custom_vjp

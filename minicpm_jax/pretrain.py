@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import math
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io import command_line
-from weights_io.config import read_json
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +84,9 @@ def pretrain(options: Options) -> None:
     from tqdm import tqdm
 
     from minicpm_data.metrics import Metrics
+    from minicpm_data.runs import Interrupt, check_settings
     from minicpm_jax import train
+    from minicpm_jax.checkpoints import Checkpoints
     from minicpm_jax.model import initialise
     from weights_io.config import ModelConfig
 
@@ -100,20 +100,25 @@ def pretrain(options: Options) -> None:
         options.half_life,
     )
     stages, bos_token_id, fingerprint = read_data(options, config.vocab_size)
-    optimiser = train.optimizer(config, options.beta1, options.beta2, options.weight_decay, options.clip)
+    optimiser = train.mup_optimizer(config, options.beta1, options.beta2, options.weight_decay, options.clip)
     weights = train.weights_of(initialise(config, jax.random.key(options.seed)))
     fixed: dict[str, Any] = {
         "config": config,
         "bos_token_id": bos_token_id,
         "dtype": options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
     }
+    settings = {name: value for name, value in vars(options).items() if name not in FREE}
+    check_settings(options.out, settings | {"config": config.to_dict(), "data": fingerprint})
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(options, config, fingerprint))
-        step, state = checkpoints.restore((weights, optimiser.init(weights)))
+        interrupt = stack.enter_context(Interrupt())
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(options.out / "checkpoints")))
+        step, state = checkpoints.latest, checkpoints.restore((weights, optimiser.init(weights)))
+        if step:
+            print(f"going on after step {step}")
         bar = stack.enter_context(tqdm(total=options.steps, initial=step, unit="step"))
         metrics = Metrics(options.out / "metrics.jsonl", step)
         began, start = time.perf_counter(), step
-        while step < options.steps and not checkpoints.interrupted:
+        while step < options.steps and not interrupt.wanted:
             # The decay stage reads its own data from its first batch on.
             stage, offset = ("decay", schedule.decay_start) if step >= schedule.decay_start else ("stable", 0)
             batch, rate = stages[stage].train[step - offset], schedule(step)
@@ -137,7 +142,7 @@ def pretrain(options: Options) -> None:
                         record[f"{name}_valid_loss"] = valid_loss(state[0], data.valid, options.batch_size, fixed)
                 metrics.write(record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_s=f"{record['tokens_per_second']:,.0f}")
-            if step % options.save_every == 0 or step == options.steps or checkpoints.interrupted:
+            if step % options.save_every == 0 or step == options.steps or interrupt.wanted:
                 checkpoints.save(step, state)
     if step < options.steps:
         print(f"stopped after step {step} of {options.steps}; the same command goes on from there.")
@@ -172,67 +177,8 @@ def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int,
     return stages, tokenizer.bos_token_id, fingerprint.hexdigest()
 
 
-class Checkpoints:
-    """Weights and moments in ``--out/checkpoints``, by orbax, which renames a checkpoint when it is whole. Ctrl-C only
-    sets `interrupted`, so that no step is cut in two."""
-
-    # A resumed run must agree on the model, on the data and on all options but these.
-    FREE = ("config", "tokenizer", "data", "out", "save_dtype", "save_every", "valid_every", "remat")
-
-    def __init__(self, options: Options, config: "ModelConfig", data: str):
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
-        self.interrupted = False
-        folder = options.out / "checkpoints"
-        settings = {name: value for name, value in vars(options).items() if name not in self.FREE}
-        self._check_settings(options.out / "settings.json", settings | {"config": config.to_dict(), "data": data})
-        self._manager = ocp.CheckpointManager(
-            folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        )
-
-    @staticmethod
-    def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-        if path.exists():
-            before = read_json(path)
-            changed = [name for name in settings if before.get(name) != settings[name]]
-            if changed:
-                raise InputError(
-                    f"{path.parent} holds a run with another {', '.join(changed)}; choose another --out, or delete it."
-                )
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        partial.replace(path)
-
-    def __enter__(self) -> "Checkpoints":
-        def interrupt(*_: object) -> None:
-            self.interrupted = True
-
-        self._before = signal.signal(signal.SIGINT, interrupt)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
-        signal.signal(signal.SIGINT, self._before)
-
-    @property
-    def latest(self) -> int:
-        return self._manager.latest_step() or 0
-
-    def restore(self, state: Any) -> tuple[int, Any]:
-        """Step and state of the latest checkpoint; 0 and the state given where there is none."""
-        import jax
-
-        if not self.latest:
-            return 0, state
-        shapes = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, state)
-        print(f"going on after step {self.latest}")
-        return self.latest, self._manager.restore(self.latest, args=self._ocp.args.StandardRestore(shapes))
-
-    def save(self, step: int, state: Any) -> None:
-        self._manager.save(step, args=self._ocp.args.StandardSave(state))
+# A resumed run must agree on the model, on the data and on all options but these.
+FREE = ("config", "tokenizer", "data", "out", "save_dtype", "save_every", "valid_every", "remat")
 
 
 def check(options: Options) -> None:
@@ -248,10 +194,6 @@ def check(options: Options) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be from 0 to below 1.")
     if options.seq_length < 2:
         raise InputError(f"--seq-length is {options.seq_length}; a window needs at least 2 tokens.")
-    if options.out.is_file():
-        raise InputError(f"--out {options.out} is a file; choose a folder.")
-    if options.out.exists() and any(options.out.iterdir()) and not (options.out / "settings.json").exists():
-        raise InputError(f"{options.out} is not empty and holds no run to go on with; choose another --out.")
 
 
 def valid_loss(weights: dict[str, Any], windows: "np.ndarray", batch_size: int, fixed: dict[str, Any]) -> float:

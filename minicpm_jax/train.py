@@ -1,20 +1,33 @@
 """One optimiser step on a dictionary of arrays, and the muP groups of the parameter table."""
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
-from minicpm_jax.losses import packed_loss
+from minicpm_jax import adapters
+from minicpm_jax.losses import Batch, Objective, packed_loss
 from minicpm_jax.model import Model, nested
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
-Weights = dict[str, jax.Array]  # parameter name -> array, float32 masters
+Weights = dict[str, Any]  # parameter name -> array, or an adapter's matrices; float32
+State = tuple[Weights, Any]  # and the optimiser's moments
+
+OPTIMISERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "adamw": lambda decay: optax.adamw(1.0, weight_decay=decay),
+    "adam": lambda decay: optax.adam(1.0),
+    "sgd": lambda decay: optax.sgd(1.0),
+    "adafactor": lambda decay: optax.adafactor(1.0),
+}
 
 
-def optimizer(
+def mup_optimizer(
     config: ModelConfig, beta1: float, beta2: float, weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
     """AdamW whose updates are for a learning rate of 1: matrices get muP's share of it (arXiv 2404.06395, table 7) and
@@ -30,9 +43,87 @@ def optimizer(
     )
 
 
+def optimizer(name: str, weight_decay: float, clip: float) -> optax.GradientTransformation:
+    """One of `OPTIMISERS` for a learning rate of 1, over gradients of at most the norm ``clip``."""
+    return optax.chain(optax.clip_by_global_norm(clip), OPTIMISERS[name](weight_decay))
+
+
+@dataclass(frozen=True)
+class AllWeights:
+    """What is trained: every weight, as float32 masters of a model that computes in ``dtype``."""
+
+    config: ModelConfig
+    dtype: str
+
+    def model(self, base: Model | None, weights: Weights, key: Array | None = None) -> Model:
+        return Model(nested({name: w.astype(self.dtype) for name, w in weights.items()}), self.config)
+
+
+@dataclass(frozen=True)
+class LowRankWeights:
+    """What is trained: adapters on a base."""
+
+    scale: float
+    dropout: float
+
+    def model(self, base: Model, weights: Weights, key: Array | None = None) -> Model:
+        """``key``: of dropout; None: none is dropped."""
+        return adapters.attach(base, weights, self.scale, self.dropout, key)
+
+
+Trained = AllWeights | LowRankWeights
+
+
+@functools.partial(jax.jit, static_argnames=("trained", "objective", "optimiser"), donate_argnums=0)
+def train_step(
+    state: State,
+    base: Model | None,
+    batches: Batch,
+    learning_rate: Array,
+    key: Array,
+    *,
+    trained: Trained,
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+) -> tuple[State, dict[str, Array]]:
+    """One step on micro-batches (arrays [A, B, T]), whose tokens all weigh the same. Returns the state and figures:
+    means of the objective's sums, ``weight`` the sum itself."""
+    weights, moments = state
+
+    def gradients_of(batch: Batch, key: Array):
+        def total(weights):
+            return objective(trained.model(base, weights, key), batch)
+
+        (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(weights)
+        return sums, gradients
+
+    def add(totals, micro):
+        return jax.tree.map(jnp.add, totals, gradients_of(*micro)), None
+
+    micros = batches, jax.random.split(key, len(batches["ids"]))
+    first = jax.tree.map(lambda x: x[0], micros)
+    if len(batches["ids"]) == 1:
+        sums, gradients = gradients_of(*first)
+    else:
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients_of, *first))
+        (sums, gradients), _ = jax.lax.scan(add, nothing, micros)
+    weight = jnp.maximum(sums["weight"], 1)
+    gradients = jax.tree.map(lambda g: g / weight, gradients)
+    updates, moments = optimiser.update(gradients, moments, weights)
+    weights = jax.tree.map(lambda w, update: w + learning_rate * update, weights, updates)
+    figures = {name: value / weight for name, value in sums.items()} | {"weight": sums["weight"]}
+    return (weights, moments), figures | {"gradient_norm": optax.global_norm(gradients)}
+
+
+@functools.partial(jax.jit, static_argnames=("trained", "objective"))
+def evaluation(weights: Weights, base: Model | None, batch: Batch, *, trained: Trained, objective: Objective):
+    """The objective's sums over a batch, without a step."""
+    return objective(trained.model(base, weights), batch)[1]
+
+
 @functools.partial(jax.jit, static_argnames=("config", "optimiser", "bos_token_id", "dtype", "remat"), donate_argnums=0)
 def pretrain_step(
-    state: tuple[Weights, Any],
+    state: State,
     windows: jax.Array,
     learning_rate: jax.Array,
     *,
@@ -41,13 +132,12 @@ def pretrain_step(
     bos_token_id: int,
     dtype: str,
     remat: bool,
-) -> tuple[tuple[Weights, Any], dict[str, jax.Array]]:
+) -> tuple[State, dict[str, jax.Array]]:
     """One AdamW step on [B, T] windows, computed in ``dtype`` over float32 masters. Returns the state and figures."""
     weights, moments = state
 
     def loss_of(weights: Weights) -> jax.Array:
-        model = Model(nested({name: w.astype(dtype) for name, w in weights.items()}), config)
-        return packed_loss(model, windows, bos_token_id, remat)
+        return packed_loss(AllWeights(config, dtype).model(None, weights), windows, bos_token_id, remat)
 
     loss, gradients = jax.value_and_grad(loss_of)(weights)
     updates, moments = optimiser.update(gradients, moments, weights)
@@ -58,8 +148,7 @@ def pretrain_step(
 @functools.partial(jax.jit, static_argnames=("config", "bos_token_id", "dtype"))
 def packed_evaluation(weights: Weights, windows: jax.Array, *, config: ModelConfig, bos_token_id: int, dtype: str):
     """Loss of [B, T] windows without a step."""
-    model = Model(nested({name: w.astype(dtype) for name, w in weights.items()}), config)
-    return packed_loss(model, windows, bos_token_id)
+    return packed_loss(AllWeights(config, dtype).model(None, weights), windows, bos_token_id)
 
 
 def weights_of(model: Model) -> Weights:

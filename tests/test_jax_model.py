@@ -169,7 +169,7 @@ def test_input_embeddings_are_not_scaled(dense):
     ids = jnp.asarray(dense["input_ids"])
 
     def logits(x):
-        x, _ = dense.model.model(x, positions_of(dense.model.config, ids.shape))
+        x, _, _ = dense.model.model(x, positions_of(dense.model.config, ids.shape))
         return np.asarray(dense.model.head(dense.model.model.norm(x)))
 
     close(logits(dense.model.model.embed(ids)), dense["logits"])

@@ -55,7 +55,7 @@ def routes(model, ids, cache=None):
         y = x + scaled(added, model.config.residual_scale)
         logits = layer.mlp.gate(layer.post_attention_layernorm(y).reshape(-1, y.shape[-1]))
         found.append((logits, *moe.route(logits, model.config.num_experts_per_tok)))
-        x, cache = layer(x, positions, cache, index)
+        x, cache, _ = layer(x, positions, cache, index)
     return found
 
 

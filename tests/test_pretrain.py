@@ -157,13 +157,13 @@ def test_mup_groups_take_their_share_of_a_step(corpus):
     config = ModelConfig.from_file(corpus / "config.json")
     model = initialise(config, jax.random.key(0))
     weights = train.weights_of(model)
-    optimiser = train.optimizer(config, 0.9, 0.95, weight_decay=0.0, clip=1e9)
+    optimiser = train.mup_optimizer(config, 0.9, 0.95, weight_decay=0.0, clip=1e9)
     gradients = jax.tree.map(lambda w: jnp.ones_like(w), weights)
     updates, _ = optimiser.update(gradients, optimiser.init(weights), weights)
     for name, update in updates.items():
         matrix = "proj" in name
         np.testing.assert_allclose(update, -0.5 if matrix else -1.0, rtol=1e-5, err_msg=name)
-    decayed = train.optimizer(config, 0.9, 0.95, weight_decay=0.1, clip=1e9)
+    decayed = train.mup_optimizer(config, 0.9, 0.95, weight_decay=0.1, clip=1e9)
     updates, _ = decayed.update(jax.tree.map(jnp.zeros_like, weights), decayed.init(weights), weights)
     np.testing.assert_allclose(updates["model.embed_tokens.weight"], 0)
     name = "model.layers.mlp.up_proj.weight"

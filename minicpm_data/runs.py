@@ -1,0 +1,55 @@
+"""A training run's folder: the settings that a resumed run must share, and Ctrl-C that waits for the end of a step."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from weights_io.config import read_json
+from weights_io.errors import InputError
+
+SETTINGS = "settings.json"
+
+
+def check_settings(folder: Path, settings: dict[str, Any], resume: bool = True) -> None:
+    """Write the settings of a new run into its folder, or compare them with those of the run that is there.
+
+    ``resume``: a run that is there is gone on with. Raises `InputError` where its settings are others, where it is not
+    to be gone on with, or where the folder holds something else.
+    """
+    path = folder / SETTINGS
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; choose a folder.")
+    if path.exists():
+        if not resume:
+            raise InputError(f"{folder} holds a run; --resume goes on with it, or choose another folder.")
+        before = read_json(path)
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise InputError(f"{folder} holds a run with another {', '.join(changed)}; choose another, or delete it.")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no run to go on with; choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+class Interrupt:
+    """A context in which Ctrl-C only sets `wanted`, so that no step is cut in two; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __enter__(self) -> "Interrupt":
+        def interrupt(*_: object) -> None:
+            if self.wanted:
+                raise KeyboardInterrupt
+            self.wanted = True
+
+        self._before = signal.signal(signal.SIGINT, interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)

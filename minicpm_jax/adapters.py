@@ -1,0 +1,136 @@
+"""LoRA (arXiv 2106.09685) and DoRA (2402.09353) on the linear layers of a model.
+
+Dims: L layers, E experts (leading axes where a layer or an expert has one), O out, I in, R rank.
+
+The trained numbers are a plain dictionary, table name -> {"a", "b"[, "magnitude"]}, in float32 whatever the model's
+dtype; `attach` gives a model that uses them. The base's weights stay what they are.
+"""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from minicpm_jax.arithmetic import precision
+from weights_io.adapters import Adapter, AdapterConfig, stacked, target_parameters, unstacked
+from weights_io.config import ModelConfig
+
+if TYPE_CHECKING:
+    from minicpm_jax.model import Model
+
+Matrices = dict[str, Array]  # a [.., R, I], b [.., O, R], and for DoRA magnitude [.., O]
+Product = Callable[[Array, Array], Array]  # (weight, x) -> y
+
+
+class LowRank(nnx.Module):
+    """What an adapter makes of y = W x: y + scale B A x, and with DoRA each output times its ratio, magnitude / norm of
+    the row of W + scale B A."""
+
+    def __init__(self, matrices: Matrices, scale: float, dropout: float = 0.0):
+        self.a, self.b = nnx.Param(matrices["a"]), nnx.Param(matrices["b"])
+        self.ratio = nnx.data(matrices.get("ratio"))
+        self.key = nnx.data(matrices.get("key"))  # of dropout, one for each layer; None: no dropout
+        self.scale, self.dropout = scale, dropout
+
+    def __call__(
+        self, x: Array, y: Array, product: Product, ratio: Callable[[Array], Array] = lambda ratio: ratio
+    ) -> Array:
+        """``product``: how x meets a weight; ``ratio``: picks the ratios that belong to y."""
+        with jax.named_scope("adapter"):
+            a, b = self.a[...], self.b[...]
+            x = x.astype(a.dtype)
+            if self.key is not None:
+                keep = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.dropout), 0)
+            added = self.scale * product(b, product(a, x))
+            if self.ratio is None:
+                return y + added.astype(y.dtype)
+            return ((y + added) * ratio(self.ratio)).astype(y.dtype)
+
+
+def initial(model: "Model", config: AdapterConfig, layers: Collection[int], key: Array) -> dict[str, Matrices]:
+    """Where training begins: A ~ Normal(0, 1 / R) as in peft's "gaussian", B = 0, DoRA's magnitudes the norms of W. Of
+    other ``layers`` A is 0 too: they learn nothing."""
+    chosen = jnp.zeros(model.config.num_hidden_layers).at[jnp.array(sorted(layers))].set(1)
+    weights = {}
+    for index, parameter in enumerate(target_parameters(model.config, config.targets)):
+        *stack, out, width = parameter.shape(model.config)
+        subkey = jax.random.fold_in(key, index)
+        a = jax.random.normal(subkey, (*stack, config.rank, width)) / config.rank
+        a = a * chosen.reshape(-1, *(1,) * (a.ndim - 1))
+        matrices = {"a": a, "b": jnp.zeros((*stack, out, config.rank))}
+        if config.dora:
+            matrices["magnitude"] = jnp.sqrt(jax.jit(_row_squares)(linear(model, parameter.name).weight))
+        weights[parameter.name] = matrices
+    return weights
+
+
+def attach(
+    model: "Model", weights: dict[str, Matrices], scale: float, dropout: float = 0.0, key: Array | None = None
+) -> "Model":
+    """The model with adapters. ``key``: drop that share of the adapters' inputs, another choice for each key."""
+    model = jax.tree.map(lambda x: x, model)
+    for index, (name, matrices) in enumerate(sorted(weights.items())):
+        layer = linear(model, name)
+        given = {"a": matrices["a"], "b": matrices["b"]}
+        if "magnitude" in matrices:
+            given["ratio"] = ratio(layer.weight, matrices, scale)
+        if key is not None and dropout:
+            given["key"] = jax.random.split(jax.random.fold_in(key, index), len(matrices["a"]))
+        layer.adapter = nnx.data(LowRank(given, scale, dropout))
+    return model
+
+
+def linear(model: "Model", name: str) -> Any:
+    """The layer of the weight ``name`` of the parameter table."""
+    return functools.reduce(getattr, name.split(".")[:-1], model)
+
+
+def ratio(weight: Any, matrices: Matrices, scale: float) -> Float[Array, "... O"]:
+    """DoRA's magnitudes over the norms of the rows of W + scale B A, which are taken as constants (section 4.3 of the
+    paper). The sum itself is never made."""
+    a, b = matrices["a"], matrices["b"]
+    fixed = jax.lax.stop_gradient((a, b))
+
+    def squares(layer):
+        weight, a, b = layer
+        wide = weight[...].astype(jnp.float32)
+        inner = 2 * jnp.einsum("...oi,...ri->...or", wide, a, precision=precision(a))
+        outer = jnp.einsum("...os,...si,...ri->...or", b, a, a, precision=precision(a))
+        return jnp.sum(wide * wide, axis=-1) + scale * jnp.sum(b * (inner + scale * outer), axis=-1)
+
+    norms = jnp.sqrt(jax.lax.map(squares, (weight, *fixed)))
+    # A layer without an adapter has A = 0 and learns nothing, its magnitude neither.
+    adapted = jnp.any(fixed[0] != 0, axis=(-1, -2))[..., None]
+    magnitude = jnp.where(adapted, matrices["magnitude"], norms)
+    return magnitude / norms
+
+
+def _row_squares(weight: Any) -> Float[Array, "... O"]:
+    """Squared norms of the rows, one layer in float32 at a time."""
+    return jax.lax.map(lambda layer: jnp.sum(layer[...].astype(jnp.float32) ** 2, axis=-1), weight)
+
+
+def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
+    """The arrays of an adapter that was read. A layer without a part of it is zeros, magnitude too (see `ratio`)."""
+    weights = {}
+    for parameter in target_parameters(config, adapter.config.targets):
+        none = np.zeros(parameter.tensor_shape(config)[0], np.float32)
+        a, b, magnitude = stacked(parameter, adapter, config, lambda tensor, none=none: none)
+        weights[parameter.name] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
+        if magnitude is not None:
+            weights[parameter.name]["magnitude"] = jnp.asarray(magnitude)
+    return weights
+
+
+def to_adapter(
+    config: ModelConfig, weights: dict[str, Matrices], adapter: AdapterConfig, layers: Collection[int]
+) -> Adapter:
+    """The adapter to be saved, of those ``layers`` that have one."""
+    arrays = {name: (np.asarray(m["a"]), np.asarray(m["b"]), m.get("magnitude")) for name, m in weights.items()}
+    return unstacked(adapter, arrays, config, layers)
