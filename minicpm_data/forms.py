@@ -11,9 +11,7 @@ Messages = list[dict[str, str]]
 
 ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # The question with which OpenBMB tunes on OCNLI (finetune/lora_finetune_ocnli.ipynb): one colon is ASCII, one is not.
-OCNLI_QUESTION = (
-    "请判断下边两个句子的关系属于 [entailment, neutral, contradiction]中的哪一种？\n句子1: {}\n句子2：{}\n"
-)
+OCNLI_QUESTION = "请判断下边两个句子的关系属于 [entailment, neutral, contradiction]中的哪一种？\n句子1: {}\n句子2：{}\n"
 
 
 def _asked(question: str, answer: str) -> Messages:
@@ -62,10 +60,12 @@ def pair(document: Document) -> tuple[Messages, Messages]:
     return _answered(prompt, document, "chosen"), _answered(prompt, document, "rejected")
 
 
-def _form(document: Document, known: list[tuple[str, ...]], others: list[tuple[str, ...]], what: str) -> tuple[str, ...]:
+def _form(
+    document: Document, known: list[tuple[str, ...]], others: list[tuple[str, ...]], what: str
+) -> tuple[str, ...]:
     """The one of ``known`` whose keys the document has; ``others`` are forms of another use, which is ``what``."""
     if document.get("tools"):
-        raise InputError('has "tools", which cannot be trained; write them out in a system message.')
+        raise InputError('it has "tools", which cannot be trained; write them out in a system message.')
     found = [keys for keys in known if all(key in document for key in keys)]
     other = any(all(key in document for key in keys) for keys in others)
     if len(found) == 1 and not other:
@@ -73,7 +73,7 @@ def _form(document: Document, known: list[tuple[str, ...]], others: list[tuple[s
     keys = ", ".join(map(str, document)) or "none"
     forms = "; ".join(" + ".join(form) for form in known)
     why = what if other else "that is none of the known forms" if not found else "that is more than one form"
-    raise InputError(f"has the keys {keys}: {why}; the forms are: {forms}.")
+    raise InputError(f"it has the keys {keys}: {why}; the forms are: {forms}.")
 
 
 def _answered(prompt: Messages, document: Document, key: str) -> Messages:
@@ -82,7 +82,9 @@ def _answered(prompt: Messages, document: Document, key: str) -> Messages:
     if answer[: len(prompt)] == prompt:
         answer = answer[len(prompt) :]
     if [message["role"] for message in answer] != ["assistant"]:
-        raise InputError(f'has a "{key}" that is not one answer; it must be a string or one message of the assistant.')
+        raise InputError(
+            f'it has a "{key}" that is not one answer; it must be a string or one message of the assistant.'
+        )
     return [*prompt, *answer]
 
 
@@ -103,13 +105,13 @@ def _turns(value: Any) -> Any:
 def _renamed(turn: Mapping[str, Any]) -> dict[str, Any]:
     speaker = turn["from"]
     if not isinstance(speaker, str) or speaker not in ROLE_OF:
-        raise InputError(f"has a turn from {speaker!r}; known are {', '.join(ROLE_OF)}.")
+        raise InputError(f"it has a turn from {speaker!r}; known are {', '.join(ROLE_OF)}.")
     if "value" not in turn:
-        raise InputError('has a turn with "from" but no "value"; add it.')
+        raise InputError('it has a turn with "from" but no "value"; add it.')
     return {"role": ROLE_OF[speaker], "content": turn["value"]}
 
 
 def _text(document: Document, key: str) -> str:
     if not isinstance(document[key], str):
-        raise InputError(f'has a "{key}" of type {type(document[key]).__name__}; it must be a string.')
+        raise InputError(f'it has a "{key}" of type {type(document[key]).__name__}; it must be a string.')
     return document[key]

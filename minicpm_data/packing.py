@@ -25,6 +25,8 @@ def pretraining_ids(tokenizer: "Tokenizer", document: dict[str, Any], where: str
 
 def ended(ids: list[int], tokenizer: "Tokenizer") -> list[int]:
     """``ids`` with EOS at their end, once."""
+    if not tokenizer.eos_token_ids:
+        raise InputError("the tokenizer has no EOS token to end a text with; give it one in tokenizer_config.json.")
     return ids if ids and ids[-1] in tokenizer.eos_token_ids else [*ids, tokenizer.eos_token_ids[0]]
 
 

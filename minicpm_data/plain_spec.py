@@ -27,8 +27,9 @@ def without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
         if part is None or part["type"] == "Prepend":
             return None
         off = {"prepend_scheme": "never", "add_prefix_space": False}
-        lists = {key: [bare(item) for item in part[key]] for key in ("normalizers", "pretokenizers") if key in part}
-        kept = {key: [item for item in items if item is not None] for key, items in lists.items()}
-        return {**part, **{key: value for key, value in off.items() if key in part}, **kept}
+        changed: dict[str, Any] = {key: value for key, value in off.items() if key in part}
+        for key in {"normalizers", "pretokenizers"} & part.keys():
+            changed[key] = [item for item in map(bare, part[key]) if item is not None]
+        return {**part, **changed}
 
     return {**spec, "normalizer": bare(spec["normalizer"]), "pre_tokenizer": bare(spec["pre_tokenizer"])}
