@@ -29,6 +29,14 @@ class Example:
     ids: np.ndarray  # [T] int32
     trained: np.ndarray  # [T] bool: which tokens are targets
 
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def parts(self) -> tuple["Example", ...]:
+        return (self,)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -36,6 +44,15 @@ class Pair:
 
     chosen: Example
     rejected: Example
+
+    @property
+    def length(self) -> int:
+        """Of the longer one."""
+        return max(self.chosen.length, self.rejected.length)
+
+    @property
+    def parts(self) -> tuple[Example, ...]:
+        return self.chosen, self.rejected
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,8 @@ class Split:
 
     def summary(self) -> str:
         """One line for the user: how many examples and tokens, and what the window cost."""
-        parts = [part for item in self.examples for part in _parts(item)]
-        tokens, trained = sum(len(part.ids) for part in parts), sum(int(part.trained.sum()) for part in parts)
+        parts = [part for item in self.examples for part in item.parts]
+        tokens, trained = sum(part.length for part in parts), sum(int(part.trained.sum()) for part in parts)
         kind = "pairs" if isinstance(self.examples[0], Pair) else "examples"
         line = f"{self.path.name}: {len(self.examples):,} {kind}, {tokens:,} tokens, {trained:,} of them trained"
         line += f"; {self.cut:,} cut at the window's end" if self.cut else ""
@@ -78,9 +95,9 @@ def load_split(
         return None
     make = make_pair if pairs else make_example
     items = read_items(path, lambda document: make(document, tokenizer, mask_prompt))
-    lengths = [max(len(part.ids) for part in _parts(item)) for item in items]
+    lengths = [item.length for item in items]
     within = [_within(item, max_seq_length) for item in items]
-    kept = [item for item in within if any(part.trained.any() for part in _parts(item))]
+    kept = [item for item in within if any(part.trained.any() for part in item.parts)]
     if not kept:
         raise InputError(
             f"no example of {path} has anything to train in its first {max_seq_length} tokens; --max-seq-length "
@@ -154,10 +171,6 @@ def _example(ids: list[int], trained: list[bool]) -> Example:
     return Example(np.array(ids, np.int32), np.array([False, *trained[1:]]))
 
 
-def _parts(item: Example | Pair) -> tuple[Example, ...]:
-    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
-
-
 def _within(item: Example | Pair, width: int) -> Example | Pair:
-    parts = [Example(part.ids[:width], part.trained[:width]) for part in _parts(item)]
+    parts = [Example(part.ids[:width], part.trained[:width]) for part in item.parts]
     return Pair(*parts) if isinstance(item, Pair) else parts[0]

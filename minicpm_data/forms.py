@@ -7,6 +7,7 @@ from minicpm_data.chat import check_messages
 from weights_io.errors import InputError
 
 Document = Mapping[str, Any]
+Keys = tuple[str, ...]
 Messages = list[dict[str, str]]
 
 ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -30,7 +31,7 @@ def _conversations(document: Document) -> Messages:
 
 
 # keys -> conversation. Other keys than these may stand beside them (an id, a source).
-CONVERSATIONS: dict[tuple[str, ...], Callable[[Document], Messages]] = {
+CONVERSATIONS: dict[Keys, Callable[[Document], Messages]] = {
     ("messages",): _messages,
     ("conversations",): _conversations,
     ("prompt", "completion"): lambda d: _asked(_text(d, "prompt"), _text(d, "completion")),
@@ -41,7 +42,7 @@ CONVERSATIONS: dict[tuple[str, ...], Callable[[Document], Messages]] = {
         OCNLI_QUESTION.format(_text(d, "sentence1"), _text(d, "sentence2")), _text(d, "label")
     ),
 }
-PAIRS: dict[tuple[str, ...], Callable[[Document], Messages]] = {
+PAIRS: dict[Keys, Callable[[Document], Messages]] = {
     ("conversations", "chosen", "rejected"): _conversations,
     ("prompt", "chosen", "rejected"): lambda d: check_messages(_response(d["prompt"], "user")),
 }
@@ -60,9 +61,7 @@ def pair(document: Document) -> tuple[Messages, Messages]:
     return _answered(prompt, document, "chosen"), _answered(prompt, document, "rejected")
 
 
-def _form(
-    document: Document, known: list[tuple[str, ...]], others: list[tuple[str, ...]], what: str
-) -> tuple[str, ...]:
+def _form(document: Document, known: list[Keys], others: list[Keys], what: str) -> Keys:
     """The one of ``known`` whose keys the document has; ``others`` are forms of another use, which is ``what``."""
     if document.get("tools"):
         raise InputError('it has "tools", which cannot be trained; write them out in a system message.')
@@ -82,9 +81,7 @@ def _answered(prompt: Messages, document: Document, key: str) -> Messages:
     if answer[: len(prompt)] == prompt:
         answer = answer[len(prompt) :]
     if [message["role"] for message in answer] != ["assistant"]:
-        raise InputError(
-            f'it has a "{key}" that is not one answer; it must be a string or one message of the assistant.'
-        )
+        raise InputError(f'it has a "{key}" that is not one answer; make it a string or one message of the assistant.')
     return [*prompt, *answer]
 
 

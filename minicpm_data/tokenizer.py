@@ -139,8 +139,8 @@ class Tokenizer:
 
     def chat_example(self, messages: Sequence[chat.Message], only_last: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a conversation up to the end of its last answer, and which of them are trained: the answers (or
-        ``only_last`` one), and the EOS with which the template ends an answer. Where it ends the last one otherwise, the
-        tokenizer's own EOS does.
+        ``only_last`` one), and the EOS with which the template ends an answer. The last one ends with the tokenizer's
+        own EOS where the template writes none.
 
         The ids in front of an answer are those of `apply_chat` for that turn's prompt, as far as the template writes
         the same text: where a token would span the seam, the answer is encoded by itself. InputError as there, and
