@@ -163,7 +163,7 @@ class Tokenizer:
         text, before = "", list[int]()  # the pieces so far, as one text
         for k, piece in enumerate(pieces):
             text += piece
-            whole = self._undisguised(text, disguise)
+            whole = self._undisguised(text, disguise) if piece else before
             spans = whole[: len(before)] != before  # a token would span the seam
             new = self._undisguised(piece, disguise, begun=True) if spans else whole[len(before) :]
             before = whole
@@ -196,6 +196,8 @@ class Tokenizer:
         """Ids of ``prompt``, in which what was disguised is text. ``begun``: it goes on from other text, so that no
         space is put in front of it."""
         encoded = self._fast.encode(prompt, add_special_tokens=False)
+        if not begun and disguise.show(prompt) == prompt:
+            return encoded.ids
         # Between two special tokens the ids stand, unless something was disguised there.
         ids: list[int] = []
         stretch: list[int] = []
