@@ -5,10 +5,16 @@ from weights_io import lazy_exports
 __getattr__ = lazy_exports.install(
     "minicpm_data",
     {
+        "Batch": "batches",
+        "Batches": "batches",
+        "Example": "examples",
+        "Pair": "examples",
         "Response": "streaming",
         "Tokenizer": "tokenizer",
         "check_vocab": "tokenizer",
+        "evaluation_batches": "batches",
         "has_tokenizer": "tokenizer",
+        "load_split": "examples",
         "load_tokenizer": "tokenizer",
         "stream_text": "streaming",
         "tokenizer_from_gguf": "gguf_tokenizer",

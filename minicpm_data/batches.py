@@ -1,13 +1,21 @@
 """Examples to batches: whole examples packed into rows or rows of like length, in an order that a number decides."""
 
+import bisect
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from minicpm_data.examples import Example, Pair
+from weights_io.errors import InputError
 
 IGNORED = -100  # a label that is not trained, as in PyTorch
+MULTIPLE = 32  # widths are multiples of it, so that a run compiles few programs
+BUCKET = 32  # batches whose rows are sorted by length together
+MEASURED = 512  # batches of the first epoch over which the padding is counted
+
+Row = list[int]  # the examples that share a row; [] is an empty row
 
 
 @dataclass(frozen=True)
@@ -30,13 +38,14 @@ class Batches:
     """Training batches by number: ``batches[n]`` for any n >= 0 is a function of the arguments and n alone, so that a
     resumed run needs no more than its step.
 
-    Attributes:
-        per_epoch: batches in which every example occurs once (rounded up).
-        padding: share of an epoch's positions that hold no token.
-    """
+    Every epoch is a shuffle of its own. Where the batch size does not divide the rows, an epoch's last batch is filled
+    up from the next one. Without packing, the rows of 32 batches in a row are sorted by length, which makes batches of
+    rows of like length, and these batches are shuffled. Packed rows are all ``max_seq_length`` wide; which examples
+    share one is the same in each epoch.
 
-    per_epoch: int
-    padding: float
+    Attributes:
+        per_epoch: batches in which every example occurs once, rounded up.
+    """
 
     def __init__(
         self,
@@ -50,10 +59,62 @@ class Batches:
     ):
         """``shard`` (p, P): the rows of process p of P, which must divide ``batch_size``; all have the same width.
         InputError where the examples do not fill a batch."""
-        raise NotImplementedError
+        import grain
+
+        if batch_size < 1 or batch_size % shard[1]:
+            raise InputError(f"--batch-size {batch_size} must be a multiple of {shard[1]}, the number of processes.")
+        if seed < 0:
+            raise InputError(f"--seed {seed} is negative; give 0 or more.")
+        self._examples, self._batch_size, self._shard = examples, batch_size, shard
+        self._limit, self._seed = max_seq_length, seed
+        self._rows, self._widths = _rows(examples, max_seq_length, pack)
+        if len(self._rows) < batch_size:
+            packed = f", packed into {len(self._rows)} rows," if pack else ""
+            raise InputError(
+                f"{len(examples)} examples{packed} do not fill one batch of {batch_size}; "
+                f"give --batch-size {len(self._rows)} or less, or more examples."
+            )
+        self._order = grain.MapDataset.source(range(len(self._rows))).seed(seed).shuffle().repeat()
+        self._bucket = functools.lru_cache(maxsize=2)(self._sorted)
+        self.per_epoch = self._start(1)
 
     def __getitem__(self, n: int) -> Batch:
-        raise NotImplementedError
+        if n < 0:
+            raise IndexError(n)
+        rows = self._global_rows(n)
+        process, processes = self._shard
+        count = self._batch_size // processes
+        own = rows[process * count : (process + 1) * count]
+        return _assemble(self._examples, [self._rows[row] for row in own], self._width(rows))
+
+    @functools.cached_property
+    def padding(self) -> float:
+        """Share of the positions of the first epoch (of its first 512 batches at most) that hold no token."""
+        batches = [self._global_rows(n) for n in range(min(self.per_epoch, MEASURED))]
+        parts = [part for rows in batches for row in rows for i in self._rows[row] for part in self._examples[i].parts]
+        places = len(self._examples[0].parts) * sum(len(rows) * self._width(rows) for rows in batches)
+        return 1 - sum(part.length for part in parts) / places
+
+    def _width(self, rows: list[int]) -> int:
+        return _rounded(max(self._widths[row] for row in rows), self._limit)
+
+    def _start(self, epoch: int) -> int:
+        """The first batch of an epoch: none of its rows comes from the epoch before."""
+        return -(-epoch * len(self._rows) // self._batch_size)
+
+    def _global_rows(self, n: int) -> list[int]:
+        """The rows of batch n, of all processes."""
+        epoch = n * self._batch_size // len(self._rows)
+        first, end = self._start(epoch), self._start(epoch + 1)
+        bucket = first + (n - first) // BUCKET * BUCKET
+        return self._bucket(bucket, min(bucket + BUCKET, end))[n - bucket]
+
+    def _sorted(self, first: int, end: int) -> list[list[int]]:
+        """The batches from ``first`` to before ``end``."""
+        size = self._batch_size
+        rows = sorted((self._order[i] for i in range(first * size, end * size)), key=lambda row: self._widths[row])
+        order = np.random.default_rng((self._seed, first)).permutation(end - first)
+        return [rows[b * size : (b + 1) * size] for b in order]
 
 
 def evaluation_batches(
@@ -61,4 +122,71 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every example once. Rows of like length share a batch; the batches come in a fixed random order, so that the
     first few are a fair sample. All have ``batch_size`` rows (pairs: twice that); missing ones are empty."""
-    raise NotImplementedError
+    rows, widths = _rows(examples, max_seq_length, pack)
+    order = sorted(range(len(rows)), key=lambda row: -widths[row])
+    chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    for b in np.random.default_rng(0).permutation(len(chunks)):
+        width = _rounded(widths[chunks[b][0]], max_seq_length)
+        chosen = [rows[row] for row in chunks[b]]
+        yield _assemble(examples, chosen + [[]] * (batch_size - len(chosen)), width)
+
+
+def _rows(examples: Sequence[Example] | Sequence[Pair], width: int, pack: bool) -> tuple[list[Row], list[int]]:
+    """Which examples share a row, and how wide each row is."""
+    lengths = [item.length for item in examples]
+    if max(lengths, default=0) > width:
+        raise InputError(f"an example has {max(lengths)} tokens, more than the {width} of a row; cut it.")
+    if not pack:
+        return [[i] for i in range(len(lengths))], lengths
+    if isinstance(examples[0], Pair):
+        raise InputError("pairs cannot be packed; leave --pack away.")
+    rows = best_fit(lengths, width)
+    return rows, [width] * len(rows)
+
+
+def best_fit(lengths: Sequence[int], width: int) -> list[Row]:
+    """Rows of at most ``width`` that hold every length once, by index: longest first, each goes where it leaves the
+    least room."""
+    rows: list[Row] = []
+    with_room: dict[int, list[Row]] = {}  # by what is left of their width; ``rooms`` are its keys, sorted
+    rooms: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(rooms, lengths[i])
+        if at < len(rooms):
+            room = rooms[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[rooms.pop(at)]
+        else:
+            room, row = width, []
+            rows.append(row)
+        row.append(i)
+        left = room - lengths[i]
+        if left not in with_room:
+            with_room[left] = []
+            bisect.insort(rooms, left)
+        with_room[left].append(row)
+    return rows
+
+
+def _assemble(examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row], width: int) -> Batch:
+    """One batch row for each of ``rows``; of pairs two, all chosen ones first."""
+    sides = len(examples[0].parts)
+    shape = (sides * len(rows), width)
+    ids, labels, segments = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32), np.zeros(shape, np.int32)
+    for b in range(shape[0]):
+        side, row = divmod(b, len(rows))
+        at = 0
+        for number, i in enumerate(rows[row], 1):
+            part = examples[i].parts[side]
+            here = slice(at, at + len(part.ids))
+            ids[b, here], segments[b, here] = part.ids, number
+            labels[b, here] = np.where(part.trained, part.ids, IGNORED)
+            labels[b, at] = IGNORED  # what stands in front of it is another example, or nothing
+            at = here.stop
+    index = np.array([row[0] if row else -1 for row in rows], np.int32) if sides == 2 else None
+    return Batch(ids, labels, segments, index)
+
+
+def _rounded(width: int, limit: int) -> int:
+    return min(-(-width // MULTIPLE) * MULTIPLE, limit)

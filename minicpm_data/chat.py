@@ -50,6 +50,28 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
         raise InputError("the chat template needs more memory than is reasonable.") from error
 
 
+def cut_at_answers(prompt: str, marked: str, contents: Sequence[str], mark: str) -> list[str]:
+    """``prompt`` in pieces: what stands before the first answer, the answer, what stands between it and the next, ...
+
+    ``marked`` is the same prompt with ``mark`` on either side of each content of ``contents``, the answers; the
+    template may have stripped them in ``prompt``. InputError where it changed them otherwise.
+    """
+    outside = marked.split(mark)[::2]
+    pieces, at = outside[:1], len(outside[0])
+    if marked.count(mark) == 2 * len(contents):
+        for content, after in zip(contents, outside[1:], strict=True):
+            forms = (content, content.lstrip(), content.rstrip(), content.strip())  # the longest that fits
+            answer = next((form for form in forms if prompt.startswith(form + after, at)), content)
+            pieces += [answer, after]
+            at += len(answer + after)
+    if "".join(pieces) != prompt or len(pieces) != 2 * len(contents) + 1:
+        raise InputError(
+            "the chat template leaves out, reorders or rewrites assistant turns, so that they cannot be told apart "
+            "from the rest; train conversations with one such turn, or give the model a plainer template."
+        )
+    return pieces
+
+
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str):
     """``template`` in a sandbox: it reaches no attribute that leads out of the values it is given, and changes none."""

@@ -1,37 +1,15 @@
 """Documents to full windows of token ids, and windows to batches in an order that a step number alone decides."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minicpm_data.documents import read_documents
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
-
-
-def read_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line of a ``.jsonl`` file; a wrong line is an `InputError` that names it."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; it should hold one JSON object a line.")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                document = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                text = f"{path}, line {number} is not UTF-8 text (byte {error.start}); convert the file first."
-                raise InputError(text) from None
-            except (ValueError, RecursionError) as error:  # ValueError: besides wrong JSON, numbers of 4300 digits
-                why = getattr(error, "msg", error)
-                raise InputError(f"{path}, line {number} is not JSON ({why}); mend or delete the line.") from None
-            if not isinstance(document, dict):
-                raise InputError(f'{path}, line {number} is not an object such as {{"text": "..."}}.')
-            yield number, document
 
 
 def pretraining_ids(tokenizer: "Tokenizer", document: dict[str, Any], where: str) -> list[int]:
@@ -42,6 +20,13 @@ def pretraining_ids(tokenizer: "Tokenizer", document: dict[str, Any], where: str
         ids = tokenizer.apply_chat(document["messages"], add_generation_prompt=False)
     else:
         raise InputError(f'{where} has neither "text" (a string) nor "messages" (a list).')
+    return ended(ids, tokenizer)
+
+
+def ended(ids: list[int], tokenizer: "Tokenizer") -> list[int]:
+    """``ids`` with EOS at their end, once."""
+    if not tokenizer.eos_token_ids:
+        raise InputError("the tokenizer has no EOS token to end a text with; give it one in tokenizer_config.json.")
     return ids if ids and ids[-1] in tokenizer.eos_token_ids else [*ids, tokenizer.eos_token_ids[0]]
 
 

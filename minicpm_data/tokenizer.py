@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_data import chat
+from minicpm_data.plain_spec import plain_spec, without_prefix
 from minicpm_data.spm_model import added_token, fast_spec, read_spm
 from minicpm_data.streaming import Decoder, Detokenizer
 from weights_io.checkpoint import check_vocabulary
@@ -121,34 +122,82 @@ class Tokenizer:
         or a template that cannot be used.
         """
         messages, variables = chat.check_messages(messages), _checked_variables(variables or {})
-        texts = [_checked(m["content"]) for m in messages]
-        disguise = chat.Disguise(
-            list(self._markers.values()), [*texts, self.chat_template, json.dumps(variables, ensure_ascii=False)]
-        )
-        hidden = [{**m, "content": disguise.hide(m["content"])} for m in messages]
+        hidden, disguise = self._hidden(messages, variables)
         end = disguise.end + " "  # the space shows whether the template strips the content
         if continue_final_message:
             hidden[-1]["content"] += end
-        special = {"bos_token": self.bos_token_id, "pad_token": self.pad_token_id, "unk_token": self.unk_token_id}
-        special["eos_token"] = self.eos_token_ids[0] if self.eos_token_ids else None
-        names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in special.items()}
         prompted = add_generation_prompt and not continue_final_message
-        try:
-            context: dict[str, Any] = {**names, **disguise.hide_all(variables)}
-        except RecursionError:
-            raise InputError("the template variables are nested too deeply; give flatter ones.") from None
-        prompt = _checked(chat.render(self.chat_template, hidden, prompted, **context))
+        prompt = self._rendered(hidden, disguise, prompted, variables)
         if continue_final_message:
             final, found, after = prompt.rpartition(disguise.end)
             if not found:
                 raise InputError("the chat template leaves out the message that the answer should go on from.")
-            spaces = texts[-1][len(texts[-1].rstrip()) :]
+            text = messages[-1]["content"]
+            spaces = text[len(text.rstrip()) :]
             prompt = final if after.startswith(" ") else final.removesuffix(spaces)
         return self._with_bos(self._undisguised(prompt, disguise))
 
-    def _undisguised(self, prompt: str, disguise: chat.Disguise) -> list[int]:
-        """Ids of ``prompt``, in which what was disguised is text."""
+    def chat_example(self, messages: Sequence[chat.Message], only_last: bool = False) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation up to the end of its last answer, and which of them are trained: the answers (or
+        ``only_last`` one), and the EOS with which the template ends an answer. The last one ends with the tokenizer's
+        own EOS where the template writes none.
+
+        The ids in front of an answer are those of `apply_chat` for that turn's prompt, as far as the template writes
+        the same text: where a token would span the seam, the answer is encoded by itself. InputError as there, and
+        where there is no answer or the template changes answers beyond the spaces around them.
+        """
+        messages = chat.check_messages(messages)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers or not self.eos_token_ids:
+            missing = "the messages have no assistant turn" if not answers else "the tokenizer has no EOS token"
+            raise InputError(f"{missing}, without which there is no answer to train; add one.")
+        hidden, disguise = self._hidden(messages[: answers[-1] + 1], {})
+        prompt = self._rendered(hidden, disguise, False, {})
+        contents = [hidden[i]["content"] for i in answers]
+        for i in answers:
+            hidden[i]["content"] = disguise.end + hidden[i]["content"] + disguise.end
+        pieces = chat.cut_at_answers(prompt, self._rendered(hidden, disguise, False, {}), contents, disguise.end)
+
+        ids: list[int] = []
+        trained: list[bool] = []
+        text, before = "", list[int]()  # the pieces so far, as one text
+        for k, piece in enumerate(pieces):
+            text += piece
+            whole = self._undisguised(text, disguise) if piece else before
+            spans = whole[: len(before)] != before  # a token would span the seam
+            new = self._undisguised(piece, disguise, begun=True) if spans else whole[len(before) :]
+            before = whole
+            if k == len(pieces) - 1:
+                new = new[:1] if new and new[0] in self.eos_token_ids else [*self.eos_token_ids[:1]]
+            kept = k >= len(pieces) - 2 if only_last else k > 0
+            targets = len(new) if k % 2 else sum(i in self.eos_token_ids for i in new[:1])
+            ids += new
+            trained += [kept and i < targets for i in range(len(new))]
+        full = self._with_bos(ids)
+        return full, [False] * (len(full) - len(ids)) + trained
+
+    def _hidden(self, messages: list[dict], variables: Mapping[str, Any]) -> tuple[list[dict], chat.Disguise]:
+        """``messages`` in which no content spells a special token."""
+        texts = [*(_checked(m["content"]) for m in messages), self.chat_template]
+        disguise = chat.Disguise(list(self._markers.values()), [*texts, json.dumps(variables, ensure_ascii=False)])
+        return [{**m, "content": disguise.hide(m["content"])} for m in messages], disguise
+
+    def _rendered(self, hidden: list[dict], disguise: chat.Disguise, prompted: bool, variables: Mapping) -> str:
+        special = {"bos_token": self.bos_token_id, "pad_token": self.pad_token_id, "unk_token": self.unk_token_id}
+        special["eos_token"] = self.eos_token_ids[0] if self.eos_token_ids else None
+        names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in special.items()}
+        try:
+            context: dict[str, Any] = {**names, **disguise.hide_all(variables)}
+        except RecursionError:
+            raise InputError("the template variables are nested too deeply; give flatter ones.") from None
+        return _checked(chat.render(self.chat_template, hidden, prompted, **context))
+
+    def _undisguised(self, prompt: str, disguise: chat.Disguise, begun: bool = False) -> list[int]:
+        """Ids of ``prompt``, in which what was disguised is text. ``begun``: it goes on from other text, so that no
+        space is put in front of it."""
         encoded = self._fast.encode(prompt, add_special_tokens=False)
+        if not begun and disguise.show(prompt) == prompt:
+            return encoded.ids
         # Between two special tokens the ids stand, unless something was disguised there.
         ids: list[int] = []
         stretch: list[int] = []
@@ -156,8 +205,12 @@ class Tokenizer:
         for i, (first, last) in [*zip(encoded.ids, encoded.offsets, strict=True), (None, (len(prompt), len(prompt)))]:
             if i is None or i in self._markers:
                 text = disguise.show(prompt[start:first])
-                disguised = text != prompt[start:first]
-                ids += self._plain.encode(text, add_special_tokens=False).ids if disguised else stretch
+                if begun and start == 0:
+                    ids += self._inner.encode(text, add_special_tokens=False).ids
+                elif text != prompt[start:first]:
+                    ids += self._plain.encode(text, add_special_tokens=False).ids
+                else:
+                    ids += stretch
                 ids += [] if i is None else [i]
                 stretch, start = [], last
             else:
@@ -170,17 +223,14 @@ class Tokenizer:
 
     @functools.cached_property
     def _plain(self):
-        """The same tokenizer with no way to a special token: none added, and no merge that spells one."""
-        spec = json.loads(self._fast.to_str())
-        model, markers = spec["model"], set(self._markers.values())
-        unreachable = {token: f"\0 {token}" for token in markers}  # no text is merged to this
-        everything = {**model["vocab"], **{token["content"]: token["id"] for token in spec["added_tokens"]}}
-        model["vocab"] = {unreachable.get(token, token): i for token, i in everything.items()}
-        model["unk_token"] = unreachable.get(model["unk_token"], model["unk_token"])
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
-        model["merges"] = [pair for pair in pairs if markers.isdisjoint((*pair, "".join(pair)))]
-        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in markers]
-        return build({**spec, "post_processor": None}, "tokenizer.json")
+        """The same tokenizer with no way to a special token."""
+        return build(plain_spec(json.loads(self._fast.to_str()), set(self._markers.values())), "tokenizer.json")
+
+    @functools.cached_property
+    def _inner(self):
+        """`_plain` for the inside of a text: it puts no space in front."""
+        spec = plain_spec(json.loads(self._fast.to_str()), set(self._markers.values()))
+        return build(without_prefix(spec), "tokenizer.json")
 
 
 def has_tokenizer(folder: str | Path) -> bool:

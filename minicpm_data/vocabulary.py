@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_data.chat import check_messages
-from minicpm_data.packing import read_documents
+from minicpm_data.documents import read_documents
 from weights_io.errors import InputError
 
 CONFIG = {
