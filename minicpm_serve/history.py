@@ -91,6 +91,7 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     kept, settings = options.out / "history.jsonl", options.settings()
     earlier = read_records(kept) if kept.exists() else []
+    kept.write_text("".join(json.dumps(record) + "\n" for record in earlier))  # less a line that was cut
     done = {r["name"]: r for r in earlier if r.items() >= settings.items()}
     done = {c.name: done[c.name] for c in listed if c.name in done}
     key, label = VALUES[options.evaluation]
@@ -139,7 +140,7 @@ def evaluated(options: Options, checkpoint: Checkpoint, documents: Sequence[str]
     for answer in ask_questions(backend, model, tokenizer, options.limit, options.batch_size, seed=options.seed):
         kinds[answer.question["kind"]].append(answer.right)
     right = [r for group in kinds.values() for r in group]
-    return {"score": sum(right) / len(right), "kinds": {kind: sum(r) / len(r) for kind, r in kinds.items()}}
+    return {"kinds": {kind: sum(r) / len(r) for kind, r in kinds.items()}, "score": sum(right) / len(right)}
 
 
 def loss_of(options: Options, model: Any, tokenizer: "Tokenizer", documents: Sequence[str]) -> dict[str, Any]:
