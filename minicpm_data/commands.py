@@ -19,6 +19,7 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     from minicpm_data.streaming import Response
     from minicpm_data.tokenizer import Tokenizer
+    from weights_io.config import ModelConfig
 
 HELP = """/reset  forget the conversation
 /help   this text
@@ -32,7 +33,8 @@ Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.c
 @dataclass(frozen=True)
 class ModelOptions:
     model: str | None = None
-    """Model folder, GGUF file, hub id (owner/name) or short name of the catalogue; left out: the built-in model."""
+    """Model folder, GGUF file, hub id (owner/name, or owner/name/folder where a repository keeps several models) or
+    short name of the catalogue; left out: the built-in model."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
@@ -160,7 +162,7 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
         for response in meter.watch(answer):
             print(response.text, end="", flush=True)
         print()
-        _note_context(model, len(ids) + meter.tokens)
+        note_context(model.config, len(ids) + meter.tokens)
         if options.verbose:
             print(meter.report(len(ids)), file=sys.stderr)
 
@@ -198,7 +200,7 @@ def run_chat(backend: Callable[[], Backend], prog: str) -> None:
                 continue
             if reply := _printed(answer):  # a question without an answer is forgotten
                 history = [*asked, {"role": "assistant", "content": reply}]
-                _note_context(model, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
+                note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
 
     command_line.run(main, ChatOptions, prog)
 
@@ -256,10 +258,10 @@ def load_model(backend: Backend, options: ModelOptions) -> "tuple[Any, Tokenizer
     return model, tokenizer
 
 
-def _note_context(model: Any, tokens: int, remedy: str = "") -> None:
+def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
     """Beyond the length that a model was trained for it answers, but with nonsense."""
-    context = model.config.max_position_embeddings
-    if tokens > context and model.config.rope_scaling is None:
+    context = config.max_position_embeddings
+    if tokens > context and config.rope_scaling is None:
         print(f"note: {tokens} tokens are more than the {context} this model is made for{remedy}", file=sys.stderr)
 
 

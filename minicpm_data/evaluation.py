@@ -1,14 +1,18 @@
-"""How many of the built-in model's held-out questions a model answers rightly."""
+"""What an evaluation asks a model, and how many of the built-in model's held-out questions it answers rightly."""
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from minicpm_data.commands import ModelOptions, load_model
 from minicpm_data.generation import Backend
 from weights_io import command_line
 from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    from minicpm_data.tokenizer import Tokenizer
 
 SHOWN = 5  # wrong answers
 
@@ -27,41 +31,84 @@ class EvaluateOptions(ModelOptions):
     """Exit with 1 where fewer than this percentage of the sums are right."""
 
 
+def replies(
+    backend: Backend,
+    model: Any,
+    tokenizer: "Tokenizer",
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_tokens: int,
+    **options: Any,
+) -> Iterator[str]:
+    """The text with which the model continues each prompt (token ids), ``batch_size`` together, under a progress bar;
+    ``options`` as in `Generator.batch_generate`."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(prompts), desc="asking", disable=None, delay=1) as bar:  # None: only on a terminal
+        for start in range(0, len(prompts), batch_size):
+            group = prompts[start : start + batch_size]
+            for answer in backend.generator.batch_generate(model, tokenizer, group, max_tokens, **options):
+                yield "".join(response.text for response in answer)
+            bar.update(len(group))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question of pico's corpus, and what a model said."""
+
+    question: dict[str, Any]
+    reply: str
+    right: bool
+
+
+def ask_questions(
+    backend: Backend,
+    model: Any,
+    tokenizer: "Tokenizer",
+    limit: int | None = None,
+    batch_size: int = 50,
+    max_tokens: int = 48,
+    seed: int = 0,
+) -> list[Answered]:
+    """The model's answers to ``limit`` of the held-out questions, spread over all kinds (None: all 900)."""
+    from minicpm_data.corpus import is_right, questions
+
+    everything = list(questions(seed))
+    count = min(limit or len(everything), len(everything))
+    asked = [everything[i * len(everything) // count] for i in range(count)]
+    prompts = [tokenizer.apply_chat([{"role": "user", "content": q["prompt"]}]) for q in asked]
+    said = replies(backend, model, tokenizer, prompts, batch_size, max_tokens, stop=tokenizer.turn_markers)
+    return [Answered(q, reply, is_right(q, reply)) for q, reply in zip(asked, said, strict=True)]
+
+
+def require_positive(options: Any, *names: str) -> None:
+    """`InputError` where one of the options of these names is below 1; None is none."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+
+
 def run_evaluate(backend: Callable[[], Backend], prog: str) -> None:
     """``python -m PACKAGE.evaluate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: EvaluateOptions) -> None:
         """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing) and count."""
-        from minicpm_data.corpus import is_right, questions
-
-        for name in ("batch_size", "max_tokens", "limit"):
-            if (value := getattr(options, name)) is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+        require_positive(options, "batch_size", "max_tokens", "limit")
         required = options.require_sums
         if required is not None and not 0 <= required <= 100:
             raise InputError(f"--require-sums is {required}; it must be a percentage from 0 to 100.")
         running = backend()
         model, tokenizer = load_model(running, options)
+        numbers = options.limit, options.batch_size, options.max_tokens, options.seed
+        answers = ask_questions(running, model, tokenizer, *numbers)
         scores: dict[str, list[bool]] = defaultdict(list)
-        wrong = []
-        everything = list(questions(options.seed))
-        count = min(options.limit or len(everything), len(everything))
-        asked = [everything[i * len(everything) // count] for i in range(count)]
-        for start in range(0, len(asked), options.batch_size):
-            group = asked[start : start + options.batch_size]
-            prompts = [tokenizer.apply_chat([{"role": "user", "content": q["prompt"]}]) for q in group]
-            answers = running.generator.batch_generate(
-                model, tokenizer, prompts, options.max_tokens, stop=tokenizer.turn_markers
-            )
-            for question, answer in zip(group, answers, strict=True):
-                reply = "".join(r.text for r in answer)
-                scores[question["kind"]].append(is_right(question, reply))
-                if not scores[question["kind"]][-1]:
-                    wrong.append(f"{question['prompt']} -> {reply} (right: {question['answer']})")
+        for answer in answers:
+            scores[answer.question["kind"]].append(answer.right)
         for kind, right in scores.items():
             print(f"{kind:12} {sum(right):>4} of {len(right):>4} right, {sum(right) / len(right):.1%}")
-        for line in wrong[:SHOWN]:
-            print(f"wrong: {line}")
+        for answer in [answer for answer in answers if not answer.right][:SHOWN]:
+            question = answer.question
+            print(f"wrong: {question['prompt']} -> {answer.reply} (right: {question['answer']})")
         share = 100 * sum(scores["sum"]) / len(scores["sum"])
         if required is not None and share < required:
             print(f"{share:.1f} % of the sums are right; --require-sums asks for {required:g} %.", file=sys.stderr)

@@ -10,7 +10,7 @@ class Metrics:
 
     def __init__(self, path: Path, start: int = 0):
         self.path = path
-        self.records = [r for r in _read(path) if r["step"] <= start] if path.exists() else []
+        self.records = [r for r in read_records(path) if r["step"] <= start] if path.exists() else []
         path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -53,6 +53,6 @@ class Metrics:
         plt.close(figure)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines that were written whole."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``.jsonl`` file that were written whole."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]

@@ -39,7 +39,7 @@ KEYS = "input_ids with logits, or prompt_ids with greedy_ids"
 @dataclass(frozen=True)
 class Options:
     model: str
-    """Model folder, GGUF file, hub id (owner/name) or short name of the catalogue."""
+    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name of the catalogue."""
     reference: Path
     """The .npz file with the numbers of the other program."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

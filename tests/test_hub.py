@@ -215,6 +215,21 @@ def test_revision(server, tmp_path):
     assert f"{REPO} has no revision 'step-7'" in refusal(server, tmp_path, REPO, "step-7")
 
 
+def test_subfolder(server, tmp_path):
+    steps = {f"steps/{n}/{name}": data for n in (1, 2) for name, data in FILES.items()}
+    server.repos[REPO, "main"] = {**steps, "README.md": b"never", "steps/2/model.safetensors": b"later"}
+    folder = download(server, tmp_path, f"{REPO}/steps/2")
+    assert sorted(server.fetched) == [f"steps/2/{name}" for name in NEEDED]
+    assert (folder / "model.safetensors").read_bytes() == b"later" and folder.parts[-2:] == ("steps", "2")
+    assert download(server, tmp_path, f"{REPO}/steps/2", HF_HUB_OFFLINE="1") == folder
+    server.repos[REPO, "other"] = {name.replace("steps", "saved"): data for name, data in steps.items()}
+    assert download(server, tmp_path, f"{REPO}/saved/1", "other").name == "1"
+    assert f"hf download {REPO} --local" in refusal(server, tmp_path, f"{REPO}/steps/1", HF_HUB_OFFLINE="1")
+    assert f"{REPO}/steps/3 holds no config.json" in refusal(server, tmp_path, f"{REPO}/steps/3")
+    whole = refusal(server, tmp_path, REPO)
+    assert f"steps/1/onnx and steps/2 and more do, so name {REPO}/steps/1" in whole
+
+
 def test_refusals_are_one_sentence(server, tmp_path):
     assert "no repository openbmb/MiniCPM-2B-sft" in (text := refusal(server, tmp_path, "openbmb/MiniCPM-2B-sft"))
     assert text.endswith("did you mean minicpm-2b or minicpm-2b-fp32 or minicpm-2b-int4?")
@@ -291,7 +306,10 @@ def test_paths(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"\"a/b.* is no name that a repository can have") as caught:
             hub.resolve(path)
         assert len(str(caught.value)) < 200
-    for path in ("./missing", "/no/such/folder", "a/b/c", "../b", ""):
+    Path("runs/first").mkdir(parents=True)
+    with pytest.raises(InputError, match="folder runs/first holds no model/last: give the path of a model folder"):
+        hub.resolve("runs/first/model/last")
+    for path in ("./missing", "/no/such/folder", "a/b/.c", "a/b//c", "a/b/c/", "../b", ""):
         with pytest.raises(InputError, match="is no folder, .gguf file, owner/name of a hub or short name"):
             hub.resolve(path)
 

@@ -14,6 +14,7 @@ ABOVE = {
     "minicpm_data": {"minicpm_jax", "minicpm_mlx", "minicpm_serve", "jax", "flax", "mlx", "mlx_lm"},
     "minicpm_jax": {"minicpm_mlx", "minicpm_serve", "mlx", "mlx_lm"},
     "minicpm_mlx": {"minicpm_jax", "minicpm_serve", "jax", "flax"},
+    "minicpm_serve": {"minicpm_jax", "minicpm_mlx", "jax", "flax", "mlx", "mlx_lm"},  # the backends by name alone
 }
 NEVER = {"torch", "transformers", "peft"}  # only mlx-lm brings them along
 EXCEPTIONS = {("weights_io/convert.py", "minicpm_data")}  # which writes the tokenizer that a GGUF file carries

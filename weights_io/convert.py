@@ -23,7 +23,7 @@ from weights_io.write import Tensor, check_output, save_checkpoint
 @dataclass(frozen=True)
 class Options:
     model: str
-    """Model folder, GGUF file, hub id (owner/name) or short name of the catalogue."""
+    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name of the catalogue."""
     to: Literal["hf", "llama"]
     """hf: Hugging Face layout in the model's own architecture; llama: MiniCPM's scales folded in, LlamaForCausalLM."""
     out: Path

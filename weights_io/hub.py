@@ -17,14 +17,16 @@ from weights_io.files.folder import SIDE_FILES, USUAL
 # Beside the weights; code (*.py) and other frameworks' copies of the weights are never fetched. quantize_config.json is
 # AutoGPTQ's, which says how the weights are packed.
 FETCHED = ("config.json", "quantize_config.json", *SIDE_FILES)
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+PART = r"[\w-][\w.-]*"
+REPOSITORY = re.compile(f"{PART}/{PART}")
+SUBFOLDER = re.compile(f"({PART}/{PART})/({PART}(?:/{PART})*)")  # owner/name/sub/folder
 
 
 class Hub(Protocol):
     """One repository at one revision."""
 
     def names(self) -> set[str] | None:
-        """The files in its top folder; None where the hub cannot be reached."""
+        """All files, those of sub-folders as ``sub/file``; None where the hub cannot be reached."""
         ...
 
     def fetch(self, names: Collection[str]) -> Path:
@@ -42,7 +44,8 @@ def resolve(
     """The folder (or .gguf file) that ``path_or_repo`` stands for, downloaded first where it is a hub's.
 
     Arguments:
-        path_or_repo: a folder, a .gguf file, a short name of the catalogue or ``owner/name``; None: the built-in model.
+        path_or_repo: a folder, a .gguf file, a short name of the catalogue, ``owner/name`` or, where a repository keeps
+            several models, ``owner/name/sub/folder``; None: the built-in model.
         revision: branch, tag or commit of a repository; None is its default branch.
         hub: ``huggingface`` (heeds ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN``) or ``modelscope``.
         check: called with a repository's config.json, and what to call it, before weights are asked for; raises
@@ -77,10 +80,14 @@ def resolve(
         if entry.modelscope is None:
             raise InputError(f"The catalogue knows no ModelScope repository of {entry.name}: give its owner/name.")
         repo = entry.modelscope
-    if not repo or not REPOSITORY.fullmatch(repo):
+    within = SUBFOLDER.fullmatch(repo or "")
+    whole, subfolder = within.groups() if within else (repo, None)
+    if not whole or not REPOSITORY.fullmatch(whole):
         raise InputError(f"{given!r} is no folder, .gguf file, owner/name of a hub or short name{_suggestion(given)}")
-    source: Hub = HuggingFace(repo, revision) if hub == "huggingface" else ModelScope(repo, revision)
-    return _download(source, repo, check, weights)
+    if subfolder and Path(whole).is_dir():
+        raise InputError(f"The folder {whole} holds no {subfolder}: give the path of a model folder in it.")
+    source: Hub = HuggingFace(whole, revision) if hub == "huggingface" else ModelScope(whole, revision)
+    return _download(Within(source, subfolder) if subfolder else source, repo or whole, check, weights)
 
 
 def built_in() -> Path:
@@ -122,7 +129,9 @@ def _download(source: Hub, repo: str, check: Callable[[dict[str, Any], str], obj
     if listed is not None and "config.json" not in listed:
         remedy = "choose another"
         if any(name.endswith(".gguf") for name in listed):
-            remedy = f"download the one you want with `hf download {repo} FILE.gguf` and pass its path"
+            remedy = f"download the one you want with `hf download {_whole(repo)} FILE.gguf` and pass its path"
+        if folders := sorted(name.removesuffix("/config.json") for name in listed if name.endswith("/config.json")):
+            remedy = f"{' and '.join(folders[:3])}{' and more' * (len(folders) > 3)} do, so name {repo}/{folders[0]}"
         raise InputError(f"{repo} holds no config.json in its top folder at this revision: {remedy}.")
     folder = source.fetch(["config.json"])
     config = read_json(folder / "config.json")
@@ -144,12 +153,31 @@ def _download(source: Hub, repo: str, check: Callable[[dict[str, Any], str], obj
     return source.fetch(wanted)
 
 
+class Within:
+    """A sub-folder of a repository, as if it were one of its own."""
+
+    def __init__(self, source: Hub, folder: str) -> None:
+        self.source, self.folder = source, folder
+
+    def names(self) -> set[str] | None:
+        listed, start = self.source.names(), f"{self.folder}/"
+        return None if listed is None else {name.removeprefix(start) for name in listed if name.startswith(start)}
+
+    def fetch(self, names: Collection[str]) -> Path:
+        return self.source.fetch([f"{self.folder}/{name}" for name in names]) / self.folder
+
+
 def _suggestion(given: str) -> str:
     """The end of a sentence."""
     close = catalog.nearest(given)
     return (
         f"; did you mean {' or '.join(close)}?" if close else "; `python -m weights_io.catalog` lists the short names"
     )
+
+
+def _whole(repo: str) -> str:
+    """``owner/name`` of what may be a sub-folder of it."""
+    return "/".join(repo.split("/")[:2])
 
 
 def _unreachable(repo: str) -> str:
@@ -159,7 +187,7 @@ def _unreachable(repo: str) -> str:
     remedy = "unset it" if constants.HF_HUB_OFFLINE else "set HF_ENDPOINT to a mirror"
     return (
         f"{state} and {repo} is not (or not wholly) in the cache {constants.HF_HUB_CACHE}: {remedy}, or run "
-        f"`hf download {repo} --local-dir FOLDER` on a connected machine and pass that folder."
+        f"`hf download {_whole(repo)} --local-dir FOLDER` on a connected machine and pass that folder."
     )
 
 
@@ -253,7 +281,7 @@ class ModelScope:
     def names(self) -> set[str] | None:
         from modelscope.hub.api import HubApi
 
-        return {file["Path"] for file in self._ask(HubApi().get_model_files)}
+        return {file["Path"] for file in self._ask(HubApi().get_model_files, recursive=True)}
 
     def fetch(self, names: Collection[str]) -> Path:
         from modelscope.hub.snapshot_download import snapshot_download

@@ -1,0 +1,1 @@
+"""Front ends over either backend: evaluation of long contexts and of training histories."""

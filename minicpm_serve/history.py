@@ -1,0 +1,228 @@
+"""One evaluation over the checkpoints of a training run, and the curve that it draws.
+
+    python -m minicpm_serve.history --backend jax --model minicpm-2b-history --revisions step10000 step20000 \\
+        --evaluation loss --data text.txt --out history
+
+Checkpoints are revisions of ``--model``, or folders in it (on the hub or on this disk). Each result is a line of
+``history.jsonl`` in ``--out`` as soon as it is there, and the same command goes on where it was stopped.
+"""
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from minicpm_data.commands import ModelOptions, load_model
+from minicpm_data.evaluation import ask_questions, replies, require_positive
+from minicpm_data.metrics import read_records
+from minicpm_serve import backends
+from minicpm_serve.retrieval import answer_tokens, evaluation_samples, is_right
+from weights_io import catalog
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minicpm_data.tokenizer import Tokenizer
+
+IGNORED = -100  # a label that does not count, as in PyTorch
+VALUES = {  # what each evaluation draws
+    "questions": ("score", "share of the questions answered rightly"),
+    "passkey": ("score", "share of the pass keys found"),
+    "loss": ("loss", "cross entropy (nats per token)"),
+}
+SETTINGS = {"questions": ("limit", "seed"), "passkey": ("samples", "length", "seed"), "loss": ("data", "length")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    backend: backends.BackendName
+    """What runs the model."""
+    out: Path
+    """Folder of history.jsonl and history.png."""
+    revisions: tuple[str, ...] = ()
+    """Branches, tags or commits of --model, in the order of the run."""
+    folders: tuple[str, ...] = ()
+    """Instead: folders in --model or, without it, model folders."""
+    evaluation: Literal["questions", "loss", "passkey"] = "questions"
+    """The built-in questions, the loss on --data, or pass keys found in long texts."""
+    data: Path | None = None
+    """A text file, or .jsonl with a "text" a line, whose loss is measured."""
+    length: int = 512
+    """Tokens of a text with a pass key, or of the windows that --data is cut into."""
+    samples: int = 20
+    """Texts with a pass key."""
+    limit: int | None = None
+    """Only so many of the 900 questions."""
+    seed: int = 0
+    """Draws the questions or the pass keys."""
+    batch_size: int = 4
+    """Questions, texts or windows together."""
+
+    def settings(self) -> dict[str, Any]:
+        """What tells the results of one curve from those of another."""
+        names = ("evaluation", *SETTINGS[self.evaluation], "dtype")
+        values = {name: getattr(self, name) for name in names}
+        return {"model": self.model} | {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    name: str
+    model: str
+    revision: str | None
+
+
+def main(options: Options) -> None:
+    """Evaluate the checkpoints of a training run one after the other, and draw the curve."""
+    from tqdm import tqdm
+
+    require_positive(options, "length", "samples", "limit", "batch_size")
+    if (options.evaluation == "loss") != (options.data is not None):
+        raise InputError("--evaluation loss and --data go together; give both or neither.")
+    if options.data is not None and options.length < 2:
+        raise InputError("--length is 1, and a window of one token predicts none; give at least 2.")
+    listed = checkpoints(options)
+    documents = [] if options.data is None else read_texts(options.data)
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept, settings = options.out / "history.jsonl", options.settings()
+    earlier = read_records(kept) if kept.exists() else []
+    kept.write_text("".join(json.dumps(record) + "\n" for record in earlier))  # less a line that was cut
+    done = {r["name"]: r for r in earlier if r.items() >= settings.items()}
+    done = {c.name: done[c.name] for c in listed if c.name in done}
+    key, label = VALUES[options.evaluation]
+    for checkpoint in tqdm(listed, desc="checkpoints", disable=None):
+        if checkpoint.name not in done:
+            try:
+                result = evaluated(options, checkpoint, documents)
+            except InputError as error:
+                raise InputError(f"{checkpoint.name}: {error}") from None
+            done[checkpoint.name] = {"name": checkpoint.name, **settings, **result}
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(done[checkpoint.name]) + "\n")
+        tqdm.write(f"{checkpoint.name:24} {key} {done[checkpoint.name][key]:.4f}")
+        draw(options.out / "history.png", {c.name: done[c.name][key] for c in listed if c.name in done}, label)
+
+
+def checkpoints(options: Options) -> list[Checkpoint]:
+    """What --revisions or --folders name, in their order. `InputError` where that is not one of the two."""
+    if bool(options.revisions) == bool(options.folders):
+        raise InputError("give the checkpoints with --revisions or with --folders, one of the two.")
+    names = options.revisions or options.folders
+    if len(set(names)) < len(names):
+        raise InputError("the same checkpoint is named twice; name each once.")
+    if options.folders:
+        entry = catalog.find(options.model) if options.model else None
+        start = f"{entry.repo if entry and entry.repo else options.model}/" if options.model else ""
+        return [Checkpoint(name, start + name, options.revision) for name in names]
+    if options.model is None or options.revision is not None:
+        raise InputError("--revisions are those of --model, and take the place of --revision.")
+    return [Checkpoint(name, options.model, name) for name in names]
+
+
+def evaluated(options: Options, checkpoint: Checkpoint, documents: Sequence[str]) -> dict[str, Any]:
+    """The figures of one checkpoint, whose memory is free again afterwards."""
+    backend = backends.get(options.backend)
+    here = dataclasses.replace(options, model=checkpoint.model, revision=checkpoint.revision)
+    model, tokenizer = load_model(backend, here)
+    if options.evaluation == "loss":
+        return loss_of(options, model, tokenizer, documents)
+    if options.evaluation == "passkey":
+        samples = evaluation_samples("passkey", tokenizer.encode, options.length, options.samples, options.seed)
+        prompts, most = [sample.ids for sample in samples], answer_tokens("passkey", tokenizer.encode)
+        said = replies(backend, model, tokenizer, prompts, options.batch_size, most)
+        return {"score": sum(map(is_right, samples, said)) / len(samples)}
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    for answer in ask_questions(backend, model, tokenizer, options.limit, options.batch_size, seed=options.seed):
+        kinds[answer.question["kind"]].append(answer.right)
+    right = [r for group in kinds.values() for r in group]
+    return {"kinds": {kind: sum(r) / len(r) for kind, r in kinds.items()}, "score": sum(right) / len(right)}
+
+
+def loss_of(options: Options, model: Any, tokenizer: "Tokenizer", documents: Sequence[str]) -> dict[str, Any]:
+    """Mean cross entropy in nats over all tokens that have one before them in their window."""
+    mean_loss = backends.module(options.backend, "losses").mean_loss
+    encoded = [tokenizer.encode(text) for text in documents]
+    rows = [row for ids in encoded for row in windows(ids, options.length, tokenizer.bos_token_id)]
+    total, count = 0.0, 0
+    for ids, labels in batches(rows, options.length, options.batch_size):
+        here = int((labels[:, 1:] != IGNORED).sum())
+        total += float(mean_loss(model, ids, labels)) * here
+        count += here
+    if not count:
+        raise InputError(f"{options.data} holds no two tokens of this tokenizer; give more text.")
+    return {"loss": total / count, "tokens": count}
+
+
+def windows(ids: Sequence[int], width: int, bos_token_id: int | None) -> Iterator[list[int]]:
+    """Pieces of at most ``width`` tokens that predict each token of a document once; each begins with BOS if the
+    document does, else with the token before."""
+    for start in range(1, len(ids), width - 1):
+        first = ids[0] if ids[0] == bos_token_id else ids[start - 1]
+        yield [first, *ids[start : start + width - 1]]
+
+
+def batches(rows: Sequence[list[int]], width: int, size: int) -> "Iterator[tuple[np.ndarray, np.ndarray]]":
+    """Ids and labels [size, width] int32, filled up with tokens that do not count: all of one shape."""
+    import numpy as np
+
+    for start in range(0, len(rows), size):
+        ids, labels = np.zeros((size, width), np.int32), np.full((size, width), IGNORED, np.int32)
+        for place, row in enumerate(rows[start : start + size]):
+            ids[place, : len(row)] = labels[place, : len(row)] = row
+        yield ids, labels
+
+
+def read_texts(path: Path) -> list[str]:
+    """The documents of a text file (one) or of ``.jsonl``. `InputError` where it is neither."""
+    from minicpm_data.packing import read_documents
+
+    if path.suffix == ".jsonl":
+        texts = [document.get("text") for _, document in read_documents(path)]
+        strings = [text for text in texts if isinstance(text, str)]
+        if len(strings) < len(texts):
+            raise InputError(f'{path} has a line without "text", a string; give it one or delete it.')
+        return strings
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give a text file, or .jsonl with a text a line.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None
+
+
+def steps(names: Sequence[str]) -> list[int] | None:
+    """The last number in each name; None where one has none, or two have the same."""
+    found = [re.findall("[0-9]+", name) for name in names]
+    numbers = [int(digits[-1]) for digits in found if digits]
+    return numbers if len(set(numbers)) == len(names) else None
+
+
+def draw(picture: Path, values: dict[str, float], label: str) -> None:
+    """``values`` by checkpoint, over the step in its name or else in the order of the run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if (numbers := steps(list(values))) is not None:
+        axes.plot(*zip(*sorted(zip(numbers, values.values(), strict=True)), strict=True), "o-")
+        axes.set_xlabel("step")
+    else:
+        axes.plot(range(len(values)), list(values.values()), "o-")
+        axes.set_xticks(range(len(values)), list(values), rotation=30, ha="right")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m minicpm_serve.history")

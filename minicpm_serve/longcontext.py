@@ -1,0 +1,164 @@
+"""How well a model finds what lies far back: the retrieval tasks of InfiniteBench at a length of your choice.
+
+    python -m minicpm_serve.longcontext --backend mlx --model minicpm-2b-128k --task passkey --length 16384
+
+The score is given by the needle's depth. ``--rope-scaling`` compares ways to stretch the positions of one model.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from minicpm_data.commands import ModelOptions, load_model, note_context
+from minicpm_data.evaluation import replies, require_positive
+from minicpm_data.generation import CacheOptions
+from minicpm_serve import backends
+from minicpm_serve.retrieval import Encode, Sample, TaskName, answer_tokens, evaluation_samples, is_right
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    from minicpm_data.tokenizer import Tokenizer
+
+GROUPS = 10  # rows of the table
+CONFIDENCE = 1.96  # standard deviations: 95 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    backend: backends.BackendName
+    """What runs the model."""
+    task: TaskName = "passkey"
+    """A pass key of 5 digits, a sequence of 10, or a value of a JSON object."""
+    length: int = 4096
+    """Most tokens of a prompt with its answer; the text is made to be just under it."""
+    samples: int = 20
+    """Texts to search."""
+    depth: tuple[float, ...] = ()
+    """Where the needles lie, from 0 (beginning) to 1 (end), in turn; by default evenly spread."""
+    seed: int = 0
+    """Draws the needles."""
+    batch_size: int = 1
+    """Texts searched together."""
+    chat: bool = False
+    """Put the text into the model's chat template; by default it is continued as it stands."""
+    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None
+    """In place of the checkpoint's own, such as {"type": "linear", "factor": 4}; null: none."""
+    kv_bits: Literal[4, 8] | None = None
+    """Keep keys and values in so many bits (JAX: 8)."""
+    kv_group_size: int = 64
+    """Numbers that share a scale with --kv-bits in MLX."""
+    prefill_step_size: int = 512
+    """Tokens of a text that are run together: less takes less memory."""
+    json: Path | None = None
+    """Also write score, samples and replies to this file."""
+
+
+def main(options: Options) -> None:
+    """Hide a needle in long texts, ask for it, and count the right answers by depth."""
+    require_positive(options, "samples", "length", "batch_size")
+    if wrong := [depth for depth in options.depth if not 0 <= depth <= 1]:
+        raise InputError(f"--depth is {wrong[0]:g}; it must be a number from 0 to 1.")
+    memory = {f.name: getattr(options, f.name) for f in dataclasses.fields(CacheOptions) if hasattr(options, f.name)}
+    CacheOptions(**memory)
+    scaling = [] if options.rope_scaling is None else [_parsed(options.rope_scaling)]
+    backend = backends.get(options.backend)
+    config, tokenizer = opened(options)
+    for raw in scaling:
+        config = with_rope_scaling(config, raw)
+    encode = _in_template(tokenizer) if options.chat else tokenizer.encode
+    samples = evaluation_samples(options.task, encode, options.length, options.samples, options.seed, options.depth)
+    most = answer_tokens(options.task, encode)
+    note_context(config, max(len(sample.ids) for sample in samples) + most, "; --rope-scaling stretches them")
+    model, tokenizer = load_model(backend, options)
+    model.config = config
+    memory["stop"] = tokenizer.turn_markers if options.chat else ()
+    prompts = [sample.ids for sample in samples]
+    said = list(replies(backend, model, tokenizer, prompts, options.batch_size, most, **memory))
+    right = [is_right(sample, reply) for sample, reply in zip(samples, said, strict=True)]
+    print("\n".join(table(samples, right)))
+    print(f"{options.task} at {options.length} tokens: {counted(right)}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(_report(options, config, samples, said, right), indent=1) + "\n")
+
+
+def opened(options: ModelOptions) -> "tuple[ModelConfig, Tokenizer]":
+    """Config and tokenizer of the checkpoint, whose weights are not read yet. `InputError` where there is none."""
+    from minicpm_data.of_checkpoint import tokenizer_of
+    from weights_io.checkpoint import open_checkpoint
+    from weights_io.hub import resolve
+
+    path = resolve(options.model, revision=options.revision, hub=options.hub, check=ModelConfig.from_dict)
+    checkpoint = open_checkpoint(path)
+    if (tokenizer := tokenizer_of(checkpoint)) is None:
+        raise InputError(f"{path} holds no tokenizer files; put the model's tokenizer.json beside its weights.")
+    return checkpoint.config, tokenizer
+
+
+def with_rope_scaling(config: ModelConfig, raw: Any) -> ModelConfig:
+    """The config with the ``rope_scaling`` of a config.json in place of its own. `InputError` where it is none."""
+    return ModelConfig.from_dict({**config.to_dict(), "rope_scaling": raw}, "--rope-scaling")
+
+
+def table(samples: Sequence[Sample], right: Sequence[bool]) -> list[str]:
+    """A line for each tenth of the depth that has a needle."""
+    lines = [f"{'depth':>10} {'right':>6} {'of':>4}"]
+    for group in range(GROUPS):
+        here = [r for s, r in zip(samples, right, strict=True) if min(int(s.depth * GROUPS), GROUPS - 1) == group]
+        if here:
+            depth = f"{100 * group // GROUPS}-{100 * (group + 1) // GROUPS} %"
+            lines.append(f"{depth:>10} {sum(here):>6} {len(here):>4}")
+    return lines
+
+
+def counted(right: Sequence[bool]) -> str:
+    """``17 of 20 right, 85.0 % (64.0 to 94.8 with 95 % confidence)``."""
+    low, high = wilson(sum(right), len(right))
+    share = sum(right) / len(right)
+    text = f"{sum(right)} of {len(right)} right, {100 * share:.1f} %"
+    return f"{text} ({100 * low:.1f} to {100 * high:.1f} with 95 % confidence)"
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The interval of E. B. Wilson (1927) for a share of which ``right`` of ``count`` were seen."""
+    share, z = right / count, CONFIDENCE
+    middle = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    whole = 1 + z * z / count
+    return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)
+
+
+def _in_template(tokenizer: "Tokenizer") -> Encode:
+    return lambda text: tokenizer.apply_chat([{"role": "user", "content": text}])
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--rope-scaling is not JSON ({error}); give an object or null.") from None
+
+
+def _report(
+    options: Options, config: ModelConfig, samples: Sequence[Sample], said: Sequence[str], right: Sequence[bool]
+) -> dict[str, Any]:
+    asked = [
+        {"depth": sample.depth, "tokens": len(sample.ids), "answer": sample.answer, "reply": reply, "right": found}
+        for sample, reply, found in zip(samples, said, right, strict=True)
+    ]
+    chosen = {name: getattr(options, name) for name in ("model", "revision", "backend", "task", "length", "seed")}
+    low, high = wilson(sum(right), len(right))
+    score = {"right": sum(right), "of": len(right), "score": sum(right) / len(right), "interval": [low, high]}
+    return {**chosen, "rope_scaling": config.to_dict()["rope_scaling"], **score, "samples": asked}
+
+
+if __name__ == "__main__":
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m minicpm_serve.longcontext")
