@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from minicpm_data import sparsity
 from minicpm_data.generation import Backend, CacheOptions, Sampling
 from minicpm_data.streaming import stop_strings
 from weights_io import command_line
@@ -100,6 +101,9 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     """Tokens of the prompt that are run together: less takes less memory."""
     verbose: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Print speed and memory at the end."""
+    report_sparsity: bool = False
+    """Print at the end which share of the MLP's neurons the activation left at 0 over prompt and answer, before up is
+    multiplied in (models with relu or fatrelu, such as MiniCPM-S-1B)."""
 
     def memory(self) -> dict[str, Any]:
         """Under the names of `CacheOptions`, checked."""
@@ -148,6 +152,8 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
             raise InputError("the prompt is empty; ask something.")
         running = backend()
         model, tokenizer = load_model(running, options)
+        if options.report_sparsity:
+            sparsity.checked_threshold(model.config)
         for token in chain(*options.extra_eos_token):
             tokenizer.add_eos_token(token)
         if options.ignore_chat_template:
@@ -162,9 +168,12 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
         for response in meter.watch(answer):
             print(response.text, end="", flush=True)
         print()
-        note_context(model.config, len(ids) + meter.tokens)
+        note_context(model.config, len(ids) + len(meter.tokens))
         if options.verbose:
             print(meter.report(len(ids)), file=sys.stderr)
+        if options.report_sparsity:
+            run = [*ids, *meter.tokens[:-1]]  # the last token went into no model
+            print(sparsity.line(running.activation_sparsity(model, run)), file=sys.stderr)
 
     command_line.run(main, GenerateOptions, prog)
 
@@ -210,14 +219,14 @@ class Meter:
 
     def __init__(self, device: ModuleType):
         self.device = device
-        self.tokens = 0
+        self.tokens: list[int] = []
         self.reason: str | None = None
         self.clock = [time.perf_counter()]  # before, at the first token, at the end
         self.compiled = [device.compile_seconds()]
 
     def watch(self, answer: "Iterable[Response]") -> "Iterator[Response]":
         for response in answer:
-            self.tokens += response.token is not None
+            self.tokens += [] if response.token is None else [response.token]
             self.reason = response.finish_reason or self.reason
             if len(self.clock) == 1:
                 self._mark()
@@ -235,7 +244,7 @@ class Meter:
         lines = [
             "=" * 10,
             f"Prompt: {prompt_tokens} tokens, {prompt_tokens / prompt:.1f} tokens-per-sec",
-            f"Generation: {self.tokens} tokens, {max(self.tokens - 1, 0) / answer:.1f} tokens-per-sec",
+            f"Generation: {len(self.tokens)} tokens, {max(len(self.tokens) - 1, 0) / answer:.1f} tokens-per-sec",
             f"Peak memory: {self.device.peak_memory() / 1e9:.3f} GB on {self.device.description()}",
         ]
         if sum(compiling) > 0:

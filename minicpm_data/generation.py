@@ -202,6 +202,7 @@ class Backend:
     load: Callable[..., tuple[Any, "Tokenizer | None"]]
     generator: Generator
     device: ModuleType  # description, preferred_dtype, peak_memory, compile_seconds
+    activation_sparsity: "Callable[[Any, Sequence[int]], np.ndarray]"
 
 
 def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> list[int]:

@@ -131,6 +131,12 @@ def grown(state: State, slots: int) -> State:
     return dataclasses.replace(state, cache=jax.tree.map(padded, state.cache))
 
 
+def check(memory: CacheOptions) -> None:
+    """`InputError` for a kind of cache that is not here."""
+    if memory.kv_bits == 4 or memory.max_kv_size is not None:
+        raise InputError("the cache of JAX keeps every token, whole or in 8 bits; leave out max_kv_size and 4 kv_bits.")
+
+
 def stream_tokens(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -141,8 +147,7 @@ def stream_tokens(
 ) -> Iterator[np.ndarray]:
     """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens`` steps.
     A row that has ended goes on with tokens of no meaning. Raises `InputError` for a kind of cache that is not here."""
-    if memory.kv_bits == 4 or memory.max_kv_size is not None:
-        raise InputError("the cache of JAX keeps every token, whole or in 8 bits; leave out max_kv_size and 4 kv_bits.")
+    check(memory)
     return _tokens(model, prompts, max_tokens, sampling, end_ids, memory)
 
 

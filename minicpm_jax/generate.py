@@ -24,8 +24,9 @@ def backend() -> Backend:
     """What the command lines ask of this package."""
     from minicpm_jax import device
     from minicpm_jax.loading import load
+    from minicpm_jax.sparsity import activation_sparsity
 
-    return Backend(load, generator, device)
+    return Backend(load, generator, device, activation_sparsity)
 
 
 generator = Generator(_stream_tokens)

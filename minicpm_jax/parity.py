@@ -47,10 +47,10 @@ def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> 
     ids = np.stack([np.pad(prompt, (0, lengths.max() - len(prompt))) for prompt in prompts])
     slots = lengths.max() + tokens.shape[1]
     cache = Cache.empty(model.config, len(prompts), slots, model.model.embed_tokens.weight.dtype)
-    x, cache = jax.jit(_decoded)(model, ids, cache, lengths)
+    x, cache = jax.jit(decoded)(model, ids, cache, lengths)
     steps = [wide(x)[np.arange(len(ids)), lengths - 1][:, None]]
     for token in tokens.T[:-1]:
-        x, cache = jax.jit(_decoded)(model, token[:, None], cache, 1)
+        x, cache = jax.jit(decoded)(model, token[:, None], cache, 1)
         steps.append(wide(x))
     return np.concatenate(steps, axis=1)
 
@@ -67,7 +67,8 @@ def _states(model, ids):
     return jnp.concatenate([x[None], after]), model.model.norm(last)
 
 
-def _decoded(model, ids, cache, new):
+def decoded(model, ids, cache, new):
+    """Logits of more tokens, and the cache with them."""
     x, cache = model.decode(ids, cache, new)
     return model.head(x), cache
 

@@ -17,5 +17,6 @@ __getattr__ = lazy_exports.install(
         "stream_generate": "generate",
         "batch_generate": "generate",
         "chat": "chat",
+        "activation_sparsity": "sparsity",
     },
 )

@@ -24,8 +24,9 @@ def backend() -> Backend:
     """What the command lines ask of this package."""
     from minicpm_mlx import device
     from minicpm_mlx.loading import load
+    from minicpm_mlx.sparsity import activation_sparsity
 
-    return Backend(load, generator, device)
+    return Backend(load, generator, device, activation_sparsity)
 
 
 generator = Generator(_stream_tokens)

@@ -9,7 +9,9 @@ import pytest
 import tiny_model
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
-COMMANDS = [f"{package}.{name}" for package in BACKENDS for name in ("generate", "chat", "evaluate", "parity")]
+COMMANDS = [
+    f"{package}.{name}" for package in BACKENDS for name in ("generate", "chat", "evaluate", "parity", "kv_error")
+]
 COMMANDS += ["minicpm_jax.pretrain", "minicpm_data.corpus", "minicpm_data.vocabulary"]
 COMMANDS += ["minicpm_serve.longcontext", "minicpm_serve.history", "minicpm_serve.retrieval"]
 COMMANDS += ["weights_io.convert", "weights_io.inspect", "weights_io.catalog"]

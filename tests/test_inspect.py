@@ -1,5 +1,6 @@
 """What is said of a model without reading its weights."""
 
+import dataclasses
 import json
 import os
 import re
@@ -144,6 +145,55 @@ def test_the_catalogue_answers_where_the_hub_cannot(monkeypatch):
     assert "unknown" in "\n".join(lines(report))
     with pytest.raises(InputError, match="no network"):
         look_up(Options(model="someone/else"))
+
+
+def test_memory_is_told_before_anything_is_downloaded(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    report = look_up(Options(model="minicpm-moe-8x2b"))
+    matrices = 13_873_291_776 - (2 * 40 + 1) * 2304  # all but the norms
+    assert report.memory["stored"] == report.memory["bfloat16"] == 2 * 13_873_291_776
+    assert report.memory["int8"] == matrices * 17 // 16 + 2 * 81 * 2304  # a scale and an offset for 64 numbers
+    assert report.memory["int4"] == matrices * 9 // 16 + 2 * 81 * 2304
+    assert report.cache == {"bfloat16": 2 * 40 * 36 * 64 * 2 * 1000, "int8": 2 * 40 * 36 * (64 + 4) * 1000}
+    text = "\n".join(lines(look_up(Options(model="minicpm-2b-128k"))))
+    assert "6.02 GB as stored; 6.02 GB in bfloat16, 3.20 GB in int8, 1.69 GB in int4" in text
+    assert "for 1,000 tokens; 24.16 GB in bfloat16, 12.83 GB in int8 for 65,536" in text
+    report = look_up(Options(model="minicpm-2b-history"))
+    assert report.dtype == "unknown" and report.memory["stored"] is None and report.memory["bfloat16"] == 5449761792
+    assert "unknown as stored; 5.45 GB in bfloat16" in "\n".join(lines(report))
+
+
+def test_memory_as_the_backends_have_it(reference):
+    import jax
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    from minicpm_jax.attention import Cache
+    from minicpm_mlx.model import abstract
+    from weights_io.config import ModelConfig
+    from weights_io.memory import cache_bytes, weight_bytes
+
+    config = ModelConfig.from_file(reference("dense_2b") / "config.json")
+    config = dataclasses.replace(config, hidden_size=128, intermediate_size=200, num_attention_heads=4, head_dim=32)
+    for dtype, bits in (("bfloat16", None), ("int8", 8), ("int4", 4)):
+        model = abstract(config)
+        if bits:  # down's rows of 200 are left as they are
+            whole = lambda _, module: hasattr(module, "to_quantized") and module.weight.shape[1] % 64 == 0  # noqa: E731
+            nn.quantize(model, 64, bits, class_predicate=whole)
+        assert sum(array.nbytes for _, array in tree_flatten(model.parameters())) == weight_bytes(config, dtype)
+    for dtype, bits in (("bfloat16", None), ("int8", 8)):
+        cache = jax.eval_shape(lambda bits=bits: Cache.empty(config, 1, 50, "bfloat16", bits))
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) - 4  # less the row's length
+        assert held == cache_bytes(config, 50, dtype)
+
+
+def test_the_catalogue_tells_sizes(capsys):
+    from weights_io import catalog
+
+    catalog.main(catalog.Options())
+    printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "bfloat16  27.75 GB  runs" in printed["minicpm-moe-8x2b"]
+    assert "unknown    unknown  runs" in printed["minicpm-2b-history"]
 
 
 def test_json_is_for_machines(reference, capsys):

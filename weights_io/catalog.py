@@ -313,11 +313,15 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Print the short names that every --model takes: parameters, dtype, whether it runs, repository, notes."""
+    """Print the short names that every --model takes: parameters, dtype, bytes of all weights, whether it runs,
+    repository, notes."""
+    from weights_io.memory import ITEM, size
+
     for entry in CATALOG:
         count = "unknown" if entry.parameters is None else f"{entry.parameters / 1e6:,.0f} M"
+        held = size(None if entry.parameters is None or entry.dtype is None else entry.parameters * ITEM[entry.dtype])
         where, runs = entry.repo or "built in", "runs" if entry.runs else "not yet"
-        line = f"{entry.name:22} {count:>9}  {entry.dtype or 'unknown':9} {runs:8} {where:51} {entry.notes}"
+        line = f"{entry.name:22} {count:>9}  {entry.dtype or 'unknown':9} {held:>8}  {runs:8} {where:51} {entry.notes}"
         print(line.rstrip())
 
 

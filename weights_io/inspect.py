@@ -6,7 +6,7 @@ python -m weights_io.inspect --model openbmb/MiniCPM-2B-sft-bf16
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,11 @@ from weights_io.checkpoint import BUFFERS, check_tensors, check_vocabulary, spec
 from weights_io.config import COMMON_DEFAULTS, FAMILY_DEFAULTS, ModelConfig, read_json, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor
+from weights_io.memory import cache_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 
+UNKNOWN = "unknown"
+COMPUTED, CACHED = ("bfloat16", "int8", "int4"), ("bfloat16", "int8")  # dtypes that memory is estimated for
 DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
 
 
@@ -46,6 +49,8 @@ class Report:
     stored: dict[str, int]  # dtype or quantised type in the files -> number of tensors
     bytes: int  # of the weight files
     files: dict[str, dict[str, int]]  # name -> bytes, tensors
+    memory: dict[str, int | None]  # bytes of all weights in a dtype, as stored too; None: unknown
+    cache: dict[str, int]  # dtype -> bytes of the keys and values of 1,000 tokens
     context_length: int
     config: dict[str, Any]
     derived: dict[str, float]  # what the scales of the config come to
@@ -80,7 +85,6 @@ def look_up(options: Options) -> Report:
         if entry is None or entry.config is None:
             raise
         report = describe(f"{entry.repo}, as the catalogue has it", entry.config, {})
-        report.dtype = entry.dtype or report.dtype
         report.unusual = [f"the repository itself could not be asked: {error}"]
         return report
     return inspect(path, downloaded=path.suffix != ".gguf" and not Path(options.model).expanduser().exists())
@@ -142,16 +146,21 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
         file = files.setdefault(tensor.source.name, {"bytes": tensor.source.stat().st_size, "tensors": 0})
         file["tensors"] += 1
     embedding = tensors.get(EMBEDDING.tensor)
+    dtype = stored_dtype(dict(raw)) or (embedding.dtype.name if embedding is not None else UNKNOWN)
+    held = sum(file["bytes"] for file in files.values())
+    as_stored = held or (weight_bytes(config, dtype) if dtype != UNKNOWN else None)
     report = Report(
         source=source,
         architecture=config.to_dict()["architectures"][0],
         parameters=count(config),
         parameters_without_embedding=count(config) - embeddings,
         parameters_active=count_active(config),
-        dtype=stored_dtype(dict(raw)) or (embedding.dtype.name if embedding is not None else "float32"),
+        dtype=dtype,
         stored=dict(stored),
-        bytes=sum(file["bytes"] for file in files.values()),
+        bytes=held,
         files=dict(sorted(files.items())),
+        memory={"stored": as_stored, **{kind: weight_bytes(config, kind) for kind in COMPUTED}},
+        cache={kind: cache_bytes(config, 1000, kind) for kind in CACHED},
         context_length=config.max_position_embeddings,
         config=dataclasses.asdict(config),
         derived={
@@ -192,12 +201,15 @@ def lines(report: Report) -> list[str]:
     activation = config["hidden_act"]
     if config["hidden_act_param"] is not None:
         activation += f" from {config['hidden_act_param']:g} up"
+    whole = {kind: count * report.context_length // 1000 for kind, count in report.cache.items()}
     table = {
         "model": report.source,
         "architecture": f"{report.architecture} ({kind}), {'tied' if config['tie_word_embeddings'] else 'untied'} head",
         "parameters": parameters,
         "dtype": f"{report.dtype}; tensors stored as {stored}" if stored else report.dtype,
         "size": f"{report.bytes:,} bytes" if report.files else "unknown",
+        "weights": f"{size(report.memory['stored'])} as stored; {_sizes(report.memory, COMPUTED)}",
+        "cache": f"{_sizes(report.cache)} for 1,000 tokens; {_sizes(whole)} for {report.context_length:,}",
         "context": f"{report.context_length:,} tokens, {rope}",
         "shape": f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, MLP "
         f"{config['intermediate_size']} ({activation}), {heads} of {config['head_dim']}, vocabulary "
@@ -213,6 +225,10 @@ def lines(report: Report) -> list[str]:
         f"{'file':14} {name}: {file['bytes']:,} bytes, {file['tensors']} tensors" for name, file in report.files.items()
     ]
     return text + [f"{'unusual':14} {note}" for note in report.unusual]
+
+
+def _sizes(sizes: Mapping[str, int | None], kinds: Sequence[str] = CACHED) -> str:
+    return ", ".join(f"{size(sizes[kind])} in {kind}" for kind in kinds)
 
 
 def _absent_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:

@@ -1,0 +1,105 @@
+"""What a long prompt costs in memory as it runs: 4 layers as wide as MiniCPM-2B, float32, a prompt of random tokens.
+
+    python -m benchmarks.prompt_memory --backend jax --tokens 2048 8192 16384 32768
+
+Each length runs in a process of its own. Measured is the process's peak of resident memory less what it held with the
+weights loaded. Predicted is the cache, 4 layers x 2 x 2304 numbers x 4 bytes a token; what is more should not grow.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from weights_io import command_line
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+
+CONFIG = ModelConfig(
+    vocab_size=2048,  # the weights stay small
+    hidden_size=2304,
+    intermediate_size=5760,
+    num_hidden_layers=4,
+    num_attention_heads=36,
+    num_key_value_heads=36,
+    head_dim=64,
+    scale_emb=12.0,
+    scale_depth=1.4,
+    dim_model_base=256,
+    max_position_embeddings=65536,
+)
+BYTES_A_TOKEN = CONFIG.num_hidden_layers * 2 * CONFIG.num_key_value_heads * CONFIG.head_dim * 4
+
+
+@dataclass(frozen=True)
+class Options:
+    backend: Literal["jax", "mlx"] = "jax"
+    """Which of the two runs."""
+    tokens: tuple[int, ...] = (2048, 8192, 16384)
+    """Lengths of the prompt."""
+    here: bool = False
+    """Run one length in this process; print the bytes and the seconds."""
+
+
+def main(options: Options) -> None:
+    """Measure what a prompt needs in memory beyond the weights, by its length."""
+    if not Path("/proc/self/clear_refs").exists():
+        raise InputError("the peak of a process is read from /proc, which this system has not; run it on Linux.")
+    if options.here:
+        print(*run(options.backend, options.tokens[0]))
+        return
+    print("| tokens | cache, predicted | peak beyond the weights | more than the cache | seconds |")
+    print("|---|---|---|---|---|")
+    for tokens in options.tokens:
+        command = [sys.executable, "-m", "benchmarks.prompt_memory", "--here"]
+        command += ["--backend", options.backend, "--tokens", str(tokens)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        held, seconds = map(float, done.stdout.split())
+        cache = tokens * BYTES_A_TOKEN
+        figures = " | ".join(f"{figure / 1e6:,.0f} MB" for figure in (cache, held, held - cache))
+        print(f"| {tokens:,} | {figures} | {seconds:,.0f} |", flush=True)
+
+
+def run(backend: str, tokens: int) -> tuple[int, float]:
+    """Bytes beyond the weights, and seconds, of one prompt and the token after it."""
+    package = import_module(f"minicpm_{backend}")
+    model = initialised(backend)
+    prompt = np.random.default_rng(0).integers(0, CONFIG.vocab_size, tokens).tolist()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    held, began = resident("VmRSS"), time.perf_counter()
+    for _ in package.stream_generate(model, None, prompt, max_tokens=1):
+        pass
+    return resident("VmHWM") - held, time.perf_counter() - began
+
+
+def initialised(backend: str):
+    """The model with random weights, all computed."""
+    if backend == "jax":
+        import jax
+
+        from minicpm_jax.model import initialise
+
+        return jax.block_until_ready(initialise(CONFIG, jax.random.key(0)))
+    import mlx.core as mx
+
+    from minicpm_mlx import model as mlx_model
+
+    model = mlx_model.initialise(CONFIG, mx.random.key(0))
+    mx.eval(model.parameters())
+    mx.clear_cache()
+    return model
+
+
+def resident(name: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (the peak) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    command_line.run(main, Options, "python -m benchmarks.prompt_memory")

@@ -1,0 +1,38 @@
+"""Say how far a quantised key/value cache moves the logits of a text.
+
+python -m minicpm_jax.kv_error --model openbmb/MiniCPM-2B-sft-bf16 --data some.txt
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from minicpm_data import kv_error
+from minicpm_data.generation import CacheOptions
+from minicpm_jax.generate import backend
+from minicpm_jax.parity import decoded, wide
+
+if TYPE_CHECKING:
+    from minicpm_jax.model import Model
+
+
+def logits(model: "Model", ids: list[int], memory: CacheOptions) -> Iterator[np.ndarray]:
+    """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
+    import jax
+
+    from minicpm_jax import decoding
+
+    decoding.check(memory)
+    width = kv_error.PIECE
+    padded = np.pad(np.array(ids, np.int32), (0, -len(ids) % width))
+    cache, _ = decoding.empty(model, 1, len(padded), memory.kv_bits)
+    step = jax.jit(decoded, donate_argnums=2)
+    for start in range(0, len(ids), width):
+        new = min(width, len(ids) - start)
+        piece, cache = step(model, padded[None, start : start + width], cache, np.int32(new))
+        yield wide(piece)[0, :new]
+
+
+if __name__ == "__main__":
+    kv_error.run(backend, logits, "python -m minicpm_jax.kv_error")

@@ -1,0 +1,34 @@
+"""Say how far a quantised key/value cache moves the logits of a text.
+
+python -m minicpm_mlx.kv_error --model openbmb/MiniCPM-2B-sft-bf16 --data some.txt
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from minicpm_data import kv_error
+from minicpm_data.generation import CacheOptions
+from minicpm_mlx.generate import backend
+from minicpm_mlx.parity import wide
+
+if TYPE_CHECKING:
+    from minicpm_mlx.model import Model
+
+
+def logits(model: "Model", ids: list[int], memory: CacheOptions) -> Iterator[np.ndarray]:
+    """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
+    import mlx.core as mx
+
+    from minicpm_mlx import decoding
+
+    width = kv_error.PIECE
+    cache = decoding.empty(model, [0], memory)
+    for start in range(0, len(ids), width):
+        x = model.decode(mx.array([ids[start : start + width]]), cache)
+        yield wide(model.head(x))[0]
+
+
+if __name__ == "__main__":
+    kv_error.run(backend, logits, "python -m minicpm_mlx.kv_error")
