@@ -9,9 +9,9 @@ import pytest
 import tiny_model
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
-COMMANDS = [f"{package}.{name}" for package in BACKENDS for name in ("generate", "chat", "evaluate", "parity")]
+COMMANDS = [f"{package}.{name}" for package in BACKENDS for name in ("generate", "chat", "evaluate", "parity", "fuse")]
 COMMANDS += ["minicpm_jax.pretrain", "minicpm_data.corpus", "minicpm_data.vocabulary"]
-COMMANDS += ["weights_io.convert", "weights_io.inspect", "weights_io.catalog"]
+COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
 ASKING_FOR_HELP = """
 import runpy, sys

@@ -36,9 +36,7 @@ class Found:
             missing = [part for part in wanted if part not in parts]
             if missing or len(parts) > len(wanted):
                 fault = f"lacks {missing[0]} of" if missing else "has a magnitude, as only DoRA has, for"
-                raise InputError(
-                    f"{self.source} {fault} {module}; save the adapter again, config and tensors together."
-                )
+                raise InputError(f"{self.source} {fault} {module}; save its config and its tensors together.")
             if len(parts["a"]) != parts["b"].shape[1]:
                 raise InputError(
                     f"{self.source} has rank {len(parts['a'])} and {parts['b'].shape[1]} in the two matrices of "

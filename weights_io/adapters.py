@@ -1,6 +1,6 @@
 """Adapters in and out, as folders of Hugging Face's PEFT and of mlx_lm; and from one form to the other:
 
-    python -m weights_io.adapters --model openbmb/MiniCPM-2B-sft-bf16 --adapter-path adapters --to peft --out peft-adapter
+    python -m weights_io.adapters --model minicpm-2b --adapter-path adapters --to peft --out peft-adapter
 
 What an adapter does to the weights is in `weights_io.lora`, whose names are here too.
 """
@@ -109,9 +109,8 @@ def read_adapter(path: Path | str, config: ModelConfig) -> Adapter:
         raise InputError(
             f"{folder / CONFIG} has neither peft_type nor lora_parameters; take an adapter of PEFT or mlx_lm."
         )
-    weights = (
-        next((folder / name for name in form.WEIGHTS if (folder / name).is_file()), None) if path == folder else path
-    )
+    candidates = [folder / name for name in form.WEIGHTS] if path == folder else [path]
+    weights = next((file for file in candidates if file.is_file()), None)
     if weights is None:
         raise InputError(f"{folder} has no {form.WEIGHTS[0]}, which belongs to its {CONFIG}; save the adapter again.")
     return form.read(raw, _open(weights), config, str(folder))
@@ -135,17 +134,13 @@ def save_adapter(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any((folder / name).exists() for name in others):
-            raise InputError(
-                f"{folder} holds an adapter of another form, with its own {CONFIG}; choose another folder."
-            )
+            raise InputError(f"{folder} holds an adapter of another form; choose another folder.")
         written = [folder / FORMS[form].WEIGHTS[0], folder / CONFIG]
         _replace(written[0], lambda path: write_file(path, tensors))
         _replace(written[1], lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                f"the disk of {folder} is full; what was there before is still there; make room."
-            ) from error
+            raise InputError(f"the disk of {folder} is full, and what was there is left; make room.") from error
         raise InputError(f"cannot write {folder} ({error.strerror or error}); choose another folder.") from error
     return written
 
