@@ -35,7 +35,7 @@ class Found:
         for module, parts in self.parts.items():
             missing = [part for part in wanted if part not in parts]
             if missing or len(parts) > len(wanted):
-                fault = f"lacks {missing[0]} of" if missing else "has a magnitude, as only DoRA has, for"
+                fault = f"lacks the {missing[0]} of" if missing else "has a magnitude, as only DoRA has, for"
                 raise InputError(f"{self.source} {fault} {module}; save its config and its tensors together.")
             if len(parts["a"]) != parts["b"].shape[1]:
                 raise InputError(
