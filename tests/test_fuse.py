@@ -76,6 +76,23 @@ def test_the_llama_of_it_has_the_same_logits(source, tmp_path, backend):
     assert json.loads((tmp_path / "llama" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
+@pytest.mark.parametrize("name, dora", [("dense_2b", False), ("dense_2b", True), ("moe_8x2b", False)])
+def test_mlx_lm_opens_it_on_our_model(reference, tmp_path, name, dora):
+    """Its LoRA layers, also of experts, compute what fusing writes."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    import minicpm_mlx
+
+    checkpoint = open_checkpoint(reference(name))
+    adapter = tiny_adapter.make(checkpoint, ranks=(4,) if dora else (4, 2), layers=[1, 2], dora=dora)
+    save_adapter(tmp_path / "adapter", adapter, checkpoint.config, form="mlx_lm")
+    main(Options(model=str(checkpoint.path), adapter_path=tmp_path / "adapter", save_path=tmp_path / "out"))
+    model = load_adapters(minicpm_mlx.load(checkpoint.path, dtype="float32")[0], str(tmp_path / "adapter"))
+    expected = logits("minicpm_mlx", tmp_path / "out")
+    assert np.abs(expected - logits("minicpm_mlx", checkpoint.path)).max() > 0.1
+    np.testing.assert_allclose(np.asarray(model.eval()(IDS)), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("module", ["weights_io.fuse", "minicpm_jax.fuse", "minicpm_mlx.fuse"])
 def test_the_command(reference, tmp_path, module):
     checkpoint = open_checkpoint(reference("dense_bf16"))

@@ -3,7 +3,7 @@
     python -m weights_io.upcycle --model openbmb/MiniCPM-2B-sft-bf16 --experts 8 --top-k 2 --out minicpm-moe-8x2b
 
 Every MLP becomes E exact copies of itself behind a random router. The chosen experts' weights add up to 1, so that the
-model computes the same as before until it is trained (arXiv 2404.06395, section 6.4 on MiniCPM-MoE).
+model computes the same as before until it is trained (arXiv 2404.06395 on MiniCPM-MoE).
 """
 
 import dataclasses
