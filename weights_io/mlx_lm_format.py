@@ -57,7 +57,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
     config = AdapterConfig(
         rank=rank,
         alpha=scale * rank,
-        dropout=float(numbers.get("dropout") or 0.0),
+        dropout=numbers.get("dropout") or 0.0,
         dora=kind == "dora",
         targets=found.targets(model),
         base_model=raw.get("model"),
