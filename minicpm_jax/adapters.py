@@ -120,8 +120,8 @@ def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
     """The arrays of an adapter that was read. A layer without a part of it is zeros, magnitude too (see `ratio`)."""
     weights = {}
     for parameter in target_parameters(config, adapter.config.targets):
-        none = np.zeros(parameter.tensor_shape(config)[0], np.float32)
-        a, b, magnitude = stacked(parameter, adapter, config, lambda tensor, none=none: none)
+        norms = dict.fromkeys(parameter.tensors(config), np.zeros(parameter.tensor_shape(config)[0], np.float32))
+        a, b, magnitude = stacked(parameter, adapter, config, norms.__getitem__)
         weights[parameter.name] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
         if magnitude is not None:
             weights[parameter.name]["magnitude"] = jnp.asarray(magnitude)

@@ -47,7 +47,8 @@ def _chunked(
     add up the weight's gradient in the weight's dtype."""
 
     def losses(part):
-        logits, target, trained = _logits(*part, weight)
+        x, targets = part
+        logits, target, trained = _logits(x, targets, weight)
         right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return jnp.where(trained, jax.nn.logsumexp(logits, axis=-1) - right, 0)
 

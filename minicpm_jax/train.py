@@ -66,8 +66,9 @@ class LowRankWeights:
     scale: float
     dropout: float
 
-    def model(self, base: Model, weights: Weights, key: Array | None = None) -> Model:
+    def model(self, base: Model | None, weights: Weights, key: Array | None = None) -> Model:
         """``key``: of dropout; None: none is dropped."""
+        assert base is not None
         return adapters.attach(base, weights, self.scale, self.dropout, key)
 
 

@@ -10,11 +10,13 @@ import tiny_model
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
 COMMANDS = [
-    f"{package}.{name}" for package in BACKENDS for name in ("generate", "chat", "evaluate", "parity", "kv_error")
+    f"{package}.{name}"
+    for package in BACKENDS
+    for name in ("generate", "chat", "evaluate", "parity", "kv_error", "fuse", "lora", "finetune")
 ]
 COMMANDS += ["minicpm_jax.pretrain", "minicpm_data.corpus", "minicpm_data.vocabulary"]
 COMMANDS += ["minicpm_serve.longcontext", "minicpm_serve.history", "minicpm_serve.retrieval"]
-COMMANDS += ["weights_io.convert", "weights_io.inspect", "weights_io.catalog"]
+COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
 ASKING_FOR_HELP = """
 import runpy, sys

@@ -99,6 +99,11 @@ def test_the_good_header_is_good(path):
     assert safetensors.open_file(store(path, GOOD)).keys() == GOOD.keys()
 
 
+def test_metadata_may_be_null(path):
+    """As MLX writes it."""
+    assert safetensors.open_file(store(path, GOOD | {"__metadata__": None})).keys() == GOOD.keys()
+
+
 @pytest.mark.parametrize(
     "header, message",
     [

@@ -1,14 +1,24 @@
-"""Adapters in and out, as folders of Hugging Face's PEFT and of mlx_lm.
+"""Adapters in and out, as folders of Hugging Face's PEFT and of mlx_lm; and from one form to the other:
 
-    from weights_io.adapters import read_adapter, save_adapter
+    python -m weights_io.adapters --model minicpm-2b --adapter-path adapters --to peft --out peft-adapter
 
 What an adapter does to the weights is in `weights_io.lora`, whose names are here too.
 """
 
+import contextlib
+import errno
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from weights_io.config import ModelConfig
+from weights_io import mlx_lm_format, peft_format
+from weights_io.config import ModelConfig, read_json
+from weights_io.errors import InputError
+from weights_io.files.safetensors import write_file
+from weights_io.files.tensor import LazyTensor
 from weights_io.lora import (
     Adapter,
     AdapterConfig,
@@ -37,9 +47,48 @@ __all__ = [
     "unstacked",
 ]
 Form = Literal["peft", "mlx_lm"]
+FORMS: dict[str, Any] = {"peft": peft_format, "mlx_lm": mlx_lm_format}
+CONFIG = "adapter_config.json"
 
 
-def read_adapter(path: Path, config: ModelConfig) -> Adapter:
+@dataclass(frozen=True)
+class Options:
+    to: Form
+    """peft: adapter_model.safetensors as PEFT, vLLM and others read it; mlx_lm: adapters.safetensors."""
+    out: Path
+    """Folder to write."""
+    model: str | None = None
+    """Model that the adapter is for: folder, GGUF file, hub id or short name (default: the built-in model)."""
+    adapter_path: Path = Path("adapters")
+    """Folder of the adapter, in either form."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where --model's config is downloaded from if it is not on this disk."""
+
+
+def main(options: Options) -> None:
+    """Write an adapter in the form of PEFT or of mlx_lm. Only the config of its model is needed."""
+    from weights_io.hub import resolve
+
+    path = resolve(options.model, revision=options.revision, hub=options.hub, weights=False)
+    config = ModelConfig.from_file(path / "config.json") if path.is_dir() else _of_file(path)
+    adapter = read_adapter(options.adapter_path, config)
+    written = save_adapter(options.out, adapter, config, form=options.to, base_model=options.model)
+    print(f"{options.out}: {summary(adapter)}")
+    print("\n".join(f"  {file.name:34} {file.stat().st_size:>14,} bytes" for file in written))
+
+
+def summary(adapter: Adapter) -> str:
+    """One line: kind, rank, scale, and how many matrices of which names."""
+    config = adapter.config
+    return (
+        f"{'DoRA' if config.dora else 'LoRA'} of rank {config.rank}, scale {config.scale:g}, on "
+        f"{len(adapter.tensors)} matrices ({', '.join(config.targets)})"
+    )
+
+
+def read_adapter(path: Path | str, config: ModelConfig) -> Adapter:
     """The adapter in the folder ``path`` (or with that safetensors file, its adapter_config.json beside it), as PEFT or
     mlx_lm write it, for a model of this config; all of its tensors are read, as float32.
 
@@ -47,11 +96,28 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
         InputError: there is none, it is damaged, changes the model in a way that is not supported, holds NaN or
             infinities, or is of another model: the first tensor that does not fit is named with both shapes.
     """
-    raise NotImplementedError
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file() or not path.exists():
+        raise InputError(
+            f"{path} is no adapter: give the folder that holds {CONFIG} and adapter_model.safetensors (of PEFT) or "
+            "adapters.safetensors (of mlx_lm)."
+        )
+    raw = read_json(folder / CONFIG)
+    form = next((form for form in FORMS.values() if form.is_config(raw)), None)
+    if form is None:
+        raise InputError(
+            f"{folder / CONFIG} has neither peft_type nor lora_parameters; take an adapter of PEFT or mlx_lm."
+        )
+    candidates = [folder / name for name in form.WEIGHTS] if path == folder else [path]
+    weights = next((file for file in candidates if file.is_file()), None)
+    if weights is None:
+        raise InputError(f"{folder} has no {form.WEIGHTS[0]}, which belongs to its {CONFIG}; save the adapter again.")
+    return form.read(raw, _open(weights), config, str(folder))
 
 
 def save_adapter(
-    folder: Path, adapter: Adapter, config: ModelConfig, *, form: Form = "peft", base_model: str | None = None
+    folder: Path | str, adapter: Adapter, config: ModelConfig, *, form: Form = "peft", base_model: str | None = None
 ) -> list[Path]:
     """Write an adapter of a model of this config, in float32, and return its two files, weights first.
 
@@ -61,4 +127,50 @@ def save_adapter(
     Raises:
         InputError: the folder cannot be written or holds an adapter of the other form.
     """
-    raise NotImplementedError
+    folder = Path(folder).expanduser()
+    raw, tensors = FORMS[form].files(adapter, config, base_model or adapter.config.base_model)
+    text = json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
+    others = [name for other, module in FORMS.items() if other != form for name in module.WEIGHTS]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any((folder / name).exists() for name in others):
+            raise InputError(f"{folder} holds an adapter of another form; choose another folder.")
+        written = [folder / FORMS[form].WEIGHTS[0], folder / CONFIG]
+        _replace(written[0], lambda path: write_file(path, tensors))
+        _replace(written[1], lambda path: path.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"the disk of {folder} is full, and what was there is left; make room.") from error
+        raise InputError(f"cannot write {folder} ({error.strerror or error}); choose another folder.") from error
+    return written
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside ``path`` and rename, so that it is the old file or the new one and never a part."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # not there any more if all went well
+            partial.unlink()
+
+
+def _open(path: Path) -> Mapping[str, LazyTensor]:
+    from weights_io.files import safetensors, torch_pickle
+
+    if path.suffix not in (".safetensors", ".bin"):
+        raise InputError(f"{path} is neither a .safetensors nor a .bin file; save the adapter again as one.")
+    return (torch_pickle if path.suffix == ".bin" else safetensors).open_file(path)
+
+
+def _of_file(path: Path) -> ModelConfig:
+    from weights_io.checkpoint import open_checkpoint
+
+    return open_checkpoint(path).config
+
+
+if __name__ == "__main__":
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m weights_io.adapters")

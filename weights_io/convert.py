@@ -60,7 +60,6 @@ def convert(checkpoint: Checkpoint, options: Options) -> list[str]:
     """Write ``options.out``; the lines that say what was written and what it cost. Raises `InputError`."""
     from weights_io.llama_format import from_llama, to_llama
 
-    tokenizer = _tokenizer_files(checkpoint)  # refused before a gigabyte is written
     config = checkpoint.config
     tensors: Mapping[str, Tensor] = checkpoint.tensors
     rounding = Rounding()
@@ -76,17 +75,36 @@ def convert(checkpoint: Checkpoint, options: Options) -> list[str]:
             options.dtype,
             rounding,
         )
+    lines = write_model(options.out, checkpoint, config, tensors, options.dtype, rounding)
+    if options.unfold:
+        state = "are the same numbers and are tied" if config.tie_word_embeddings else "differ and stay untied"
+        lines.append(f"unfolded with these scales, head and embedding {state}")
+    return lines
+
+
+def write_model(
+    out: Path,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: str | None,
+    rounding: Rounding,
+) -> list[str]:
+    """Write what was made of ``checkpoint``, with its tokenizer and its harmless keys; the lines that say so.
+
+    ``rounding`` may hold already what making the tensors cost. Raises `InputError`, see `save_checkpoint`.
+    """
     files = save_checkpoint(
-        options.out,
+        out,
         config,
         tensors,
         raw_config=checkpoint.raw_config,
         copy_from=checkpoint.path if checkpoint.path.is_dir() else None,
-        extra_files=tokenizer,
-        dtype=options.dtype,
+        extra_files=_tokenizer_files(checkpoint),  # refused before a gigabyte is written
+        dtype=dtype,
         rounding=rounding,
     )
-    dtypes = {str(options.dtype or tensor.dtype) for tensor in tensors.values()}
+    dtypes = {str(dtype or tensor.dtype) for tensor in tensors.values()}
     lines = [
         f"{files[0].parent}: {config.to_dict()['architectures'][0]}, {count(config):,} parameters, {len(tensors)} "
         f"tensors in {' and '.join(sorted(dtypes))}"
@@ -94,9 +112,6 @@ def convert(checkpoint: Checkpoint, options: Options) -> list[str]:
     lines += [f"  {file.name:34} {file.stat().st_size:>14,} bytes" for file in files]
     if rounding.count:
         lines.append(_rounding_line(rounding, dtypes))
-    if options.unfold:
-        state = "are the same numbers and are tied" if config.tie_word_embeddings else "differ and stay untied"
-        lines.append(f"unfolded with these scales, head and embedding {state}")
     return lines
 
 

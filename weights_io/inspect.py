@@ -140,7 +140,7 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
     """The report on a config.json and, where they are at hand, the tensors of its files."""
     config = ModelConfig.from_dict(dict(raw), source)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    stored = Counter(_stored_as(tensor) for tensor in tensors.values())
+    stored = Counter(stored_as(tensor) for tensor in tensors.values())
     files: dict[str, dict[str, int]] = {}
     for tensor in tensors.values():
         file = files.setdefault(tensor.source.name, {"bytes": tensor.source.stat().st_size, "tensors": 0})
@@ -260,7 +260,8 @@ def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mappi
     return notes
 
 
-def _stored_as(tensor: LazyTensor) -> str:
+def stored_as(tensor: LazyTensor) -> str:
+    """``bfloat16``, or of a GGUF file's quantised tensor the type of its blocks: ``Q4_K``."""
     from weights_io.files.gguf import BlockTensor, UnpermutedTensor
 
     if isinstance(tensor, UnpermutedTensor):

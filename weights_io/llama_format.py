@@ -24,7 +24,7 @@ ROWS = 4096  # read at a time to compare head and embedding
 
 def to_llama(
     config: ModelConfig,
-    tensors: Mapping[str, LazyTensor],
+    tensors: Mapping[str, LazyTensor | Computed],
     dtype: str | None = None,
     rounding: Rounding | None = None,
 ) -> tuple[ModelConfig, dict[str, LazyTensor | Computed]]:
@@ -97,7 +97,12 @@ def _scale(name: str, config: ModelConfig) -> tuple[float, float]:
 
 
 def _scaled(
-    name: str, tensor: LazyTensor, multiply: float, divide: float, dtype: str | None, rounding: Rounding | None
+    name: str,
+    tensor: LazyTensor | Computed,
+    multiply: float,
+    divide: float,
+    dtype: str | None,
+    rounding: Rounding | None,
 ) -> LazyTensor | Computed:
     if multiply == 1 and divide == 1:
         return tensor

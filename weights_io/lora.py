@@ -79,6 +79,31 @@ class Adapter:
     tensors: Mapping[str, Matrices]  # by module name: "model.layers.3.mlp.experts.5.w1"; scale of each may differ
 
 
+@dataclass
+class Change:
+    """How far an adapter moves the weights that it is on, and how much of that rounding takes: sums of squares."""
+
+    weights: float = 0.0
+    moved: float = 0.0
+    lost: float = 0.0
+
+    def add(self, weight: np.ndarray, exact: np.ndarray, rounded: np.ndarray) -> None:
+        weight = weight.astype(np.float32)
+        self.weights += _squares(weight)
+        self.moved += _squares(exact - weight)
+        self.lost += _squares(rounded.astype(np.float32) - exact)
+
+    @property
+    def size(self) -> float:
+        """Root mean square of the change, relative to that of the weights."""
+        return math.sqrt(self.moved / (self.weights or 1))
+
+    @property
+    def error(self) -> float:
+        """Root mean square of the rounding errors, relative to that of the change."""
+        return math.sqrt(self.lost / (self.moved or 1))
+
+
 def module_name(tensor: str) -> str:
     """``model.layers.0.self_attn.q_proj`` of a weight's name."""
     return tensor.removesuffix(".weight")
@@ -187,21 +212,30 @@ def from_layers(config: AdapterConfig, arrays: Mapping[str, Arrays], model: Mode
 
 
 def fused(
-    checkpoint: Checkpoint, adapter: Adapter, dtype: str | None = None, rounding: Rounding | None = None
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    dtype: str | None = None,
+    rounding: Rounding | None = None,
+    change: Change | None = None,
 ) -> dict[str, LazyTensor | Computed]:
     """The checkpoint's tensors with the adapter worked into them; each is made when it is read.
 
-    ``dtype`` is what the changed ones are rounded to (None: each one's own), from float32; ``rounding`` collects,
-    while they are read, what that cost. The others are the checkpoint's own.
+    ``dtype`` is what the changed ones are rounded to (None: each one's own), from float32; ``rounding`` and ``change``
+    collect, while they are read, what that cost. The others are the checkpoint's own.
     """
     result: dict[str, LazyTensor | Computed] = dict(checkpoint.tensors)
     for module, matrices in adapter.tensors.items():
-        result[f"{module}.weight"] = _fused(f"{module}.weight", checkpoint, matrices, dtype, rounding)
+        result[f"{module}.weight"] = _fused(f"{module}.weight", checkpoint, matrices, dtype, rounding, change)
     return result
 
 
 def _fused(
-    name: str, checkpoint: Checkpoint, matrices: Matrices, dtype: str | None, rounding: Rounding | None
+    name: str,
+    checkpoint: Checkpoint,
+    matrices: Matrices,
+    dtype: str | None,
+    rounding: Rounding | None,
+    change: Change | None,
 ) -> Computed:
     tensor = checkpoint.tensors[name]
     target = numpy_dtype(dtype or tensor.dtype)
@@ -209,7 +243,11 @@ def _fused(
     def make() -> np.ndarray:
         weight = tensor.read()
         check_finite(located(name, tensor), weight)
-        return cast(f"{name}, fused,", matrices.applied(weight), target, rounding=rounding)
+        exact = matrices.applied(weight)
+        rounded = cast(f"{name}, fused,", exact, target, rounding=rounding)
+        if change is not None:
+            change.add(weight, exact, rounded)
+        return rounded
 
     return Computed(tuple(tensor.shape), target, make)
 
@@ -252,6 +290,10 @@ def _matrices(config: AdapterConfig, a: np.ndarray, b: np.ndarray, magnitude: np
 
 def _at(array: np.ndarray | None, place: tuple[int, ...]) -> np.ndarray | None:
     return None if array is None else array[place]
+
+
+def _squares(array: np.ndarray) -> float:
+    return float(np.square(array).sum(dtype=np.float64))
 
 
 def _is_number(value: object) -> bool:

@@ -50,6 +50,11 @@ class Computed:
     dtype: np.dtype
     make: Callable[[], np.ndarray]
 
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Computed":
+        """One that is made already."""
+        return cls(array.shape, array.dtype, lambda: array)
+
     def read(self) -> np.ndarray:
         return self.make()
 
@@ -148,6 +153,7 @@ def _read_header(path: Path) -> tuple[dict, int, int]:
         raise InputError(f"cannot read {path}: {error.strerror}.") from error
     header = parse_object(data, f"the header of {path}")
     metadata = header.pop("__metadata__", {})
+    metadata = {} if metadata is None else metadata  # MLX writes null where there are none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"__metadata__ in the header of {path} does not map strings to strings; download it again.")
     return header, 8 + length, size

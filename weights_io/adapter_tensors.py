@@ -1,0 +1,87 @@
+"""The tensors of an adapter file, each checked against the model's table as it is read; shared by both forms."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from weights_io.casting import check_finite
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.files.tensor import LazyTensor, located
+from weights_io.lora import Adapter, AdapterConfig, Matrices, modules, short_name
+from weights_io.parameters import Parameter
+
+RANK = "r"  # stands in a shape for what the adapter chooses
+Shape = tuple[int | str, ...]
+
+
+@dataclass
+class Found:
+    """The parts of an adapter by module, as they come in."""
+
+    source: str  # for messages
+    parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # module -> a | b | magnitude
+
+    def add(self, module: str, part: str, array: np.ndarray) -> None:
+        self.parts.setdefault(module, {})[part] = array
+
+    def adapter(self, config: AdapterConfig, model: ModelConfig, scale: Callable[[str], float]) -> Adapter:
+        """All of them, in table order. ``scale``: of a module. `InputError` where a part is missing."""
+        if not self.parts:
+            raise InputError(f"{self.source} holds no tensors; save the adapter again.")
+        wanted = ("a", "b", "magnitude") if config.dora else ("a", "b")
+        for module, parts in self.parts.items():
+            missing = [part for part in wanted if part not in parts]
+            if missing or len(parts) > len(wanted):
+                fault = f"lacks the {missing[0]} of" if missing else "has a magnitude, as only DoRA has, for"
+                raise InputError(f"{self.source} {fault} {module}; save its config and its tensors together.")
+            if len(parts["a"]) != parts["b"].shape[1]:
+                raise InputError(
+                    f"{self.source} has rank {len(parts['a'])} and {parts['b'].shape[1]} in the two matrices of "
+                    f"{module}; save the adapter again."
+                )
+            if not 0 < scale(module) < math.inf:
+                raise InputError(f"{self.source} scales {module} by {scale(module)}; alpha must be a positive number.")
+        order = [module for module in modules(model) if module in self.parts]
+        return Adapter(config, {module: Matrices(**self.parts[module], scale=scale(module)) for module in order})
+
+    def ranks(self) -> dict[str, int]:
+        return {module: len(parts["a"]) for module, parts in self.parts.items() if "a" in parts}
+
+    def targets(self, model: ModelConfig) -> tuple[str, ...]:
+        table = modules(model)
+        return tuple(dict.fromkeys(short_name(table[module]) for module in table if module in self.parts))
+
+
+def read_part(name: str, tensor: LazyTensor, shape: Shape) -> np.ndarray:
+    """The tensor as float32. `InputError` where it is not of ``shape``, not of floats, or not finite."""
+    fits = len(tensor.shape) == len(shape) and all(
+        n == wanted or (wanted == RANK and n > 0) for n, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"{located(name, tensor)} is {shown(tensor.shape)}, and the model has room for {shown(shape)} there; "
+            "take the adapter with the model that it was trained on."
+        )
+    if tensor.dtype.kind not in "fV":  # bfloat16 is of kind V
+        raise InputError(f"{located(name, tensor)} is of {tensor.dtype}, not of floats; save the adapter unquantised.")
+    values = tensor.read()
+    check_finite(located(name, tensor), values)
+    return np.ascontiguousarray(values, np.float32)
+
+
+def row_of_the_table(name: str, tensor: LazyTensor, module: str, table: Mapping[str, Parameter]) -> Parameter:
+    """What ``module`` is in the model; `InputError` where an adapter cannot be on it."""
+    if module in table:
+        return table[module]
+    raise InputError(
+        f"{located(name, tensor)} is for {module}, which is none of the matrices that an adapter can change here "
+        f"({', '.join(dict.fromkeys(short_name(p) for p in table.values()))} of each layer); take the adapter with the "
+        "model that it was trained on."
+    )
+
+
+def shown(shape: Shape) -> str:
+    return f"[{', '.join(map(str, shape))}]"

@@ -1,0 +1,91 @@
+"""Work an adapter into the weights of its model: a Hugging Face folder that needs no adapter any more.
+
+    python -m weights_io.fuse --model openbmb/MiniCPM-2B-sft-bf16 --adapter-path adapters --save-path fused_model
+
+The adapter is PEFT's or mlx_lm's; the weights are worked out in float32 and written unquantised, one tensor at a time.
+Needs neither JAX nor MLX.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from weights_io.casting import Rounding
+from weights_io.checkpoint import Checkpoint, open_checkpoint
+from weights_io.config import DTYPES, ModelConfig
+from weights_io.lora import Adapter, Change
+from weights_io.write import Tensor, check_output
+
+
+@dataclass(frozen=True)
+class Options:
+    model: str | None = None
+    """Model folder, GGUF file, hub id (owner/name) or short name of the catalogue (default: the built-in model)."""
+    adapter_path: Path = Path("adapters")
+    """Folder of the adapter, as PEFT or mlx_lm writes it."""
+    save_path: Path = Path("fused_model")
+    """Folder to write; it must not exist yet, or be empty."""
+    to: Literal["hf", "llama"] = "hf"
+    """hf: the model's own architecture; llama: MiniCPM's scales folded in, LlamaForCausalLM."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the written weights; by default each tensor keeps its own (--to llama: the checkpoint's)."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where --model is downloaded from if it is not on this disk."""
+
+
+def main(options: Options) -> None:
+    """Work an adapter into the weights of its model and write that as a Hugging Face folder."""
+    from weights_io.adapters import read_adapter
+    from weights_io.hub import resolve
+
+    check_output(options.save_path)
+    path = resolve(options.model, revision=options.revision, hub=options.hub, check=ModelConfig.from_dict)
+    check_output(options.save_path, path)
+    checkpoint = open_checkpoint(path)
+    adapter = read_adapter(options.adapter_path, checkpoint.config)
+    print("\n".join(fuse(checkpoint, adapter, options)))
+
+
+def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options) -> list[str]:
+    """Write ``options.save_path``; the lines that say what was written and what it cost. Raises `InputError`."""
+    from weights_io.adapters import fused, summary
+    from weights_io.convert import write_model
+    from weights_io.llama_format import to_llama
+
+    rounding, change = Rounding(), Change()
+    config = checkpoint.config
+    dtype: str | None = options.dtype
+    tensors: Mapping[str, Tensor]
+    if options.to == "llama":
+        dtype = dtype or checkpoint.dtype
+        config, tensors = to_llama(config, fused(checkpoint, adapter, "float32", change=change), dtype, rounding)
+    else:
+        tensors = fused(checkpoint, adapter, dtype, rounding, change)
+    lines = [f"adapter: {summary(adapter)}"]
+    lines += write_model(options.save_path, checkpoint, config, tensors, dtype, rounding)
+    line = f"the adapter changes the weights that it is on by {change.size:.2g} of their size (root mean square)"
+    if change.lost:
+        line += f", and rounding is {change.error:.2g} of that change"
+    lines.append(line)
+    if kinds := quantised_kinds(checkpoint):
+        lines.append(
+            f"{checkpoint.path.name} is quantised ({', '.join(kinds)}): the fused weights carry that error, which "
+            "cannot be measured without the unquantised model; fuse into that one where there is a choice"
+        )
+    return lines
+
+
+def quantised_kinds(checkpoint: Checkpoint) -> list[str]:
+    """Block types (``Q4_K``) of a GGUF file's quantised tensors; empty where every number is as it was trained."""
+    from weights_io.inspect import stored_as
+
+    return sorted({stored_as(tensor) for tensor in checkpoint.tensors.values()} - {*DTYPES, "float64"})
+
+
+if __name__ == "__main__":
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m weights_io.fuse")

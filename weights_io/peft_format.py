@@ -1,0 +1,202 @@
+"""Adapters as Hugging Face's PEFT writes them: adapter_model.safetensors (or .bin) beside adapter_config.json.
+
+Layout: lora_A [r, I], lora_B [O, r], lora_magnitude_vector [O], by module name behind "base_model.model.". Which number
+of the config does what: peft 0.21, tuners/lora/config.py.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from weights_io.adapter_tensors import RANK, Found, Shape, read_part, row_of_the_table
+from weights_io.config import ModelConfig, shown
+from weights_io.errors import InputError
+from weights_io.files.safetensors import Computed
+from weights_io.files.tensor import LazyTensor, located
+from weights_io.lora import Adapter, AdapterConfig, modules, short_name
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the best first
+PREFIX = "base_model.model."
+PARTS = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude"}
+NAME = re.compile(rf"(?:{re.escape(PREFIX)})?(.+?)\.({'|'.join(PARTS)})(?:\.default)?(?:\.weight)?")
+UNDERSTOOD = frozenset(
+    """peft_type r lora_alpha lora_dropout bias use_rslora use_dora rank_pattern alpha_pattern layers_to_transform
+    target_modules init_lora_weights base_model_name_or_path""".split()
+)
+# Keys that tell how the adapter was made or is kept. Any other that is set changes what it computes.
+HARMLESS = frozenset(
+    """task_type auto_mapping peft_version revision inference_mode exclude_modules layers_pattern megatron_config
+    megatron_core qalora_group_size loftq_config eva_config ensure_weight_tying""".split()
+)
+# The other ways to begin (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) take something out of the base model's weights.
+INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def is_config(raw: Mapping[str, Any]) -> bool:
+    return "peft_type" in raw
+
+
+def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: ModelConfig, source: str) -> Adapter:
+    """``raw``: adapter_config.json; ``source``: how messages call the adapter. Raises `InputError`, see
+    `weights_io.adapters.read_adapter`."""
+    _check(raw, source)
+    table = modules(model)
+    found = Found(source)
+    for name, tensor in tensors.items():
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise InputError(
+                f"{located(name, tensor)} is no matrix of a LoRA on a linear layer; merge the adapter into its model "
+                "with PEFT and load the result."
+            )
+        module, part = match[1], PARTS[match[2]]
+        rows, columns = row_of_the_table(name, tensor, module, table).tensor_shape(model)
+        shapes: dict[str, Shape] = {"a": (RANK, columns), "b": (rows, RANK), "magnitude": (rows,)}
+        found.add(module, part, read_part(name, tensor, shapes[part]))
+    rank, ranks = _whole(raw, "r", 8, source), found.ranks()
+    for module, actual in ranks.items():
+        expected = _of_pattern(raw, "rank_pattern", module, rank, source)
+        if actual != expected:
+            raise InputError(
+                f"{source} says rank {expected} for {module}, whose matrices have rank {actual}; save the adapter "
+                "again, config and tensors together."
+            )
+    _check_targets(raw, ranks, source)
+    root = bool(raw.get("use_rslora"))  # arXiv 2312.03732: alpha / sqrt(r)
+    alpha = _number(raw, "lora_alpha", 8, source)
+
+    def scale(module: str) -> float:
+        own = float(_of_pattern(raw, "alpha_pattern", module, alpha, source))
+        return own / (math.sqrt(ranks[module]) if root else ranks[module])
+
+    largest = max(ranks.values(), default=rank)
+    config = AdapterConfig(
+        rank=largest,
+        alpha=alpha / (math.sqrt(rank) if root else rank) * largest,
+        dropout=_number(raw, "lora_dropout", 0.0, source),
+        dora=bool(raw.get("use_dora")),
+        targets=found.targets(model),
+        base_model=raw.get("base_model_name_or_path"),
+    )
+    return found.adapter(config, model, scale)
+
+
+def files(adapter: Adapter, model: ModelConfig, base_model: str | None) -> tuple[dict[str, Any], dict[str, Computed]]:
+    """adapter_config.json and the tensors of the weights' file, with which ``PeftModel.from_pretrained`` opens it."""
+    config = adapter.config
+    own_rank = {module: len(m.a) for module, m in adapter.tensors.items()}
+    own_alpha = {module: _plain(m.scale * len(m.a)) for module, m in adapter.tensors.items()}
+    raw = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": _plain(config.alpha),
+        "lora_dropout": config.dropout,
+        "use_dora": config.dora,
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        **_targets(adapter, model),
+        "rank_pattern": {module: r for module, r in own_rank.items() if r != config.rank},
+        "alpha_pattern": {module: a for module, a in own_alpha.items() if a != _plain(config.alpha)},
+    }
+    tensors = {}
+    for module, m in adapter.tensors.items():
+        for part, array in (("lora_A.weight", m.a), ("lora_B.weight", m.b), ("lora_magnitude_vector", m.magnitude)):
+            if array is not None:
+                tensors[f"{PREFIX}{module}.{part}"] = Computed.of(array)
+    return raw, tensors
+
+
+def _targets(adapter: Adapter, model: ModelConfig) -> dict[str, Any]:
+    """Short names where every layer adapted has them all, else each module's whole name: PEFT makes an adapter
+    wherever a name fits."""
+    table = modules(model)
+    layers = sorted({layer_of(module) for module in adapter.tensors})
+    names = sorted({short_name(table[module]) for module in adapter.tensors})
+    fitting = {m for m, parameter in table.items() if short_name(parameter) in names and layer_of(m) in layers}
+    if fitting != adapter.tensors.keys():
+        return {"target_modules": list(adapter.tensors), "layers_to_transform": None, "layers_pattern": None}
+    every = len(layers) == model.num_hidden_layers
+    return {
+        "target_modules": names,
+        "layers_to_transform": None if every else layers,
+        "layers_pattern": None if every else "layers",
+    }
+
+
+def layer_of(module: str) -> int:
+    """3 of ``model.layers.3.mlp.experts.5.w1``."""
+    return int(module.split(".")[2])
+
+
+def _check(raw: Mapping[str, Any], source: str) -> None:
+    """`InputError` for what changes the numbers and is not supported."""
+    if raw["peft_type"] != "LORA":
+        raise InputError(f"{source} is of peft_type {shown(raw['peft_type'])}; only LORA (with DoRA) is supported.")
+    if raw.get("bias", "none") != "none":
+        raise InputError(f"{source} has bias {shown(raw['bias'])}, and MiniCPM has no biases; train it without.")
+    if raw.get("init_lora_weights", True) not in INITS:
+        raise InputError(
+            f"{source} has init_lora_weights {shown(raw['init_lora_weights'])}, which changed the base model too; save "
+            "it with PEFT's path_initial_model_for_weight_conversion, or merged."
+        )
+    for key, value in raw.items():
+        if key not in UNDERSTOOD | HARMLESS and value:
+            raise InputError(
+                f"{source} has {key[:80]} = {shown(value)}, which may change the numbers and is not supported; merge "
+                "the adapter into its model with PEFT and load the result."
+            )
+
+
+def _check_targets(raw: Mapping[str, Any], ranks: Mapping[str, int], source: str) -> None:
+    """The config must not leave out a module that has tensors: PEFT would pass over them."""
+    layers, targets = raw.get("layers_to_transform"), raw.get("target_modules")
+    for module in ranks:
+        listed = layers in (None, []) or layer_of(module) in (layers if isinstance(layers, list) else [layers])
+        named = not isinstance(targets, list) or any(f".{module}".endswith(f".{target}") for target in targets)
+        if not listed or not named:
+            key = "target_modules" if listed else "layers_to_transform"
+            raise InputError(
+                f"{source} has {key} {shown(raw[key])} and yet tensors for {module}; save the adapter again, config "
+                "and tensors together."
+            )
+
+
+def _of_pattern(raw: Mapping[str, Any], key: str, module: str, default: float, source: str) -> float:
+    """The value of the first pattern that fits the end of the module's name, as PEFT looks it up."""
+    patterns = raw.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{source} has {key} {shown(patterns)}; it must be an object of numbers by module name.")
+    for pattern in patterns:
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise InputError(f"{source} has the pattern {shown(pattern)} in {key} ({error}); correct it.") from None
+        if fits:
+            return _number(patterns, pattern, default, source)
+    return default
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float, source: str) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{source} has {key} {shown(value)}; it must be a number.")
+    return value
+
+
+def _whole(raw: Mapping[str, Any], key: str, default: int, source: str) -> int:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{source} has {key} {shown(value)}; it must be a positive whole number.")
+    return value
+
+
+def _plain(number: float) -> float:
+    """32, not 32.0 (nor 31.999999999999996), as PEFT has it."""
+    return round(number) if abs(number - round(number)) < 1e-9 else number

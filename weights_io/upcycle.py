@@ -1,0 +1,121 @@
+"""A dense model as a mixture of experts to be trained on (sparse upcycling, arXiv 2212.05055), as MiniCPM-MoE was made:
+
+    python -m weights_io.upcycle --model openbmb/MiniCPM-2B-sft-bf16 --experts 8 --top-k 2 --out minicpm-moe-8x2b
+
+Every MLP becomes E exact copies of itself behind a random router. The chosen experts' weights add up to 1, so that the
+model computes the same as before until it is trained (arXiv 2404.06395 on MiniCPM-MoE).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from weights_io.casting import Rounding
+from weights_io.checkpoint import Checkpoint, open_checkpoint
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.files.safetensors import Computed
+from weights_io.files.tensor import LazyTensor
+from weights_io.parameters import MLP, MOE, count_active, parameters
+from weights_io.write import Tensor, check_output
+
+ROUTER_STD = 0.1  # variance 0.01, arXiv 2404.06395
+COPIES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+MAX_EXPERTS = 1024  # far above any that is used; each is written out tensor by tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path
+    """Folder to write; it must not exist yet, or be empty."""
+    model: str | None = None
+    """Dense model: folder, GGUF file, hub id (owner/name) or short name (default: the built-in model)."""
+    experts: int = 8
+    """Copies of each MLP."""
+    top_k: int = 2
+    """Experts that each token takes."""
+    seed: int = 0
+    """Of the router's random weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the written weights; by default each tensor keeps its own."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where --model is downloaded from if it is not on this disk."""
+
+
+def main(options: Options) -> None:
+    """Write a dense model as a mixture of experts that computes the same, to be trained on."""
+    from weights_io.convert import write_model
+    from weights_io.hub import resolve
+
+    check_output(options.out)
+    path = resolve(options.model, revision=options.revision, hub=options.hub, check=ModelConfig.from_dict)
+    check_output(options.out, path)
+    checkpoint = open_checkpoint(path)
+    config, tensors = upcycled(checkpoint, options.experts, options.top_k, options.seed)
+    lines = write_model(options.out, checkpoint, config, tensors, options.dtype, Rounding())
+    print("\n".join([*lines, f"{count_active(config):,} parameters are used for each token"]))
+
+
+def upcycled(
+    checkpoint: Checkpoint, experts: int, top_k: int, seed: int = 0
+) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """Config and tensors of the mixture; each tensor is read, or drawn, when its turn comes.
+
+    Raises:
+        InputError: the model has experts already or is a Llama, which has none; ``top_k`` is above ``experts``; a
+            number is out of range.
+    """
+    dense = checkpoint.config
+    if dense.num_experts:
+        raise InputError(f"{checkpoint.path} has {dense.num_experts} experts already; give a dense model.")
+    if dense.model_type == "llama":
+        raise InputError(
+            f"{checkpoint.path} is a Llama, which has no experts; turn it into a MiniCPM first with "
+            "`python -m weights_io.convert --to hf --unfold`."
+        )
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise InputError(f"--experts is {experts}; it must be at least 1 and at most {MAX_EXPERTS}.")
+    if not 1 <= top_k <= experts:
+        raise InputError(f"--top-k is {top_k}; it must be at least 1 and at most the number of experts, {experts}.")
+    if seed < 0:
+        raise InputError(f"--seed is {seed}; it must not be negative.")
+    config = dataclasses.replace(dense, num_experts=experts, num_experts_per_tok=top_k)
+    router = MOE[0]
+    sources = {parameter.tensor: _source(parameter.tensor) for parameter in MOE if parameter is not router}
+    tensors: dict[str, LazyTensor | Computed] = {}
+    for parameter in parameters(config):
+        names = parameter.tensors(config)
+        if parameter is router:
+            dtype = checkpoint.tensors[MLP[0].tensor.format(layer=0)].dtype
+            shape = parameter.tensor_shape(config)
+            tensors |= {name: _router(shape, dtype, seed, layer) for layer, name in enumerate(names)}
+        else:
+            source = sources.get(parameter.tensor)
+            for place, name in zip(np.ndindex(*parameter.stack(config)), names, strict=True):
+                tensors[name] = checkpoint.tensors[source.format(layer=place[0]) if source else name]
+    return config, tensors
+
+
+def _source(expert: str) -> str:
+    """``model.layers.{layer}.mlp.gate_proj.weight`` of ``model.layers.{layer}.mlp.experts.{expert}.w1.weight``."""
+    return next(p.tensor for p in MLP if p.tensor.split(".")[-2] == COPIES[expert.split(".")[-2]])
+
+
+def _router(shape: tuple[int, ...], dtype: np.dtype, seed: int, layer: int) -> Computed:
+    def make() -> np.ndarray:
+        random = np.random.default_rng([seed, layer])  # of its own, whatever order the tensors are written in
+        return (random.standard_normal(shape, np.float32) * np.float32(ROUTER_STD)).astype(dtype)
+
+    return Computed(shape, dtype, make)
+
+
+if __name__ == "__main__":
+    from weights_io.command_line import run
+
+    run(main, Options, "python -m weights_io.upcycle")
