@@ -32,7 +32,7 @@ Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.c
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class SourceOptions:
     model: str | None = None
     """Model folder, GGUF file, hub id (owner/name, or owner/name/folder where a repository keeps several models) or
     short name of the catalogue; left out: the built-in model."""
@@ -40,10 +40,14 @@ class ModelOptions:
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
-    adapter_path: str | None = None
-    """Folder of fine-tuned adapter weights to be added to the model (not supported yet)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and computation; by default the checkpoint's own, and float32 where JAX runs on a CPU."""
+
+
+@dataclass(frozen=True)
+class ModelOptions(SourceOptions):
+    adapter_path: str | None = None
+    """Folder (of PEFT or mlx_lm) of fine-tuned adapter weights to be added to the model."""
 
 
 @dataclass(frozen=True)
@@ -254,11 +258,15 @@ class Meter:
         return "\n".join(lines)
 
 
-def load_model(backend: Backend, options: ModelOptions) -> "tuple[Any, Tokenizer]":
+def load_model(backend: Backend, options: SourceOptions) -> "tuple[Any, Tokenizer]":
     """Model and tokenizer."""
     dtype = options.dtype or backend.device.preferred_dtype()
     model, tokenizer = backend.load(
-        options.model, dtype, adapter=options.adapter_path, revision=options.revision, hub=options.hub
+        options.model,
+        dtype,
+        adapter=options.adapter_path if isinstance(options, ModelOptions) else None,
+        revision=options.revision,
+        hub=options.hub,
     )
     if tokenizer is None:
         raise InputError(

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from weights_io.errors import InputError
+
 
 class Metrics:
     """A run's figures by step. One that resumes after step ``start`` drops what was written after it."""
 
-    def __init__(self, path: Path, start: int = 0):
+    def __init__(self, path: Path, start: int = 0, report_to: str | None = None):
+        """``report_to``: wandb or tensorboard get every record too. `InputError` where that is not installed."""
         self.path = path
+        self._also = _reporter(report_to, path.parent)
         self.records = [r for r in read_records(path) if r["step"] <= start] if path.exists() else []
         path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
@@ -17,35 +21,40 @@ class Metrics:
         self.records.append(record)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self._also.log(record)
 
-    def draw(self, picture: Path, decay_start: int | None = None) -> None:
-        """Loss and learning rate against tokens; a line where the decay begins."""
+    def close(self) -> None:
+        self._also.close()
+
+    def draw(self, picture: Path, decay_start: int | None = None, by: str = "tokens") -> None:
+        """Loss and learning rate against tokens or steps; a line where the decay begins."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        tokens = [r["tokens"] / 1e6 for r in self.records]
+        unit, axis = (1e6, "million tokens") if by == "tokens" else (1, "steps")
+        at = [r[by] / unit for r in self.records]
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        axes.plot(tokens, [r["loss"] for r in self.records], lw=0.8, alpha=0.6, label="training loss")
+        axes.plot(at, [r["loss"] for r in self.records], lw=0.8, alpha=0.6, label="training loss")
         valid: dict[str, list[tuple[float, float]]] = {}
         for record in self.records:
             for name in [key for key in record if key.endswith("valid_loss")]:
-                valid.setdefault(name, []).append((record["tokens"] / 1e6, record[name]))
+                valid.setdefault(name, []).append((record[by] / unit, record[name]))
         for name, points in valid.items():
             axes.plot(*zip(*points, strict=True), "o-", ms=2.5, lw=1, label=name.replace("_", " "))
         first = self.records[0]
-        boundary = None if decay_start is None else decay_start * first["tokens"] / first["step"] / 1e6
+        boundary = None if decay_start is None else decay_start * first[by] / first["step"] / unit
         if boundary is not None:
             axes.axvline(boundary, color="grey", ls="--", lw=0.8)
             axes.annotate(
                 "decay begins ", (boundary, axes.get_ylim()[1]), ha="right", va="top", rotation=90, fontsize=8
             )
-        axes.set(xlabel="million tokens", ylabel="cross entropy (nats per token)", yscale="log")
+        axes.set(xlabel=axis, ylabel="loss (nats)", yscale="log")
         for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             axis_format(lambda value, _: f"{value:g}")
         rates = axes.twinx()
-        rates.plot(tokens, [r["learning_rate"] for r in self.records], color="tab:red", lw=0.8, alpha=0.5)
+        rates.plot(at, [r["learning_rate"] for r in self.records], color="tab:red", lw=0.8, alpha=0.5)
         rates.set_ylabel("learning rate", color="tab:red")
         rates.set_ylim(bottom=0)
         figure.legend(loc="outside lower center", ncols=3)
@@ -56,3 +65,48 @@ class Metrics:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``.jsonl`` file that were written whole."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+class _Reporter:
+    """Where records go besides the file: nowhere."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Wandb(_Reporter):
+    def __init__(self, folder: Path):
+        import wandb
+
+        self._run = wandb.init(project="minicpm", dir=str(folder), resume="allow")
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._run.log(record, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard(_Reporter):
+    def __init__(self, folder: Path):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _reporter(name: str | None, folder: Path) -> _Reporter:
+    try:
+        return {None: lambda _: _Reporter(), "wandb": _Wandb, "tensorboard": _TensorBoard}[name](folder)
+    except ImportError as error:
+        raise InputError(f"--report-to {name} needs a package that is not here: pip install {error.name}.") from error

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from minicpm_jax import adapters
-from minicpm_jax.losses import Batch, Objective, packed_loss
+from minicpm_jax.attention import positions_of
+from minicpm_jax.losses import Batch, Objective, packed_loss, token_losses
 from minicpm_jax.model import Model, nested
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
@@ -120,6 +121,15 @@ def train_step(
 def evaluation(weights: Weights, base: Model | None, batch: Batch, *, trained: Trained, objective: Objective):
     """The objective's sums over a batch, without a step."""
     return objective(trained.model(base, weights), batch)[1]
+
+
+@functools.partial(jax.jit, static_argnames="trained")
+def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, trained: Trained) -> Float[Array, "B"]:
+    """Of the targets of each row together."""
+    model = trained.model(base, weights)
+    positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
+    hidden = model.hidden_states(batch["ids"], positions)
+    return -jnp.sum(token_losses(model, hidden, batch["labels"]), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "optimiser", "bos_token_id", "dtype", "remat"), donate_argnums=0)

@@ -14,11 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from minicpm_data.of_checkpoint import tokenizer_of
+from minicpm_mlx.adapters import attach, from_adapter
 from minicpm_mlx.model import Model
+from weights_io.adapters import read_adapter
 from weights_io.casting import check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
-from weights_io.errors import InputError
 from weights_io.hub import resolve
 from weights_io.parameters import parameters
 from weights_io.progress import reading
@@ -37,16 +38,19 @@ def load(
     """Load a released checkpoint as it stands.
 
     ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
-    ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``revision``: a branch or commit of the hub.
+    ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``adapter``: a folder with an adapter of PEFT
+    or mlx_lm, which is added to the model's layers. ``revision``: a branch or commit of the hub.
     Returns the model and its tokenizer (None where the folder holds no tokenizer files). Raises `InputError` with one
     sentence where something cannot be used.
     """
-    if adapter is not None:
-        raise InputError("adapters are not supported yet; merge the adapter into the checkpoint and load that.")
     path = resolve(path_or_repo, revision=revision, hub=hub, check=ModelConfig.from_dict)
     checkpoint = open_checkpoint(path)
     tokenizer = tokenizer_of(checkpoint)
-    return load_weights(checkpoint, dtype), tokenizer
+    found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
+    model = load_weights(checkpoint, dtype)
+    if found is not None:
+        model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
+    return model, tokenizer
 
 
 def load_weights(checkpoint: Checkpoint, dtype: str | None = None) -> Model:

@@ -48,10 +48,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if config.num_experts else MLP(config)
         self.residual_scale = config.residual_scale
 
-    def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> mx.array:
-        """[B, T, D] to [B, T, D]; ``cache``: this layer's, written in place."""
+    def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> tuple[mx.array, mx.array]:
+        """[B, T, D] to [B, T, D], and the `moe.imbalance` of this layer (0 where it has no experts); ``cache``: this
+        layer's, written in place."""
         x = x + scaled(self.self_attn(self.input_layernorm(x), positions, cache), self.residual_scale)
-        return x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
+        normed = self.post_attention_layernorm(x)
+        added, imbalance = self.mlp(normed) if isinstance(self.mlp, MoE) else (self.mlp(normed), mx.array(0.0))
+        return x + scaled(added, self.residual_scale), imbalance
 
 
 class Decoder(nn.Module):
@@ -70,13 +73,16 @@ class Decoder(nn.Module):
 
     def __call__(
         self, x: mx.array, positions: Positions, cache: Sequence[Any] | None = None, remat: bool = False
-    ) -> mx.array:
-        """Run the layers over embeddings; returns the hidden state before the final norm. ``remat``: recompute each
-        layer in the backward pass instead of keeping what it computed."""
+    ) -> tuple[mx.array, mx.array]:
+        """Run the layers over embeddings; returns the hidden state before the final norm, and the mean of the layers'
+        `moe.imbalance`, which costs nothing where it is not used. ``remat``: recompute each layer in the backward pass
+        instead of keeping what it computed."""
+        each = []
         for index, layer in enumerate(self.layers):
             run = nn.utils.checkpoint(layer) if remat else layer
-            x = run(x, positions, None if cache is None else cache[index])
-        return x
+            x, imbalance = run(x, positions, None if cache is None else cache[index])
+            each.append(imbalance)
+        return x, mx.stack(each).mean()
 
 
 class Model(nn.Module):
@@ -112,11 +118,13 @@ class Model(nn.Module):
         mask = None if attention_mask is None else mx.array(attention_mask)
         positions = positions_of(self.config, ids, mask, None if cache is None else cache[0])
         x = self.model.embed(ids) if input_embeddings is None else input_embeddings
-        return self.head(self.model.norm(self.model(x, positions, cache)))
+        x, _ = self.model(x, positions, cache)
+        return self.head(self.model.norm(x))
 
     def hidden_states(self, ids: mx.array, positions: Positions, remat: bool = False) -> mx.array:
         """[B, T, D] after the final norm: what the head reads."""
-        return self.model.norm(self.model(self.model.embed(ids), positions, remat=remat))
+        x, _ = self.model(self.model.embed(ids), positions, remat=remat)
+        return self.model.norm(x)
 
     def head(self, x: mx.array) -> mx.array:
         """Logits in float32 from the normed hidden state, which is divided by D / dim_model_base, tied or not."""
@@ -131,7 +139,8 @@ class Model(nn.Module):
         the whole.
         """
         positions = positions_of(self.config, ids, cache=cache[0], length=length)
-        return self.model.norm(self.model(self.model.embed(ids), positions, cache))
+        x, _ = self.model(self.model.embed(ids), positions, cache)
+        return self.model.norm(x)
 
     @property
     def layers(self) -> list[DecoderLayer]:

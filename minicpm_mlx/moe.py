@@ -75,10 +75,12 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.chosen = config.num_experts_per_tok
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """[B, T, D] to [B, T, D]."""
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """[B, T, D] to [B, T, D]; also the layer's `imbalance`, for training."""
         rows = x.reshape(-1, x.shape[-1])
-        return self.experts(rows, *route(self.gate(rows), self.chosen)).reshape(x.shape)
+        logits = self.gate(rows)
+        weights, chosen = route(logits, self.chosen)
+        return self.experts(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen)
 
 
 def route(logits: mx.array, chosen: int) -> tuple[mx.array, mx.array]:
@@ -88,3 +90,13 @@ def route(logits: mx.array, chosen: int) -> tuple[mx.array, mx.array]:
     experts = mx.stop_gradient(mx.argsort(-shares, axis=-1)[:, :chosen])
     weights = mx.take_along_axis(shares, experts, axis=-1)
     return (weights / weights.sum(axis=-1, keepdims=True)).astype(logits.dtype), experts
+
+
+def imbalance(logits: mx.array, chosen: mx.array) -> mx.array:
+    """E sum_e f_e P_e of logits [R, E] and choices [R, C]: the share f of all choices that fell on an expert times its
+    mean probability P (arXiv 2101.03961, equation 4). 1 where the experts are used alike; training adds a hundredth of
+    it to the loss."""
+    count = logits.shape[-1]
+    shares = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True).mean(axis=0)
+    taken = (chosen.flatten()[:, None] == mx.arange(count)).mean(axis=0)
+    return count * (taken * shares).sum()

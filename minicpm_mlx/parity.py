@@ -38,7 +38,7 @@ def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     positions = positions_of(model.config, mx.array(ids))
     x = [model.model.embed(mx.array(ids))]
     for layer in model.layers:
-        x.append(layer(x[-1], positions))
+        x.append(layer(x[-1], positions)[0])
     return np.concatenate([wide(state) for state in x]), wide(model.model.norm(x[-1]))[0]
 
 

@@ -55,7 +55,7 @@ def routes(model, ids, caches=None):
         normed = layer.post_attention_layernorm(y)
         logits = layer.mlp.gate(normed.reshape(-1, y.shape[-1]))
         found.append((logits, *moe.route(logits, model.config.num_experts_per_tok)))
-        x = y + scaled(layer.mlp(normed), model.config.residual_scale)
+        x = y + scaled(layer.mlp(normed)[0], model.config.residual_scale)
     return [[np.asarray(array.astype(mx.float32)) for array in layer] for layer in found]
 
 

@@ -127,6 +127,16 @@ def unstacked(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Compu
     return tensors
 
 
+def of_layers(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Computed]:
+    """The same for arrays under the names of `Parameter.layers`, stacked over experts alone."""
+    tensors: dict[str, Computed] = {}
+    for parameter in parameters(config):
+        for name, experts in parameter.layers(config).items():
+            parts = arrays[name] if parameter.of_expert else [arrays[name]]
+            tensors |= {tensor: Computed.of(part) for tensor, part in zip(experts, parts, strict=True)}
+    return tensors
+
+
 def _of_the_table(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     expected = dict(tensor_shapes(config))
     wrong = [name for name, shape in expected.items() if name not in tensors or tuple(tensors[name].shape) != shape]

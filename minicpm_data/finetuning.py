@@ -1,0 +1,265 @@
+"""Fine-tuning, as both backends have it: the options, and the loop round a backend's `Trainer`.
+
+The order of the data, the learning rate and the dropout of a step follow from its number, so that weights, moments and
+the number are all that a resumed run needs.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from minicpm_data.commands import load_model
+from minicpm_data.finetune_options import FREE, FinetuneOptions, check, check_layers, schedule_of
+from minicpm_data.generation import Backend
+from weights_io import command_line
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minicpm_data.batches import Batch
+    from minicpm_data.examples import Split
+
+
+class Trainer(Protocol):
+    """What a backend does for the loop. Made of ``(model, options)``."""
+
+    def step(self, batches: "Sequence[Mapping[str, np.ndarray]]", rate: float, number: int) -> Mapping[str, Any]:
+        """One optimiser step on batches of ids, labels and segments; its figures, which may still be computed."""
+
+    def evaluate(self, batch: "Mapping[str, np.ndarray]") -> Mapping[str, Any]:
+        """The objective's sums over a batch; ``weight`` is what they are divided by."""
+
+    def reference(self, batch: "Mapping[str, np.ndarray]") -> "np.ndarray":
+        """Log-probability of each row's trained tokens under the model as it was before training."""
+
+    def save(self, step: int) -> None:
+        """Keep the state, whole or not at all."""
+
+    def restore(self) -> int:
+        """Take the last state that was kept; its step, 0 where there is none."""
+
+    def export(self) -> None:
+        """Write the adapter, or the model."""
+
+    def load_export(self) -> None:
+        """Take what `export` wrote."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+def run(
+    backend: Callable[[], Backend],
+    trainer: Callable[[Any, Any], Trainer],
+    options: type[FinetuneOptions],
+    prog: str,
+) -> None:
+    """``python -m PACKAGE.lora`` and ``.finetune``; ``backend`` is called (imported) when the flags are right."""
+
+    def main(options: FinetuneOptions) -> None:
+        """Fine-tune a MiniCPM (or Llama) model on conversations, texts or preferences."""
+        finetune(options, backend, trainer)
+
+    command_line.run(main, options, prog)
+
+
+def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Callable[[Any, Any], Trainer]) -> None:
+    """Train, and test, as the options say. Raises `InputError` for options, data or a run that cannot be used."""
+    from minicpm_data.examples import load_split
+    from minicpm_data.runs import check_settings
+
+    check(options)
+    running = backend()
+    model, tokenizer = load_model(running, options)
+    check_layers(options, model.config)
+
+    def split(name: Any, required: bool) -> "Split | None":
+        found = load_split(
+            options.data,
+            name,
+            tokenizer,
+            options.max_seq_length,
+            pairs=options.loss != "sft",
+            mask_prompt=not options.train_on_prompt,
+            required=required,
+        )
+        if found is not None:
+            print(f"{name}: {found.summary()}")
+        return found
+
+    train = split("train", True) if options.training else None
+    valid = split("valid", False) if options.training else None
+    test = split("test", True) if options.test else None
+    if train is not None:
+        settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
+        check_settings(options.out, settings | {"examples": _fingerprint(train)}, options.resume)
+    worker = trainer(model, options)
+    del model  # which a trainer of all weights does not keep
+    if train is not None:
+        fit(options, worker, train, valid)
+    else:
+        worker.load_export()
+    worker.close()
+    if test is not None:
+        loss = evaluate(worker, feed(options, worker, test), options.test_batches)["loss"]
+        print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
+
+
+def fit(options: FinetuneOptions, trainer: Trainer, train: "Split", valid: "Split | None") -> None:
+    """The training loop, from the last checkpoint (if there is one) to the export."""
+    from tqdm import tqdm
+
+    from minicpm_data.batches import Batches
+    from minicpm_data.metrics import Metrics
+    from minicpm_data.runs import Interrupt
+
+    several = options.grad_accumulation_steps
+    batches = Batches(train.examples, options.batch_size, options.max_seq_length, options.seed, pack=options.pack)
+    steps = options.iters or 1000
+    if options.epochs is not None:
+        steps = max(1, math.ceil(options.epochs * batches.per_epoch / several))
+    schedule = schedule_of(options, steps)
+    rows = f"{options.batch_size * several} {'rows' if options.pack else 'examples'}"
+    print(f"{steps} steps of {rows}, {batches.padding:.1%} of them padding")
+    step = trainer.restore()
+    if step:
+        print(f"going on after step {step}")
+    known = references(options, trainer, train)
+    valid_feed = None if valid is None else feed(options, trainer, valid)
+    metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to)
+    with Interrupt() as interrupt, tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) as bar:
+        pending: list[dict[str, Any]] = []
+        began, tokens = time.perf_counter(), 0
+
+        def flush() -> dict[str, Any]:
+            """Write down the steps since the last time, now that they are computed."""
+            for record in pending:
+                record |= {name: float(value) for name, value in record.items() if name not in WHOLE}
+                if not math.isfinite(record["loss"]):
+                    example = beginning(batches[(record["step"] - 1) * several])
+                    raise InputError(
+                        f"the loss of step {record['step']} is {record['loss']} (its first example begins with "
+                        f"{example}); what was saved before is kept: choose a lower --learning-rate, or mend the data."
+                    )
+                metrics.write(record)
+            last = pending[-1] if pending else {}
+            pending.clear()
+            return last
+
+        while step < steps and not interrupt.wanted:
+            group = [arrays(batches[step * several + i], known) for i in range(several)]
+            rate = schedule(step)
+            figures = trainer.step(group, rate, step)
+            step += 1
+            tokens += sum(int((batch["segments"] > 0).sum()) for batch in group)
+            epoch = step * several / batches.per_epoch
+            pending.append({"step": step, "epoch": epoch, "learning_rate": rate, **figures})
+            bar.update()
+            evaluating = valid_feed is not None and (step % options.steps_per_eval == 0 or step in (1, steps))
+            reporting = step % options.steps_per_report == 0 or step in (1, steps)
+            saving = step % options.save_every == 0 or step == steps or interrupt.wanted
+            if reporting or saving or evaluating:
+                float(figures["loss"])  # waits for the device
+                pending[-1]["tokens_per_second"] = tokens / (time.perf_counter() - began)
+                if evaluating:
+                    assert valid_feed is not None
+                    pending[-1]["valid_loss"] = evaluate(trainer, valid_feed, options.val_batches)["loss"]
+                last = flush()
+                bar.set_postfix(loss=f"{last['loss']:.3f}", tokens_s=f"{last['tokens_per_second']:,.0f}")
+                if reporting or evaluating:
+                    bar.write(line(last))
+                began, tokens = time.perf_counter(), 0
+            if saving:
+                trainer.save(step)
+                if options.adapter is not None or step == steps:
+                    trainer.export()
+    metrics.close()
+    if step < steps:
+        print(f"stopped after step {step} of {steps}; the same command with --resume goes on from there.")
+        raise KeyboardInterrupt
+    metrics.draw(options.out / "loss.png", by="step")
+    print(f"finished: {options.out}, loss curve in {options.out / 'loss.png'}")
+
+
+WHOLE = ("step",)  # figures that are whole numbers
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """One step for the screen, in the words of mlx_lm."""
+    parts = [f"Iter {record['step']}: Train loss {record['loss']:.3f}"]
+    if "accuracy" in record:
+        parts.append(f"preferred {record['accuracy']:.1%}")
+    if "valid_loss" in record:
+        parts.append(f"Val loss {record['valid_loss']:.3f}")
+    parts += [f"Learning rate {record['learning_rate']:.3e}", f"Tokens/sec {record['tokens_per_second']:,.0f}"]
+    return ", ".join(parts)
+
+
+def feed(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "list[dict[str, np.ndarray]]":
+    """All batches of an evaluation."""
+    from minicpm_data.batches import evaluation_batches
+
+    known = references(options, trainer, split)
+    batches = evaluation_batches(split.examples, options.batch_size, options.max_seq_length, options.pack)
+    return [arrays(batch, known) for batch in batches]
+
+
+def arrays(batch: "Batch", references: "np.ndarray | None") -> "dict[str, np.ndarray]":
+    found = {"ids": batch.ids, "labels": batch.labels, "segments": batch.segments}
+    if references is not None:
+        assert batch.index is not None
+        found["reference"] = references[batch.index].T.reshape(-1)  # the chosen ones first
+    return found
+
+
+def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "np.ndarray | None":
+    """[n + 1, 2] float32 of pairs: log-probabilities of both answers before training; the last, of empty rows, are 0.
+    None where the loss asks for none."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from minicpm_data.batches import evaluation_batches
+
+    if options.loss != "dpo":
+        return None
+    found = np.zeros((len(split.examples) + 1, 2), np.float32)
+    batches = evaluation_batches(split.examples, options.batch_size, options.max_seq_length)
+    total = -(-len(split.examples) // options.batch_size)
+    for batch in tqdm(batches, total=total, unit="batch", desc="reference", leave=False):
+        found[batch.index] = trainer.reference(arrays(batch, None)).reshape(2, -1).T
+    found[-1] = 0
+    return found
+
+
+def evaluate(trainer: Trainer, batches: "Sequence[Mapping[str, np.ndarray]]", limit: int) -> dict[str, float]:
+    """The objective's means over at most ``limit`` batches (-1: all)."""
+    sums: dict[str, float] = {}
+    for batch in itertools.islice(batches, None if limit < 0 else limit):
+        for name, value in trainer.evaluate(batch).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    weight = sums.pop("weight")
+    return {name: value / max(weight, 1) for name, value in sums.items()}
+
+
+def beginning(batch: "Batch") -> str:
+    """The first token ids of a batch's first example."""
+    return "ids " + " ".join(str(i) for i in batch.ids[0][:12].tolist())
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, to be compared with what was written."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _fingerprint(split: "Split") -> str:
+    """A hash of the training examples."""
+    digest = hashlib.sha256()
+    for example in split.examples:
+        for part in example.parts:
+            digest.update(part.ids.tobytes() + part.trained.tobytes() + b"|")
+    return digest.hexdigest()

@@ -1,0 +1,26 @@
+"""Fine-tuning of all parameters: float32 masters, computed in the checkpoint's dtype.
+
+    python -m minicpm_jax.finetune --model openbmb/MiniCPM-2B-sft-bf16 --data DIR --iters 1000 --save-path finetuned
+
+``--save-path`` gets ``model/`` (Hugging Face layout), ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minicpm_jax.trainer import Trainer
+
+
+def trainer(model: Any, options: Any) -> "Trainer":
+    """What the training loop works with."""
+    from minicpm_jax.trainer import Trainer  # only now, so that --help answers at once
+
+    return Trainer(model, options)
+
+
+if __name__ == "__main__":
+    from minicpm_data import finetuning
+    from minicpm_data.finetune_options import FullOptions
+    from minicpm_jax.generate import backend
+
+    finetuning.run(backend, trainer, FullOptions, "python -m minicpm_jax.finetune")

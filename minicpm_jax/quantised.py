@@ -1,0 +1,55 @@
+"""Weights in 8 or 4 bits, for a base that is not trained: groups of numbers that share a scale."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from minicpm_jax.adapters import linear
+from minicpm_jax.model import Model
+from weights_io.adapters import target_parameters
+
+GROUP = 64  # numbers of a row that share a scale; fewer where 64 does not divide the row
+
+
+class Packed(nnx.Module):
+    """A weight [.., O, I] as whole numbers times the scale of their group. Read as an array is: ``weight[...]``."""
+
+    def __init__(self, numbers: Array, scales: Float[Array, "... O G"], dtype: Any):
+        self.numbers, self.scales, self.dtype = nnx.Param(numbers), nnx.Param(scales), dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.numbers.shape
+
+    def __getitem__(self, index: Any) -> Array:
+        numbers, scales = self.numbers[...], self.scales[...]
+        groups = numbers.astype(self.dtype).reshape(*scales.shape, -1)
+        return (groups * scales[..., None]).reshape(numbers.shape)[index]
+
+
+def quantise(weight: Float[Array, "... O I"], bits: int) -> Packed:
+    """Nearest numbers of a grid in which the largest of each group is exact: its sign takes the end that has one number
+    more (-8 of -8 to 7)."""
+    group = math.gcd(weight.shape[-1], GROUP)
+    groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, group)
+    place = jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True)
+    lowest = -(2 ** (bits - 1))
+    scales = jnp.take_along_axis(groups, place, axis=-1) / lowest
+    scales = scales.astype(weight.dtype).astype(jnp.float32)
+    numbers = jnp.clip(jnp.round(groups / jnp.where(scales == 0, 1, scales)), lowest, -lowest - 1)
+    kind = jnp.int8 if bits == 8 else jnp.int4
+    return Packed(numbers.reshape(weight.shape).astype(kind), scales[..., 0].astype(weight.dtype), weight.dtype)
+
+
+def quantised(model: Model, bits: int) -> Model:
+    """The model with the matrices of its layers, but a router, in ``bits`` bits; its arrays are given up."""
+    pack = jax.jit(quantise, static_argnums=1, donate_argnums=0)
+    model = jax.tree.map(lambda x: x, model)
+    for parameter in target_parameters(model.config, ("all-linear",)):
+        layer = linear(model, parameter.name)
+        layer.weight = pack(layer.weight[...], bits)
+    return model

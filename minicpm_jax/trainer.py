@@ -1,0 +1,123 @@
+"""What `minicpm_data.finetuning` asks of a backend: steps, losses, checkpoints and the finished adapter or model."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
+from minicpm_jax import adapters, train
+from minicpm_jax.checkpoints import Checkpoints
+from minicpm_jax.loading import load_weights
+from minicpm_jax.losses import IGNORED, Objective
+from minicpm_jax.model import Model
+from minicpm_jax.quantised import quantised
+from weights_io.adapters import read_adapter, save_adapter
+from weights_io.checkpoint import open_checkpoint
+from weights_io.write import unstacked
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Trainer:
+    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+
+    def __init__(self, model: Model, options: Any):
+        self.options, self.config, self.adapter = options, model.config, options.adapter
+        self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
+        self.optimiser = train.optimizer(options.optimizer, options.weight_decay, options.clip)
+        self.key = jax.random.key(options.seed)
+        self.base: Model | None = model
+        self.trained: train.Trained
+        if self.adapter is None:
+            self.trained = train.AllWeights(model.config, model.model.embed_tokens.weight.dtype.name)
+            before = train.weights_of(model)
+            weights = {name: jnp.array(w, jnp.float32) for name, w in before.items()}
+            self.base = None
+        else:
+            self.layers = adapted_layers(options, model.config)
+            self.trained = train.LowRankWeights(self.adapter.scale, self.adapter.dropout)
+            if options.resume_adapter_file is None:
+                weights = adapters.initial(model, self.adapter, self.layers, self.key)
+            else:
+                weights = adapters.from_adapter(model.config, given_adapter(options, model.config))
+            if options.quantize is not None:
+                self.base = quantised(model, options.quantize)
+            before = jax.tree.map(jnp.array, weights)
+        self.before = before if options.loss == "dpo" else None
+        self.state: train.State = weights, jax.jit(self.optimiser.init)(weights)
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.options.out / "checkpoints")
+
+    def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
+        self.state, figures = train.train_step(
+            self.state,
+            self.base,
+            stacked(batches),
+            np.float32(rate),
+            jax.random.fold_in(self.key, number),
+            trained=self.trained,
+            objective=self.objective,
+            optimiser=self.optimiser,
+        )
+        return figures
+
+    def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
+        one = {name: x[0] for name, x in stacked([batch]).items()}
+        return train.evaluation(self.state[0], self.base, one, trained=self.trained, objective=self.objective)
+
+    def reference(self, batch: Arrays) -> np.ndarray:
+        one = {name: x[0] for name, x in stacked([batch]).items()}
+        return np.asarray(train.log_probabilities(self.before, self.base, one, trained=self.trained))
+
+    def save(self, step: int) -> None:
+        self.checkpoints.save(step, self.state)
+
+    def restore(self) -> int:
+        self.state = self.checkpoints.restore(self.state)
+        return self.checkpoints.latest
+
+    def export(self) -> None:
+        if self.adapter is None:
+            arrays = {name: np.asarray(value) for name, value in self.state[0].items()}
+            export_model(self.options, unstacked(self.config, arrays))
+        else:
+            adapter = adapters.to_adapter(self.config, self.state[0], self.adapter, self.layers)
+            save_adapter(self.options.out, adapter, self.config)
+
+    def load_export(self) -> None:
+        if self.adapter is None:
+            found = load_weights(open_checkpoint(self.options.out / "model"), "float32")
+            self.state = train.weights_of(found), None
+        else:
+            adapter = read_adapter(self.options.out, self.config)
+            self.trained = train.LowRankWeights(adapter.config.scale, 0.0)
+            self.state = adapters.from_adapter(self.config, adapter), None
+
+    def close(self) -> None:
+        if "checkpoints" in vars(self):
+            self.checkpoints.close()
+
+
+def stacked(batches: Sequence[Arrays]) -> dict[str, np.ndarray]:
+    """[A, B, T] of batches [B, T], whose widths are made one of few, so that few programs serve all."""
+    width = bucket(max(batch["ids"].shape[1] for batch in batches))
+    fill = {"ids": 0, "labels": IGNORED, "segments": 0}
+
+    def padded(name: str, array: np.ndarray) -> np.ndarray:
+        if name not in fill:
+            return array
+        return np.pad(array, [(0, 0), (0, width - array.shape[1])], constant_values=fill[name])
+
+    return {name: np.stack([padded(name, batch[name]) for batch in batches]) for name in batches[0]}
+
+
+def bucket(width: int) -> int:
+    """The least of 32, 48, 64, 96, 128, ... that holds ``width``."""
+    power = max(32, 1 << (width - 1).bit_length())
+    return power * 3 // 4 if power > 32 and width <= power * 3 // 4 else power

@@ -1,0 +1,135 @@
+"""LoRA (arXiv 2106.09685) and DoRA (2402.09353) on the linear layers of a model.
+
+Dims: E experts (leading axis where a layer's experts are stacked), O out, I in, R rank.
+
+The trained numbers are a plain dictionary, name of the layer -> {"a", "b"[, "magnitude"]}, in float32 whatever the
+model's dtype; `attach` gives them to the model. The base's weights stay what they are.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from minicpm_mlx.model import Model
+from weights_io.adapters import Adapter, AdapterConfig, by_layer, from_layers, target_parameters
+from weights_io.config import ModelConfig
+
+Matrices = dict[str, mx.array]  # a [.., R, I], b [.., O, R], and for DoRA magnitude [.., O]
+
+
+class LowRank(nn.Module):
+    """What an adapter makes of y = W x: y + scale B A x, and with DoRA each output times its ratio, magnitude / norm of
+    the row of W + scale B A."""
+
+    def __init__(self, base: nn.Module, matrices: Matrices, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.base = base
+        self.a, self.b, self.magnitude = matrices["a"], matrices["b"], matrices.get("magnitude")
+        self.scale, self.dropout = scale, dropout
+        self._key: mx.array | None = None  # of dropout; None: no dropout
+
+    def __call__(self, x: mx.array, *experts: Any) -> mx.array:
+        """``experts``: for stacked ones, which each row takes, as `ExpertLinear` has it."""
+        y = self.base(x, *experts)
+        x = x.astype(self.a.dtype)
+        if self._key is not None:
+            keep = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._key)
+            x = mx.where(keep, x / (1 - self.dropout), 0)
+        if experts:
+            low = mx.gather_mm(x, self.a.swapaxes(-1, -2), rhs_indices=experts[0])
+            added = self.scale * mx.gather_mm(low, self.b.swapaxes(-1, -2), rhs_indices=experts[0])
+        else:
+            added = self.scale * ((x @ self.a.T) @ self.b.T)
+        if self.magnitude is None:
+            return y + added.astype(y.dtype)
+        ratio = self.ratio()
+        return ((y + added) * (ratio[experts[0]][..., None, :] if experts else ratio)).astype(y.dtype)
+
+    def ratio(self) -> mx.array:
+        """DoRA's magnitudes over the norms [.., O] of the rows of W + scale B A, which are taken as constants (section
+        4.3 of the paper). The sum itself is never made."""
+        wide, a, b = (mx.stop_gradient(x) for x in (dense(self.base).astype(mx.float32), self.a, self.b))
+        inner = 2 * wide @ a.swapaxes(-1, -2) + self.scale * (b @ (a @ a.swapaxes(-1, -2)))
+        assert self.magnitude is not None
+        squares = (wide * wide).sum(axis=-1) + self.scale * (b * inner).sum(axis=-1)
+        return self.magnitude / mx.sqrt(squares)
+
+
+def dense(layer: Any) -> mx.array:
+    """The weight [.., O, I] of a layer, quantised or not."""
+    if "scales" not in layer:
+        return layer.weight
+    return mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+
+
+def initial(model: Model, config: AdapterConfig, layers: Collection[int], key: mx.array) -> dict[str, Matrices]:
+    """Where training begins: A ~ Normal(0, 1 / R) as in peft's "gaussian", B = 0, DoRA's magnitudes the norms of W; for
+    the targets in ``layers``."""
+    found = dict(model.named_modules())
+    names = [
+        name.removesuffix(".weight")
+        for parameter in target_parameters(model.config, config.targets)
+        for index, name in enumerate(parameter.layers(model.config))
+        if index in layers
+    ]
+    weights = {}
+    for name, subkey in zip(names, mx.random.split(key, len(names) + 1), strict=False):
+        weight = dense(found[name])
+        *stack, out, width = weight.shape
+        matrices = {
+            "a": mx.random.normal((*stack, config.rank, width), key=subkey) / config.rank,
+            "b": mx.zeros((*stack, out, config.rank)),
+        }
+        if config.dora:
+            matrices["magnitude"] = mx.sqrt((weight.astype(mx.float32) ** 2).sum(axis=-1))
+        weights[name] = matrices
+    return weights
+
+
+def attach(model: Model, weights: dict[str, Matrices], scale: float, dropout: float = 0.0) -> Model:
+    """The model itself, with adapters, which alone it trains."""
+    model.freeze()
+    found = dict(model.named_modules())
+    for name, matrices in weights.items():
+        parent, _, last = name.rpartition(".")
+        base = found[name].base if isinstance(found[name], LowRank) else found[name]
+        layer = LowRank(base, matrices, scale, dropout)
+        layer.unfreeze(keys=list(matrices), recurse=False)
+        setattr(found[parent], last, layer)
+    return model
+
+
+def use_keys(model: Model, key: mx.array | None) -> None:
+    """Let each adapter drop inputs, by a key of its own; None: drop none."""
+    layers = [layer for _, layer in model.named_modules() if isinstance(layer, LowRank)]
+    for index, layer in enumerate(layers):
+        layer._key = None if key is None or not layer.dropout else mx.random.split(key, len(layers) + 1)[index]
+
+
+def matrices_of(model: Model) -> dict[str, Matrices]:
+    """What the adapters of a model hold."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
+    return {name: dict(layer.trainable_parameters()) for name, layer in layers.items()}
+
+
+def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
+    """The arrays of an adapter that was read."""
+    weights = {}
+    for parameter in target_parameters(config, adapter.config.targets):
+        for name, (a, b, magnitude) in by_layer(parameter, adapter, config).items():
+            weights[name] = {"a": mx.array(a), "b": mx.array(b)}
+            if magnitude is not None:
+                weights[name]["magnitude"] = mx.array(magnitude)
+    return weights
+
+
+def to_adapter(config: ModelConfig, weights: dict[str, Matrices], adapter: AdapterConfig) -> Adapter:
+    """The adapter to be saved."""
+    arrays = {
+        name: (np.array(m["a"]), np.array(m["b"]), np.array(m["magnitude"]) if "magnitude" in m else None)
+        for name, m in weights.items()
+    }
+    return from_layers(adapter, arrays, config)

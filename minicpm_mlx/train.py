@@ -1,0 +1,73 @@
+"""One optimiser step on a dictionary of arrays."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from minicpm_mlx.adapters import use_keys
+from minicpm_mlx.attention import positions_of
+from minicpm_mlx.losses import Batch, Objective, token_losses
+from minicpm_mlx.model import Model
+
+Weights = dict[str, mx.array]  # name -> what is trained, float32
+
+OPTIMISERS: dict[str, Callable[[float], optim.Optimizer]] = {
+    "adamw": lambda decay: optim.AdamW(0.0, weight_decay=decay, bias_correction=True),
+    "adam": lambda decay: optim.Adam(0.0, bias_correction=True),
+    "sgd": lambda decay: optim.SGD(0.0),
+    "adafactor": lambda decay: optim.Adafactor(0.0, relative_step=False, scale_parameter=True),
+}
+
+
+def weights_of(model: Model) -> Weights:
+    """What the model trains, as float32 masters."""
+    return {name: w.astype(mx.float32) for name, w in tree_flatten(model.trainable_parameters())}
+
+
+def use_weights(model: Model, weights: Weights, dtypes: Mapping[str, Any]) -> None:
+    """Compute with these, each in its dtype."""
+    model.update(tree_unflatten([(name, w.astype(dtypes[name])) for name, w in weights.items()]))
+
+
+def train_step(
+    model: Model,
+    weights: Weights,
+    batches: Sequence[Batch],
+    learning_rate: float,
+    key: mx.array,
+    *,
+    dtypes: Mapping[str, Any],
+    objective: Objective,
+    optimiser: optim.Optimizer,
+    clip: float,
+) -> tuple[Weights, dict[str, mx.array]]:
+    """One step on micro-batches [B, T], whose tokens all weigh the same. Returns the weights, which the model then has,
+    and figures: means of the objective's sums, ``weight`` the sum itself."""
+    gradients_of = nn.value_and_grad(model, lambda batch: objective(model, batch))
+    totals: Any = None
+    for batch, subkey in zip(batches, mx.random.split(key, max(len(batches), 2)), strict=False):
+        use_keys(model, subkey)
+        (_, sums), gradients = gradients_of(batch)
+        part = sums, {name: g.astype(mx.float32) for name, g in tree_flatten(gradients)}
+        totals = part if totals is None else tree_map(mx.add, totals, part)
+        mx.eval(totals)  # gives up what the backward pass of this batch needed
+    use_keys(model, None)
+    sums, gradients = totals
+    weight = mx.maximum(sums["weight"], 1)
+    gradients, norm = optim.clip_grad_norm({name: g / weight for name, g in gradients.items()}, clip)
+    optimiser.learning_rate = learning_rate
+    weights = optimiser.apply_gradients(gradients, weights)
+    use_weights(model, weights, dtypes)
+    mx.async_eval(weights, optimiser.state)
+    figures = {name: value / weight for name, value in sums.items()}
+    return weights, figures | {"weight": sums["weight"], "gradient_norm": norm}
+
+
+def log_probabilities(model: Model, batch: Batch) -> mx.array:
+    """[B]: of the targets of each row together."""
+    positions = positions_of(model.config, batch["ids"], segments=batch["segments"])
+    return -token_losses(model, model.hidden_states(batch["ids"], positions), batch["labels"]).sum(axis=1)

@@ -1,0 +1,100 @@
+"""What `minicpm_data.finetuning` asks of a backend: steps, losses, checkpoints and the finished adapter or model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
+from minicpm_mlx import adapters, train
+from minicpm_mlx.checkpoints import Checkpoints
+from minicpm_mlx.loading import load_weights
+from minicpm_mlx.losses import Objective
+from minicpm_mlx.model import Model
+from minicpm_mlx.quantised import quantised
+from weights_io.adapters import read_adapter, save_adapter
+from weights_io.checkpoint import open_checkpoint
+from weights_io.write import of_layers
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Trainer:
+    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+
+    def __init__(self, model: Model, options: Any):
+        self.options, self.config, self.adapter, self.model = options, model.config, options.adapter, model
+        self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
+        self.optimiser = train.OPTIMISERS[options.optimizer](options.weight_decay)
+        self.key = mx.random.key(options.seed)
+        if self.adapter is not None:
+            if options.quantize is not None:
+                quantised(model, options.quantize)
+            if options.resume_adapter_file is None:
+                layers = adapted_layers(options, model.config)
+                matrices = adapters.initial(model, self.adapter, layers, self.key)
+            else:
+                matrices = adapters.from_adapter(model.config, given_adapter(options, model.config))
+            adapters.attach(model, matrices, self.adapter.scale, self.adapter.dropout)
+        self.dtypes = {name: w.dtype for name, w in tree_flatten(model.trainable_parameters())}
+        self.weights = train.weights_of(model)
+        self.before = self.weights if options.loss == "dpo" else None
+        self.optimiser.init(self.weights)
+        self.checkpoints = Checkpoints(options.out / "checkpoints")
+        model.train()
+
+    def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
+        self.weights, figures = train.train_step(
+            self.model,
+            self.weights,
+            [_arrays(batch) for batch in batches],
+            rate,
+            mx.random.key(self.options.seed * 1_000_003 + number),
+            dtypes=self.dtypes,
+            objective=self.objective,
+            optimiser=self.optimiser,
+            clip=self.options.clip,
+        )
+        return figures
+
+    def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
+        return self.objective(self.model, _arrays(batch))[1]
+
+    def reference(self, batch: Arrays) -> np.ndarray:
+        assert self.before is not None
+        train.use_weights(self.model, self.before, self.dtypes)
+        sums = np.array(train.log_probabilities(self.model, _arrays(batch)))
+        train.use_weights(self.model, self.weights, self.dtypes)
+        return sums
+
+    def save(self, step: int) -> None:
+        self.checkpoints.save(step, {"weights": self.weights, "moments": self.optimiser.state})
+
+    def restore(self) -> int:
+        state = self.checkpoints.restore({"weights": self.weights, "moments": self.optimiser.state})
+        self.weights, self.optimiser.state = state["weights"], state["moments"]
+        train.use_weights(self.model, self.weights, self.dtypes)
+        return self.checkpoints.latest
+
+    def export(self) -> None:
+        if self.adapter is None:
+            export_model(self.options, of_layers(self.config, {name: np.array(w) for name, w in self.weights.items()}))
+        else:
+            adapter = adapters.to_adapter(self.config, adapters.matrices_of(self.model), self.adapter)
+            save_adapter(self.options.out, adapter, self.config)
+
+    def load_export(self) -> None:
+        if self.adapter is None:
+            self.model = load_weights(open_checkpoint(self.options.out / "model"), "float32")
+        else:
+            adapter = read_adapter(self.options.out, self.config)
+            adapters.attach(self.model, adapters.from_adapter(self.config, adapter), adapter.config.scale)
+
+    def close(self) -> None:
+        pass
+
+
+def _arrays(batch: Arrays) -> dict[str, mx.array]:
+    return {name: mx.array(array) for name, array in batch.items()}
