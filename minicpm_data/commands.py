@@ -34,8 +34,7 @@ Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.c
 @dataclass(frozen=True)
 class SourceOptions:
     model: str | None = None
-    """Model folder, GGUF file, hub id (owner/name, or owner/name/folder where a repository keeps several models) or
-    short name of the catalogue; left out: the built-in model."""
+    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name; left out: the built-in model."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"

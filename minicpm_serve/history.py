@@ -60,7 +60,7 @@ class Options(ModelOptions):
     """Only so many of the 900 questions."""
     seed: int = 0
     """Draws the questions or the pass keys."""
-    batch_size: int = 4
+    batch_size: int = 8
     """Questions, texts or windows together."""
 
     def settings(self) -> dict[str, Any]:

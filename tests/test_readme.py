@@ -59,7 +59,7 @@ def test_command(command, tmp_path):
         for step in ("step10000", "step20000"):
             (tmp_path / "saved").mkdir(exist_ok=True)
             tiny_model.write(tmp_path / step).rename(tmp_path / "saved" / step)
-        command = command.replace("--model openbmb/MiniCPM-2B-history --revisions", "--model saved --folders")
+        command = command.replace("--model minicpm-2b-history --revisions", "--model saved --folders")
     words = shlex.split(command)
     ran = subprocess.run(
         [sys.executable, *words[1:]],

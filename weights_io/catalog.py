@@ -182,7 +182,7 @@ CATALOG: tuple[Entry, ...] = (
         "minicpm",
         _N2B,
         None,
-        "base; 30 checkpoints of the pretraining run, every 10,000 steps: choose one with a revision",
+        "base; 30 checkpoints of the pretraining run, every 10,000 steps: choose one by revision or folder",
         config=_2B,
     ),
     Entry(

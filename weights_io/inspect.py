@@ -26,8 +26,7 @@ DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
 @dataclass(frozen=True)
 class Options:
     model: str
-    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name of the catalogue; weights are not
-    downloaded."""
+    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name; weights are not downloaded."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
