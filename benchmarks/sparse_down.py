@@ -68,8 +68,9 @@ def main(options: Options) -> None:
         variants = backend(config, min(capacity, F), options.whole_step)
         expected = variants["dense"]()
         differences = {name: np.abs(run() - expected).max() / expected.std() for name, run in variants.items()}
+        most = 1e-4 if options.whole_step else 1e-5  # the roundings of many layers add up
         for name, difference in differences.items():
-            assert difference < 1e-5, f"{name} is {difference} from what the dense MLP gives"
+            assert difference < most, f"{name} is {difference} from what the dense MLP gives"
         seconds = alternating(variants, options.rounds)
         whole = 4 * (3 * D * F + options.whole_step * (VOCABULARY * D // LAYERS + 2 * D * D + 2 * D * D // 3))
         for name, spent in seconds.items():
@@ -227,7 +228,7 @@ def mlx_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
         return model.head(model.decode(mx.array([[1]]), make_prompt_cache(model)))
 
     def of(function, choose=None):
-        sparse = mlps
+        sparse: list[Any] = mlps
         if function is not None:
             weights = zip(mlps, rows, strict=True)
             sparse = [partial(function, choose, m.gate_proj.weight, m.up_proj.weight, r) for m, r in weights]

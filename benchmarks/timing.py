@@ -2,10 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
-def alternating(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def alternating(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each variant, whose call returns when its result is there. One round before warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
