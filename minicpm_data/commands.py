@@ -257,8 +257,8 @@ class Meter:
         return "\n".join(lines)
 
 
-def load_model(backend: Backend, options: SourceOptions) -> "tuple[Any, Tokenizer]":
-    """Model and tokenizer."""
+def load_model(backend: Backend, options: SourceOptions, **placement: Any) -> "tuple[Any, Tokenizer]":
+    """Model and tokenizer. ``placement``: what else the backend's ``load`` is told."""
     dtype = options.dtype or backend.device.preferred_dtype()
     model, tokenizer = backend.load(
         options.model,
@@ -266,6 +266,7 @@ def load_model(backend: Backend, options: SourceOptions) -> "tuple[Any, Tokenize
         adapter=options.adapter_path if isinstance(options, ModelOptions) else None,
         revision=options.revision,
         hub=options.hub,
+        **placement,
     )
     if tokenizer is None:
         raise InputError(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # A resumed run must agree on all options but these.
 FREE = frozenset(
     """train test iters epochs mask_prompt steps_per_report steps_per_eval val_batches test_batches save_every resume
-    report_to hub data grad_checkpoint adapter_path save_path save_dtype""".split()
+    report_to hub data grad_checkpoint mesh adapter_path save_path save_dtype""".split()
 )
 
 
@@ -85,6 +85,10 @@ class FinetuneOptions(SourceOptions):
     def out(self) -> Path:
         """The folder of the run."""
         raise NotImplementedError
+
+    def placement(self) -> dict[str, Any]:
+        """What a backend's ``load`` is told besides."""
+        return {}
 
     @property
     def training(self) -> bool:

@@ -75,7 +75,7 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
 
     check(options)
     running = backend()
-    model, tokenizer = load_model(running, options)
+    model, tokenizer = load_model(running, options, **options.placement())
     check_layers(options, model.config)
 
     def split(name: Any, required: bool) -> "Split | None":

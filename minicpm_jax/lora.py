@@ -5,10 +5,24 @@
 ``--adapter-path`` gets the adapter in PEFT's form, ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from minicpm_data.finetune_options import LoraOptions
 
 if TYPE_CHECKING:
     from minicpm_jax.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Options(LoraOptions):
+    mesh: str | None = None
+    """How the devices are arranged, such as data=2,fsdp=4; by default all along fsdp."""
+
+    def placement(self) -> dict[str, Any]:
+        from minicpm_jax.sharding import make_mesh
+
+        return {"mesh": make_mesh(self.mesh)}
 
 
 def trainer(model: Any, options: Any) -> "Trainer":
@@ -20,7 +34,6 @@ def trainer(model: Any, options: Any) -> "Trainer":
 
 if __name__ == "__main__":
     from minicpm_data import finetuning
-    from minicpm_data.finetune_options import LoraOptions
     from minicpm_jax.generate import backend
 
-    finetuning.run(backend, trainer, LoraOptions, "python -m minicpm_jax.lora")
+    finetuning.run(backend, trainer, Options, "python -m minicpm_jax.lora")

@@ -1,10 +1,15 @@
 """Logical axes of the parameter table to mesh axes."""
 
-from jax.sharding import AxisType, Mesh, PartitionSpec
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from weights_io.errors import InputError
 
 AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
+BATCH = ("data", "fsdp")  # what a batch's rows are split over
 
 # Logical axis -> mesh axis. Matrices are split over fsdp along the hidden size and over tensor along the other one;
 # the router is small and every device sends its own tokens.
@@ -18,6 +23,39 @@ RULES = {
     "router": None,
     "layers": None,
 }
+
+
+def make_mesh(text: str | None) -> Mesh | None:
+    """The mesh of ``fsdp=4,tensor=2``; None: all devices along fsdp, or no mesh on a single one. Raises `InputError`
+    where it does not fit the devices."""
+    devices = jax.device_count()
+    if text is None:
+        text = f"fsdp={devices}"
+        if devices == 1:
+            return None
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or not size.isdecimal() or int(size) < 1 or name in sizes:
+            raise InputError(f"--mesh {text} is not of the form fsdp=4,tensor=2; the axes are {', '.join(AXES)}.")
+        sizes[name] = int(size)
+    if math.prod(sizes.values()) != devices:
+        raise InputError(f"--mesh {text} is for {math.prod(sizes.values())} devices; there are {devices}.")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Of arrays [A, B, ...] whose B ``rows`` are split over the mesh. Raises `InputError` where they cannot be."""
+    names = tuple(name for name in BATCH if name in mesh.shape)
+    parts = math.prod(mesh.shape[name] for name in names)
+    if rows % parts:
+        raise InputError(f"--batch-size {rows} does not divide over the {parts} devices of {' and '.join(names)}.")
+    return NamedSharding(mesh, PartitionSpec(None, names))
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """The arrays, whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def automatic(mesh: Mesh) -> Mesh:

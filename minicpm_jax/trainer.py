@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
 from minicpm_jax import adapters, train
@@ -15,6 +16,7 @@ from minicpm_jax.loading import load_weights
 from minicpm_jax.losses import IGNORED, Objective
 from minicpm_jax.model import Model
 from minicpm_jax.quantised import quantised
+from minicpm_jax.sharding import batch_sharding, replicated
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
 from weights_io.write import unstacked
@@ -30,6 +32,8 @@ class Trainer:
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
         self.optimiser = train.optimizer(options.optimizer, options.weight_decay, options.clip)
         self.key = jax.random.key(options.seed)
+        sharding = model.model.embed_tokens.weight[...].sharding
+        self.mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         self.base: Model | None = model
         self.trained: train.Trained
         if self.adapter is None:
@@ -47,8 +51,10 @@ class Trainer:
             if options.quantize is not None:
                 self.base = quantised(model, options.quantize)
             before = jax.tree.map(jnp.array, weights)
+            if self.mesh is not None:
+                before, weights = replicated((before, weights), self.mesh)
         self.before = before if options.loss == "dpo" else None
-        self.state: train.State = weights, jax.jit(self.optimiser.init)(weights)
+        self.state: train.State = weights, self.optimiser.init(weights)
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
@@ -58,7 +64,7 @@ class Trainer:
         self.state, figures = train.train_step(
             self.state,
             self.base,
-            stacked(batches),
+            self.placed(batches),
             np.float32(rate),
             jax.random.fold_in(self.key, number),
             trained=self.trained,
@@ -68,12 +74,19 @@ class Trainer:
         return figures
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
-        one = {name: x[0] for name, x in stacked([batch]).items()}
+        one = {name: x[0] for name, x in self.placed([batch]).items()}
         return train.evaluation(self.state[0], self.base, one, trained=self.trained, objective=self.objective)
 
     def reference(self, batch: Arrays) -> np.ndarray:
-        one = {name: x[0] for name, x in stacked([batch]).items()}
+        one = {name: x[0] for name, x in self.placed([batch]).items()}
         return np.asarray(train.log_probabilities(self.before, self.base, one, trained=self.trained))
+
+    def placed(self, batches: Sequence[Arrays]) -> Mapping[str, Any]:
+        """[A, B, T] of batches [B, T], their rows spread over the devices."""
+        arrays = stacked(batches)
+        if self.mesh is None:
+            return arrays
+        return jax.device_put(arrays, batch_sharding(self.mesh, arrays["ids"].shape[1]))
 
     def save(self, step: int) -> None:
         self.checkpoints.save(step, self.state)
