@@ -26,8 +26,8 @@ class Metrics:
     def close(self) -> None:
         self._also.close()
 
-    def draw(self, picture: Path, decay_start: int | None = None, by: str = "tokens") -> None:
-        """Loss and learning rate against tokens or steps; a line where the decay begins."""
+    def draw(self, picture: Path, decay_at: float | None = None, by: str = "tokens") -> None:
+        """Loss and learning rate against tokens or steps; a line at ``decay_at`` of them, where the decay begins."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -43,8 +43,7 @@ class Metrics:
                 valid.setdefault(name, []).append((record[by] / unit, record[name]))
         for name, points in valid.items():
             axes.plot(*zip(*points, strict=True), "o-", ms=2.5, lw=1, label=name.replace("_", " "))
-        first = self.records[0]
-        boundary = None if decay_start is None else decay_start * first[by] / first["step"] / unit
+        boundary = None if decay_at is None else decay_at / unit
         if boundary is not None:
             axes.axvline(boundary, color="grey", ls="--", lw=0.8)
             axes.annotate(

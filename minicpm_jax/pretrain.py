@@ -1,6 +1,10 @@
 """Pretraining: muP, AdamW and the warm-up-stable-decay schedule, from a config to a checkpoint.
 
     python -m minicpm_jax.pretrain --config config.json --tokenizer DIR --data DIR --out DIR --steps 5000 ...
+    python -m minicpm_jax.pretrain --init-from MODEL --from-step 4500 --tokenizer DIR --data DIR --out DIR --steps 5000
+
+The second begins with the weights of a checkpoint, at its place in the schedule: 4500 of 5000 steps is where the decay
+starts. Any checkpoint will do, an upcycled mixture of experts too.
 
 ``--data`` holds ``stable/`` and ``decay/``, each with ``train.jsonl`` and ``valid.jsonl`` of {"text"} or {"messages"}
 documents; the decay stage reads the second, as MiniCPM mixes chat data in there (arXiv 2404.06395, section 4).
@@ -10,7 +14,6 @@ layout). Interrupted by Ctrl-C, a kill or a power cut, the same command goes on 
 
 import contextlib
 import hashlib
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -31,14 +34,20 @@ REPORT_EVERY = 10  # steps between lines of metrics.jsonl
 
 @dataclass(frozen=True)
 class Options:
-    config: Path
-    """config.json of the model to make."""
     tokenizer: Path
     """Folder of the tokenizer."""
     data: Path
     """Folder with stable/ and decay/, each with train.jsonl and valid.jsonl."""
     out: Path
     """Folder for checkpoints, metrics and the finished model."""
+    config: Path | None = None
+    """config.json of the model to make from nothing."""
+    init_from: str | None = None
+    """Begin with this model's weights (folder, hub id or short name) in place of --config."""
+    from_step: int = 0
+    """Begin at this step of the schedule: there is no warm-up after it, and the data is that of its stage."""
+    mesh: str | None = None
+    """How the devices are arranged, such as data=2,fsdp=4; by default all along fsdp."""
     steps: int = 5000
     """Optimiser steps in all."""
     warmup_steps: int = 100
@@ -87,10 +96,9 @@ def pretrain(options: Options) -> None:
     from minicpm_data.runs import Interrupt, check_settings
     from minicpm_jax import train
     from minicpm_jax.checkpoints import Checkpoints
-    from minicpm_jax.model import initialise
-    from weights_io.config import ModelConfig
+    from minicpm_jax.sharding import batch_sharding, make_mesh
 
-    config = ModelConfig.from_file(options.config)
+    config, raw, weights = beginning(options, mesh := make_mesh(options.mesh))
     schedule = WarmupStableDecay(
         options.learning_rate,
         options.steps,
@@ -101,7 +109,6 @@ def pretrain(options: Options) -> None:
     )
     stages, bos_token_id, fingerprint = read_data(options, config.vocab_size)
     optimiser = train.mup_optimizer(config, options.beta1, options.beta2, options.weight_decay, options.clip)
-    weights = train.weights_of(initialise(config, jax.random.key(options.seed)))
     fixed: dict[str, Any] = {
         "config": config,
         "bos_token_id": bos_token_id,
@@ -112,7 +119,9 @@ def pretrain(options: Options) -> None:
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(options.out / "checkpoints")))
-        step, state = checkpoints.latest, checkpoints.restore((weights, optimiser.init(weights)))
+        state = checkpoints.restore((weights, optimiser.init(weights)))
+        del weights
+        step = checkpoints.latest or options.from_step
         if step:
             print(f"going on after step {step}")
         bar = stack.enter_context(tqdm(total=options.steps, initial=step, unit="step"))
@@ -121,13 +130,15 @@ def pretrain(options: Options) -> None:
         while step < options.steps and not interrupt.wanted:
             # The decay stage reads its own data from its first batch on.
             stage, offset = ("decay", schedule.decay_start) if step >= schedule.decay_start else ("stable", 0)
-            batch, rate = stages[stage].train[step - offset], schedule(step)
+            batch, rate = stages[stage].train[step - max(offset, options.from_step)], schedule(step)
+            if mesh is not None:
+                batch = jax.device_put(batch[None], batch_sharding(mesh, len(batch)))[0]
             state, figures = train.pretrain_step(state, batch, rate, optimiser=optimiser, remat=options.remat, **fixed)
             step += 1
             bar.update()
             validate = step % options.valid_every == 0 or step == options.steps
             if validate or step % REPORT_EVERY == 0:
-                tokens = step * options.batch_size * options.seq_length
+                tokens = (step - options.from_step) * options.batch_size * options.seq_length
                 record: dict[str, Any] = {"step": step, "stage": stage, "tokens": tokens, "learning_rate": rate}
                 record |= {name: float(value) for name, value in figures.items()}
                 if not math.isfinite(record["loss"]):
@@ -136,7 +147,7 @@ def pretrain(options: Options) -> None:
                         f"{checkpoints.latest}: choose a lower --learning-rate."
                     )
                 speed = (step - start) / (time.perf_counter() - began)
-                record["tokens_per_second"] = speed * tokens / step
+                record["tokens_per_second"] = speed * options.batch_size * options.seq_length
                 if validate:
                     for name, data in stages.items():
                         record[f"{name}_valid_loss"] = valid_loss(state[0], data.valid, options.batch_size, fixed)
@@ -147,9 +158,32 @@ def pretrain(options: Options) -> None:
     if step < options.steps:
         print(f"stopped after step {step} of {options.steps}; the same command goes on from there.")
         raise KeyboardInterrupt
-    metrics.draw(options.out / "loss.png", schedule.decay_start)
-    save_model(options, config, state[0])
+    stable = (schedule.decay_start - options.from_step) * options.batch_size * options.seq_length
+    metrics.draw(options.out / "loss.png", max(stable, 0))
+    save_model(options, config, raw, state[0])
     print(f"model in {options.out / 'model'}, loss curve in {options.out / 'loss.png'}")
+
+
+def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any], dict[str, Any]]":
+    """Config, config.json and float32 weights at the first step. A new model's are made on one device and spread."""
+    import jax
+
+    from minicpm_jax import train
+    from minicpm_jax.loading import load_weights
+    from minicpm_jax.model import initialise
+    from minicpm_jax.sharding import shardings
+    from weights_io.checkpoint import open_checkpoint
+    from weights_io.config import ModelConfig, read_json
+    from weights_io.hub import resolve
+
+    if options.config is not None:
+        config = ModelConfig.from_file(options.config)
+        weights = train.weights_of(initialise(config, jax.random.key(options.seed)))
+        placed = weights if mesh is None else jax.device_put(weights, shardings(config, mesh))
+        return config, read_json(options.config), placed
+    checkpoint = open_checkpoint(resolve(options.init_from, check=ModelConfig.from_dict))
+    weights = train.weights_of(load_weights(checkpoint, "float32", mesh))
+    return checkpoint.config, dict(checkpoint.raw_config), weights
 
 
 class Stage(NamedTuple):
@@ -178,7 +212,7 @@ def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int,
 
 
 # A resumed run must agree on the model, on the data and on all options but these.
-FREE = ("config", "tokenizer", "data", "out", "save_dtype", "save_every", "valid_every", "remat")
+FREE = ("config", "init_from", "mesh", "tokenizer", "data", "out", "save_dtype", "save_every", "valid_every", "remat")
 
 
 def check(options: Options) -> None:
@@ -192,6 +226,12 @@ def check(options: Options) -> None:
     for name in ("beta1", "beta2", "weight_decay"):
         if not 0 <= getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be from 0 to below 1.")
+    if (options.config is None) == (options.init_from is None):
+        raise InputError("give either --config, for a new model, or --init-from, for one that is there.")
+    if not 0 <= options.from_step < options.steps or (options.from_step and options.init_from is None):
+        raise InputError(
+            f"--from-step is {options.from_step}; it is for --init-from, and below the {options.steps} of --steps."
+        )
     if options.seq_length < 2:
         raise InputError(f"--seq-length is {options.seq_length}; a window needs at least 2 tokens.")
 
@@ -206,7 +246,7 @@ def valid_loss(weights: dict[str, Any], windows: "np.ndarray", batch_size: int, 
     return float(sum(losses) / len(losses))
 
 
-def save_model(options: Options, config: "ModelConfig", weights: dict[str, Any]) -> None:
+def save_model(options: Options, config: "ModelConfig", raw: dict[str, Any], weights: dict[str, Any]) -> None:
     """The finished model in Hugging Face layout, with its tokenizer."""
     import shutil
 
@@ -216,7 +256,6 @@ def save_model(options: Options, config: "ModelConfig", weights: dict[str, Any])
 
     if (options.out / "model").exists():
         shutil.rmtree(options.out / "model")
-    raw = json.loads(options.config.read_text(encoding="utf-8"))
     arrays = {name: np.asarray(value) for name, value in weights.items()}
     save_checkpoint(
         options.out / "model",

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.parameters import parameters
 
 AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
 BATCH = ("data", "fsdp")  # what a batch's rows are split over
@@ -26,13 +28,13 @@ RULES = {
 
 
 def make_mesh(text: str | None) -> Mesh | None:
-    """The mesh of ``fsdp=4,tensor=2``; None: all devices along fsdp, or no mesh on a single one. Raises `InputError`
-    where it does not fit the devices."""
+    """The mesh of ``fsdp=4,tensor=2``; None: all devices along fsdp, or no mesh on a single one or on CPUs. Raises
+    `InputError` where it does not fit the devices."""
     devices = jax.device_count()
     if text is None:
-        text = f"fsdp={devices}"
-        if devices == 1:
+        if devices == 1 or jax.default_backend() == "cpu":
             return None
+        text = f"fsdp={devices}"
     sizes = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
@@ -51,6 +53,13 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     if rows % parts:
         raise InputError(f"--batch-size {rows} does not divide over the {parts} devices of {' and '.join(names)}.")
     return NamedSharding(mesh, PartitionSpec(None, names))
+
+
+def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Of every parameter of the table."""
+    return {
+        p.name: NamedSharding(mesh, partition_spec(p.logical_axes(), p.shape(config), mesh)) for p in parameters(config)
+    }
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:

@@ -209,6 +209,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, whole, tmp_path, ho
     assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
 
 
+def test_training_continues_from_any_checkpoint_at_its_stage(corpus, whole, tmp_path):
+    """The decay stage alone, from the weights of a dense model and from a mixture of experts made of it."""
+    experts = [sys.executable, "-m", "weights_io.upcycle", "--model", whole / "model", "--experts", "4"]
+    upcycled = subprocess.run([*experts, "--out", tmp_path / "moe"], capture_output=True, text=True)
+    assert upcycled.returncode == 0, upcycled.stderr
+    for start, name in ((whole / "model", "dense"), (tmp_path / "moe", "mixture")):
+        more = command(corpus, tmp_path / name, "--init-from", start, "--from-step", 16, "--learning-rate", 1e-4)
+        more = [a for i, a in enumerate(more) if "--config" not in (a, more[i - 1])]
+        ran = subprocess.run(more, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        records = figures(tmp_path / name)
+        assert [r["step"] for r in records] == [20, 24] and {r["stage"] for r in records} == {"decay"}
+        assert records[0]["tokens"] == 4 * 2 * 32
+        assert (
+            records[-1]["decay_valid_loss"] < figures(whole)[-1]["decay_valid_loss"] + 0.05
+        )  # not from nothing: 3 more
+        assert open_checkpoint(tmp_path / name / "model").config.num_experts == (4 if name == "mixture" else 0)
+
+
 def figures(out: Path):
     records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
@@ -233,6 +252,9 @@ def test_a_half_written_line_of_figures_is_dropped(tmp_path):
         (["--config", "{corpus}/none.json"], "none.json does not exist"),
         (["--data", "{corpus}"], "train.jsonl does not exist"),
         (["--tokenizer", "{corpus}"], "neither a tokenizer.json nor a tokenizer.model"),
+        (["--init-from", "pico"], "give either --config"),
+        (["--from-step", "5"], "it is for --init-from"),
+        (["--mesh", "fsdp=3"], "is for 3 devices; there are"),
         (["--out", "{corpus}"], "is not empty and holds no run"),
         (["--out", "{corpus}/config.json"], "is a file"),
         (["--batch-size", "4000"], "do not fill one batch"),
