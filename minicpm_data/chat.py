@@ -14,6 +14,9 @@ MINICPM_TEMPLATE = (
     "{{'<用户>' + message['content'].strip() + '<AI>'}}"
     "{% else %}{{message['content'].strip()}}{% endif %}{% endfor %}"
 )
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # no template: contents as they stand
+)
 TURN_MARKERS = ("<用户>", "<AI>")  # plain text, not special tokens: a model may write them and so begin a turn
 ROLES = ("system", "user", "assistant")
 PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # code points that mean nothing by themselves

@@ -42,6 +42,8 @@ class FinetuneOptions(SourceOptions):
     """Longer examples are cut; those whose prompt alone is longer are left out."""
     pack: bool = False
     """Fill rows of --max-seq-length with several examples, which do not see each other."""
+    ignore_chat_template: bool = False
+    """Join prompt and answer as they stand, as generate's flag of this name does."""
     train_on_prompt: bool = False
     """Train on the whole conversation, not only on the assistant's answers."""
     mask_prompt: bool = False

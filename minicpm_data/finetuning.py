@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from minicpm_data.chat import PLAIN_TEMPLATE
 from minicpm_data.commands import load_model
 from minicpm_data.finetune_options import FREE, FinetuneOptions, check, check_layers, schedule_of
 from minicpm_data.generation import Backend
@@ -77,6 +78,8 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     running = backend()
     model, tokenizer = load_model(running, options, **options.placement())
     check_layers(options, model.config)
+    if options.ignore_chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
 
     def split(name: Any, required: bool) -> "Split | None":
         found = load_split(
