@@ -1,0 +1,266 @@
+"""Attention of T new tokens over the filled part of the stacked cache: one Pallas TPU kernel for prompts and decoding.
+
+Dims: L layers, B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N / K, H head dimension.
+      In the kernel: W lanes hold the C = W / H key/value heads of one group, t tokens make a piece of the T,
+      R = C G t rows are its queries.
+
+The cache stays in HBM as it is, [L, B, S, K H]; the grid (B, groups, pieces, blocks of slots) takes blocks [slots, W] of
+one layer out of it, and a row's blocks stop where the row is filled: a later grid step names the block before it again,
+which Pallas does not fetch again, and computes nothing. The number of grid steps is that of the fullest row.
+
+Two heads of 64 share 128 lanes, and taking them apart would move every key. Instead a query is zero in the lanes of the
+other heads, so that one product over W lanes gives its scores, and of weights times values only the own lanes are kept.
+A matrix unit is 128 wide (256 on v6e) whatever the head, so within one pair of heads this costs nothing; with all heads in
+one group (decoding: few rows) it takes the time of loading keys and values into the unit, which any product does.
+
+JAX's own kernels want another layout: paged and ragged paged attention read pages with the head as an axis (a head of 64
+would be padded to 128 lanes), splash and flash attention read no cache and know no fill.
+Source of the running softmax: arXiv 2205.14135.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from minicpm_jax.arithmetic import precision
+
+if TYPE_CHECKING:
+    from minicpm_jax.attention import Cache
+
+LANES = 128  # of a TPU's registers and tiles
+ROWS = 1024  # most queries of a step: with 512 slots their scores are 2 MiB
+FEW = 128  # so many queries of all heads go together: the matrix unit takes them while it loads the next keys
+BLOCK = 512  # most slots of a step
+BLOCK_BYTES = 5 << 18  # 1.25 MiB, most of one block of keys: it and its like are in VMEM four times, of 16 MiB
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut: everything that the grid and the index maps depend on but the fill of the rows."""
+
+    batch: int
+    width: int  # T
+    slots: int  # S
+    kv_heads: int  # K
+    heads_per_kv: int  # G
+    head_dim: int  # H
+    lanes: int  # W
+    piece: int  # t
+    block: int  # slots of a block
+
+    @staticmethod
+    def of(batch: int, width: int, heads: int, head_dim: int, slots: int, kv_heads: int, itemsize: int) -> "Tiling":
+        """For queries [batch, width, heads, head_dim] and a cache of ``slots`` with numbers of ``itemsize`` bytes."""
+        lanes, few = kv_heads * head_dim, heads * width <= FEW
+        pair = math.lcm(LANES, head_dim)
+        if not few and lanes % pair == 0:
+            lanes = pair
+        rows = lanes // head_dim * (heads // kv_heads)  # of one token
+        piece = width
+        if not few:
+            most = 1 << max(4, (ROWS // rows).bit_length() - 1)
+            piece = min(most, -(-width // 16) * 16)  # 16 rows of bfloat16 are a tile
+        block = BLOCK
+        while block > 128 and block * lanes * itemsize > BLOCK_BYTES:
+            block //= 2
+        return Tiling(
+            batch, width, slots, kv_heads, heads // kv_heads, head_dim, lanes, piece, slots if slots <= block else block
+        )
+
+    @property
+    def heads(self) -> int:
+        """C: key/value heads of a group."""
+        return self.lanes // self.head_dim
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads // self.heads
+
+    @property
+    def pieces(self) -> int:
+        return pl.cdiv(self.width, self.piece)
+
+    @property
+    def rows(self) -> int:
+        return self.heads * self.heads_per_kv * self.piece
+
+    def blocks(self, first: Any, piece: Any) -> Any:
+        """How many blocks hold what the tokens of a piece may see, of a row whose first new token is at ``first``."""
+        last = first + jnp.minimum((piece + 1) * self.piece, self.width) - 1
+        return jnp.minimum(last, self.slots - 1) // self.block + 1
+
+    def grid(self, first: Any) -> tuple[Any, ...]:
+        return self.batch, self.groups, self.pieces, jnp.max(self.blocks(first, self.pieces - 1))
+
+    def stored(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
+        """Index map of keys and values [L, B, S, K H]."""
+        return layer[0], row, jnp.minimum(step, self.blocks(first[row], piece) - 1), group
+
+    def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
+        """Index map of the scales [L, B, S, K]: of all heads, as K is less than a lane tile."""
+        return *self.stored(row, group, piece, step, layer, first)[:3], 0
+
+
+def bytes_read(tiling: Tiling, first: Sequence[int], itemsize: int, scaled: bool = False) -> int:
+    """Bytes of cache that the kernel takes from HBM for rows whose first new tokens stand at ``first`` [B]: its grid is
+    walked and a block counts where its index is not the one of the step before. ``scaled``: int8 with float32 scales,
+    whose K numbers a TPU keeps in whole lane tiles."""
+    start, layer = np.asarray(first, np.int32), np.zeros(1, np.int32)
+    block = tiling.block * tiling.lanes * itemsize
+    scales = tiling.block * pl.cdiv(tiling.kv_heads, LANES) * LANES * 4 if scaled else 0
+    total = 0
+    with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
+        steps = np.indices([int(n) for n in tiling.grid(start)]).reshape(4, -1)
+        for index_map, size in ((tiling.stored, block), (tiling.scale, scales)):
+            parts = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start)))
+            total += 2 * size * (1 + int(np.any(parts[:, 1:] != parts[:, :-1], axis=0).sum()))
+    return total
+
+
+def cost(tiling: Tiling, itemsize: int, query_itemsize: int, scaled: bool = False) -> pl.CostEstimate:
+    """Of a full cache: it is stated before the fill is known."""
+    queries = tiling.batch * tiling.width * tiling.kv_heads * tiling.heads_per_kv
+    full = [tiling.slots - tiling.width] * tiling.batch
+    return pl.CostEstimate(
+        flops=4 * queries * tiling.slots * tiling.head_dim,
+        transcendentals=queries * tiling.slots,
+        bytes_accessed=bytes_read(tiling, full, itemsize, scaled) + 2 * queries * tiling.head_dim * query_itemsize,
+    )
+
+
+def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
+    *scales, out_ref, wide, top, total, mixed = refs
+    row, group, piece, step = (pl.program_id(axis) for axis in range(4))
+    first = first_ref[row]
+    blocks = tiling.blocks(first, piece)
+    span = tiling.heads_per_kv * tiling.piece  # rows of one key/value head
+
+    def own(head: int) -> Array:
+        """The lanes [1, W] of one head of the group."""
+        return jax.lax.broadcasted_iota(jnp.int32, (1, tiling.lanes), 1) // tiling.head_dim == head
+
+    @pl.when(step == 0)
+    def _():
+        q = q_ref[...].astype(jnp.float32)
+        for head in range(tiling.heads):
+            wide[head * span : (head + 1) * span] = jnp.where(own(head), q, 0)
+        top[...] = jnp.full(top.shape, jnp.finfo(jnp.float32).min, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        mixed[...] = jnp.zeros(mixed.shape, jnp.float32)
+
+    @pl.when(step < blocks)
+    def _():
+        q, k, v = wide[...].astype(q_ref.dtype), k_ref[...], v_ref[...]
+        exact = precision(q)
+        slot = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
+        if tiling.slots % tiling.block:  # what lies behind the last slot may be no number
+            down = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (tiling.block, 1), 0)
+            v = jnp.where(down < tiling.slots, v, jnp.zeros_like(v))
+        if scales:
+            k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
+        scores = jax.lax.dot_general(
+            q, k, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+        )
+        scores = scores * tiling.head_dim**-0.5
+        if scales:
+            scores = scores * _of_rows(scales[0][...], group, tiling)
+        at = first + piece * tiling.piece + jax.lax.rem(
+            jax.lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0), tiling.piece
+        )
+        scores = jnp.where(slot <= at, scores, jnp.finfo(jnp.float32).min)
+        # Slot 0, which every token sees, is in the first block: what is not seen gets the weight 0 from here on.
+        higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp(scores - higher)
+        fade = jnp.exp(top[...] - higher)
+        top[...] = higher
+        total[...] = total[...] * fade + jnp.sum(weights, axis=1, keepdims=True)
+        if scales:
+            weights = weights * _of_rows(scales[1][...], group, tiling)
+        mixed[...] = mixed[...] * fade + jnp.dot(
+            weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
+        )
+
+    @pl.when(step == blocks - 1)
+    def _():
+        out = jnp.zeros(out_ref.shape, jnp.float32)
+        for head in range(tiling.heads):
+            part = slice(head * span, (head + 1) * span)
+            out = out + jnp.where(own(head), mixed[part] / total[part], 0)
+        out_ref[...] = out.astype(out_ref.dtype)
+
+
+def _of_rows(scale: Float[Array, "S K"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
+    """The scale of each slot for each row's head: turned by a product with ones and zeros, exact in float32."""
+    span = tiling.heads_per_kv * tiling.piece
+    few = span < 8  # less than a tile of rows: spread them in the product
+    shape = (tiling.rows if few else tiling.heads, tiling.kv_heads)
+    head = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // (span if few else 1) + group * tiling.heads
+    ones = (head == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.float32)
+    turned = jax.lax.dot_general(ones, scale, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    if few:
+        return turned
+    return jnp.broadcast_to(turned[:, None], (tiling.heads, span, tiling.block)).reshape(tiling.rows, tiling.block)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def cache_attention(
+    q: Float[Array, "B T N H"],
+    cache: "Cache",
+    layer: ArrayLike,
+    first: Int[Array, "B"],
+    interpret: bool = False,
+) -> Float[Array, "B T NH"]:
+    """softmax(q k / sqrt(H)) v over one layer of the cache, into which the new tokens' keys and values are written.
+
+    ``first``: the slot of each row's first new token; the T tokens follow each other and see the slots up to their own.
+    Scores, softmax and sums are float32; weights are rounded to the dtype of ``q`` before they meet the values. Of an
+    int8 cache the scales meet the scores and the weights, not the keys and values. ``interpret``: run it without a TPU.
+    """
+    batch, width, heads, head_dim = q.shape
+    itemsize, scaled = cache.k.dtype.itemsize, cache.k_scale is not None
+    tiling = Tiling.of(batch, width, heads, head_dim, cache.slots, cache.k.shape[3] // head_dim, itemsize)
+    span = tiling.heads_per_kv * tiling.piece
+    padded = jnp.pad(q, ((0, 0), (0, tiling.pieces * tiling.piece - width), (0, 0), (0, 0)))
+    shape = (batch, tiling.pieces, tiling.piece, tiling.groups, tiling.heads, tiling.heads_per_kv, head_dim)
+    turned = padded.reshape(shape).transpose(0, 3, 1, 5, 2, 4, 6)  # [B, groups, pieces, G, t, C, H]
+    queries = pl.BlockSpec(
+        (None, None, None, span, tiling.lanes), lambda row, group, piece, *_: (row, group, piece, 0, 0)
+    )
+    stored = pl.BlockSpec((None, None, tiling.block, tiling.lanes), tiling.stored)
+    scale = pl.BlockSpec((None, None, tiling.block, tiling.kv_heads), tiling.scale)
+    scales = [cache.k_scale, cache.v_scale] if scaled else []
+    first = first.astype(jnp.int32)
+    flat = turned.reshape(batch, tiling.groups, tiling.pieces, span, tiling.lanes)
+    out = pl.pallas_call(
+        functools.partial(_kernel, tiling=tiling),
+        out_shape=jax.ShapeDtypeStruct(flat.shape, q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=tiling.grid(first),
+            in_specs=[queries, stored, stored, *[scale] * len(scales)],
+            out_specs=queries,
+            scratch_shapes=[
+                pltpu.VMEM((tiling.rows, tiling.lanes), jnp.float32),
+                pltpu.VMEM((tiling.rows, 1), jnp.float32),
+                pltpu.VMEM((tiling.rows, 1), jnp.float32),
+                pltpu.VMEM((tiling.rows, tiling.lanes), jnp.float32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+        ),
+        cost_estimate=cost(tiling, itemsize, q.dtype.itemsize, scaled),
+        interpret=interpret,
+        name="cache_attention",
+    )(jnp.asarray(layer, jnp.int32).reshape(1), first, flat, cache.k, cache.v, *scales)
+    out = out.reshape(turned.shape).transpose(0, 2, 4, 1, 5, 3, 6)  # [B, pieces, t, groups, C, G, H]
+    return out.reshape(batch, -1, heads * head_dim)[:, :width]
