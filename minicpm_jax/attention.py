@@ -12,8 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int8
 
+from minicpm_jax.kernels.cache_attention import cache_attention
+from minicpm_jax.sharding import splits
 from weights_io.config import ModelConfig
 
 BLOCK = 512  # cache slots that a prompt's attention looks at together
@@ -163,6 +167,7 @@ class Attention(nnx.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
+        self.mesh: Mesh | None = None  # of more than one device; `loading` says
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
@@ -172,14 +177,53 @@ class Attention(nnx.Module):
             q = rotate(self.q_proj(x).reshape(batch, width, self.heads, self.head_dim), positions)
             k = rotate(self.k_proj(x).reshape(batch, width, self.kv_heads, self.head_dim), positions)
             v = self.v_proj(x).reshape(k.shape)
-            mask = positions.mask
             if cache is not None:
                 cache = cache.written(layer, k, v, positions.index)
-                if width > 1:
-                    return self.o_proj(attend_blocks(q, cache, layer, k, positions.index)), cache
-                k, v = cache.read(layer, 0, cache.slots, k)
-                mask = jnp.arange(cache.slots) <= positions.index[:, :, None]  # [B, T, S]
-            return self.o_proj(attend(q, k, v, mask)), cache
+                return self.o_proj(attend_cache(q, cache, layer, positions.index, self.mesh)), cache
+            return self.o_proj(attend(q, k, v, positions.mask)), cache
+
+
+def attend_cache(
+    q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"], mesh: Mesh | None = None
+) -> Float[Array, "B T NH"]:
+    """`attend` over the filled slots of one layer; T tokens in a row see the slots up to their own, ``index``.
+
+    Compiled for a TPU this is a Pallas kernel, which XLA cannot split over the devices of a ``mesh`` by itself: each
+    runs it on the rows of its part of the axis data and the heads of its part of tensor. Where tensor does not divide
+    the key/value heads, and in float16, which the kernels' compiler does not know, it is XLA's form as elsewhere.
+    """
+
+    def plain(q, cache, layer, index):
+        batch, width, _, head_dim = q.shape
+        like = jax.ShapeDtypeStruct((batch, width, cache.k.shape[3] // head_dim, head_dim), q.dtype)
+        if width > 1:
+            return attend_blocks(q, cache, layer, like, index)
+        k, v = cache.read(layer, 0, cache.slots, like)
+        return attend(q, k, v, jnp.arange(cache.slots) <= index[:, :, None])
+
+    def kernel(q, cache, layer, index):
+        return cache_attention(q, cache, layer, index[:, 0])
+
+    def spread(q, cache, layer, index):
+        assert mesh is not None
+        rows = "data" if splits("data", len(index), mesh) else None
+        heads = "tensor" if "tensor" in mesh.shape else None
+        stored = P(None, rows, None, heads)
+        parts = Cache(stored, stored, P(rows), *([None] * 2 if cache.k_scale is None else [stored] * 2))
+        return jax.shard_map(
+            kernel,
+            mesh=mesh,
+            in_specs=(P(rows, None, heads, None), parts, P(), P(rows, None)),
+            out_specs=P(rows, None, heads),
+            check_vma=False,
+        )(q, cache, layer, index)
+
+    kv_heads = cache.k.shape[3] // q.shape[3]
+    divided = mesh is None or "tensor" not in mesh.shape or splits("tensor", kv_heads, mesh)
+    if not divided or q.dtype == jnp.float16:
+        return plain(q, cache, layer, index)
+    tpu = kernel if mesh is None else spread
+    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, tpu=tpu, default=plain)
 
 
 def attend(

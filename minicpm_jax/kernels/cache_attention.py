@@ -96,7 +96,7 @@ class Tiling:
     def blocks(self, first: Any, piece: Any) -> Any:
         """How many blocks hold what the tokens of a piece may see, of a row whose first new token is at ``first``."""
         last = first + jnp.minimum((piece + 1) * self.piece, self.width) - 1
-        return jnp.minimum(last, self.slots - 1) // self.block + 1
+        return _divided(jnp.minimum(last, self.slots - 1), self.block) + 1
 
     def grid(self, first: Any) -> tuple[Any, ...]:
         return self.batch, self.groups, self.pieces, jnp.max(self.blocks(first, self.pieces - 1))
@@ -106,17 +106,24 @@ class Tiling:
         return layer[0], row, jnp.minimum(step, self.blocks(first[row], piece) - 1), group
 
     def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
-        """Index map of the scales [L, B, S, K]: of all heads, as K is less than a lane tile."""
-        return *self.stored(row, group, piece, step, layer, first)[:3], 0
+        """Index map of the scales, turned to [L, B, K, S]: of all heads, as few as they are."""
+        layer, row, block, _ = self.stored(row, group, piece, step, layer, first)
+        return layer, row, 0, block
+
+
+def _divided(x: Any, by: int) -> Any:
+    """x // by of what is not negative: ``//`` looks at signs, for which Mosaic asks the default device what it is, and
+    that is no TPU where a program is compiled for one elsewhere."""
+    return jax.lax.div(jnp.asarray(x, jnp.int32), jnp.int32(by))
 
 
 def bytes_read(tiling: Tiling, first: Sequence[int], itemsize: int, scaled: bool = False) -> int:
     """Bytes of cache that the kernel takes from HBM for rows whose first new tokens stand at ``first`` [B]: its grid is
     walked and a block counts where its index is not the one of the step before. ``scaled``: int8 with float32 scales,
-    whose K numbers a TPU keeps in whole lane tiles."""
+    whose K rows a TPU keeps in tiles of 8."""
     start, layer = np.asarray(first, np.int32), np.zeros(1, np.int32)
     block = tiling.block * tiling.lanes * itemsize
-    scales = tiling.block * pl.cdiv(tiling.kv_heads, LANES) * LANES * 4 if scaled else 0
+    scales = tiling.block * pl.cdiv(tiling.kv_heads, 8) * 8 * 4 if scaled else 0
     total = 0
     with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
         steps = np.indices([int(n) for n in tiling.grid(start)]).reshape(4, -1)
@@ -146,7 +153,7 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
 
     def own(head: int) -> Array:
         """The lanes [1, W] of one head of the group."""
-        return jax.lax.broadcasted_iota(jnp.int32, (1, tiling.lanes), 1) // tiling.head_dim == head
+        return _divided(jax.lax.broadcasted_iota(jnp.int32, (1, tiling.lanes), 1), tiling.head_dim) == head
 
     @pl.when(step == 0)
     def _():
@@ -198,17 +205,17 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
         out_ref[...] = out.astype(out_ref.dtype)
 
 
-def _of_rows(scale: Float[Array, "S K"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
-    """The scale of each slot for each row's head: turned by a product with ones and zeros, exact in float32."""
+def _of_rows(scale: Float[Array, "K S"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
+    """The scale of each slot for each row's head: picked by a product with ones and zeros, exact in float32."""
     span = tiling.heads_per_kv * tiling.piece
     few = span < 8  # less than a tile of rows: spread them in the product
     shape = (tiling.rows if few else tiling.heads, tiling.kv_heads)
-    head = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // (span if few else 1) + group * tiling.heads
+    head = _divided(jax.lax.broadcasted_iota(jnp.int32, shape, 0), span if few else 1) + group * tiling.heads
     ones = (head == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.float32)
-    turned = jax.lax.dot_general(ones, scale, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    picked = jnp.dot(ones, scale, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     if few:
-        return turned
-    return jnp.broadcast_to(turned[:, None], (tiling.heads, span, tiling.block)).reshape(tiling.rows, tiling.block)
+        return picked
+    return jnp.broadcast_to(picked[:, None], (tiling.heads, span, tiling.block)).reshape(tiling.rows, tiling.block)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -236,8 +243,8 @@ def cache_attention(
         (None, None, None, span, tiling.lanes), lambda row, group, piece, *_: (row, group, piece, 0, 0)
     )
     stored = pl.BlockSpec((None, None, tiling.block, tiling.lanes), tiling.stored)
-    scale = pl.BlockSpec((None, None, tiling.block, tiling.kv_heads), tiling.scale)
-    scales = [cache.k_scale, cache.v_scale] if scaled else []
+    scale = pl.BlockSpec((None, None, tiling.kv_heads, tiling.block), tiling.scale)
+    scales = [jnp.swapaxes(x, 2, 3) for x in (cache.k_scale, cache.v_scale) if x is not None]
     first = first.astype(jnp.int32)
     flat = turned.reshape(batch, tiling.groups, tiling.pieces, span, tiling.lanes)
     out = pl.pallas_call(
