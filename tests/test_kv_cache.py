@@ -55,7 +55,7 @@ def test_eight_bits_hardly_move_the_logits_of_pico_in_jax():
         x, cache = model.decode(ids[:, :-1], Cache.empty(model.config, 1, 64, jnp.float32, bits), len(PROMPT) - 1)
         x, cache = model.decode(ids[:, -1:], cache, 1)
         logits.append(np.asarray(model.head(x)))
-    assert cache.k.dtype == jnp.int8 and cache.k_scale.shape == (6, 1, 64, 2)
+    assert cache.k.dtype == jnp.int8 and cache.k_scale.shape == (6, 1, 8, 64)
     error = np.abs(logits[1] - logits[0]).max() / logits[0].std()
     assert 0 < error < 0.02  # measured: 0.0068
 

@@ -106,7 +106,7 @@ class Tiling:
         return layer[0], row, jnp.minimum(step, self.blocks(first[row], piece) - 1), group
 
     def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
-        """Index map of the scales, turned to [L, B, K, S]: of all heads, as few as they are."""
+        """Index map of the scales [L, B, X, S]: of all heads, as few as they are."""
         layer, row, block, _ = self.stored(row, group, piece, step, layer, first)
         return layer, row, 0, block
 
@@ -205,11 +205,11 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
         out_ref[...] = out.astype(out_ref.dtype)
 
 
-def _of_rows(scale: Float[Array, "K S"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
+def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
     """The scale of each slot for each row's head: picked by a product with ones and zeros, exact in float32."""
     span = tiling.heads_per_kv * tiling.piece
     few = span < 8  # less than a tile of rows: spread them in the product
-    shape = (tiling.rows if few else tiling.heads, tiling.kv_heads)
+    shape = (tiling.rows if few else tiling.heads, scale.shape[0])
     head = _divided(jax.lax.broadcasted_iota(jnp.int32, shape, 0), span if few else 1) + group * tiling.heads
     ones = (head == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.float32)
     picked = jnp.dot(ones, scale, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -243,8 +243,8 @@ def cache_attention(
         (None, None, None, span, tiling.lanes), lambda row, group, piece, *_: (row, group, piece, 0, 0)
     )
     stored = pl.BlockSpec((None, None, tiling.block, tiling.lanes), tiling.stored)
-    scale = pl.BlockSpec((None, None, tiling.kv_heads, tiling.block), tiling.scale)
-    scales = [jnp.swapaxes(x, 2, 3) for x in (cache.k_scale, cache.v_scale) if x is not None]
+    scales = [x for x in (cache.k_scale, cache.v_scale) if x is not None]
+    scale = pl.BlockSpec((None, None, scales[0].shape[2] if scaled else 0, tiling.block), tiling.scale)
     first = first.astype(jnp.int32)
     flat = turned.reshape(batch, tiling.groups, tiling.pieces, span, tiling.lanes)
     out = pl.pallas_call(
