@@ -29,8 +29,8 @@ BLOCK = 512  # cache slots that a prompt's attention looks at together
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of all layers. Flat in the last axis: [.., K, 64] would be padded to 128 lanes on a TPU.
-    In int8 a slot's head has a scale: its largest number / 127. X: the K heads, rounded up to the 8 rows of a TPU's tile;
-    of another number XLA would keep the axes in another order, and turn all layers' scales for each."""
+    In int8 a slot's head has a scale: its largest number / 127. X: the K heads, rounded up to a TPU tile's 8 rows; of
+    another number XLA would keep the axes in another order, and turn all layers' scales for each layer."""
 
     k: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
     v: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
@@ -204,7 +204,8 @@ def attend_cache(
 
     Compiled for a TPU this is a Pallas kernel, which XLA cannot split over the devices of a ``mesh`` by itself: each
     runs it on the rows of its part of the axis data and the heads of its part of tensor. Where tensor does not divide
-    the key/value heads (or their scales are padded), and in float16, which the kernels' compiler does not know, it is XLA's form as elsewhere.
+    the key/value heads (or their scales are padded), and in float16, which the kernels' compiler does not know, it is
+    XLA's form as elsewhere.
     """
 
     def plain(q, cache, layer, index):

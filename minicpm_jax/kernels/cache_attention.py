@@ -4,17 +4,17 @@ Dims: L layers, B batch, T new tokens, S cache slots, N query heads, K key/value
       In the kernel: W lanes hold the C = W / H key/value heads of one group, t tokens make a piece of the T,
       R = C G t rows are its queries.
 
-The cache stays in HBM as it is, [L, B, S, K H]; the grid (B, groups, pieces, blocks of slots) takes blocks [slots, W] of
-one layer out of it, and a row's blocks stop where the row is filled: a later grid step names the block before it again,
-which Pallas does not fetch again, and computes nothing. The number of grid steps is that of the fullest row.
+The cache stays in HBM as it is, [L, B, S, K H]; the grid (B, groups, pieces, blocks of slots) takes blocks [slots, W]
+of one layer out of it, and a row's blocks stop where the row is filled: a later grid step names the block before it
+again, which Pallas does not fetch again, and computes nothing. There are as many grid steps as the fullest row needs.
 
 Two heads of 64 share 128 lanes, and taking them apart would move every key. Instead a query is zero in the lanes of the
-other heads, so that one product over W lanes gives its scores, and of weights times values only the own lanes are kept.
-A matrix unit is 128 wide (256 on v6e) whatever the head, so within one pair of heads this costs nothing; with all heads in
+other heads, so that one product over W lanes gives its scores, and of weights times values only its own lanes are kept.
+A matrix unit is 128 wide (v6e: 256) whatever the head, so within a pair of heads this costs nothing; with all heads in
 one group (decoding: few rows) it takes the time of loading keys and values into the unit, which any product does.
 
-JAX's own kernels want another layout: paged and ragged paged attention read pages with the head as an axis (a head of 64
-would be padded to 128 lanes), splash and flash attention read no cache and know no fill.
+JAX's own kernels do not read this cache: paged and ragged paged attention want pages with the head as an axis (a head
+of 64 padded to 128 lanes), splash and flash attention one layer's keys by head, and they know nothing of its fill.
 Source of the running softmax: arXiv 2205.14135.
 """
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 LANES = 128  # of a TPU's registers and tiles
 ROWS = 1024  # most queries of a step: with 512 slots their scores are 2 MiB
 FEW = 128  # so many queries of all heads go together: the matrix unit takes them while it loads the next keys
-BLOCK = 512  # most slots of a step
+BLOCK = 512  # most slots of a step; in decoding half of it, as the last block of a row is seldom full
 BLOCK_BYTES = 5 << 18  # 1.25 MiB, most of one block of keys: it and its like are in VMEM four times, of 16 MiB
 
 
@@ -69,7 +69,7 @@ class Tiling:
         if not few:
             most = 1 << max(4, (ROWS // rows).bit_length() - 1)
             piece = min(most, -(-width // 16) * 16)  # 16 rows of bfloat16 are a tile
-        block = BLOCK
+        block = BLOCK // 2 if few else BLOCK
         while block > 128 and block * lanes * itemsize > BLOCK_BYTES:
             block //= 2
         return Tiling(
@@ -95,15 +95,16 @@ class Tiling:
 
     def blocks(self, first: Any, piece: Any) -> Any:
         """How many blocks hold what the tokens of a piece may see, of a row whose first new token is at ``first``."""
-        last = first + jnp.minimum((piece + 1) * self.piece, self.width) - 1
-        return _divided(jnp.minimum(last, self.slots - 1), self.block) + 1
+        last = first + _least((piece + 1) * self.piece, self.width) - 1
+        return _divided(_least(last, self.slots - 1), self.block) + 1
 
     def grid(self, first: Any) -> tuple[Any, ...]:
-        return self.batch, self.groups, self.pieces, jnp.max(self.blocks(first, self.pieces - 1))
+        """(B, groups, pieces, blocks of the fullest row) for rows whose first new tokens are at ``first`` [B]."""
+        return self.batch, self.groups, self.pieces, self.blocks(first, self.pieces - 1).max()
 
     def stored(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
         """Index map of keys and values [L, B, S, K H]."""
-        return layer[0], row, jnp.minimum(step, self.blocks(first[row], piece) - 1), group
+        return layer[0], row, _least(step, self.blocks(first[row], piece) - 1), group
 
     def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
         """Index map of the scales [L, B, X, S]: of all heads, as few as they are."""
@@ -111,36 +112,44 @@ class Tiling:
         return layer, row, 0, block
 
 
+def _least(x: Any, y: Any) -> Any:
+    return (jnp if isinstance(x, jax.Array) or isinstance(y, jax.Array) else np).minimum(x, y)
+
+
 def _divided(x: Any, by: int) -> Any:
-    """x // by of what is not negative: ``//`` looks at signs, for which Mosaic asks the default device what it is, and
-    that is no TPU where a program is compiled for one elsewhere."""
-    return jax.lax.div(jnp.asarray(x, jnp.int32), jnp.int32(by))
+    """x // by of what is not negative: ``//`` of JAX looks at signs, for which Mosaic asks the default device what it
+    is, and that is no TPU where a program is compiled for one elsewhere."""
+    return jax.lax.div(x, jnp.int32(by)) if isinstance(x, jax.Array) else x // by
 
 
 def bytes_read(tiling: Tiling, first: Sequence[int], itemsize: int, scaled: bool = False) -> int:
     """Bytes of cache that the kernel takes from HBM for rows whose first new tokens stand at ``first`` [B]: its grid is
-    walked and a block counts where its index is not the one of the step before. ``scaled``: int8 with float32 scales,
-    whose K rows a TPU keeps in tiles of 8."""
-    start, layer = np.asarray(first, np.int32), np.zeros(1, np.int32)
-    block = tiling.block * tiling.lanes * itemsize
-    scales = tiling.block * pl.cdiv(tiling.kv_heads, 8) * 8 * 4 if scaled else 0
-    total = 0
-    with jax.ensure_compile_time_eval(), jax.default_device(jax.devices("cpu")[0]):
-        steps = np.indices([int(n) for n in tiling.grid(start)]).reshape(4, -1)
-        for index_map, size in ((tiling.stored, block), (tiling.scale, scales)):
-            parts = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start)))
-            total += 2 * size * (1 + int(np.any(parts[:, 1:] != parts[:, :-1], axis=0).sum()))
+    walked, and a block counts where its index is not that of the step before. ``scaled``: int8 with float32 scales."""
+    start, layer, total = np.asarray(first), np.zeros(1, int), 0
+    steps = np.indices(tiling.grid(start)).reshape(4, -1)
+    for index_map, size in _parts(tiling, itemsize, scaled):
+        index = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start)))
+        total += 2 * size * (1 + int(np.any(index[:, 1:] != index[:, :-1], axis=0).sum()))
     return total
 
 
+def _parts(tiling: Tiling, itemsize: int, scaled: bool) -> list[tuple[Any, int]]:
+    """The index map of keys, and of values, and the bytes of a block; and of their scales, in tiles of 8 heads."""
+    parts = [(tiling.stored, tiling.block * tiling.lanes * itemsize)]
+    return [*parts, (tiling.scale, tiling.block * -(-tiling.kv_heads // 8) * 8 * 4)] if scaled else parts
+
+
 def cost(tiling: Tiling, itemsize: int, query_itemsize: int, scaled: bool = False) -> pl.CostEstimate:
-    """Of a full cache: it is stated before the fill is known."""
+    """Of rows that fill the cache: it is stated before their fill is known."""
+    blocks = sum(int(tiling.blocks(tiling.slots - tiling.width, piece)) for piece in range(tiling.pieces))
+    size = sum(size for _, size in _parts(tiling, itemsize, scaled))
+    fetched = 2 * tiling.batch * tiling.groups * blocks * size
     queries = tiling.batch * tiling.width * tiling.kv_heads * tiling.heads_per_kv
-    full = [tiling.slots - tiling.width] * tiling.batch
     return pl.CostEstimate(
         flops=4 * queries * tiling.slots * tiling.head_dim,
         transcendentals=queries * tiling.slots,
-        bytes_accessed=bytes_read(tiling, full, itemsize, scaled) + 2 * queries * tiling.head_dim * query_itemsize,
+        bytes_accessed=2 * tiling.batch * tiling.groups * blocks * size
+        + 2 * queries * tiling.head_dim * query_itemsize,
     )
 
 
@@ -180,8 +189,10 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
         scores = scores * tiling.head_dim**-0.5
         if scales:
             scores = scores * _of_rows(scales[0][...], group, tiling)
-        at = first + piece * tiling.piece + jax.lax.rem(
-            jax.lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0), tiling.piece
+        at = (
+            first
+            + piece * tiling.piece
+            + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0), tiling.piece)
         )
         scores = jnp.where(slot <= at, scores, jnp.finfo(jnp.float32).min)
         # Slot 0, which every token sees, is in the first block: what is not seen gets the weight 0 from here on.
@@ -235,39 +246,35 @@ def cache_attention(
     batch, width, heads, head_dim = q.shape
     itemsize, scaled = cache.k.dtype.itemsize, cache.k_scale is not None
     tiling = Tiling.of(batch, width, heads, head_dim, cache.slots, cache.k.shape[3] // head_dim, itemsize)
-    span = tiling.heads_per_kv * tiling.piece
     padded = jnp.pad(q, ((0, 0), (0, tiling.pieces * tiling.piece - width), (0, 0), (0, 0)))
     shape = (batch, tiling.pieces, tiling.piece, tiling.groups, tiling.heads, tiling.heads_per_kv, head_dim)
     turned = padded.reshape(shape).transpose(0, 3, 1, 5, 2, 4, 6)  # [B, groups, pieces, G, t, C, H]
-    queries = pl.BlockSpec(
-        (None, None, None, span, tiling.lanes), lambda row, group, piece, *_: (row, group, piece, 0, 0)
-    )
+    flat = turned.reshape(batch, tiling.groups, tiling.pieces, tiling.heads_per_kv * tiling.piece, tiling.lanes)
+
+    queries = pl.BlockSpec((None, None, None, *flat.shape[3:]), lambda row, group, piece, *_: (row, group, piece, 0, 0))
     stored = pl.BlockSpec((None, None, tiling.block, tiling.lanes), tiling.stored)
-    scales = [x for x in (cache.k_scale, cache.v_scale) if x is not None]
-    scale = pl.BlockSpec((None, None, scales[0].shape[2] if scaled else 0, tiling.block), tiling.scale)
+    held, specs = [cache.k, cache.v], [stored, stored]
+    if cache.k_scale is not None and cache.v_scale is not None:
+        held += [cache.k_scale, cache.v_scale]
+        specs += [pl.BlockSpec((None, None, cache.k_scale.shape[2], tiling.block), tiling.scale)] * 2
+    if not interpret:  # else XLA takes a small cache through its own memory: all layers, for each of them
+        held = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in held]
     first = first.astype(jnp.int32)
-    flat = turned.reshape(batch, tiling.groups, tiling.pieces, span, tiling.lanes)
+    rows = tiling.heads * flat.shape[3]
     out = pl.pallas_call(
         functools.partial(_kernel, tiling=tiling),
         out_shape=jax.ShapeDtypeStruct(flat.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=tiling.grid(first),
-            in_specs=[queries, stored, stored, *[scale] * len(scales)],
+            in_specs=[queries, *specs],
             out_specs=queries,
-            scratch_shapes=[
-                pltpu.VMEM((tiling.rows, tiling.lanes), jnp.float32),
-                pltpu.VMEM((tiling.rows, 1), jnp.float32),
-                pltpu.VMEM((tiling.rows, 1), jnp.float32),
-                pltpu.VMEM((tiling.rows, tiling.lanes), jnp.float32),
-            ],
+            scratch_shapes=[pltpu.VMEM((rows, lanes), jnp.float32) for lanes in (tiling.lanes, 1, 1, tiling.lanes)],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         cost_estimate=cost(tiling, itemsize, q.dtype.itemsize, scaled),
         interpret=interpret,
         name="cache_attention",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), first, flat, cache.k, cache.v, *scales)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), first, flat, *held)
     out = out.reshape(turned.shape).transpose(0, 2, 4, 1, 5, 3, 6)  # [B, pieces, t, groups, C, G, H]
     return out.reshape(batch, -1, heads * head_dim)[:, :width]
