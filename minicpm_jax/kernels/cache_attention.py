@@ -148,8 +148,7 @@ def cost(tiling: Tiling, itemsize: int, query_itemsize: int, scaled: bool = Fals
     return pl.CostEstimate(
         flops=4 * queries * tiling.slots * tiling.head_dim,
         transcendentals=queries * tiling.slots,
-        bytes_accessed=2 * tiling.batch * tiling.groups * blocks * size
-        + 2 * queries * tiling.head_dim * query_itemsize,
+        bytes_accessed=fetched + 2 * queries * tiling.head_dim * query_itemsize,
     )
 
 
@@ -178,7 +177,7 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
         q, k, v = wide[...].astype(q_ref.dtype), k_ref[...], v_ref[...]
         exact = precision(q)
         slot = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
-        if tiling.slots % tiling.block:  # what lies behind the last slot may be no number
+        if tiling.slots % tiling.block:  # what lies behind the last slot may be no number, and 0 times that is none
             down = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (tiling.block, 1), 0)
             v = jnp.where(down < tiling.slots, v, jnp.zeros_like(v))
         if scales:
@@ -188,7 +187,7 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
         )
         scores = scores * tiling.head_dim**-0.5
         if scales:
-            scores = scores * _of_rows(scales[0][...], group, tiling)
+            scores = scores * _of_rows(jnp.where(slot < tiling.slots, scales[0][...], 0), group, tiling)
         at = (
             first
             + piece * tiling.piece
@@ -202,7 +201,7 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
         top[...] = higher
         total[...] = total[...] * fade + jnp.sum(weights, axis=1, keepdims=True)
         if scales:
-            weights = weights * _of_rows(scales[1][...], group, tiling)
+            weights = weights * _of_rows(jnp.where(slot < tiling.slots, scales[1][...], 0), group, tiling)
         mixed[...] = mixed[...] * fade + jnp.dot(
             weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
         )
