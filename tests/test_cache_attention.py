@@ -232,8 +232,8 @@ def compiled(job, slots, batch=1, bits=None):
     ],
 )
 def test_programs_for_a_tpu_run_the_kernel_and_copy_no_cache(job, slots, batch, bits):
-    """Temporaries of a v5e program: measured 0.3 to 0.4 MB. With XLA's form, which turns the cache and back, 76 MB for a
-    piece of a prompt at 4,096 slots and 605 MB at 32,768; 152 MB and 1,359 MB for decoding."""
+    """Temporaries of a v5e program: measured 0.3 to 0.4 MB. With XLA's form, which turns the cache and back, 76 MB for
+    a piece of a prompt at 4,096 slots and 605 MB at 32,768; 152 MB and 1,359 MB for decoding."""
     program = compiled(job, slots, batch, bits)
     text = program.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 1
