@@ -12,8 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int8
 
+from minicpm_jax.kernels.cache_attention import cache_attention
+from minicpm_jax.sharding import splits
 from weights_io.config import ModelConfig
 
 BLOCK = 512  # cache slots that a prompt's attention looks at together
@@ -25,24 +29,25 @@ BLOCK = 512  # cache slots that a prompt's attention looks at together
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of all layers. Flat in the last axis: [.., K, 64] would be padded to 128 lanes on a TPU.
-    In int8 a slot's head has a scale: its largest number / 127."""
+    In int8 a slot's head has a scale: its largest number / 127. X: the K heads, rounded up to a TPU tile's 8 rows; of
+    another number XLA would keep the axes in another order, and turn all layers' scales for each layer."""
 
     k: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
     v: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
     lengths: Int[Array, "B"]  # slots filled in each row; slot = position
-    k_scale: Float[Array, "L B S K"] | None = None
-    v_scale: Float[Array, "L B S K"] | None = None
+    k_scale: Float[Array, "L B X S"] | None = None
+    v_scale: Float[Array, "L B X S"] | None = None
 
     @staticmethod
     def empty(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None = None) -> "Cache":
         """``bits`` 8: int8; None: ``dtype``."""
-        lead = (config.num_hidden_layers, batch, slots)
-        shape = (*lead, config.num_key_value_heads * config.head_dim)
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, batch, slots, heads * config.head_dim)
         lengths = jnp.zeros(batch, jnp.int32)
         if bits is None:
             return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths)
         k, v = jnp.zeros(shape, jnp.int8), jnp.zeros(shape, jnp.int8)
-        scales = [jnp.zeros((*lead, config.num_key_value_heads), jnp.float32) for _ in range(2)]
+        scales = [jnp.zeros((layers, batch, -(-heads // 8) * 8, slots), jnp.float32) for _ in range(2)]
         return Cache(k, v, lengths, *scales)
 
     @property
@@ -53,19 +58,32 @@ class Cache:
         """With k and v [B, T, K, H] of one layer in the slots ``index``: T in a row from the same one in every row, or
         one in each row."""
         batch, width, heads, _ = k.shape
+        together = batch == 1 or width > 1
 
         def write(stored, new):
             new = new.astype(stored.dtype)
-            if batch == 1 or width > 1:
+            if together and stored.dtype != jnp.int8:
                 return jax.lax.dynamic_update_slice(stored, new[None], (layer, 0, index[0, 0], 0))
-            return stored.at[layer, jnp.arange(batch), index[:, 0]].set(new[:, 0])
+            # A TPU writes a slice of int8 in tiles of 8 slots: all layers' tiles of 32 would be copied and back. A
+            # scatter of one row would become one of a slice, so it is written twice.
+            slots = index
+            if index.size == 1:
+                new, slots = (jnp.concatenate([x, x], axis=1) for x in (new, slots))
+            return stored.at[layer, jnp.arange(batch)[:, None], slots].set(new)
+
+        def write_scale(stored, new):
+            new = new.transpose(0, 2, 1)  # [B, K, T]
+            if together:
+                return jax.lax.dynamic_update_slice(stored, new[None], (layer, 0, 0, index[0, 0]))
+            rows = jnp.arange(batch)[:, None]  # number by number: for whole heads XLA would turn all layers' scales
+            return stored.at[layer, rows, jnp.arange(heads), index].set(new[:, :, 0])
 
         if self.k_scale is None or self.v_scale is None:
             k, v = (x.reshape(batch, width, -1) for x in (k, v))
             return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
         (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
         k, v = (x.reshape(batch, width, -1) for x in (k, v))
-        scales = write(self.k_scale, k_scale), write(self.v_scale, v_scale)
+        scales = write_scale(self.k_scale, k_scale), write_scale(self.v_scale, v_scale)
         return Cache(write(self.k, k), write(self.v, v), self.lengths, *scales)
 
     def read(self, layer: ArrayLike, first: ArrayLike, size: int, like: Float[Array, "B T K H"]) -> tuple[Array, Array]:
@@ -77,8 +95,8 @@ class Cache:
             block = block.reshape(batch, size, heads, -1)
             if scale is None:
                 return block
-            scale = jax.lax.dynamic_slice(scale, (layer, 0, first, 0), (1, batch, size, heads))[0]
-            return (block * scale[..., None]).astype(like.dtype)
+            scale = jax.lax.dynamic_slice(scale, (layer, 0, 0, first), (1, batch, heads, size))[0]
+            return (block * scale.transpose(0, 2, 1)[..., None]).astype(like.dtype)
 
         return part(self.k, self.k_scale), part(self.v, self.v_scale)
 
@@ -163,6 +181,7 @@ class Attention(nnx.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
+        self.mesh: Mesh | None = None  # of more than one device; `loading` says
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
@@ -172,14 +191,56 @@ class Attention(nnx.Module):
             q = rotate(self.q_proj(x).reshape(batch, width, self.heads, self.head_dim), positions)
             k = rotate(self.k_proj(x).reshape(batch, width, self.kv_heads, self.head_dim), positions)
             v = self.v_proj(x).reshape(k.shape)
-            mask = positions.mask
             if cache is not None:
                 cache = cache.written(layer, k, v, positions.index)
-                if width > 1:
-                    return self.o_proj(attend_blocks(q, cache, layer, k, positions.index)), cache
-                k, v = cache.read(layer, 0, cache.slots, k)
-                mask = jnp.arange(cache.slots) <= positions.index[:, :, None]  # [B, T, S]
-            return self.o_proj(attend(q, k, v, mask)), cache
+                return self.o_proj(attend_cache(q, cache, layer, positions.index, self.mesh)), cache
+            return self.o_proj(attend(q, k, v, positions.mask)), cache
+
+
+def attend_cache(
+    q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"], mesh: Mesh | None = None
+) -> Float[Array, "B T NH"]:
+    """`attend` over the filled slots of one layer; T tokens in a row see the slots up to their own, ``index``.
+
+    Compiled for a TPU this is a Pallas kernel, which XLA cannot split over the devices of a ``mesh`` by itself: each
+    runs it on the rows of its part of the axis data and the heads of its part of tensor. Where tensor does not divide
+    the key/value heads (or their scales are padded), and in float16, which the kernels' compiler does not know, it is
+    XLA's form as elsewhere.
+    """
+
+    def plain(q, cache, layer, index):
+        batch, width, _, head_dim = q.shape
+        like = jax.ShapeDtypeStruct((batch, width, cache.k.shape[3] // head_dim, head_dim), q.dtype)
+        if width > 1:
+            return attend_blocks(q, cache, layer, like, index)
+        k, v = cache.read(layer, 0, cache.slots, like)
+        return attend(q, k, v, jnp.arange(cache.slots) <= index[:, :, None])
+
+    def kernel(q, cache, layer, index):
+        return cache_attention(q, cache, layer, index[:, 0])
+
+    def spread(q, cache, layer, index):
+        assert mesh is not None
+        rows = "data" if splits("data", len(index), mesh) else None
+        heads = "tensor" if "tensor" in mesh.shape else None
+        stored = P(None, rows, None, heads)
+        scale = None if cache.k_scale is None else P(None, rows, heads)
+        parts = Cache(stored, stored, P(rows), scale, scale)
+        return jax.shard_map(
+            kernel,
+            mesh=mesh,
+            in_specs=(P(rows, None, heads, None), parts, P(), P(rows, None)),
+            out_specs=P(rows, None, heads),
+            check_vma=False,
+        )(q, cache, layer, index)
+
+    kv_heads = cache.k.shape[3] // q.shape[3]
+    padded = cache.k_scale is not None and cache.k_scale.shape[2] != kv_heads
+    divided = mesh is None or "tensor" not in mesh.shape or (splits("tensor", kv_heads, mesh) and not padded)
+    if not divided or q.dtype == jnp.float16:
+        return plain(q, cache, layer, index)
+    tpu = kernel if mesh is None else spread
+    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, tpu=tpu, default=plain)
 
 
 def attend(

@@ -125,10 +125,14 @@ def _chosen(model: Model, state: State, hidden: Array, knobs: Knobs) -> State:
 def grown(state: State, slots: int) -> State:
     """The same with S cache slots."""
 
-    def padded(stored):
-        return stored if stored.ndim == 1 else jnp.pad(stored, [(0, 0), (0, 0), (0, slots - stored.shape[2]), (0, 0)])
+    more = slots - state.cache.slots
 
-    return dataclasses.replace(state, cache=jax.tree.map(padded, state.cache))
+    def padded(stored, axis):
+        return None if stored is None else jnp.pad(stored, [(0, more if i == axis else 0) for i in range(4)])
+
+    axes = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}
+    longer = {name: padded(getattr(state.cache, name), axis) for name, axis in axes.items()}
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, **longer))
 
 
 def check(memory: CacheOptions) -> None:

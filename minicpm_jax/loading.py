@@ -65,9 +65,16 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | 
     with reading(checkpoint) as checkpoint:
         leaves = {p.name: _place(checkpoint, p, target, mesh) for p in parameters(checkpoint.config)}
     model = Model(nested(leaves), checkpoint.config, checkpoint.eos_token_ids)
-    if mesh is not None and checkpoint.config.num_experts:
-        model.model.layers.mlp.experts.spread = splits("expert", checkpoint.config.num_experts, mesh)
+    if mesh is not None:
+        spread(model, mesh)
     return model
+
+
+def spread(model: Model, mesh: Mesh) -> None:
+    """Tell a model (or its `abstract` form) over which `automatic` mesh its weights lie, where XLA cannot find out."""
+    model.model.layers.self_attn.mesh = mesh
+    if model.config.num_experts:
+        model.model.layers.mlp.experts.spread = splits("expert", model.config.num_experts, mesh)
 
 
 def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh | None) -> jax.Array:

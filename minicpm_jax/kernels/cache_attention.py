@@ -1,0 +1,279 @@
+"""Attention of T new tokens over the filled part of the stacked cache: one Pallas TPU kernel for prompts and decoding.
+
+Dims: L layers, B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N / K, H head dimension.
+      In the kernel: W lanes hold the C = W / H key/value heads of one group, t tokens make a piece of the T,
+      R = C G t rows are its queries.
+
+The cache stays in HBM as it is, [L, B, S, K H]; the grid (B, groups, pieces, blocks of slots) takes blocks [slots, W]
+of one layer out of it, and a row's blocks stop where the row is filled: a later grid step names the block before it
+again, which Pallas does not fetch again, and computes nothing. There are as many grid steps as the fullest row needs.
+
+Two heads of 64 share 128 lanes, and taking them apart would move every key. Instead a query is zero in the lanes of the
+other heads, so that one product over W lanes gives its scores, and of weights times values only its own lanes are kept.
+A matrix unit is 128 wide (v6e: 256) whatever the head, so within a pair of heads this costs nothing; with all heads in
+one group (decoding: few rows) it takes the time of loading keys and values into the unit, which any product does.
+
+JAX's own kernels do not read this cache: paged and ragged paged attention want pages with the head as an axis (a head
+of 64 padded to 128 lanes), splash and flash attention one layer's keys by head, and they know nothing of its fill.
+Source of the running softmax: arXiv 2205.14135.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from minicpm_jax.arithmetic import precision
+
+if TYPE_CHECKING:
+    from minicpm_jax.attention import Cache
+
+LANES = 128  # of a TPU's registers and tiles
+ROWS = 1024  # most queries of a step: with 512 slots their scores are 2 MiB
+FEW = 128  # so many queries of all heads go together: the matrix unit takes them while it loads the next keys
+BLOCK = 512  # most slots of a step; in decoding half of it, as the last block of a row is seldom full
+BLOCK_BYTES = 5 << 18  # 1.25 MiB, most of one block of keys: it and its like are in VMEM four times, of 16 MiB
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut: everything that the grid and the index maps depend on but the fill of the rows."""
+
+    batch: int
+    width: int  # T
+    slots: int  # S
+    kv_heads: int  # K
+    heads_per_kv: int  # G
+    head_dim: int  # H
+    lanes: int  # W
+    piece: int  # t
+    block: int  # slots of a block
+
+    @staticmethod
+    def of(batch: int, width: int, heads: int, head_dim: int, slots: int, kv_heads: int, itemsize: int) -> "Tiling":
+        """For queries [batch, width, heads, head_dim] and a cache of ``slots`` with numbers of ``itemsize`` bytes."""
+        lanes, few = kv_heads * head_dim, heads * width <= FEW
+        pair = math.lcm(LANES, head_dim)
+        if not few and lanes % pair == 0:
+            lanes = pair
+        rows = lanes // head_dim * (heads // kv_heads)  # of one token
+        piece = width
+        if not few:
+            most = 1 << max(4, (ROWS // rows).bit_length() - 1)
+            piece = min(most, -(-width // 16) * 16)  # 16 rows of bfloat16 are a tile
+        block = BLOCK // 2 if few else BLOCK
+        while block > 128 and block * lanes * itemsize > BLOCK_BYTES:
+            block //= 2
+        return Tiling(
+            batch, width, slots, kv_heads, heads // kv_heads, head_dim, lanes, piece, slots if slots <= block else block
+        )
+
+    @property
+    def heads(self) -> int:
+        """C: key/value heads of a group."""
+        return self.lanes // self.head_dim
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads // self.heads
+
+    @property
+    def pieces(self) -> int:
+        return pl.cdiv(self.width, self.piece)
+
+    @property
+    def rows(self) -> int:
+        return self.heads * self.heads_per_kv * self.piece
+
+    def blocks(self, first: Any, piece: Any) -> Any:
+        """How many blocks hold what the tokens of a piece may see, of a row whose first new token is at ``first``."""
+        last = first + _least((piece + 1) * self.piece, self.width) - 1
+        return _divided(_least(last, self.slots - 1), self.block) + 1
+
+    def grid(self, first: Any) -> tuple[Any, ...]:
+        """(B, groups, pieces, blocks of the fullest row) for rows whose first new tokens are at ``first`` [B]."""
+        return self.batch, self.groups, self.pieces, self.blocks(first, self.pieces - 1).max()
+
+    def stored(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
+        """Index map of keys and values [L, B, S, K H]."""
+        return layer[0], row, _least(step, self.blocks(first[row], piece) - 1), group
+
+    def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
+        """Index map of the scales [L, B, X, S]: of all heads, as few as they are."""
+        layer, row, block, _ = self.stored(row, group, piece, step, layer, first)
+        return layer, row, 0, block
+
+
+def _least(x: Any, y: Any) -> Any:
+    return (jnp if isinstance(x, jax.Array) or isinstance(y, jax.Array) else np).minimum(x, y)
+
+
+def _divided(x: Any, by: int) -> Any:
+    """x // by of what is not negative: ``//`` of JAX looks at signs, for which Mosaic asks the default device what it
+    is, and that is no TPU where a program is compiled for one elsewhere."""
+    return jax.lax.div(x, jnp.int32(by)) if isinstance(x, jax.Array) else x // by
+
+
+def bytes_read(tiling: Tiling, first: Sequence[int], itemsize: int, scaled: bool = False) -> int:
+    """Bytes of cache that the kernel takes from HBM for rows whose first new tokens stand at ``first`` [B]: its grid is
+    walked, and a block counts where its index is not that of the step before. ``scaled``: int8 with float32 scales."""
+    start, layer, total = np.asarray(first), np.zeros(1, int), 0
+    steps = np.indices(tiling.grid(start)).reshape(4, -1)
+    for index_map, size in _parts(tiling, itemsize, scaled):
+        index = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start)))
+        total += 2 * size * (1 + int(np.any(index[:, 1:] != index[:, :-1], axis=0).sum()))
+    return total
+
+
+def _parts(tiling: Tiling, itemsize: int, scaled: bool) -> list[tuple[Any, int]]:
+    """The index map of keys, and of values, and the bytes of a block; and of their scales, in tiles of 8 heads."""
+    parts = [(tiling.stored, tiling.block * tiling.lanes * itemsize)]
+    return [*parts, (tiling.scale, tiling.block * -(-tiling.kv_heads // 8) * 8 * 4)] if scaled else parts
+
+
+def cost(tiling: Tiling, itemsize: int, query_itemsize: int, scaled: bool = False) -> pl.CostEstimate:
+    """Of rows that fill the cache: it is stated before their fill is known."""
+    blocks = sum(int(tiling.blocks(tiling.slots - tiling.width, piece)) for piece in range(tiling.pieces))
+    size = sum(size for _, size in _parts(tiling, itemsize, scaled))
+    fetched = 2 * tiling.batch * tiling.groups * blocks * size
+    queries = tiling.batch * tiling.width * tiling.kv_heads * tiling.heads_per_kv
+    return pl.CostEstimate(
+        flops=4 * queries * tiling.slots * tiling.head_dim,
+        transcendentals=queries * tiling.slots,
+        bytes_accessed=fetched + 2 * queries * tiling.head_dim * query_itemsize,
+    )
+
+
+def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
+    *scales, out_ref, wide, top, total, mixed = refs
+    row, group, piece, step = (pl.program_id(axis) for axis in range(4))
+    first = first_ref[row]
+    blocks = tiling.blocks(first, piece)
+    span = tiling.heads_per_kv * tiling.piece  # rows of one key/value head
+
+    def own(head: int) -> Array:
+        """The lanes [1, W] of one head of the group."""
+        return _divided(jax.lax.broadcasted_iota(jnp.int32, (1, tiling.lanes), 1), tiling.head_dim) == head
+
+    @pl.when(step == 0)
+    def _():
+        q = q_ref[...].astype(jnp.float32)
+        for head in range(tiling.heads):
+            wide[head * span : (head + 1) * span] = jnp.where(own(head), q, 0)
+        top[...] = jnp.full(top.shape, jnp.finfo(jnp.float32).min, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        mixed[...] = jnp.zeros(mixed.shape, jnp.float32)
+
+    @pl.when(step < blocks)
+    def _():
+        q, k, v = wide[...].astype(q_ref.dtype), k_ref[...], v_ref[...]
+        exact = precision(q)
+        slot = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
+        if tiling.slots % tiling.block:  # what lies behind the last slot may be no number, and 0 times that is none
+            down = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (tiling.block, 1), 0)
+            v = jnp.where(down < tiling.slots, v, jnp.zeros_like(v))
+        if scales:
+            k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
+        scores = jax.lax.dot_general(
+            q, k, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+        )
+        scores = scores * tiling.head_dim**-0.5
+        if scales:
+            scores = scores * _of_rows(jnp.where(slot < tiling.slots, scales[0][...], 0), group, tiling)
+        at = (
+            first
+            + piece * tiling.piece
+            + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0), tiling.piece)
+        )
+        scores = jnp.where(slot <= at, scores, jnp.finfo(jnp.float32).min)
+        # Slot 0, which every token sees, is in the first block: what is not seen gets the weight 0 from here on.
+        higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp(scores - higher)
+        fade = jnp.exp(top[...] - higher)
+        top[...] = higher
+        total[...] = total[...] * fade + jnp.sum(weights, axis=1, keepdims=True)
+        if scales:
+            weights = weights * _of_rows(jnp.where(slot < tiling.slots, scales[1][...], 0), group, tiling)
+        mixed[...] = mixed[...] * fade + jnp.dot(
+            weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
+        )
+
+    @pl.when(step == blocks - 1)
+    def _():
+        out = jnp.zeros(out_ref.shape, jnp.float32)
+        for head in range(tiling.heads):
+            part = slice(head * span, (head + 1) * span)
+            out = out + jnp.where(own(head), mixed[part] / total[part], 0)
+        out_ref[...] = out.astype(out_ref.dtype)
+
+
+def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
+    """The scale of each slot for each row's head: picked by a product with ones and zeros, exact in float32."""
+    span = tiling.heads_per_kv * tiling.piece
+    few = span < 8  # less than a tile of rows: spread them in the product
+    shape = (tiling.rows if few else tiling.heads, scale.shape[0])
+    head = _divided(jax.lax.broadcasted_iota(jnp.int32, shape, 0), span if few else 1) + group * tiling.heads
+    ones = (head == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.float32)
+    picked = jnp.dot(ones, scale, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    if few:
+        return picked
+    return jnp.broadcast_to(picked[:, None], (tiling.heads, span, tiling.block)).reshape(tiling.rows, tiling.block)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def cache_attention(
+    q: Float[Array, "B T N H"],
+    cache: "Cache",
+    layer: ArrayLike,
+    first: Int[Array, "B"],
+    interpret: bool = False,
+) -> Float[Array, "B T NH"]:
+    """softmax(q k / sqrt(H)) v over one layer of the cache, into which the new tokens' keys and values are written.
+
+    ``first``: the slot of each row's first new token; the T tokens follow each other and see the slots up to their own.
+    Scores, softmax and sums are float32; weights are rounded to the dtype of ``q`` before they meet the values. Of an
+    int8 cache the scales meet the scores and the weights, not the keys and values. ``interpret``: run it without a TPU.
+    """
+    batch, width, heads, head_dim = q.shape
+    itemsize, scaled = cache.k.dtype.itemsize, cache.k_scale is not None
+    tiling = Tiling.of(batch, width, heads, head_dim, cache.slots, cache.k.shape[3] // head_dim, itemsize)
+    padded = jnp.pad(q, ((0, 0), (0, tiling.pieces * tiling.piece - width), (0, 0), (0, 0)))
+    shape = (batch, tiling.pieces, tiling.piece, tiling.groups, tiling.heads, tiling.heads_per_kv, head_dim)
+    turned = padded.reshape(shape).transpose(0, 3, 1, 5, 2, 4, 6)  # [B, groups, pieces, G, t, C, H]
+    flat = turned.reshape(batch, tiling.groups, tiling.pieces, tiling.heads_per_kv * tiling.piece, tiling.lanes)
+
+    queries = pl.BlockSpec((None, None, None, *flat.shape[3:]), lambda row, group, piece, *_: (row, group, piece, 0, 0))
+    stored = pl.BlockSpec((None, None, tiling.block, tiling.lanes), tiling.stored)
+    held, specs = [cache.k, cache.v], [stored, stored]
+    if cache.k_scale is not None and cache.v_scale is not None:
+        held += [cache.k_scale, cache.v_scale]
+        specs += [pl.BlockSpec((None, None, cache.k_scale.shape[2], tiling.block), tiling.scale)] * 2
+    if not interpret:  # else XLA takes a small cache through its own memory: all layers, for each of them
+        held = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in held]
+    first = first.astype(jnp.int32)
+    rows = tiling.heads * flat.shape[3]
+    out = pl.pallas_call(
+        functools.partial(_kernel, tiling=tiling),
+        out_shape=jax.ShapeDtypeStruct(flat.shape, q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=tiling.grid(first),
+            in_specs=[queries, *specs],
+            out_specs=queries,
+            scratch_shapes=[pltpu.VMEM((rows, lanes), jnp.float32) for lanes in (tiling.lanes, 1, 1, tiling.lanes)],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
+        cost_estimate=cost(tiling, itemsize, q.dtype.itemsize, scaled),
+        interpret=interpret,
+        name="cache_attention",
+    )(jnp.asarray(layer, jnp.int32).reshape(1), first, flat, *held)
+    out = out.reshape(turned.shape).transpose(0, 2, 4, 1, 5, 3, 6)  # [B, pieces, t, groups, C, G, H]
+    return out.reshape(batch, -1, heads * head_dim)[:, :width]
