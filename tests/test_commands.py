@@ -14,6 +14,7 @@ COMMANDS = [
 ]
 COMMANDS += ["minicpm_jax.pretrain", "minicpm_data.corpus", "minicpm_data.vocabulary"]
 COMMANDS += ["weights_io.convert", "weights_io.inspect", "weights_io.catalog"]
+COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory"]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
 ASKING_FOR_HELP = """
 import runpy, sys
