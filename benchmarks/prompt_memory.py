@@ -42,6 +42,8 @@ class Options:
     """Which of the two runs."""
     tokens: tuple[int, ...] = (2048, 8192, 16384)
     """Lengths of the prompt."""
+    prefill_step_size: int = 512
+    """Tokens that run together; less shows the cache's growth in fewer tokens."""
     here: bool = False
     """Run one length in this process; print the bytes and the seconds."""
 
@@ -51,13 +53,14 @@ def main(options: Options) -> None:
     if not Path("/proc/self/clear_refs").exists():
         raise InputError("the peak of a process is read from /proc, which this system has not; run it on Linux.")
     if options.here:
-        print(*run(options.backend, options.tokens[0]))
+        print(*run(options.backend, options.tokens[0], options.prefill_step_size))
         return
     print("| tokens | cache, predicted | peak beyond the weights | more than the cache | seconds |")
     print("|---|---|---|---|---|")
     for tokens in options.tokens:
         command = [sys.executable, "-m", "benchmarks.prompt_memory", "--here"]
         command += ["--backend", options.backend, "--tokens", str(tokens)]
+        command += ["--prefill-step-size", str(options.prefill_step_size)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         held, seconds = map(float, done.stdout.split())
         cache = tokens * BYTES_A_TOKEN
@@ -65,14 +68,14 @@ def main(options: Options) -> None:
         print(f"| {tokens:,} | {figures} | {seconds:,.0f} |", flush=True)
 
 
-def run(backend: str, tokens: int) -> tuple[int, float]:
+def run(backend: str, tokens: int, pieces: int) -> tuple[int, float]:
     """Bytes beyond the weights, and seconds, of one prompt and the token after it."""
     package = import_module(f"minicpm_{backend}")
     model = initialised(backend)
     prompt = np.random.default_rng(0).integers(0, CONFIG.vocab_size, tokens).tolist()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     held, began = resident("VmRSS"), time.perf_counter()
-    for _ in package.stream_generate(model, None, prompt, max_tokens=1):
+    for _ in package.stream_generate(model, None, prompt, max_tokens=1, prefill_step_size=pieces):
         pass
     return resident("VmHWM") - held, time.perf_counter() - began
 
