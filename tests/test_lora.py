@@ -1,0 +1,105 @@
+"""LoRA, DoRA and QLoRA in both backends: where they begin, their steps, and what is saved of them."""
+
+import numpy as np
+import pytest
+import tiny_adapter
+import tiny_training as tiny
+from tiny_training import BACKENDS, MOE
+
+from minicpm_data.batches import Batches
+from minicpm_data.examples import load_split
+from minicpm_data.finetuning import arrays
+from minicpm_data.tokenizer import load_tokenizer
+from weights_io.adapters import save_adapter
+from weights_io.checkpoint import open_checkpoint
+
+pytest.importorskip("jax")
+pytest.importorskip("mlx.core")
+
+ALL = {"targets": ("all-linear",)}
+DORA = {"fine_tune_type": "dora"}
+KINDS = {
+    "lora": {},
+    "all-linear": ALL,
+    "dora": DORA | ALL,
+    "last layer": {"num_layers": 1},
+    "dora, last layer": DORA | {"num_layers": 1},
+    "moe": ALL,
+    "moe, dora": DORA | ALL,
+}
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lora")
+    return {
+        name: tiny.write_world(root / name, **changes)
+        for name, changes in {"dense": {}, "moe": MOE}.items()
+    }
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+def batches_of(root, count, **options):
+    tokenizer = load_tokenizer(root / "model")
+    examples = load_split(root / "data", "train", tokenizer, tiny.WIDTH).examples
+    batches = Batches(examples, options.pop("batch_size", 2), tiny.WIDTH, seed=0, **options)
+    return [arrays(batches[n], None) for n in range(count)]
+
+
+@pytest.fixture(scope="module")
+def trained(worlds, kind, tmp_path_factory):
+    """After three steps in each backend from the same random adapter: trainers and their losses."""
+    root, out = worlds["moe" if "moe" in kind else "dense"], tmp_path_factory.mktemp("trained")
+    flags = KINDS[kind]
+    checkpoint = open_checkpoint(root / "model")
+    layers = [1] if flags.get("num_layers") == 1 else None
+    targets = flags.get("targets", ("q_proj", "v_proj"))
+    start = tiny_adapter.make(checkpoint, targets, layers, dora="dora" in kind)
+    save_adapter(out / "start", start, checkpoint.config)
+    numbers = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "resume_adapter_file": out / "start"}
+    workers, losses = {}, {}
+    for backend in BACKENDS:
+        worker = tiny.trainer(backend, tiny.lora(root, out / backend, **flags, **numbers))
+        figures = [worker.step([batch], 1e-2, step) for step, batch in enumerate(batches_of(root, 3))]
+        losses[backend] = [float(f["loss"]) for f in figures]
+        workers[backend] = worker
+    return root, start, workers, losses
+
+
+def test_both_backends_take_the_same_steps(trained):
+    _, start, workers, losses = trained
+    np.testing.assert_allclose(*losses.values(), rtol=1e-5)
+    adapters = [tiny.exported(worker) for worker in workers.values()]
+    tiny.same_adapters(*adapters, 2e-4)
+    assert adapters[0].tensors.keys() == start.tensors.keys()
+    moved = [np.abs(m.b - start.tensors[name].b).max() for name, m in adapters[0].tensors.items()]
+    assert min(moved) > 1e-3
+
+
+def test_what_is_saved_gives_the_trainers_logits(trained):
+    root, _, workers, _ = trained
+    for worker in workers.values():
+        worker.export()
+        expected = tiny.logits(tiny.model_of(worker))
+        for backend in BACKENDS:
+            loaded = tiny.load(backend, root / "model", adapter=worker.options.out)
+            np.testing.assert_allclose(tiny.logits(loaded), expected, atol=1e-4)
+        plain = tiny.logits(tiny.load(BACKENDS[0], root / "model"))
+        assert np.abs(plain - expected).max() > 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_begins_as_the_base(worlds, kind, tmp_path, backend):
+    root = worlds["moe" if "moe" in kind else "dense"]
+    worker = tiny.trainer(backend, tiny.lora(root, tmp_path / "out", **KINDS[kind]))
+    tolerance = 1e-5 if "dora" in kind else 0  # its ratio of two norms is 1 but for rounding
+    base = tiny.logits(tiny.load(backend, root / "model"))
+    np.testing.assert_allclose(tiny.logits(tiny.model_of(worker)), base, rtol=0, atol=tolerance)
+    names = tiny.exported(worker).tensors
+    assert not any("gate" in name.split(".") for name in names)  # the router
+    assert any("experts.3.w2" in name for name in names) == ("moe" in kind)
+    assert any("layers.0" in name for name in names) == ("last" not in kind)
