@@ -162,7 +162,8 @@ def packed_loss(model: Model, windows: Int[Array, "B T"], bos_token_id: int, rem
     """Mean cross entropy over windows of documents that each begin with BOS: a document neither sees nor predicts
     another one. A mixture of experts has a hundredth of its imbalance added."""
     begins = windows == bos_token_id
-    batch = {"ids": windows, "labels": jnp.where(begins, IGNORED, windows), "segments": jnp.cumsum(begins, axis=1)}
+    segments = 1 + jnp.cumsum(begins, axis=1)  # 1 is what a window begins in the middle of
+    batch = {"ids": windows, "labels": jnp.where(begins, IGNORED, windows), "segments": segments}
     total, sums = Objective(remat=remat)(model, batch)
     return total / jnp.maximum(sums["weight"], 1)
 

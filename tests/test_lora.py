@@ -32,10 +32,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     root = tmp_path_factory.mktemp("lora")
-    return {
-        name: tiny.write_world(root / name, **changes)
-        for name, changes in {"dense": {}, "moe": MOE}.items()
-    }
+    return {name: tiny.write_world(root / name, **changes) for name, changes in {"dense": {}, "moe": MOE}.items()}
 
 
 @pytest.fixture(scope="module", params=KINDS)
