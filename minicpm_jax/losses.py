@@ -127,8 +127,7 @@ def _dpo(losses, trained, batch, beta) -> dict[str, Array]:
     """-log sigmoid(beta (how much likelier than under the reference the chosen answer is, less that of the rejected)).
     The first half of the rows are chosen, the second rejected ones; log-probabilities are sums over the answer."""
     chosen, rejected = jnp.split(-jnp.sum(losses, axis=1) - batch["reference"], 2)
-    pairs = batch["labels"].shape[0] // 2
-    real = jnp.any(trained[:pairs], axis=1)  # not a row that fills up the batch
+    real = jnp.any(jnp.split(trained, 2)[0], axis=1)  # not a row that fills up the batch
     margin = beta * (chosen - rejected)
     return {
         "loss": -jnp.sum(jax.nn.log_sigmoid(margin) * real),

@@ -21,10 +21,7 @@ DORA = {"fine_tune_type": "dora"}
 KINDS = {
     "lora": {},
     "all-linear": ALL,
-    "dora": DORA | ALL,
-    "last layer": {"num_layers": 1},
     "dora, last layer": DORA | {"num_layers": 1},
-    "moe": ALL,
     "moe, dora": DORA | ALL,
 }
 
