@@ -31,11 +31,11 @@ def token_losses(model: Model, hidden: mx.array, labels: mx.array) -> mx.array:
     hidden = divided(hidden, model.config.logit_divisor)
     head = model.model.embed_tokens if model.lm_head is None else model.lm_head
     chunk = max(1, LOGITS // (labels.shape[0] * model.config.vocab_size))
-    losses = _chunked(chunk, labels[:, 1:], bool(head.trainable_parameters()))(hidden[:, :-1], head.weight)
+    losses = _chunked(chunk, hidden[:, :-1], head.weight, labels[:, 1:], bool(head.trainable_parameters()))
     return mx.pad(losses, [(0, 0), (1, 0)])
 
 
-def _chunked(chunk: int, targets: mx.array, trained_head: bool) -> Callable[[mx.array, mx.array], mx.array]:
+def _chunked(chunk: int, hidden: mx.array, weight: mx.array, targets: mx.array, trained_head: bool) -> mx.array:
     """Cross entropies [B, T] of hidden [B, T, D] and weight [V, D], C tokens of each row at a time. The gradient is
     spelled out: MLX would work on all chunks at once (measured: 83 MB where the logits of all are 67, and 9 with each
     chunk made to depend on the one before), and add up the weight's gradient in the weight's dtype."""
@@ -54,7 +54,8 @@ def _chunked(chunk: int, targets: mx.array, trained_head: bool) -> Callable[[mx.
     @losses.vjp
     def backward(primals: Any, gradient: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
         hidden, weight = primals
-        total, below = mx.zeros(weight.shape), []
+        total = mx.zeros(weight.shape)
+        below: list[mx.array] = []
         for part in parts:
             # A frozen head's gradient is used by nobody, and so never computed unless something depends on it.
             before = below[-1:] + [total] * trained_head
@@ -67,7 +68,8 @@ def _chunked(chunk: int, targets: mx.array, trained_head: bool) -> Callable[[mx.
             below.append(share @ weight)
         return mx.concatenate(below, axis=1), total.astype(weight.dtype)
 
-    return losses
+    found: Any = losses(hidden, weight)
+    return found
 
 
 def _logits(x: mx.array, targets: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:

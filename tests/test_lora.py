@@ -97,3 +97,56 @@ def test_it_begins_as_the_base(worlds, kind, tmp_path, backend):
     assert not any("gate" in name.split(".") for name in names)  # the router
     assert any("experts.3.w2" in name for name in names) == ("moe" in kind)
     assert any("layers.0" in name for name in names) == ("last" not in kind)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_micro_batches_make_one_batch(worlds, tmp_path, backend):
+    """Two of 2 rows and one of 4, with the same examples; every trained token weighs the same."""
+    root, (batch,) = worlds["dense"], batches_of(worlds["dense"], 1, batch_size=4)
+    parts = [{name: array[rows] for name, array in batch.items()} for rows in (slice(2), slice(2, 4))]
+    assert len({int((half["labels"] > 0).sum()) for half in parts}) == 2
+    start = tiny_adapter.make(open_checkpoint(root / "model"), ["q_proj", "v_proj"])
+    save_adapter(tmp_path / "start", start, open_checkpoint(root / "model").config)
+    numbers = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "optimizer": "sgd", "clip": 1e9}
+    found = []
+    for name, group in (("one", [batch]), ("two", parts)):
+        options = tiny.lora(root, tmp_path / name, resume_adapter_file=tmp_path / "start", **numbers)
+        worker = tiny.trainer(backend, options)
+        figures = {key: float(value) for key, value in worker.step(group, 0.1, 0).items()}
+        found.append((figures, tiny.exported(worker)))
+    (one, adapter), (two, other) = found
+    assert two == pytest.approx(one, rel=1e-5)
+    tiny.same_adapters(other, adapter, 1e-5)
+    assert max(np.abs(m.b - start.tensors[name].b).max() for name, m in adapter.tensors.items()) > 5e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_are_in_float32_on_a_base_in_bfloat16(worlds, tmp_path, backend):
+    root = worlds["dense"]
+    worker = tiny.trainer(backend, tiny.lora(root, tmp_path / "out", dtype="bfloat16"))
+    worker.step(batches_of(root, 1), 1e-3, 0)
+    trained, base = map(tiny.dtypes, tiny.arrays_of(worker))
+    assert (trained, base) == ({"float32"}, {"bfloat16"})
+    changes = [np.abs(m.b).max() for m in tiny.exported(worker).tensors.values()]
+    assert min(changes) == pytest.approx(1e-3, rel=0.01)  # Adam's first step, which bfloat16 rounds to 0.0009995
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_quantised_base(worlds, tmp_path, backend, bits):
+    """Its logits are near the base's, it stays as it is, and what was trained on it fits the base itself."""
+    root, batches = worlds["dense"], batches_of(worlds["dense"], 2)
+    base = tiny.logits(tiny.load(backend, root / "model"))
+    worker = tiny.trainer(backend, tiny.lora(root, tmp_path / "out", quantize=bits, **DORA))
+    before = tiny.logits(tiny.model_of(worker))
+    error = np.sqrt(np.mean((before - base) ** 2) / np.mean(base**2))
+    assert (1e-4 if bits == 8 else 2e-3) < error < (2e-3 if bits == 8 else 0.03)
+    kept = {name: np.array(array) for name, array in tiny.arrays_of(worker)[1].items()}
+    losses = [float(worker.step(batches[:1], 1e-2, step)["loss"]) for step in range(4)]
+    assert losses[-1] < losses[0]
+    for name, array in tiny.arrays_of(worker)[1].items():
+        np.testing.assert_array_equal(array, kept[name], err_msg=name)
+    moved = tiny.logits(tiny.model_of(worker)) - before
+    worker.export()
+    on_the_base = tiny.logits(tiny.load(backend, root / "model", adapter=tmp_path / "out")) - base
+    assert np.sqrt(np.mean((on_the_base - moved) ** 2)) < 0.3 * np.sqrt(np.mean(moved**2))

@@ -140,3 +140,24 @@ def same_adapters(found: Adapter, expected: Adapter, tolerance: float) -> None:
 
     assert found.config.scale == expected.config.scale and found.config.dora == expected.config.dora
     same(arrays(found), arrays(expected), tolerance)
+
+
+def arrays_of(worker: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A trainer's arrays by name: what it trains with their moments, and what it must leave as it is."""
+    if hasattr(worker, "weights"):
+        from mlx.utils import tree_flatten
+
+        base = dict(tree_flatten(worker.model.parameters()))
+        trained = dict(tree_flatten([worker.weights, worker.optimiser.state]))
+        return trained, {name: array for name, array in base.items() if name not in worker.weights}
+    import jax
+
+    trees = map(jax.tree_util.tree_leaves_with_path, (worker.state, worker.base))
+    trained, base = ({jax.tree_util.keystr(path): leaf for path, leaf in tree} for tree in trees)
+    return trained, base
+
+
+def dtypes(arrays: dict[str, Any]) -> set[str]:
+    """Of the arrays of numbers with fractions, without the library's name."""
+    found = {str(array.dtype).removeprefix("mlx.core.") for array in arrays.values()}
+    return {name for name in found if "float" in name}
