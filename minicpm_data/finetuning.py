@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minicpm_data.chat import PLAIN_TEMPLATE
@@ -22,7 +23,7 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from minicpm_data.batches import Batch
+    from minicpm_data.batches import Batch, Batches
     from minicpm_data.examples import Split
 
 
@@ -72,9 +73,11 @@ def run(
 def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Callable[[Any, Any], Trainer]) -> None:
     """Train, and test, as the options say. Raises `InputError` for options, data or a run that cannot be used."""
     from minicpm_data.examples import load_split
-    from minicpm_data.runs import check_settings
+    from minicpm_data.runs import check_folder, check_settings
 
     check(options)
+    if options.training:
+        check_folder(options.out, options.resume)
     running = backend()
     model, tokenizer = load_model(running, options, **options.placement())
     check_layers(options, model.config)
@@ -98,13 +101,13 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     train = split("train", True) if options.training else None
     valid = split("valid", False) if options.training else None
     test = split("test", True) if options.test else None
-    if train is not None:
-        settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
-        check_settings(options.out, settings | {"examples": _fingerprint(train)}, options.resume)
+    planned = None if train is None else plan(options, train)
     worker = trainer(model, options)
     del model  # which a trainer of all weights does not keep
-    if train is not None:
-        fit(options, worker, train, valid)
+    if train is not None and planned is not None:  # nothing is written before all is known to fit
+        settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
+        check_settings(options.out, settings | {"examples": _fingerprint(train)}, options.resume)
+        fit(options, worker, planned, train, valid)
     else:
         worker.load_export()
     worker.close()
@@ -113,25 +116,41 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
         print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
 
 
-def fit(options: FinetuneOptions, trainer: Trainer, train: "Split", valid: "Split | None") -> None:
-    """The training loop, from the last checkpoint (if there is one) to the export."""
-    from tqdm import tqdm
+@dataclass(frozen=True)
+class Plan:
+    """What the options make of the training examples."""
 
+    batches: "Batches"
+    steps: int
+    schedule: Callable[[int], float]  # learning rate by step
+
+
+def plan(options: FinetuneOptions, train: "Split") -> Plan:
+    """Raises `InputError` where the examples fill no batch, or the warm-up is longer than the run."""
     from minicpm_data.batches import Batches
-    from minicpm_data.metrics import Metrics
-    from minicpm_data.runs import Interrupt
 
-    several = options.grad_accumulation_steps
     batches = Batches(train.examples, options.batch_size, options.max_seq_length, options.seed, pack=options.pack)
     steps = options.iters or 1000
     if options.epochs is not None:
-        steps = max(1, math.ceil(options.epochs * batches.per_epoch / several))
-    schedule = schedule_of(options, steps)
+        steps = max(1, math.ceil(options.epochs * batches.per_epoch / options.grad_accumulation_steps))
+    return Plan(batches, steps, schedule_of(options, steps))
+
+
+def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", valid: "Split | None") -> None:
+    """The training loop, from the last checkpoint (if there is one) to the export."""
+    from tqdm import tqdm
+
+    from minicpm_data.metrics import Metrics
+    from minicpm_data.runs import Interrupt
+
+    several, batches, steps = options.grad_accumulation_steps, plan.batches, plan.steps
     rows = f"{options.batch_size * several} {'rows' if options.pack else 'examples'}"
     print(f"{steps} steps of {rows}, {batches.padding:.1%} of them padding")
     step = trainer.restore()
     if step:
         print(f"going on after step {step}")
+    if step >= steps:
+        trainer.export()  # in case the run was killed between its last checkpoint and the export
     known = references(options, trainer, train)
     valid_feed = None if valid is None else feed(options, trainer, valid)
     metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to)
@@ -143,20 +162,23 @@ def fit(options: FinetuneOptions, trainer: Trainer, train: "Split", valid: "Spli
             """Write down the steps since the last time, now that they are computed."""
             for record in pending:
                 record |= {name: float(value) for name, value in record.items() if name not in WHOLE}
-                if not math.isfinite(record["loss"]):
-                    example = beginning(batches[(record["step"] - 1) * several])
-                    raise InputError(
-                        f"the loss of step {record['step']} is {record['loss']} (its first example begins with "
-                        f"{example}); what was saved before is kept: choose a lower --learning-rate, or mend the data."
-                    )
+                for name in ("loss", "gradient_norm"):
+                    if not math.isfinite(record[name]):
+                        example = beginning(batches[(record["step"] - 1) * several])
+                        raise InputError(
+                            f"the {name.replace('_', ' ')} of step {record['step']} is {record[name]} (its first "
+                            f"example begins with {example}); what was saved before is kept: choose a lower "
+                            "--learning-rate, or mend the data."
+                        )
                 metrics.write(record)
             last = pending[-1] if pending else {}
             pending.clear()
             return last
 
-        while step < steps and not interrupt.wanted:
+        stopping = False
+        while step < steps and not stopping:
             group = [arrays(batches[step * several + i], known) for i in range(several)]
-            rate = schedule(step)
+            rate = plan.schedule(step)
             figures = trainer.step(group, rate, step)
             step += 1
             tokens += sum(int((batch["segments"] > 0).sum()) for batch in group)
@@ -165,7 +187,8 @@ def fit(options: FinetuneOptions, trainer: Trainer, train: "Split", valid: "Spli
             bar.update()
             evaluating = valid_feed is not None and (step % options.steps_per_eval == 0 or step in (1, steps))
             reporting = step % options.steps_per_report == 0 or step in (1, steps)
-            saving = step % options.save_every == 0 or step == steps or interrupt.wanted
+            stopping = interrupt.wanted  # read once: a step after which the loop ends is saved
+            saving = step % options.save_every == 0 or step == steps or stopping
             if reporting or saving or evaluating:
                 float(figures["loss"])  # waits for the device
                 pending[-1]["tokens_per_second"] = tokens / (time.perf_counter() - began)

@@ -11,25 +11,36 @@ from weights_io.errors import InputError
 SETTINGS = "settings.json"
 
 
+def check_folder(folder: Path, resume: bool = True) -> bool:
+    """Whether the folder holds a run to go on with; one that ended before it saved anything is none.
+
+    ``resume``: a run that is there is gone on with. Raises `InputError` where it is not to be, or where the folder
+    holds something else.
+    """
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; choose a folder.")
+    if not (folder / SETTINGS).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no run to go on with; choose another folder.")
+        return False
+    begun = any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
+    if begun and not resume:
+        raise InputError(f"{folder} holds a run; --resume goes on with it, or choose another folder.")
+    return begun
+
+
 def check_settings(folder: Path, settings: dict[str, Any], resume: bool = True) -> None:
     """Write the settings of a new run into its folder, or compare them with those of the run that is there.
 
-    ``resume``: a run that is there is gone on with. Raises `InputError` where its settings are others, where it is not
-    to be gone on with, or where the folder holds something else.
+    Raises `InputError` as `check_folder` does, and where the settings are others.
     """
     path = folder / SETTINGS
-    if folder.is_file():
-        raise InputError(f"{folder} is a file; choose a folder.")
-    if path.exists():
-        if not resume:
-            raise InputError(f"{folder} holds a run; --resume goes on with it, or choose another folder.")
+    if check_folder(folder, resume):
         before = read_json(path)
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             raise InputError(f"{folder} holds a run with another {', '.join(changed)}; choose another, or delete it.")
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no run to go on with; choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")

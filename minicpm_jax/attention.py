@@ -108,7 +108,9 @@ def quantised(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Float
     return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "mask"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "mask", "real"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class Positions:
     """Where the T new tokens stand and what they may see."""
@@ -117,6 +119,7 @@ class Positions:
     cos: Float[Array, "B T H"]
     sin: Float[Array, "B T H"]
     mask: Bool[Array, "B T T"] | None  # without a cache: which tokens may be attended to; None: the cache's length says
+    real: Bool[Array, "B T"] | None = None  # which are no padding; None: all, or it does not matter
 
 
 def positions_of(
@@ -128,7 +131,8 @@ def positions_of(
     segments: Int[Array, "B T"] | None = None,
 ) -> Positions:
     """Positions of [B, T] new tokens: after ``start`` cached ones (``length`` in all), or of a whole batch with
-    padding (``mask``) or several packed documents in a row (``segments``: numbered; each sees only itself)."""
+    padding (``mask``) or several packed documents in a row (``segments``: numbered, 0 is padding; each sees only
+    itself)."""
     batch, width = shape
     if start is not None:
         index = start[:, None] + jnp.arange(width)
@@ -143,7 +147,8 @@ def positions_of(
         visible = visible & same
         index = jnp.arange(width) - jnp.argmax(same, axis=2)  # since the first token of the same document
     visible = jnp.broadcast_to(visible, (batch, width, width))
-    return Positions(index, *rope_tables(config, index, jnp.full(batch, width)), mask=visible)
+    real = None if segments is None else segments != 0
+    return Positions(index, *rope_tables(config, index, jnp.full(batch, width)), visible, real)
 
 
 def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array, "B"]) -> tuple[Array, Array]:

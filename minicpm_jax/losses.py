@@ -127,8 +127,7 @@ def _dpo(losses, trained, batch, beta) -> dict[str, Array]:
     """-log sigmoid(beta (how much likelier than under the reference the chosen answer is, less that of the rejected)).
     The first half of the rows are chosen, the second rejected ones; log-probabilities are sums over the answer."""
     chosen, rejected = jnp.split(-jnp.sum(losses, axis=1) - batch["reference"], 2)
-    pairs = batch["labels"].shape[0] // 2
-    real = jnp.any(trained[:pairs], axis=1)  # not a row that fills up the batch
+    real = jnp.any(jnp.split(trained, 2)[0], axis=1)  # not a row that fills up the batch
     margin = beta * (chosen - rejected)
     return {
         "loss": -jnp.sum(jax.nn.log_sigmoid(margin) * real),
@@ -162,7 +161,8 @@ def packed_loss(model: Model, windows: Int[Array, "B T"], bos_token_id: int, rem
     """Mean cross entropy over windows of documents that each begin with BOS: a document neither sees nor predicts
     another one. A mixture of experts has a hundredth of its imbalance added."""
     begins = windows == bos_token_id
-    batch = {"ids": windows, "labels": jnp.where(begins, IGNORED, windows), "segments": jnp.cumsum(begins, axis=1)}
+    segments = 1 + jnp.cumsum(begins, axis=1)  # 1 is what a window begins in the middle of
+    batch = {"ids": windows, "labels": jnp.where(begins, IGNORED, windows), "segments": segments}
     total, sums = Objective(remat=remat)(model, batch)
     return total / jnp.maximum(sums["weight"], 1)
 

@@ -96,7 +96,10 @@ class DecoderLayer(nnx.Module):
         added, cache = self.self_attn(self.input_layernorm(x), positions, cache, layer)
         x = x + scaled(added, self.residual_scale)
         normed = self.post_attention_layernorm(x)
-        added, imbalance = self.mlp(normed) if isinstance(self.mlp, MoE) else (self.mlp(normed), jnp.float32(0))
+        if isinstance(self.mlp, MoE):
+            added, imbalance = self.mlp(normed, positions.real)
+        else:
+            added, imbalance = self.mlp(normed), jnp.float32(0)
         return x + scaled(added, self.residual_scale), cache, imbalance
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.adapters import LowRank, Product
 from minicpm_jax.arithmetic import gated, precision, product
@@ -123,13 +123,15 @@ class MoE(nnx.Module):
         self.experts = Experts(weights, config)
         self.chosen = config.num_experts_per_tok
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """Also the layer's `imbalance`, for training."""
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """Also the layer's `imbalance` over the tokens that are ``real`` (None: all), for training."""
         with jax.named_scope("moe"):
             rows = x.reshape(-1, x.shape[-1])
             logits = self.gate(rows)
             weights, chosen = route(logits, self.chosen)
-            return self.experts(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen)
+            return self.experts(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen, real)
 
 
 def route(logits: Float[Array, "R E"], chosen: int) -> tuple[Float[Array, "R C"], Int[Array, "R C"]]:
@@ -139,13 +141,18 @@ def route(logits: Float[Array, "R E"], chosen: int) -> tuple[Float[Array, "R C"]
     return (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(logits.dtype), experts
 
 
-def imbalance(logits: Float[Array, "R E"], chosen: Int[Array, "R C"]) -> Float[Array, ""]:
+def imbalance(
+    logits: Float[Array, "R E"], chosen: Int[Array, "R C"], real: Bool[Array, "B T"] | None = None
+) -> Float[Array, ""]:
     """E sum_e f_e P_e: the share f of all choices that fell on an expert times its mean probability P (arXiv
-    2101.03961, equation 4). 1 where the experts are used alike; training adds a hundredth of it to the loss."""
+    2101.03961, equation 4). 1 where the experts are used alike; training adds a hundredth of it to the loss. Only the
+    rows that are ``real`` count: padding, all of one token, would pull the router away from its experts."""
     count = logits.shape[-1]
-    shares = jnp.mean(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), axis=0)
-    taken = jnp.bincount(chosen.reshape(-1), length=count) / chosen.size
-    return count * jnp.sum(taken * shares)
+    rows = jnp.ones(len(logits)) if real is None else real.reshape(-1).astype(jnp.float32)
+    rows = rows / jnp.maximum(jnp.sum(rows), 1)
+    shares = jnp.sum(jax.nn.softmax(logits.astype(jnp.float32), axis=-1) * rows[:, None], axis=0)
+    taken = jnp.mean(jax.nn.one_hot(chosen, count), axis=1)  # [R, E]
+    return count * jnp.sum(jnp.sum(taken * rows[:, None], axis=0) * shares)
 
 
 @jax.custom_vjp

@@ -44,12 +44,12 @@ class Trainer:
         else:
             self.layers = adapted_layers(options, model.config)
             self.trained = train.LowRankWeights(self.adapter.scale, self.adapter.dropout)
+            if options.quantize is not None:
+                self.base = model = quantised(model, options.quantize)
             if options.resume_adapter_file is None:
                 weights = adapters.initial(model, self.adapter, self.layers, self.key)
             else:
                 weights = adapters.from_adapter(model.config, given_adapter(options, model.config))
-            if options.quantize is not None:
-                self.base = quantised(model, options.quantize)
             before = jax.tree.map(jnp.array, weights)
             if self.mesh is not None:
                 before, weights = replicated((before, weights), self.mesh)

@@ -84,9 +84,14 @@ def initial(model: Model, config: AdapterConfig, layers: Collection[int], key: m
             "b": mx.zeros((*stack, out, config.rank)),
         }
         if config.dora:
-            matrices["magnitude"] = mx.sqrt((weight.astype(mx.float32) ** 2).sum(axis=-1))
+            matrices["magnitude"] = norms(weight)
         weights[name] = matrices
     return weights
+
+
+def norms(weight: mx.array) -> mx.array:
+    """[.., O] of the rows of a weight [.., O, I], in float32."""
+    return mx.sqrt((weight.astype(mx.float32) ** 2).sum(axis=-1))
 
 
 def attach(model: Model, weights: dict[str, Matrices], scale: float, dropout: float = 0.0) -> Model:
@@ -107,6 +112,17 @@ def use_keys(model: Model, key: mx.array | None) -> None:
     layers = [layer for _, layer in model.named_modules() if isinstance(layer, LowRank)]
     for index, layer in enumerate(layers):
         layer._key = None if key is None or not layer.dropout else mx.random.split(key, len(layers) + 1)[index]
+
+
+def untrained(model: Model) -> dict[str, mx.array]:
+    """What would make the adapters of a model change nothing, by parameter name."""
+    weights = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRank):
+            weights[f"{name}.b"] = mx.zeros_like(layer.b)
+            if layer.magnitude is not None:
+                weights[f"{name}.magnitude"] = norms(dense(layer.base))
+    return weights
 
 
 def matrices_of(model: Model) -> dict[str, Matrices]:

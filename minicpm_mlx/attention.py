@@ -21,6 +21,7 @@ class Positions:
     offset: int | mx.array  # position of the first new token; [B] where rows differ, negative where padding comes first
     freqs: mx.array  # positions to a radian: [H/2], or [B, H/2] where rows differ
     mask: mx.array | str | None  # [B, 1, T, S] bool, "causal", or None: a single token sees everything
+    real: mx.array | None = None  # [B, T] bool: which are no padding; None: all, or it does not matter
 
 
 def positions_of(
@@ -32,9 +33,10 @@ def positions_of(
     length: int | mx.array | None = None,
 ) -> Positions:
     """Positions of new tokens (``ids`` [B, T], for the shape): after those in ``cache`` (any one layer's), or of a
-    whole batch with padding (``mask`` [B, T]) or several packed documents in a row (``segments`` [B, T]: numbered; each
-    sees only itself). RoPE is relative: neither padding nor a document in a row asks for positions of its own.
-    ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes its base."""
+    whole batch with padding (``mask`` [B, T]) or several packed documents in a row (``segments`` [B, T]: numbered, 0 is
+    padding; each sees only itself). RoPE is relative: neither padding nor a document in a row asks for positions of its
+    own. ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes its base.
+    """
     width = ids.shape[1]
     offset = 0 if cache is None else cache.offset
     freqs = rope_freqs(config, offset + width if length is None else length)
@@ -46,7 +48,7 @@ def positions_of(
         visible = visible & ((mask[:, None, :] != 0) | mx.eye(width, dtype=mx.bool_))
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
-    return Positions(offset, freqs, visible[:, None])
+    return Positions(offset, freqs, visible[:, None], None if segments is None else segments != 0)
 
 
 def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:

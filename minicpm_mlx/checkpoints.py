@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from weights_io.errors import InputError
 
@@ -36,7 +36,7 @@ class Checkpoints:
         wanted = [name for name, _ in tree_flatten(state)]
         if sorted(found) != sorted(wanted):
             raise InputError(f"{self._folder} holds the state of another run; choose another folder.")
-        return tree_unflatten(list(found.items()))
+        return tree_map_with_path(lambda name, _: found[name], state)  # keys with dots in them stay whole
 
     def save(self, step: int, state: Any) -> None:
         partial, done = self._folder / f"{step}.partial", self._folder / str(step)

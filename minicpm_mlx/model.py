@@ -53,7 +53,10 @@ class DecoderLayer(nn.Module):
         layer's, written in place."""
         x = x + scaled(self.self_attn(self.input_layernorm(x), positions, cache), self.residual_scale)
         normed = self.post_attention_layernorm(x)
-        added, imbalance = self.mlp(normed) if isinstance(self.mlp, MoE) else (self.mlp(normed), mx.array(0.0))
+        if isinstance(self.mlp, MoE):
+            added, imbalance = self.mlp(normed, positions.real)
+        else:
+            added, imbalance = self.mlp(normed), mx.array(0.0)
         return x + scaled(added, self.residual_scale), imbalance
 
 

@@ -75,12 +75,13 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.chosen = config.num_experts_per_tok
 
-    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """[B, T, D] to [B, T, D]; also the layer's `imbalance`, for training."""
+    def __call__(self, x: mx.array, real: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """[B, T, D] to [B, T, D]; also the layer's `imbalance` over the tokens that are ``real`` [B, T] (None: all),
+        for training."""
         rows = x.reshape(-1, x.shape[-1])
         logits = self.gate(rows)
         weights, chosen = route(logits, self.chosen)
-        return self.experts(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen)
+        return self.experts(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen, real)
 
 
 def route(logits: mx.array, chosen: int) -> tuple[mx.array, mx.array]:
@@ -92,11 +93,14 @@ def route(logits: mx.array, chosen: int) -> tuple[mx.array, mx.array]:
     return (weights / weights.sum(axis=-1, keepdims=True)).astype(logits.dtype), experts
 
 
-def imbalance(logits: mx.array, chosen: mx.array) -> mx.array:
+def imbalance(logits: mx.array, chosen: mx.array, real: mx.array | None = None) -> mx.array:
     """E sum_e f_e P_e of logits [R, E] and choices [R, C]: the share f of all choices that fell on an expert times its
     mean probability P (arXiv 2101.03961, equation 4). 1 where the experts are used alike; training adds a hundredth of
-    it to the loss."""
+    it to the loss. Only the rows that are ``real`` [B, T] count: padding, all of one token, would pull the router away
+    from its experts."""
     count = logits.shape[-1]
-    shares = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True).mean(axis=0)
-    taken = (chosen.flatten()[:, None] == mx.arange(count)).mean(axis=0)
-    return count * (taken * shares).sum()
+    rows = mx.ones(len(logits)) if real is None else real.flatten().astype(mx.float32)
+    rows = rows / mx.maximum(rows.sum(), 1)
+    shares = (mx.softmax(logits.astype(mx.float32), axis=-1, precise=True) * rows[:, None]).sum(axis=0)
+    taken = (chosen[..., None] == mx.arange(count)).mean(axis=1)  # [R, E]
+    return count * ((taken * rows[:, None]).sum(axis=0) * shares).sum()

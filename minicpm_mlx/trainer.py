@@ -87,10 +87,16 @@ class Trainer:
 
     def load_export(self) -> None:
         if self.adapter is None:
-            self.model = load_weights(open_checkpoint(self.options.out / "model"), "float32")
+            found = load_weights(open_checkpoint(self.options.out / "model"), "float32")
+            self.weights = train.weights_of(found)
+            train.use_weights(self.model, self.weights, self.dtypes)
         else:
             adapter = read_adapter(self.options.out, self.config)
             adapters.attach(self.model, adapters.from_adapter(self.config, adapter), adapter.config.scale)
+            self.dtypes = {name: w.dtype for name, w in tree_flatten(self.model.trainable_parameters())}
+            self.weights = train.weights_of(self.model)
+            if self.before is not None:
+                self.before = adapters.untrained(self.model)
 
     def close(self) -> None:
         pass

@@ -1,0 +1,163 @@
+"""What the tests of training share: a tiny model, data for it, and both backends behind the same few calls."""
+
+import functools
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_model
+
+from minicpm_data import finetuning
+from minicpm_data.finetune_options import FinetuneOptions, FullOptions, LoraOptions
+from weights_io.adapters import Adapter, read_adapter
+from weights_io.write import of_layers, unstacked
+
+BACKENDS = ("minicpm_jax", "minicpm_mlx")
+DENSE = {"intermediate_size": 64}  # rows of 64, which have groups to be quantised in; two query heads share a key head
+UNTIED = {**DENSE, "tie_word_embeddings": False}
+MOE = {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+WIDTH = 32  # of all rows, so that few programs are compiled
+IDS = np.random.default_rng(0).integers(3, 300, (2, 24))
+WORDS = "fox dog sea story world hello lazy quick brown little".split()
+
+
+@functools.cache
+def part(backend: str, name: str) -> Any:
+    return importlib.import_module(f"{backend}.{name}")
+
+
+def load(backend: str, folder: Path, dtype: str | None = "float32", **options) -> Any:
+    return part(backend, "loading").load(folder, dtype, **options)[0]
+
+
+def logits(model: Any, ids: np.ndarray = IDS) -> np.ndarray:
+    return np.asarray(model(ids))
+
+
+def chats(count: int, seed: int = 0) -> list[dict]:
+    """Conversations whose answers have from one to six words."""
+    random = np.random.default_rng(seed)
+    words = [" ".join(random.choice(WORDS, size)) for size in random.integers(1, 7, 2 * count)]
+    return [{"prompt": words[2 * i][:12], "completion": words[2 * i + 1][:24]} for i in range(count)]
+
+
+def preferences(count: int) -> list[dict]:
+    """Answers in English are chosen, in Chinese rejected."""
+    return [{"prompt": chat["prompt"], "chosen": chat["completion"], "rejected": "海在"} for chat in chats(count)]
+
+
+def write_data(folder: Path, train: Sequence[dict], **splits: Sequence[dict]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in {"train": train, **splits}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return folder
+
+
+def write_world(root: Path, **changes) -> Path:
+    """``root`` with a ``model`` and ``data``; ``changes`` are keys of the model's config."""
+    tiny_model.write(root, **{**DENSE, **changes})
+    write_data(root / "data", chats(24), valid=chats(6, seed=1), test=chats(5, seed=2))
+    return root
+
+
+def lora(root: Path, out: Path, **changes) -> LoraOptions:
+    return _options(LoraOptions, root, adapter_path=out, **changes)
+
+
+def full(root: Path, out: Path, **changes) -> FullOptions:
+    return _options(FullOptions, root, save_path=out, **changes)
+
+
+def _options(kind: type, root: Path, **changes) -> Any:
+    short = {"batch_size": 2, "max_seq_length": WIDTH, "iters": 4, "warmup_steps": 0, "learning_rate": 1e-2}
+    common = {"model": str(root / "model"), "data": root / "data", "dtype": "float32", **short}
+    return kind(**{**common, **changes})
+
+
+def finetune(backend: str, options: FinetuneOptions) -> None:
+    finetuning.finetune(options, part(backend, "generate").backend, part(backend, "lora").trainer)
+
+
+def trainer(backend: str, options: FinetuneOptions) -> Any:
+    return part(backend, "trainer").Trainer(load(backend, Path(options.model), options.dtype), options)
+
+
+def model_of(worker: Any) -> Any:
+    """The model as it is trained, without dropout."""
+    return worker.trained.model(worker.base, worker.state[0]) if hasattr(worker, "state") else worker.model
+
+
+def exported(worker: Any) -> Adapter:
+    worker.export()
+    return read_adapter(worker.options.out, worker.config)
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+def gradients(backend: str, model: Any, batch: dict[str, np.ndarray], **objective) -> tuple[dict, dict]:
+    """The objective's sums, and its gradient by Hugging Face tensor name."""
+    objective = part(backend, "losses").Objective(**objective)
+    if backend == "minicpm_jax":
+        import jax
+
+        from minicpm_jax import train
+
+        whole = train.AllWeights(model.config, "float32")
+
+        def total(weights):
+            return objective(whole.model(None, weights), batch)
+
+        (_, sums), found = jax.jit(jax.value_and_grad(total, has_aux=True))(train.weights_of(model))
+        tensors = unstacked(model.config, found)
+    else:
+        import mlx.core as mx
+        import mlx.nn as nn
+        from mlx.utils import tree_flatten
+
+        arrays = {name: mx.array(array) for name, array in batch.items()}
+        (_, sums), found = nn.value_and_grad(model, lambda batch: objective(model, batch))(arrays)
+        tensors = of_layers(model.config, {name: np.array(array) for name, array in tree_flatten(found)})
+    return {name: float(value) for name, value in sums.items()}, {n: t.read() for n, t in tensors.items()}
+
+
+def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    """Arrays by name; the tolerance is in shares of the largest number of each."""
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        size = max(float(np.abs(wanted).max()), 1e-3)
+        np.testing.assert_allclose(found[name], wanted, rtol=0, atol=tolerance * size, err_msg=name)
+
+
+def same_adapters(found: Adapter, expected: Adapter, tolerance: float) -> None:
+    def arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+        parts = ("a", "b", "magnitude") if adapter.config.dora else ("a", "b")
+        return {f"{name} {part}": getattr(m, part) for name, m in adapter.tensors.items() for part in parts}
+
+    assert found.config.scale == expected.config.scale and found.config.dora == expected.config.dora
+    same(arrays(found), arrays(expected), tolerance)
+
+
+def arrays_of(worker: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A trainer's arrays by name: what it trains with their moments, and what it must leave as it is."""
+    if hasattr(worker, "weights"):
+        from mlx.utils import tree_flatten
+
+        base = dict(tree_flatten(worker.model.parameters()))
+        trained = dict(tree_flatten([worker.weights, worker.optimiser.state]))
+        return trained, {name: array for name, array in base.items() if name not in worker.weights}
+    import jax
+
+    trees = map(jax.tree_util.tree_leaves_with_path, (worker.state, worker.base))
+    trained, base = ({jax.tree_util.keystr(path): leaf for path, leaf in tree} for tree in trees)
+    return trained, base
+
+
+def dtypes(arrays: dict[str, Any]) -> set[str]:
+    """Of the arrays of numbers with fractions, without the library's name."""
+    found = {str(array.dtype).removeprefix("mlx.core.") for array in arrays.values()}
+    return {name for name in found if "float" in name}
