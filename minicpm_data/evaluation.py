@@ -4,9 +4,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpm_data.commands import ModelOptions, load_model
+from minicpm_data.forms import conversation
 from minicpm_data.generation import Backend
 from weights_io import command_line
 from weights_io.errors import InputError
@@ -19,8 +21,11 @@ SHOWN = 5  # wrong answers
 
 @dataclass(frozen=True)
 class EvaluateOptions(ModelOptions):
+    data: Path | None = None
+    """Ask what is in this file (conversations in any form that lora takes), and count the replies that are, to the
+    letter, its answers; by default the questions of pico."""
     limit: int | None = None
-    """Only so many questions, spread over all kinds; by default all 900."""
+    """Only so many questions, spread over all kinds; by default all."""
     batch_size: int = 50
     """Questions answered together."""
     max_tokens: int = 48
@@ -54,7 +59,7 @@ def replies(
 
 @dataclass(frozen=True)
 class Answered:
-    """A question of pico's corpus, and what a model said."""
+    """A question with its "prompt", "answer" and "kind", and what a model said."""
 
     question: dict[str, Any]
     reply: str
@@ -69,16 +74,42 @@ def ask_questions(
     batch_size: int = 50,
     max_tokens: int = 48,
     seed: int = 0,
+    data: Path | None = None,
 ) -> list[Answered]:
-    """The model's answers to ``limit`` of the held-out questions, spread over all kinds (None: all 900)."""
-    from minicpm_data.corpus import is_right, questions
+    """The model's answers to ``limit`` of the held-out questions of pico, or of those in a file, evenly spread (None:
+    all of them)."""
+    from minicpm_data.corpus import questions
 
-    everything = list(questions(seed))
+    everything = list(questions(seed)) if data is None else questions_of(data)
     count = min(limit or len(everything), len(everything))
     asked = [everything[i * len(everything) // count] for i in range(count)]
-    prompts = [tokenizer.apply_chat([{"role": "user", "content": q["prompt"]}]) for q in asked]
+    prompts = [tokenizer.apply_chat(q.get("messages", [{"role": "user", "content": q["prompt"]}])) for q in asked]
     said = replies(backend, model, tokenizer, prompts, batch_size, max_tokens, stop=tokenizer.turn_markers)
     return [Answered(q, reply, is_right(q, reply)) for q, reply in zip(asked, said, strict=True)]
+
+
+def questions_of(path: Path) -> list[dict[str, Any]]:
+    """The last question of each conversation in a file, with those before it as "messages"."""
+    from minicpm_data.examples import read_items
+
+    def question(document: dict[str, Any]) -> dict[str, Any]:
+        turns = conversation(document)
+        if isinstance(turns, str) or turns[-1]["role"] != "assistant":
+            raise InputError("it ends with no answer, to which a reply could be compared.")
+        *before, answer = turns
+        last = before[-1]["content"] if before else ""
+        return {"prompt": last, "answer": answer["content"], "kind": "exact", "messages": before}
+
+    return read_items(path, question)
+
+
+def is_right(question: dict[str, Any], reply: str) -> bool:
+    """To the letter for what a file asks, as `corpus.is_right` has it for pico's questions."""
+    from minicpm_data import corpus
+
+    if question["kind"] == "exact":
+        return reply.strip() == question["answer"].strip()
+    return corpus.is_right(question, reply)
 
 
 def require_positive(options: Any, *names: str) -> None:
@@ -92,14 +123,17 @@ def run_evaluate(backend: Callable[[], Backend], prog: str) -> None:
     """``python -m PACKAGE.evaluate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: EvaluateOptions) -> None:
-        """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing) and count."""
+        """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing), or a file's,
+        and count the right answers."""
         require_positive(options, "batch_size", "max_tokens", "limit")
         required = options.require_sums
         if required is not None and not 0 <= required <= 100:
             raise InputError(f"--require-sums is {required}; it must be a percentage from 0 to 100.")
+        if required is not None and options.data is not None:
+            raise InputError("--require-sums is about pico's questions; leave out --data.")
         running = backend()
         model, tokenizer = load_model(running, options)
-        numbers = options.limit, options.batch_size, options.max_tokens, options.seed
+        numbers = options.limit, options.batch_size, options.max_tokens, options.seed, options.data
         answers = ask_questions(running, model, tokenizer, *numbers)
         scores: dict[str, list[bool]] = defaultdict(list)
         for answer in answers:
@@ -109,8 +143,7 @@ def run_evaluate(backend: Callable[[], Backend], prog: str) -> None:
         for answer in [answer for answer in answers if not answer.right][:SHOWN]:
             question = answer.question
             print(f"wrong: {question['prompt']} -> {answer.reply} (right: {question['answer']})")
-        share = 100 * sum(scores["sum"]) / len(scores["sum"])
-        if required is not None and share < required:
+        if required is not None and (share := 100 * sum(scores["sum"]) / len(scores["sum"])) < required:
             print(f"{share:.1f} % of the sums are right; --require-sums asks for {required:g} %.", file=sys.stderr)
             sys.exit(1)
 

@@ -1,0 +1,62 @@
+"""A small task for fine-tuning: the built-in model does sums, and is to end each with a sentence that it never saw.
+
+    python -m minicpm_data.exercise --out exercise
+
+writes ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` of {"prompt", "completion"}. The sums of test and valid are
+among those that pico's corpus keeps out of its training text, and none of them is in train.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from minicpm_data import corpus_skills as skills
+from weights_io import command_line
+from weights_io.errors import InputError
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path
+    """Folder to write."""
+    examples: int = 2000
+    """Sums to train on; a tenth as many are for testing, a twentieth for validation."""
+    seed: int = 0
+    """Draws the sums."""
+
+
+def exercise(options: Options) -> None:
+    """Write a small fine-tuning task: sums, answered in a whole sentence."""
+    if not 20 <= options.examples <= 5000:
+        raise InputError(f"--examples is {options.examples}; it must be from 20 to 5000.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    random = Random(f"{options.seed} exercise")
+    training, held = (list(_pairs(out)) for out in (False, True))
+    random.shuffle(training)
+    random.shuffle(held)
+    test, valid = options.examples // 10, options.examples // 20
+    splits = {"train": training[: options.examples], "test": held[:test], "valid": held[test : test + valid]}
+    for name, pairs in splits.items():
+        lines = [json.dumps(_example(*pair, random), ensure_ascii=False) + "\n" for pair in pairs]
+        (options.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{options.out / name}.jsonl: {len(lines)} sums")
+
+
+def _pairs(held_out: bool) -> Iterator[tuple[str, int, int]]:
+    numbers = range(skills.LARGEST + 1)
+    for op in "+-":
+        for a in numbers:
+            for b in numbers:
+                if (op == "+" or a >= b) and skills.held_out(op, a, b) == held_out:
+                    yield op, a, b
+
+
+def _example(op: str, a: int, b: int, random: Random) -> dict[str, str]:
+    prompt, equation = skills.sum_question(op, a, b, random)
+    return {"prompt": prompt, "completion": f"{equation}, so the answer is {skills.result(op, a, b)}."}
+
+
+if __name__ == "__main__":
+    command_line.run(exercise, Options, "python -m minicpm_data.exercise")
