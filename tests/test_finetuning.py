@@ -233,7 +233,9 @@ def test_masters_are_in_float32(backend, world, batch, tmp_path):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    return tiny.write_data(tmp_path_factory.mktemp("pairs"), tiny.preferences(7), valid=tiny.preferences(3))
+    return tiny.write_data(
+        tmp_path_factory.mktemp("pairs"), tiny.preferences(7), valid=tiny.preferences(3), test=tiny.preferences(4)
+    )
 
 
 @pytest.fixture(scope="module", params=["dpo", "orpo"])
@@ -261,6 +263,18 @@ def test_preferences(preferred):
         assert first["loss"] == pytest.approx(np.log(2), abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-5)
     assert last["margin"] > first["margin"] + 0.3 and last["accuracy"] == 1 > first["accuracy"]
     assert last["valid_loss"] < first["valid_loss"]
+
+
+def test_a_preference_on_the_test_examples(preferred, world, pairs, capsys):
+    """With what was trained before: the reference is the model without it, though the adapter is on the model."""
+    kind, outs = preferred
+    losses = []
+    for backend in BACKENDS:
+        options = tiny.lora(world, outs[BACKENDS[0]], data=pairs, loss=kind, beta=0.5, test=True, iters=None)
+        tiny.finetune(backend, options)
+        losses.append(float(capsys.readouterr().out.split("Test loss ")[1].split(",")[0]))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    assert kind != "dpo" or losses[0] < 0.65
 
 
 @pytest.mark.parametrize(
