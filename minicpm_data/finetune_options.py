@@ -210,6 +210,7 @@ def adapted_layers(options: Any, config: "ModelConfig") -> range:
 def given_adapter(options: Any, config: "ModelConfig") -> "Adapter":
     """The adapter of --resume-adapter-file, which must be of the kind that is to be trained."""
     from weights_io.adapters import read_adapter, target_parameters
+    from weights_io.peft_format import layer_of
 
     found = read_adapter(options.resume_adapter_file, config)
     wanted = options.adapter
@@ -219,6 +220,7 @@ def given_adapter(options: Any, config: "ModelConfig") -> "Adapter":
         ("alpha", found.config.alpha, wanted.alpha),
         ("DoRA", found.config.dora, wanted.dora),
         ("targets", theirs, ours),
+        ("layers", sorted({layer_of(name) for name in found.tensors}), list(adapted_layers(options, config))),
     ):
         if there != here:
             raise InputError(

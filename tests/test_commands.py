@@ -1,12 +1,17 @@
 """The commands that both backends have, as a user types them."""
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import tiny_adapter
 import tiny_model
+
+from weights_io.adapters import save_adapter
+from weights_io.checkpoint import open_checkpoint
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
 COMMANDS = [
@@ -151,8 +156,22 @@ def test_a_run_that_compiles_says_only_how_long(folder, tmp_path):
     assert re.search(r"^Compiling: \d+\.\d s$", ran.stderr, re.MULTILINE), ran.stderr
 
 
-def test_adapters_are_refused_in_a_sentence(package, folder, tmp_path):
-    for command in ("generate", "chat", "evaluate"):
-        ran = run(f"{package}.{command}", "--model", folder, "--adapter-path", tmp_path)
+def test_an_adapter_changes_the_answer(package, folder, tmp_path):
+    checkpoint = open_checkpoint(folder)
+    adapter = tiny_adapter.make(checkpoint)
+    loud = {name: dataclasses.replace(matrices, b=30 * matrices.b) for name, matrices in adapter.tensors.items()}
+    save_adapter(tmp_path / "adapter", dataclasses.replace(adapter, tensors=loud), checkpoint.config)
+    call = (f"{package}.generate", "--model", folder, "-p", "The fox", "-m", 12, "--verbose", "False")
+    plain, adapted = run(*call), run(*call, "--adapter-path", tmp_path / "adapter")
+    assert adapted.returncode == 0, adapted.stderr
+    assert adapted.stdout.strip() and adapted.stdout != plain.stdout
+
+
+def test_adapters_that_do_not_fit_are_refused_in_a_sentence(package, folder, tmp_path):
+    other = open_checkpoint(tiny_model.write(tmp_path, hidden_size=64))
+    save_adapter(tmp_path / "adapter", tiny_adapter.make(other), other.config)
+    first = "layers.0.mlp.down_proj.lora_B.weight in {}/adapter_model.safetensors is [64, 4], and the model has room"
+    for command, path, said in (("generate", tmp_path / "adapter", first), ("chat", tmp_path, "{} is no adapter")):
+        ran = run(f"{package}.{command}", "--model", folder, "--adapter-path", path)
         assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
-        assert "adapters are not supported yet" in ran.stderr
+        assert said.format(path) in ran.stderr

@@ -1,5 +1,6 @@
 """Adapters between peft, mlx_lm and here: what each makes, the others compute the same logits with."""
 
+import importlib
 import json
 
 import numpy as np
@@ -7,10 +8,12 @@ import ours
 import peft
 import pytest
 import tiny_adapter
+import tiny_training
 import torch
 from test_peft import CONFIG, IDS, logits
 from transformers import LlamaForCausalLM
 
+from minicpm_data.finetune_options import LoraOptions
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
 from weights_io.fuse import Options, main
@@ -84,6 +87,28 @@ def test_an_adapter_of_ours_in_peft(base, tmp_path, kind):
     assert np.abs(expected - logits(opened(base.path))).max() > 0.3
     ours.close(logits(model), expected)
     ours.close(logits(model.merge_and_unload()), expected)
+
+
+TRAINED = {
+    "lora": {},
+    "all-linear": {"targets": ("all-linear",)},
+    "dora, last layer": {"fine_tune_type": "dora", "num_layers": 1, "targets": ("q_proj", "o_proj", "down_proj")},
+}
+
+
+@pytest.mark.parametrize("backend", ours.BACKENDS)
+@pytest.mark.parametrize("kind", TRAINED)
+def test_an_adapter_that_was_trained_here_in_peft(base, tmp_path, kind, backend):
+    options = LoraOptions(model=str(base.path), adapter_path=tmp_path / "adapter", **TRAINED[kind])
+    worker = importlib.import_module(f"{backend}.trainer").Trainer(ours.load(backend, base.path), options)
+    batch = {"ids": IDS.astype(np.int32), "labels": IDS.astype(np.int32), "segments": np.ones_like(IDS, np.int32)}
+    for step in range(3):
+        worker.step([batch], 2e-2, step)
+    worker.export()
+    expected = ours.logits(tiny_training.model_of(worker), IDS)
+    model = opened(base.path)
+    assert np.abs(expected - logits(model)).max() > 0.3
+    ours.close(logits(peft.PeftModel.from_pretrained(model, tmp_path / "adapter")), expected)
 
 
 def of_mlx_lm(folder, adapter=None) -> np.ndarray:
