@@ -32,6 +32,7 @@ class Metrics:
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import NullFormatter
 
         unit, axis = (1e6, "million tokens") if by == "tokens" else (1, "steps")
         at = [r[by] / unit for r in self.records]
@@ -50,8 +51,10 @@ class Metrics:
                 "decay begins ", (boundary, axes.get_ylim()[1]), ha="right", va="top", rotation=90, fontsize=8
             )
         axes.set(xlabel=axis, ylabel="loss (nats)", yscale="log")
-        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis_format(lambda value, _: f"{value:g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        # Over several decades the labels between the powers of ten would lie on one another.
+        axes.yaxis.set_minor_formatter((lambda value, _: f"{value:g}") if high < 30 * low else NullFormatter())
         rates = axes.twinx()
         rates.plot(at, [r["learning_rate"] for r in self.records], color="tab:red", lw=0.8, alpha=0.5)
         rates.set_ylabel("learning rate", color="tab:red")

@@ -50,7 +50,38 @@ def test_what_is_made_and_installed_is_what_the_makefile_does():
         assert wanted in shown and wanted in makefile, wanted
 
 
-@pytest.mark.parametrize("command", commands("README.md"))
+def fine_tuning():
+    """The commands that go on from one another, in the folder of the first."""
+    (block,) = [block for block in blocks("README.md", "bash") if "minicpm_data.exercise" in block]
+    return block.splitlines()
+
+
+def run(command, folder):
+    return subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]],
+        cwd=folder,
+        input="Hello\n",
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["minicpm_jax", "minicpm_mlx"])
+def test_the_exercise_goes_from_nothing_to_nine_in_ten(backend, tmp_path):
+    pytest.importorskip({"minicpm_jax": "jax", "minicpm_mlx": "mlx.core"}[backend])
+    shares = []
+    for command in fine_tuning():
+        ran = run(command.replace("minicpm_jax", backend), tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        shares += map(float, re.findall(r"right, ([\d.]+)%", ran.stdout))
+    assert shares[0] == 0 and shares[1] >= 90
+    assert (tmp_path / "adapters" / "loss.png").exists() and (tmp_path / "fused" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", [c for c in commands("README.md") if c not in fine_tuning()])
 def test_command(command, tmp_path):
     for name in DOWNLOADED:
         if f"--model {name}" in command:
@@ -60,16 +91,7 @@ def test_command(command, tmp_path):
             (tmp_path / "saved").mkdir(exist_ok=True)
             tiny_model.write(tmp_path / step).rename(tmp_path / "saved" / step)
         command = command.replace("--model minicpm-2b-history --revisions", "--model saved --folders")
-    words = shlex.split(command)
-    ran = subprocess.run(
-        [sys.executable, *words[1:]],
-        cwd=tmp_path,
-        input="Hello\n",
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-    )
+    ran = run(command, tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
     if "12 + 7" in command:
