@@ -132,13 +132,15 @@ def positions_of(
 ) -> Positions:
     """Positions of [B, T] new tokens: after ``start`` cached ones (``length`` in all), or of a whole batch with
     padding (``mask``) or several packed documents in a row (``segments``: numbered, 0 is padding; each sees only
-    itself)."""
+    itself, and dynamic NTK takes the base of its own length)."""
     batch, width = shape
     if start is not None:
         index = start[:, None] + jnp.arange(width)
-        return Positions(index, *rope_tables(config, index, length), mask=None)
+        assert length is not None
+        return Positions(index, *rope_tables(config, index, length[:, None]), mask=None)
     visible = jnp.tril(jnp.ones((width, width), bool))[None]
     index = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    lengths = jnp.full((batch, width), width)
     if mask is not None:
         visible = visible & (mask[:, None, :] != 0)
         index = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -146,12 +148,13 @@ def positions_of(
         same = segments[:, :, None] == segments[:, None, :]
         visible = visible & same
         index = jnp.arange(width) - jnp.argmax(same, axis=2)  # since the first token of the same document
+        lengths = jnp.sum(same, axis=2)
     visible = jnp.broadcast_to(visible, (batch, width, width))
     real = None if segments is None else segments != 0
-    return Positions(index, *rope_tables(config, index, jnp.full(batch, width)), visible, real)
+    return Positions(index, *rope_tables(config, index, lengths), visible, real)
 
 
-def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array, "B"]) -> tuple[Array, Array]:
+def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array, "B #T"]) -> tuple[Array, Array]:
     """cos and sin [B, T, H] in float32, half-split order (arXiv 2104.09864). Dynamic NTK scaling grows the base with
     ``length``, the number of tokens seen so far."""
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
@@ -163,7 +166,7 @@ def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array
     if scaling is not None and scaling.type == "dynamic":
         stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
         grown = theta * stretch ** (config.head_dim / (config.head_dim - 2))
-        theta = jnp.where(length > config.max_position_embeddings, grown, theta)[:, None, None]
+        theta = jnp.where(length > config.max_position_embeddings, grown, theta)[..., None]
     angle = position[..., None] / theta**half
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)

@@ -19,7 +19,7 @@ class Positions:
     """Where the T new tokens stand and what they may see."""
 
     offset: int | mx.array  # position of the first new token; [B] where rows differ, negative where padding comes first
-    freqs: mx.array  # positions to a radian: [H/2], or [B, H/2] where rows differ
+    freqs: mx.array  # positions to a radian: [H/2], [B, H/2] where rows differ, or [B, T, H/2] where their tokens do
     mask: mx.array | str | None  # [B, 1, T, S] bool, "causal", or None: a single token sees everything
     real: mx.array | None = None  # [B, T] bool: which are no padding; None: all, or it does not matter
 
@@ -35,10 +35,14 @@ def positions_of(
     """Positions of new tokens (``ids`` [B, T], for the shape): after those in ``cache`` (any one layer's), or of a
     whole batch with padding (``mask`` [B, T]) or several packed documents in a row (``segments`` [B, T]: numbered, 0 is
     padding; each sees only itself). RoPE is relative: neither padding nor a document in a row asks for positions of its
-    own. ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes its base.
+    own. ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes its base,
+    and of documents that of each one's own length.
     """
     width = ids.shape[1]
     offset = 0 if cache is None else cache.offset
+    same = None if segments is None else segments[:, :, None] == segments[:, None, :]
+    if same is not None:
+        length = same.sum(axis=2)
     freqs = rope_freqs(config, offset + width if length is None else length)
     if mask is None and segments is None:
         return Positions(offset, freqs, create_attention_mask(ids, cache))
@@ -46,14 +50,14 @@ def positions_of(
     if mask is not None:
         # A padding token sees itself: softmax over nothing is NaN on some devices, and the next layer spreads it.
         visible = visible & ((mask[:, None, :] != 0) | mx.eye(width, dtype=mx.bool_))
-    if segments is not None:
-        visible = visible & (segments[:, :, None] == segments[:, None, :])
+    if same is not None:
+        visible = visible & same
     return Positions(offset, freqs, visible[:, None], None if segments is None else segments != 0)
 
 
 def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:
-    """theta^(2h/H) in float32, half-split order (arXiv 2104.09864): [H/2], or [B, H/2] for lengths [B]. Dynamic NTK
-    scaling grows the base with ``length``, the number of tokens seen so far."""
+    """theta^(2h/H) in float32, half-split order (arXiv 2104.09864): [H/2], or [..., H/2] for lengths [...]. Dynamic
+    NTK scaling grows the base with ``length``, the number of tokens seen so far."""
     half = mx.arange(0, config.head_dim, 2, dtype=mx.float32) / config.head_dim
     theta = mx.array(config.rope_theta, mx.float32)
     scaling = config.rope_scaling
@@ -79,6 +83,11 @@ def rotate(x: mx.array, positions: Positions) -> mx.array:
     if positions.freqs.ndim == 1:
         return turn(wide, positions.offset, positions.freqs).astype(x.dtype)
     starts = mx.array(positions.offset)
+    if positions.freqs.ndim == 3:
+        places = starts + mx.arange(x.shape[2])
+        angle = (places[:, None] / positions.freqs)[:, None]  # [B, 1, T, H/2]
+        cos, sin, (first, second) = mx.cos(angle), mx.sin(angle), mx.split(x.astype(mx.float32), 2, axis=-1)
+        return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     rows = [turn(wide[b : b + 1], starts[b], positions.freqs[b]) for b in range(x.shape[0])]  # one base in each call
     return mx.concatenate(rows).astype(x.dtype)
 

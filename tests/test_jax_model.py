@@ -185,6 +185,16 @@ def test_documents_packed_in_a_row_do_not_see_each_other(dense):
     close(logits[:, 5:], dense.model(ids[:, 5:]))
 
 
+def test_a_packed_document_has_the_dynamic_base_of_its_own_length(long):
+    """33 and 80 tokens, more than max_position_embeddings (32), in one row with 16."""
+    ids = jnp.asarray(np.concatenate([long[f"input_ids_T{n}"] for n in (33, 80, 16)] + [np.zeros((1, 7), int)], axis=1))
+    segments = jnp.asarray([[1] * 33 + [2] * 80 + [3] * 16 + [0] * 7])
+    positions = positions_of(long.model.config, ids.shape, segments=segments)
+    logits = long.model.head(long.model.hidden_states(ids, positions))
+    for n, start in ((33, 0), (80, 33), (16, 113)):
+        close(logits[:, start : start + n], long[f"logits_T{n}"])
+
+
 def test_bfloat16_is_as_near_as_the_original(reference):
     folder = reference("dense_bf16")
     data, model = np.load(folder / "reference.npz"), load_weights(open_checkpoint(folder))

@@ -174,6 +174,16 @@ def test_documents_packed_in_a_row_do_not_see_each_other(dense):
     close(logits[:, 5:], np.asarray(dense.model(ids[:, 5:])))
 
 
+def test_a_packed_document_has_the_dynamic_base_of_its_own_length(long):
+    """33 and 80 tokens, more than max_position_embeddings (32), in one row with 16."""
+    ids = mx.array(np.concatenate([long[f"input_ids_T{n}"] for n in (33, 80, 16)] + [np.zeros((1, 7), int)], axis=1))
+    segments = mx.array([[1] * 33 + [2] * 80 + [3] * 16 + [0] * 7])
+    positions = positions_of(long.model.config, ids, segments=segments)
+    logits = long.model.head(long.model.hidden_states(ids, positions))
+    for n, start in ((33, 0), (80, 33), (16, 113)):
+        close(logits[:, start : start + n], long[f"logits_T{n}"])
+
+
 def test_mlx_lm_generates(dense):
     tokens = [token for token, _ in generate_step(mx.array(dense["prompt_ids"][0]), dense.model, max_tokens=24)]
     assert tokens == dense["greedy_ids"][8:].tolist()
