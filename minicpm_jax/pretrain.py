@@ -109,17 +109,14 @@ def pretrain(options: Options) -> None:
     )
     stages, bos_token_id, fingerprint = read_data(options, config.vocab_size)
     optimiser = train.mup_optimizer(config, options.beta1, options.beta2, options.weight_decay, options.clip)
-    fixed: dict[str, Any] = {
-        "config": config,
-        "bos_token_id": bos_token_id,
-        "dtype": options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
-    }
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    fixed: dict[str, Any] = {"trained": train.AllWeights(config, dtype, mesh), "bos_token_id": bos_token_id}
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     check_settings(options.out, settings | {"config": config.to_dict(), "data": fingerprint})
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(options.out / "checkpoints")))
-        state = checkpoints.restore((weights, optimiser.init(weights)))
+        state = checkpoints.restore(train.beginning(weights, optimiser, mesh))
         del weights
         step = checkpoints.latest or options.from_step
         if step:

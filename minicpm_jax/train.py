@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from minicpm_jax import adapters
 from minicpm_jax.attention import positions_of
+from minicpm_jax.loading import spread
 from minicpm_jax.losses import Batch, Objective, packed_loss, token_losses
 from minicpm_jax.model import Model, nested
+from minicpm_jax.sharding import replicated
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -53,13 +56,18 @@ def optimizer(name: str, weight_decay: float, clip: float) -> optax.GradientTran
 
 @dataclass(frozen=True)
 class AllWeights:
-    """What is trained: every weight, as float32 masters of a model that computes in ``dtype``."""
+    """What is trained: every weight, as float32 masters (over the devices of a ``mesh``) of a model that computes in
+    ``dtype``."""
 
     config: ModelConfig
     dtype: str
+    mesh: Mesh | None = None
 
     def model(self, base: Model | None, weights: Weights, key: Array | None = None) -> Model:
-        return Model(nested({name: w.astype(self.dtype) for name, w in weights.items()}), self.config)
+        model = Model(nested({name: w.astype(self.dtype) for name, w in weights.items()}), self.config)
+        if self.mesh is not None:
+            spread(model, self.mesh)
+        return model
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,15 @@ class LowRankWeights:
 
 
 Trained = AllWeights | LowRankWeights
+
+
+def beginning(weights: Weights, optimiser: optax.GradientTransformation, mesh: Mesh | None) -> State:
+    """The state before the first step. Of the moments, those that are as large as a weight lie as it does; the others
+    go to every device, as a checkpoint is read to where they are."""
+    moments = optimiser.init(weights)
+    if mesh is not None:
+        moments = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else replicated(x, mesh), moments)
+    return weights, moments
 
 
 @functools.partial(jax.jit, static_argnames=("trained", "objective", "optimiser"), donate_argnums=0)
@@ -134,23 +151,22 @@ def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, tra
     return -jnp.sum(token_losses(model, hidden, batch["labels"]), axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimiser", "bos_token_id", "dtype", "remat"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("trained", "optimiser", "bos_token_id", "remat"), donate_argnums=0)
 def pretrain_step(
     state: State,
     windows: jax.Array,
     learning_rate: jax.Array,
     *,
-    config: ModelConfig,
+    trained: AllWeights,
     optimiser: optax.GradientTransformation,
     bos_token_id: int,
-    dtype: str,
     remat: bool,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One AdamW step on [B, T] windows, computed in ``dtype`` over float32 masters. Returns the state and figures."""
+    """One AdamW step on [B, T] windows. Returns the state and figures."""
     weights, moments = state
 
     def loss_of(weights: Weights) -> jax.Array:
-        return packed_loss(AllWeights(config, dtype).model(None, weights), windows, bos_token_id, remat)
+        return packed_loss(trained.model(None, weights), windows, bos_token_id, remat)
 
     loss, gradients = jax.value_and_grad(loss_of)(weights)
     updates, moments = optimiser.update(gradients, moments, weights)
@@ -158,10 +174,10 @@ def pretrain_step(
     return (weights, moments), {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "bos_token_id", "dtype"))
-def packed_evaluation(weights: Weights, windows: jax.Array, *, config: ModelConfig, bos_token_id: int, dtype: str):
+@functools.partial(jax.jit, static_argnames=("trained", "bos_token_id"))
+def packed_evaluation(weights: Weights, windows: jax.Array, *, trained: AllWeights, bos_token_id: int):
     """Loss of [B, T] windows without a step."""
-    return packed_loss(AllWeights(config, dtype).model(None, weights), windows, bos_token_id)
+    return packed_loss(trained.model(None, weights), windows, bos_token_id)
 
 
 def weights_of(model: Model) -> Weights:
