@@ -169,6 +169,8 @@ def check(options: FinetuneOptions) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{flag(name)} is {value}; it must be above 0.")
+    if options.seed >= 2**32:
+        raise InputError(f"--seed is {options.seed}; it must be below 2**32.")
     if options.iters is not None and options.epochs is not None:
         raise InputError("--iters and --epochs both say how long to train; leave one of them out.")
     if not 0 <= options.weight_decay < 1:

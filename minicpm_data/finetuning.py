@@ -106,7 +106,8 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     del model  # which a trainer of all weights does not keep
     if train is not None and planned is not None:  # nothing is written before all is known to fit
         settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
-        check_settings(options.out, settings | {"examples": _fingerprint(train)}, options.resume)
+        settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
+        check_settings(options.out, settings, options.resume)
         fit(options, worker, planned, train, valid)
     else:
         worker.load_export()
