@@ -181,6 +181,8 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
             group = [arrays(batches[step * several + i], known) for i in range(several)]
             rate = plan.schedule(step)
             figures = trainer.step(group, rate, step)
+            if pending:
+                float(pending[-1]["loss"])  # waits: one step is queued behind the one that runs, not more
             step += 1
             tokens += sum(int((batch["segments"] > 0).sum()) for batch in group)
             epoch = step * several / batches.per_epoch
