@@ -1,29 +1,22 @@
-"""What fine-tuning takes: the loss over the vocabulary, `mlx_lm.lora` beside ours, and packing.
+"""What fine-tuning takes: the loss over the vocabulary in chunks, and packing.
 
     python -m benchmarks.training --part loss --backend jax
     python -m benchmarks.training --part loss --backend mlx
-    python -m benchmarks.training --part peer
     python -m benchmarks.training --part packing --backend jax --shape wide
 
 `loss`: memory and numbers of the loss in chunks beside those of all logits at once. In JAX the whole LoRA step of a
-released shape is compiled for a TPU, which needs none; in MLX loss and gradient run. `peer`: both programs train on
-one small Llama, each run in a process of its own, in turn; the first epoch warms up, the second is timed. `packing`:
-tokens a second of LoRA steps on examples whose lengths are skewed, each in a row of its own or packed.
+released shape is compiled for a TPU, which needs none; in MLX loss and gradient run. `packing`: tokens
+a second of LoRA steps on examples whose lengths are skewed, each in a row of its own or packed.
 Dims: B rows, T tokens, V vocabulary, D hidden.
 """
 
 import functools
 import importlib
 import json
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -40,32 +33,12 @@ from weights_io.errors import InputError
 
 PICO = Path(__file__).parents[1] / "minicpm_data" / "pico"
 RANK, ALPHA, TARGETS = 8, 32.0, ("q_proj", "v_proj")
-PEERS = ("ours", "ours, packed", "mlx_lm")
-# A Llama of 5 million numbers, most of which are head and embedding.
-SMALL: dict[str, Any] = {
-    "vocab_size": 32768,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "scale_emb": 12.0,
-    "scale_depth": 1.4,
-    "dim_model_base": 32,
-}
-# Both programs make the same ids of it.
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ '<用户>' + message['content'] + '<AI>' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
-)
+VOCABULARY = 32768  # of the loss in MLX, whose head is 32 wide
 
 
 @dataclass(frozen=True)
 class Options:
-    part: Literal["loss", "peer", "packing"]
+    part: Literal["loss", "packing"]
     """What is measured."""
     backend: Literal["jax", "mlx"] = "jax"
     """Which of the two runs."""
@@ -76,37 +49,31 @@ class Options:
     rows: int = 4
     """B."""
     tokens: int = 2048
-    """T; of packing and peer the longest row, 256 at most."""
+    """T; of packing the longest row, 256 at most."""
     logits: tuple[int, ...] = (2**27,)
     """Of the loss: most logits at once."""
     shape: Literal["pico", "wide"] = "pico"
     """Of packing: the built-in model's shape, or two layers as wide as MiniCPM-2B with its whole vocabulary."""
     examples: int = 32
-    """Of packing and peer: how many there are, an epoch."""
+    """Of packing: how many there are, an epoch."""
     rounds: int = 5
-    """Timed runs, of which the median counts."""
-    here: int | None = None
-    """Of peer: run one of the programs in this process; print what it took."""
-    folder: Path = Path("unknown")
-    """Of peer: where model and data are, for --here."""
+    """Of packing: timed runs, of which the median counts."""
 
 
 def main(options: Options) -> None:
     """Measure what fine-tuning takes in memory and time."""
     if options.part == "loss":
         (jax_loss if options.backend == "jax" else mlx_loss)(options)
-    elif options.part == "packing":
-        packing(options)
-    elif options.here is not None:
-        run_peer(options, PEERS[options.here])
     else:
-        peer(options)
+        packing(options)
 
 
 def shape_of(name: str, **changes: Any) -> ModelConfig:
     """The config of a model of the catalogue."""
     entry = catalog.find(name)
-    raw = json.loads((PICO / "config.json").read_text()) if name == "pico" else entry and entry.config
+    raw: Any = entry and entry.config
+    if name == "pico":
+        raw = json.loads((PICO / "config.json").read_text())
     if raw is None:
         raise InputError(f"the shape of {name} is not known; give a model of the catalogue whose is.")
     return ModelConfig.from_dict({**raw, **changes})
@@ -197,7 +164,7 @@ def mlx_loss(options: Options) -> None:
     from minicpm_mlx import losses
     from minicpm_mlx.model import initialise
 
-    config = ModelConfig(vocab_size=SMALL["vocab_size"], hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    config = ModelConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     model = initialise(config, mx.random.key(0))
     model.freeze()
     hidden = mx.random.normal((options.rows, options.tokens, config.hidden_size), key=mx.random.key(1))
@@ -246,175 +213,6 @@ def largest_difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
     largest = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
     assert largest < 1e-5, f"the loss in chunks is {largest} from the plain one"
     return largest
-
-
-# mlx_lm beside ours
-
-
-def peer(options: Options) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        write_world(Path(folder), options.examples)
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
-        for _ in range(options.rounds):
-            for index, name in enumerate(PEERS):
-                command = [sys.executable, "-m", "benchmarks.training", "--part", "peer", "--folder", folder]
-                command += ["--here", str(index), "--rows", str(options.rows), "--tokens", str(options.tokens)]
-                command += ["--examples", str(options.examples)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                runs[name].append(json.loads(done.stdout.splitlines()[-1]))
-    print(
-        "| program | steps an epoch | padding | targets trained, of them padding | peak | s a step | tokens a second |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for name, found in runs.items():
-        run, seconds = found[0], statistics.median(each["seconds"] for each in found)
-        print(
-            f"| {name} | {run['steps']} | {1 - run['tokens'] / run['places']:.0%} | {run['targets']:,}, {run['wrong']}"
-            f" | {statistics.median(each['peak'] for each in found) / 1e6:,.0f} MB"
-            f" | {seconds / run['steps']:.2f} | {run['tokens'] / seconds:,.0f} |"
-        )
-
-
-def write_world(folder: Path, count: int) -> None:
-    """A random Llama with the built-in tokenizer, and examples of which most are short and a few long."""
-    from weights_io.files.safetensors import Computed
-    from weights_io.llama_format import to_llama
-    from weights_io.parameters import parameters
-    from weights_io.write import save_checkpoint
-
-    config, random = ModelConfig.from_dict(SMALL), np.random.default_rng(0)
-    tensors: dict[str, Any] = {}
-    for p in parameters(config):
-        for name in p.tensors(config):
-            array = random.normal(0, p.init_std(config), p.tensor_shape(config)).astype(np.float32)
-            array = np.ones_like(array) if p.init == "ones" else array
-            tensors[name] = Computed(array.shape, array.dtype, functools.partial(np.asarray, array))
-    llama, folded = to_llama(config, tensors)
-    told = json.loads((PICO / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
-    files: dict[str, str | bytes] = {"tokenizer_config.json": json.dumps(told)}
-    files["tokenizer.json"] = (PICO / "tokenizer.json").read_bytes()
-    save_checkpoint(folder / "model", llama, folded, raw_config=SMALL, extra_files=files)
-    words = "the sea is blue and a small dog sat by its door in rain while we ate bread".split()
-    lengths = np.minimum(random.lognormal(2.7, 0.9, count).astype(int) + 1, 120)
-    lines = [
-        {"prompt": " ".join(random.choice(words, 5)), "completion": " ".join(random.choice(words, length))}
-        for length in lengths
-    ]
-    (folder / "data").mkdir()
-    for name in ("train", "valid"):
-        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-class Ledger:
-    """What each step was given, and when it began."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-
-    def add(self, places: int, tokens: int, targets: int, wrong: int) -> None:
-        """``wrong``: how many of the targets are padding."""
-        counts = {"places": places, "tokens": tokens, "targets": targets, "wrong": wrong}
-        self.steps.append({"began": time.perf_counter(), **counts})
-
-    def epoch(self, steps: int) -> dict[str, float]:
-        """Sums over the second epoch."""
-        second = self.steps[steps : 2 * steps]
-        sums = {name: int(sum(step[name] for step in second)) for name in ("places", "tokens", "targets", "wrong")}
-        seconds = self.steps[2 * steps]["began"] - self.steps[steps]["began"]
-        return {"steps": steps, "seconds": seconds, **sums}
-
-
-def run_peer(options: Options, name: str) -> None:
-    """Two epochs and a step more; prints the counts and seconds of the second one, and the peak of memory."""
-    import mlx.core as mx
-
-    ledger = Ledger()
-    with tempfile.TemporaryDirectory() as out:
-        run = mlx_lm_run if name == "mlx_lm" else functools.partial(our_run, pack=name.endswith("packed"))
-        steps = run(options, Path(out), ledger)
-    print(json.dumps({"peak": mx.get_peak_memory(), **ledger.epoch(steps)}))
-
-
-def our_run(options: Options, out: Path, ledger: Ledger, *, pack: bool) -> int:
-    import mlx.core as mx
-
-    from minicpm_data.examples import load_split
-    from minicpm_mlx.generate import backend
-    from minicpm_mlx.loading import load
-    from minicpm_mlx.trainer import Trainer
-
-    class Watched(Trainer):
-        def step(self, batches, rate, number):
-            mx.eval(self.weights, self.optimiser.state)  # of the step before
-            segments, labels = batches[0]["segments"], batches[0]["labels"]
-            wrong = int(((labels != IGNORED) & (segments == 0)).sum())
-            ledger.add(segments.size, int((segments > 0).sum()), int((labels != IGNORED).sum()), wrong)
-            return super().step(batches, rate, number)
-
-    width, data = min(options.tokens, 256), options.folder / "data" / "train.jsonl"
-    model = str(options.folder / "model")
-    tokenizer = load(model)[1]
-    assert tokenizer is not None
-    split = load_split(data, "train", tokenizer, width)
-    assert split is not None
-    steps = Batches(split.examples, options.rows, width, 0, pack=pack).per_epoch
-    chosen = LoraOptions(
-        model=model,
-        data=data,
-        iters=2 * steps + 1,
-        batch_size=options.rows,
-        max_seq_length=width,
-        pack=pack,
-        rank=RANK,
-        alpha=ALPHA,
-        dropout=0.0,
-        targets=TARGETS,
-        dtype="float32",
-        adapter_path=out / "adapter",
-        save_every=10**6,
-        steps_per_report=10**6,
-    )
-    finetuning.finetune(chosen, backend, Watched)
-    return steps
-
-
-def mlx_lm_run(options: Options, out: Path, ledger: Ledger) -> int:
-    from mlx_lm import lora
-    from mlx_lm.tuner.trainer import iterate_batches, train
-
-    def watched(*args, **kwargs):
-        for batch, lengths in iterate_batches(*args, **kwargs):
-            width = batch.shape[1]
-            first, last = np.array(lengths).T
-            end = np.minimum(last, width - 1)  # steps up to ``last``, which is a place behind the row's last token
-            trained = np.maximum(end - first + 1, 0) - (first == 0)
-            ledger.add(batch.size, int(last.sum()), int(trained.sum()), int((last < width).sum()))
-            yield batch, lengths
-
-    def run(model, args, optimizer, train_dataset, val_dataset, training_callback):
-        train(model, optimizer, train_dataset, None, args, iterate_batches=watched)
-
-    lora.train = run  # which then does not stop for validation
-    steps = options.examples // options.rows
-    keys = [f"self_attn.{target}" for target in TARGETS]
-    changed = {
-        "model": str(options.folder / "model"),
-        "data": str(options.folder / "data"),
-        "train": True,
-        "mask_prompt": True,
-        "num_layers": SMALL["num_hidden_layers"],
-        "batch_size": options.rows,
-        "iters": 2 * steps + 1,
-        "max_seq_length": min(options.tokens, 256),
-        "learning_rate": 5e-5,
-        "optimizer": "adamw",
-        "adapter_path": str(out),
-        "steps_per_report": 10**6,
-        "save_every": 10**6,
-        "lora_parameters": {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0, "keys": keys},
-    }
-    lora.run(SimpleNamespace(**{**lora.CONFIG_DEFAULTS, **changed}))
-    return steps
 
 
 # Packing

@@ -50,7 +50,7 @@ def test_a_step_is_compiled_for_a_tpu():
 
 @pytest.mark.slow
 def test_mlx_lm_trains_one_padding_token_a_row_and_ours_none():
-    ran = run("training", "--part", "peer", "--rounds", "1", "--rows", "1", "--examples", "2", "--tokens", "64")
+    ran = run("lora_peer", "--rounds", "1", "--rows", "1", "--examples", "2", "--tokens", "64")
     assert ran.returncode == 0, ran.stderr
     rows = {cells[0].strip("| "): cells for cells in (line.split(" | ") for line in ran.stdout.splitlines()[2:])}
     targets = {name: [int(n) for n in cells[3].split(", ")] for name, cells in rows.items()}
