@@ -254,7 +254,26 @@ def attend_cache(
 def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T NH"]:
-    """softmax(q k / sqrt(H)) v with scores and softmax in float32; head n reads key/value head n // G."""
+    """softmax(q k / sqrt(H)) v with scores and softmax in float32; head n reads key/value head n // G.
+
+    Of more than `BLOCK` tokens the scores are made for so many at a time, and made again in the backward pass: those of
+    4 rows of 2048 tokens and 36 heads are 2.4 GB, of which a backward pass without blocks holds two and a half."""
+    batch, width, _, _ = q.shape
+    if width <= BLOCK:
+        return _attend(q, k, v, mask)
+    blocks = -(-width // BLOCK)
+    size = -(-width // blocks)
+
+    def parts(x):  # along T, so that a batch that is spread over devices stays so
+        x = jnp.pad(x, [(0, 0), (0, blocks * size - width)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, blocks, size, *x.shape[2:]), 1, 0)
+
+    some = jax.checkpoint(_attend)
+    mixed = jax.lax.map(lambda part: some(part[0], k, v, part[1]), (parts(q), parts(mask)))
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, blocks * size, -1)[:, :width]
+
+
+def _attend(q, k, v, mask):
     batch, width, heads, head_dim = q.shape
     # Turn the small operands, not the scores: with batch and head axes leading, no [T, S] array is ever transposed.
     q = q.reshape(batch, width, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]

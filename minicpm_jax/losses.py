@@ -49,24 +49,38 @@ def _chunked(
     def losses(part):
         x, targets = part
         logits, target, trained = _logits(x, targets, weight)
-        right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        return jnp.where(trained, jax.nn.logsumexp(logits, axis=-1) - right, 0)
+        return _cross_entropy(logits, target, trained)
 
     return _whole(jax.lax.map(losses, (_parts(hidden, chunk), _parts(targets, chunk))))
 
 
 def _forward(chunk, hidden, weight, targets):
-    return _chunked(chunk, hidden, weight, targets), (hidden, weight, targets)
+    """Where the head is frozen, hidden's gradient but for the factor that comes from above is made of the logits while
+    they are there: two products with the head, not three."""
+    frozen = not weight.perturbed
+    hidden, weight, targets = hidden.value, weight.value, targets.value
+    if not frozen:
+        return _chunked(chunk, hidden, weight, targets), (hidden, weight, targets)
+
+    def both(part):
+        x, targets = part
+        logits, target, trained = _logits(x, targets, weight)
+        share = _share(logits, target, trained).astype(x.dtype)
+        below = jnp.einsum("bcv,vd->bcd", share, weight, precision=precision(x))
+        return _cross_entropy(logits, target, trained), below
+
+    losses, below = jax.lax.map(both, (_parts(hidden, chunk), _parts(targets, chunk)))
+    return _whole(losses), _whole(below)
 
 
 def _backward(chunk, saved, gradient):
+    if not isinstance(saved, tuple):  # of a frozen head
+        return (saved * gradient[..., None]).astype(saved.dtype), None, None
     hidden, weight, targets = saved
 
     def step(total, part):
         x, targets, above = part
-        logits, target, trained = _logits(x, targets, weight)
-        right = target[..., None] == jnp.arange(logits.shape[-1])
-        share = (jax.nn.softmax(logits, axis=-1) - right) * jnp.where(trained, above, 0)[..., None]
+        share = _share(*_logits(x, targets, weight)) * above[..., None]
         share = share.astype(x.dtype)
         wide = {"precision": precision(x), "preferred_element_type": jnp.float32}
         total = total + jnp.einsum("bcv,bcd->vd", share, x, **wide)
@@ -77,7 +91,18 @@ def _backward(chunk, saved, gradient):
     return _whole(below), total.astype(weight.dtype), None
 
 
-_chunked.defvjp(_forward, _backward)
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _cross_entropy(logits: Float[Array, "B C V"], target, trained) -> Float[Array, "B C"]:
+    right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return jnp.where(trained, jax.nn.logsumexp(logits, axis=-1) - right, 0)
+
+
+def _share(logits: Float[Array, "B C V"], target, trained) -> Float[Array, "B C V"]:
+    """The gradient of `_cross_entropy` with respect to the logits."""
+    right = target[..., None] == jnp.arange(logits.shape[-1])
+    return jnp.where(trained[..., None], jax.nn.softmax(logits, axis=-1) - right, 0)
 
 
 def _logits(x, targets, weight):

@@ -60,12 +60,17 @@ class Trainer:
         return figures
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
-        return self.objective(self.model, _arrays(batch))[1]
+        self.model.eval()  # no gradient follows
+        sums = self.objective(self.model, _arrays(batch))[1]
+        self.model.train()
+        return sums
 
     def reference(self, batch: Arrays) -> np.ndarray:
         assert self.before is not None
         train.use_weights(self.model, self.before, self.dtypes)
+        self.model.eval()
         sums = np.array(train.log_probabilities(self.model, _arrays(batch)))
+        self.model.train()
         train.use_weights(self.model, self.weights, self.dtypes)
         return sums
 

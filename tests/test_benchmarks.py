@@ -1,5 +1,6 @@
 """The benchmarks run; what they measure is in docs/benchmarks.md."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -28,3 +29,40 @@ def test_the_memory_of_a_prompt_is_more_than_its_cache():
     assert ran.returncode == 0, ran.stderr
     tokens, cache, held, *_ = ran.stdout.splitlines()[2].strip("| ").split(" | ")
     assert (tokens, cache) == ("32", "2 MB") and int(held.split()[0]) >= 2
+
+
+@pytest.mark.slow
+def test_the_loss_in_chunks_is_the_plain_one():
+    """The command compares them itself."""
+    ran = run("training", "--part", "loss", "--backend", "mlx", "--rows", "1", "--tokens", "64", "--logits", "262144")
+    assert ran.returncode == 0, ran.stderr
+    chunked, whole = (line.split(" | ") for line in ran.stdout.splitlines()[2:])
+    assert chunked[0] == "| in chunks" and int(chunked[2].split()[0]) < int(whole[2].split()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
+def test_a_step_is_compiled_for_a_tpu():
+    ran = run("training", "--part", "loss", "--model", "pico", "--rows", "1", "--tokens", "32", "--logits", "4096")
+    assert ran.returncode == 0, ran.stderr
+    assert [line.split(" | ")[0] for line in ran.stdout.splitlines()[2:]] == ["| in chunks", "| plain"]
+
+
+@pytest.mark.slow
+def test_mlx_lm_trains_one_padding_token_a_row_and_ours_none():
+    ran = run("lora_peer", "--rounds", "1", "--rows", "1", "--examples", "2", "--tokens", "64")
+    assert ran.returncode == 0, ran.stderr
+    rows = {cells[0].strip("| "): cells for cells in (line.split(" | ") for line in ran.stdout.splitlines()[2:])}
+    targets = {name: [int(n) for n in cells[3].split(", ")] for name, cells in rows.items()}
+    assert list(targets) == ["ours", "ours, packed", "mlx_lm"]
+    assert targets["ours"][1] == 0 and targets["mlx_lm"] == [targets["ours"][0] + 2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "mlx"])
+def test_packed_rows_hold_less_padding(backend):
+    arguments = ["--backend", backend, "--rows", "2", "--examples", "12", "--tokens", "64", "--rounds", "1"]
+    ran = run("training", "--part", "packing", *arguments)
+    assert ran.returncode == 0, ran.stderr
+    apart, packed = (int(line.split(" | ")[2].split()[-1].removesuffix("%")) for line in ran.stdout.splitlines()[2:])
+    assert packed < apart

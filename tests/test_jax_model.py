@@ -12,7 +12,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 
-from minicpm_jax.attention import Cache, positions_of, rotate  # noqa: E402
+from minicpm_jax.attention import BLOCK, Cache, _attend, attend, positions_of, rotate  # noqa: E402
 from minicpm_jax.loading import load, load_weights  # noqa: E402
 from minicpm_jax.losses import mean_loss  # noqa: E402
 from minicpm_jax.model import Model, RMSNorm, abstract, initialise, scaled, unstack  # noqa: E402
@@ -295,3 +295,27 @@ def test_full_size_has_the_published_count_and_shapes(name, parameters):
     x, after = jax.eval_shape(lambda m, i, c: m.decode(i, c, 128), model, ids, cache)
     assert (x.shape, x.dtype) == ((1, 128, config.hidden_size), jnp.bfloat16)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), cache)
+
+
+def test_attention_of_many_tokens_is_made_in_blocks():
+    """The same numbers and gradients, with a last block that is not full, in less memory than two arrays of scores."""
+    width, heads = 2 * BLOCK + 100, 4
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (1, width, n, 8)) for key, n in zip(keys, (heads, 2, 2), strict=False))
+    mask = jnp.tril(jnp.ones((1, width, width), bool)) & (jax.random.uniform(keys[3], (1, 1, width)) < 0.9)
+    mask = mask | jnp.eye(width, dtype=bool)
+    above = jax.random.normal(keys[3], (1, width, heads * 8))
+
+    def compiled(attend):
+        def total(q, k, v):
+            mixed = attend(q, k, v, mask)
+            return jnp.sum(mixed * above), mixed
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True)).lower(q, k, v).compile()
+
+    programs = compiled(attend), compiled(_attend)
+    for found, expected in zip(*(jax.tree.leaves(program(q, k, v)) for program in programs), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()))
+    blocks, whole = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    scores = heads * width * width * 4
+    assert blocks < 2 * scores < whole

@@ -1,5 +1,7 @@
 """What training minimises, against the formulas in numpy: token losses, preferences, and the experts' imbalance."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny_training as tiny
@@ -94,6 +96,42 @@ def test_token_losses_in_chunks_are_cross_entropy(backend, monkeypatch, tied, ch
     above = random.normal(size=(B, T)).astype(np.float32)
     found = value_and_gradients(backend, config, hidden, weight, labels, above)
     for array, expected in zip(found, plain(config, hidden, weight, labels, above), strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_heads_gradient_is_made_with_the_loss(backend, monkeypatch, tied):
+    """Hidden's gradient alone, where the factor from above comes later; in MLX a model that is not being trained makes
+    nothing ahead, and its gradient is the same."""
+    config = ModelConfig.from_dict({**SHAPE, "vocab_size": V, "tie_word_embeddings": tied, "intermediate_size": 32})
+    losses = part(backend, "losses")
+    monkeypatch.setattr(losses, "LOGITS", B * V * 4)
+    random, model = np.random.default_rng(0), initialised(backend, config)
+    hidden = random.normal(size=(B, T, D)).astype(np.float32)
+    labels = np.where(random.random((B, T)) < 0.3, IGNORED, random.integers(0, V, (B, T))).astype(np.int32)
+    above = random.normal(size=(B, T)).astype(np.float32)
+    head = model.model.embed_tokens if model.lm_head is None else model.lm_head
+    expected = plain(config, hidden, np.asarray(head.weight), labels, above)[1]
+    if backend == "minicpm_jax":
+        import jax
+        import jax.numpy as jnp
+
+        def total(hidden, model):
+            return jnp.sum(losses.token_losses(model, hidden, jnp.asarray(labels)) * above)
+
+        gradient = jax.jit(jax.grad(total))
+        products = re.findall(r"dot_general\[", str(jax.make_jaxpr(gradient)(hidden, model)))
+        assert len(products) == 2  # not three: logits, and what goes below
+        found = [gradient(hidden, model)]
+    else:
+        import mlx.core as mx
+
+        def total(hidden):
+            return (losses.token_losses(model, hidden, mx.array(labels)) * mx.array(above)).sum()
+
+        model.freeze()
+        found = [mx.grad(total)(mx.array(hidden)) for model in (model.train(), model.eval())]
+    for array in found:
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,280 @@
+"""What fine-tuning takes: the loss over the vocabulary in chunks, and packing.
+
+    python -m benchmarks.training --part loss --backend jax
+    python -m benchmarks.training --part loss --backend mlx
+    python -m benchmarks.training --part packing --backend jax --shape wide
+
+`loss`: memory and numbers of the loss in chunks beside those of all logits at once. In JAX the whole LoRA step of a
+released shape is compiled for a TPU, which needs none; in MLX loss and gradient run. `packing`: tokens
+a second of LoRA steps on examples whose lengths are skewed, each in a row of its own or packed.
+Dims: B rows, T tokens, V vocabulary, D hidden.
+"""
+
+import functools
+import importlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.timing import alternating
+from minicpm_data import finetuning
+from minicpm_data.batches import IGNORED, Batches
+from minicpm_data.examples import Example
+from minicpm_data.finetune_options import LoraOptions
+from weights_io import catalog, command_line
+from weights_io.adapters import AdapterConfig
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+
+PICO = Path(__file__).parents[1] / "minicpm_data" / "pico"
+RANK, ALPHA, TARGETS = 8, 32.0, ("q_proj", "v_proj")
+VOCABULARY = 32768  # of the loss in MLX, whose head is 32 wide
+
+
+@dataclass(frozen=True)
+class Options:
+    part: Literal["loss", "packing"]
+    """What is measured."""
+    backend: Literal["jax", "mlx"] = "jax"
+    """Which of the two runs."""
+    model: str = "minicpm-2b"
+    """Of the loss in JAX: whose shape."""
+    topology: str = "v5e:1x1"
+    """Of the loss in JAX: the TPU that is compiled for."""
+    rows: int = 4
+    """B."""
+    tokens: int = 2048
+    """T; of packing the longest row, 256 at most."""
+    logits: tuple[int, ...] = (2**27,)
+    """Of the loss: most logits at once."""
+    shape: Literal["pico", "wide"] = "pico"
+    """Of packing: the built-in model's shape, or two layers as wide as MiniCPM-2B with its whole vocabulary."""
+    examples: int = 32
+    """Of packing: how many there are, an epoch."""
+    rounds: int = 5
+    """Of packing: timed runs, of which the median counts."""
+
+
+def main(options: Options) -> None:
+    """Measure what fine-tuning takes in memory and time."""
+    if options.part == "loss":
+        (jax_loss if options.backend == "jax" else mlx_loss)(options)
+    else:
+        packing(options)
+
+
+def shape_of(name: str, **changes: Any) -> ModelConfig:
+    """The config of a model of the catalogue."""
+    entry = catalog.find(name)
+    raw: Any = entry and entry.config
+    if name == "pico":
+        raw = json.loads((PICO / "config.json").read_text())
+    if raw is None:
+        raise InputError(f"the shape of {name} is not known; give a model of the catalogue whose is.")
+    return ModelConfig.from_dict({**raw, **changes})
+
+
+# The loss over the vocabulary
+
+
+def jax_loss(options: Options) -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from minicpm_jax import adapters, losses, train
+    from minicpm_jax.model import abstract, initialise
+
+    config = shape_of(options.model)
+    try:
+        chip = topologies.get_topology_desc(
+            platform="tpu", topology_name=options.topology, chips_per_host_bounds=(1, 1, 1)
+        ).devices[0]
+    except (RuntimeError, ValueError) as error:
+        raise InputError("compiling for a TPU needs libtpu: pip install 'minicpm-jax-mlx[fit]'.") from error
+
+    def plain(model, hidden, labels):
+        logits, labels = model.head(hidden[:, :-1]), labels[:, 1:]
+        right = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        return jnp.pad(jnp.where(labels == IGNORED, 0, jax.nn.logsumexp(logits, axis=-1) - right), [(0, 0), (1, 0)])
+
+    def on_chip(tree):
+        sharding = SingleDeviceSharding(chip)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    chunked, shape = losses.token_losses, (options.rows, options.tokens)
+    adapter = AdapterConfig(RANK, ALPHA, 0.1, False, TARGETS, options.model)
+    base = abstract(config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    matrices = jax.eval_shape(
+        lambda base, key: adapters.initial(base, adapter, range(config.num_hidden_layers), key), base, key
+    )
+    optimiser = train.optimizer("adamw", 0.01, 1.0)
+    ids = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
+    state = matrices, jax.eval_shape(optimiser.init, matrices)
+    step = on_chip((state, base, dict.fromkeys(("ids", "labels", "segments"), ids), jnp.float32(0), key))
+    hidden = jax.ShapeDtypeStruct((*shape, config.hidden_size), jnp.bfloat16)
+    alone = on_chip((hidden, base, jax.ShapeDtypeStruct(shape, jnp.int32)))
+    told = {"trained": train.LowRankWeights(adapter.scale, adapter.dropout), "optimiser": optimiser}
+    told["objective"] = losses.Objective(remat=True)
+
+    # The numbers, on this machine: the whole vocabulary and a narrow head.
+    narrow = ModelConfig(vocab_size=config.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    model, random = initialise(narrow, jax.random.key(0)), np.random.default_rng(0)
+    x, labels = random.normal(size=(2, 33, 64)).astype(np.float32), random.integers(0, narrow.vocab_size, (2, 33))
+    labels = np.where(labels % 3 == 0, IGNORED, labels)
+
+    def of_hidden(function):
+        def total(hidden, model, labels):
+            losses = function(model, hidden, labels)
+            return jnp.sum(losses), losses
+
+        return jax.jit(jax.grad(total, has_aux=True))
+
+    expected = of_hidden(plain)(x, model, labels)
+    print(
+        "| loss | most logits at once | loss alone, temporaries | LoRA step, temporaries | step in all | difference |"
+    )
+    print("|---|---|---|---|---|---|")
+    for limit in (*options.logits, None):
+        losses.token_losses = plain if limit is None else chunked
+        losses.LOGITS = 2 * narrow.vocab_size * 5 if limit is not None else losses.LOGITS  # seven chunks of five tokens
+        found = of_hidden(losses.token_losses)(x, model, labels)
+        difference = largest_difference(found, expected)
+        losses.LOGITS = limit or losses.LOGITS
+        small = of_hidden(losses.token_losses).lower(*alone).compile().memory_analysis()
+        train.train_step.clear_cache()  # it is traced with what token_losses is now
+        whole = train.train_step.lower(*step, **told).compile().memory_analysis()
+        in_all = whole.argument_size_in_bytes + whole.temp_size_in_bytes
+        memory = (small.temp_size_in_bytes, whole.temp_size_in_bytes, in_all)
+        figures = " | ".join(f"{x / 1e9:.3f} GB" for x in memory)
+        at_once = min(limit or np.inf, options.rows * (options.tokens - 1) * config.vocab_size)
+        print(f"| {named(limit)} | {at_once / 2**20:,.0f} Mi | {figures} | {difference:.0e} |", flush=True)
+
+
+def mlx_loss(options: Options) -> None:
+    import mlx.core as mx
+
+    from minicpm_mlx import losses
+    from minicpm_mlx.model import initialise
+
+    config = ModelConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    model = initialise(config, mx.random.key(0))
+    model.freeze()
+    hidden = mx.random.normal((options.rows, options.tokens, config.hidden_size), key=mx.random.key(1))
+    labels = mx.random.randint(0, config.vocab_size, (options.rows, options.tokens), key=mx.random.key(2))
+    labels = mx.where(labels % 3 == 0, IGNORED, labels)
+    mx.eval(model.parameters(), hidden, labels)
+
+    def plain(model, hidden, labels):
+        logits, labels = model.head(hidden[:, :-1]), labels[:, 1:]
+        right = mx.take_along_axis(logits, mx.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        return mx.pad(mx.where(labels == IGNORED, 0, mx.logsumexp(logits, axis=-1) - right), [(0, 0), (1, 0)])
+
+    def measured(function):
+        mx.synchronize()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before, began = mx.get_active_memory(), time.perf_counter()
+        loss, gradient = mx.value_and_grad(lambda hidden: function(model, hidden, labels).sum())(hidden)
+        mx.eval(loss, gradient)
+        spent = time.perf_counter() - began
+        return (np.array(gradient), np.array(loss)), mx.get_peak_memory() - before, spent
+
+    expected, *plain_took = measured(plain)
+    whole = options.rows * (options.tokens - 1) * config.vocab_size
+    print("| loss | most logits at once | peak beyond what is given | seconds | difference |")
+    print("|---|---|---|---|---|")
+    for limit in (*options.logits, None):
+        if limit is not None:
+            losses.LOGITS = limit
+        found, taken, spent = (expected, *plain_took) if limit is None else measured(losses.token_losses)
+        difference = largest_difference(found, expected)
+        at_once = min(limit or whole, whole) / 2**20
+        print(
+            f"| {named(limit)} | {at_once:,.0f} Mi | {taken / 1e6:,.0f} MB | {spent:.1f} | {difference:.0e} |",
+            flush=True,
+        )
+
+
+def named(limit: int | None) -> str:
+    return "plain" if limit is None else "in chunks"
+
+
+def largest_difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """In shares of the largest number of each array; it must be below 1e-5."""
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(found, expected, strict=True)]
+    largest = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+    assert largest < 1e-5, f"the loss in chunks is {largest} from the plain one"
+    return largest
+
+
+# Packing
+
+
+def packing(options: Options) -> None:
+    config = shape_of("minicpm-2b", num_hidden_layers=2) if options.shape == "wide" else shape_of("pico")
+    width = min(options.tokens, 256)
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(np.log(width / 6), 0.9, options.examples).astype(int), 8, width)
+    ids = [random.integers(3, config.vocab_size, length).astype(np.int32) for length in lengths]
+    examples = [Example(i, np.arange(len(i)) > len(i) // 4) for i in ids]
+    worker, wait = trainer(options, config)
+    feeds: dict[str, list[dict[str, np.ndarray]]] = {}
+    for name in ("a row each", "packed"):
+        batches = Batches(examples, options.rows, width, 0, pack=name == "packed")
+        feeds[name] = [finetuning.arrays(batches[n], None) for n in range(batches.per_epoch)]
+    seconds = alternating({name: functools.partial(epoch, worker, wait, feeds[name]) for name in feeds}, options.rounds)
+    print("| rows | steps an epoch | places, padding | seconds a step | tokens a second | gain, predicted | gain |")
+    print("|---|---|---|---|---|---|---|")
+    rates = {}
+    for name, feed in feeds.items():
+        tokens = sum(int((batch["segments"] > 0).sum()) for batch in feed)
+        computed = sum(places(options.backend, batch) for batch in feed)
+        rates[name] = tokens / computed, tokens / seconds[name]  # padding is all that differs
+        (share, rate), (share_before, rate_before) = rates[name], rates["a row each"]
+        print(
+            f"| {name} | {len(feed)} | {computed:,}, {1 - share:.0%} | {seconds[name] / len(feed):.2f}"
+            f" | {rate:,.0f} | {share / share_before:.2f} | {rate / rate_before:.2f} |"
+        )
+
+
+def trainer(options: Options, config: ModelConfig) -> tuple[Any, Callable[[], object]]:
+    """A trainer of adapters on random weights, and what waits for its last step."""
+    chosen = LoraOptions(rank=RANK, alpha=ALPHA, targets=TARGETS, batch_size=options.rows)
+    made = importlib.import_module(f"minicpm_{options.backend}.trainer").Trainer
+    initialise = importlib.import_module(f"minicpm_{options.backend}.model").initialise
+    if options.backend == "jax":
+        import jax
+
+        worker = made(initialise(config, jax.random.key(0)), chosen)
+        return worker, lambda: jax.block_until_ready(worker.state)
+    import mlx.core as mx
+
+    worker = made(initialise(config, mx.random.key(0)), chosen)
+    return worker, lambda: mx.eval(worker.weights, worker.optimiser.state)
+
+
+def epoch(worker: Any, wait: Callable[[], object], batches: Sequence[dict[str, np.ndarray]]) -> None:
+    for number, batch in enumerate(batches):
+        worker.step([batch], 1e-5, number)
+    wait()
+
+
+def places(backend: str, batch: dict[str, np.ndarray]) -> int:
+    """Places that are computed: JAX rounds a row's width up to one of few."""
+    if backend == "mlx":
+        return batch["ids"].size
+    from minicpm_jax.trainer import bucket
+
+    return batch["ids"].shape[0] * bucket(batch["ids"].shape[1])
+
+
+if __name__ == "__main__":
+    command_line.run(main, Options, "python -m benchmarks.training")
