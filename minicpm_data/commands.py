@@ -14,6 +14,7 @@ import tyro
 from minicpm_data import sparsity
 from minicpm_data.generation import Backend, CacheOptions, Sampling
 from minicpm_data.streaming import stop_strings
+from minicpm_data.terminal import Conversation, complain, printed, typed_lines
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
     from minicpm_data.streaming import Response
     from minicpm_data.tokenizer import Tokenizer
     from weights_io.config import ModelConfig
-
-HELP = """/reset  forget the conversation
-/help   this text
-/quit   end (Ctrl-D too); Ctrl-C stops an answer"""
-
 
 # "--stop a b", "--stop a --stop b", or both.
 Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
@@ -190,29 +186,22 @@ def run_chat(backend: Callable[[], Backend], prog: str) -> None:
         running = backend()
         model, tokenizer = load_model(running, options)
         stops = options.stops(*tokenizer.turn_markers)
-        history = _system(options)
-        for query in _typed_lines():
-            match query.strip():
-                case "":
-                    continue
-                case "/quit" | "/exit":
-                    return
-                case "/reset":
-                    history = _system(options)
-                    continue
-                case command if command.startswith("/"):
-                    print(HELP)
-                    continue
-            asked = [*history, {"role": "user", "content": query}]
+        conversation = Conversation(options.system_prompt)
+        for query in typed_lines():
             try:
-                prompt = tokenizer.apply_chat(asked)
-                answer = running.generator.stream_generate(model, tokenizer, prompt, max_tokens, stop=stops, **sampling)
+                if query.strip().startswith("/"):
+                    if not conversation.command(query):
+                        return
+                elif query.strip():
+                    asked = [*conversation.messages, {"role": "user", "content": query}]
+                    prompt = tokenizer.apply_chat(asked)
+                    stream = running.generator.stream_generate
+                    if reply := printed(stream(model, tokenizer, prompt, max_tokens, stop=stops, **sampling)):
+                        # A question without an answer is forgotten.
+                        conversation.messages = [*asked, {"role": "assistant", "content": reply}]
+                        note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
             except InputError as error:
-                _complain(error)
-                continue
-            if reply := _printed(answer):  # a question without an answer is forgotten
-                history = [*asked, {"role": "assistant", "content": reply}]
-                note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
+                complain(error)
 
     command_line.run(main, ChatOptions, prog)
 
@@ -299,47 +288,3 @@ def _read_stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is not UTF-8 text (byte {error.start}); convert it first.") from None
-
-
-def _typed_lines() -> Iterator[str]:
-    """What the user types, line by line, until the end of the input."""
-    if sys.stdin is None:
-        raise InputError("standard input is closed; run the command where something can be typed.")
-    if sys.stdin.isatty():
-        import contextlib
-
-        with contextlib.suppress(ImportError):  # line editing; absent on some systems
-            import readline  # noqa: F401
-    while True:
-        try:
-            line = input(">>> " if sys.stdin.isatty() else "")
-        except EOFError:
-            if sys.stdin.isatty():
-                print()  # what is printed next shall not stand beside the >>>
-            return
-        except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D to end)")
-        except UnicodeDecodeError:
-            _complain(InputError("what was typed is not UTF-8 text; set the terminal, or convert the file."))
-        else:
-            yield line
-
-
-def _complain(error: InputError) -> None:
-    """A conversation with a person goes on after a question that cannot be asked; one out of a file ends."""
-    if not sys.stdin.isatty():
-        raise error
-    print(f"error: {error}", file=sys.stderr)
-
-
-def _printed(answer: "Iterable[Response]") -> str:
-    """The answer, shown as it comes. Ctrl-C ends it early."""
-    text = ""
-    try:
-        for response in answer:
-            print(response.text, end="", flush=True)
-            text += response.text
-    except KeyboardInterrupt:
-        pass
-    print()
-    return text.strip()

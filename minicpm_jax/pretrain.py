@@ -240,8 +240,8 @@ def check_finite(figures: Mapping[str, Any], step: int, latest: int) -> None:
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(figures[name]):
             raise InputError(
-                f"the {name.replace('_', ' ')} of step {step} is {float(figures[name])}; the last checkpoint is of step "
-                f"{latest}: choose a lower --learning-rate."
+                f"the {name.replace('_', ' ')} of step {step} is {float(figures[name])}; the last checkpoint is of "
+                f"step {latest}: choose a lower --learning-rate."
             )
 
 

@@ -1,12 +1,13 @@
 """Where an answer begins and ends, with a backend that says what it is told to: the calls and their command lines."""
 
+import json
 import types
 
 import numpy as np
 import pytest
 import tiny_tokenizer as tiny
 
-from minicpm_data import commands, corpus, evaluation, load_tokenizer
+from minicpm_data import commands, corpus, evaluation, load_tokenizer, terminal
 from minicpm_data.generation import Backend, Generator
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
@@ -38,7 +39,7 @@ class Parrot:
             peak_memory=lambda: 0,
             description=lambda: "a perch",
         )
-        return Backend(self.load, self.generator, device)
+        return Backend(self.load, self.generator, device, lambda model, ids: [])
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_the_command_ends_at_a_marker_of_the_template(parrot, typed):
 def test_the_terminal_chat_ends_at_a_marker_and_remembers_what_it_showed(parrot, typed, monkeypatch):
     bird = parrot("The fox.<用户>And the dog?")
     lines = iter(["Hello", "world"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     assert typed(commands.run_chat, bird)[:2] == (0, "The fox.\nThe fox.\n")
     assert bird.tokenizer.decode(bird.asked[1]) == "<用户>Hello<AI>The fox.<用户>world<AI>"
 
@@ -106,13 +107,13 @@ def test_a_question_that_is_no_text(parrot, typed, monkeypatch, person, wrong):
     bird = parrot("The fox.")
     lines = iter([wrong, "Hello"])
 
-    def read(prompt):
+    def read():
         line = next(lines, "/quit")
         if isinstance(line, Exception):
             raise line
         return line
 
-    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(terminal, "asker", lambda: read)
     monkeypatch.setattr("sys.stdin.isatty", lambda: person, raising=False)
     code, out, error = typed(commands.run_chat, bird)
     assert (code, out) == ((0, "The fox.\n") if person else (2, ""))
@@ -133,7 +134,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_shown(parrot, typed, monkeypa
             yield token
 
     bird.generator = Generator(interrupted)
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     code, out, _ = typed(commands.run_chat, bird)
     assert code == 0
     first, second, third, _ = out.split("\n")
@@ -141,10 +142,23 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_shown(parrot, typed, monkeypa
     assert bird.tokenizer.decode(bird.asked[-1]) == f"<用户>Hello<AI>{first}<用户>The sea<AI>"
 
 
+def test_what_begins_with_a_slash(parrot, typed, monkeypatch, tmp_path):
+    bird, kept = parrot("The fox."), tmp_path / "kept.jsonl"
+    lines = iter([f"/save {kept}", "/system The sea.", "Hello", f"/save {kept}", "/reset", "world", "/system", "Hello"])
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    code, out, error = typed(commands.run_chat, bird)
+    assert code == 0 and "3 messages added to" in out and "no answer to save yet" in error
+    asked = [bird.tokenizer.decode(ids) for ids in bird.asked]
+    assert asked == ["The sea.<用户>Hello<AI>", "The sea.<用户>world<AI>", "<用户>Hello<AI>"]
+    roles = [message["role"] for message in json.loads(kept.read_text(encoding="utf-8"))["messages"]]
+    assert roles == ["system", "user", "assistant"]
+
+
 def test_a_question_without_an_answer_is_forgotten(parrot, typed, monkeypatch):
     bird = parrot("")
     lines = iter(["Hello", "world"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     assert typed(commands.run_chat, bird)[0] == 0
     assert bird.tokenizer.decode(bird.asked[1]) == "<用户>world<AI>"
 
@@ -181,7 +195,7 @@ def test_the_adapter_is_handed_to_load(parrot, typed, monkeypatch):
     bird = parrot("")
     assert typed(commands.run_generate, bird, "--adapter-path", "some/adapter")[0] == 0
     assert bird.loaded.pop("adapter") == "some/adapter"
-    monkeypatch.setattr("builtins.input", lambda prompt: "/quit")
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: "/quit")
     assert typed(commands.run_chat, bird, "--adapter-path", "some/adapter")[0] == 0
     assert bird.loaded["adapter"] == "some/adapter"
 

@@ -39,3 +39,18 @@ def run(main: Callable[[Options], None], options: type[Options], prog: str) -> N
         what = f"{error.filename} cannot be read or written" if error.filename else "the output cannot be written"
         print(f"error: {what} ({error.strerror or error}); check its permissions and its disk.", file=sys.stderr)
         sys.exit(2)
+
+
+def print_commands(package: str) -> None:
+    """Each module of a package that can be run with ``python -m``, and the first sentence of what it says of itself."""
+    import ast
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
+        source = path.read_text(encoding="utf-8")
+        if 'if __name__ == "__main__":' in source:
+            said = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0].replace("\n", " ")
+            print(f"python -m {package}.{path.stem:12} {said}")

@@ -1,0 +1,123 @@
+"""A conversation in a terminal: what is typed, how an answer is shown, and the commands that begin with a slash."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    from minicpm_data.streaming import Response
+
+HELP = """/reset         forget the conversation
+/system TEXT   begin anew with this system message (none: without one)
+/save FILE     add the conversation to a .jsonl file, as lora reads it
+/help          this text
+/quit          end (Ctrl-D too); Ctrl-C stops an answer"""
+
+Message = dict[str, str]
+
+
+class Conversation:
+    """The messages so far, and what the slash commands do to them."""
+
+    def __init__(self, system: str | None):
+        self.system = system
+        self.messages = self._beginning()
+
+    def _beginning(self) -> list[Message]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def reset(self) -> None:
+        self.messages = self._beginning()
+
+    def command(self, line: str) -> bool:
+        """Do what a line that begins with a slash says; whether the conversation goes on. Raises `InputError` for a
+        file that cannot be written."""
+        name, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        match name:
+            case "/quit" | "/exit":
+                return False
+            case "/reset":
+                self.reset()
+            case "/system":
+                self.system = rest or None
+                self.reset()
+            case "/save" if rest:
+                print(self.save(Path(rest).expanduser()))
+            case _:
+                print(HELP)
+        return True
+
+    def save(self, path: Path) -> str:
+        """Add the conversation to a file; the line that says so."""
+        if not any(message["role"] == "assistant" for message in self.messages):
+            raise InputError("there is no answer to save yet; ask something first.")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}); choose another file.") from error
+        return f"{len(self.messages)} messages added to {path}"
+
+
+def typed_lines() -> Iterator[str]:
+    """What the user types until the end of the input: on a terminal with line editing, earlier lines on the arrow keys,
+    and a paste of several lines as one."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed; run the command where something can be typed.")
+    ask = asker()
+    while True:
+        try:
+            line = ask()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("(/quit or Ctrl-D to end)")
+        except UnicodeDecodeError:
+            complain(InputError("what was typed is not UTF-8 text; set the terminal, or convert the file."))
+        else:
+            yield line
+
+
+def asker() -> Callable[[], str]:
+    """What reads the next line."""
+    if not sys.stdin.isatty():
+        return input
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "minicpm"
+    history: History = InMemoryHistory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "history").touch(mode=0o600)
+        history = FileHistory(str(folder / "history"))
+    except OSError:  # a home that is not ours to write: what was typed is forgotten at the end
+        pass
+    session: PromptSession[str] = PromptSession(">>> ", history=history)
+    return session.prompt
+
+
+def complain(error: InputError) -> None:
+    """A conversation with a person goes on after a question that cannot be asked; one out of a file ends."""
+    if not sys.stdin.isatty():
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+
+
+def printed(answer: "Iterable[Response]") -> str:
+    """The answer, shown as it comes. Ctrl-C ends it early."""
+    text = ""
+    try:
+        for response in answer:
+            print(response.text, end="", flush=True)
+            text += response.text
+    except KeyboardInterrupt:
+        pass
+    print()
+    return text.strip()
