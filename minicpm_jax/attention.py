@@ -127,8 +127,8 @@ def positions_of(
     shape: tuple[int, ...],
     mask: Int[Array, "B T"] | None = None,
     start: Int[Array, "B"] | None = None,
-    length: Int[Array, "B"] | None = None,
     segments: Int[Array, "B T"] | None = None,
+    length: Int[Array, "B"] | None = None,
 ) -> Positions:
     """Positions of [B, T] new tokens: after ``start`` cached ones (``length`` in all), or of a whole batch with
     padding (``mask``) or several packed documents in a row (``segments``: numbered, 0 is padding; each sees only

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minicpm_data.batches import IGNORED
 from minicpm_jax.arithmetic import divided, precision, product
 from minicpm_jax.attention import positions_of
 from minicpm_jax.model import Model
 
-IGNORED = -100  # a label that is not trained, as in PyTorch
 LOGITS = 2**27  # most logits at once: 0.5 GB in float32
 
 Batch = dict[str, Array]  # ids, labels, segments [B, T]; for DPO reference [B]

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -124,7 +125,8 @@ def pretrain(options: Options) -> None:
         bar = stack.enter_context(tqdm(total=options.steps, initial=step, unit="step"))
         metrics = Metrics(options.out / "metrics.jsonl", step)
         began, start = time.perf_counter(), step
-        while step < options.steps and not interrupt.wanted:
+        stopping = False
+        while step < options.steps and not stopping:
             # The decay stage reads its own data from its first batch on.
             stage, offset = ("decay", schedule.decay_start) if step >= schedule.decay_start else ("stable", 0)
             batch, rate = stages[stage].train[step - max(offset, options.from_step)], schedule(step)
@@ -133,16 +135,16 @@ def pretrain(options: Options) -> None:
             state, figures = train.pretrain_step(state, batch, rate, optimiser=optimiser, remat=options.remat, **fixed)
             step += 1
             bar.update()
+            stopping = interrupt.wanted  # read once: a step after which the loop ends is saved
             validate = step % options.valid_every == 0 or step == options.steps
+            saving = step % options.save_every == 0 or step == options.steps or stopping
+            if saving:
+                check_finite(figures, step, checkpoints.latest)
             if validate or step % REPORT_EVERY == 0:
                 tokens = (step - options.from_step) * options.batch_size * options.seq_length
                 record: dict[str, Any] = {"step": step, "stage": stage, "tokens": tokens, "learning_rate": rate}
                 record |= {name: float(value) for name, value in figures.items()}
-                if not math.isfinite(record["loss"]):
-                    raise InputError(
-                        f"the loss of step {step} is {record['loss']}; the last checkpoint is of step "
-                        f"{checkpoints.latest}: choose a lower --learning-rate."
-                    )
+                check_finite(figures, step, checkpoints.latest)
                 speed = (step - start) / (time.perf_counter() - began)
                 record["tokens_per_second"] = speed * options.batch_size * options.seq_length
                 if validate:
@@ -150,7 +152,7 @@ def pretrain(options: Options) -> None:
                         record[f"{name}_valid_loss"] = valid_loss(state[0], data.valid, options.batch_size, fixed)
                 metrics.write(record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_s=f"{record['tokens_per_second']:,.0f}")
-            if step % options.save_every == 0 or step == options.steps or interrupt.wanted:
+            if saving:
                 checkpoints.save(step, state)
     if step < options.steps:
         print(f"stopped after step {step} of {options.steps}; the same command goes on from there.")
@@ -231,6 +233,16 @@ def check(options: Options) -> None:
         )
     if options.seq_length < 2:
         raise InputError(f"--seq-length is {options.seq_length}; a window needs at least 2 tokens.")
+
+
+def check_finite(figures: Mapping[str, Any], step: int, latest: int) -> None:
+    """`InputError` for a step after which there is nothing worth keeping."""
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(figures[name]):
+            raise InputError(
+                f"the {name.replace('_', ' ')} of step {step} is {float(figures[name])}; the last checkpoint is of "
+                f"step {latest}: choose a lower --learning-rate."
+            )
 
 
 def valid_loss(weights: dict[str, Any], windows: "np.ndarray", batch_size: int, fixed: dict[str, Any]) -> float:

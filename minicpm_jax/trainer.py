@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from minicpm_data.batches import IGNORED
 from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
 from minicpm_jax import adapters, train
 from minicpm_jax.checkpoints import Checkpoints
 from minicpm_jax.loading import load_weights
-from minicpm_jax.losses import IGNORED, Objective
+from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model
 from minicpm_jax.quantised import quantised
 from minicpm_jax.sharding import batch_sharding, replicated

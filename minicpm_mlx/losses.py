@@ -14,11 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from minicpm_data.batches import IGNORED
 from minicpm_mlx.arithmetic import divided
 from minicpm_mlx.attention import positions_of
 from minicpm_mlx.model import Model
 
-IGNORED = -100  # a label that is not trained, as in PyTorch
 LOGITS = 2**27  # most logits at once: 0.5 GB in float32
 
 Batch = Mapping[str, mx.array]  # ids, labels, segments [B, T]; for DPO reference [B]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from minicpm_data.batches import IGNORED
 from minicpm_data.commands import ModelOptions, load_model
 from minicpm_data.evaluation import ask_questions, replies, require_positive
 from minicpm_data.metrics import read_records
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from minicpm_data.tokenizer import Tokenizer
 
-IGNORED = -100  # a label that does not count, as in PyTorch
 VALUES = {  # what each evaluation draws
     "questions": ("score", "share of the questions answered rightly"),
     "passkey": ("score", "share of the pass keys found"),

@@ -228,6 +228,13 @@ def test_training_continues_from_any_checkpoint_at_its_stage(corpus, whole, tmp_
         assert open_checkpoint(tmp_path / name / "model").config.num_experts == (4 if name == "mixture" else 0)
 
 
+def test_a_run_that_breaks_down_keeps_what_was_saved(corpus, tmp_path):
+    """Step 2 is none of those that are reported."""
+    ran = run(corpus, tmp_path / "out", "--learning-rate", "1e30", "--save-every", "1")
+    assert ran.returncode == 2 and "of step 2 is nan; the last checkpoint is of step 1" in ran.stderr
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("[0-9]*")] == ["1"]
+
+
 def figures(out: Path):
     records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
