@@ -4,6 +4,7 @@ The order of the data, the learning rate and the dropout of a step follow from i
 the number are all that a resumed run needs.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -104,17 +105,17 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     planned = None if train is None else plan(options, train)
     worker = trainer(model, options)
     del model  # which a trainer of all weights does not keep
-    if train is not None and planned is not None:  # nothing is written before all is known to fit
-        settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
-        settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
-        check_settings(options.out, settings, options.resume)
-        fit(options, worker, planned, train, valid)
-    else:
-        worker.load_export()
-    worker.close()
-    if test is not None:
-        loss = evaluate(worker, feed(options, worker, test), options.test_batches)["loss"]
-        print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
+    with contextlib.closing(worker):
+        if train is not None and planned is not None:  # nothing is written before all is known to fit
+            settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
+            settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
+            check_settings(options.out, settings, options.resume)
+            fit(options, worker, planned, train, valid)
+        else:
+            worker.load_export()
+        if test is not None:
+            loss = evaluate(worker, feed(options, worker, test), options.test_batches)["loss"]
+            print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def batches(rows: Sequence[list[int]], width: int, size: int) -> "Iterator[tuple
 
 def read_texts(path: Path) -> list[str]:
     """The documents of a text file (one) or of ``.jsonl``. `InputError` where it is neither."""
-    from minicpm_data.packing import read_documents
+    from minicpm_data.documents import read_documents
 
     if path.suffix == ".jsonl":
         texts = [document.get("text") for _, document in read_documents(path)]
