@@ -50,7 +50,7 @@ PAIRS: dict[Keys, Callable[[Document], Messages]] = {
 
 def conversation(document: Document) -> Messages | str:
     """The messages of a document of any form, or its text. InputError where the form is not known."""
-    keys = _form(document, [*CONVERSATIONS, ("text",)], [*PAIRS], "these are preference pairs")
+    keys = _form(document, [*CONVERSATIONS, ("text",)], [*PAIRS], "these are preference pairs, for --loss dpo or orpo")
     return _text(document, "text") if keys == ("text",) else CONVERSATIONS[keys](document)
 
 
