@@ -31,7 +31,7 @@ class FinetuneOptions(SourceOptions):
     test: bool = False
     """Print the loss on the test examples: after training, or of what was trained before."""
     iters: int | None = None
-    """Optimiser steps; 1000 by default."""
+    """Optimiser steps (mlx_lm counts each batch of --grad-accumulation-steps); 1000 by default."""
     epochs: float | None = None
     """Passes over the examples, in place of --iters."""
     batch_size: int = 4
@@ -59,9 +59,9 @@ class FinetuneOptions(SourceOptions):
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default a tenth of all, 100 at most."""
     optimizer: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
-    """Optimiser; its numbers are in float32."""
+    """Optimiser; its numbers are in float32. Adafactor is each library's own, and not the same in both backends."""
     weight_decay: float = 0.01
-    """AdamW's."""
+    """AdamW's, on all but norms and DoRA's magnitudes."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     grad_checkpoint: bool = False
@@ -118,8 +118,8 @@ class FullOptions(FinetuneOptions):
 class LoraOptions(FinetuneOptions):
     adapter_path: Path = Path("adapters")
     """Folder for the adapter, the checkpoints and the curve."""
-    fine_tune_type: Literal["lora", "dora"] = "lora"
-    """DoRA also trains the length of each row of the weights."""
+    fine_tune_type: Literal["lora", "dora", "full"] = "lora"
+    """DoRA also trains the length of each row of the weights; full is the command finetune."""
     rank: int = 8
     """Rank of the adapters."""
     alpha: float = 32.0
@@ -188,6 +188,8 @@ def check(options: FinetuneOptions) -> None:
         )
     if not options.data.exists():
         raise InputError(f"--data {options.data} does not exist; give a folder with train.jsonl, or such a file.")
+    if getattr(options, "fine_tune_type", None) == "full":
+        raise InputError("--fine-tune-type full is a command of its own: finetune in place of lora.")
     _ = options.adapter  # checks rank, alpha and dropout
 
 
@@ -247,6 +249,11 @@ def export_model(options: FullOptions, tensors: "Mapping[str, Any]") -> None:
     write_model(new, checkpoint, checkpoint.config, tensors, options.save_dtype or checkpoint.dtype, Rounding())
     shutil.rmtree(out, ignore_errors=True)
     new.rename(out)
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay goes on the weight of this name: not on norms and DoRA's magnitudes, which are lengths."""
+    return "norm" not in name and "magnitude" not in name
 
 
 def flag(name: str) -> str:

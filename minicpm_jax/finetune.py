@@ -6,30 +6,14 @@
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from minicpm_data.finetune_options import FullOptions
-
-if TYPE_CHECKING:
-    from minicpm_jax.trainer import Trainer
+from minicpm_jax.lora import OnMesh, trainer
 
 
 @dataclass(frozen=True)
-class Options(FullOptions):
-    mesh: str | None = None
-    """How the devices are arranged, such as data=2,fsdp=4; by default all along fsdp."""
-
-    def placement(self) -> dict[str, Any]:
-        from minicpm_jax.sharding import make_mesh
-
-        return {"mesh": make_mesh(self.mesh)}
-
-
-def trainer(model: Any, options: Any) -> "Trainer":
-    """What the training loop works with."""
-    from minicpm_jax.trainer import Trainer  # only now, so that --help answers at once
-
-    return Trainer(model, options)
+class Options(OnMesh, FullOptions):
+    pass
 
 
 if __name__ == "__main__":

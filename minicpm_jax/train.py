@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
+from minicpm_data.finetune_options import is_decayed
 from minicpm_jax import adapters
 from minicpm_jax.attention import positions_of
 from minicpm_jax.loading import spread
@@ -23,8 +24,13 @@ from weights_io.parameters import parameters
 Weights = dict[str, Any]  # parameter name -> array, or an adapter's matrices; float32
 State = tuple[Weights, Any]  # and the optimiser's moments
 
+
+def _decayed(weights: Weights) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(jax.tree_util.keystr(path)), weights)
+
+
 OPTIMISERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "adamw": lambda decay: optax.adamw(1.0, weight_decay=decay),
+    "adamw": lambda decay: optax.adamw(1.0, weight_decay=decay, mask=_decayed),
     "adam": lambda decay: optax.adam(1.0),
     "sgd": lambda decay: optax.sgd(1.0),
     "adafactor": lambda decay: optax.adafactor(1.0),

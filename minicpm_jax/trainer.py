@@ -35,6 +35,8 @@ class Trainer:
         self.key = jax.random.key(options.seed)
         sharding = model.model.embed_tokens.weight[...].sharding
         self.mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        if self.mesh is not None:
+            batch_sharding(self.mesh, options.batch_size)  # refused before anything is written
         self.base: Model | None = model
         self.trained: train.Trained
         if self.adapter is None:

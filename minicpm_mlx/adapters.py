@@ -30,6 +30,7 @@ class LowRank(nn.Module):
         self.a, self.b, self.magnitude = matrices["a"], matrices["b"], matrices.get("magnitude")
         self.scale, self.dropout = scale, dropout
         self._key: mx.array | None = None  # of dropout; None: no dropout
+        self._ratio: mx.array | None = None  # kept by `settle`
 
     def __call__(self, x: mx.array, *experts: Any) -> mx.array:
         """``experts``: for stacked ones, which each row takes, as `ExpertLinear` has it."""
@@ -45,7 +46,7 @@ class LowRank(nn.Module):
             added = self.scale * ((x @ self.a.T) @ self.b.T)
         if self.magnitude is None:
             return y + added.astype(y.dtype)
-        ratio = self.ratio()
+        ratio = self.ratio() if self._ratio is None else self._ratio
         return ((y + added) * (ratio[experts[0]][..., None, :] if experts else ratio)).astype(y.dtype)
 
     def ratio(self) -> mx.array:
@@ -104,6 +105,15 @@ def attach(model: Model, weights: dict[str, Matrices], scale: float, dropout: fl
         layer = LowRank(base, matrices, scale, dropout)
         layer.unfreeze(keys=list(matrices), recurse=False)
         setattr(found[parent], last, layer)
+    return model
+
+
+def settle(model: Model) -> Model:
+    """The model itself, for generation: DoRA's ratios are worked out once, not with each token."""
+    for _, layer in model.named_modules():
+        if isinstance(layer, LowRank) and layer.magnitude is not None:
+            layer._ratio = layer.ratio()
+            mx.eval(layer._ratio)
     return model
 
 

@@ -5,18 +5,7 @@
 ``--save-path`` gets ``model/`` (Hugging Face layout), ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``.
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from minicpm_mlx.trainer import Trainer
-
-
-def trainer(model: Any, options: Any) -> "Trainer":
-    """What the training loop works with."""
-    from minicpm_mlx.trainer import Trainer  # only now, so that --help answers at once
-
-    return Trainer(model, options)
-
+from minicpm_mlx.lora import trainer
 
 if __name__ == "__main__":
     from minicpm_data import finetuning

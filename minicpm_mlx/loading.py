@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from minicpm_data.of_checkpoint import tokenizer_of
-from minicpm_mlx.adapters import attach, from_adapter
+from minicpm_mlx.adapters import attach, from_adapter, settle
 from minicpm_mlx.model import Model
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_dtype
@@ -49,7 +49,7 @@ def load(
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
     model = load_weights(checkpoint, dtype)
     if found is not None:
-        model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
+        model = settle(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
     return model, tokenizer
 
 

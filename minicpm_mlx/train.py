@@ -8,6 +8,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from minicpm_data.finetune_options import is_decayed
 from minicpm_mlx.adapters import use_keys
 from minicpm_mlx.attention import positions_of
 from minicpm_mlx.losses import Batch, Objective, token_losses
@@ -15,11 +16,11 @@ from minicpm_mlx.model import Model
 
 Weights = dict[str, mx.array]  # name -> what is trained, float32
 
-OPTIMISERS: dict[str, Callable[[float], optim.Optimizer]] = {
-    "adamw": lambda decay: optim.AdamW(0.0, weight_decay=decay, bias_correction=True),
-    "adam": lambda decay: optim.Adam(0.0, bias_correction=True),
-    "sgd": lambda decay: optim.SGD(0.0),
-    "adafactor": lambda decay: optim.Adafactor(0.0, relative_step=False, scale_parameter=True),
+OPTIMISERS: dict[str, Callable[[], optim.Optimizer]] = {
+    "adamw": lambda: optim.Adam(0.0, bias_correction=True),  # `train_step` decays, as AdamW would, but not all weights
+    "adam": lambda: optim.Adam(0.0, bias_correction=True),
+    "sgd": lambda: optim.SGD(0.0),
+    "adafactor": lambda: optim.Adafactor(0.0, relative_step=False, scale_parameter=True),
 }
 
 
@@ -43,10 +44,12 @@ def train_step(
     dtypes: Mapping[str, Any],
     objective: Objective,
     optimiser: optim.Optimizer,
+    decay: float,
     clip: float,
 ) -> tuple[Weights, dict[str, mx.array]]:
     """One step on micro-batches [B, T], whose tokens all weigh the same. Returns the weights, which the model then has,
-    and figures: means of the objective's sums, ``weight`` the sum itself."""
+    and figures: means of the objective's sums, ``weight`` the sum itself. ``decay``: share of a weight that a learning
+    rate of 1 would take away."""
     gradients_of = nn.value_and_grad(model, lambda batch: objective(model, batch))
     totals: Any = None
     for batch, subkey in zip(batches, mx.random.split(key, max(len(batches), 2)), strict=False):
@@ -60,6 +63,7 @@ def train_step(
     weight = mx.maximum(sums["weight"], 1)
     gradients, norm = optim.clip_grad_norm({name: g / weight for name, g in gradients.items()}, clip)
     optimiser.learning_rate = learning_rate
+    weights = {name: w * (1 - learning_rate * decay) if is_decayed(name) else w for name, w in weights.items()}
     weights = optimiser.apply_gradients(gradients, weights)
     use_weights(model, weights, dtypes)
     mx.async_eval(weights, optimiser.state)

@@ -27,7 +27,8 @@ class Trainer:
     def __init__(self, model: Model, options: Any):
         self.options, self.config, self.adapter, self.model = options, model.config, options.adapter, model
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
-        self.optimiser = train.OPTIMISERS[options.optimizer](options.weight_decay)
+        self.optimiser = train.OPTIMISERS[options.optimizer]()
+        self.decay = options.weight_decay if options.optimizer == "adamw" else 0.0
         self.key = mx.random.key(options.seed)
         if self.adapter is not None:
             if options.quantize is not None:
@@ -55,6 +56,7 @@ class Trainer:
             dtypes=self.dtypes,
             objective=self.objective,
             optimiser=self.optimiser,
+            decay=self.decay,
             clip=self.options.clip,
         )
         return figures

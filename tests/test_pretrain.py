@@ -170,6 +170,17 @@ def test_mup_groups_take_their_share_of_a_step(corpus):
     np.testing.assert_allclose(updates[name], -0.5 * 0.1 * weights[name], rtol=1e-5)
 
 
+def test_weight_decay_spares_lengths():
+    """In fine-tuning: norms, and DoRA's magnitudes."""
+    weights = {"model.norm.weight": jnp.ones(3), "q_proj": {"a": jnp.ones((2, 3)), "magnitude": jnp.ones(2)}}
+    optimiser = train.optimizer("adamw", 0.1, clip=1.0)
+    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, weights), optimiser.init(weights), weights)
+    assert (
+        float(jnp.abs(updates["model.norm.weight"]).max()) == float(jnp.abs(updates["q_proj"]["magnitude"]).max()) == 0
+    )
+    np.testing.assert_allclose(updates["q_proj"]["a"], -0.1, rtol=1e-6)
+
+
 def test_initialisation_is_mups(corpus):
     config = ModelConfig.from_file(corpus / "config.json")
     weights = train.weights_of(initialise(config, jax.random.key(0)))
