@@ -5,8 +5,8 @@
     python -m benchmarks.training --part packing --backend jax --shape wide
 
 `loss`: memory and numbers of the loss in chunks beside those of all logits at once. In JAX the whole LoRA step of a
-released shape is compiled for a TPU, which needs none; in MLX loss and gradient run. `packing`: tokens
-a second of LoRA steps on examples whose lengths are skewed, each in a row of its own or packed.
+released shape is compiled for a TPU, which needs none; in MLX loss and gradient run. `packing`: tokens a second of LoRA
+steps on examples whose lengths are skewed, each in a row of its own or packed.
 Dims: B rows, T tokens, V vocabulary, D hidden.
 """
 
@@ -82,6 +82,19 @@ def shape_of(name: str, **changes: Any) -> ModelConfig:
 # The loss over the vocabulary
 
 
+def one_layer(vocabulary: int, width: int) -> ModelConfig:
+    """Of weights and hidden states of deviation 1 it has logits of sqrt(D): some words are much likelier than others,
+    without which no two ways of computing the loss would differ."""
+    return ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=1,
+        dim_model_base=width,
+        initializer_range=1.0,
+    )
+
+
 def jax_loss(options: Options) -> None:
     import jax
     import jax.numpy as jnp
@@ -125,7 +138,7 @@ def jax_loss(options: Options) -> None:
     told["objective"] = losses.Objective(remat=True)
 
     # The numbers, on this machine: the whole vocabulary and a narrow head.
-    narrow = ModelConfig(vocab_size=config.vocab_size, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    narrow = one_layer(config.vocab_size, 64)
     model, random = initialise(narrow, jax.random.key(0)), np.random.default_rng(0)
     x, labels = random.normal(size=(2, 33, 64)).astype(np.float32), random.integers(0, narrow.vocab_size, (2, 33))
     labels = np.where(labels % 3 == 0, IGNORED, labels)
@@ -164,7 +177,7 @@ def mlx_loss(options: Options) -> None:
     from minicpm_mlx import losses
     from minicpm_mlx.model import initialise
 
-    config = ModelConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    config = one_layer(VOCABULARY, 32)
     model = initialise(config, mx.random.key(0))
     model.freeze()
     hidden = mx.random.normal((options.rows, options.tokens, config.hidden_size), key=mx.random.key(1))

@@ -19,7 +19,7 @@ from minicpm_mlx.arithmetic import divided
 from minicpm_mlx.attention import positions_of
 from minicpm_mlx.model import Model
 
-LOGITS = 2**27  # most logits at once: 0.5 GB in float32
+LOGITS = 2**25  # most logits at once: 134 MB in float32, of which MLX holds up to seven copies
 
 Batch = Mapping[str, mx.array]  # ids, labels, segments [B, T]; for DPO reference [B]
 Sums = tuple[mx.array, dict[str, mx.array]]
