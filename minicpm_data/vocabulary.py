@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.chat import check_messages
+from minicpm_data.chat import MINICPM_TEMPLATE, check_messages
 from minicpm_data.documents import read_documents
 from weights_io.errors import InputError
 
@@ -135,8 +135,8 @@ def main(options: Options) -> None:
     except OSError as error:
         raise InputError(f"--out {options.out} cannot be made ({error.strerror}); name another folder.") from None
     _write(options.out / "tokenizer.model", model)
-    config = {**CONFIG, "model_max_length": options.max_length}
-    _write(options.out / "tokenizer_config.json", json.dumps(config, indent=2).encode())
+    config = {**CONFIG, "model_max_length": options.max_length, "chat_template": MINICPM_TEMPLATE}
+    _write(options.out / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False).encode())
     fast = fast_spec(read_spm(options.out / "tokenizer.model"), space_prefix=True, added={})
     _write(options.out / "tokenizer.json", json.dumps(fast, ensure_ascii=False).encode())
 

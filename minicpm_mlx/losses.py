@@ -19,7 +19,7 @@ from minicpm_mlx.arithmetic import divided
 from minicpm_mlx.attention import positions_of
 from minicpm_mlx.model import Model
 
-LOGITS = 2**25  # most logits at once: 134 MB in float32, of which MLX holds up to seven copies
+LOGITS = 2**25  # most logits at once: 134 MB in float32, of which MLX holds six to ten arrays at once
 
 Batch = Mapping[str, mx.array]  # ids, labels, segments [B, T]; for DPO reference [B]
 Sums = tuple[mx.array, dict[str, mx.array]]

@@ -171,7 +171,8 @@ class ModelArgs(ModelConfig):
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
         """As `ModelConfig.from_dict`, but for the quantisation, which `mlx_lm` applies to the model it has made."""
-        own = {key: value for key, value in raw.items() if key not in ("quantization", "quantization_config")}
+        theirs = ("quantization", "quantization_config", "quantize_activations")
+        own = {key: value for key, value in raw.items() if key not in theirs}
         return ModelConfig.from_dict(own, source)
 
 

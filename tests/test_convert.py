@@ -284,6 +284,40 @@ def test_mlx_lm_and_transformers_open_the_llama_export(reference, tmp_path):
     assert ModelConfig.from_dict(config.to_dict()) == open_checkpoint(tmp_path / "out").config
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense_2b", "moe_8x2b"])
+def test_mlx_lm_runs_the_mlx_export_with_our_model(reference, tmp_path, name):
+    """Its loader and, as a user types them, its commands: generate, convert to 4 bits, lora."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    main(Options(model=str(reference(name)), to="mlx", out=tmp_path / "out"))
+    expected = np.load(reference(name) / "reference.npz")
+    model, _ = load_model(tmp_path / "out", trust_remote_code=True)
+    np.testing.assert_allclose(np.array(model(mx.array(expected["input_ids"]))), expected["logits"], rtol=0, atol=1e-4)
+    assert open_checkpoint(tmp_path / "out").config == open_checkpoint(reference(name)).config
+
+
+@pytest.mark.slow
+def test_the_commands_of_mlx_lm_take_the_mlx_export(tmp_path):
+    main(Options(model="pico", to="mlx", out=tmp_path / "pico"))
+    rows = [{"prompt": f"{i} + 1 = ?", "completion": f"{i} + 1 = {i + 1}"} for i in range(8)]
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def mlx_lm(verb, *arguments):
+        command = [sys.executable, "-m", "mlx_lm", verb, "--trust-remote-code", *map(str, arguments)]
+        ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    asked = ["--model", tmp_path / "pico", "--prompt", "12 + 7 = ?", "--max-tokens", 12]
+    assert "12 + 7 = 19" in mlx_lm("generate", *asked)
+    tuned = ["--train", "--data", tmp_path, "--iters", 2, "--batch-size", 2, "--num-layers", 2, "--val-batches", 1]
+    mlx_lm("lora", "--model", tmp_path / "pico", *tuned, "--adapter-path", tmp_path / "adapters")
+    assert "12 + 7" in mlx_lm("generate", *asked, "--adapter-path", tmp_path / "adapters")
+
+
 def _too_large(source):
     """The tensors of a checkpoint, one of them with numbers that float16 has not."""
     name = "model.layers.0.mlp.up_proj.weight"

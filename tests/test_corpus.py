@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minicpm_data import corpus, corpus_facts, vocabulary
+from minicpm_data.chat import MINICPM_TEMPLATE
 from minicpm_data.corpus_skills import held_out, reversed_row
 from minicpm_data.tokenizer import load_tokenizer
 from weights_io.errors import InputError
@@ -231,7 +232,7 @@ def test_the_vocabulary_is_of_minicpm_kind(data, tmp_path, texts):
     chat = tokenizer.apply_chat([{"role": "user", "content": "Hi!"}])
     assert chat[0] == 1 and pieces.decode(chat[1:]) == " <用户>Hi!<AI>"
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "LlamaTokenizer" and "chat_template" not in config
+    assert config["tokenizer_class"] == "LlamaTokenizer" and config["chat_template"] == MINICPM_TEMPLATE
 
 
 def test_the_vocabulary_refuses_a_wrong_size_and_a_missing_corpus(data, tmp_path):

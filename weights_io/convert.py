@@ -2,8 +2,9 @@
 
     python -m weights_io.convert --model openbmb/MiniCPM-2B-sft-bf16 --to llama --out minicpm-2b-llama
 
-``--to hf`` rewrites any readable format (torch ``.bin`` files, GGUF) as safetensors. ``--to llama`` folds MiniCPM's
-scales into the weights, for programs that know Llama only; ``--to hf --unfold`` turns such a model back.
+``--to hf`` rewrites any readable format (torch ``.bin`` files, GGUF) as safetensors. ``--to mlx`` does too, and adds
+what lets the commands of `mlx_lm` run the model with this package. ``--to llama`` folds MiniCPM's scales into the
+weights, for programs that know Llama only; ``--to hf --unfold`` turns such a model back.
 """
 
 import dataclasses
@@ -19,13 +20,18 @@ from weights_io.errors import InputError
 from weights_io.parameters import count
 from weights_io.write import Tensor, check_output, save_checkpoint
 
+# What mlx_lm runs in place of its own models: a file beside the weights that names the classes.
+MODEL_FILE = "minicpm_mlx_model.py"
+MODEL_CODE = "from minicpm_mlx.model import Model, ModelArgs  # noqa: F401\n"
+
 
 @dataclass(frozen=True)
 class Options:
     model: str
     """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name of the catalogue."""
-    to: Literal["hf", "llama"]
-    """hf: Hugging Face layout in the model's own architecture; llama: MiniCPM's scales folded in, LlamaForCausalLM."""
+    to: Literal["hf", "llama", "mlx"]
+    """hf: Hugging Face layout in the model's own architecture; mlx: the same, which mlx_lm then opens with
+    --trust-remote-code where this package is installed; llama: MiniCPM's scales folded in, LlamaForCausalLM."""
     out: Path
     """Folder to write; it must not exist yet, or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -75,7 +81,9 @@ def convert(checkpoint: Checkpoint, options: Options) -> list[str]:
             options.dtype,
             rounding,
         )
-    lines = write_model(options.out, checkpoint, config, tensors, options.dtype, rounding)
+    lines = write_model(
+        options.out, checkpoint, config, tensors, options.dtype, rounding, for_mlx_lm=options.to == "mlx"
+    )
     if options.unfold:
         state = "are the same numbers and are tied" if config.tie_word_embeddings else "differ and stay untied"
         lines.append(f"unfolded with these scales, head and embedding {state}")
@@ -89,6 +97,7 @@ def write_model(
     tensors: Mapping[str, Tensor],
     dtype: str | None,
     rounding: Rounding,
+    for_mlx_lm: bool = False,
 ) -> list[str]:
     """Write what was made of ``checkpoint``, with its tokenizer and its harmless keys; the lines that say so.
 
@@ -100,7 +109,9 @@ def write_model(
         tensors,
         raw_config=checkpoint.raw_config,
         copy_from=checkpoint.path if checkpoint.path.is_dir() else None,
-        extra_files=_tokenizer_files(checkpoint),  # refused before a gigabyte is written
+        added_keys={"model_file": MODEL_FILE} if for_mlx_lm else None,
+        # A tokenizer that cannot be written is refused before a gigabyte is.
+        extra_files=_tokenizer_files(checkpoint) | ({MODEL_FILE: MODEL_CODE} if for_mlx_lm else {}),
         dtype=dtype,
         rounding=rounding,
     )
@@ -116,7 +127,7 @@ def write_model(
 
 
 def _check(options: Options) -> None:
-    if options.unfold and options.to == "llama":
+    if options.unfold and options.to != "hf":
         raise InputError("--unfold leads away from the Llama format; use it with --to hf.")
     given = [
         field.name

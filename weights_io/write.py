@@ -35,6 +35,7 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     *,
     raw_config: Mapping[str, Any] | None = None,
+    added_keys: Mapping[str, Any] | None = None,
     copy_from: Path | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     dtype: str | None = None,
@@ -46,6 +47,7 @@ def save_checkpoint(
     ``tensors``: Hugging Face name -> anything with shape, dtype and read(), e.g. a `Computed`; all that the parameter
     table has for ``config`` (lm_head.weight is passed over where the head is tied).
     ``raw_config``: the source's config.json, whose harmless keys (token ids and the like) are kept.
+    ``added_keys``: further keys of config.json.
     ``copy_from``: the source's folder; its tokenizer files and generation_config.json are copied.
     ``extra_files``: further files by name; they win over copied ones.
     ``dtype``: float32, bfloat16 or float16; None keeps each tensor's own. ``rounding`` collects what the cast cost.
@@ -60,7 +62,7 @@ def save_checkpoint(
     tensors = _of_the_table(config, tensors)
     dtypes = {name: numpy_dtype(dtype or tensor.dtype) for name, tensor in tensors.items()}
     sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in tensors.items()}
-    files = _side_files(config, dtype or _stated_dtype(raw_config, dtypes), raw_config, copy_from) | dict(
+    files = _side_files(config, dtype or _stated_dtype(raw_config, dtypes), raw_config, added_keys, copy_from) | dict(
         extra_files or {}
     )
     shards = _shards(sizes, max_shard_bytes)
@@ -178,11 +180,17 @@ def _index(shards: Mapping[str, list[str]], sizes: Mapping[str, int]) -> str:
 
 
 def _side_files(
-    config: ModelConfig, dtype: str, raw_config: Mapping[str, Any] | None, copy_from: Path | None
+    config: ModelConfig,
+    dtype: str,
+    raw_config: Mapping[str, Any] | None,
+    added_keys: Mapping[str, Any] | None,
+    copy_from: Path | None,
 ) -> dict[str, str | bytes]:
     copied = {key for key in HARMLESS - NOT_COPIED_KEYS if not key.startswith("_")}
     kept = {key: value for key, value in (raw_config or {}).items() if key in copied}
-    files: dict[str, str | bytes] = {"config.json": _json(kept | config.to_dict() | {"torch_dtype": dtype})}
+    files: dict[str, str | bytes] = {
+        "config.json": _json(kept | config.to_dict() | {"torch_dtype": dtype} | dict(added_keys or {}))
+    }
     for path in [copy_from / name for name in SIDE_FILES] if copy_from is not None else []:
         try:
             files[path.name] = path.read_bytes()
