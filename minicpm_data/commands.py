@@ -161,6 +161,8 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
             begun = options.prefill_response is not None
             ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
             stops = options.stops(*tokenizer.turn_markers)
+        if not options.report_sparsity:  # which looks into the layers
+            model = running.device.for_decoding(model)
         meter = Meter(running.device)
         kept = sampling | memory
         answer = running.generator.stream_generate(model, tokenizer, ids, max_tokens, stop=stops, **kept)
@@ -185,6 +187,7 @@ def run_chat(backend: Callable[[], Backend], prog: str) -> None:
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         running = backend()
         model, tokenizer = load_model(running, options)
+        model = running.device.for_decoding(model)
         stops = options.stops(*tokenizer.turn_markers)
         conversation = Conversation(options.system_prompt)
         for query in typed_lines():

@@ -201,7 +201,7 @@ class Backend:
 
     load: Callable[..., tuple[Any, "Tokenizer | None"]]
     generator: Generator
-    device: ModuleType  # description, preferred_dtype, peak_memory, compile_seconds
+    device: ModuleType  # description, preferred_dtype, for_decoding, peak_memory, compile_seconds
     activation_sparsity: "Callable[[Any, Sequence[int]], np.ndarray]"
 
 

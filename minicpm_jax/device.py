@@ -1,8 +1,13 @@
 """What the programs run on: its name, the memory used, the time spent on compiling."""
 
+from typing import TYPE_CHECKING
+
 import jax
 
 from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    from minicpm_jax.model import Model
 
 _compiled = 0.0
 
@@ -32,6 +37,14 @@ def preferred_dtype() -> str | None:
         raise InputError(
             f"JAX cannot start ({reason}); install JAX's build for it, or set JAX_PLATFORMS=cpu."
         ) from None
+
+
+def for_decoding(model: "Model") -> "Model":
+    """The model in the form that decodes fastest here; the one that was given is used up."""
+    from minicpm_jax.model import unstack
+
+    alone = model.model.layers.self_attn.mesh is None
+    return unstack(model, give_up=True) if alone and jax.default_backend() == "cpu" else model
 
 
 def peak_memory() -> int:

@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 
+from minicpm_mlx.model import Model
+
 
 def description() -> str:
     """``Apple M2 Max``, ``cpu``."""
@@ -12,6 +14,11 @@ def description() -> str:
 def preferred_dtype() -> str | None:
     """What to compute in unless told otherwise; None is the checkpoint's own."""
     return None
+
+
+def for_decoding(model: Model) -> Model:
+    """The model in the form that decodes fastest here: as it is."""
+    return model
 
 
 def peak_memory() -> int:

@@ -37,6 +37,7 @@ class Parrot:
             preferred_dtype=lambda: None,
             compile_seconds=lambda: 0.0,
             peak_memory=lambda: 0,
+            for_decoding=lambda model: model,
             description=lambda: "a perch",
         )
         return Backend(self.load, self.generator, device, lambda model, ids: [])

@@ -13,6 +13,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 from minicpm_jax.attention import BLOCK, Cache, _attend, attend, positions_of, rotate  # noqa: E402
+from minicpm_jax.device import for_decoding
 from minicpm_jax.loading import load, load_weights  # noqa: E402
 from minicpm_jax.losses import mean_loss  # noqa: E402
 from minicpm_jax.model import Model, RMSNorm, abstract, initialise, scaled, unstack  # noqa: E402
@@ -249,6 +250,9 @@ def test_unstacked_layers_give_the_same_numbers(dense):
     close(listed(dense["input_ids"]), dense["logits"])
     assert greedy(listed, dense["prompt_ids"], 24)[0].tolist() == dense["greedy_ids"][8:].tolist()
     close(dense.model(dense["input_ids"]), dense["logits"])  # the model that was given is as it was
+    given, _ = load(dense.folder, dtype="float32")
+    close(for_decoding(given)(dense["input_ids"]), dense["logits"])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.model.layers))
 
 
 def test_load(dense):
