@@ -13,7 +13,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 from minicpm_jax.attention import BLOCK, Cache, _attend, attend, positions_of, rotate  # noqa: E402
-from minicpm_jax.device import for_decoding
+from minicpm_jax.device import for_decoding  # noqa: E402
 from minicpm_jax.loading import load, load_weights  # noqa: E402
 from minicpm_jax.losses import mean_loss  # noqa: E402
 from minicpm_jax.model import Model, RMSNorm, abstract, initialise, scaled, unstack  # noqa: E402
