@@ -42,8 +42,8 @@ def test_another_dtype_is_refused(folder, dtype):
         load(folder, dtype)
 
 
-def test_an_adapter_is_refused_and_not_passed_over(folder, tmp_path):
-    with pytest.raises(InputError, match="adapters are not supported yet; merge"):
+def test_what_is_no_adapter_is_refused_and_not_passed_over(folder, tmp_path):
+    with pytest.raises(InputError, match="is no adapter: give the folder"):
         load(folder, adapter=tmp_path)
 
 

@@ -26,9 +26,11 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
 
 
 def cache_bytes(config: ModelConfig, tokens: int, dtype: str) -> int:
-    """Of keys and values of ``tokens`` in all layers. int8 has a scale of 4 bytes for each head."""
-    head = config.head_dim + 4 if dtype == "int8" else config.head_dim * ITEM[dtype]
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * tokens * head
+    """Of keys and values of ``tokens`` in all layers. int8 has a scale of 4 bytes for each head, 8 heads in a tile."""
+    heads = config.num_key_value_heads
+    token = heads * config.head_dim * (1 if dtype == "int8" else ITEM[dtype])
+    scales = -(-heads // 8) * 8 * 4 if dtype == "int8" else 0
+    return 2 * config.num_hidden_layers * tokens * (token + scales)
 
 
 def size(count: int | None) -> str:
