@@ -157,7 +157,7 @@ def test_memory_is_told_before_anything_is_downloaded(monkeypatch):
     assert report.cache == {"bfloat16": 2 * 40 * 36 * 64 * 2 * 1000, "int8": 2 * 40 * (36 * 64 + 40 * 4) * 1000}
     text = "\n".join(lines(look_up(Options(model="minicpm-2b-128k"))))
     assert "6.02 GB as stored; 6.02 GB in bfloat16, 3.20 GB in int8, 1.69 GB in int4" in text
-    assert "for 1,000 tokens; 24.16 GB in bfloat16, 12.83 GB in int8 for 65,536" in text
+    assert "for 1,000 tokens; 24.16 GB in bfloat16, 12.92 GB in int8 for 65,536" in text
     report = look_up(Options(model="minicpm-2b-history"))
     assert report.dtype == "unknown" and report.memory["stored"] is None and report.memory["bfloat16"] == 5449761792
     assert "unknown as stored; 5.45 GB in bfloat16" in "\n".join(lines(report))
