@@ -9,6 +9,7 @@ Source of the semantics: modeling_minicpm.py of the released checkpoints; the sc
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -212,9 +213,14 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
-    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing."""
-    leaves = {p.name: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype)) for p in parameters(config)}
+def abstract(config: ModelConfig, dtype: str = "bfloat16", shardings: Mapping[str, Any] | None = None) -> Model:
+    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing.
+    ``shardings``: where each weight would lie, by its name in the parameter table."""
+    where: Mapping[str, Any] = {} if shardings is None else shardings
+    leaves = {
+        p.name: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype), sharding=where.get(p.name))
+        for p in parameters(config)
+    }
     return Model(nested(leaves), config)
 
 
