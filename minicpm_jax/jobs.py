@@ -205,7 +205,7 @@ class Job:
             initial = functools.partial(adapters.initial, config=adapter, layers=layers, key=jax.random.key(0))
             weights = self._everywhere(jax.eval_shape(initial, base))
         else:
-            trained = train.AllWeights(self.config, self.dtype)
+            trained = train.AllWeights(self.config, self.dtype, self.placed)
             weights = self._masters()
         return train.train_step.trace(
             self._state(optimiser, weights),
@@ -235,6 +235,7 @@ class Job:
             bos_token_id=1,
             dtype=self.dtype,
             remat=self.grad_checkpoint,
+            mesh=self.placed,
         )
 
 

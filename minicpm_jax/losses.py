@@ -13,11 +13,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from minicpm_jax.arithmetic import divided, precision, product
 from minicpm_jax.attention import positions_of
 from minicpm_jax.model import Model
+from minicpm_jax.sharding import by_rows, partition_spec, rows_split
 
 IGNORED = -100  # a label that is not trained, as in PyTorch
 LOGITS = 2**27  # most logits at once: 0.5 GB in float32
@@ -31,17 +33,23 @@ def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array,
     hidden = divided(hidden, model.config.logit_divisor)
     weight = model.model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
     width = labels.shape[1]
-    chunk = max(1, min(width - 1, LOGITS // (labels.shape[0] * model.config.vocab_size)))
+    mesh = model.model.mesh
+    rows = -(-labels.shape[0] // rows_split(mesh))  # of a device
+    chunk = max(1, min(width - 1, LOGITS // (rows * model.config.vocab_size)))
     filling = -(width - 1) % chunk
     hidden = jnp.pad(hidden[:, :-1], [(0, 0), (0, filling), (0, 0)])
     targets = jnp.pad(labels[:, 1:], [(0, 0), (0, filling)], constant_values=IGNORED)
-    losses = _chunked(chunk, hidden, weight, targets)[:, : width - 1]
+    losses = _chunked(chunk, mesh, by_rows(hidden, mesh), weight, by_rows(targets, mesh))[:, : width - 1]
     return jnp.pad(losses, [(0, 0), (1, 0)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
-    chunk: int, hidden: Float[Array, "B T D"], weight: Float[Array, "V D"], targets: Int[Array, "B T"]
+    chunk: int,
+    mesh: Mesh | None,
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
     """Cross entropies, C tokens of each row at a time. The gradient is spelled out: JAX would keep all the logits, or
     add up the weight's gradient in the weight's dtype."""
@@ -52,25 +60,27 @@ def _chunked(
         right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         return jnp.where(trained, jax.nn.logsumexp(logits, axis=-1) - right, 0)
 
+    weight = _gathered(weight, mesh)
     return _whole(jax.lax.map(losses, (_parts(hidden, chunk), _parts(targets, chunk))))
 
 
-def _forward(chunk, hidden, weight, targets):
-    return _chunked(chunk, hidden, weight, targets), (hidden, weight, targets)
+def _forward(chunk, mesh, hidden, weight, targets):
+    return _chunked(chunk, mesh, hidden, weight, targets), (hidden, weight, targets)
 
 
-def _backward(chunk, saved, gradient):
+def _backward(chunk, mesh, saved, gradient):
     hidden, weight, targets = saved
+    gathered = _gathered(weight, mesh)
 
     def step(total, part):
         x, targets, above = part
-        logits, target, trained = _logits(x, targets, weight)
+        logits, target, trained = _logits(x, targets, gathered)
         right = target[..., None] == jnp.arange(logits.shape[-1])
         share = (jax.nn.softmax(logits, axis=-1) - right) * jnp.where(trained, above, 0)[..., None]
         share = share.astype(x.dtype)
         wide = {"precision": precision(x), "preferred_element_type": jnp.float32}
-        total = total + jnp.einsum("bcv,bcd->vd", share, x, **wide)
-        return total, jnp.einsum("bcv,vd->bcd", share, weight, precision=precision(x))
+        total = _spread(total + jnp.einsum("bcv,bcd->vd", share, x, **wide), mesh)
+        return total, jnp.einsum("bcv,vd->bcd", share, gathered, precision=precision(x))
 
     parts = tuple(_parts(x, chunk) for x in (hidden, targets, gradient))
     total, below = jax.lax.scan(step, jnp.zeros(weight.shape, jnp.float32), parts)
@@ -78,6 +88,22 @@ def _backward(chunk, saved, gradient):
 
 
 _chunked.defvjp(_forward, _backward)
+
+
+def _gathered(weight: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
+    """Whole on every device that runs other rows, once for all chunks."""
+    return _head(weight, mesh, "vocab", "layers")
+
+
+def _spread(weight: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
+    """As the head is kept: the devices' sums of a gradient are added up where they belong."""
+    return _head(weight, mesh, "vocab", "embed")
+
+
+def _head(weight: Float[Array, "V D"], mesh: Mesh | None, *axes: str) -> Float[Array, "V D"]:
+    if mesh is None:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, partition_spec(axes, weight.shape, mesh)))
 
 
 def _logits(x, targets, weight):

@@ -133,7 +133,9 @@ def pretrain(options: Options) -> None:
             batch, rate = stages[stage].train[step - max(offset, options.from_step)], schedule(step)
             if mesh is not None:
                 batch = jax.device_put(batch[None], batch_sharding(mesh, len(batch)))[0]
-            state, figures = train.pretrain_step(state, batch, rate, optimiser=optimiser, remat=options.remat, **fixed)
+            state, figures = train.pretrain_step(
+                state, batch, rate, optimiser=optimiser, remat=options.remat, mesh=mesh, **fixed
+            )
             step += 1
             bar.update()
             validate = step % options.valid_every == 0 or step == options.steps

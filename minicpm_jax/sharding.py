@@ -58,6 +58,21 @@ def batch_sharding(mesh: Mesh, rows: int, flag: str = "--batch-size") -> NamedSh
     return NamedSharding(mesh, PartitionSpec(None, names))
 
 
+def by_rows(x: Any, mesh: Mesh | None) -> Any:
+    """[B, ...] with its rows over the axes of batches, whole otherwise; as it is where they do not divide it. Without
+    this XLA splits the hidden state as the weights are, every device then runs all rows, and sums travel in place of
+    weights: 15 times the bytes of a step of MiniCPM-2B over 8 devices."""
+    names = () if mesh is None else tuple(name for name in BATCH if name in mesh.shape)
+    if mesh is None or not names or x.shape[0] % rows_split(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(names)))
+
+
+def rows_split(mesh: Mesh | None) -> int:
+    """Over how many parts a batch's rows are split."""
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
+
+
 def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     """Of every parameter of the table."""
     return {

@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from minicpm_jax import adapters
 from minicpm_jax.attention import positions_of
+from minicpm_jax.loading import spread
 from minicpm_jax.losses import Batch, Objective, packed_loss, token_losses
 from minicpm_jax.model import Model, nested
 from weights_io.config import ModelConfig
@@ -57,9 +59,13 @@ class AllWeights:
 
     config: ModelConfig
     dtype: str
+    mesh: Mesh | None = None  # over which they lie
 
     def model(self, base: Model | None, weights: Weights, key: Array | None = None) -> Model:
-        return Model(nested({name: w.astype(self.dtype) for name, w in weights.items()}), self.config)
+        model = Model(nested({name: w.astype(self.dtype) for name, w in weights.items()}), self.config)
+        if self.mesh is not None:
+            spread(model, self.mesh)
+        return model
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, tra
     return -jnp.sum(token_losses(model, hidden, batch["labels"]), axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimiser", "bos_token_id", "dtype", "remat"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("config", "optimiser", "bos_token_id", "dtype", "remat", "mesh"), donate_argnums=0)
 def pretrain_step(
     state: State,
     windows: jax.Array,
@@ -145,12 +151,13 @@ def pretrain_step(
     bos_token_id: int,
     dtype: str,
     remat: bool,
+    mesh: Mesh | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One AdamW step on [B, T] windows, computed in ``dtype`` over float32 masters. Returns the state and figures."""
     weights, moments = state
 
     def loss_of(weights: Weights) -> jax.Array:
-        return packed_loss(AllWeights(config, dtype).model(None, weights), windows, bos_token_id, remat)
+        return packed_loss(AllWeights(config, dtype, mesh).model(None, weights), windows, bos_token_id, remat)
 
     loss, gradients = jax.value_and_grad(loss_of)(weights)
     updates, moments = optimiser.update(gradients, moments, weights)

@@ -37,7 +37,7 @@ class Trainer:
         self.base: Model | None = model
         self.trained: train.Trained
         if self.adapter is None:
-            self.trained = train.AllWeights(model.config, model.model.embed_tokens.weight.dtype.name)
+            self.trained = train.AllWeights(model.config, model.model.embed_tokens.weight.dtype.name, self.mesh)
             before = train.weights_of(model)
             weights = {name: jnp.array(w, jnp.float32) for name, w in before.items()}
             self.base = None
