@@ -13,7 +13,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -25,6 +25,8 @@ FREE = frozenset(
     add-dependency domain get-dimension-size""".split()
 )
 PASSING = ("bitcast", "convert", "copy", "reshape", "transpose")  # within a fusion: what reads them reads their operand
+# Custom calls of XLA's own that name a place or a fact.
+NAMING = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 SLICING = ("dynamic-slice", "slice", "gather")
 UPDATING = ("dynamic-update-slice", "scatter")
 BITS = {"pred": 8, "token": 0, "opaque": 0}  # of types whose name does not end in their width
@@ -33,6 +35,7 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^  (ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+_TARGET = re.compile(r'custom_call_target="(\w+)"')
 _STATED = re.compile(r'"bytes_accessed":"(\d+)"')
 
 
@@ -139,11 +142,14 @@ class Program:
         if name not in self._known:
             self._known[name] = total = Traffic()
             computation = self.computations[name]
+            channels: set[str] = set()
             for instruction in computation.values():
-                self._count(total, instruction, computation)
+                self._count(total, instruction, computation, channels)
         return self._known[name]
 
-    def _count(self, total: Traffic, instruction: Instruction, computation: Computation) -> None:
+    def _count(self, total: Traffic, instruction: Instruction, computation: Computation, channels: set[str]) -> None:
+        """``channels``: the collectives of this computation that have been counted. One that runs beside the arithmetic
+        stands in the fusion that starts it, in those that it runs beside, and in the one that waits for it."""
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith(("-done", "-update")):
             return
@@ -155,9 +161,11 @@ class Program:
             total.add(max((self._of(branch) for branch in _branches(instruction)), key=lambda traffic: traffic.hbm))
         else:
             total.hbm += self.bytes_of(instruction, computation)
-            for kind, size in self._collectives(instruction, computation):
-                total.counts[kind] += 1
-                total.bytes[kind] += size
+            for kind, channel, size in self._collectives(instruction, computation):
+                if channel not in channels:
+                    channels.update([channel] if channel else [])
+                    total.counts[kind] += 1
+                    total.bytes[kind] += size
 
     def _plain(self, instruction: Instruction) -> bool:
         """Whether what it begins is written as a computation, not as a fusion."""
@@ -171,13 +179,15 @@ class Program:
         if opcode == "fusion":
             return self._fusion(instruction, operands)
         if opcode == "custom-call":
-            if "AllocateBuffer" in instruction.rest or "BitcastConcat" in instruction.rest:
+            if (target := _TARGET.search(instruction.rest)) and target[1] in NAMING:
                 return 0
             if stated := _STATED.search(instruction.rest):
                 return int(stated[1])
         if opcode in SLICING:
             taken = operands[0][0].part(instruction.numbers)
             return taken + sum(read[1:]) + sum(buffer.hbm for buffer in instruction.buffers)
+        if opcode == "slice-start":  # ((what it is taken from), what comes out, flag)
+            return operands[0][0].part(instruction.buffers[1].numbers) + instruction.buffers[1].hbm
         if opcode in UPDATING:
             update = operands[1 if opcode == "dynamic-update-slice" else -1][0]
             return sum(read[1:]) + instruction.buffers[0].part(update.numbers)
@@ -192,14 +202,16 @@ class Program:
         """Of a fusion's operands what is used of them; of its results what is not there already."""
         inside = self.computations[instruction.called("calls") or ""]
         users = _users(inside)
+        passed_in, passed_out = _passed(instruction) if any(self._collectives(instruction, {})) else (set(), set())
         total = 0
         for parameter in (i for i in inside.values() if i.opcode == "parameter"):
             number = int(parameter.rest.partition(")")[0])
-            if number < len(operands):
+            if number < len(operands) and number not in passed_in:
                 used = self._used(parameter, inside, users)
                 total += sum(b.part(b.numbers if used is None else used) for b in operands[number])
-        for buffer, source in zip(instruction.buffers, self._results(inside), strict=False):
-            total += buffer.hbm if source is None else buffer.part(source)
+        for number, (buffer, source) in enumerate(zip(instruction.buffers, self._results(inside), strict=False)):
+            if number not in passed_out:
+                total += buffer.hbm if source is None else buffer.part(source)
         return total
 
     def _used(self, value: Instruction, inside: Computation, users: dict[str, list[Instruction]]) -> int | None:
@@ -242,20 +254,21 @@ class Program:
             return self._results(self.computations[value.called("calls") or ""])[0]
         return None
 
-    def _collectives(self, instruction: Instruction, computation: Computation) -> Iterator[tuple[str, int]]:
-        """Kind and bytes. An all-reduce of which a fusion keeps a slice is how a TPU writes a reduce-scatter."""
+    def _collectives(self, instruction: Instruction, computation: Computation) -> Iterator[tuple[str, str, int]]:
+        """Kind, channel ("" where it has none) and bytes. An all-reduce of which a fusion keeps a slice is how a TPU writes a reduce-scatter."""
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             operands = [computation[name] for name in instruction.operands if name in computation]
             sizes = [sum(b.size for b in value.buffers) for value in (*operands, instruction)]
             came = sizes[-1] - (sum(sizes[:-1]) if instruction.opcode.endswith("-start") and kind != "all-reduce" else 0)
-            yield kind, max(sum(sizes[:-1]), came)
+            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            yield kind, channel[1] if channel else "", max(sum(sizes[:-1]), came)
         elif instruction.opcode in ("fusion", "async-start"):
             inside = self.computations.get(instruction.called("calls") or "", {})
             sliced = any(i.opcode == "dynamic-slice" for i in inside.values())
             for deeper in inside.values():
-                for kind, size in self._collectives(deeper, inside):
-                    yield ("reduce-scatter" if kind == "all-reduce" and sliced else kind), size
+                for kind, channel, size in self._collectives(deeper, inside):
+                    yield ("reduce-scatter" if kind == "all-reduce" and sliced else kind), channel, size
 
     def trips(self, loop: Instruction, computation: Computation) -> int:
         """How often a while loop runs: XLA's word for it, or a counter that is compared with a constant; else 1."""
@@ -285,6 +298,14 @@ def _begins(value: Instruction, inside: Computation) -> Instruction:
     while value.opcode in ("bitcast", "copy", "convert") and value.operands:
         value = inside[value.operands[0]]
     return value
+
+
+def _passed(fusion: Instruction) -> tuple[set[int], set[int]]:
+    """Operands that come out as they went in, and the results that they are: a collective's arrays, on their way
+    through the fusions that it runs beside."""
+    found = re.search(r"output_to_operand_aliasing=\{(.*?)\}, [a-z]", fusion.rest)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+)", found[1]) if found else []
+    return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
 
 
 def _branches(instruction: Instruction) -> list[str]:
@@ -349,5 +370,3 @@ def _bits(kind: str) -> int:
     found = re.match(r"[a-z]+(\d+)", kind)
     return int(found[1]) if found else 0
 
-
-Listener = Callable[[Instruction, int], None]
