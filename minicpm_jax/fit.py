@@ -115,7 +115,8 @@ def job_of(options: Options) -> "Job":
 
 def report(job: "Job") -> Report:
     """Compile it and measure. A program that XLA finds too large is a report too."""
-    from minicpm_jax import arithmetic_of, hlo
+    from minicpm_jax import hlo
+    from minicpm_jax.flops import flops
 
     traced = job.traced()
     chip, devices = job.topology.chip, len(job.devices)
@@ -135,7 +136,7 @@ def report(job: "Job") -> Report:
     found.needed = found.arguments + found.outputs - found.aliased + found.temporaries + found.program
     found.fits = found.needed <= found.hbm
     found.hbm_traffic = traffic.hbm
-    found.flops = arithmetic_of.flops(traced.jaxpr) / devices
+    found.flops = flops(traced.jaxpr) / devices
     found.collectives = {
         kind: {"count": count, "bytes": traffic.bytes[kind]} for kind, count in sorted(traffic.counts.items())
     }
@@ -162,7 +163,6 @@ def _exhausted(error: Exception) -> int:
 
 def remedies(job: "Job") -> Iterator[tuple[str, Report]]:
     """What to change, and what came of it: the programs that fit, at most two, of those worth a try."""
-    from minicpm_jax.jobs import argument_bytes
     from weights_io.errors import InputError
 
     tried = found = 0
@@ -173,7 +173,7 @@ def remedies(job: "Job") -> Iterator[tuple[str, Report]]:
         if kind in kinds:
             continue
         try:
-            if argument_bytes(other.traced()) > other.topology.chip.hbm:
+            if other.argument_bytes > other.topology.chip.hbm:
                 continue
             tried += 1
             result = report(other)
@@ -229,7 +229,7 @@ def _larger(topology: "Topology") -> "list[Topology]":
 
 
 def main(options: CommandOptions) -> None:
-    """Compile a job of a MiniCPM model for a TPU that need not be here: memory, traffic, and the fastest it could be."""
+    """Compile a job of a model for a TPU that need not be here: what it takes, and how fast it can be at most."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is here would be taken from those who use it
     import jax
 
@@ -273,8 +273,9 @@ def lines(job: "Job", found: Report) -> Iterator[str]:
     parts = ("arguments", "outputs", "aliased", "temporaries", "program")
     yield "                 " + ", ".join(f"{name} {size(getattr(found, name))}" for name in parts)
     yield f"compiling        {found.compile_seconds:.1f} s here"
-    yield f"HBM traffic      {size(found.hbm_traffic)} a chip: {found.seconds_to_read * 1e3:,.2f} ms at its bandwidth"
-    yield f"arithmetic       {found.flops / 1e12:,.3f} TFLOP a chip: {found.seconds_to_compute * 1e3:,.2f} ms at its peak"
+    reading, computing = found.seconds_to_read * 1e3, found.seconds_to_compute * 1e3
+    yield f"HBM traffic      {size(found.hbm_traffic)} a chip: {reading:,.2f} ms at its bandwidth"
+    yield f"arithmetic       {found.flops / 1e9:,.1f} GFLOP a chip: {computing:,.2f} ms at its peak"
     for kind, figures in found.collectives.items():
         yield f"{kind:16} {figures['count']:,} times, {size(figures['bytes'])} a chip"
     yield f"at most          {found.tokens_per_second:,.0f} tokens/s on {job.topology.chips} chip(s)"

@@ -260,7 +260,9 @@ class Program:
         if kind in COLLECTIVES:
             operands = [computation[name] for name in instruction.operands if name in computation]
             sizes = [sum(b.size for b in value.buffers) for value in (*operands, instruction)]
-            came = sizes[-1] - (sum(sizes[:-1]) if instruction.opcode.endswith("-start") and kind != "all-reduce" else 0)
+            came = sizes[-1] - (
+                sum(sizes[:-1]) if instruction.opcode.endswith("-start") and kind != "all-reduce" else 0
+            )
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
             yield kind, channel[1] if channel else "", max(sum(sizes[:-1]), came)
         elif instruction.opcode in ("fusion", "async-start"):
@@ -369,4 +371,3 @@ def _bits(kind: str) -> int:
         return BITS[kind]
     found = re.match(r"[a-z]+(\d+)", kind)
     return int(found[1]) if found else 0
-

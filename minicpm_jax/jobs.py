@@ -4,12 +4,11 @@ elsewhere. Nothing here allocates a weight.
 Dims: B batch, T new tokens, A micro-batches, S cache slots.
 """
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +18,28 @@ from minicpm_data.generation import Sampling
 from minicpm_jax import adapters, decoding, train
 from minicpm_jax.attention import Cache, placement
 from minicpm_jax.chips import Topology
+from minicpm_jax.kernels.cache_attention import LANES
 from minicpm_jax.loading import spread
 from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model, abstract
 from minicpm_jax.quantised import quantised
 from minicpm_jax.sampling import Knobs
-from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, partition_spec, shardings, splits
+from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, partition_spec, shardings
 from weights_io import catalog
 from weights_io.adapters import AdapterConfig
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.hub import built_in
 from weights_io.parameters import parameters
+
+
+class Call(NamedTuple):
+    """One of the package's own programs, with the shape, dtype and sharding of every array that it is given."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    fixed: dict[str, Any]  # what it is compiled for
+
 
 Kind = Literal["generate", "prefill", "lora", "finetune", "pretrain"]
 
@@ -78,8 +87,19 @@ class Job:
         return None if mesh is None or mesh.size == 1 else automatic(mesh)
 
     def traced(self) -> Any:
-        """`jax.stages.Traced`, with the sharding of every argument. Raises `InputError` for a mesh, a batch or a model
-        that cannot be."""
+        """`jax.stages.Traced`."""
+        call = self.call
+        return call.function.trace(*call.arguments, **call.fixed)
+
+    @property
+    def argument_bytes(self) -> int:
+        """Of the arguments on one chip, without padding: known before anything is compiled."""
+        leaves = jax.tree.leaves(self.call.arguments)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    @functools.cached_property
+    def call(self) -> "Call":
+        """Raises `InputError` for a mesh, a batch or a model that cannot be."""
         if self.batch < 1 or self.seq < 2 or self.prefill_step_size < 1:
             raise InputError("--batch, --seq and --prefill-step-size are at least 1, 2 and 1.")
         if self.quantize is not None and self.job in ("finetune", "pretrain"):
@@ -153,18 +173,18 @@ class Job:
     def _rows(self, dtype: Any) -> Any:
         return self._array((self.batch,), dtype)
 
-    def _decode(self) -> Any:
+    def _decode(self) -> Call:
         keys = self._everywhere(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch)))
         ends = self._array((1,), jnp.int32)
         state = decoding.State(self._cache(), self._rows(jnp.int32), None, keys, self._rows(bool), ends)
         knobs = self._everywhere(Knobs.of(Sampling(), self.config.vocab_size))
-        return decoding.decode.trace(self._model(), state, self._array((), jnp.int32), knobs)
+        return Call(decoding.decode, (self._model(), state, self._array((), jnp.int32), knobs), {})
 
-    def _prefill(self) -> Any:
+    def _prefill(self) -> Call:
         ids = self._array((self.batch, self.tokens // self.batch), jnp.int32)
         last = self._array((self.batch, 1, self.config.hidden_size), self.dtype)
         start, lengths = self._array((), jnp.int32), self._rows(jnp.int32)
-        return decoding.prefill.trace(self._model(), ids, self._cache(), last, start, lengths)
+        return Call(decoding.prefill, (self._model(), ids, self._cache(), last, start, lengths), {})
 
     def _batches(self) -> dict[str, Any]:
         """[A, B, T], one micro-batch."""
@@ -193,10 +213,11 @@ class Job:
         where = shardings(self.config, self.placed)
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name]) for name, x in table.items()}
 
-    def _train(self) -> Any:
+    def _train(self) -> Call:
         objective = Objective(remat=self.grad_checkpoint)
         optimiser = train.optimizer("adamw", 0.01, 1.0)
-        base, trained = None, None
+        base: Model | None = None
+        trained: train.Trained
         if self.job == "lora":
             base = self._model()
             adapter = AdapterConfig(self.rank, 4.0 * self.rank, 0.1, targets=self.targets)
@@ -207,18 +228,11 @@ class Job:
         else:
             trained = train.AllWeights(self.config, self.dtype, self.placed)
             weights = self._masters()
-        return train.train_step.trace(
-            self._state(optimiser, weights),
-            base,
-            self._batches(),
-            self._array((), jnp.float32),
-            self._everywhere(jax.eval_shape(lambda: jax.random.key(0))),
-            trained=trained,
-            objective=objective,
-            optimiser=optimiser,
-        )
+        key = self._everywhere(jax.eval_shape(lambda: jax.random.key(0)))
+        arguments = self._state(optimiser, weights), base, self._batches(), self._array((), jnp.float32), key
+        return Call(train.train_step, arguments, {"trained": trained, "objective": objective, "optimiser": optimiser})
 
-    def _pretrain(self) -> Any:
+    def _pretrain(self) -> Call:
         optimiser = train.mup_optimizer(self.config, 0.9, 0.95, 0.1, 1.0)
         windows = self._batches()["ids"]
         if self.placed is None:
@@ -226,16 +240,16 @@ class Job:
         else:
             where = NamedSharding(self.placed, PartitionSpec(*windows.sharding.spec[1:]))
             windows = jax.ShapeDtypeStruct(windows.shape[1:], jnp.int32, sharding=where)
-        return train.pretrain_step.trace(
-            self._state(optimiser, self._masters()),
-            windows,
-            self._array((), jnp.float32),
-            config=self.config,
-            optimiser=optimiser,
-            bos_token_id=1,
-            dtype=self.dtype,
-            remat=self.grad_checkpoint,
-            mesh=self.placed,
+        fixed = {
+            "config": self.config,
+            "optimiser": optimiser,
+            "bos_token_id": 1,
+            "dtype": self.dtype,
+            "remat": self.grad_checkpoint,
+            "mesh": self.placed,
+        }
+        return Call(
+            train.pretrain_step, (self._state(optimiser, self._masters()), windows, self._array((), jnp.float32)), fixed
         )
 
 
@@ -246,7 +260,9 @@ def config_of(model: str) -> ModelConfig:
         path = built_in()
     elif entry is not None:
         if entry.config is None:
-            raise InputError(f"the config.json of {model} is not part of the catalogue; download it, and give its path.")
+            raise InputError(
+                f"the config.json of {model} is not part of the catalogue; download it, and give its path."
+            )
         return ModelConfig.from_dict(dict(entry.config), entry.name)
     elif not path.exists():
         close = catalog.nearest(model)
@@ -263,23 +279,9 @@ def default_mesh(config: ModelConfig, devices: int, training: bool) -> str:
     if config.num_experts and config.num_experts % devices == 0:
         return f"expert={devices}"
     heads = math.gcd(devices, config.num_key_value_heads)
-    return ",".join(f"{name}={size}" for name, size in (("fsdp", devices // heads), ("tensor", heads)) if size > 1) or (
-        "fsdp=1"
-    )
-
-
-def argument_bytes(traced: Any) -> int:
-    """Of the arguments on one chip, without padding: known before anything is compiled."""
-    total = 0
-    for leaf in jax.tree.leaves(traced.args_info):
-        aval = leaf._aval
-        shape = aval.shape if leaf_sharding(leaf) is None else leaf_sharding(leaf).shard_shape(aval.shape)
-        total += math.prod(shape) * aval.dtype.itemsize
-    return total
-
-
-def leaf_sharding(leaf: Any) -> Any:
-    return getattr(leaf, "sharding", None)
-
-
-__all__ = ["Job", "argument_bytes", "config_of", "default_mesh", "splits"]
+    # Of a cache whose rows are no whole registers on a chip XLA keeps the axes in another order, and copies it for the
+    # kernel: with 9 heads of 64 a chip 4 copies a call.
+    while heads > 1 and config.num_key_value_heads // heads * config.head_dim % LANES:
+        heads //= 2
+    sizes = {"fsdp": devices // heads, "tensor": heads}
+    return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "fsdp=1"

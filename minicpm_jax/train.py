@@ -140,7 +140,9 @@ def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, tra
     return -jnp.sum(token_losses(model, hidden, batch["labels"]), axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimiser", "bos_token_id", "dtype", "remat", "mesh"), donate_argnums=0)
+@functools.partial(
+    jax.jit, static_argnames=("config", "optimiser", "bos_token_id", "dtype", "remat", "mesh"), donate_argnums=0
+)
 def pretrain_step(
     state: State,
     windows: jax.Array,
