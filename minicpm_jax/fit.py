@@ -117,6 +117,7 @@ def report(job: "Job") -> Report:
     """Compile it and measure. A program that XLA finds too large is a report too."""
     from minicpm_jax import hlo
     from minicpm_jax.flops import flops
+    from minicpm_jax.jobs import compiled
 
     traced = job.traced()
     chip, devices = job.topology.chip, len(job.devices)
@@ -124,12 +125,12 @@ def report(job: "Job") -> Report:
     found = Report(str(job.topology), "" if job.placed is None else _text(job.placed), chip.hbm // cores, 0, False)
     lowered, began = traced.lower(), time.perf_counter()
     try:
-        compiled = lowered.compile()
+        program = compiled(lowered)
     except Exception as error:  # jax.errors.JaxRuntimeError, which has no kinds of its own
         found.needed = _exhausted(error)
         return found
     found.compile_seconds = time.perf_counter() - began
-    memory, traffic = compiled.memory_analysis(), hlo.traffic(compiled.as_text())
+    memory, traffic = program.memory_analysis(), hlo.traffic(program.as_text())
     found.arguments, found.outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     found.aliased, found.temporaries = memory.alias_size_in_bytes, memory.temp_size_in_bytes
     found.program = memory.generated_code_size_in_bytes
@@ -152,12 +153,13 @@ def _text(mesh: Any) -> str:
 
 
 def _exhausted(error: Exception) -> int:
-    """Bytes that XLA says it would need; other errors are raised again."""
+    """Bytes, arguments among them, of a program for which XLA says that a chip has too few (0: it does not say how
+    many); other errors are raised again."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         raise error
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of", text)
+    found = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)(?: of|\) exceeds)", text)
     return int(float(found[1]) * units[found[2]]) if found else 0
 
 
@@ -231,12 +233,9 @@ def _larger(topology: "Topology") -> "list[Topology]":
 def main(options: CommandOptions) -> None:
     """Compile a job of a model for a TPU that need not be here: what it takes, and how fast it can be at most."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is here would be taken from those who use it
-    import jax
-
     from minicpm_jax.chips import Topology
 
     Topology.parse(options.topology).devices()  # first what costs nothing
-    jax.config.update("jax_enable_compilation_cache", False)  # the time to compile is one of the figures
     job = job_of(options)
     found = report(job)
     if options.json:

@@ -2,7 +2,7 @@
 
 `cost_analysis()` of XLA counts the body of a loop once, and what stays in the chip's own memory (VMEM) like HBM. Here
 
-- operands and results count where they lie in HBM: ``S(1)`` in a layout is VMEM, ``S(2)`` and ``S(6)`` flags and scalars;
+- operands and results count where they lie in HBM: ``S(1)`` in a layout is VMEM, other S flags and scalars;
 - a slice that is taken (or rows that are gathered) counts at its own size, an update in place at the update's;
 - the body of a loop counts as often as it runs; a loop whose end is data (the steps of `decoding.decode`) counts once;
 - of the branches of a conditional the costliest counts;
@@ -255,16 +255,17 @@ class Program:
         return None
 
     def _collectives(self, instruction: Instruction, computation: Computation) -> Iterator[tuple[str, str, int]]:
-        """Kind, channel ("" where it has none) and bytes. An all-reduce of which a fusion keeps a slice is how a TPU writes a reduce-scatter."""
+        """Kind, channel ("" where it has none) and bytes. An all-reduce of which a fusion keeps a slice is how a TPU
+        writes a reduce-scatter."""
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             operands = [computation[name] for name in instruction.operands if name in computation]
             sizes = [sum(b.size for b in value.buffers) for value in (*operands, instruction)]
-            came = sizes[-1] - (
-                sum(sizes[:-1]) if instruction.opcode.endswith("-start") and kind != "all-reduce" else 0
-            )
-            channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            yield kind, channel[1] if channel else "", max(sum(sizes[:-1]), came)
+            went, came = sum(sizes[:-1]), sizes[-1]
+            if instruction.opcode.endswith("-start") and kind != "all-reduce":
+                came -= went  # (what goes in, what comes out)
+            found = re.search(r"channel_id=(\d+)", instruction.rest)
+            yield kind, found[1] if found else "", max(went, came)
         elif instruction.opcode in ("fusion", "async-start"):
             inside = self.computations.get(instruction.called("calls") or "", {})
             sliced = any(i.opcode == "dynamic-slice" for i in inside.values())

@@ -116,7 +116,7 @@ class Job:
 
     def compiled(self) -> Any:
         """`jax.stages.Compiled`."""
-        return self.traced().lower().compile()
+        return compiled(self.traced().lower())
 
     def _everywhere(self, tree: Any) -> Any:
         """Shapes of arrays that every device has whole."""
@@ -138,11 +138,11 @@ class Job:
             model = abstract(self.config, self.dtype, shardings(self.config, mesh))
             spread(model, mesh)
         if self.quantize is not None:
-            model = self._quantised(model)
+            model = self._quantised(model, self.quantize)
         return self._everywhere(model) if mesh is None else model
 
-    def _quantised(self, model: Model) -> Model:
-        packed = jax.eval_shape(functools.partial(quantised, bits=self.quantize), model)
+    def _quantised(self, model: Model, bits: int) -> Model:
+        packed = jax.eval_shape(functools.partial(quantised, bits=bits), model)
         if self.placed is None:
             return packed
         rules = {p.name: p.logical_axes() for p in parameters(self.config)}
@@ -253,6 +253,17 @@ class Job:
         )
 
 
+def compiled(lowered: Any) -> Any:
+    """Without the cache on disk, which could not read again what is kept of a program for devices that are not here."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(name, before)
+
+
 def config_of(model: str) -> ModelConfig:
     """Of a folder, a config.json or a name of the catalogue, of which nothing is downloaded."""
     path, entry = Path(model), catalog.find(model)
@@ -260,9 +271,7 @@ def config_of(model: str) -> ModelConfig:
         path = built_in()
     elif entry is not None:
         if entry.config is None:
-            raise InputError(
-                f"the config.json of {model} is not part of the catalogue; download it, and give its path."
-            )
+            raise InputError(f"the catalogue does not hold the config.json of {model}; download it, and give its path.")
         return ModelConfig.from_dict(dict(entry.config), entry.name)
     elif not path.exists():
         close = catalog.nearest(model)
@@ -273,15 +282,14 @@ def config_of(model: str) -> ModelConfig:
 
 def default_mesh(config: ModelConfig, devices: int, training: bool) -> str:
     """Training splits rows and weights alike; generation splits heads, so that nothing but activations travels, and
-    what is left of the devices splits the weights (of a mixture: the experts)."""
+    what is left of the devices splits experts, or the weights."""
     if training:
         return f"fsdp={devices}"
-    if config.num_experts and config.num_experts % devices == 0:
-        return f"expert={devices}"
     heads = math.gcd(devices, config.num_key_value_heads)
     # Of a cache whose rows are no whole registers on a chip XLA keeps the axes in another order, and copies it for the
     # kernel: with 9 heads of 64 a chip 4 copies a call.
     while heads > 1 and config.num_key_value_heads // heads * config.head_dim % LANES:
         heads //= 2
-    sizes = {"fsdp": devices // heads, "tensor": heads}
+    rest = devices // heads
+    sizes = {"expert" if config.num_experts and config.num_experts % rest == 0 else "fsdp": rest, "tensor": heads}
     return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "fsdp=1"
