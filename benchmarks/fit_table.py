@@ -4,7 +4,7 @@ python -m benchmarks.fit_table --out docs/fit.md
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,8 @@ most: no chip reads or multiplies faster. bfloat16; training with `--grad-checkp
 TPU, and real programs stay below. `python -m benchmarks.fit_table` writes this file; the seconds of compiling are those
 of two busy cores.
 
-| program | chips | rows x tokens | memory a chip | fits | compiling | HBM traffic a chip | between chips | tokens/s at most |
-|---|---|---|---|---|---|---|---|---|
+| program | chips | rows x tokens | mesh | memory a chip | fits | compiling | HBM traffic | between chips | tokens/s |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -31,11 +31,11 @@ class Options:
     out: Path = Path("docs/fit.md")
     """File to write."""
     only: str = ""
-    """Only programs whose model, job and chips, joined by spaces, contain this."""
+    """Only programs whose line, as it begins, contains this; the other lines of the file stay."""
 
 
-# model, topology, job, batch, seq, other flags
-ROWS: tuple[tuple[str, str, str, int, int, dict], ...] = (
+Row = tuple[str, str, str, int, int, dict[str, int]]  # model, topology, job, batch, seq, other flags
+ROWS: tuple[Row, ...] = (
     ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {}),
     ("minicpm-2b", "v5e:1x1", "generate", 4, 4096, {}),
     ("minicpm-2b", "v5e:1x1", "generate", 8, 4096, {"kv_bits": 8}),
@@ -61,42 +61,42 @@ ROWS: tuple[tuple[str, str, str, int, int, dict], ...] = (
 def main(options: Options) -> None:
     """Compile the programs of the table and write it."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    text = TEXT
+    before = options.out.read_text().splitlines() if options.out.exists() else []
+    table = [next((line for line in before if line.startswith(beginning(row))), "") for row in ROWS]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for line in lines(options.only):
-        print(line, flush=True)
-        text += line + "\n"
-        options.out.write_text(text)
+    for number, row in enumerate(ROWS):
+        if options.only in beginning(row):
+            table[number] = next(lines([row]))
+            print(table[number], flush=True)
+            options.out.write_text(TEXT + "".join(line + "\n" for line in table if line))
 
 
-def lines(only: str) -> Iterator[str]:
+def beginning(row: Row) -> str:
+    model, topology, kind, batch, seq, flags = row
+    what = " ".join([model, kind, *(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())])
+    return f"| {what} | {topology} | {batch} x {seq:,} | "
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
     from minicpm_jax import fit
 
-    for model, topology, kind, batch, seq, flags in ROWS:
-        if only not in f"{model} {kind} {topology}":
-            continue
+    for row in rows:
+        model, topology, kind, batch, seq, flags = row
         training = kind == "lora" or kind == "finetune"
         given = fit.Options(model, topology, kind, batch, seq, grad_checkpoint=training, **flags)  # type: ignore[arg-type]
         found = fit.report(fit.job_of(given))
-        what = " ".join([model, kind, *(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())])
-        chips = topology + (f" ({found.mesh})" if found.mesh else "")
         needed = size(found.needed)
         if found.arguments:
             needed += f" ({size(found.arguments)} + {size(found.temporaries)})"
-        cells = [what, chips, f"{batch} x {seq:,}", f"{needed} of {size(found.hbm)}", "yes" if found.fits else "**no**"]
+        fits = "yes" if found.fits else "**no**"
+        cells = [found.mesh, f"{needed} of {size(found.hbm)}", fits, "", "", "", ""]
         if found.arguments:
-            travels = ", ".join(
-                f"{kind} {figures['count']:,}: {size(figures['bytes'])}" for kind, figures in found.collectives.items()
+            travels = (
+                f"{kind} {there['count']:,}: {size(there['bytes'])}" for kind, there in found.collectives.items()
             )
-            cells += [
-                f"{found.compile_seconds:.0f} s",
-                size(found.hbm_traffic),
-                travels,
-                f"{found.tokens_per_second:,.0f}",
-            ]
-        else:
-            cells += [""] * 4
-        yield "| " + " | ".join(cells) + " |"
+            cells[3:] = [f"{found.compile_seconds:.0f} s", size(found.hbm_traffic), ", ".join(travels)]
+            cells.append(f"{found.tokens_per_second:,.0f}")
+        yield beginning(row) + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ class Program:
                 total += user.numbers
             elif user.opcode in UPDATING and user.operands[0] == value.name and value.name not in user.operands[1:]:
                 continue  # it is written to, where it lies
-            elif user.opcode in PASSING:
+            elif user.opcode in PASSING or (user.opcode == "fusion" and self._passes(user)):
                 used = self._used(user, inside, users)
                 if used is None:
                     return None
@@ -238,6 +238,12 @@ class Program:
             elif not (user.root and user.opcode == "tuple"):
                 return None
         return total if users.get(value.name) else None
+
+    def _passes(self, fusion: Instruction) -> bool:
+        """Whether a fusion within one only tiles its operand in another way."""
+        return all(
+            i.opcode in (*PASSING, "parameter") for i in self.computations[fusion.called("calls") or ""].values()
+        )
 
     def _results(self, inside: Computation) -> list[int | None]:
         """For each result of a fusion how many numbers are written of it, where it is an update; None: all."""

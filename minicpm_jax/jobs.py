@@ -150,6 +150,8 @@ class Job:
         def where(path, leaf):
             names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
             axes = rules[".".join(names[: names.index("weight") + 1])]
+            if names[-2:-1] in (["numbers"], ["scales"]) or names[-1] in ("numbers", "scales"):
+                axes = *axes[:-2], axes[-1], axes[-2]  # kept turned round
             spec = partition_spec(axes, leaf.shape, self.placed)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.placed, spec))
 
