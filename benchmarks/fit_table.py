@@ -91,10 +91,8 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         fits = "yes" if found.fits else "**no**"
         cells = [found.mesh, f"{needed} of {size(found.hbm)}", fits, "", "", "", ""]
         if found.arguments:
-            travels = (
-                f"{kind} {there['count']:,}: {size(there['bytes'])}" for kind, there in found.collectives.items()
-            )
-            cells[3:] = [f"{found.compile_seconds:.0f} s", size(found.hbm_traffic), ", ".join(travels)]
+            travels = (f"{kind} {of['count']:,}: {size(of['bytes'])}" for kind, of in found.collectives.items())
+            cells[3:] = [f"{found.compile_seconds:.0f} s", size(found.hbm_traffic or None), ", ".join(travels)]
             cells.append(f"{found.tokens_per_second:,.0f}")
         yield beginning(row) + " | ".join(cells) + " |"
 
