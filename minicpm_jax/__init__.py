@@ -2,13 +2,13 @@
 
 import importlib.util
 
-from minicpm_jax.compiler import tell_libtpu_it_is_alone
+from minicpm_jax.compiler import tell_libtpu
 from weights_io import lazy_exports
 
 if importlib.util.find_spec("jax") is None or importlib.util.find_spec("flax") is None:
     raise ImportError("minicpm_jax needs JAX and Flax: pip install 'minicpm-jax-mlx[jax]' (on a TPU: [tpu]).")
 
-tell_libtpu_it_is_alone()
+tell_libtpu()
 __getattr__ = lazy_exports.install(
     __name__,
     {

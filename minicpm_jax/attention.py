@@ -229,11 +229,8 @@ def attend_cache(
 
     def spread(q, cache, layer, index):
         assert mesh is not None
-        rows = "data" if splits("data", len(index), mesh) else None
-        heads = "tensor" if "tensor" in mesh.shape else None
-        stored = P(None, rows, None, heads)
-        scale = None if cache.k_scale is None else P(None, rows, heads)
-        parts = Cache(stored, stored, P(rows), scale, scale)
+        parts = placement(cache, kv_heads, mesh)
+        _, rows, _, heads = parts.k
         return jax.shard_map(
             kernel,
             mesh=mesh,
@@ -243,12 +240,21 @@ def attend_cache(
         )(q, cache, layer, index)
 
     kv_heads = cache.k.shape[3] // q.shape[3]
-    padded = cache.k_scale is not None and cache.k_scale.shape[2] != kv_heads
-    divided = mesh is None or "tensor" not in mesh.shape or (splits("tensor", kv_heads, mesh) and not padded)
+    divided = mesh is None or "tensor" not in mesh.shape or placement(cache, kv_heads, mesh).k[3] is not None
     if not divided or q.dtype == jnp.float16:
         return plain(q, cache, layer, index)
     tpu = kernel if mesh is None else spread
     return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, tpu=tpu, default=plain)
+
+
+def placement(cache: Cache, kv_heads: int, mesh: Mesh) -> Cache:
+    """The `PartitionSpec` of each array of a cache: rows over the axis data, heads over tensor, each where it divides
+    them (heads not where their scales are padded)."""
+    rows = "data" if splits("data", cache.k.shape[1], mesh) else None
+    padded = cache.k_scale is not None and cache.k_scale.shape[2] != kv_heads
+    heads = "tensor" if splits("tensor", kv_heads, mesh) and not padded else None
+    stored, scale = P(None, rows, None, heads), None if cache.k_scale is None else P(None, rows, heads)
+    return Cache(stored, stored, P(rows), scale, scale)
 
 
 def attend(

@@ -17,10 +17,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
-from minicpm_jax.attention import Cache
+from minicpm_jax.attention import Cache, placement
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
 from weights_io.errors import InputError
@@ -52,6 +53,10 @@ def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache
     """A cache, and the place for each row's last hidden state."""
     dtype = model.model.embed_tokens.weight.dtype
     cache = Cache.empty(model.config, batch, slots, dtype, bits)
+    if (mesh := model.model.mesh) is not None:  # else each device would have all of it
+        specs = placement(cache, model.config.num_key_value_heads, mesh)
+        where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        cache = jax.lax.with_sharding_constraint(cache, where)
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
 
 

@@ -72,8 +72,9 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | 
 
 def spread(model: Model, mesh: Mesh) -> None:
     """Tell a model (or its `abstract` form) over which `automatic` mesh its weights lie, where XLA cannot find out."""
-    model.model.layers.self_attn.mesh = mesh
+    model.model.mesh = model.model.layers.self_attn.mesh = mesh
     if model.config.num_experts:
+        model.model.layers.mlp.mesh = mesh
         model.model.layers.mlp.experts.spread = splits("expert", model.config.num_experts, mesh)
 
 

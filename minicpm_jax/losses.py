@@ -13,12 +13,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from minicpm_data.batches import IGNORED
 from minicpm_jax.arithmetic import divided, precision, product
 from minicpm_jax.attention import positions_of
 from minicpm_jax.model import Model
+from minicpm_jax.sharding import by_rows, partition_spec, rows_split
 
 LOGITS = 2**27  # most logits at once: 0.5 GB in float32
 
@@ -31,17 +33,23 @@ def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array,
     hidden = divided(hidden, model.config.logit_divisor)
     weight = model.model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
     width = labels.shape[1]
-    chunk = max(1, min(width - 1, LOGITS // (labels.shape[0] * model.config.vocab_size)))
+    mesh = model.model.mesh
+    rows = -(-labels.shape[0] // rows_split(mesh))  # of a device
+    chunk = max(1, min(width - 1, LOGITS // (rows * model.config.vocab_size)))
     filling = -(width - 1) % chunk
     hidden = jnp.pad(hidden[:, :-1], [(0, 0), (0, filling), (0, 0)])
     targets = jnp.pad(labels[:, 1:], [(0, 0), (0, filling)], constant_values=IGNORED)
-    losses = _chunked(chunk, hidden, weight, targets)[:, : width - 1]
+    losses = _chunked(chunk, mesh, by_rows(hidden, mesh), weight, by_rows(targets, mesh))[:, : width - 1]
     return jnp.pad(losses, [(0, 0), (1, 0)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
-    chunk: int, hidden: Float[Array, "B T D"], weight: Float[Array, "V D"], targets: Int[Array, "B T"]
+    chunk: int,
+    mesh: Mesh | None,
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
     """Cross entropies, C tokens of each row at a time. The gradient is spelled out: JAX would keep all the logits, or
     add up the weight's gradient in the weight's dtype."""
@@ -51,16 +59,19 @@ def _chunked(
         logits, target, trained = _logits(x, targets, weight)
         return _cross_entropy(logits, target, trained)
 
+    weight = _gathered(weight, mesh)
     return _whole(jax.lax.map(losses, (_parts(hidden, chunk), _parts(targets, chunk))))
 
 
-def _forward(chunk, hidden, weight, targets):
+def _forward(chunk, mesh, hidden, weight, targets):
     """Where the head is frozen, hidden's gradient but for the factor that comes from above is made of the logits while
     they are there: two products with the head, not three."""
     frozen = not weight.perturbed
     hidden, weight, targets = hidden.value, weight.value, targets.value
     if not frozen:
-        return _chunked(chunk, hidden, weight, targets), (hidden, weight, targets)
+        return _chunked(chunk, mesh, hidden, weight, targets), (hidden, weight, targets)
+
+    weight = _gathered(weight, mesh)
 
     def both(part):
         x, targets = part
@@ -73,18 +84,19 @@ def _forward(chunk, hidden, weight, targets):
     return _whole(losses), _whole(below)
 
 
-def _backward(chunk, saved, gradient):
+def _backward(chunk, mesh, saved, gradient):
     if not isinstance(saved, tuple):  # of a frozen head
         return (saved * gradient[..., None]).astype(saved.dtype), None, None
     hidden, weight, targets = saved
+    gathered = _gathered(weight, mesh)
 
     def step(total, part):
         x, targets, above = part
-        share = _share(*_logits(x, targets, weight)) * above[..., None]
+        share = _share(*_logits(x, targets, gathered)) * above[..., None]
         share = share.astype(x.dtype)
         wide = {"precision": precision(x), "preferred_element_type": jnp.float32}
-        total = total + jnp.einsum("bcv,bcd->vd", share, x, **wide)
-        return total, jnp.einsum("bcv,vd->bcd", share, weight, precision=precision(x))
+        total = _spread(total + jnp.einsum("bcv,bcd->vd", share, x, **wide), mesh)
+        return total, jnp.einsum("bcv,vd->bcd", share, gathered, precision=precision(x))
 
     parts = tuple(_parts(x, chunk) for x in (hidden, targets, gradient))
     total, below = jax.lax.scan(step, jnp.zeros(weight.shape, jnp.float32), parts)
@@ -103,6 +115,22 @@ def _share(logits: Float[Array, "B C V"], target, trained) -> Float[Array, "B C 
     """The gradient of `_cross_entropy` with respect to the logits."""
     right = target[..., None] == jnp.arange(logits.shape[-1])
     return jnp.where(trained[..., None], jax.nn.softmax(logits, axis=-1) - right, 0)
+
+
+def _gathered(weight: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
+    """Whole on every device that runs other rows, once for all chunks."""
+    return _head(weight, mesh, "vocab", "layers")
+
+
+def _spread(weight: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
+    """As the head is kept: the devices' sums of a gradient are added up where they belong."""
+    return _head(weight, mesh, "vocab", "embed")
+
+
+def _head(weight: Float[Array, "V D"], mesh: Mesh | None, *axes: str) -> Float[Array, "V D"]:
+    if mesh is None:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, partition_spec(axes, weight.shape, mesh)))
 
 
 def _logits(x, targets, weight):

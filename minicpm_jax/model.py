@@ -9,11 +9,13 @@ Source of the semantics: modeling_minicpm.py of the released checkpoints; the sc
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_data.token_ids import checked_ids
@@ -21,6 +23,7 @@ from minicpm_jax.adapters import LowRank
 from minicpm_jax.arithmetic import divided, gated, product, scaled
 from minicpm_jax.attention import Attention, Cache, Positions, positions_of
 from minicpm_jax.moe import MoE
+from minicpm_jax.sharding import by_rows
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -111,6 +114,7 @@ class Decoder(nnx.Module):
         self.layers = DecoderLayer(weights["layers"], config)  # stacked: every leaf has a leading axis L
         self.norm = RMSNorm(weights["norm"]["weight"], config.rms_norm_eps)
         self.embedding_scale = config.embedding_scale
+        self.mesh: Mesh | None = None  # of more than one device; `loading` says
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         with jax.named_scope("embed"):
@@ -126,6 +130,8 @@ class Decoder(nnx.Module):
         def step(carry, layer):
             x, cache = carry
             weights, index = layer
+            if cache is None:  # else few rows, whose sums travel more cheaply than the weights
+                x = by_rows(x, self.mesh)
             x, cache, imbalance = weights(x, positions, cache, index)
             return (x, cache), imbalance
 
@@ -212,9 +218,14 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
-    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing."""
-    leaves = {p.name: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype)) for p in parameters(config)}
+def abstract(config: ModelConfig, dtype: str = "bfloat16", shardings: Mapping[str, Any] | None = None) -> Model:
+    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing.
+    ``shardings``: where each weight would lie, by its name in the parameter table."""
+    where: Mapping[str, Any] = {} if shardings is None else shardings
+    leaves = {
+        p.name: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype), sharding=where.get(p.name))
+        for p in parameters(config)
+    }
     return Model(nested(leaves), config)
 
 

@@ -16,19 +16,23 @@ GROUP = 64  # numbers of a row that share a scale; fewer where 64 does not divid
 
 
 class Packed(nnx.Module):
-    """A weight [.., O, I] as whole numbers times the scale of their group. Read as an array is: ``weight[...]``."""
+    """A weight [.., O, I] as whole numbers times the scale of their group. Read as an array is: ``weight[...]``. Kept
+    turned round: with O last no group is cut into registers, and a TPU's program would turn it so on every call."""
 
-    def __init__(self, numbers: Array, scales: Float[Array, "... O G"], dtype: Any):
+    def __init__(self, numbers: Array, scales: Float[Array, "... G O"], dtype: Any):
+        """``numbers``: [.., I, O]."""
         self.numbers, self.scales, self.dtype = nnx.Param(numbers), nnx.Param(scales), dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.numbers.shape
+        *stack, width, out = self.numbers.shape
+        return *stack, out, width
 
     def __getitem__(self, index: Any) -> Array:
         numbers, scales = self.numbers[...], self.scales[...]
-        groups = numbers.astype(self.dtype).reshape(*scales.shape, -1)
-        return (groups * scales[..., None]).reshape(numbers.shape)[index]
+        *stack, groups, out = scales.shape
+        wide = numbers.astype(self.dtype).reshape(*stack, groups, -1, out) * scales[..., None, :]
+        return wide.reshape(numbers.shape).swapaxes(-1, -2)[index]
 
 
 def quantise(weight: Float[Array, "... O I"], bits: int) -> Packed:
@@ -42,7 +46,8 @@ def quantise(weight: Float[Array, "... O I"], bits: int) -> Packed:
     scales = scales.astype(weight.dtype).astype(jnp.float32)
     numbers = jnp.clip(jnp.round(groups / jnp.where(scales == 0, 1, scales)), lowest, -lowest - 1)
     kind = jnp.int8 if bits == 8 else jnp.int4
-    return Packed(numbers.reshape(weight.shape).astype(kind), scales[..., 0].astype(weight.dtype), weight.dtype)
+    turned = numbers.reshape(weight.shape).astype(kind).swapaxes(-1, -2)
+    return Packed(turned, scales[..., 0].astype(weight.dtype).swapaxes(-1, -2), weight.dtype)
 
 
 def quantised(model: Model, bits: int) -> Model:

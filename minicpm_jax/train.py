@@ -67,7 +67,7 @@ class AllWeights:
 
     config: ModelConfig
     dtype: str
-    mesh: Mesh | None = None
+    mesh: Mesh | None = None  # over which they lie
 
     def model(self, base: Model | None, weights: Weights, key: Array | None = None) -> Model:
         model = Model(nested({name: w.astype(self.dtype) for name, w in weights.items()}), self.config)

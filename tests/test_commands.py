@@ -19,10 +19,16 @@ COMMANDS = [
     for package in BACKENDS
     for name in ("generate", "chat", "evaluate", "parity", "kv_error", "fuse", "lora", "finetune")
 ]
-COMMANDS += ["minicpm_jax.pretrain", "minicpm_data.corpus", "minicpm_data.vocabulary", "minicpm_data.exercise"]
+COMMANDS += [
+    "minicpm_jax.pretrain",
+    "minicpm_jax.fit",
+    "minicpm_data.corpus",
+    "minicpm_data.vocabulary",
+    "minicpm_data.exercise",
+]
 COMMANDS += ["minicpm_serve.longcontext", "minicpm_serve.history", "minicpm_serve.retrieval"]
 COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
-COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory"]
+COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.fit_table"]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
 ASKING_FOR_HELP = """
 import runpy, sys

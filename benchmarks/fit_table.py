@@ -1,0 +1,101 @@
+"""What the family's programs take on TPUs that are not here: docs/fit.md, in a quarter of an hour on two cores.
+
+python -m benchmarks.fit_table --out docs/fit.md
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weights_io import command_line
+from weights_io.memory import size
+
+TEXT = """# What it takes on a TPU
+
+Every line is the program that this package runs, compiled for chips that need not be there, and what
+`python -m minicpm_jax.fit` says of it: memory a chip as XLA planned it (arguments and temporaries, of all that a chip
+has), bytes of HBM that one call reads and writes (a step of decoding, with the cache full; a piece of 512 tokens of a
+prompt, whose attention is that of a full cache; a step of training), what travels between chips, and tokens a second at
+most: no chip reads or multiplies faster. bfloat16; training with `--grad-checkpoint`. Nothing here has been run on a
+TPU, and real programs stay below. `python -m benchmarks.fit_table` writes this file; the seconds of compiling are those
+of two busy cores.
+
+| program | chips | rows x tokens | mesh | memory a chip | fits | compiling | HBM traffic | between chips | tokens/s |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path = Path("docs/fit.md")
+    """File to write."""
+    only: str = ""
+    """Only programs whose line, as it begins, contains this; the other lines of the file stay."""
+
+
+Row = tuple[str, str, str, int, int, dict[str, int]]  # model, topology, job, batch, seq, other flags
+ROWS: tuple[Row, ...] = (
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {}),
+    ("minicpm-2b", "v5e:1x1", "generate", 4, 4096, {}),
+    ("minicpm-2b", "v5e:1x1", "generate", 8, 4096, {"kv_bits": 8}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": 8}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": 4}),
+    ("minicpm-2b", "v5e:1x1", "prefill", 1, 4096, {}),
+    ("minicpm-1b", "v5e:1x1", "generate", 1, 4096, {}),
+    ("minicpm-1b", "v5e:1x1", "generate", 16, 4096, {}),
+    ("minicpm-moe-8x2b", "v5e:2x4", "generate", 1, 4096, {}),
+    ("minicpm-2b-128k", "v5e:2x4", "generate", 1, 131072, {}),
+    ("minicpm-2b-128k", "v6e:2x4", "generate", 1, 131072, {}),
+    ("minicpm-2b-128k", "v6e:2x4", "prefill", 1, 131072, {}),
+    ("minicpm-2b", "v5e:1x1", "lora", 1, 2048, {}),
+    ("minicpm-2b", "v5e:1x1", "lora", 8, 2048, {}),
+    ("minicpm-2b", "v6e:1x1", "lora", 8, 2048, {}),
+    ("minicpm-2b", "v5e:1x1", "lora", 8, 4096, {"quantize": 4}),
+    ("minicpm-1b", "v5e:1x1", "lora", 8, 2048, {}),
+    ("minicpm-moe-8x2b", "v5e:2x4", "lora", 8, 2048, {}),
+    ("minicpm-2b", "v5e:2x4", "finetune", 8, 4096, {}),
+)
+
+
+def main(options: Options) -> None:
+    """Compile the programs of the table and write it."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    before = options.out.read_text().splitlines() if options.out.exists() else []
+    table = [next((line for line in before if line.startswith(beginning(row))), "") for row in ROWS]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(ROWS):
+        if options.only in beginning(row):
+            table[number] = next(lines([row]))
+            print(table[number], flush=True)
+            options.out.write_text(TEXT + "".join(line + "\n" for line in table if line))
+
+
+def beginning(row: Row) -> str:
+    model, topology, kind, batch, seq, flags = row
+    what = " ".join([model, kind, *(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())])
+    return f"| {what} | {topology} | {batch} x {seq:,} | "
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
+    from minicpm_jax import fit
+
+    for row in rows:
+        model, topology, kind, batch, seq, flags = row
+        training = kind == "lora" or kind == "finetune"
+        given = fit.Options(model, topology, kind, batch, seq, grad_checkpoint=training, **flags)  # type: ignore[arg-type]
+        found = fit.report(fit.job_of(given))
+        needed = size(found.needed)
+        if found.arguments:
+            needed += f" ({size(found.arguments)} + {size(found.temporaries)})"
+        fits = "yes" if found.fits else "**no**"
+        cells = [found.mesh, f"{needed} of {size(found.hbm)}", fits, "", "", "", ""]
+        if found.arguments:
+            travels = (f"{kind} {of['count']:,}: {size(of['bytes'])}" for kind, of in found.collectives.items())
+            cells[3:] = [f"{found.compile_seconds:.0f} s", size(found.hbm_traffic or None), ", ".join(travels)]
+            cells.append(f"{found.tokens_per_second:,.0f}")
+        yield beginning(row) + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    command_line.run(main, Options, "python -m benchmarks.fit_table")

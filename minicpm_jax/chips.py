@@ -1,0 +1,84 @@
+"""The TPUs that a program can be compiled for, and their rates."""
+
+import importlib.util
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weights_io.errors import InputError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip; where a program sees its two cores as devices (v2, v3, v4), each has half."""
+
+    name: str
+    flops: float  # a second, bfloat16
+    bandwidth: float  # bytes a second, of HBM
+    hbm: int  # bytes
+    axes: int  # of a topology: 2x4, or 2x2x1
+
+
+GIB = 2**30
+# Google's figures a chip (cloud.google.com/tpu/docs, one page for each); of v3 the lower of the two peaks it gives.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v2", 46e12, 0.7e12, 16 * GIB, 2),
+        Chip("v3", 123e12, 0.9e12, 32 * GIB, 2),
+        Chip("v4", 275e12, 1.23e12, 32 * GIB, 3),
+        Chip("v5e", 197e12, 0.82e12, 16 * GIB, 2),
+        Chip("v5p", 459e12, 2.77e12, 95 * GIB, 3),
+        Chip("v6e", 918e12, 1.64e12, 32 * GIB, 2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips of one kind and how they are wired: ``v5e:2x4``."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def parse(text: str) -> "Topology":
+        """Raises `InputError` where it is not of that form."""
+        found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+        if not found or found[1] not in CHIPS:
+            raise InputError(f"--topology {text} is not of the form v5e:2x4; the chips are {', '.join(CHIPS)}.")
+        chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
+        if len(shape) != chip.axes or not all(shape):
+            form = "x".join(("2", "2", "1")[: chip.axes])
+            raise InputError(f"--topology {text} cannot be: {chip.name} comes as {chip.name}:{form} and the like.")
+        return Topology(chip, shape)
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    def doubled(self) -> "Topology":
+        """The next larger one."""
+        least = self.shape.index(min(self.shape[:2]))
+        return Topology(self.chip, tuple(2 * n if i == least else n for i, n in enumerate(self.shape)))
+
+    def devices(self) -> Sequence[Any]:
+        """Of a program for it, none of which need exist. Raises `InputError` without libtpu, or where it knows no such
+        topology."""
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError(
+                "compiling for a TPU needs libtpu, which is not installed: pip install 'minicpm-jax-mlx[fit]' (Linux "
+                "on x86-64)."
+            )
+        from jax.experimental import topologies
+
+        try:
+            return topologies.get_topology_desc(platform="tpu", topology_name=str(self)).devices
+        except Exception as error:  # libtpu's own kinds, which it does not export
+            reason = str(error).partition("\n")[0].rpartition("INVALID_ARGUMENT: ")[2].rstrip(".")
+            raise InputError(f"--topology {self} cannot be ({reason}); try {self.chip.name}:2x2.") from None
