@@ -11,7 +11,7 @@ from minicpm_data import finetuning
 from minicpm_jax import finetune, lora
 from minicpm_jax.generate import backend
 
-MESHES = ["data=2,fsdp=4", "fsdp=8", "fsdp=2,tensor=2,expert=2"]
+MESHES = ["fsdp=8", "fsdp=2,tensor=2,expert=2"]
 MODULES = {"all weights": (finetune, "save_path"), "adapters": (lora, "adapter_path")}
 
 
