@@ -24,6 +24,8 @@ from minicpm_jax.model import abstract  # noqa: E402
 from minicpm_jax.sampling import Knobs  # noqa: E402
 from minicpm_jax.sharding import automatic  # noqa: E402
 
+pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
+
 HEADS = {"2b": (36, 36), "1b": (24, 8)}  # query and key/value heads, of 64
 LAYERS, LAYER = 3, 1
 

@@ -26,6 +26,8 @@ from weights_io.errors import InputError
 pytest.importorskip("jax")
 pytest.importorskip("mlx.core")
 
+pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
+
 STEPS = 14
 LONG = {"iters": STEPS, "save_every": 3, "steps_per_eval": 5, "learning_rate": 0.05}  # with dropout, as by default
 

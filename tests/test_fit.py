@@ -19,6 +19,8 @@ from minicpm_jax.flops import flops  # noqa: E402
 from minicpm_jax.jobs import config_of, default_mesh  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 
+pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs; it exists for Linux on x86-64"
 )

@@ -13,6 +13,8 @@ from minicpm_serve import backends, history
 from weights_io.errors import InputError
 from weights_io.hub import built_in
 
+pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
+
 COMMAND = "minicpm_serve.history"
 PNG = b"\x89PNG"
 

@@ -18,6 +18,8 @@ from minicpm_serve.retrieval import TASKS, Random, Sample, answer_tokens, evalua
 from weights_io.config import RopeScaling
 from weights_io.errors import InputError
 
+pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
+
 COMMAND = "minicpm_serve.longcontext"
 SHORTEST = {"passkey": 190, "number_string": 220, "kv_retrieval": 310}  # of the tiny tokenizer
 VALUE = "0e8ab6b4-7f1b-4c5d-9f64-1a52ff7a3c11"

@@ -11,7 +11,9 @@ from minicpm_data import finetuning
 from minicpm_jax import finetune, lora
 from minicpm_jax.generate import backend
 
-MESHES = ["fsdp=8", "fsdp=2,tensor=2,expert=2"]
+pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
+
+MESHES = ["fsdp=2,tensor=2,expert=2"]
 MODULES = {"all weights": (finetune, "save_path"), "adapters": (lora, "adapter_path")}
 
 
