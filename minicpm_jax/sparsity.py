@@ -64,7 +64,8 @@ def _zeros(
     def step(carry, layer):
         weights, index = layer
         gate = weights.mlp.gate_proj = Counting(weights.mlp.gate_proj, weights.mlp.threshold)
-        return weights(carry[0], positions, carry[1], index), gate.zeros @ real
+        x, cache, _ = weights(carry[0], positions, carry[1], index)
+        return (x, cache), gate.zeros @ real
 
     depth = model.config.num_hidden_layers
     (_, cache), zeros = jax.lax.scan(step, (model.model.embed(ids), cache), (model.model.layers, jnp.arange(depth)))
