@@ -28,7 +28,7 @@ class Trainer:
         self.options, self.config, self.adapter, self.model = options, model.config, options.adapter, model
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
         self.optimiser = train.OPTIMISERS[options.optimizer]()
-        self.decay = options.weight_decay if options.optimizer == "adamw" else 0.0
+        self.decay = options.weight_decay if options.optimizer in ("adamw", "muon") else 0.0
         self.key = mx.random.key(options.seed)
         if self.adapter is not None:
             if options.quantize is not None:
