@@ -185,13 +185,14 @@ class Model(nnx.Module):
         cache: Cache,
         new: Int[Array, "B"] | int,
         start: Int[Array, "B"] | None = None,
-        length: Int[Array, "B"] | None = None,
+        length: Int[Array, "B #T"] | Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run more tokens through the cache: the first ``new`` of each row, the rest being padding on the right.
         Returns [B, T, D] after the final norm, for `head`.
 
         ``start``: the position of the first one, where that is not the row's end (a row that is done with its prompt).
-        ``length``: of the whole prompt, if this is a part of it: dynamic NTK takes the base of the whole.
+        ``length``: of the whole prompt, if this is a part of it: dynamic NTK takes the base of the whole; [B, T] where
+        each token stands for an answer of its own length.
         """
         start = cache.lengths if start is None else start
         length = cache.lengths + new if length is None else length

@@ -35,8 +35,8 @@ def positions_of(
     """Positions of new tokens (``ids`` [B, T], for the shape): after those in ``cache`` (any one layer's), or of a
     whole batch with padding (``mask`` [B, T]) or several packed documents in a row (``segments`` [B, T]: numbered, 0 is
     padding; each sees only itself). RoPE is relative: neither padding nor a document in a row asks for positions of its
-    own. ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes its base,
-    and of documents that of each one's own length.
+    own. ``length``: of the whole prompt ([B] where rows differ, [B, T] where tokens do), if this is a part of it:
+    dynamic NTK takes its base, and of documents that of each one's own length.
     """
     width = ids.shape[1]
     offset = 0 if cache is None else cache.offset

@@ -139,7 +139,7 @@ class Model(nn.Module):
         """Run more tokens [B, T] through the cache. Returns [B, T, D] after the final norm, for `head`.
 
         ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes the base of
-        the whole.
+        the whole; [B, T] where each token stands for an answer of its own length.
         """
         positions = positions_of(self.config, ids, cache=cache[0], length=length)
         x, _ = self.model(self.model.embed(ids), positions, cache)

@@ -21,7 +21,7 @@ class Parrot:
         self.folder, self.config = tokenizer.pop("folder"), tokenizer
         self.tokenizer = load_tokenizer(tiny.write(self.folder, **tokenizer))
         self.model = types.SimpleNamespace(config=ModelConfig(vocab_size=self.tokenizer.vocab_size), eos_token_ids=(2,))
-        self.generator = Generator(self.stream_tokens)
+        self.generator = Generator(self.stream_tokens, self.stream_tokens)
 
     def stream_tokens(self, model, prompts, max_tokens, sampling, end_ids, memory):
         self.asked += prompts
