@@ -3,6 +3,8 @@
 from typing import Any
 
 from minicpm_data.generation import Backend
+from minicpm_serve import backends
+from minicpm_serve.backends import BackendName
 from weights_io.config import ModelConfig
 
 # config.json of openbmb/MiniCPM-1B-sft-bf16: 52 layers, 73,440 words.
@@ -29,10 +31,8 @@ def wide(layers: int, words: int, **changes: Any) -> dict[str, Any]:
     return WIDE | {"num_hidden_layers": layers, "vocab_size": words, "eos_token_id": None} | changes
 
 
-def random_model(name: str, raw: dict[str, Any], seed: int = 0, dtype: str = "float32") -> tuple[Backend, Any]:
+def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, dtype: str = "float32") -> tuple[Backend, Any]:
     """The backend of that name, and a model in the form that decodes fastest there."""
-    from minicpm_serve import backends
-
     running, module, config = backends.get(name), backends.module(name, "model"), ModelConfig.from_dict(raw)
     if name == "jax":
         import jax

@@ -7,6 +7,7 @@ from it at temperature 1 does not repeat: free text. The draft model is the mode
 Every way must give the same tokens; the command fails where one does not.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,11 +44,11 @@ def main(options: Options) -> None:
     for text, sampling in TEXTS.items():
         made: dict[str, list[Any]] = {}
 
-        def answer(name: str, sampling: dict[str, Any] = sampling, made: dict[str, list[Any]] = made) -> None:
-            given = {"max_tokens": options.tokens, **sampling, **ways[name]}
-            made[name] = list(backend.generator.stream_generate(model, None, [1, 5, 9], **given))
+        def answer(name: str, given: dict[str, Any], made: dict[str, list[Any]]) -> None:
+            made[name] = list(backend.generator.stream_generate(model, None, [1, 5, 9], options.tokens, **given))
 
-        seconds = alternating({name: lambda name=name: answer(name) for name in ways}, options.rounds)
+        calls = {name: functools.partial(answer, name, sampling | way, made) for name, way in ways.items()}
+        seconds = alternating(calls, options.rounds)
         for name in ways:
             if [r.token for r in made[name]] != [r.token for r in made["plain"]]:
                 raise InputError(f"{name} gives other tokens than plain decoding on the text that {text}.")
@@ -68,7 +69,11 @@ def shallow(model: Any, name: BackendName, layers: int) -> Any:
         draft.model.layers = nnx.List(kept)
     else:
         draft = type(model)(config)
-        draft.model.embed_tokens, draft.model.norm, draft.model.layers = model.model.embed_tokens, model.model.norm, kept
+        draft.model.embed_tokens, draft.model.norm, draft.model.layers = (
+            model.model.embed_tokens,
+            model.model.norm,
+            kept,
+        )
     draft.config = config
     return draft
 

@@ -12,6 +12,7 @@ from typing import Any
 from weights_io.errors import InputError
 
 GRAMS = (4, 3, 2)  # tokens that must have been seen together for the text after them to be a guess; longest first
+PAUSE = 15  # most tokens without a guess
 MOST = 64  # guesses at once: beyond, arithmetic and not the reading of weights would decide
 
 # All tokens so far, and how many are wanted -> at most so many that may follow.
@@ -47,9 +48,7 @@ class Speculation:
         if self.draft_model is not None:
             draft, own = self.draft_model.config.vocab_size, model.config.vocab_size
             if draft != own:
-                raise InputError(
-                    f"the draft model has {draft} token ids, the model {own}; take one of the same tokenizer."
-                )
+                raise InputError(f"the draft model has {draft} token ids, the model {own}; take one of its tokenizer.")
 
 
 class PromptLookup:
@@ -75,6 +74,25 @@ class PromptLookup:
         return []
 
 
+class Draft:
+    """Guesses of a smaller model. A backend's ``propose(last, start, count)`` takes the model's cache back to its first
+    ``start`` tokens, runs the ``last`` ones after them, and returns the likeliest ``count`` that follow."""
+
+    def __init__(self, prompt: Sequence[int], propose: Callable[[Sequence[int], int, int], list[int]]):
+        self._propose, self._held, self._sure = propose, list(prompt), len(prompt)
+
+    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
+        # What of the guesses that the cache holds became text; at least the last token is run, for what follows it.
+        same = self._sure
+        while same < min(len(self._held), len(tokens) - 1) and self._held[same] == tokens[same]:
+            same += 1
+        few = min(max(2, 1 << (len(tokens) - same - 1).bit_length()), len(tokens))  # of few sizes: few programs
+        start = len(tokens) - few
+        found = self._propose(tokens[start:], start, count)
+        self._held, self._sure = [*tokens, *found[:-1]], len(tokens)
+        return found
+
+
 def speculate(
     prompt: Sequence[int],
     first: int,
@@ -84,12 +102,18 @@ def speculate(
     max_tokens: int,
     end_ids: frozenset[int],
 ) -> Iterator[tuple[int, bool]]:
-    """The tokens of an answer that begins with ``first``, and whether each was guessed; ``count`` guesses at a time."""
+    """The tokens of an answer that begins with ``first``, and whether each was guessed; ``count`` guesses at a time.
+    While none is right, guessing pauses for 1, 3, 7 and at last `PAUSE` tokens: it costs most where it is of no use."""
     tokens = [*prompt, first]
     yield first, False
+    pause = idle = 0
     while (left := max_tokens - (len(tokens) - len(prompt))) > 0 and tokens[-1] not in end_ids:
-        guesses = guess(tokens, min(count, left - 1)) if left > 1 else []
+        guesses = guess(tokens, min(count, left - 1)) if left > 1 and not idle else []
         chosen = verify(guesses)
+        if guesses:
+            pause = idle = 0 if len(chosen) > 1 else min(2 * pause + 1, PAUSE)
+        else:
+            idle = max(idle - 1, 0)
         for index, token in enumerate(chosen):
             tokens.append(token)
             yield token, index < len(chosen) - 1

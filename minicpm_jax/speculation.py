@@ -15,14 +15,12 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from minicpm_data.generation import CacheOptions, Sampling
-from minicpm_data.speculation import PromptLookup, Speculation, speculate
+from minicpm_data.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_jax import decoding
 from minicpm_jax.attention import Cache
 from minicpm_jax.decoding import ROOM, State, bucket, chosen
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs
-
-AGAIN = 2  # last tokens that a draft model runs again: so many are new to it where all of its guesses were right
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -74,20 +72,19 @@ def _lengths(start: Int[Array, "1"], width: int) -> Int[Array, "1 W"]:
     return start[:, None] + 1 + jnp.arange(width)
 
 
-class Draft:
-    """Guesses of a smaller model, always ``count`` of them: another number would be another program."""
+def draft_of(model: Model, prompt: Sequence[int], max_tokens: int, count: int, memory: CacheOptions) -> Draft:
+    """Guesses of a smaller model, made ``count`` at a time whatever is wanted: another number is another program."""
+    slots = decoding.slots_for([prompt], max_tokens + count, memory)
+    cache, _ = decoding.run(model, [prompt], slots, memory)
 
-    def __init__(self, model: Model, prompt: Sequence[int], max_tokens: int, count: int, memory: CacheOptions):
-        self.model, self.count = model, count
-        slots = decoding.slots_for([prompt], max_tokens + count + AGAIN, memory)
-        self.cache, _ = decoding.run(model, [prompt], slots, memory)
+    def proposed(last: Sequence[int], start: int, wanted: int) -> list[int]:
+        nonlocal cache
+        if start + len(last) + count > cache.slots:
+            cache = decoding.longer(cache, bucket(cache.slots + ROOM))
+        cache, found = propose(model, cache, np.array([last], np.int32), np.int32(start), count)
+        return np.asarray(found)[:wanted].tolist()
 
-    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
-        last, start = np.array([tokens[-AGAIN:]], np.int32), len(tokens) - AGAIN
-        if len(tokens) + self.count > self.cache.slots:
-            self.cache = decoding.longer(self.cache, bucket(self.cache.slots + ROOM))
-        self.cache, found = propose(self.model, self.cache, last, np.int32(start), self.count)
-        return np.asarray(found)[:count].tolist()
+    return Draft(prompt, proposed)
 
 
 def stream_speculated(
@@ -130,5 +127,5 @@ def _tokens(
         return np.asarray(tokens)[: int(right) + 1].tolist()
 
     draft = speculation.draft_model
-    guess = PromptLookup() if draft is None else Draft(draft, prompt, max_tokens, count, memory)
+    guess = PromptLookup() if draft is None else draft_of(draft, prompt, max_tokens, count, memory)
     yield from speculate(prompt, first, guess, verified, count, max_tokens, end_ids)

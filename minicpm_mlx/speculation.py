@@ -12,12 +12,10 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import trim_prompt_cache
 
 from minicpm_data.generation import CacheOptions, Sampling
-from minicpm_data.speculation import PromptLookup, Speculation, speculate
+from minicpm_data.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_mlx import decoding
 from minicpm_mlx.decoding import State, chosen
 from minicpm_mlx.model import Model
-
-AGAIN = 2  # last tokens that a draft model runs again: so many are new to it where all of its guesses were right
 
 
 def verify(model: Model, state: State, guesses: Sequence[int], sampling: Sampling) -> tuple[State, list[int]]:
@@ -47,25 +45,24 @@ def _ids(tokens: list[mx.array]) -> list[int]:
     return found
 
 
-class Draft:
+def draft_of(model: Model, prompt: Sequence[int], pieces: int) -> Draft:
     """Guesses of a smaller model."""
+    cache = decoding.empty(model, [0], CacheOptions())
+    decoding.run(model, mx.array([list(prompt)]), cache, pieces, len(prompt))
 
-    def __init__(self, model: Model, prompt: Sequence[int], pieces: int):
-        self.model = model
-        self.cache = decoding.empty(model, [0], CacheOptions())
-        decoding.run(model, mx.array([prompt]), self.cache, pieces, len(prompt))
-
-    def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
-        trim_prompt_cache(self.cache, self.cache[0].offset - (len(tokens) - AGAIN))
-        found = [self._likeliest(_decode(self.model, mx.array([tokens[-AGAIN:]]), self.cache))]
-        while len(found) < count:
-            found.append(self._likeliest(self.model.decode(found[-1][None], self.cache)))
-        return _ids(found)
-
-    def _likeliest(self, hidden: mx.array) -> mx.array:
-        token = mx.argmax(self.model.head(hidden[:, -1:])[:, 0], axis=-1)
+    def likeliest(hidden: mx.array) -> mx.array:
+        token = mx.argmax(model.head(hidden[:, -1:])[:, 0], axis=-1)
         mx.async_eval(token)
         return token
+
+    def propose(last: Sequence[int], start: int, count: int) -> list[int]:
+        trim_prompt_cache(cache, cache[0].offset - start)
+        found = [likeliest(_decode(model, mx.array([list(last)]), cache))]
+        while len(found) < count:
+            found.append(likeliest(model.decode(found[-1][None], cache)))
+        return _ids(found)
+
+    return Draft(prompt, propose)
 
 
 def stream_speculated(
@@ -101,5 +98,5 @@ def _tokens(
             state, tokens = verify(model, state, guesses, sampling)
             return tokens
 
-        guess = PromptLookup() if draft is None else Draft(draft, prompt, pieces)
+        guess = PromptLookup() if draft is None else draft_of(draft, prompt, pieces)
         yield from speculate(prompt, _ids([state.token])[0], guess, verified, count, max_tokens, end_ids)

@@ -1,6 +1,7 @@
 """Where an answer begins and ends, with a backend that says what it is told to: the calls and their command lines."""
 
 import json
+import re
 import types
 
 import numpy as np
@@ -21,12 +22,17 @@ class Parrot:
         self.folder, self.config = tokenizer.pop("folder"), tokenizer
         self.tokenizer = load_tokenizer(tiny.write(self.folder, **tokenizer))
         self.model = types.SimpleNamespace(config=ModelConfig(vocab_size=self.tokenizer.vocab_size), eos_token_ids=(2,))
-        self.generator = Generator(self.stream_tokens, self.stream_tokens)
+        self.generator = Generator(self.stream_tokens, self.stream_speculated)
 
     def stream_tokens(self, model, prompts, max_tokens, sampling, end_ids, memory):
         self.asked += prompts
         for i in (*self.tokenizer.encode(self.says, add_bos=False), 2):
             yield np.array([i] * len(prompts))
+
+    def stream_speculated(self, model, prompt, max_tokens, sampling, end_ids, memory, speculation):
+        self.speculation = speculation
+        for ids in self.stream_tokens(model, [prompt], max_tokens, sampling, end_ids, memory):
+            yield int(ids[0]), True
 
     def load(self, path, dtype, **options):
         self.loaded = {"path": path, **options}
@@ -93,6 +99,17 @@ def test_the_command_ends_at_a_marker_of_the_template(parrot, typed):
     assert raw[1] == "The fox.<用户>And the dog?\n"
 
 
+def test_the_command_says_how_many_tokens_were_guessed(parrot, typed):
+    bird = parrot("The fox.")
+    code, out, error = typed(commands.run_generate, bird, "--draft-model", "smaller", "--num-draft-tokens", "5")
+    assert (code, out) == (0, "The fox.\n") and re.search(r"\nGuessed: (\d+) of \1 tokens\n", error)
+    assert bird.loaded["path"] == "smaller" and bird.speculation.draft_model is bird.model
+    assert bird.speculation.num_draft_tokens == 5
+    assert typed(commands.run_generate, bird, "--prompt-lookup")[1] == out and bird.speculation.prompt_lookup
+    code, out, error = typed(commands.run_generate, bird, "--prompt-lookup", "--num-draft-tokens", "0")
+    assert (code, out, error) == (2, "", "error: num_draft_tokens is 0; it must be a whole number from 1 to 64.\n")
+
+
 def test_the_terminal_chat_ends_at_a_marker_and_remembers_what_it_showed(parrot, typed, monkeypatch):
     bird = parrot("The fox.<用户>And the dog?")
     lines = iter(["Hello", "world"])
@@ -134,7 +151,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_shown(parrot, typed, monkeypa
             left -= 1
             yield token
 
-    bird.generator = Generator(interrupted)
+    bird.generator = Generator(interrupted, bird.stream_speculated)
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     code, out, _ = typed(commands.run_chat, bird)
     assert code == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from minicpm_data.speculation import PromptLookup, speculate
+from minicpm_data.speculation import Draft, PromptLookup, speculate
 from weights_io.errors import InputError
 
 PROMPT = [1, 7, 9, 11, 7, 9, 11, 7, 9]
@@ -31,7 +31,7 @@ def answer(backend, model, prompt=PROMPT, **options):
     return [r.token for r in responses], sum(r.from_draft for r in responses)
 
 
-SAMPLINGS = [{}, {"temperature": 0.9, "top_k": 5, "repetition_penalty": 1.3, "seed": 4}]
+SAMPLINGS = [{}, {"temperature": 0.9, "top_k": 5, "repetition_penalty": 1.3, "seed": 4, "max_tokens": 24}]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
@@ -116,6 +116,27 @@ def test_lookup_copies_what_followed():
     assert lookup([5, 6, 7, 8, 9, 6, 7, 1, 2, 6, 7], 2) == [1, 2]  # the latest
     assert PromptLookup()([3, 4, 3, 4], 5) == [3, 4, 3, 4, 3]  # goes on repeating
     assert PromptLookup()([3], 2) == []
+
+
+def test_a_draft_runs_what_is_new_to_it():
+    asked = []
+    draft = Draft([1, 2, 3], lambda last, start, count: asked.append((list(last), start)) or [9] * count)
+    draft([1, 2, 3, 4], 3)
+    draft([1, 2, 3, 4, 9, 9, 9, 5], 3)  # all right: the third was never run
+    draft([1, 2, 3, 4, 9, 9, 9, 5, 9, 6], 3)
+    draft([1, 2, 3, 4, 9, 9, 9, 5, 9, 6, 7, 7, 7], 3)  # after a pause
+    assert asked == [([3, 4], 2), ([9, 5], 6), ([9, 6], 8), ([6, 7, 7, 7], 9)]
+
+
+def test_guesses_of_no_use_are_made_less_and_less_often():
+    asked = []
+
+    def verify(guesses):
+        asked.append(len(guesses))
+        return [7]
+
+    list(speculate([1], 5, lambda tokens, count: [3] * count, verify, 2, 30, frozenset()))
+    assert [i for i, count in enumerate(asked) if count] == [0, 2, 6, 14]
 
 
 def test_no_more_is_verified_than_is_wanted():
