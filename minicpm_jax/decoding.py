@@ -45,7 +45,7 @@ class State:
     seen: Bool[Array, "B V"] | None  # for the repetition penalty
     keys: Array  # [B] of jax.random
     done: Bool[Array, "B"]  # rows that have ended
-    end_ids: Int[Array, "E"]
+    end_ids: Int[Array, "E"] | Int[Array, "B E"]
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
@@ -85,7 +85,7 @@ def begin(
     last: Float[Array, "B 1 D"],
     seen: Bool[Array, "B V"] | None,
     keys: UInt32[Array, "B 2"],
-    end_ids: Int[Array, "E"],
+    end_ids: Int[Array, "E"] | Int[Array, "B E"],
     knobs: Knobs,
 ) -> State:
     """Choose the first token of each row after its prompt."""
@@ -104,7 +104,7 @@ def decode(
 
     def step(carry):
         state, tokens, count = carry
-        hidden, cache = model.decode(state.token[:, None], state.cache, 1)
+        hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.done, 0, 1))
         state = chosen(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], knobs)
         return state, tokens.at[count].set(state.token), count + 1
 
