@@ -61,8 +61,8 @@ def main(options: Options) -> None:
     speed = options.tokens / seconds["plain"]
     print(f"| 1 | plain | {speed:.1f} | 1.00 |")
     for count in options.at_once:
-        found = count * options.tokens / seconds[str(count)]
-        print(f"| {count} | engine | {found:.1f} | {found / speed:.2f} |")
+        shared = count * options.tokens / seconds[str(count)]
+        print(f"| {count} | engine | {shared:.1f} | {shared / speed:.2f} |")
 
 
 def answers(engine: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:

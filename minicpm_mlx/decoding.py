@@ -15,6 +15,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, QuantizedKVCache, make_prompt_cache
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
+from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
 from minicpm_mlx.sampling import sample
 from weights_io.errors import InputError
@@ -53,6 +54,7 @@ def empty(model: Model, padding: Sequence[int], memory: CacheOptions) -> list[An
 
 def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, cache: list[Any], pieces: int) -> State:
     """Run the prompts through an empty cache, ``pieces`` tokens at a time, and choose each row's first token."""
+    join(model)
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     padding = [width - length for length in lengths]

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
 
 
@@ -17,7 +18,8 @@ def preferred_dtype() -> str | None:
 
 
 def for_decoding(model: Model) -> Model:
-    """The model in the form that decodes fastest here: as it is."""
+    """The model itself, in the form that decodes fastest."""
+    join(model)
     return model
 
 

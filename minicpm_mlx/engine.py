@@ -18,6 +18,7 @@ from minicpm_data import engine
 from minicpm_data.engine import Request, shared
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_mlx import decoding
+from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
 from minicpm_mlx.sampling import penalised, sample
 from weights_io.errors import InputError
@@ -30,6 +31,7 @@ class Engine(engine.Engine):
         super().__init__(model, slots, context, memory)
         if self.memory.kv_bits is not None:
             raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for an engine.")
+        join(model)
         self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)
         self.numbers: dict[int, int] = {}  # by the batch generator's own
         # Requests that are over, and their caches: as many as there are slots.

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from minicpm_data.token_ids import checked_ids
 from minicpm_mlx.arithmetic import divided, gated, scaled
 from minicpm_mlx.attention import Attention, Positions, positions_of
+from minicpm_mlx.joined import Joined, added, joined
 from minicpm_mlx.moe import MoE
 from weights_io.checkpoint import BUFFERS
 from weights_io.config import ModelConfig
@@ -33,9 +34,23 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.threshold = config.activation_threshold
+        self._joined: Joined | None = None  # `joined.join`
+
+    def together(self) -> list[Any]:
+        """The layers that `joined` may compute as one."""
+        return [self.gate_proj, self.up_proj]
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.threshold))
+        return self.down_proj(self.hidden(x))
+
+    def hidden(self, x: mx.array) -> mx.array:
+        """[B, T, D] to [B, T, F], which ``down_proj`` reads."""
+        if joined(self):
+            assert self._joined is not None
+            gate, up = mx.split(self._joined(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return gated(gate, up, self.threshold)
 
 
 class DecoderLayer(nn.Module):
@@ -51,13 +66,13 @@ class DecoderLayer(nn.Module):
     def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> tuple[mx.array, mx.array]:
         """[B, T, D] to [B, T, D], and the `moe.imbalance` of this layer (0 where it has no experts); ``cache``: this
         layer's, written in place."""
-        x = x + scaled(self.self_attn(self.input_layernorm(x), positions, cache), self.residual_scale)
+        mixed = self.self_attn.mixed(self.input_layernorm(x), positions, cache)
+        x = added(x, self.self_attn.o_proj, mixed, self.residual_scale)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            added, imbalance = self.mlp(normed, positions.real)
-        else:
-            added, imbalance = self.mlp(normed), mx.array(0.0)
-        return x + scaled(added, self.residual_scale), imbalance
+            more, imbalance = self.mlp(normed, positions.real)
+            return x + scaled(more, self.residual_scale), imbalance
+        return added(x, self.mlp.down_proj, self.mlp.hidden(normed), self.residual_scale), mx.array(0.0)
 
 
 class Decoder(nn.Module):

@@ -15,6 +15,7 @@ from minicpm_data.generation import CacheOptions, Sampling
 from minicpm_data.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_mlx import decoding
 from minicpm_mlx.decoding import State, chosen
+from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
 
 
@@ -47,6 +48,7 @@ def _ids(tokens: list[mx.array]) -> list[int]:
 
 def draft_of(model: Model, prompt: Sequence[int], pieces: int) -> Draft:
     """Guesses of a smaller model."""
+    join(model)
     cache = decoding.empty(model, [0], CacheOptions())
     decoding.run(model, mx.array([list(prompt)]), cache, pieces, len(prompt))
 

@@ -1,0 +1,87 @@
+"""Layers of MLX that are computed as one give what they give by themselves, and stay what they are."""
+
+import re
+
+import numpy as np
+import pytest
+import tiny_model
+from mlx_lm.models import minicpm
+from mlx_lm.models.cache import make_prompt_cache
+
+from minicpm_mlx import load
+from minicpm_mlx.adapters import attach, initial
+from minicpm_mlx.joined import join
+from minicpm_mlx.quantised import quantised
+from weights_io.adapters import AdapterConfig
+
+mx = pytest.importorskip("mlx.core")
+tree_flatten = pytest.importorskip("mlx.utils").tree_flatten
+
+SHAPE = {"tie_word_embeddings": False, "rope_theta": 10000.0}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return load(tiny_model.write(tmp_path, **SHAPE), "float32")[0]
+
+
+def step(model, call, path):
+    """What a decode step after four tokens gives, and the nodes of its graph."""
+    cache = make_prompt_cache(model)
+    mx.eval(call(mx.array([[1, 7, 9, 4]]), cache), [layer.state for layer in cache])
+    logits = call(mx.array([[5]]), cache)
+    token = mx.argmax(logits[:, -1], axis=-1)
+    mx.export_to_dot(str(path), token, *(array for layer in cache for array in (layer.keys, layer.values)))
+    return np.array(logits), len(re.findall("shape=rectangle", path.read_text()))
+
+
+def test_a_decode_step_has_few_nodes(model, tmp_path):
+    """Against `mlx_lm`'s model of the same weights."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    keys += ("num_key_value_heads", "rms_norm_eps", "scale_depth", "scale_emb", "dim_model_base", "rope_theta")
+    same = {key: getattr(model.config, key) for key in keys}
+    theirs = minicpm.Model(minicpm.ModelArgs(model_type="minicpm", tie_word_embeddings=False, **same))
+    theirs.load_weights(tree_flatten(model.parameters()))
+    expected, most = step(theirs, lambda ids, cache: theirs(ids, cache=cache), tmp_path / "theirs")
+    logits, apart = step(model, lambda ids, cache: model(ids, cache=cache), tmp_path / "apart")
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    join(model)
+    logits, joined = step(model, lambda ids, cache: model(ids, cache=cache), tmp_path / "joined")
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert joined < apart <= 0.8 * most
+    assert joined <= 0.65 * most
+
+
+def test_parameters_are_what_they_were(model):
+    before = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    held = mx.get_active_memory()
+    join(model)
+    after = tree_flatten(model.parameters())
+    assert [name for name, _ in after] == list(before)
+    assert all(np.array_equal(np.array(array), before[name]) for name, array in after)
+    rows = model.layers[0].self_attn._joined.turned.nbytes
+    assert mx.get_active_memory() <= held + rows  # not twice: four such groups, and larger ones
+
+
+@pytest.mark.parametrize("change", ["adapter", "quantised", "weight"])
+def test_what_changes_a_layer_is_noticed(model, tmp_path, change):
+    def changed(model):
+        if change == "adapter":
+            matrices = initial(model, AdapterConfig(4, 8.0, targets=("k_proj", "up_proj")), range(2), mx.random.key(0))
+            for pair in matrices.values():
+                pair["b"] = mx.random.normal(pair["b"].shape, key=mx.random.key(1))
+            return attach(model, matrices, 2.0)
+        if change == "quantised":
+            return quantised(model, 8)
+        model.layers[0].self_attn.v_proj.weight = 2 * model.layers[0].self_attn.v_proj.weight
+        model.layers[1].mlp.gate_proj.weight = -model.layers[1].mlp.gate_proj.weight
+        return model
+
+    shape = SHAPE | {"intermediate_size": 64}
+    first, second = (load(tiny_model.write(tmp_path / name, **shape), "float32")[0] for name in "ab")
+    ids = [[1, 7, 9, 4, 5]]
+    plain = np.array(first(ids))
+    expected = np.array(changed(first)(ids))
+    join(second)
+    assert np.abs(plain - expected).max() > 5e-4
+    np.testing.assert_allclose(np.array(changed(second)(ids)), expected, atol=1e-5)
