@@ -1,5 +1,7 @@
 """Models of MiniCPM-1B's width with random weights, of as many layers and words as a benchmark can afford."""
 
+import functools
+from pathlib import Path
 from typing import Any
 
 from minicpm_data.generation import Backend
@@ -44,3 +46,55 @@ def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, dtype: s
         key = mx.random.key(seed)
     model = module.initialise(config, key, dtype)
     return running, running.device.for_decoding(model)
+
+
+def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:
+    """A random model as a Llama: ``model`` (safetensors) and, for llama.cpp, ``model.gguf``."""
+    import numpy as np
+
+    from weights_io.files.safetensors import Computed
+    from weights_io.llama_format import to_llama
+    from weights_io.parameters import parameters
+    from weights_io.write import save_checkpoint
+
+    config, random = ModelConfig.from_dict(raw), np.random.default_rng(0)
+    tensors: dict[str, Any] = {}
+    for p in parameters(config):
+        for name in p.tensors(config):
+            array = random.normal(0, p.init_std(config), p.tensor_shape(config)).astype(np.float32)
+            array = np.ones_like(array) if p.init == "ones" else array
+            tensors[name] = Computed(array.shape, array.dtype, functools.partial(np.asarray, array))
+    llama, folded = to_llama(config, tensors, dtype)
+    save_checkpoint(folder / "model", llama, folded, raw_config=raw | {"torch_dtype": dtype})
+    write_gguf(folder / "model.gguf", llama, {name: tensor.read() for name, tensor in folded.items()}, dtype)
+
+
+def write_gguf(path: Path, config: ModelConfig, tensors: dict[str, Any], dtype: str) -> None:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([1] * config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, array in tensors.items():
+        written = names.get_name(name, try_suffixes=(".weight",)) or name
+        if dtype == "float32" or array.ndim == 1:
+            writer.add_tensor(written, array.astype(np.float32))
+        else:
+            writer.add_tensor(written, array.view(np.uint16), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -68,10 +68,10 @@ def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, 
 def run(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int | mx.array) -> mx.array:
     """The last hidden state [B, 1, D] of tokens [B, T], or of those that end a prompt of ``length``."""
     for start in range(0, ids.shape[1], pieces):
-        hidden = model.decode(ids[:, start : start + pieces], cache, length)
+        hidden = model.decode(ids[:, start : start + pieces], cache, length, last=True)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
-    return hidden[:, -1:]
+    return hidden
 
 
 def decode(model: Model, state: State, sampling: Sampling) -> State:

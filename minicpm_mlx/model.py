@@ -63,10 +63,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if config.num_experts else MLP(config)
         self.residual_scale = config.residual_scale
 
-    def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, x: mx.array, positions: Positions, cache: Any | None = None, last: bool = False
+    ) -> tuple[mx.array, mx.array]:
         """[B, T, D] to [B, T, D], and the `moe.imbalance` of this layer (0 where it has no experts); ``cache``: this
-        layer's, written in place."""
+        layer's, written in place. ``last``: only the last token's [B, 1, D]."""
         mixed = self.self_attn.mixed(self.input_layernorm(x), positions, cache)
+        if last:
+            x, mixed = x[:, -1:], mixed[:, -1:]
         x = added(x, self.self_attn.o_proj, mixed, self.residual_scale)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
@@ -90,15 +94,21 @@ class Decoder(nn.Module):
         return scaled(self.embed_tokens(ids), self.embedding_scale)
 
     def __call__(
-        self, x: mx.array, positions: Positions, cache: Sequence[Any] | None = None, remat: bool = False
+        self,
+        x: mx.array,
+        positions: Positions,
+        cache: Sequence[Any] | None = None,
+        remat: bool = False,
+        last: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Run the layers over embeddings; returns the hidden state before the final norm, and the mean of the layers'
         `moe.imbalance`, which costs nothing where it is not used. ``remat``: recompute each layer in the backward pass
-        instead of keeping what it computed."""
+        instead of keeping what it computed. ``last``: the state of the last token alone."""
         each = []
         for index, layer in enumerate(self.layers):
             run = nn.utils.checkpoint(layer) if remat else layer
-            x, imbalance = run(x, positions, None if cache is None else cache[index])
+            own = None if cache is None else cache[index]
+            x, imbalance = run(x, positions, own, last and index == len(self.layers) - 1)
             each.append(imbalance)
         return x, mx.stack(each).mean()
 
@@ -150,14 +160,17 @@ class Model(nn.Module):
         logits = self.model.embed_tokens.as_linear(x) if self.lm_head is None else self.lm_head(x)
         return logits.astype(mx.float32)
 
-    def decode(self, ids: mx.array, cache: Sequence[Any], length: int | mx.array | None = None) -> mx.array:
-        """Run more tokens [B, T] through the cache. Returns [B, T, D] after the final norm, for `head`.
+    def decode(
+        self, ids: mx.array, cache: Sequence[Any], length: int | mx.array | None = None, last: bool = False
+    ) -> mx.array:
+        """Run more tokens [B, T] through the cache. Returns [B, T, D] after the final norm, for `head`; ``last``: only
+        the last token's, for which the last layer does no more than it must.
 
         ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes the base of
         the whole; [B, T] where each token stands for an answer of its own length.
         """
         positions = positions_of(self.config, ids, cache=cache[0], length=length)
-        x, _ = self.model(self.model.embed(ids), positions, cache)
+        x, _ = self.model(self.model.embed(ids), positions, cache, last=last)
         return self.model.norm(x)
 
     @property
