@@ -52,6 +52,7 @@ def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:
     """A random model as a Llama: ``model`` (safetensors) and, for llama.cpp, ``model.gguf``."""
     import numpy as np
 
+    from weights_io.casting import numpy_dtype
     from weights_io.files.safetensors import Computed
     from weights_io.llama_format import to_llama
     from weights_io.parameters import parameters
@@ -61,7 +62,7 @@ def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:
     tensors: dict[str, Any] = {}
     for p in parameters(config):
         for name in p.tensors(config):
-            array = random.normal(0, p.init_std(config), p.tensor_shape(config)).astype(np.float32)
+            array = random.normal(0, p.init_std(config), p.tensor_shape(config)).astype(numpy_dtype(dtype))
             array = np.ones_like(array) if p.init == "ones" else array
             tensors[name] = Computed(array.shape, array.dtype, functools.partial(np.asarray, array))
     llama, folded = to_llama(config, tensors, dtype)
