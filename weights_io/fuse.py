@@ -78,9 +78,9 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options) -> list[str
     lines.append(line)
     if kinds := quantised_kinds(checkpoint):
         lines.append(
-            f"{checkpoint.path.name} is quantised ({', '.join(kinds)}): the fused weights carry that error, by the steps "
-            f"of its blocks about {quantisation_error(checkpoint):.2g} of their size (root mean square); fuse into the "
-            "unquantised model where there is a choice"
+            f"{checkpoint.path.name} is quantised ({', '.join(kinds)}): the fused weights carry that error, by the "
+            f"steps of its blocks about {quantisation_error(checkpoint):.2g} of their size (root mean square); fuse "
+            "into the unquantised model where there is a choice"
         )
     return lines
 
@@ -101,9 +101,8 @@ def quantisation_error(checkpoint: Checkpoint) -> float:
 
 
 def step_error(weights: np.ndarray, kind: str) -> float:
-    """The squared error, summed, that weights of blocks of ``kind`` (``Q4_K``) carry, as they themselves tell it: b bits
-    span a block in 2**b - 1 steps, and rounding is off by a step / sqrt(12). Within a tenth for blocks of normal numbers.
-    """
+    """The squared error, summed, that weights of blocks of ``kind`` (``Q4_K``) carry, as they themselves tell it: b
+    bits span a block in 2**b - 1 steps, and rounding is off by a step / sqrt(12). Within a tenth for normal numbers."""
     bits = int(re.sub(r"\D*(\d).*", r"\1", kind))
     steps = np.ptp(weights.reshape(-1, BLOCK), axis=1) / (2**bits - 1)
     return BLOCK * float(np.sum(steps**2, dtype=np.float64)) / 12
