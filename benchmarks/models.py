@@ -33,8 +33,8 @@ def wide(layers: int, words: int, **changes: Any) -> dict[str, Any]:
     return WIDE | {"num_hidden_layers": layers, "vocab_size": words, "eos_token_id": None} | changes
 
 
-def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, dtype: str = "float32") -> tuple[Backend, Any]:
-    """The backend of that name, and a model in the form that decodes fastest there."""
+def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, join: bool = True) -> tuple[Backend, Any]:
+    """The backend of that name, and a float32 model; with ``join`` in the form that decodes fastest there."""
     running, module, config = backends.get(name), backends.module(name, "model"), ModelConfig.from_dict(raw)
     if name == "jax":
         import jax
@@ -44,8 +44,8 @@ def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, dtype: s
         import mlx.core as mx
 
         key = mx.random.key(seed)
-    model = module.initialise(config, key, dtype)
-    return running, running.device.for_decoding(model)
+    model = module.initialise(config, key)
+    return running, running.device.for_decoding(model) if join else model
 
 
 def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:

@@ -1,13 +1,10 @@
 """Layers of MLX that are computed as one give what they give by themselves, and stay what they are."""
 
-import re
-
 import numpy as np
 import pytest
 import tiny_model
-from mlx_lm.models import minicpm
-from mlx_lm.models.cache import make_prompt_cache
 
+from benchmarks import graph_nodes
 from minicpm_mlx import load
 from minicpm_mlx.adapters import attach, initial
 from minicpm_mlx.joined import join
@@ -25,31 +22,14 @@ def model(tmp_path):
     return load(tiny_model.write(tmp_path, **SHAPE), "float32")[0]
 
 
-def step(model, call, path):
-    """What a decode step after four tokens gives, and the nodes of its graph."""
-    cache = make_prompt_cache(model)
-    mx.eval(call(mx.array([[1, 7, 9, 4]]), cache), [layer.state for layer in cache])
-    logits = call(mx.array([[5]]), cache)
-    token = mx.argmax(logits[:, -1], axis=-1)
-    mx.export_to_dot(str(path), token, *(array for layer in cache for array in (layer.keys, layer.values)))
-    return np.array(logits), len(re.findall("shape=rectangle", path.read_text()))
-
-
-def test_a_decode_step_has_few_nodes(model, tmp_path):
+def test_a_decode_step_has_few_nodes(model):
     """Against `mlx_lm`'s model of the same weights."""
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    keys += ("num_key_value_heads", "rms_norm_eps", "scale_depth", "scale_emb", "dim_model_base", "rope_theta")
-    same = {key: getattr(model.config, key) for key in keys}
-    theirs = minicpm.Model(minicpm.ModelArgs(model_type="minicpm", tie_word_embeddings=False, **same))
-    theirs.load_weights(tree_flatten(model.parameters()))
-    expected, most = step(theirs, lambda ids, cache: theirs(ids, cache=cache), tmp_path / "theirs")
-    logits, apart = step(model, lambda ids, cache: model(ids, cache=cache), tmp_path / "apart")
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    join(model)
-    logits, joined = step(model, lambda ids, cache: model(ids, cache=cache), tmp_path / "joined")
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    assert joined < apart <= 0.8 * most
-    assert joined <= 0.65 * most
+    found = dict(graph_nodes.steps(model))
+    (expected, most), (apart, apart_nodes), (joined, joined_nodes) = found.values()
+    for logits in (apart, joined):
+        np.testing.assert_allclose(np.array(logits), np.array(expected), atol=1e-5)
+    assert joined_nodes < apart_nodes <= 0.8 * most
+    assert joined_nodes <= 0.65 * most
 
 
 def test_parameters_are_what_they_were(model):
