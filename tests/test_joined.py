@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import tiny_model
 
-from benchmarks import graph_nodes
-from minicpm_mlx import load
-from minicpm_mlx.adapters import attach, initial
-from minicpm_mlx.joined import join
-from minicpm_mlx.quantised import quantised
-from weights_io.adapters import AdapterConfig
-
 mx = pytest.importorskip("mlx.core")
-tree_flatten = pytest.importorskip("mlx.utils").tree_flatten
+from mlx.utils import tree_flatten  # noqa: E402
+
+from benchmarks import graph_nodes  # noqa: E402
+from minicpm_mlx import load  # noqa: E402
+from minicpm_mlx.adapters import attach, initial  # noqa: E402
+from minicpm_mlx.joined import join  # noqa: E402
+from minicpm_mlx.quantised import quantised  # noqa: E402
+from weights_io.adapters import AdapterConfig  # noqa: E402
 
 SHAPE = {"tie_word_embeddings": False, "rope_theta": 10000.0}
 
