@@ -1,12 +1,17 @@
 """Training states on disk, by orbax: sharded, and there whole or not at all."""
 
+import functools
 import logging
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from weights_io.errors import InputError
 
@@ -51,6 +56,48 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+class Saved:
+    """The weights of a state on the disk, each of which is read when it is asked for, by this process alone. The last
+    one is kept: the tensors of one parameter follow each other."""
+
+    def __init__(self, folder: Path, step: int):
+        self._folder = folder.resolve() / str(step) / "default"
+        me = jax.process_index()
+        alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="saved")
+        self._handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        self._read = functools.lru_cache(maxsize=1)(self._restored)
+
+    @functools.cached_property
+    def _tree(self) -> Any:
+        """The state, weights first, with nothing for each array."""
+        found = self._handler.metadata(self._folder).tree
+        return jax.tree.map(lambda _: ocp.PLACEHOLDER, found)
+
+    def arrays(self) -> "dict[str, SavedArray]":
+        """By the names of the parameter table."""
+        return {name: SavedArray(functools.partial(self._read, name)) for name in self._tree[0]}
+
+    def _restored(self, name: str) -> np.ndarray:
+        weights, *others = self._tree
+        tree = ({**weights, name: 0}, *others)
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return self._handler.restore(self._folder, args=ocp.args.PyTreeRestore(item=tree, restore_args=how))[0][name]
+
+
+@dataclass(frozen=True)
+class SavedArray:
+    """An array of a state on the disk, as far as `weights_io.write.unstacked` looks at it."""
+
+    read: Callable[[], np.ndarray]
+    dtype: np.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, place: tuple[int, ...]) -> np.ndarray:
+        return self.read()[place]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read()
 
 
 def _reason(error: Exception) -> str:

@@ -27,6 +27,11 @@ def description() -> str:
     return devices[0].device_kind + (f" x {len(devices)}" if len(devices) > 1 else "")
 
 
+def is_first() -> bool:
+    """Whether this process is the one of several that prints."""
+    return jax.process_index() == 0
+
+
 def preferred_dtype() -> str | None:
     """What to compute in unless told otherwise; None is the checkpoint's own. XLA's bfloat16 on a CPU is ten times
     slower than its float32. Raises `InputError` where JAX finds no device."""

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from minicpm_data.metrics import Metrics
-from minicpm_data.packing import batches, pack
+from minicpm_data.packing import WindowBatches, pack
 from minicpm_data.schedules import WarmupStableDecay
 from minicpm_data.tokenizer import load_tokenizer
 from minicpm_jax import train
@@ -116,15 +116,16 @@ def test_windows_hold_every_token_from_bos_to_eos(corpus):
 
 def test_batches_are_addressed_by_number():
     windows = np.arange(40, dtype=np.int32).reshape(10, 4)
-    data, again = batches(windows, 2, seed=0), batches(windows, 2, seed=0)
+    data, again = WindowBatches(windows, 2, seed=0), WindowBatches(windows, 2, seed=0)
     assert np.array_equal(data[7], again[7])
+    assert np.array_equal(data.part(7, lambda rows: [1]), data[7][1:])
     first, second = (np.concatenate([data[i] for i in range(s, s + 5)]) for s in (0, 5))
     for order in (first, second):  # each pass holds every window once, in another order
         assert sorted(order[:, 0].tolist()) == list(range(0, 40, 4))
     assert not np.array_equal(first, second)
-    assert not np.array_equal(first, np.concatenate([batches(windows, 2, seed=1)[i] for i in range(5)]))
+    assert not np.array_equal(first, np.concatenate([WindowBatches(windows, 2, seed=1)[i] for i in range(5)]))
     with pytest.raises(InputError, match="10 windows"):
-        batches(windows, 11, seed=0)
+        WindowBatches(windows, 11, seed=0)
 
 
 @pytest.mark.parametrize(
