@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minicpm_data.chat import PLAIN_TEMPLATE
@@ -118,7 +119,8 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
         if train is not None and planned is not None:  # nothing is written before all is known to fit
             settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
             settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
-            notes = {name: _plain(getattr(options, name, None)) for name in ("hub", "save_dtype")}
+            notes = {"source": _lasting(options.model), "hub": options.hub}
+            notes["save_dtype"] = getattr(options, "save_dtype", None)
             worker.processes.check_same(json.dumps([settings, planned.steps], sort_keys=True))
             worker.processes.once(lambda: check_settings(options.out, settings, options.resume, notes))
             fit(options, worker, planned, train, valid)
@@ -302,6 +304,12 @@ def beginning(batch: "Batch") -> str:
 def _plain(value: Any) -> Any:
     """As JSON has it, to be compared with what was written."""
     return json.loads(json.dumps(value, default=str))
+
+
+def _lasting(model: str | None) -> str | None:
+    """What names the model from any folder."""
+    here = Path(model or "pico").expanduser()
+    return str(here.resolve()) if model and here.exists() else model
 
 
 def _fingerprint(split: "Split") -> str:

@@ -1,9 +1,10 @@
 """Training states on disk, by orbax: sharded, and there whole or not at all."""
 
+import contextlib
 import functools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.options import MultiprocessingOptions
 
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.files.safetensors import Computed
+from weights_io.parameters import parameters
+from weights_io.write import unstacked
 
 KEPT = 2
 
@@ -69,26 +74,44 @@ class Saved:
         self._handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         self._read = functools.lru_cache(maxsize=1)(self._restored)
 
-    @functools.cached_property
-    def _tree(self) -> Any:
-        """The state, weights first, with nothing for each array."""
-        found = self._handler.metadata(self._folder).tree
-        return jax.tree.map(lambda _: ocp.PLACEHOLDER, found)
+    def tensors(self, config: ModelConfig) -> dict[str, Computed]:
+        """By Hugging Face names. `InputError` where they are not those of a model of this config."""
+        with self._said():
+            weights = self._described[0]
+        for parameter in parameters(config):
+            found = tuple(weights[parameter.name].shape) if parameter.name in weights else None
+            if found != parameter.shape(config):
+                raise InputError(
+                    f"{self._folder.parent} is of another model: its {parameter.name} is {found}, and the model's "
+                    f"{parameter.shape(config)}."
+                )
+        return unstacked(config, {name: SavedArray(functools.partial(self._read, name)) for name in weights})
 
-    def arrays(self) -> "dict[str, SavedArray]":
-        """By the names of the parameter table."""
-        return {name: SavedArray(functools.partial(self._read, name)) for name in self._tree[0]}
+    @functools.cached_property
+    def _described(self) -> Any:
+        """The state, weights first, with what is known of each array."""
+        return self._handler.metadata(self._folder).tree
 
     def _restored(self, name: str) -> np.ndarray:
-        weights, *others = self._tree
+        weights, *others = jax.tree.map(lambda _: ocp.PLACEHOLDER, self._described)
         tree = ({**weights, name: 0}, *others)
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return self._handler.restore(self._folder, args=ocp.args.PyTreeRestore(item=tree, restore_args=how))[0][name]
+        with self._said():
+            return self._handler.restore(self._folder, args=ocp.args.PyTreeRestore(item=tree, restore_args=how))[0][
+                name
+            ]
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise InputError(f"{self._folder.parent} is damaged ({_reason(error)}); take another step.") from error
 
 
 @dataclass(frozen=True)
 class SavedArray:
-    """An array of a state on the disk, as far as `weights_io.write.unstacked` looks at it."""
+    """An array of a state on the disk, as far as `unstacked` looks at it."""
 
     read: Callable[[], np.ndarray]
     dtype: np.dtype = np.dtype(np.float32)
@@ -102,4 +125,5 @@ class SavedArray:
 
 def _reason(error: Exception) -> str:
     """The last part of what tensorstore says: ``Failed to write 341603 bytes to file 7: No space left on device``."""
-    return str(error).split(" [")[0].rpartition('": ')[2]
+    said = str(error).split(" [")[0]
+    return said.rpartition('": ')[2].splitlines()[0] if said else type(error).__name__

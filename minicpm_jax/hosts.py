@@ -58,7 +58,7 @@ def _print_alone(first: bool) -> None:
     own = os.dup(1) if first else os.open(os.devnull, os.O_WRONLY)
     os.dup2(2, 1)
     before = sys.stdout
-    sys.stdout = open(own, "w", encoding=before.encoding, errors=before.errors)
+    sys.stdout = open(own, "w", encoding=before.encoding, errors=before.errors)  # noqa: SIM115  (to the end)
 
 
 def meet(address: str, processes: int, number: int, patience: float) -> None:

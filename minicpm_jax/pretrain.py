@@ -290,14 +290,14 @@ def save_model(options: Options, config: "ModelConfig", raw: dict[str, Any], ste
     import shutil
 
     from minicpm_jax.checkpoints import Saved
-    from weights_io.write import save_checkpoint, unstacked
+    from weights_io.write import save_checkpoint
 
     if (options.out / "model").exists():
         shutil.rmtree(options.out / "model")
     save_checkpoint(
         options.out / "model",
         config,
-        unstacked(config, Saved(options.out / "checkpoints", step).arrays()),
+        Saved(options.out / "checkpoints", step).tensors(config),
         raw_config=raw,
         copy_from=options.tokenizer,
         dtype=options.save_dtype,

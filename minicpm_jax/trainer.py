@@ -21,7 +21,6 @@ from minicpm_jax.quantised import quantised
 from minicpm_jax.sharding import batch_sharding, own_rows, placed_rows, replicated
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
-from weights_io.write import unstacked
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -106,7 +105,7 @@ class Trainer:
             folder, step = self.options.out / "checkpoints", self.checkpoints.latest
 
             def write() -> None:
-                export_model(self.options, unstacked(self.config, Saved(folder, step).arrays()))
+                export_model(self.options, Saved(folder, step).tensors(self.config))
 
             self.processes.once(write)
         else:
