@@ -81,7 +81,8 @@ def _gather(address: str, processes: int, deadline: float) -> str:
     calls: list[socket.socket] = []
     wrong = ""
     try:
-        with socket.create_server(("", port)) as server:
+        both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        with socket.create_server(("", port), **both) as server:
             while waiting and not wrong:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 call = server.accept()[0]
