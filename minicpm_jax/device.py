@@ -34,9 +34,14 @@ def is_first() -> bool:
 
 def preferred_dtype() -> str | None:
     """What to compute in unless told otherwise; None is the checkpoint's own. XLA's bfloat16 on a CPU is ten times
-    slower than its float32. Raises `InputError` where JAX finds no device."""
+    slower than its float32."""
+    return "float32" if platform() == "cpu" else None
+
+
+def platform() -> str:
+    """``cpu``, ``tpu``. Raises `InputError` where JAX finds no device."""
     try:
-        return "float32" if jax.default_backend() == "cpu" else None
+        return jax.default_backend()
     except RuntimeError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(

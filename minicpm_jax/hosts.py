@@ -2,7 +2,7 @@
 
 JAX ends a process (with a trace and status 134) whose partners do not come; so they meet here first, where what is
 wrong can be said. Each then sees its own devices and those of all, runs the same program in the same order, and holds
-its part of every array. What is done once, the first of them does (`Processes.once`), and prints and writes alone.
+its part of every array. What is done once, the first of them does (`Together.once`), and prints and writes alone.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minicpm_data.runs import Alone
+from minicpm_jax.device import platform
 from minicpm_jax.placement import Placement, host_and_port
 from weights_io.errors import InputError
 
@@ -45,10 +46,11 @@ def join(options: Placement) -> None:
         address = options.coordinator_address or ""
         meet(address, options.num_processes, options.process_id, options.join_timeout)
         jax.distributed.initialize(address, options.num_processes, options.process_id, **waiting)
-    elif jax.process_count() > 1:
-        raise InputError(
-            f"this is one of {jax.process_count()} hosts of a TPU; run the command on each, with --distributed."
-        )
+    platform()  # says so where JAX cannot start
+    if jax.process_count() == 1:
+        return
+    if not jax.distributed.is_initialized():
+        raise InputError(f"this is one of {jax.process_count()} hosts; run the command on each, with --distributed.")
     _print_alone(jax.process_index() == 0)
 
 
@@ -81,8 +83,9 @@ def _gather(address: str, processes: int, deadline: float) -> str:
     calls: list[socket.socket] = []
     wrong = ""
     try:
-        both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-        with socket.create_server(("", port), **both) as server:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        with socket.create_server(("", port), family=family, dualstack_ipv6=both) as server:
             while waiting and not wrong:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 call = server.accept()[0]
