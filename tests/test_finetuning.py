@@ -204,6 +204,21 @@ def test_all_weights_in_both_backends(world, all_weights):
     assert np.abs(expected - tiny.logits(tiny.load(BACKENDS[0], world / "model"))).max() > 0.05
 
 
+def test_a_checkpoint_of_all_weights_becomes_a_model(world, all_weights, tmp_path, monkeypatch):
+    """The last is what the run exported; of adapters, and of MLX, there is nothing to make."""
+    from minicpm_jax.export import Options, main
+
+    main(Options(all_weights["minicpm_jax"], tmp_path / "model"))
+    for path in (tmp_path / "model").iterdir():
+        assert (all_weights["minicpm_jax"] / "model" / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(InputError, match="is a run of MLX"):
+        main(Options(all_weights["minicpm_mlx"], tmp_path / "none"))
+    other = tiny.write_world(tmp_path / "other", hidden_size=64)
+    with pytest.raises(InputError, match=r"checkpoints/5 is of another model: its .* is \(.*\), and the model's \("):
+        main(Options(all_weights["minicpm_jax"], tmp_path / "none", source=str(other / "model")))
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.fixture(scope="module")
 def batch(world):
     tokenizer = load_tokenizer(world / "model")
@@ -225,6 +240,7 @@ def test_masters_are_in_float32(backend, world, batch, tmp_path):
     worker = tiny.trainer(backend, tiny.full(world, tmp_path / "out", dtype="bfloat16"))
     for step in range(2):
         worker.step([batch], 1e-6, step)
+    worker.save(2)
     assert tiny.dtypes(tiny.arrays_of(worker)[0]) == {"float32"}
     assert "bfloat16" in str(tiny.model_of(worker).model.norm.weight.dtype)
     worker.export()
