@@ -61,11 +61,11 @@ def batch_sharding(mesh: Mesh, rows: int, flag: str = "--batch-size") -> NamedSh
     return NamedSharding(mesh, PartitionSpec(None, names))
 
 
-def own_rows(mesh: Mesh | None, rows: int, flag: str = "--batch-size") -> Sequence[int]:
+def own_rows(mesh: Mesh | None, rows: int) -> Sequence[int]:
     """Which of a batch's ``rows`` lie on devices of this process, in order."""
     if mesh is None:
         return range(rows)
-    parts = batch_sharding(mesh, rows, flag).addressable_devices_indices_map((1, rows)).values()
+    parts = batch_sharding(mesh, rows).addressable_devices_indices_map((1, rows)).values()
     return sorted({row for _, part in parts for row in range(rows)[part]})
 
 
