@@ -4,6 +4,7 @@ import importlib.machinery
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import several
 import tiny_tokenizer
 
 pytest.importorskip("jax")
@@ -225,6 +227,29 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, whole, tmp_path, ho
     assert how != signal.SIGINT or process.returncode in (130, 0)
     assert figures(out) == figures(whole)
     assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+def test_two_processes_train_as_one(corpus, whole, tmp_path):
+    """Each of two devices; stopped in one of them, the run goes on in a single process of one device. Measured: losses
+    within 1e-6."""
+    out = tmp_path / "out"
+    typed = command(corpus, out)[1:]
+    running = several.start(*typed, "--mesh", "fsdp=2,tensor=2")
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and figures(out)) and running[1].poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running[1].send_signal(signal.SIGINT)
+    first, second = several.ends(running)
+    assert (first.returncode, second.returncode) == (130, 130), first.stderr + second.stderr
+    step = int(re.search(r"stopped after step (\d+) of 24; the same command with --resume", first.stdout)[1])
+    assert second.stdout == "" and "Traceback" not in first.stderr + second.stderr
+    assert 8 <= step < 24 and (out / "checkpoints" / str(step)).exists() and not (out / "model").exists()
+    ended = run(corpus, out, "--resume")
+    assert ended.returncode == 0 and f"going on after step {step}" in ended.stdout, ended.stderr
+    for mine, theirs in zip(figures(out), figures(whole), strict=True):
+        numbers = [[record[name] for name in record if name != "stage"] for record in (mine, theirs)]
+        np.testing.assert_allclose(*numbers, rtol=1e-5)
 
 
 def export(monkeypatch, capsys, *arguments):
