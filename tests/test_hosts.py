@@ -90,18 +90,15 @@ def world(tmp_path_factory):
     return root
 
 
-def training(world, out, **changes):
-    options = tiny.lora(world, out, iters=2, **changes)
-    default = type(options)()
-    given = {name: value for name, value in vars(options).items() if value != getattr(default, name)}
-    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+def typed(world, out, **changes):
+    return tiny.flags(tiny.lora(world, out, iters=2, **changes))
 
 
 def test_pairs_in_two_processes_are_those_of_one(world, tmp_path):
     """The chosen answers of a batch lie with one process, the rejected ones with the other. Measured: within 1e-7."""
     pairs = {"data": world / "pairs", "loss": "dpo", "beta": 0.5, "alpha": 16.0, "dropout": 0.0}
     tiny.finetune("minicpm_jax", tiny.lora(world, tmp_path / "alone", iters=2, **pairs))
-    flags = [*training(world, tmp_path / "two", **pairs), "--mesh", "fsdp=2,tensor=2"]
+    flags = [*typed(world, tmp_path / "two", **pairs), "--mesh", "fsdp=2,tensor=2"]
     first, second = several.run("-m", "minicpm_jax.lora", *flags)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert second.stdout == "" and first.stdout.count("Iter 2: ") == 1
@@ -115,16 +112,16 @@ def test_pairs_in_two_processes_are_those_of_one(world, tmp_path):
 def test_what_cannot_be_is_said_in_each_process(world, tmp_path):
     """And by all of them where only the first looks: into the run's folder."""
     command, out = ("-m", "minicpm_jax.lora"), tmp_path / "out"
-    for process in several.run(*command, *training(world, out, batch_size=3), "--mesh", "fsdp=4"):
+    for process in several.run(*command, *typed(world, out, batch_size=3), "--mesh", "fsdp=4"):
         assert process.returncode == 2
         assert process.stderr == "error: --batch-size 3 does not divide over the 4 devices of fsdp.\n"
     seeds = [["--seed", "1"], ["--seed", "2"]]
-    for process in several.run(*command, *training(world, out), "--mesh", "tensor=4", more=seeds):
+    for process in several.run(*command, *typed(world, out), "--mesh", "tensor=4", more=seeds):
         assert process.returncode == 2 and "process 1 has other options, another model or other data" in process.stderr
     assert not out.exists()
     (out / "checkpoints" / "1").mkdir(parents=True)
     (out / "settings.json").write_text("{}")
-    for process in several.run(*command, *training(world, out, resume=True), "--mesh", "tensor=4"):
+    for process in several.run(*command, *typed(world, out, resume=True), "--mesh", "tensor=4"):
         assert process.returncode == 2 and "out holds a run with another model, revision" in process.stderr
 
 
