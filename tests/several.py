@@ -17,21 +17,25 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags}
 
 
-def start(*command: Any, processes: int = 2, more: Sequence[Sequence[str]] = ((), ())) -> list[subprocess.Popen]:
-    """``python COMMAND`` with the flags that make the processes one run, and ``more`` of each."""
+def start(*command: Any, more: Sequence[Sequence[str]] = ((), ()), mpi: bool = False) -> list[subprocess.Popen]:
+    """``python COMMAND`` in two processes, with the flags that make them one run, and ``more`` of each. ``mpi``: they
+    find each other by what Open MPI would have set."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = ["--coordinator-address", address, "--num-processes", processes, "--join-timeout", 60, "--process-id"]
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, [*command, *flags, number, *more[number]])],
-            env=environment(DEVICES),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(processes)
-    ]
+        port = free.getsockname()[1]
+    running = []
+    for number in range(2):
+        flags: list[Any] = ["--distributed"]
+        given = environment(DEVICES)
+        if mpi:  # JAX makes a port of 61440 to 65535 of the job's number
+            given["OMPI_MCA_orte_hnp_uri"] = f"{port % 4096 * 4096}.0;tcp://127.0.0.1:{port}"
+            given |= {f"OMPI_COMM_WORLD_{name}": str(number) for name in ("RANK", "LOCAL_RANK")}
+            given["OMPI_COMM_WORLD_SIZE"] = "2"
+        else:
+            flags = ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", number]
+        typed = [sys.executable, *map(str, [*command, *flags, "--join-timeout", 60, *more[number]])]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(typed, env=given, **pipes))
+    return running
 
 
 def ends(running: Sequence[subprocess.Popen]) -> list[subprocess.CompletedProcess]:
