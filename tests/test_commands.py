@@ -22,6 +22,7 @@ COMMANDS = [
 COMMANDS += [
     "minicpm_jax.pretrain",
     "minicpm_jax.fit",
+    "minicpm_jax.export",
     "minicpm_data.corpus",
     "minicpm_data.vocabulary",
     "minicpm_data.exercise",
