@@ -36,6 +36,8 @@ def to_llama(
     """
     if config.model_type == "llama":
         raise InputError("the model is in the Llama format already; there is nothing to fold.")
+    if config.family.table is not None:
+        raise InputError(f"a Llama has not all parameters of {config.family.architecture}; use --to hf.")
     if config.num_experts:
         raise InputError("a Llama has no experts, so that an MoE cannot be written as one; use --to hf.")
     if config.hidden_act == "fatrelu":
