@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from minicpm_data.commands import SourceOptions
 from minicpm_data.schedules import Decay, WarmupStableDecay
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
 # A resumed run must agree on all options but these.
 FREE = frozenset(
     """train test iters epochs mask_prompt steps_per_report steps_per_eval val_batches test_batches save_every resume
-    report_to hub data grad_checkpoint mesh adapter_path save_path save_dtype""".split()
+    report_to hub data config grad_checkpoint mesh adapter_path save_path save_dtype""".split()
 )
 
 
 @dataclass(frozen=True)
 class FinetuneOptions(SourceOptions):
+    config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"])] = None
+    """YAML file of options, as mlx_lm has it; flags go before it."""
     data: Path = Path("data")
     """Folder with train, valid (or dev) and test as .jsonl or .json, or one such file to train on."""
     train: bool = False
@@ -58,10 +62,10 @@ class FinetuneOptions(SourceOptions):
     """What it does after the warm-up; wsd is constant, and falls in the last tenth."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default a tenth of all, 100 at most."""
-    optimizer: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
-    """Optimiser; its numbers are in float32. Adafactor is each library's own, and not the same in both backends."""
+    optimizer: Literal["adamw", "adam", "sgd", "adafactor", "muon"] = "adamw"
+    """Optimiser, in float32; Adafactor and Muon are each library's own, and not the same in both backends."""
     weight_decay: float = 0.01
-    """AdamW's, on all but norms and DoRA's magnitudes."""
+    """AdamW's and Muon's, on all but norms and DoRA's magnitudes."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     grad_checkpoint: bool = False

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from minicpm_data.chat import PLAIN_TEMPLATE
 from minicpm_data.commands import load_model
+from minicpm_data.config_file import flags_of_file
 from minicpm_data.finetune_options import FREE, FinetuneOptions, check, check_layers, schedule_of
 from minicpm_data.generation import Backend
 from weights_io import command_line
@@ -68,7 +69,10 @@ def run(
         """Fine-tune a MiniCPM (or Llama) model on conversations, texts or preferences."""
         finetune(options, backend, trainer)
 
-    command_line.run(main, options, prog)
+    def flags_of_config(given: FinetuneOptions) -> list[str]:
+        return [] if given.config is None else flags_of_file(given.config, options)
+
+    command_line.run(main, options, prog, flags_of_config)
 
 
 def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Callable[[Any, Any], Trainer]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
@@ -29,11 +30,21 @@ def _decayed(weights: Weights) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(jax.tree_util.keystr(path)), weights)
 
 
+def _muon(decay: float) -> optax.GradientTransformation:
+    """Muon for the layers' matrices (stacked, [L, out, in]), Adam for all else: embedding, head, norms, experts."""
+    axes = functools.partial(jax.tree.map, lambda w: optax.contrib.MuonDimensionNumbers(2, 1))
+    muon = optax.contrib.muon(1.0, muon_weight_dimension_numbers=axes)
+    labels = functools.partial(jax.tree.map, lambda w: "muon" if w.ndim == 3 else "adam")
+    updates = optax.partition({"muon": muon, "adam": optax.adam(1.0)}, labels)
+    return optax.chain(updates, optax.add_decayed_weights(-decay, mask=_decayed))  # the updates point downwards already
+
+
 OPTIMISERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adamw": lambda decay: optax.adamw(1.0, weight_decay=decay, mask=_decayed),
     "adam": lambda decay: optax.adam(1.0),
     "sgd": lambda decay: optax.sgd(1.0),
     "adafactor": lambda decay: optax.adafactor(1.0),
+    "muon": _muon,
 }
 
 

@@ -28,7 +28,7 @@ class Trainer:
         self.options, self.config, self.adapter, self.model = options, model.config, options.adapter, model
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
         self.optimiser = train.OPTIMISERS[options.optimizer]()
-        self.decay = options.weight_decay if options.optimizer == "adamw" else 0.0
+        self.decay = options.weight_decay if options.optimizer in ("adamw", "muon") else 0.0
         self.key = mx.random.key(options.seed)
         if self.adapter is not None:
             if options.quantize is not None:
@@ -102,8 +102,8 @@ class Trainer:
             adapters.attach(self.model, adapters.from_adapter(self.config, adapter), adapter.config.scale)
             self.dtypes = {name: w.dtype for name, w in tree_flatten(self.model.trainable_parameters())}
             self.weights = train.weights_of(self.model)
-            if self.before is not None:
-                self.before = adapters.untrained(self.model)
+            if self.before is not None and self.options.resume_adapter_file is None:
+                self.before = adapters.untrained(self.model)  # of the export's rank
 
     def close(self) -> None:
         pass

@@ -11,7 +11,9 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices for the sharding tests; work that names no device stays on the first.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    # Most of the suite's time is compilation, so LLVM optimises nothing: a quarter less time, the same arithmetic.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 # Programs compiled once per user and machine, not once per run; commands that tests start find them too.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"minicpm-test-cache-{os.getuid()}")

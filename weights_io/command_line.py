@@ -11,19 +11,34 @@ from weights_io.errors import InputError
 Options = TypeVar("Options")
 
 
-def run(main: Callable[[Options], None], options: type[Options], prog: str) -> None:
+def run(
+    main: Callable[[Options], None],
+    options: type[Options],
+    prog: str,
+    more_flags: Callable[[Options], list[str]] | None = None,
+) -> None:
     """Parse ``sys.argv`` into ``options`` (a dataclass; its docstrings are the help) and call ``main`` with it.
 
-    ``prog`` is how the command is typed, e.g. ``"python -m weights_io.inspect"``. Wrong flags and `InputError` exit
-    with 2, and so do files that cannot be read or written; Ctrl-C exits with 130, a reader that went away (``| head``)
-    with 0; any other exception is a defect of ours and keeps its traceback.
+    ``prog`` is how the command is typed, e.g. ``"python -m weights_io.inspect"``. ``more_flags``: given the options,
+    the flags of a file that they name, which count where ``sys.argv`` does not say otherwise. Wrong flags and
+    `InputError` exit with 2, and so do files that cannot be read or written; Ctrl-C exits with 130, a reader that went
+    away (``| head``) with 0; any other exception is a defect of ours and keeps its traceback.
     """
     import tyro
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no 中 shows ?
+
+    def parsed(flags: list[str]) -> Options:
+        return tyro.cli(
+            options, prog=prog, description=main.__doc__, args=flags, config=(tyro.conf.FlagCreatePairsOff,)
+        )
+
     try:
-        main(tyro.cli(options, prog=prog, description=main.__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+        given = parsed(sys.argv[1:])
+        if more_flags is not None and (more := more_flags(given)):
+            given = parsed(more + sys.argv[1:])
+        main(given)
         sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

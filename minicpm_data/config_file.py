@@ -1,0 +1,88 @@
+"""The YAML file of ``--config``, in mlx_lm's form, as the flags that it stands for."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from weights_io.errors import InputError
+
+SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}  # mlx_lm's names of ours
+OF_LORA = "lora_parameters: {rank, scale or alpha, dropout, keys}"
+
+
+def flags_of_file(path: Path, options: type) -> list[str]:
+    """The flags of a YAML file whose keys are the fields of ``options``, or mlx_lm's ``lora_parameters`` and
+    ``lr_schedule``. Raises `InputError` for a file that is no such mapping, and for keys that are not known."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config {path} does not exist.") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--config {path} is not YAML ({reason}).") from None
+    if not isinstance(found, dict):
+        raise InputError(f"--config {path} must hold lines of the form `learning_rate: 1e-4`.")
+    known = {field.name for field in fields(options)} - {"config"}
+    flags: list[str] = []
+    for name, value in _flat(found, path):
+        if name not in known:
+            raise InputError(f"--config {path} has {name}, which is no option of this command (see --help).")
+        flags += _flag(name, value, path)
+    return flags
+
+
+def _flat(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    """The options under our names; what mlx_lm nests is taken apart."""
+    for key, value in found.items():
+        name = str(key).replace("-", "_")
+        if name == "lora_parameters" and value is not None:
+            yield from _lora(value, path)
+        elif name == "lr_schedule" and isinstance(value, dict):
+            yield from _schedule(value, path)
+        elif name == "optimizer_config" and not any((value or {}).values()):
+            pass
+        else:
+            yield name, value
+
+
+def _lora(given: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    if not isinstance(given, dict) or given.keys() - {"rank", "scale", "alpha", "dropout", "keys"}:
+        raise InputError(f"--config {path} has lora_parameters of another form than {OF_LORA}.")
+    rank, scale = given.get("rank", 8), given.get("scale")
+    if scale is not None and not (isinstance(rank, int) and isinstance(scale, int | float)):
+        raise InputError(f"--config {path} has lora_parameters whose rank or scale is no number.")
+    yield from ((name, given.get(name)) for name in ("rank", "dropout", "alpha"))
+    if scale is not None:
+        yield "alpha", rank * scale
+    if given.get("keys"):
+        yield "targets", [str(key).rpartition(".")[2] for key in given["keys"]]  # self_attn.q_proj
+
+
+def _schedule(given: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    """mlx_lm's {name, warmup, warmup_init, arguments: [highest, (steps, lowest)]}; ours falls to 0 at the end."""
+    name = given.get("name")
+    if name not in SCHEDULES or given.keys() - {"name", "warmup", "warmup_init", "arguments"}:
+        raise InputError(
+            f"--config {path} has an lr_schedule that is not known; give lr_schedule: cosine, linear, constant or wsd, "
+            "with learning_rate and warmup_steps."
+        )
+    yield "lr_schedule", SCHEDULES[name]
+    yield "warmup_steps", given.get("warmup", 0)
+    if given.get("arguments"):
+        yield "learning_rate", given["arguments"][0]
+
+
+def _flag(name: str, value: Any, path: Path) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, list):
+        return [flag, *(str(item) for item in value)]
+    if isinstance(value, dict):
+        raise InputError(f"--config {path} has {name}: {value}; it must be one value.")
+    return [flag, str(value)]

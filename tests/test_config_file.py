@@ -1,0 +1,97 @@
+"""``--config file.yaml`` of the fine-tuning commands: mlx_lm's files are read, flags go before them."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from minicpm_data import finetuning
+from minicpm_data.config_file import flags_of_file
+from minicpm_data.finetune_options import LoraOptions
+from weights_io.errors import InputError
+
+MLX_LM = """
+model: minicpm-1b
+train: true
+fine_tune_type: lora
+optimizer: adamw
+optimizer_config: {adamw: {}}
+data: /data
+seed: 3
+num_layers: 16
+batch_size: 2
+iters: 30
+learning_rate: 1e-5
+steps_per_eval: 20
+resume_adapter_file: null
+mask_prompt: false
+grad_checkpoint: true
+lora_parameters:
+  keys: ["self_attn.q_proj", "self_attn.v_proj"]
+  rank: 8
+  scale: 20.0
+  dropout: 0.0
+lr_schedule: {name: cosine_decay, warmup: 10, warmup_init: 1e-7, arguments: [2e-5, 30, 1e-7]}
+"""
+
+
+def options_of(monkeypatch, *argv: str) -> LoraOptions:
+    """What the command would do with these flags."""
+    found: list[LoraOptions] = []
+    monkeypatch.setattr(finetuning, "finetune", lambda options, *_: found.append(options))
+    monkeypatch.setattr(sys, "argv", ["lora", *argv])
+    finetuning.run(lambda: None, None, LoraOptions, "lora")
+    return found[0]
+
+
+def test_a_file_of_mlx_lm_and_flags_before_it(tmp_path, monkeypatch):
+    path = tmp_path / "lora.yaml"
+    path.write_text(MLX_LM)
+    options = options_of(monkeypatch, "--batch-size", "5", "-c", str(path))
+    assert (options.model, options.train, options.optimizer, options.grad_checkpoint) == (
+        "minicpm-1b",
+        True,
+        "adamw",
+        True,
+    )
+    assert (options.batch_size, options.iters, options.seed, options.num_layers) == (5, 30, 3, 16)
+    assert (options.adapter.rank, options.adapter.scale, options.dropout) == (8, 20.0, 0.0)
+    assert options.targets == ("q_proj", "v_proj")
+    assert (options.lr_schedule, options.warmup_steps, options.learning_rate) == ("cosine", 10, 2e-5)
+    assert not options.mask_prompt and options.resume_adapter_file is None
+
+
+def test_the_fields_themselves_are_keys(tmp_path, monkeypatch):
+    path = tmp_path / "lora.yaml"
+    path.write_text("targets: all-linear\nlr-schedule: wsd\nalpha: 16\npack: yes\n")
+    options = options_of(monkeypatch, "--config", str(path))
+    expected = LoraOptions(targets=("all-linear",), lr_schedule="wsd", alpha=16.0, pack=True, config=path)
+    assert dataclasses.asdict(options) == dataclasses.asdict(expected)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("rank: [1", "is not YAML"),
+        ("- rank", "must hold lines"),
+        ("", "must hold lines"),
+        ("ranks: 4", "ranks, which is no option"),
+        ("config: other.yaml", "config, which is no option"),
+        ("rank: {a: 1}", "must be one value"),
+        ("lora_parameters: {rank: 8, layers: 4}", "of another form"),
+        ("lora_parameters: {rank: 8, scale: big}", "is no number"),
+        ("lr_schedule: {name: step_decay, arguments: [1]}", "an lr_schedule that is not known"),
+    ],
+)
+def test_a_file_that_cannot_be_used(tmp_path, text, said):
+    path = tmp_path / "lora.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        flags_of_file(path, LoraOptions)
+
+
+def test_no_file(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        options_of(monkeypatch, "--config", str(tmp_path / "none.yaml"))
+    assert stopped.value.code == 2
+    assert "does not exist" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""Muon in both backends: whose weights it orthogonalises, and whose are left to Adam. No model is run."""
+
+import jax.numpy as jnp
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from minicpm_jax import train as jax_train
+from minicpm_mlx import train as mlx_train
+
+L, OUT, IN = 2, 6, 4
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
+    """Stacked, as JAX has them."""
+    generator = np.random.default_rng(0)
+    shapes = {
+        "model.embed_tokens.weight": (10, IN),
+        "model.layers.self_attn.q_proj.weight": (L, OUT, IN),
+        "model.layers.input_layernorm.weight": (L, IN),
+    }
+    return {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def layers_of(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same under MLX's names, one for each layer."""
+    found = {}
+    for name, w in stacked.items():
+        if ".layers." in name:
+            found |= {name.replace("layers.", f"layers.{i}."): w[i] for i in range(L)}
+        else:
+            found[name] = w
+    return found
+
+
+def jax_step(weights: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    optimiser = jax_train.optimizer("muon", 0.0, 1e9)
+    here = {name: jnp.asarray(w) for name, w in weights.items()}
+    updates, _ = optimiser.update({name: jnp.asarray(g) for name, g in gradients.items()}, optimiser.init(here), here)
+    return layers_of({name: np.asarray(update) for name, update in updates.items()})
+
+
+def mlx_step(weights: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    optimiser = mlx_train.OPTIMISERS["muon"]()
+    before = {name: mx.array(w) for name, w in layers_of(weights).items()}
+    optimiser.init(before)
+    optimiser.learning_rate = 1.0
+    after = optimiser.apply_gradients({name: mx.array(g) for name, g in layers_of(gradients).items()}, before)
+    return {name: np.array(after[name]) - np.array(before[name]) for name in before}
+
+
+@pytest.mark.parametrize("step", [jax_step, mlx_step])
+def test_muon_turns_matrices_of_the_layers_and_adam_the_rest(step, weights):
+    gradients = {name: np.random.default_rng(1).normal(size=w.shape).astype(np.float32) for name, w in weights.items()}
+    for name, update in step(weights, gradients).items():
+        gradient = layers_of(gradients)[name]
+        assert np.sum(update * gradient) < 0
+        if name.endswith("q_proj.weight"):
+            singular = np.linalg.svd(update, compute_uv=False) / np.sqrt(OUT / IN)
+            # Five Newton-Schulz steps bring every singular value near 1 (0.7 to 1.2).
+            assert singular.min() > 0.6 and singular.max() < 1.25, singular
+        else:
+            np.testing.assert_allclose(update, -np.sign(gradient), atol=1e-3)  # Adam's first step
+
+
+def test_muon_decays_all_but_norms(weights):
+    decay = {"optimiser": jax_train.optimizer("muon", 0.1, 1e9), "none": jax_train.optimizer("muon", 0.0, 1e9)}
+    here = {name: jnp.asarray(w) for name, w in weights.items()}
+    updates = {name: o.update(here, o.init(here), here)[0] for name, o in decay.items()}
+    for name, w in here.items():
+        share = 0.0 if "norm" in name else 0.1
+        np.testing.assert_allclose(updates["optimiser"][name] - updates["none"][name], -share * w, atol=1e-5)
