@@ -52,6 +52,9 @@ def given(tmp_path_factory):
     for split in ("train", "valid", "test"):
         row = {"prompt": "1 + 1 = ?", "completion": "1 + 1 = 2, so the answer is 2."}
         (folder / "data" / f"{split}.jsonl").write_text(32 * (json.dumps(row) + "\n"), encoding="utf-8")
+    (folder / "lora.yaml").write_text(
+        "data: data\nbatch_size: 4\nlora_parameters: {rank: 4, scale: 2.0, dropout: 0.0}\n"
+    )
     shutil.copy(ROOT / "minicpm_data" / "pico" / "config.json", folder)
     checkpoint = open_checkpoint(ROOT / "minicpm_data" / "pico")
     save_adapter(folder / "adapters-of-others", tiny_adapter.make(checkpoint), checkpoint.config)
