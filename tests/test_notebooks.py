@@ -147,3 +147,28 @@ def test_commands_run_in_this_process(tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
     with pytest.raises(InputError, match="python -m"):
         notebook.run("make demo twice")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "left_out"),
+    [
+        ({}, 1, lambda c: 0),
+        ({"tie_word_embeddings": False}, 1, lambda c: c.vocab_size * c.hidden_size),
+        ({"num_experts": 4, "num_experts_per_tok": 1}, 3, lambda c: 3 * c.num_hidden_layers * c.hidden_size * 48),
+    ],
+)
+def test_what_a_step_has_to_read(changes, rows, left_out):
+    """Not the rows of an untied embedding, nor experts that nobody can have chosen (1 of 4 by 3 rows)."""
+    import jax
+
+    from minicpm_jax.model import initialise
+    from minicpm_jax.notebook import Speed, bytes_read
+    from weights_io.config import ModelConfig
+    from weights_io.parameters import count
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ModelConfig.from_dict({"vocab_size": 64, **shape, **changes})
+    read = bytes_read(initialise(config, jax.random.key(0)), rows)
+    assert read == 4 * (count(config) - left_out(config))
+    assert "50% of what" in str(Speed(rows, 100.0 * rows, read, 0.005))
+    assert "not known" in str(Speed(rows, 100.0 * rows, read, None))
