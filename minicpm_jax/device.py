@@ -27,8 +27,14 @@ def description() -> str:
     return devices[0].device_kind + (f" x {len(devices)}" if len(devices) > 1 else "")
 
 
+def preferred_dtype() -> str | None:
+    """What to compute in unless told otherwise; None is the checkpoint's own. XLA's bfloat16 on a CPU is ten times
+    slower than its float32."""
+    return "float32" if platform() == "cpu" else None
+
+
 def platform() -> str:
-    """``tpu``, ``cpu``, ``gpu``. Raises `InputError` where JAX finds no device."""
+    """``cpu``, ``tpu``. Raises `InputError` where JAX finds no device."""
     try:
         return jax.default_backend()
     except RuntimeError as error:
@@ -36,12 +42,6 @@ def platform() -> str:
         raise InputError(
             f"JAX cannot start ({reason}); install JAX's build for it, or set JAX_PLATFORMS=cpu."
         ) from None
-
-
-def preferred_dtype() -> str | None:
-    """What to compute in unless told otherwise; None is the checkpoint's own. XLA's bfloat16 on a CPU is ten times
-    slower than its float32. Raises `InputError` where JAX finds no device."""
-    return "float32" if platform() == "cpu" else None
 
 
 def for_decoding(model: "Model") -> "Model":
