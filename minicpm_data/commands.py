@@ -230,6 +230,8 @@ def run_chat(backend: Callable[[], Backend], prog: str) -> None:
                         note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
             except InputError as error:
                 complain(error)
+            except KeyboardInterrupt:  # a second one, while the first ended the answer
+                print()
 
     command_line.run(main, ChatOptions, prog)
 

@@ -41,15 +41,13 @@ class Metrics:
 
     def draw(self, picture: Path, decay_at: float | None = None, by: str = "tokens") -> None:
         """Loss and learning rate against tokens or steps; a line at ``decay_at`` of them, where the decay begins."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure  # not pyplot, whose backend is a notebook's or a window's
         from matplotlib.ticker import NullFormatter
 
         unit, axis = (1e6, "million tokens") if by == "tokens" else (1, "steps")
         at = [r[by] / unit for r in self.records]
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
         axes.plot(at, [r["loss"] for r in self.records], lw=0.8, alpha=0.6, label="training loss")
         valid: dict[str, list[tuple[float, float]]] = {}
         for record in self.records:
@@ -74,7 +72,6 @@ class Metrics:
         rates.set_ylim(bottom=0)
         figure.legend(loc="outside lower center", ncols=3)
         figure.savefig(picture, dpi=120)
-        plt.close(figure)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
