@@ -78,6 +78,7 @@ def test_commands(page, folder, monkeypatch, capsys):
         assert said.out.strip() or said.err.strip(), command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(f"docs/{page}", "python")])
 def test_python(page):
     for block in blocks(f"docs/{page}", "python"):

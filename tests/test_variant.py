@@ -62,6 +62,7 @@ def test_its_gain_counts_and_nothing_else_does(backend, folder, tmp_path):
     assert np.abs(logits(backend, folder) - logits(backend, plain)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_everything_that_reads_the_table_takes_it(folder, tmp_path):
     gain = changed(folder, tmp_path / "gain", gain=-2)
     expected = logits(minicpm_mlx, gain)
