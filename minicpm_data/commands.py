@@ -39,6 +39,13 @@ class SourceOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and computation; by default the checkpoint's own, and float32 where JAX runs on a CPU."""
 
+    def check_placement(self) -> None:
+        """`InputError` where `placement` could not be."""
+
+    def placement(self) -> dict[str, Any]:
+        """What a backend's ``load`` is told besides."""
+        return {}
+
 
 @dataclass(frozen=True)
 class ModelOptions(SourceOptions):
@@ -152,11 +159,12 @@ class ChatOptions(SamplingOptions, ModelOptions):
     """Most tokens of an answer."""
 
 
-def run_generate(backend: Callable[[], Backend], prog: str) -> None:
+def run_generate(backend: Callable[[], Backend], prog: str, options: type[GenerateOptions] = GenerateOptions) -> None:
     """``python -m PACKAGE.generate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: GenerateOptions) -> None:
         """Answer a prompt with a MiniCPM (or Llama) model."""
+        options.check_placement()
         sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
         variables, memory, speculation = options.template_variables(), options.memory(), options.speculation()
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
@@ -185,14 +193,15 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
         for response in meter.watch(answer):
             print(response.text, end="", flush=True)
         print()
-        note_context(model.config, len(ids) + len(meter.tokens))
-        if options.verbose:
-            print(meter.report(len(ids)), file=sys.stderr)
+        said = [meter.report(len(ids))] if options.verbose else []
         if options.report_sparsity:
             run = [*ids, *meter.tokens[:-1]]  # the last token went into no model
-            print(sparsity.line(running.activation_sparsity(model, run)), file=sys.stderr)
+            said.append(sparsity.line(running.activation_sparsity(model, run)))
+        if running.device.is_first():
+            note_context(model.config, len(ids) + len(meter.tokens))
+            print(*said, sep="\n", end="\n" if said else "", file=sys.stderr)
 
-    command_line.run(main, GenerateOptions, prog)
+    command_line.run(main, options, prog)
 
 
 def run_chat(backend: Callable[[], Backend], prog: str) -> None:
@@ -221,6 +230,8 @@ def run_chat(backend: Callable[[], Backend], prog: str) -> None:
                         note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
             except InputError as error:
                 complain(error)
+            except KeyboardInterrupt:  # a second one, while the first ended the answer
+                print()
 
     command_line.run(main, ChatOptions, prog)
 
@@ -269,8 +280,9 @@ class Meter:
         return "\n".join(lines)
 
 
-def load_model(backend: Backend, options: SourceOptions, **placement: Any) -> "tuple[Any, Tokenizer]":
-    """Model and tokenizer. ``placement``: what else the backend's ``load`` is told."""
+def load_model(backend: Backend, options: SourceOptions) -> "tuple[Any, Tokenizer]":
+    """Model and tokenizer, where the options want them."""
+    placement = options.placement()  # first: it may have to come before the first use of a device
     dtype = options.dtype or backend.device.preferred_dtype()
     model, tokenizer = backend.load(
         options.model,

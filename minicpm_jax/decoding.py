@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_jax.attention import Cache, placement
+from minicpm_jax.hosts import fetched, from_first
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
 from weights_io.errors import InputError
@@ -173,10 +174,10 @@ def _tokens(
     longest, slots = max(map(len, prompts)), slots_for(prompts, max_tokens, memory)
     knobs = Knobs.of(sampling, model.config.vocab_size)
     state = started(model, prompts, slots, sampling, knobs, end_ids, memory)
-    yield np.asarray(state.token)
+    yield fetched(state.token)
     made, steps = 1, 1
     while made < max_tokens:
-        if bool(np.all(state.done)):
+        if fetched(state.done).all():
             return
         if longest + made > slots:
             slots = bucket(slots + ROOM)
@@ -185,10 +186,11 @@ def _tokens(
         room = min(steps, max_tokens - made, slots - longest - made + 1)
         state, tokens, count = decode(model, state, np.int32(room), knobs)
         count = int(count)
-        yield from np.asarray(tokens)[:count]
+        yield from fetched(tokens)[:count]
         made += count
-        # Grow the call while the reader does not have to wait for it.
-        steps = min(STEPS, 2 * steps) if time.perf_counter() - began < PATIENCE / 2 else steps
+        # Grow the call while the reader does not have to wait for it; the clocks of several processes would differ.
+        quick = jax.process_count() > 1 or time.perf_counter() - began < PATIENCE / 2
+        steps = min(STEPS, 2 * steps) if quick else steps
 
 
 def started(
@@ -204,7 +206,7 @@ def started(
     cache, last = run(model, prompts, slots, memory)
     ends = np.array(sorted(end_ids) or [-1], np.int32)
     seen = seen_tokens(prompts, model.config.vocab_size) if sampling.penalised else None
-    return begin(model, cache, last, seen, sampling.row_keys(len(prompts)), ends, knobs)
+    return begin(model, cache, last, seen, from_first(sampling.row_keys(len(prompts))), ends, knobs)
 
 
 def run(

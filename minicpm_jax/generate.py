@@ -6,12 +6,20 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from minicpm_data.commands import GenerateOptions
 from minicpm_data.generation import Backend, Generator
+from minicpm_jax.placement import Placement
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+@dataclass(frozen=True)
+class Options(Placement, GenerateOptions):
+    pass
 
 
 def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":
@@ -43,4 +51,4 @@ batch_generate = generator.batch_generate
 if __name__ == "__main__":
     from minicpm_data import commands
 
-    commands.run_generate(backend, "python -m minicpm_jax.generate")
+    commands.run_generate(backend, "python -m minicpm_jax.generate", Options)

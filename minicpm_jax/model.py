@@ -106,12 +106,16 @@ class DecoderLayer(nnx.Module):
         return x + scaled(added, self.residual_scale), cache, imbalance
 
 
+LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another
+
+
 class Decoder(nnx.Module):
     """Embedding, layers and final norm: all but the head."""
 
     def __init__(self, weights: dict[str, Any], config: ModelConfig):
         self.embed_tokens = Embedding(weights["embed_tokens"]["weight"])
-        self.layers = DecoderLayer(weights["layers"], config)  # stacked: every leaf has a leading axis L
+        layer = LAYERS.get(config.model_type, DecoderLayer)
+        self.layers = layer(weights["layers"], config)  # stacked: every leaf has a leading axis L
         self.norm = RMSNorm(weights["norm"]["weight"], config.rms_norm_eps)
         self.embedding_scale = config.embedding_scale
         self.mesh: Mesh | None = None  # of more than one device; `loading` says

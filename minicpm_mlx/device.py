@@ -12,6 +12,11 @@ def description() -> str:
     return "cpu" if device == mx.cpu else str(mx.device_info().get("device_name", "gpu"))
 
 
+def is_first() -> bool:
+    """Whether this process is the one that prints: there is no other."""
+    return True
+
+
 def preferred_dtype() -> str | None:
     """What to compute in unless told otherwise; None is the checkpoint's own."""
     return None

@@ -78,13 +78,17 @@ class DecoderLayer(nn.Module):
         return added(x, self.mlp.down_proj, self.mlp.hidden(normed), self.residual_scale), mx.array(0.0)
 
 
+LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another
+
+
 class Decoder(nn.Module):
     """Embedding, layers and final norm: all but the head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        layer = LAYERS.get(config.model_type, DecoderLayer)
+        self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.embedding_scale = config.embedding_scale
 

@@ -10,6 +10,7 @@ import tiny_tokenizer as tiny
 
 from minicpm_data import commands, corpus, evaluation, load_tokenizer, terminal
 from minicpm_data.generation import Backend, Generator
+from minicpm_data.streaming import Response
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
@@ -171,6 +172,34 @@ def test_what_begins_with_a_slash(parrot, typed, monkeypatch, tmp_path):
     assert asked == ["The sea.<用户>Hello<AI>", "The sea.<用户>world<AI>", "<用户>Hello<AI>"]
     roles = [message["role"] for message in json.loads(kept.read_text(encoding="utf-8"))["messages"]]
     assert roles == ["system", "user", "assistant"]
+    said = ["(begun anew with this system message)", "(the conversation is forgotten)", "(begun anew with no system"]
+    assert all(line in out for line in said)
+
+
+def test_a_terminal_sees_no_control_characters(monkeypatch, capsys):
+    """Of an answer, which is kept as it is; the help fits a narrow terminal."""
+    answer = [Response("a\x1b[2J\tb", 1), Response("\x07\x9b\n中", 2)]
+    assert terminal.printed(answer) == "a\x1b[2J\tb\x07\x9b\n中"
+    assert capsys.readouterr().out == "a\x1b[2J\tb\x07\x9b\n中\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    terminal.printed(answer)
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\ufffd\ufffd\n中\n"
+    assert max(map(len, terminal.HELP.splitlines())) <= 60
+
+
+def test_a_second_ctrl_c_does_not_end_the_program(parrot, typed, monkeypatch):
+    """One that comes when the answer has ended, before the next question."""
+    bird, lines = parrot("The fox."), iter(["Hello", "world"])
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
+    notes = iter([KeyboardInterrupt])
+
+    def note(*_):
+        if (pressed := next(notes, None)) is not None:
+            raise pressed
+
+    monkeypatch.setattr(commands, "note_context", note)
+    assert typed(commands.run_chat, bird)[:2] == (0, "The fox.\n\nThe fox.\n")
+    assert bird.tokenizer.decode(bird.asked[1]) == "<用户>Hello<AI>The fox.<用户>world<AI>"
 
 
 def test_a_question_without_an_answer_is_forgotten(parrot, typed, monkeypatch):
