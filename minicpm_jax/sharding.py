@@ -109,8 +109,13 @@ def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
-    """The arrays, whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """The arrays, whole on every device. `device_put` would end a run whose processes have not the same, before it can
+    be said what they have not (`hosts.Together.check_same`)."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, everywhere)
+    tree = jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index]), tree)
 
 
 def automatic(mesh: Mesh) -> Mesh:

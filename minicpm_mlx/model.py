@@ -72,10 +72,14 @@ class DecoderLayer(nn.Module):
         x = x[:, -1:] if last else x
         x = added(x, self.self_attn.o_proj, mixed, self.residual_scale)
         normed = self.post_attention_layernorm(x)
+        imbalance = mx.array(0.0)
+        if type(self.mlp) is MLP:  # a variant's own may do more
+            return added(x, self.mlp.down_proj, self.mlp.hidden(normed), self.residual_scale), imbalance
         if isinstance(self.mlp, MoE):
             more, imbalance = self.mlp(normed, positions.real)
-            return x + scaled(more, self.residual_scale), imbalance
-        return added(x, self.mlp.down_proj, self.mlp.hidden(normed), self.residual_scale), mx.array(0.0)
+        else:
+            more = self.mlp(normed)
+        return x + scaled(more, self.residual_scale), imbalance
 
 
 LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another

@@ -160,11 +160,11 @@ def test_columns_are_read_without_what_lies_between_them(tmp_path, monkeypatch):
     numbers = np.arange(12 * 1024, dtype=np.float32).reshape(12, 1024)
     numbers.tofile(tmp_path / "numbers")
     tensor = FileTensor(tmp_path / "numbers", 0, numbers.dtype, numbers.shape, (1024, 1))
-    read, original = [], os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *call: read.append(original(*call)) or read[-1])
+    read, original = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *call: read.append(original(*call)) or read[-1])
     here = (slice(3, 9), slice(512, 1024))
     np.testing.assert_array_equal(tensor.read(here), numbers[here])
-    assert sum(read) == 6 * 512 * 4
+    assert sum(map(len, read)) == 6 * 512 * 4
     (tmp_path / "numbers").write_bytes(b"short")
     with pytest.raises(TypeError, match="too small"):
         tensor.read(here)

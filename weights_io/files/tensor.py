@@ -1,5 +1,6 @@
 """A tensor that is still in its file: shape and dtype now, bytes when asked for, and only those of the slice."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -66,13 +67,12 @@ class FileTensor:
     def _rows(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
         """The parts of rows of a block that begins at element ``first``, without what lies between them."""
         parts = np.empty(shape, self.dtype)
-        with open(self.source, "rb", buffering=0) as file:
+        with open(self.source, "rb") as file:
             for place in np.ndindex(*shape[:-1]):
                 element = first + sum(i * stride for i, stride in zip(place, self.strides, strict=False))
-                part = parts[place].view(np.uint8)
-                file.seek(self.offset + element * self.dtype.itemsize)
-                if (file.readinto(part.data) or 0) < len(part):
-                    raise TypeError("buffer is too small for requested array")  # as numpy says it
+                size = shape[-1] * self.dtype.itemsize
+                data = os.pread(file.fileno(), size, self.offset + element * self.dtype.itemsize)
+                parts[place] = np.ndarray(shape[-1:], self.dtype, data)  # checks that the bytes suffice
         return parts
 
 
