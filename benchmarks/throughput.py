@@ -3,8 +3,8 @@
     python -m benchmarks.throughput --peer-python ~/torch/bin/python --out docs/throughput
 
 All run the same random Llama of MiniCPM-1B's width, on two threads, each in a process of its own that stays; they take
-turns, and of each figure the median counts. Writes a table (.md) and a picture (.png). A program that is not installed
-is left out, with a line that says so. ``--peer-python``: where transformers and xllamacpp are installed.
+turns, and of each figure the median counts. Writes the figures (.json), a table (.md) and a picture (.png). A program
+that is not installed is left out, with a line that says so. ``--peer-python``: where transformers and xllamacpp are.
 """
 
 import json
@@ -44,7 +44,9 @@ class Options:
     mlx_tokens: int = 9
     peer_python: str = sys.executable
     out: Path = Path("throughput")
-    """Name of the files to be written, less .md and .png."""
+    """Name of the files to be written, less .json, .md and .png."""
+    only: tuple[str, ...] = ()
+    """Measure again where these of ours run (minicpm_mlx); the other figures stay those of the last time."""
     worker: tuple[str, Path, Precision, int, int, int] | None = None
     """Be one of the programs: name, folder, precision, prompt, tokens, words."""
 
@@ -60,6 +62,10 @@ class Contest:
     prompt: int
     tokens: int
 
+    @property
+    def title(self) -> str:
+        return f"{self.names[0]}, {self.precision}"
+
 
 def main(options: Options) -> None:
     """Measure, and write the table and the picture."""
@@ -73,14 +79,22 @@ def main(options: Options) -> None:
     both = ("minicpm_jax", "transformers", "llama.cpp")
     contests = [Contest(both, "float32", *large), Contest(both, "bfloat16", *large)]
     contests.append(Contest(("minicpm_mlx", "mlx_lm"), "float32", *small))
-    parts, bars = [], []
+    path = options.out.with_suffix(".json")
+    if options.only and not path.exists():
+        raise InputError(f"--only adds to {path}, which is not there; measure everything first.")
+    last = json.loads(path.read_text("utf-8")) if options.only else {}
+    found = {}
     for contest in contests:
+        ours = contest.names[0]
+        if options.only and ours not in options.only:
+            found[contest.title] = last[contest.title]
+            continue
         figures, size = measured(contest, options)
-        parts.append(table(contest, figures, size))
-        bars.append((contest, figures))
-        print(parts[-1], flush=True)
+        found[contest.title] = {"figures": figures, "size": size}
+    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    parts = [table(contest, **found[contest.title]) for contest in contests]
     options.out.with_suffix(".md").write_text(HEADER + "\n".join(parts), "utf-8")
-    draw(bars, options.out.with_suffix(".png"))
+    draw([(contest, found[contest.title]["figures"]) for contest in contests], options.out.with_suffix(".png"))
 
 
 HEADER = """# Beside other programs, on two cores of a CPU
@@ -148,9 +162,8 @@ def start(name: str, world: Path, contest: Contest, options: Options, runs: dict
 
 
 def table(contest: Contest, figures: dict[str, dict[str, float]], size: int) -> str:
-    what = f"{contest.precision}, {contest.layers} layers, {contest.words:,} words, {size / 1e6:,.0f} MB"
     lines = [
-        f"## {contest.names[0]}: {what}\n",
+        f"## {contest.title}, {contest.layers} layers, {contest.words:,} words, {size / 1e6:,.0f} MB\n",
         f"| program | prompt of {contest.prompt}, tokens/s | of ours | {contest.tokens} tokens of an answer, tokens/s "
         "| of ours | loading, s | peak |",
         "|---|---|---|---|---|---|---|",

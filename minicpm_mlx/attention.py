@@ -25,6 +25,12 @@ class Positions:
     mask: mx.array | str | None  # [B, 1, T, S] bool, "causal", or None: a single token sees everything
     real: mx.array | None = None  # [B, T] bool: which are no padding; None: all, or it does not matter
 
+    def last(self, width: int) -> "Positions":
+        """Of the last of T new tokens alone."""
+        tables = None if self.tables is None else (self.tables[0][:, :, -1:], self.tables[1][:, :, -1:])
+        mask = self.mask[..., -1:, :] if isinstance(self.mask, mx.array) else None  # "causal": it sees all
+        return Positions(self.offset + width - 1, self.freqs, tables, mask)
+
 
 def positions_of(
     config: ModelConfig,
@@ -119,20 +125,22 @@ class Attention(nn.Module):
         """[B, T, D] to [B, T, D]; ``cache``: this layer's, written in place."""
         return self.o_proj(self.mixed(x, positions, cache))
 
-    def mixed(self, x: mx.array, positions: Positions, cache: Any | None = None) -> mx.array:
-        """[B, T, D] to [B, T, NH], which ``o_proj`` reads."""
+    def mixed(self, x: mx.array, positions: Positions, cache: Any | None = None, last: bool = False) -> mx.array:
+        """[B, T, D] to [B, T, NH], which ``o_proj`` reads; ``last``: the last token's [B, 1, NH] alone."""
 
         def heads(y):
-            return y.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+            return y.reshape(*y.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
 
-        if joined(self):
+        if joined(self, x):
             assert self._joined is not None
             every = heads(self._joined(x))  # [B, N + 2K, T, H]
             turned = rotate(every[:, : -self.kv_heads], positions)
             q, k, v = turned[:, : self.heads], turned[:, self.heads :], every[:, -self.kv_heads :]
         else:
-            q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-            q, k = rotate(q, positions), rotate(k, positions)
+            k, v = rotate(heads(self.k_proj(x)), positions), heads(self.v_proj(x))
+            if last:
+                x, positions = x[:, -1:], positions.last(x.shape[1])
+            q = rotate(heads(self.q_proj(x)), positions)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         return attend(q, k, v, positions.mask, cache)

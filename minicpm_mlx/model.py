@@ -45,7 +45,7 @@ class MLP(nn.Module):
 
     def hidden(self, x: mx.array) -> mx.array:
         """[B, T, D] to [B, T, F], which ``down_proj`` reads."""
-        if joined(self):
+        if joined(self, x):
             assert self._joined is not None
             gate, up = mx.split(self._joined(x), 2, axis=-1)
         else:
@@ -68,9 +68,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """[B, T, D] to [B, T, D], and the `moe.imbalance` of this layer (0 where it has no experts); ``cache``: this
         layer's, written in place. ``last``: only the last token's [B, 1, D]."""
-        mixed = self.self_attn.mixed(self.input_layernorm(x), positions, cache)
-        if last:
-            x, mixed = x[:, -1:], mixed[:, -1:]
+        mixed = self.self_attn.mixed(self.input_layernorm(x), positions, cache, last)
+        x = x[:, -1:] if last else x
         x = added(x, self.self_attn.o_proj, mixed, self.residual_scale)
         normed = self.post_attention_layernorm(x)
         imbalance = mx.array(0.0)

@@ -1,1 +1,1 @@
-"""Front ends over either backend: evaluation of long contexts and of training histories."""
+"""What runs on either backend: an engine for many requests, evaluation of long contexts and of training histories."""

@@ -59,7 +59,7 @@ def test_what_changes_a_layer_is_noticed(model, tmp_path, change):
 
     shape = SHAPE | {"intermediate_size": 64}
     first, second = (load(tiny_model.write(tmp_path / name, **shape), "float32")[0] for name in "ab")
-    ids = [[1, 7, 9, 4, 5]]
+    ids = [[7], [4]]  # single tokens, which alone are computed so
     plain = np.array(first(ids))
     expected = np.array(changed(first)(ids))
     join(second)
