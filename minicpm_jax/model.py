@@ -47,7 +47,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(weight)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[...][ids]
+        return self.weight[ids]
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return product(self.weight[...], x)
