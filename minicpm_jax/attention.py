@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int8
 
+from minicpm_jax.arithmetic import precision
 from minicpm_jax.kernels.cache_attention import cache_attention
 from minicpm_jax.kernels.causal_attention import causal_attention
 from minicpm_jax.sharding import row_axes, splits
@@ -171,11 +173,14 @@ def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array
 
 
 def rotate(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:
-    """Turn each pair (h, h + H/2) by its angle, in float32, and round back to x's dtype."""
-    wide = x.astype(jnp.float32)
-    first, second = jnp.split(wide, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (wide * positions.cos[:, :, None] + turned * positions.sin[:, :, None]).astype(x.dtype)
+    """Turn each pair (h, h + H/2) by its angle, in float32, and round back to x's dtype. The halves change places by a
+    product with ones, which is exact: cut out, 32 numbers of 64 would each fill 128 lanes of a TPU, a third of the
+    bytes that attention moves in training."""
+    head_dim = x.shape[-1]
+    places = jnp.asarray(np.eye(head_dim, k=head_dim // 2) - np.eye(head_dim, k=-head_dim // 2), x.dtype)
+    exact = {"precision": precision(x), "preferred_element_type": jnp.float32}
+    turned = jnp.einsum("btxh,hg->btxg", x, places, **exact)  # -second, first
+    return (x.astype(jnp.float32) * positions.cos[:, :, None] + turned * positions.sin[:, :, None]).astype(x.dtype)
 
 
 class Attention(nnx.Module):

@@ -46,6 +46,10 @@ class Rows(nnx.Module):
     def shape(self) -> tuple[int, ...]:
         return self.table.shape
 
+    @property
+    def dtype(self) -> Any:
+        return self.scale.dtype
+
     def __getitem__(self, index: Any) -> Array:
         scale = self.scale[...][index][..., None]
         return self.table[...][index].astype(scale.dtype) * scale

@@ -68,6 +68,14 @@ def by_rows(x: Any, mesh: Mesh | None) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(names)))
 
 
+def gathered_rows(x: Any, mesh: Mesh | None) -> Any:
+    """`by_rows` by way of the whole array on every device: what is split along its last axis comes by an all-gather,
+    which runs beside arithmetic; from the one split to the other it would be an all-to-all."""
+    if mesh is None:
+        return x
+    return by_rows(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec())), mesh)
+
+
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
     """The axes that split a batch of so many rows; none where they do not divide it."""
     return () if rows % rows_split(mesh) else tuple(name for name in BATCH if name in mesh.shape)
