@@ -98,19 +98,14 @@ def one_layer(vocabulary: int, width: int) -> ModelConfig:
 def jax_loss(options: Options) -> None:
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
     from minicpm_jax import adapters, losses, train
+    from minicpm_jax.chips import Topology
     from minicpm_jax.model import abstract, initialise
 
     config = shape_of(options.model)
-    try:
-        chip = topologies.get_topology_desc(
-            platform="tpu", topology_name=options.topology, chips_per_host_bounds=(1, 1, 1)
-        ).devices[0]
-    except (RuntimeError, ValueError) as error:
-        raise InputError("compiling for a TPU needs libtpu: pip install 'minicpm-jax-mlx[fit]'.") from error
+    chip = Topology.parse(options.topology).devices()[0]
 
     def plain(model, hidden, labels):
         logits, labels = model.head(hidden[:, :-1]), labels[:, 1:]

@@ -102,8 +102,8 @@ class Trainer:
             adapters.attach(self.model, adapters.from_adapter(self.config, adapter), adapter.config.scale)
             self.dtypes = {name: w.dtype for name, w in tree_flatten(self.model.trainable_parameters())}
             self.weights = train.weights_of(self.model)
-            if self.before is not None:
-                self.before = adapters.untrained(self.model)
+            if self.before is not None and self.options.resume_adapter_file is None:
+                self.before = adapters.untrained(self.model)  # of the export's rank
 
     def close(self) -> None:
         pass

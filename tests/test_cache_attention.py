@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import os
 import re
 
 import numpy as np
@@ -18,6 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 from minicpm_data.generation import Sampling  # noqa: E402
 from minicpm_jax import attention, load  # noqa: E402
 from minicpm_jax.attention import Cache, attend, attend_cache  # noqa: E402
+from minicpm_jax.chips import Topology  # noqa: E402
 from minicpm_jax.decoding import State, decode, prefill  # noqa: E402
 from minicpm_jax.kernels.cache_attention import Tiling, bytes_read, cache_attention, cost  # noqa: E402
 from minicpm_jax.model import abstract  # noqa: E402
@@ -203,21 +203,12 @@ def test_a_piece_of_a_prompt_reads_what_is_filled(name):
 def chip():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which compiles for TPUs, is not installed (it exists for Linux on x86-64)")
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
+    return Topology.parse("v5e:1x1").devices()[0]
 
 
 def compiled(job, slots, batch=1, bits=None):
     """The program of a 512-token piece or of decoding, of a model as wide as the 2B with four layers, in bfloat16."""
-    sharding = SingleDeviceSharding(chip().devices[0])
+    sharding = SingleDeviceSharding(chip())
 
     def placed(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

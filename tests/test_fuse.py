@@ -9,12 +9,13 @@ import sys
 import numpy as np
 import pytest
 import tiny_adapter
+from gguf import GGMLQuantizationType, quants
 
 from weights_io.adapters import fused, read_adapter, save_adapter
 from weights_io.casting import Rounding
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
-from weights_io.fuse import Options, main
+from weights_io.fuse import Options, main, step_error
 from weights_io.lora import Change
 
 IDS = np.random.default_rng(0).integers(3, 200, (2, 12))
@@ -118,7 +119,9 @@ def test_a_quantised_source_is_told(reference, tmp_path, capsys):
     adapter = tiny_adapter.make(checkpoint, ["q_proj"])
     save_adapter(tmp_path / "adapter", adapter, checkpoint.config)
     main(Options(model=str(path), adapter_path=tmp_path / "adapter", save_path=tmp_path / "out"))
-    assert re.search(r"is quantised \(.*Q4_0.*\): the fused weights carry that error", capsys.readouterr().out)
+    assert re.search(
+        r"is quantised \(.*Q4_0.*\): the fused weights carry that error, .* about 0\.0\d+ of", capsys.readouterr().out
+    )
     written = open_checkpoint(tmp_path / "out")
     for name, tensor in fused(checkpoint, adapter).items():
         np.testing.assert_array_equal(written.tensors[name].read(), tensor.read())
@@ -134,3 +137,11 @@ def test_what_is_refused_leaves_nothing(source, reference, tmp_path):
         main(Options(model=llama, **options, to="llama"))
     assert not (tmp_path / "out").exists()
     assert read_adapter(tmp_path / "adapter", source.config)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0"])
+def test_the_error_of_a_quantised_source_without_the_source(kind):
+    weights = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    blocks = quants.quantize(weights, GGMLQuantizationType[kind])
+    read = quants.dequantize(blocks, GGMLQuantizationType[kind])
+    assert 0.85 < np.sqrt(step_error(read, kind) / np.sum((read - weights) ** 2, dtype=np.float64)) < 1.1

@@ -28,7 +28,10 @@ def babbler(backend, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=FOLDERS)
 def case(backend, request):
-    folder = request.getfixturevalue("reference")(request.param)
+    return opened(backend, request.getfixturevalue("reference")(request.param))
+
+
+def opened(backend, folder):
     return backend.load(folder, "float32")[0], np.load(folder / "reference.npz")
 
 
@@ -294,13 +297,13 @@ def test_both_packages_export_the_same_calls():
             assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs], name
 
 
-@pytest.mark.parametrize("pieces", [3, 32])
-def test_the_size_of_a_prompts_pieces_changes_nothing(backend, case, pieces, monkeypatch):
+@pytest.mark.parametrize("folder, pieces", [("long_128k", 3), ("long_128k", 32), ("moe_8x2b", 3), ("dense_1b", 3)])
+def test_the_size_of_a_prompts_pieces_changes_nothing(backend, reference, folder, pieces, monkeypatch):
     """Under dynamic NTK too: each piece takes the base of the whole prompt."""
     if backend.__name__ == "minicpm_jax":  # whose pieces are at least 32 tokens, and attention's blocks 512
         monkeypatch.setattr("minicpm_jax.decoding.bucket", lambda length: -(-length // 4) * 4)
         monkeypatch.setattr("minicpm_jax.attention.BLOCK", 7)
-    model, data = case
+    model, data = opened(backend, reference(folder))
     for ending in ["", *(key.removeprefix("prompt_ids") for key in data if key.startswith("prompt_ids_P"))]:
         prompt, expected = data[f"prompt_ids{ending}"][0].tolist(), data[f"greedy_ids{ending}"].reshape(-1).tolist()
         made = expected[len(prompt) :]
