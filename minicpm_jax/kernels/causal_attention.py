@@ -3,7 +3,8 @@
 Dims as in attention.py: B batch, T tokens, N query heads, K key/value heads, H head dimension.
 
 No [T, T] array is in HBM: a step of LoRA on MiniCPM-2B, 8 rows of 2,048 tokens with their layers computed twice, moves
-650 GB there, with XLA's form of attention and of rotation 4,100. Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
+650 GB there, with XLA's forms of attention and of rotation 4,100.
+Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
 """
 
 import functools
