@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minicpm_data.examples import Example, Pair
+from minicpm_data.runs import Own
 from weights_io.errors import InputError
 
 IGNORED = -100  # a label that is not trained, as in PyTorch
@@ -21,11 +22,13 @@ Row = list[int]  # the examples that share a row; [] is an empty row
 @dataclass(frozen=True)
 class Batch:
     """Rows of one width. B is the batch size; of pairs 2 B: the chosen ones, then the rejected ones in the same order.
-    A row of nothing but padding is an empty row."""
+    A row of nothing but padding is an empty row. Where several processes train, each has its own rows alone."""
 
     ids: np.ndarray  # [B, T] int32
     labels: np.ndarray  # [B, T] int32: the token itself where it is a target, else -100; position t - 1 predicts t
     segments: np.ndarray  # [B, T] int32: 1, 2, ... number the examples of a row, 0 is padding
+    size: int  # B, of all processes
+    length: int  # tokens in the rows of all processes, trained or not
     index: np.ndarray | None = None  # [B] int32, of pairs alone: which pair each row is, -1 an empty one
 
     @property
@@ -55,17 +58,15 @@ class Batches:
         seed: int,
         *,
         pack: bool = False,
-        shard: tuple[int, int] = (0, 1),
     ):
-        """``shard`` (p, P): the rows of process p of P, which must divide ``batch_size``; all have the same width.
-        InputError where the examples do not fill a batch."""
+        """InputError where the examples do not fill a batch."""
         import grain
 
-        if batch_size < 1 or batch_size % shard[1]:
-            raise InputError(f"--batch-size {batch_size} must be a multiple of {shard[1]}, the number of processes.")
+        if batch_size < 1:
+            raise InputError(f"--batch-size {batch_size} is no number of rows; give at least 1.")
         if seed < 0:
             raise InputError(f"--seed {seed} is negative; give 0 or more.")
-        self._examples, self._batch_size, self._shard = examples, batch_size, shard
+        self._examples, self._batch_size = examples, batch_size
         self._limit, self._seed = max_seq_length, seed
         self._rows, self._widths = _rows(examples, max_seq_length, pack)
         if len(self._rows) < batch_size:
@@ -79,13 +80,14 @@ class Batches:
         self.per_epoch = self._start(1)
 
     def __getitem__(self, n: int) -> Batch:
+        return self.part(n, range)
+
+    def part(self, n: int, own: Own) -> Batch:
+        """Batch n, of which only the ``own`` rows are made. Its width is that of the whole."""
         if n < 0:
             raise IndexError(n)
         rows = self._global_rows(n)
-        process, processes = self._shard
-        count = self._batch_size // processes
-        own = rows[process * count : (process + 1) * count]
-        return _assemble(self._examples, [self._rows[row] for row in own], self._width(rows))
+        return _assemble(self._examples, [self._rows[row] for row in rows], self._width(rows), own)
 
     @functools.cached_property
     def padding(self) -> float:
@@ -103,7 +105,7 @@ class Batches:
         return -(-epoch * len(self._rows) // self._batch_size)
 
     def _global_rows(self, n: int) -> list[int]:
-        """The rows of batch n, of all processes."""
+        """The rows of batch n."""
         epoch = n * self._batch_size // len(self._rows)
         first, end = self._start(epoch), self._start(epoch + 1)
         bucket = first + (n - first) // BUCKET * BUCKET
@@ -118,17 +120,22 @@ class Batches:
 
 
 def evaluation_batches(
-    examples: Sequence[Example] | Sequence[Pair], batch_size: int, max_seq_length: int, pack: bool = False
+    examples: Sequence[Example] | Sequence[Pair],
+    batch_size: int,
+    max_seq_length: int,
+    pack: bool = False,
+    own: Own = range,
 ) -> Iterator[Batch]:
     """Every example once. Rows of like length share a batch; the batches come in a fixed random order, so that the
-    first few are a fair sample. All have ``batch_size`` rows (pairs: twice that); missing ones are empty."""
+    first few are a fair sample. All have ``batch_size`` rows (pairs: twice that); missing ones are empty. ``own`` as
+    in `Batches.part`."""
     rows, widths = _rows(examples, max_seq_length, pack)
     order = sorted(range(len(rows)), key=lambda row: -widths[row])
     chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     for b in np.random.default_rng(0).permutation(len(chunks)):
         width = _rounded(widths[chunks[b][0]], max_seq_length)
         chosen = [rows[row] for row in chunks[b]]
-        yield _assemble(examples, chosen + [[]] * (batch_size - len(chosen)), width)
+        yield _assemble(examples, chosen + [[]] * (batch_size - len(chosen)), width, own)
 
 
 def _rows(examples: Sequence[Example] | Sequence[Pair], width: int, pack: bool) -> tuple[list[Row], list[int]]:
@@ -169,13 +176,14 @@ def best_fit(lengths: Sequence[int], width: int) -> list[Row]:
     return rows
 
 
-def _assemble(examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row], width: int) -> Batch:
-    """One batch row for each of ``rows``; of pairs two, all chosen ones first."""
+def _assemble(examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row], width: int, own: Own) -> Batch:
+    """One batch row for each of ``rows``; of pairs two, all chosen ones first. Of all these only the ``own`` ones."""
     sides = len(examples[0].parts)
-    shape = (sides * len(rows), width)
+    made = own(sides * len(rows))
+    shape = (len(made), width)
     ids, labels, segments = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32), np.zeros(shape, np.int32)
-    for b in range(shape[0]):
-        side, row = divmod(b, len(rows))
+    for b, place in enumerate(made):
+        side, row = divmod(place, len(rows))
         at = 0
         for number, i in enumerate(rows[row], 1):
             part = examples[i].parts[side]
@@ -185,7 +193,8 @@ def _assemble(examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row],
             labels[b, at] = IGNORED  # what stands in front of it is another example, or nothing
             at = here.stop
     index = np.array([row[0] if row else -1 for row in rows], np.int32) if sides == 2 else None
-    return Batch(ids, labels, segments, index)
+    length = sum(part.length for row in rows for i in row for part in examples[i].parts)
+    return Batch(ids, labels, segments, sides * len(rows), length, index)
 
 
 def _rounded(width: int, limit: int) -> int:

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +13,7 @@ import tyro
 
 from minicpm_data import sparsity
 from minicpm_data.generation import Backend, CacheOptions, Sampling
+from minicpm_data.speculation import Speculation
 from minicpm_data.streaming import stop_strings
 from minicpm_data.terminal import Conversation, complain, printed, typed_lines
 from weights_io import command_line
@@ -37,6 +38,13 @@ class SourceOptions:
     """Where --model is downloaded from if it is not on this disk."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and computation; by default the checkpoint's own, and float32 where JAX runs on a CPU."""
+
+    def check_placement(self) -> None:
+        """`InputError` where `placement` could not be."""
+
+    def placement(self) -> dict[str, Any]:
+        """What a backend's ``load`` is told besides."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,12 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     """Keep only the first 4 and the latest so many tokens (MLX)."""
     prefill_step_size: int = 512
     """Tokens of the prompt that are run together: less takes less memory."""
+    draft_model: str | None = None
+    """A smaller model of the same tokenizer that guesses the next tokens: the same answer, sooner."""
+    num_draft_tokens: int = 3
+    """Tokens that are guessed at once."""
+    prompt_lookup: bool = False
+    """Guess that the text goes on as it did where its last words stood before: sooner where much is repeated."""
     verbose: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Print speed and memory at the end."""
     report_sparsity: bool = False
@@ -109,6 +123,12 @@ class GenerateOptions(SamplingOptions, ModelOptions):
         options = {f.name: getattr(self, f.name) for f in fields(CacheOptions)}
         CacheOptions(**options)
         return options
+
+    def speculation(self, draft_model: Any = None) -> dict[str, Any]:
+        """Under the names of `Speculation`, checked; ``draft_model``: what the one of that flag was loaded as."""
+        options = {f.name: getattr(self, f.name) for f in fields(Speculation)}
+        Speculation(**options)
+        return options | {"draft_model": draft_model}
 
     def template_variables(self) -> dict[str, Any]:
         """What --chat-template-config holds. InputError also for flags of the template that is to be ignored."""
@@ -139,13 +159,14 @@ class ChatOptions(SamplingOptions, ModelOptions):
     """Most tokens of an answer."""
 
 
-def run_generate(backend: Callable[[], Backend], prog: str) -> None:
+def run_generate(backend: Callable[[], Backend], prog: str, options: type[GenerateOptions] = GenerateOptions) -> None:
     """``python -m PACKAGE.generate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: GenerateOptions) -> None:
         """Answer a prompt with a MiniCPM (or Llama) model."""
+        options.check_placement()
         sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
-        variables, memory = options.template_variables(), options.memory()
+        variables, memory, speculation = options.template_variables(), options.memory(), options.speculation()
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something.")
@@ -161,22 +182,26 @@ def run_generate(backend: Callable[[], Backend], prog: str) -> None:
             begun = options.prefill_response is not None
             ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
             stops = options.stops(*tokenizer.turn_markers)
+        if options.draft_model is not None:
+            source = replace(options, model=options.draft_model, revision=None, adapter_path=None)
+            speculation = options.speculation(running.device.for_decoding(load_model(running, source)[0]))
         if not options.report_sparsity:  # which looks into the layers
             model = running.device.for_decoding(model)
         meter = Meter(running.device)
-        kept = sampling | memory
+        kept = sampling | memory | speculation
         answer = running.generator.stream_generate(model, tokenizer, ids, max_tokens, stop=stops, **kept)
         for response in meter.watch(answer):
             print(response.text, end="", flush=True)
         print()
-        note_context(model.config, len(ids) + len(meter.tokens))
-        if options.verbose:
-            print(meter.report(len(ids)), file=sys.stderr)
+        said = [meter.report(len(ids))] if options.verbose else []
         if options.report_sparsity:
             run = [*ids, *meter.tokens[:-1]]  # the last token went into no model
-            print(sparsity.line(running.activation_sparsity(model, run)), file=sys.stderr)
+            said.append(sparsity.line(running.activation_sparsity(model, run)))
+        if running.device.is_first():
+            note_context(model.config, len(ids) + len(meter.tokens))
+            print(*said, sep="\n", end="\n" if said else "", file=sys.stderr)
 
-    command_line.run(main, GenerateOptions, prog)
+    command_line.run(main, options, prog)
 
 
 def run_chat(backend: Callable[[], Backend], prog: str) -> None:
@@ -205,6 +230,8 @@ def run_chat(backend: Callable[[], Backend], prog: str) -> None:
                         note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
             except InputError as error:
                 complain(error)
+            except KeyboardInterrupt:  # a second one, while the first ended the answer
+                print()
 
     command_line.run(main, ChatOptions, prog)
 
@@ -215,6 +242,7 @@ class Meter:
     def __init__(self, device: ModuleType):
         self.device = device
         self.tokens: list[int] = []
+        self.from_draft = 0
         self.reason: str | None = None
         self.clock = [time.perf_counter()]  # before, at the first token, at the end
         self.compiled = [device.compile_seconds()]
@@ -222,6 +250,7 @@ class Meter:
     def watch(self, answer: "Iterable[Response]") -> "Iterator[Response]":
         for response in answer:
             self.tokens += [] if response.token is None else [response.token]
+            self.from_draft += response.from_draft
             self.reason = response.finish_reason or self.reason
             if len(self.clock) == 1:
                 self._mark()
@@ -242,6 +271,8 @@ class Meter:
             f"Generation: {len(self.tokens)} tokens, {max(len(self.tokens) - 1, 0) / answer:.1f} tokens-per-sec",
             f"Peak memory: {self.device.peak_memory() / 1e9:.3f} GB on {self.device.description()}",
         ]
+        if self.from_draft:
+            lines.append(f"Guessed: {self.from_draft} of {len(self.tokens)} tokens")
         if sum(compiling) > 0:
             lines.append(f"Compiling: {sum(compiling):.1f} s")
         if self.reason == "length":
@@ -249,8 +280,9 @@ class Meter:
         return "\n".join(lines)
 
 
-def load_model(backend: Backend, options: SourceOptions, **placement: Any) -> "tuple[Any, Tokenizer]":
-    """Model and tokenizer. ``placement``: what else the backend's ``load`` is told."""
+def load_model(backend: Backend, options: SourceOptions) -> "tuple[Any, Tokenizer]":
+    """Model and tokenizer, where the options want them."""
+    placement = options.placement()  # first: it may have to come before the first use of a device
     dtype = options.dtype or backend.device.preferred_dtype()
     model, tokenizer = backend.load(
         options.model,

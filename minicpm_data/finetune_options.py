@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # A resumed run must agree on all options but these.
 FREE = frozenset(
     """train test iters epochs mask_prompt steps_per_report steps_per_eval val_batches test_batches save_every resume
-    report_to hub data config grad_checkpoint mesh adapter_path save_path save_dtype""".split()
+    report_to project_name hub data config grad_checkpoint adapter_path save_path save_dtype mesh distributed
+    coordinator_address num_processes process_id join_timeout""".split()
 )
 
 
@@ -84,6 +85,8 @@ class FinetuneOptions(SourceOptions):
     """Go on with the run in the output folder, from its last checkpoint."""
     report_to: Literal["wandb", "tensorboard"] | None = None
     """Also send the figures there."""
+    project_name: str | None = None
+    """Name of wandb's project; by default that of the output folder."""
     seed: int = 0
     """Of initialisation, data order and dropout."""
 
@@ -91,10 +94,6 @@ class FinetuneOptions(SourceOptions):
     def out(self) -> Path:
         """The folder of the run."""
         raise NotImplementedError
-
-    def placement(self) -> dict[str, Any]:
-        """What a backend's ``load`` is told besides."""
-        return {}
 
     @property
     def training(self) -> bool:
@@ -184,6 +183,7 @@ def check(options: FinetuneOptions) -> None:
             raise InputError(f"{flag(name)} is {value}; it must be at least 1, or -1 for all.")
     if options.warmup_steps is not None and options.warmup_steps < 0:
         raise InputError(f"--warmup-steps is {options.warmup_steps}; it must be at least 0.")
+    options.check_placement()
     if options.pack and options.loss != "sft":
         raise InputError("--pack is for --loss sft; pairs stand in rows of their own.")
     if options.train_on_prompt and (options.mask_prompt or options.loss != "sft"):

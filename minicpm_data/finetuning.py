@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minicpm_data.chat import PLAIN_TEMPLATE
@@ -27,10 +28,16 @@ if TYPE_CHECKING:
 
     from minicpm_data.batches import Batch, Batches
     from minicpm_data.examples import Split
+    from minicpm_data.runs import Alone, Own
 
 
 class Trainer(Protocol):
     """What a backend does for the loop. Made of ``(model, options)``."""
+
+    processes: "Alone"
+
+    def own(self, rows: int) -> "Sequence[int]":
+        """Which of a batch's ``rows`` this process makes."""
 
     def step(self, batches: "Sequence[Mapping[str, np.ndarray]]", rate: float, number: int) -> Mapping[str, Any]:
         """One optimiser step on batches of ids, labels and segments; its figures, which may still be computed."""
@@ -39,7 +46,8 @@ class Trainer(Protocol):
         """The objective's sums over a batch; ``weight`` is what they are divided by."""
 
     def reference(self, batch: "Mapping[str, np.ndarray]") -> "np.ndarray":
-        """Log-probability of each row's trained tokens under the model as it was before training."""
+        """Log-probability of the trained tokens of every row (not only its own) under the model as it was before
+        training."""
 
     def save(self, step: int) -> None:
         """Keep the state, whole or not at all."""
@@ -78,13 +86,15 @@ def run(
 def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Callable[[Any, Any], Trainer]) -> None:
     """Train, and test, as the options say. Raises `InputError` for options, data or a run that cannot be used."""
     from minicpm_data.examples import load_split
+    from minicpm_data.metrics import check_reporter
     from minicpm_data.runs import check_folder, check_settings
 
     check(options)
     if options.training:
         check_folder(options.out, options.resume)
+        check_reporter(options.report_to)
     running = backend()
-    model, tokenizer = load_model(running, options, **options.placement())
+    model, tokenizer = load_model(running, options)
     check_layers(options, model.config)
     if options.ignore_chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -113,7 +123,10 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
         if train is not None and planned is not None:  # nothing is written before all is known to fit
             settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
             settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
-            check_settings(options.out, settings, options.resume)
+            notes = {"source": _lasting(options.model), "hub": options.hub}
+            notes["save_dtype"] = getattr(options, "save_dtype", None)
+            worker.processes.check_same(json.dumps([settings, planned.steps], sort_keys=True))
+            worker.processes.once(lambda: check_settings(options.out, settings, options.resume, notes))
             fit(options, worker, planned, train, valid)
         else:
             worker.load_export()
@@ -149,6 +162,7 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
     from minicpm_data.metrics import Metrics
     from minicpm_data.runs import Interrupt
 
+    processes, first = trainer.processes, trainer.processes.first
     several, batches, steps = options.grad_accumulation_steps, plan.batches, plan.steps
     rows = f"{options.batch_size * several} {'rows' if options.pack else 'examples'}"
     print(f"{steps} steps of {rows}, {batches.padding:.1%} of them padding")
@@ -159,8 +173,11 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
         trainer.export()  # in case the run was killed between its last checkpoint and the export
     known = references(options, trainer, train)
     valid_feed = None if valid is None else feed(options, trainer, valid)
-    metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to)
-    with Interrupt() as interrupt, tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) as bar:
+    metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to, options.project_name, first)
+    with (
+        Interrupt() as interrupt,
+        tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not first) as bar,
+    ):
         pending: list[dict[str, Any]] = []
         began, tokens = time.perf_counter(), 0
 
@@ -183,19 +200,20 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
 
         stopping = False
         while step < steps and not stopping:
-            group = [arrays(batches[step * several + i], known) for i in range(several)]
+            made = [batches.part(step * several + i, trainer.own) for i in range(several)]
+            group = [arrays(batch, known, trainer.own) for batch in made]
             rate = plan.schedule(step)
             figures = trainer.step(group, rate, step)
             if pending:
                 float(pending[-1]["loss"])  # waits: one step is queued behind the one that runs, not more
             step += 1
-            tokens += sum(int((batch["segments"] > 0).sum()) for batch in group)
+            tokens += sum(batch.length for batch in made)
             epoch = step * several / batches.per_epoch
             pending.append({"step": step, "epoch": epoch, "learning_rate": rate, **figures})
             bar.update()
             evaluating = valid_feed is not None and (step % options.steps_per_eval == 0 or step in (1, steps))
             reporting = step % options.steps_per_report == 0 or step in (1, steps)
-            stopping = interrupt.wanted  # read once: a step after which the loop ends is saved
+            stopping = processes.any(interrupt.wanted)  # read once: a step after which the loop ends is saved
             saving = step % options.save_every == 0 or step == steps or stopping
             if reporting or saving or evaluating:
                 float(figures["loss"])  # waits for the device
@@ -216,7 +234,7 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
     if step < steps:
         print(f"stopped after step {step} of {steps}; the same command with --resume goes on from there.")
         raise KeyboardInterrupt
-    metrics.draw(options.out / "loss.png", by="step")
+    processes.once(lambda: metrics.draw(options.out / "loss.png", by="step"))
     print(f"finished: {options.out}, loss curve in {options.out / 'loss.png'}")
 
 
@@ -239,15 +257,16 @@ def feed(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "list[di
     from minicpm_data.batches import evaluation_batches
 
     known = references(options, trainer, split)
-    batches = evaluation_batches(split.examples, options.batch_size, options.max_seq_length, options.pack)
-    return [arrays(batch, known) for batch in batches]
+    batches = evaluation_batches(split.examples, options.batch_size, options.max_seq_length, options.pack, trainer.own)
+    return [arrays(batch, known, trainer.own) for batch in batches]
 
 
-def arrays(batch: "Batch", references: "np.ndarray | None") -> "dict[str, np.ndarray]":
+def arrays(batch: "Batch", references: "np.ndarray | None", own: "Own" = range) -> "dict[str, np.ndarray]":
     found = {"ids": batch.ids, "labels": batch.labels, "segments": batch.segments}
     if references is not None:
         assert batch.index is not None
-        found["reference"] = references[batch.index].T.reshape(-1)  # the chosen ones first
+        both = references[batch.index].T.reshape(-1)  # the chosen ones first
+        found["reference"] = both[list(own(batch.size))]
     return found
 
 
@@ -262,9 +281,10 @@ def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "n
     if options.loss != "dpo":
         return None
     found = np.zeros((len(split.examples) + 1, 2), np.float32)
-    batches = evaluation_batches(split.examples, options.batch_size, options.max_seq_length)
+    batches = evaluation_batches(split.examples, options.batch_size, options.max_seq_length, own=trainer.own)
     total = -(-len(split.examples) // options.batch_size)
-    for batch in tqdm(batches, total=total, unit="batch", desc="reference", leave=False):
+    quiet = not trainer.processes.first
+    for batch in tqdm(batches, total=total, unit="batch", desc="reference", leave=False, disable=quiet):
         found[batch.index] = trainer.reference(arrays(batch, None)).reshape(2, -1).T
     found[-1] = 0
     return found
@@ -288,6 +308,12 @@ def beginning(batch: "Batch") -> str:
 def _plain(value: Any) -> Any:
     """As JSON has it, to be compared with what was written."""
     return json.loads(json.dumps(value, default=str))
+
+
+def _lasting(model: str | None) -> str | None:
+    """What names the model from any folder."""
+    here = Path(model or "pico").expanduser()
+    return str(here.resolve()) if model and here.exists() else model
 
 
 def _fingerprint(split: "Split") -> str:

@@ -1,16 +1,18 @@
 """What the two backends' generators share: the options, the prompt's ids, the ids that end an answer, the public calls.
 
-A backend hands over one function, ``stream_tokens``; `Generator` makes its ``stream_generate``, ``generate``,
-``batch_generate`` and ``chat`` of it, so that both have the same names, signatures and behaviour.
+A backend hands over two functions, ``stream_tokens`` and ``stream_speculated``; `Generator` makes its
+``stream_generate``, ``generate``, ``batch_generate`` and ``chat`` of them, so that both have the same names, signatures
+and behaviour.
 """
 
 import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from minicpm_data.speculation import Speculation
 from minicpm_data.streaming import Response, stop_strings, stream_text
 from weights_io.errors import InputError
 
@@ -98,10 +100,15 @@ def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> "np.ndarra
 
 class Generator:
     """The public generation functions of a backend, given its ``stream_tokens(model, prompts, max_tokens, sampling,
-    end_ids, memory)``: token ids [B], step after step."""
+    end_ids, memory)``: token ids [B], step after step; and its ``stream_speculated(model, prompt, max_tokens, sampling,
+    end_ids, memory, speculation)``: a token id, and whether it was guessed."""
 
-    def __init__(self, stream_tokens: "Callable[..., Iterator[np.ndarray]]"):
-        self._stream_tokens = stream_tokens
+    def __init__(
+        self,
+        stream_tokens: "Callable[..., Iterator[np.ndarray]]",
+        stream_speculated: Callable[..., Iterator[tuple[int, bool]]],
+    ):
+        self._stream_tokens, self._stream_speculated = stream_tokens, stream_speculated
 
     def stream_generate(
         self,
@@ -116,19 +123,29 @@ class Generator:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        draft_model: Any = None,
+        num_draft_tokens: int = 3,
+        prompt_lookup: bool = False,
         **memory: Any,
     ) -> Iterator[Response]:
-        """Yield a `Response` (``text``, ``token``, ``finish_reason``) for each new token.
+        """Yield a `Response` (``text``, ``token``, ``finish_reason``, ``from_draft``) for each new token.
 
         ``prompt``: a text (BOS is added once, no template) or token ids. The sampling options are those of `Sampling`.
         An answer ends at an EOS id of config, generation config or tokenizer, at a string of ``stop`` (not part of the
-        text), or after ``max_tokens``. ``memory``: what is kept of the tokens so far, under the names of
-        `CacheOptions`. Raises `InputError` for what is out of range.
+        text), or after ``max_tokens``. ``draft_model``, ``num_draft_tokens``, ``prompt_lookup``: of `Speculation`; the
+        same tokens, sooner. ``memory``: what is kept of the tokens so far, under the names of `CacheOptions`. Raises
+        `InputError` for what is out of range.
         """
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        ends = end_ids(model, tokenizer)
-        steps = self._steps(model, tokenizer, [prompt], max_tokens, sampling, ends, CacheOptions(**memory))
-        return stream_text((int(tokens[0]) for tokens in steps), tokenizer, ends, stop, max_tokens)
+        ends, kept = end_ids(model, tokenizer), CacheOptions(**memory)
+        speculation = Speculation(draft_model, prompt_lookup, num_draft_tokens)
+        ids = self._prompts(model, tokenizer, [prompt], max_tokens)
+        if not speculation.active:
+            steps = self._stream_tokens(model, ids, max_tokens, sampling, ends, kept)
+            return stream_text((int(tokens[0]) for tokens in steps), tokenizer, ends, stop, max_tokens)
+        speculation.check(model, kept)
+        found = self._stream_speculated(model, ids[0], max_tokens, sampling, ends, kept, speculation)
+        return _marked(found, lambda tokens: stream_text(tokens, tokenizer, ends, stop, max_tokens))
 
     def generate(self, model: Any, tokenizer: "Tokenizer | None", prompt: Prompt, **options: Any) -> str:
         """The whole answer; ``options`` as in `stream_generate`."""
@@ -144,12 +161,13 @@ class Generator:
         **options: Any,
     ) -> list[list[Response]]:
         """The `Response` lists of several prompts of any lengths, computed together; each equal to a single run
-        (sampled rows draw from streams of their own). ``options`` as in `stream_generate`."""
+        (sampled rows draw from streams of their own). ``options`` as in `stream_generate`, but for guessing."""
         if not prompts:
             return []
         ends = end_ids(model, tokenizer)
         memory = CacheOptions(**{f.name: options.pop(f.name) for f in fields(CacheOptions) if f.name in options})
-        steps = list(self._steps(model, tokenizer, prompts, max_tokens, Sampling(**options), ends, memory))
+        sampling, ids = Sampling(**options), self._prompts(model, tokenizer, prompts, max_tokens)
+        steps = list(self._stream_tokens(model, ids, max_tokens, sampling, ends, memory))
         rows = zip(*steps, strict=True)
         return [list(stream_text(map(int, row), tokenizer, ends, stop, max_tokens)) for row in rows]
 
@@ -178,21 +196,28 @@ class Generator:
         reply = self.generate(model, tokenizer, prompt, **options).strip()
         return reply, [*messages, {"role": "assistant", "content": reply}]
 
-    def _steps(
-        self,
-        model: Any,
-        tokenizer: "Tokenizer | None",
-        prompts: Sequence[Prompt],
-        max_tokens: int,
-        sampling: Sampling,
-        ends: frozenset[int],
-        memory: CacheOptions,
-    ) -> "Iterator[np.ndarray]":
-        """Token ids [B], step after step; what cannot work is refused before the first."""
+    def _prompts(
+        self, model: Any, tokenizer: "Tokenizer | None", prompts: Sequence[Prompt], max_tokens: int
+    ) -> list[list[int]]:
+        """Their ids; what cannot work is refused before the first token."""
         if max_tokens < 1:
             raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
-        ids = [prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
-        return self._stream_tokens(model, ids, max_tokens, sampling, ends, memory)
+        return [prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
+
+
+def _marked(
+    found: Iterator[tuple[int, bool]], texts: Callable[[Iterator[int]], Iterator[Response]]
+) -> Iterator[Response]:
+    """The responses to tokens, of which each comes as it is asked for; those that were guessed are marked."""
+    from_draft = False
+
+    def tokens() -> Iterator[int]:
+        nonlocal from_draft
+        for token, guessed in found:
+            from_draft = guessed
+            yield token
+
+    return (replace(response, from_draft=from_draft) for response in texts(tokens()))
 
 
 @dataclass(frozen=True)

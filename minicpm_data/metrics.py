@@ -1,6 +1,7 @@
 """What a training run writes down: ``metrics.jsonl``, one JSON object a line, and the picture of it."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,26 @@ from weights_io.errors import InputError
 class Metrics:
     """A run's figures by step. One that resumes after step ``start`` drops what was written after it."""
 
-    def __init__(self, path: Path, start: int = 0, report_to: str | None = None):
-        """``report_to``: wandb or tensorboard get every record too. `InputError` where that is not installed."""
-        self.path = path
-        self._also = _reporter(report_to, path.parent)
-        self.records = [r for r in read_records(path) if r["step"] <= start] if path.exists() else []
-        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+    def __init__(
+        self,
+        path: Path,
+        start: int = 0,
+        report_to: str | None = None,
+        project_name: str | None = None,
+        writing: bool = True,
+    ):
+        """``report_to``: wandb (there under ``project_name``) or tensorboard get every record too; see
+        `check_reporter`. Not ``writing``: what is written goes nowhere, as another process writes it."""
+        self.path, self._writing = path, writing
+        check_reporter(report_to)
+        self._also = REPORTERS[report_to if writing else None](path.parent, project_name)
+        if writing:
+            self.records = [r for r in read_records(path) if r["step"] <= start] if path.exists() else []
+            path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def write(self, record: dict[str, Any]) -> None:
+        if not self._writing:
+            return
         self.records.append(record)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -28,15 +41,13 @@ class Metrics:
 
     def draw(self, picture: Path, decay_at: float | None = None, by: str = "tokens") -> None:
         """Loss and learning rate against tokens or steps; a line at ``decay_at`` of them, where the decay begins."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure  # not pyplot, whose backend is a notebook's or a window's
         from matplotlib.ticker import NullFormatter
 
         unit, axis = (1e6, "million tokens") if by == "tokens" else (1, "steps")
         at = [r[by] / unit for r in self.records]
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
         axes.plot(at, [r["loss"] for r in self.records], lw=0.8, alpha=0.6, label="training loss")
         valid: dict[str, list[tuple[float, float]]] = {}
         for record in self.records:
@@ -61,7 +72,6 @@ class Metrics:
         rates.set_ylim(bottom=0)
         figure.legend(loc="outside lower center", ncols=3)
         figure.savefig(picture, dpi=120)
-        plt.close(figure)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -72,6 +82,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 class _Reporter:
     """Where records go besides the file: nowhere."""
 
+    def __init__(self, folder: Path, project_name: str | None):
+        pass
+
     def log(self, record: dict[str, Any]) -> None:
         pass
 
@@ -80,10 +93,10 @@ class _Reporter:
 
 
 class _Wandb(_Reporter):
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, project_name: str | None):
         import wandb
 
-        self._run = wandb.init(project="minicpm", dir=str(folder), resume="allow")
+        self._run = wandb.init(project=project_name or folder.resolve().name, dir=str(folder), resume="allow")
 
     def log(self, record: dict[str, Any]) -> None:
         self._run.log(record, step=record["step"])
@@ -93,7 +106,7 @@ class _Wandb(_Reporter):
 
 
 class _TensorBoard(_Reporter):
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, project_name: str | None):
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"))
@@ -107,8 +120,13 @@ class _TensorBoard(_Reporter):
         self._writer.close()
 
 
-def _reporter(name: str | None, folder: Path) -> _Reporter:
-    try:
-        return {None: lambda _: _Reporter(), "wandb": _Wandb, "tensorboard": _TensorBoard}[name](folder)
-    except ImportError as error:
-        raise InputError(f"--report-to {name} needs a package that is not here: pip install {error.name}.") from error
+REPORTERS: dict[str | None, type[_Reporter]] = {None: _Reporter, "wandb": _Wandb, "tensorboard": _TensorBoard}
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboardX"}
+
+
+def check_reporter(report_to: str | None) -> None:
+    """`InputError` where its package is not installed."""
+    if report_to is not None and find_spec(PACKAGES[report_to]) is None:
+        raise InputError(
+            f"--report-to {report_to} needs a package that is not here: pip install {PACKAGES[report_to]}."
+        )

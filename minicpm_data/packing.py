@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minicpm_data.documents import read_documents
+from minicpm_data.runs import Own
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,11 +42,22 @@ def pack(path: Path, tokenizer: "Tokenizer", width: int) -> np.ndarray:
     return flat[: count * width].reshape(count, width)
 
 
-def batches(windows: np.ndarray, batch_size: int, seed: int):
-    """Endless shuffled batches, addressed by number: ``batches(...)[17]`` is [batch_size, width] whatever came before,
-    so a resumed run needs no more than its step. Each pass over the windows has an order of its own."""
-    import grain
+class WindowBatches:
+    """Endless shuffled batches, addressed by number: ``batches[17]`` is [batch_size, width] whatever came before, so a
+    resumed run needs no more than its step. Each pass over the windows has an order of its own."""
 
-    if len(windows) < batch_size:
-        raise InputError(f"{len(windows)} windows do not fill one batch of {batch_size}; give more text.")
-    return grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size)
+    def __init__(self, windows: np.ndarray, batch_size: int, seed: int):
+        """InputError where the windows do not fill a batch."""
+        import grain
+
+        if len(windows) < batch_size:
+            raise InputError(f"{len(windows)} windows do not fill one batch of {batch_size}; give more text.")
+        self._order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+        self._batch_size = batch_size
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        return self.part(n, range)
+
+    def part(self, n: int, own: Own) -> np.ndarray:
+        """Of batch n only the ``own`` rows."""
+        return np.stack([self._order[n * self._batch_size + row] for row in own(self._batch_size)])

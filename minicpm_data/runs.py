@@ -1,7 +1,9 @@
-"""A training run's folder: the settings that a resumed run must share, and Ctrl-C that waits for the end of a step."""
+"""A training run's folder: the settings that a resumed run must share, Ctrl-C that waits for the end of a step, and
+what is done once where several processes train together."""
 
 import json
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from weights_io.config import read_json
 from weights_io.errors import InputError
 
 SETTINGS = "settings.json"
+Own = Callable[[int], Sequence[int]]  # which of so many rows this process makes, in order; the others make the rest
 
 
 def check_folder(folder: Path, resume: bool = True) -> bool:
@@ -29,8 +32,11 @@ def check_folder(folder: Path, resume: bool = True) -> bool:
     return begun
 
 
-def check_settings(folder: Path, settings: dict[str, Any], resume: bool = True) -> None:
-    """Write the settings of a new run into its folder, or compare them with those of the run that is there.
+def check_settings(
+    folder: Path, settings: dict[str, Any], resume: bool = True, notes: dict[str, Any] | None = None
+) -> None:
+    """Write the settings of a new run into its folder, or compare them with those of the run that is there. ``notes``
+    are written beside them and not compared.
 
     Raises `InputError` as `check_folder` does, and where the settings are others.
     """
@@ -43,8 +49,26 @@ def check_settings(folder: Path, settings: dict[str, Any], resume: bool = True) 
         return
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    partial.write_text(json.dumps(settings | {"notes": notes or {}}, indent=1), encoding="utf-8")
     partial.replace(path)
+
+
+class Alone:
+    """The processes of a run: one. A backend that knows of several has its own of this form; all of them call the same
+    methods in the same order."""
+
+    first = True  # whether this process prints and writes
+
+    def once(self, action: Callable[[], object]) -> None:
+        """Do it in the first process, while the others wait. What it raises for the user, all raise."""
+        action()
+
+    def any(self, wanted: bool) -> bool:
+        """Whether one of the processes wants it."""
+        return wanted
+
+    def check_same(self, said: str) -> None:
+        """`InputError` in all of them where they say different things."""
 
 
 class Interrupt:

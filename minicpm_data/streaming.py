@@ -114,6 +114,7 @@ class Response:
     text: str
     token: int | None
     finish_reason: str | None = None  # "stop": EOS or a stop string; "length": max_tokens; None: more to come
+    from_draft: bool = False  # guessed, and found to be right
 
 
 def stream_text(

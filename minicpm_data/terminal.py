@@ -12,11 +12,15 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     from minicpm_data.streaming import Response
 
+# Read on 60 columns too.
 HELP = """/reset         forget the conversation
-/system TEXT   begin anew with this system message (none: without one)
-/save FILE     add the conversation to a .jsonl file, as lora reads it
+/system TEXT   begin anew with this system message, or none
+/save FILE     add the conversation to a .jsonl file
+               that lora can train on
 /help          this text
-/quit          end (Ctrl-D too); Ctrl-C stops an answer"""
+/quit          end, as Ctrl-D; Ctrl-C stops an answer"""
+# What would move a terminal's cursor, or worse: all control characters but tab and newline.
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
 
 Message = dict[str, str]
 
@@ -44,9 +48,11 @@ class Conversation:
                 return False
             case "/reset":
                 self.reset()
+                print("(the conversation is forgotten)")
             case "/system":
                 self.system = rest or None
                 self.reset()
+                print(f"(begun anew with {'this' if rest else 'no'} system message)")
             case "/save" if rest:
                 print(self.save(Path(rest).expanduser()))
             case _:
@@ -111,11 +117,11 @@ def complain(error: InputError) -> None:
 
 
 def printed(answer: "Iterable[Response]") -> str:
-    """The answer, shown as it comes. Ctrl-C ends it early."""
-    text = ""
+    """The answer, shown as it comes, on a terminal without control characters. Ctrl-C ends it early."""
+    text, hidden = "", CONTROLS if sys.stdout.isatty() else {}
     try:
         for response in answer:
-            print(response.text, end="", flush=True)
+            print(response.text.translate(hidden), end="", flush=True)
             text += response.text
     except KeyboardInterrupt:
         pass

@@ -139,6 +139,7 @@ def main(options: Options) -> None:
     _write(options.out / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False).encode())
     fast = fast_spec(read_spm(options.out / "tokenizer.model"), space_prefix=True, added={})
     _write(options.out / "tokenizer.json", json.dumps(fast, ensure_ascii=False).encode())
+    print(f"{options.out}: a tokenizer of {options.size:,} pieces")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from minicpm_jax.arithmetic import precision
+from minicpm_jax.hosts import fetched
 from weights_io.adapters import Adapter, AdapterConfig, stacked, target_parameters, unstacked
 from weights_io.config import ModelConfig
 
@@ -132,5 +133,9 @@ def to_adapter(
     config: ModelConfig, weights: dict[str, Matrices], adapter: AdapterConfig, layers: Collection[int]
 ) -> Adapter:
     """The adapter to be saved, of those ``layers`` that have one."""
-    arrays = {name: (np.asarray(m["a"]), np.asarray(m["b"]), m.get("magnitude")) for name, m in weights.items()}
+
+    def parts(matrices: Matrices) -> tuple[Any, ...]:
+        return tuple(None if part not in matrices else fetched(matrices[part]) for part in ("a", "b", "magnitude"))
+
+    arrays: Any = {name: parts(matrices) for name, matrices in weights.items()}
     return unstacked(adapter, arrays, config, layers)

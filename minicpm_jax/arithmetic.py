@@ -1,8 +1,14 @@
 """Elementwise pieces that every part of the model shares, and the precision of its products."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+# Rows up to which XLA:CPU multiplies twice as fast or more with the weight on the left (2 to 16 rows of 1536, 3840
+# outputs; from 64 rows on a tenth slower). A TPU's program is the same either way.
+FEW = 32
 
 
 def gated(gate: Array, up: Array, threshold: float | None = None) -> Array:
@@ -28,4 +34,6 @@ def precision(x: Array) -> jax.lax.Precision | None:
 
 def product(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
     """W x in x's dtype."""
+    if math.prod(x.shape[:-1]) <= FEW:
+        return jnp.moveaxis(jnp.einsum("oi,...i->o...", weight, x, precision=precision(x)), 0, -1)
     return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x))

@@ -133,7 +133,7 @@ def positions_of(
     mask: Int[Array, "B T"] | None = None,
     start: Int[Array, "B"] | None = None,
     segments: Int[Array, "B T"] | None = None,
-    length: Int[Array, "B"] | None = None,
+    length: Int[Array, "B #T"] | Int[Array, "B"] | None = None,
 ) -> Positions:
     """Positions of [B, T] new tokens: after ``start`` cached ones (``length`` in all), or of a whole batch with
     padding (``mask``) or several packed documents in a row (``segments``: numbered, 0 is padding; each sees only
@@ -142,7 +142,8 @@ def positions_of(
     if start is not None:
         index = start[:, None] + jnp.arange(width)
         assert length is not None
-        return Positions(index, *rope_tables(config, index, length[:, None]))
+        length = length[:, None] if length.ndim == 1 else length
+        return Positions(index, *rope_tables(config, index, length))
     index = jnp.broadcast_to(jnp.arange(width), (batch, width))
     lengths = jnp.full((batch, width), width)
     if mask is not None:

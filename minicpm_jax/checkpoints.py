@@ -1,14 +1,24 @@
 """Training states on disk, by orbax: sharded, and there whole or not at all."""
 
+import contextlib
+import functools
 import logging
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.options import MultiprocessingOptions
 
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.files.safetensors import Computed
+from weights_io.parameters import parameters
+from weights_io.write import unstacked
 
 KEPT = 2
 
@@ -53,6 +63,67 @@ class Checkpoints:
         self._manager.close()
 
 
+class Saved:
+    """The weights of a state on the disk, each of which is read when it is asked for, by this process alone. The last
+    one is kept: the tensors of one parameter follow each other."""
+
+    def __init__(self, folder: Path, step: int):
+        self._folder = folder.resolve() / str(step) / "default"
+        me = jax.process_index()
+        alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="saved")
+        self._handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        self._read = functools.lru_cache(maxsize=1)(self._restored)
+
+    def tensors(self, config: ModelConfig) -> dict[str, Computed]:
+        """By Hugging Face names. `InputError` where they are not those of a model of this config."""
+        with self._said():
+            weights = self._described[0]
+        for parameter in parameters(config):
+            found = tuple(weights[parameter.name].shape) if parameter.name in weights else None
+            if found != parameter.shape(config):
+                raise InputError(
+                    f"{self._folder.parent} is of another model: its {parameter.name} is {found}, and the model's "
+                    f"{parameter.shape(config)}."
+                )
+        return unstacked(config, {name: SavedArray(functools.partial(self._read, name)) for name in weights})
+
+    @functools.cached_property
+    def _described(self) -> Any:
+        """The state, weights first, with what is known of each array."""
+        return self._handler.metadata(self._folder).tree
+
+    def _restored(self, name: str) -> np.ndarray:
+        weights, *others = jax.tree.map(lambda _: ocp.PLACEHOLDER, self._described)
+        tree = ({**weights, name: 0}, *others)
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        with self._said():
+            return self._handler.restore(self._folder, args=ocp.args.PyTreeRestore(item=tree, restore_args=how))[0][
+                name
+            ]
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise InputError(f"{self._folder.parent} is damaged ({_reason(error)}); take another step.") from error
+
+
+@dataclass(frozen=True)
+class SavedArray:
+    """An array of a state on the disk, as far as `unstacked` looks at it."""
+
+    read: Callable[[], np.ndarray]
+    dtype: np.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, place: tuple[int, ...]) -> np.ndarray:
+        return self.read()[place]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read()
+
+
 def _reason(error: Exception) -> str:
     """The last part of what tensorstore says: ``Failed to write 341603 bytes to file 7: No space left on device``."""
-    return str(error).split(" [")[0].rpartition('": ')[2]
+    said = str(error).split(" [")[0]
+    return said.rpartition('": ')[2].splitlines()[0] if said else type(error).__name__

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_jax.attention import Cache, placement
+from minicpm_jax.hosts import fetched, from_first
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
 from weights_io.errors import InputError
@@ -45,7 +46,7 @@ class State:
     seen: Bool[Array, "B V"] | None  # for the repetition penalty
     keys: Array  # [B] of jax.random
     done: Bool[Array, "B"]  # rows that have ended
-    end_ids: Int[Array, "E"]
+    end_ids: Int[Array, "E"] | Int[Array, "B E"]
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
@@ -85,14 +86,14 @@ def begin(
     last: Float[Array, "B 1 D"],
     seen: Bool[Array, "B V"] | None,
     keys: UInt32[Array, "B 2"],
-    end_ids: Int[Array, "E"],
+    end_ids: Int[Array, "E"] | Int[Array, "B E"],
     knobs: Knobs,
 ) -> State:
     """Choose the first token of each row after its prompt."""
     batch = len(last)
     draws = jax.random.wrap_key_data(keys)
     state = State(cache, jnp.zeros(batch, jnp.int32), seen, draws, jnp.zeros(batch, bool), end_ids)
-    return _chosen(model, state, last, knobs)
+    return chosen(state, model.head(last)[:, 0], knobs)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -104,8 +105,8 @@ def decode(
 
     def step(carry):
         state, tokens, count = carry
-        hidden, cache = model.decode(state.token[:, None], state.cache, 1)
-        state = _chosen(model, dataclasses.replace(state, cache=cache), hidden, knobs)
+        hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.done, 0, 1))
+        state = chosen(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], knobs)
         return state, tokens.at[count].set(state.token), count + 1
 
     def more(carry):
@@ -116,9 +117,8 @@ def decode(
     return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
 
 
-def _chosen(model: Model, state: State, hidden: Array, knobs: Knobs) -> State:
-    """The state with the next token of each row, from the hidden state [B, 1, D] before it."""
-    logits = model.head(hidden)[:, 0]
+def chosen(state: State, logits: Float[Array, "B V"], knobs: Knobs) -> State:
+    """The state with the next token of each row."""
     both = jax.vmap(jax.random.split)(state.keys)
     token = sample(logits, state.seen, knobs, both[:, 1]).astype(jnp.int32)
     seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
@@ -126,18 +126,21 @@ def _chosen(model: Model, state: State, hidden: Array, knobs: Knobs) -> State:
     return State(state.cache, token, seen, both[:, 0], done, state.end_ids)
 
 
-@functools.partial(jax.jit, static_argnames="slots")
 def grown(state: State, slots: int) -> State:
     """The same with S cache slots."""
+    return dataclasses.replace(state, cache=longer(state.cache, slots))
 
-    more = slots - state.cache.slots
+
+@functools.partial(jax.jit, static_argnames="slots")
+def longer(cache: Cache, slots: int) -> Cache:
+    """The same with S slots."""
+    more = slots - cache.slots
 
     def padded(stored, axis):
         return None if stored is None else jnp.pad(stored, [(0, more if i == axis else 0) for i in range(4)])
 
     axes = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}
-    longer = {name: padded(getattr(state.cache, name), axis) for name, axis in axes.items()}
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, **longer))
+    return dataclasses.replace(cache, **{name: padded(getattr(cache, name), axis) for name, axis in axes.items()})
 
 
 def check(memory: CacheOptions) -> None:
@@ -168,26 +171,13 @@ def _tokens(
     end_ids: frozenset[int],
     memory: CacheOptions,
 ) -> Iterator[np.ndarray]:
-    use_compilation_cache()
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    longest = int(lengths.max())
-    width = min(bucket(longest), bucket(memory.prefill_step_size))
-    ids = np.zeros((len(prompts), -(-longest // width) * width), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    slots = max(ids.shape[1], bucket(longest + min(max_tokens, ROOM)))
-    cache, last = empty(model, len(prompts), slots, memory.kv_bits)
-    for start in range(0, longest, width):
-        cache, last = prefill(model, ids[:, start : start + width], cache, last, np.int32(start), lengths)
+    longest, slots = max(map(len, prompts)), slots_for(prompts, max_tokens, memory)
     knobs = Knobs.of(sampling, model.config.vocab_size)
-    ends = np.array(sorted(end_ids) or [-1], np.int32)
-    seen = seen_tokens(prompts, model.config.vocab_size) if sampling.penalised else None
-    state = begin(model, cache, last, seen, sampling.row_keys(len(prompts)), ends, knobs)
-    del cache, last
-    yield np.asarray(state.token)
+    state = started(model, prompts, slots, sampling, knobs, end_ids, memory)
+    yield fetched(state.token)
     made, steps = 1, 1
     while made < max_tokens:
-        if bool(np.all(state.done)):
+        if fetched(state.done).all():
             return
         if longest + made > slots:
             slots = bucket(slots + ROOM)
@@ -196,10 +186,56 @@ def _tokens(
         room = min(steps, max_tokens - made, slots - longest - made + 1)
         state, tokens, count = decode(model, state, np.int32(room), knobs)
         count = int(count)
-        yield from np.asarray(tokens)[:count]
+        yield from fetched(tokens)[:count]
         made += count
-        # Grow the call while the reader does not have to wait for it.
-        steps = min(STEPS, 2 * steps) if time.perf_counter() - began < PATIENCE / 2 else steps
+        # Grow the call while the reader does not have to wait for it; the clocks of several processes would differ.
+        quick = jax.process_count() > 1 or time.perf_counter() - began < PATIENCE / 2
+        steps = min(STEPS, 2 * steps) if quick else steps
+
+
+def started(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    slots: int,
+    sampling: Sampling,
+    knobs: Knobs,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
+) -> State:
+    """Each prompt run through a cache of so many slots, and its row's first token chosen."""
+    cache, last = run(model, prompts, slots, memory)
+    ends = np.array(sorted(end_ids) or [-1], np.int32)
+    seen = seen_tokens(prompts, model.config.vocab_size) if sampling.penalised else None
+    return begin(model, cache, last, seen, from_first(sampling.row_keys(len(prompts))), ends, knobs)
+
+
+def run(
+    model: Model, prompts: Sequence[Sequence[int]], slots: int, memory: CacheOptions
+) -> tuple[Cache, Float[Array, "B 1 D"]]:
+    """A cache of so many slots that holds the prompts, and the last hidden state of each."""
+    use_compilation_cache()
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    width = piece_of(max(map(len, prompts)), memory)
+    cache, last = empty(model, len(prompts), slots, memory.kv_bits)
+    for start in range(0, max(map(len, prompts)), width):
+        ids = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            part = prompt[start : start + width]
+            row[: len(part)] = part
+        cache, last = prefill(model, ids, cache, last, np.int32(start), lengths)
+    return cache, last
+
+
+def slots_for(prompts: Sequence[Sequence[int]], room: int, memory: CacheOptions) -> int:
+    """Cache slots for the prompts, padding included, and ``room`` tokens, but at first `ROOM` at most."""
+    longest = max(map(len, prompts))
+    width = piece_of(longest, memory)
+    return max(-(-longest // width) * width, bucket(longest + min(room, ROOM)))
+
+
+def piece_of(longest: int, memory: CacheOptions) -> int:
+    """Tokens of a prompt that are run together."""
+    return min(bucket(longest), bucket(memory.prefill_step_size))
 
 
 def bucket(length: int) -> int:

@@ -27,11 +27,21 @@ def description() -> str:
     return devices[0].device_kind + (f" x {len(devices)}" if len(devices) > 1 else "")
 
 
+def is_first() -> bool:
+    """Whether this process is the one of several that prints."""
+    return jax.process_index() == 0
+
+
 def preferred_dtype() -> str | None:
     """What to compute in unless told otherwise; None is the checkpoint's own. XLA's bfloat16 on a CPU is ten times
-    slower than its float32. Raises `InputError` where JAX finds no device."""
+    slower than its float32."""
+    return "float32" if platform() == "cpu" else None
+
+
+def platform() -> str:
+    """``cpu``, ``tpu``. Raises `InputError` where JAX finds no device."""
     try:
-        return "float32" if jax.default_backend() == "cpu" else None
+        return jax.default_backend()
     except RuntimeError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(

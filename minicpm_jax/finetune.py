@@ -8,11 +8,12 @@
 from dataclasses import dataclass
 
 from minicpm_data.finetune_options import FullOptions
-from minicpm_jax.lora import OnMesh, trainer
+from minicpm_jax.lora import trainer
+from minicpm_jax.placement import Placement
 
 
 @dataclass(frozen=True)
-class Options(OnMesh, FullOptions):
+class Options(Placement, FullOptions):
     pass
 
 

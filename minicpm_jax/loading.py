@@ -99,19 +99,29 @@ def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
     """One tensor of the files as a placed array; each process reads only the rows of its devices, and each row once:
-    in a file the columns of one device lie between those of the others."""
+    in a file the columns of one device lie between those of the others. Of a row it reads what all its devices need."""
+    own = [_spans(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()]
+    columns = tuple(
+        slice(min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*own, strict=True)
+    )[1:]
     rows: dict[tuple, np.ndarray] = {}
     parts: dict[tuple, np.ndarray] = {}
 
     def part_of(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
+        key = _spans(index, shape)
         if key[0] not in rows:
-            rows[key[0]] = checkpoint.read(name, dtype.name, index[:1]).astype(dtype, copy=False)
+            rows[key[0]] = checkpoint.read(name, dtype.name, (index[0], *columns)).astype(dtype, copy=False)
         if key not in parts:  # replicated axes ask for the same part once for each device
-            parts[key] = np.ascontiguousarray(rows[key[0]][(slice(None), *index[1:])])
+            here = (slice(start - c.start, stop - c.start) for (start, stop), c in zip(key[1:], columns, strict=True))
+            parts[key] = np.ascontiguousarray(rows[key[0]][(slice(None), *here)])
         return parts[key]
 
     return jax.make_array_from_callback(shape, sharding, part_of)
+
+
+def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Where each axis of a part begins and ends."""
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -8,25 +8,15 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minicpm_data.finetune_options import FinetuneOptions, LoraOptions
+from minicpm_data.finetune_options import LoraOptions
+from minicpm_jax.placement import Placement
 
 if TYPE_CHECKING:
     from minicpm_jax.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class OnMesh(FinetuneOptions):
-    mesh: str | None = None
-    """How the devices are arranged, such as data=2,fsdp=4; by default all along fsdp."""
-
-    def placement(self) -> dict[str, Any]:
-        from minicpm_jax.sharding import make_mesh
-
-        return {"mesh": make_mesh(self.mesh)}
-
-
-@dataclass(frozen=True)
-class Options(OnMesh, LoraOptions):
+class Options(Placement, LoraOptions):
     pass
 
 

@@ -13,7 +13,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -148,9 +147,9 @@ def _sums_spec(sums: Float[Array, "G D V"], mesh: Mesh) -> P:
 
 
 def _added(sums: Float[Array, "G D V"], mesh: Mesh | None) -> Float[Array, "D V"]:
-    """Over the devices, each of which gets what it keeps of the head: a piece of memory in a row, with D first. Else a
-    TPU adds up the whole on every device, in bfloat16, and cuts: the words' own gradient, which is added to it, would
-    have it otherwise."""
+    """Over the devices, each of which gets what it keeps of the head. In the step of MiniCPM-2B XLA makes of it an
+    all-reduce in bfloat16 that is then cut; held to a reduce-scatter in float32 by a layout the step takes 8.45 GB a
+    chip, not 7.73."""
     if mesh is None:
         return sums[0]
     rows, spec = row_axes(mesh, len(sums)), partition_spec(("embed", "vocab"), sums.shape[1:], mesh)
@@ -158,7 +157,6 @@ def _added(sums: Float[Array, "G D V"], mesh: Mesh | None) -> Float[Array, "D V"
     def add(own):
         others = [name for name in rows if name != spec[0]]
         own = jax.lax.psum(own[0], others) if others else own[0]
-        own = with_layout_constraint(own, Layout((0, 1)))
         return jax.lax.psum_scatter(own, spec[0], tiled=True) if spec[0] in rows else own
 
     out = spec if spec[0] in rows else P(None, spec[1])

@@ -106,12 +106,16 @@ class DecoderLayer(nnx.Module):
         return x + scaled(added, self.residual_scale), cache, imbalance
 
 
+LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another
+
+
 class Decoder(nnx.Module):
     """Embedding, layers and final norm: all but the head."""
 
     def __init__(self, weights: dict[str, Any], config: ModelConfig):
         self.embed_tokens = Embedding(weights["embed_tokens"]["weight"])
-        self.layers = DecoderLayer(weights["layers"], config)  # stacked: every leaf has a leading axis L
+        layer = LAYERS.get(config.model_type, DecoderLayer)
+        self.layers = layer(weights["layers"], config)  # stacked: every leaf has a leading axis L
         self.norm = RMSNorm(weights["norm"]["weight"], config.rms_norm_eps)
         self.embedding_scale = config.embedding_scale
         self.mesh: Mesh | None = None  # of more than one device; `loading` says
@@ -187,13 +191,14 @@ class Model(nnx.Module):
         cache: Cache,
         new: Int[Array, "B"] | int,
         start: Int[Array, "B"] | None = None,
-        length: Int[Array, "B"] | None = None,
+        length: Int[Array, "B #T"] | Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run more tokens through the cache: the first ``new`` of each row, the rest being padding on the right.
         Returns [B, T, D] after the final norm, for `head`.
 
         ``start``: the position of the first one, where that is not the row's end (a row that is done with its prompt).
-        ``length``: of the whole prompt, if this is a part of it: dynamic NTK takes the base of the whole.
+        ``length``: of the whole prompt, if this is a part of it: dynamic NTK takes the base of the whole; [B, T] where
+        each token stands for an answer of its own length.
         """
         start = cache.lengths if start is None else start
         length = cache.lengths + new if length is None else length

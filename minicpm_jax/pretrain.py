@@ -9,11 +9,14 @@ starts. Any checkpoint will do, an upcycled mixture of experts too.
 ``--data`` holds ``stable/`` and ``decay/``, each with ``train.jsonl`` and ``valid.jsonl`` of {"text"} or {"messages"}
 documents; the decay stage reads the second, as MiniCPM mixes chat data in there (arXiv 2404.06395, section 4).
 ``--out`` gets ``metrics.jsonl``, ``loss.png``, ``checkpoints/`` (orbax) and, at the end, ``model/`` (Hugging Face
-layout). Interrupted by Ctrl-C, a kill or a power cut, the same command goes on where the last checkpoint was.
+layout). Interrupted by Ctrl-C, a kill or a power cut, the same command with ``--resume`` goes on where the last
+checkpoint was.
 """
 
 import contextlib
+import functools
 import hashlib
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -22,19 +25,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from minicpm_data.schedules import Decay, WarmupStableDecay
+from minicpm_jax.placement import Placement
 from weights_io import command_line
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from minicpm_data.packing import WindowBatches
     from weights_io.config import ModelConfig
 
 REPORT_EVERY = 10  # steps between lines of metrics.jsonl
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Placement):
     tokenizer: Path
     """Folder of the tokenizer."""
     data: Path
@@ -47,8 +52,6 @@ class Options:
     """Begin with this model's weights (folder, hub id or short name) in place of --config."""
     from_step: int = 0
     """Begin at this step of the schedule: there is no warm-up after it, and the data is that of its stage."""
-    mesh: str | None = None
-    """How the devices are arranged, such as data=2,fsdp=4; by default all along fsdp."""
     steps: int = 5000
     """Optimiser steps in all."""
     warmup_steps: int = 100
@@ -83,6 +86,12 @@ class Options:
     """Steps between checkpoints."""
     valid_every: int = 250
     """Steps between validation losses."""
+    resume: bool = False
+    """Go on with the run in the output folder, from its last checkpoint."""
+    report_to: Literal["wandb", "tensorboard"] | None = None
+    """Also send the figures there."""
+    project_name: str | None = None
+    """Name of wandb's project; by default that of the output folder."""
     seed: int = 0
     """Of initialisation and data order."""
 
@@ -95,11 +104,14 @@ def pretrain(options: Options) -> None:
 
     from minicpm_data.metrics import Metrics
     from minicpm_data.runs import Interrupt, check_settings
-    from minicpm_jax import train
+    from minicpm_jax import hosts, train
     from minicpm_jax.checkpoints import Checkpoints
-    from minicpm_jax.sharding import batch_sharding, make_mesh
+    from minicpm_jax.sharding import own_rows, placed_rows
 
-    config, raw, weights = beginning(options, mesh := make_mesh(options.mesh))
+    mesh = options.placement()["mesh"]
+    processes, own = hosts.processes(), functools.partial(own_rows, mesh)
+    own(options.batch_size)  # refused before anything is written
+    config, raw, weights = beginning(options, mesh)
     schedule = WarmupStableDecay(
         options.learning_rate,
         options.steps,
@@ -113,7 +125,10 @@ def pretrain(options: Options) -> None:
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     fixed: dict[str, Any] = {"trained": train.AllWeights(config, dtype, mesh), "bos_token_id": bos_token_id}
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
-    check_settings(options.out, settings | {"config": config.to_dict(), "data": fingerprint})
+    settings |= {"config": config.to_dict(), "data": fingerprint}
+    notes = {"config.json": raw, "tokenizer": str(options.tokenizer.resolve()), "save_dtype": options.save_dtype}
+    processes.check_same(json.dumps(settings, sort_keys=True))
+    processes.once(lambda: check_settings(options.out, settings, options.resume, notes))
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(options.out / "checkpoints")))
@@ -122,20 +137,21 @@ def pretrain(options: Options) -> None:
         step = checkpoints.latest or options.from_step
         if step:
             print(f"going on after step {step}")
-        bar = stack.enter_context(tqdm(total=options.steps, initial=step, unit="step"))
-        metrics = Metrics(options.out / "metrics.jsonl", step)
+        first = processes.first
+        bar = stack.enter_context(tqdm(total=options.steps, initial=step, unit="step", disable=not first))
+        metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to, options.project_name, first)
+        stack.callback(metrics.close)
         began, start = time.perf_counter(), step
         stopping = False
         while step < options.steps and not stopping:
             # The decay stage reads its own data from its first batch on.
             stage, offset = ("decay", schedule.decay_start) if step >= schedule.decay_start else ("stable", 0)
-            batch, rate = stages[stage].train[step - max(offset, options.from_step)], schedule(step)
-            if mesh is not None:
-                batch = jax.device_put(batch[None], batch_sharding(mesh, len(batch)))[0]
+            rows, rate = stages[stage].train.part(step - max(offset, options.from_step), own), schedule(step)
+            batch = placed_rows({"ids": rows[None]}, mesh, options.batch_size)["ids"][0]
             state, figures = train.pretrain_step(state, batch, rate, optimiser=optimiser, remat=options.remat, **fixed)
             step += 1
             bar.update()
-            stopping = interrupt.wanted  # read once: a step after which the loop ends is saved
+            stopping = processes.any(interrupt.wanted)  # read once: a step after which the loop ends is saved
             validate = step % options.valid_every == 0 or step == options.steps
             saving = step % options.save_every == 0 or step == options.steps or stopping
             if saving:
@@ -155,16 +171,21 @@ def pretrain(options: Options) -> None:
             if saving:
                 checkpoints.save(step, state)
     if step < options.steps:
-        print(f"stopped after step {step} of {options.steps}; the same command goes on from there.")
+        print(f"stopped after step {step} of {options.steps}; the same command with --resume goes on from there.")
         raise KeyboardInterrupt
     stable = (schedule.decay_start - options.from_step) * options.batch_size * options.seq_length
-    metrics.draw(options.out / "loss.png", max(stable, 0))
-    save_model(options, config, raw, state[0])
+    del state
+
+    def finish() -> None:
+        metrics.draw(options.out / "loss.png", max(stable, 0))
+        save_model(options, config, raw, step)
+
+    processes.once(finish)
     print(f"model in {options.out / 'model'}, loss curve in {options.out / 'loss.png'}")
 
 
 def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any], dict[str, Any]]":
-    """Config, config.json and float32 weights at the first step. A new model's are made on one device and spread."""
+    """Config, config.json and float32 weights at the first step. A new model's are made where they are to be."""
     import jax
 
     from minicpm_jax import train
@@ -177,22 +198,22 @@ def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any]
 
     if options.config is not None:
         config = ModelConfig.from_file(options.config)
-        weights = train.weights_of(initialise(config, jax.random.key(options.seed)))
-        placed = weights if mesh is None else jax.device_put(weights, shardings(config, mesh))
-        return config, read_json(options.config), placed
+        where = None if mesh is None else shardings(config, mesh)
+        make = jax.jit(lambda key: train.weights_of(initialise(config, key)), out_shardings=where)
+        return config, read_json(options.config), make(jax.random.key(options.seed))
     checkpoint = open_checkpoint(resolve(options.init_from, check=ModelConfig.from_dict))
     weights = train.weights_of(load_weights(checkpoint, "float32", mesh))
     return checkpoint.config, dict(checkpoint.raw_config), weights
 
 
 class Stage(NamedTuple):
-    train: Any  # batches [B, T] by their number
+    train: "WindowBatches"
     valid: "np.ndarray"  # windows [n, T]
 
 
 def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int, str]:
     """The windows of both stages, the id that begins a document, and a hash of all the windows."""
-    from minicpm_data.packing import batches, pack
+    from minicpm_data.packing import WindowBatches, pack
     from minicpm_data.tokenizer import check_vocab, load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
@@ -204,18 +225,26 @@ def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int,
         windows, valid = (
             pack(options.data / name / f"{split}.jsonl", tokenizer, options.seq_length) for split in ("train", "valid")
         )
-        stages[name] = Stage(batches(windows, options.batch_size, options.seed), valid)
+        stages[name] = Stage(WindowBatches(windows, options.batch_size, options.seed), valid)
         fingerprint.update(windows.tobytes() + valid.tobytes())
         print(f"{name}: {windows.size:,} tokens in windows of {options.seq_length}")
     return stages, tokenizer.bos_token_id, fingerprint.hexdigest()
 
 
 # A resumed run must agree on the model, on the data and on all options but these.
-FREE = ("config", "init_from", "mesh", "tokenizer", "data", "out", "save_dtype", "save_every", "valid_every", "remat")
+FREE = frozenset(
+    """config init_from tokenizer data out save_dtype save_every valid_every remat resume report_to project_name mesh
+    distributed coordinator_address num_processes process_id join_timeout""".split()
+)
 
 
 def check(options: Options) -> None:
-    """Refuse what cannot work before anything is imported or written."""
+    """Refuse what cannot work before anything heavy is imported or anything is written."""
+    from minicpm_data.metrics import check_reporter
+    from minicpm_data.runs import check_folder
+
+    options.check_placement()
+    check_reporter(options.report_to)
     for name in ("steps", "batch_size", "save_every", "valid_every"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
@@ -233,6 +262,7 @@ def check(options: Options) -> None:
         )
     if options.seq_length < 2:
         raise InputError(f"--seq-length is {options.seq_length}; a window needs at least 2 tokens.")
+    check_folder(options.out, options.resume)
 
 
 def check_finite(figures: Mapping[str, Any], step: int, latest: int) -> None:
@@ -255,21 +285,19 @@ def valid_loss(weights: dict[str, Any], windows: "np.ndarray", batch_size: int, 
     return float(sum(losses) / len(losses))
 
 
-def save_model(options: Options, config: "ModelConfig", raw: dict[str, Any], weights: dict[str, Any]) -> None:
-    """The finished model in Hugging Face layout, with its tokenizer."""
+def save_model(options: Options, config: "ModelConfig", raw: dict[str, Any], step: int) -> None:
+    """The model of the checkpoint of that step in Hugging Face layout, with its tokenizer."""
     import shutil
 
-    import numpy as np
-
-    from weights_io.write import save_checkpoint, unstacked
+    from minicpm_jax.checkpoints import Saved
+    from weights_io.write import save_checkpoint
 
     if (options.out / "model").exists():
         shutil.rmtree(options.out / "model")
-    arrays = {name: np.asarray(value) for name, value in weights.items()}
     save_checkpoint(
         options.out / "model",
         config,
-        unstacked(config, arrays),
+        Saved(options.out / "checkpoints", step).tensors(config),
         raw_config=raw,
         copy_from=options.tokenizer,
         dtype=options.save_dtype,

@@ -23,13 +23,14 @@ COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 )
 @dataclass(frozen=True)
 class Knobs:
-    """`Sampling` for a compiled program: the numbers are inputs; only whether to draw and to penalise recompiles."""
+    """`Sampling` for a compiled program: the numbers are inputs, [B, 1] where rows differ; only whether to draw and to
+    penalise (any row) recompiles."""
 
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    top_k: Int[Array, ""]
-    min_p: Float[Array, ""]
-    repetition_penalty: Float[Array, ""]
+    temperature: Float[Array, ""] | Float[Array, "B 1"]
+    top_p: Float[Array, ""] | Float[Array, "B 1"]
+    top_k: Int[Array, ""] | Int[Array, "B 1"]
+    min_p: Float[Array, ""] | Float[Array, "B 1"]
+    repetition_penalty: Float[Array, ""] | Float[Array, "B 1"]
     greedy: bool
     penalised: bool
 
@@ -51,9 +52,11 @@ def sample(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, knobs: 
     if knobs.penalised:
         penalised = jnp.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
         logits = jnp.where(seen, penalised, logits)
+    likeliest = jnp.argmax(logits, axis=-1)
     if knobs.greedy:
-        return jnp.argmax(logits, axis=-1)
-    return jax.vmap(jax.random.categorical)(keys, filtered(logits / knobs.temperature, knobs))
+        return likeliest
+    drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits / knobs.temperature, knobs))
+    return jnp.where(jnp.ravel(knobs.temperature) <= COLDEST, likeliest, drawn)
 
 
 def filtered(logits: Float[Array, "B V"], knobs: Knobs) -> Float[Array, "B V"]:

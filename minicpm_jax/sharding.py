@@ -1,10 +1,12 @@
 """Logical axes of the parameter table to mesh axes."""
 
+import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from weights_io.config import ModelConfig
@@ -30,10 +32,11 @@ RULES = {
 
 def make_mesh(text: str | None, given: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh of ``fsdp=4,tensor=2`` over the ``given`` devices (None: all there are); None: all devices along fsdp,
-    or no mesh on a single one or on CPUs. Raises `InputError` where it does not fit the devices."""
+    or no mesh on a single one or on the CPUs of one process. Raises `InputError` where it does not fit the devices."""
     devices = jax.device_count() if given is None else len(given)
     if text is None:
-        if devices == 1 or (given is None and jax.default_backend() == "cpu"):
+        alone = given is None and jax.process_count() == 1
+        if devices == 1 or (alone and jax.default_backend() == "cpu"):
             return None
         text = f"fsdp={devices}"
     sizes = {}
@@ -56,6 +59,31 @@ def batch_sharding(mesh: Mesh, rows: int, flag: str = "--batch-size") -> NamedSh
     if rows % parts:
         raise InputError(f"{flag} {rows} does not divide over the {parts} devices of {' and '.join(names)}.")
     return NamedSharding(mesh, PartitionSpec(None, names))
+
+
+def own_rows(mesh: Mesh | None, rows: int) -> Sequence[int]:
+    """Which of a batch's ``rows`` lie on devices of this process, in order."""
+    if mesh is None:
+        return range(rows)
+    parts = batch_sharding(mesh, rows).addressable_devices_indices_map((1, rows)).values()
+    return sorted({row for _, part in parts for row in range(rows)[part]})
+
+
+def placed_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) -> Mapping[str, Any]:
+    """Arrays [A, B, ...] over the mesh, of each of which this process has its `own_rows` alone: [A, own, ...]."""
+    if mesh is None:
+        return arrays
+    sharding, own = batch_sharding(mesh, rows), own_rows(mesh, rows)
+
+    def placed(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = range(rows)[index[1]]
+            at = bisect.bisect_left(own, wanted.start)
+            return array[:, at : at + len(wanted)]
+
+        return jax.make_array_from_callback((len(array), rows, *array.shape[2:]), sharding, part)
+
+    return {name: placed(array) for name, array in arrays.items()}
 
 
 def by_rows(x: Any, mesh: Mesh | None) -> Any:
@@ -94,8 +122,13 @@ def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
-    """The arrays, whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """The arrays, whole on every device. `device_put` would end a run whose processes have not the same, before it can
+    be said what they have not (`hosts.Together.check_same`)."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, everywhere)
+    tree = jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index]), tree)
 
 
 def automatic(mesh: Mesh) -> Mesh:

@@ -12,15 +12,15 @@ from jax.sharding import NamedSharding
 from minicpm_data.batches import IGNORED
 from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
 from minicpm_jax import adapters, train
-from minicpm_jax.checkpoints import Checkpoints
+from minicpm_jax.checkpoints import Checkpoints, Saved
+from minicpm_jax.hosts import fetched, processes
 from minicpm_jax.loading import load_weights
 from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model
 from minicpm_jax.quantised import quantised
-from minicpm_jax.sharding import batch_sharding, replicated
+from minicpm_jax.sharding import batch_sharding, own_rows, placed_rows, replicated
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
-from weights_io.write import unstacked
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -33,6 +33,7 @@ class Trainer:
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
         self.optimiser = train.optimizer(options.optimizer, options.weight_decay, options.clip)
         self.key = jax.random.key(options.seed)
+        self.processes = processes()
         sharding = model.model.embed_tokens.weight[...].sharding
         self.mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         if self.mesh is not None:
@@ -63,6 +64,9 @@ class Trainer:
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.options.out / "checkpoints")
 
+    def own(self, rows: int) -> Sequence[int]:
+        return own_rows(self.mesh, rows)
+
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
         self.state, figures = train.train_step(
             self.state,
@@ -82,14 +86,12 @@ class Trainer:
 
     def reference(self, batch: Arrays) -> np.ndarray:
         one = {name: x[0] for name, x in self.placed([batch]).items()}
-        return np.asarray(train.log_probabilities(self.before, self.base, one, trained=self.trained))
+        return fetched(train.log_probabilities(self.before, self.base, one, trained=self.trained))
 
     def placed(self, batches: Sequence[Arrays]) -> Mapping[str, Any]:
-        """[A, B, T] of batches [B, T], their rows spread over the devices."""
-        arrays = stacked(batches)
-        if self.mesh is None:
-            return arrays
-        return jax.device_put(arrays, batch_sharding(self.mesh, arrays["ids"].shape[1]))
+        """[A, B, T] of this process's rows of batches [B, T], spread over the devices."""
+        sides = 1 if self.options.loss == "sft" else 2
+        return placed_rows(stacked(batches), self.mesh, sides * self.options.batch_size)
 
     def save(self, step: int) -> None:
         self.checkpoints.save(step, self.state)
@@ -99,21 +101,26 @@ class Trainer:
         return self.checkpoints.latest
 
     def export(self) -> None:
-        if self.adapter is None:
-            arrays = {name: np.asarray(value) for name, value in self.state[0].items()}
-            export_model(self.options, unstacked(self.config, arrays))
+        if self.adapter is None:  # from the disk, where a process alone can read all of it, a part at a time
+            folder, step = self.options.out / "checkpoints", self.checkpoints.latest
+
+            def write() -> None:
+                export_model(self.options, Saved(folder, step).tensors(self.config))
+
+            self.processes.once(write)
         else:
             adapter = adapters.to_adapter(self.config, self.state[0], self.adapter, self.layers)
-            save_adapter(self.options.out, adapter, self.config)
+            self.processes.once(lambda: save_adapter(self.options.out, adapter, self.config))
 
     def load_export(self) -> None:
         if self.adapter is None:
-            found = load_weights(open_checkpoint(self.options.out / "model"), "float32")
+            found = load_weights(open_checkpoint(self.options.out / "model"), "float32", self.mesh)
             self.state = train.weights_of(found), None
         else:
             adapter = read_adapter(self.options.out, self.config)
             self.trained = train.LowRankWeights(adapter.config.scale, 0.0)
-            self.state = adapters.from_adapter(self.config, adapter), None
+            weights = adapters.from_adapter(self.config, adapter)
+            self.state = (weights if self.mesh is None else replicated(weights, self.mesh)), None
 
     def close(self) -> None:
         if "checkpoints" in vars(self):

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
+from minicpm_mlx.joined import Joined, joined
 from weights_io.config import ModelConfig
 
 
@@ -20,6 +21,7 @@ class Positions:
 
     offset: int | mx.array  # position of the first new token; [B] where rows differ, negative where padding comes first
     freqs: mx.array  # positions to a radian: [H/2], [B, H/2] where rows differ, or [B, T, H/2] where their tokens do
+    tables: tuple[mx.array, mx.array] | None  # `rope_tables`; None: Metal's kernel makes them
     mask: mx.array | str | None  # [B, 1, T, S] bool, "causal", or None: a single token sees everything
     real: mx.array | None = None  # [B, T] bool: which are no padding; None: all, or it does not matter
 
@@ -35,8 +37,8 @@ def positions_of(
     """Positions of new tokens (``ids`` [B, T], for the shape): after those in ``cache`` (any one layer's), or of a
     whole batch with padding (``mask`` [B, T]) or several packed documents in a row (``segments`` [B, T]: numbered, 0 is
     padding; each sees only itself). RoPE is relative: neither padding nor a document in a row asks for positions of its
-    own. ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes its base,
-    and of documents that of each one's own length.
+    own. ``length``: of the whole prompt ([B] where rows differ, [B, T] where tokens do), if this is a part of it:
+    dynamic NTK takes its base, and of documents that of each one's own length.
     """
     width = ids.shape[1]
     offset = 0 if cache is None else cache.offset
@@ -44,15 +46,18 @@ def positions_of(
     if same is not None:
         length = same.sum(axis=2)
     freqs = rope_freqs(config, offset + width if length is None else length)
+    # The kernel is for one base. On a CPU it is a graph of its own, for each layer: here once for all of them.
+    kernel = freqs.ndim == 1 and mx.default_device() != mx.cpu
+    tables = None if kernel else rope_tables(offset, width, freqs)
     if mask is None and segments is None:
-        return Positions(offset, freqs, create_attention_mask(ids, cache))
+        return Positions(offset, freqs, tables, create_attention_mask(ids, cache))
     visible = mx.tril(mx.ones((width, width), mx.bool_))[None]
     if mask is not None:
         # A padding token sees itself: softmax over nothing is NaN on some devices, and the next layer spreads it.
         visible = visible & ((mask[:, None, :] != 0) | mx.eye(width, dtype=mx.bool_))
     if same is not None:
         visible = visible & same
-    return Positions(offset, freqs, visible[:, None], None if segments is None else segments != 0)
+    return Positions(offset, freqs, tables, visible[:, None], None if segments is None else segments != 0)
 
 
 def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:
@@ -72,24 +77,24 @@ def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:
     return freqs
 
 
+def rope_tables(offset: int | mx.array, width: int, freqs: mx.array) -> tuple[mx.array, mx.array]:
+    """cos and sin [B, 1, T, H] in float32 of the angles; the first half of sin is negative: of (-x2, x1) times sin."""
+    index = mx.array(offset)[..., None] + mx.arange(width)  # [T] or [B, T]
+    angle = index[..., None] / (freqs[:, None] if freqs.ndim == 2 else freqs)
+    angle = angle[None] if angle.ndim == 2 else angle
+    cos, sin = mx.cos(angle), mx.sin(angle)
+    return mx.concatenate([cos, cos], axis=-1)[:, None], mx.concatenate([-sin, sin], axis=-1)[:, None]
+
+
 def rotate(x: mx.array, positions: Positions) -> mx.array:
     """Turn each pair (h, h + H/2) of x [B, N or K, T, H] by its angle, in float32, and round back to x's dtype."""
-    # The Metal kernel computes in float32 whatever the dtype; the CPU's would round cos and sin to bfloat16.
-    wide = x.astype(mx.float32) if mx.default_device() == mx.cpu else x
-
-    def turn(rows: mx.array, offset: int | mx.array, freqs: mx.array) -> mx.array:
-        return mx.fast.rope(rows, rows.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
-
-    if positions.freqs.ndim == 1:
-        return turn(wide, positions.offset, positions.freqs).astype(x.dtype)
-    starts = mx.array(positions.offset)
-    if positions.freqs.ndim == 3:
-        places = starts + mx.arange(x.shape[2])
-        angle = (places[:, None] / positions.freqs)[:, None]  # [B, 1, T, H/2]
-        cos, sin, (first, second) = mx.cos(angle), mx.sin(angle), mx.split(x.astype(mx.float32), 2, axis=-1)
-        return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    rows = [turn(wide[b : b + 1], starts[b], positions.freqs[b]) for b in range(x.shape[0])]  # one base in each call
-    return mx.concatenate(rows).astype(x.dtype)
+    if positions.tables is None:
+        offset, freqs = positions.offset, positions.freqs
+        return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+    cos, sin = positions.tables
+    wide = x.astype(mx.float32)
+    first, second = mx.split(wide, 2, axis=-1)
+    return (wide * cos + mx.concatenate([second, first], axis=-1) * sin).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -104,17 +109,33 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self._joined: Joined | None = None  # `joined.join`
+
+    def together(self) -> list[Any]:
+        """The layers that `joined` may compute as one."""
+        return [self.q_proj, self.k_proj, self.v_proj]
 
     def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> mx.array:
         """[B, T, D] to [B, T, D]; ``cache``: this layer's, written in place."""
-        batch, width, _ = x.shape
-        q = self.q_proj(x).reshape(batch, width, self.heads, self.head_dim).transpose(0, 2, 1, 3)
-        k = self.k_proj(x).reshape(batch, width, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        v = self.v_proj(x).reshape(batch, width, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        q, k = rotate(q, positions), rotate(k, positions)
+        return self.o_proj(self.mixed(x, positions, cache))
+
+    def mixed(self, x: mx.array, positions: Positions, cache: Any | None = None) -> mx.array:
+        """[B, T, D] to [B, T, NH], which ``o_proj`` reads."""
+
+        def heads(y):
+            return y.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+        if joined(self):
+            assert self._joined is not None
+            every = heads(self._joined(x))  # [B, N + 2K, T, H]
+            turned = rotate(every[:, : -self.kv_heads], positions)
+            q, k, v = turned[:, : self.heads], turned[:, self.heads :], every[:, -self.kv_heads :]
+        else:
+            q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+            q, k = rotate(q, positions), rotate(k, positions)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        return self.o_proj(attend(q, k, v, positions.mask, cache))
+        return attend(q, k, v, positions.mask, cache)
 
 
 def attend(q: mx.array, k: Any, v: Any, mask: mx.array | str | None, cache: Any | None = None) -> mx.array:

@@ -15,6 +15,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, QuantizedKVCache, make_prompt_cache
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
+from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
 from minicpm_mlx.sampling import sample
 from weights_io.errors import InputError
@@ -53,27 +54,34 @@ def empty(model: Model, padding: Sequence[int], memory: CacheOptions) -> list[An
 
 def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, cache: list[Any], pieces: int) -> State:
     """Run the prompts through an empty cache, ``pieces`` tokens at a time, and choose each row's first token."""
+    join(model)
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     padding = [width - length for length in lengths]
     ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
-    whole = width if len(prompts) == 1 else mx.array(lengths)
-    for start in range(0, width, pieces):
-        hidden = model.decode(ids[:, start : start + pieces], cache, whole)
+    hidden = run(model, ids, cache, pieces, width if len(prompts) == 1 else mx.array(lengths))
+    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalised else None
+    state = State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts))))
+    return chosen(state, model.head(hidden)[:, 0], sampling)
+
+
+def run(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int | mx.array) -> mx.array:
+    """The last hidden state [B, 1, D] of tokens [B, T], or of those that end a prompt of ``length``."""
+    for start in range(0, ids.shape[1], pieces):
+        hidden = model.decode(ids[:, start : start + pieces], cache, length, last=True)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
-    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalised else None
-    return _chosen(model, State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts)))), hidden, sampling)
+    return hidden
 
 
 def decode(model: Model, state: State, sampling: Sampling) -> State:
     """One more token for each row."""
-    return _chosen(model, state, model.decode(state.token[:, None], state.cache), sampling)
+    hidden = model.decode(state.token[:, None], state.cache)
+    return chosen(state, model.head(hidden)[:, 0], sampling)
 
 
-def _chosen(model: Model, state: State, hidden: mx.array, sampling: Sampling) -> State:
-    """The state with the next token of each row, from the last hidden state of [B, T, D] before it."""
-    logits = model.head(hidden[:, -1:])[:, 0]
+def chosen(state: State, logits: mx.array, sampling: Sampling) -> State:
+    """The state with the next token of each row, from logits [B, V]."""
     keys, draws = state.keys, None
     if not sampling.greedy:
         both = mx.stack([mx.random.split(key) for key in state.keys])

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
 
 
@@ -11,13 +12,19 @@ def description() -> str:
     return "cpu" if device == mx.cpu else str(mx.device_info().get("device_name", "gpu"))
 
 
+def is_first() -> bool:
+    """Whether this process is the one that prints: there is no other."""
+    return True
+
+
 def preferred_dtype() -> str | None:
     """What to compute in unless told otherwise; None is the checkpoint's own."""
     return None
 
 
 def for_decoding(model: Model) -> Model:
-    """The model in the form that decodes fastest here: as it is."""
+    """The model itself, in the form that decodes fastest."""
+    join(model)
     return model
 
 

@@ -20,6 +20,12 @@ def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":
     return stream_tokens(*arguments)
 
 
+def _stream_speculated(*arguments: Any) -> Iterator[tuple[int, bool]]:
+    from minicpm_mlx.speculation import stream_speculated
+
+    return stream_speculated(*arguments)
+
+
 def backend() -> Backend:
     """What the command lines ask of this package."""
     from minicpm_mlx import device
@@ -29,7 +35,7 @@ def backend() -> Backend:
     return Backend(load, generator, device, activation_sparsity)
 
 
-generator = Generator(_stream_tokens)
+generator = Generator(_stream_tokens, _stream_speculated)
 stream_generate = generator.stream_generate
 generate = generator.generate
 batch_generate = generator.batch_generate

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from minicpm_data.token_ids import checked_ids
 from minicpm_mlx.arithmetic import divided, gated, scaled
 from minicpm_mlx.attention import Attention, Positions, positions_of
+from minicpm_mlx.joined import Joined, added, joined
 from minicpm_mlx.moe import MoE
 from weights_io.checkpoint import BUFFERS
 from weights_io.config import ModelConfig
@@ -33,9 +34,23 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.threshold = config.activation_threshold
+        self._joined: Joined | None = None  # `joined.join`
+
+    def together(self) -> list[Any]:
+        """The layers that `joined` may compute as one."""
+        return [self.gate_proj, self.up_proj]
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.threshold))
+        return self.down_proj(self.hidden(x))
+
+    def hidden(self, x: mx.array) -> mx.array:
+        """[B, T, D] to [B, T, F], which ``down_proj`` reads."""
+        if joined(self):
+            assert self._joined is not None
+            gate, up = mx.split(self._joined(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return gated(gate, up, self.threshold)
 
 
 class DecoderLayer(nn.Module):
@@ -48,16 +63,27 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if config.num_experts else MLP(config)
         self.residual_scale = config.residual_scale
 
-    def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, x: mx.array, positions: Positions, cache: Any | None = None, last: bool = False
+    ) -> tuple[mx.array, mx.array]:
         """[B, T, D] to [B, T, D], and the `moe.imbalance` of this layer (0 where it has no experts); ``cache``: this
-        layer's, written in place."""
-        x = x + scaled(self.self_attn(self.input_layernorm(x), positions, cache), self.residual_scale)
+        layer's, written in place. ``last``: only the last token's [B, 1, D]."""
+        mixed = self.self_attn.mixed(self.input_layernorm(x), positions, cache)
+        if last:
+            x, mixed = x[:, -1:], mixed[:, -1:]
+        x = added(x, self.self_attn.o_proj, mixed, self.residual_scale)
         normed = self.post_attention_layernorm(x)
+        imbalance = mx.array(0.0)
+        if type(self.mlp) is MLP:  # a variant's own may do more
+            return added(x, self.mlp.down_proj, self.mlp.hidden(normed), self.residual_scale), imbalance
         if isinstance(self.mlp, MoE):
-            added, imbalance = self.mlp(normed, positions.real)
+            more, imbalance = self.mlp(normed, positions.real)
         else:
-            added, imbalance = self.mlp(normed), mx.array(0.0)
-        return x + scaled(added, self.residual_scale), imbalance
+            more = self.mlp(normed)
+        return x + scaled(more, self.residual_scale), imbalance
+
+
+LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another
 
 
 class Decoder(nn.Module):
@@ -66,7 +92,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        layer = LAYERS.get(config.model_type, DecoderLayer)
+        self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.embedding_scale = config.embedding_scale
 
@@ -75,15 +102,21 @@ class Decoder(nn.Module):
         return scaled(self.embed_tokens(ids), self.embedding_scale)
 
     def __call__(
-        self, x: mx.array, positions: Positions, cache: Sequence[Any] | None = None, remat: bool = False
+        self,
+        x: mx.array,
+        positions: Positions,
+        cache: Sequence[Any] | None = None,
+        remat: bool = False,
+        last: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Run the layers over embeddings; returns the hidden state before the final norm, and the mean of the layers'
         `moe.imbalance`, which costs nothing where it is not used. ``remat``: recompute each layer in the backward pass
-        instead of keeping what it computed."""
+        instead of keeping what it computed. ``last``: the state of the last token alone."""
         each = []
         for index, layer in enumerate(self.layers):
             run = nn.utils.checkpoint(layer) if remat else layer
-            x, imbalance = run(x, positions, None if cache is None else cache[index])
+            own = None if cache is None else cache[index]
+            x, imbalance = run(x, positions, own, last and index == len(self.layers) - 1)
             each.append(imbalance)
         return x, mx.stack(each).mean()
 
@@ -135,14 +168,17 @@ class Model(nn.Module):
         logits = self.model.embed_tokens.as_linear(x) if self.lm_head is None else self.lm_head(x)
         return logits.astype(mx.float32)
 
-    def decode(self, ids: mx.array, cache: Sequence[Any], length: int | mx.array | None = None) -> mx.array:
-        """Run more tokens [B, T] through the cache. Returns [B, T, D] after the final norm, for `head`.
+    def decode(
+        self, ids: mx.array, cache: Sequence[Any], length: int | mx.array | None = None, last: bool = False
+    ) -> mx.array:
+        """Run more tokens [B, T] through the cache. Returns [B, T, D] after the final norm, for `head`; ``last``: only
+        the last token's, for which the last layer does no more than it must.
 
         ``length``: of the whole prompt ([B] where rows differ), if this is a part of it: dynamic NTK takes the base of
-        the whole.
+        the whole; [B, T] where each token stands for an answer of its own length.
         """
         positions = positions_of(self.config, ids, cache=cache[0], length=length)
-        x, _ = self.model(self.model.embed(ids), positions, cache)
+        x, _ = self.model(self.model.embed(ids), positions, cache, last=last)
         return self.model.norm(x)
 
     @property

@@ -8,6 +8,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
+from minicpm_data.runs import Alone
 from minicpm_mlx import adapters, train
 from minicpm_mlx.checkpoints import Checkpoints
 from minicpm_mlx.loading import load_weights
@@ -30,6 +31,7 @@ class Trainer:
         self.optimiser = train.OPTIMISERS[options.optimizer]()
         self.decay = options.weight_decay if options.optimizer in ("adamw", "muon") else 0.0
         self.key = mx.random.key(options.seed)
+        self.processes = Alone()
         if self.adapter is not None:
             if options.quantize is not None:
                 quantised(model, options.quantize)
@@ -45,6 +47,9 @@ class Trainer:
         self.optimiser.init(self.weights)
         self.checkpoints = Checkpoints(options.out / "checkpoints")
         model.train()
+
+    def own(self, rows: int) -> Sequence[int]:
+        return range(rows)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
         self.weights, figures = train.train_step(

@@ -1,6 +1,7 @@
 """Where an answer begins and ends, with a backend that says what it is told to: the calls and their command lines."""
 
 import json
+import re
 import types
 
 import numpy as np
@@ -9,6 +10,7 @@ import tiny_tokenizer as tiny
 
 from minicpm_data import commands, corpus, evaluation, load_tokenizer, terminal
 from minicpm_data.generation import Backend, Generator
+from minicpm_data.streaming import Response
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
@@ -21,12 +23,17 @@ class Parrot:
         self.folder, self.config = tokenizer.pop("folder"), tokenizer
         self.tokenizer = load_tokenizer(tiny.write(self.folder, **tokenizer))
         self.model = types.SimpleNamespace(config=ModelConfig(vocab_size=self.tokenizer.vocab_size), eos_token_ids=(2,))
-        self.generator = Generator(self.stream_tokens)
+        self.generator = Generator(self.stream_tokens, self.stream_speculated)
 
     def stream_tokens(self, model, prompts, max_tokens, sampling, end_ids, memory):
         self.asked += prompts
         for i in (*self.tokenizer.encode(self.says, add_bos=False), 2):
             yield np.array([i] * len(prompts))
+
+    def stream_speculated(self, model, prompt, max_tokens, sampling, end_ids, memory, speculation):
+        self.speculation = speculation
+        for ids in self.stream_tokens(model, [prompt], max_tokens, sampling, end_ids, memory):
+            yield int(ids[0]), True
 
     def load(self, path, dtype, **options):
         self.loaded = {"path": path, **options}
@@ -93,6 +100,17 @@ def test_the_command_ends_at_a_marker_of_the_template(parrot, typed):
     assert raw[1] == "The fox.<用户>And the dog?\n"
 
 
+def test_the_command_says_how_many_tokens_were_guessed(parrot, typed):
+    bird = parrot("The fox.")
+    code, out, error = typed(commands.run_generate, bird, "--draft-model", "smaller", "--num-draft-tokens", "5")
+    assert (code, out) == (0, "The fox.\n") and re.search(r"\nGuessed: (\d+) of \1 tokens\n", error)
+    assert bird.loaded["path"] == "smaller" and bird.speculation.draft_model is bird.model
+    assert bird.speculation.num_draft_tokens == 5
+    assert typed(commands.run_generate, bird, "--prompt-lookup")[1] == out and bird.speculation.prompt_lookup
+    code, out, error = typed(commands.run_generate, bird, "--prompt-lookup", "--num-draft-tokens", "0")
+    assert (code, out, error) == (2, "", "error: num_draft_tokens is 0; it must be a whole number from 1 to 64.\n")
+
+
 def test_the_terminal_chat_ends_at_a_marker_and_remembers_what_it_showed(parrot, typed, monkeypatch):
     bird = parrot("The fox.<用户>And the dog?")
     lines = iter(["Hello", "world"])
@@ -134,7 +152,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_shown(parrot, typed, monkeypa
             left -= 1
             yield token
 
-    bird.generator = Generator(interrupted)
+    bird.generator = Generator(interrupted, bird.stream_speculated)
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     code, out, _ = typed(commands.run_chat, bird)
     assert code == 0
@@ -154,6 +172,34 @@ def test_what_begins_with_a_slash(parrot, typed, monkeypatch, tmp_path):
     assert asked == ["The sea.<用户>Hello<AI>", "The sea.<用户>world<AI>", "<用户>Hello<AI>"]
     roles = [message["role"] for message in json.loads(kept.read_text(encoding="utf-8"))["messages"]]
     assert roles == ["system", "user", "assistant"]
+    said = ["(begun anew with this system message)", "(the conversation is forgotten)", "(begun anew with no system"]
+    assert all(line in out for line in said)
+
+
+def test_a_terminal_sees_no_control_characters(monkeypatch, capsys):
+    """Of an answer, which is kept as it is; the help fits a narrow terminal."""
+    answer = [Response("a\x1b[2J\tb", 1), Response("\x07\x9b\n中", 2)]
+    assert terminal.printed(answer) == "a\x1b[2J\tb\x07\x9b\n中"
+    assert capsys.readouterr().out == "a\x1b[2J\tb\x07\x9b\n中\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    terminal.printed(answer)
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\ufffd\ufffd\n中\n"
+    assert max(map(len, terminal.HELP.splitlines())) <= 60
+
+
+def test_a_second_ctrl_c_does_not_end_the_program(parrot, typed, monkeypatch):
+    """One that comes when the answer has ended, before the next question."""
+    bird, lines = parrot("The fox."), iter(["Hello", "world"])
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
+    notes = iter([KeyboardInterrupt])
+
+    def note(*_):
+        if (pressed := next(notes, None)) is not None:
+            raise pressed
+
+    monkeypatch.setattr(commands, "note_context", note)
+    assert typed(commands.run_chat, bird)[:2] == (0, "The fox.\n\nThe fox.\n")
+    assert bird.tokenizer.decode(bird.asked[1]) == "<用户>Hello<AI>The fox.<用户>world<AI>"
 
 
 def test_a_question_without_an_answer_is_forgotten(parrot, typed, monkeypatch):

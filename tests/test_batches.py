@@ -111,16 +111,14 @@ def test_a_batch_is_a_function_of_seed_and_number(pack):
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_shards_are_the_rows_of_one_batch(pack):
-    examples = skewed(300)
-    whole = Batches(examples, 8, 512, seed=5, pack=pack)
-    shards = [Batches(examples, 8, 512, seed=5, pack=pack, shard=(p, 4)) for p in range(4)]
+def test_processes_make_the_rows_of_one_batch(pack):
+    batches = Batches(skewed(300), 8, 512, seed=5, pack=pack)
     for n in (0, 5, 50):
-        parts = [shard[n] for shard in shards]
-        assert all(part.ids.shape[0] == 2 for part in parts)
-        for name in ("ids", "labels", "segments"):
-            assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole[n], name))
-    assert {shard.padding for shard in shards} == {whole.padding}
+        whole, parts = batches[n], [batches.part(n, lambda rows, p=p: range(p, rows, 4)) for p in range(4)]
+        assert {(part.size, part.length) for part in parts} == {(8, np.count_nonzero(whole.segments))}
+        for p, part in enumerate(parts):
+            for name in ("ids", "labels", "segments"):
+                assert np.array_equal(getattr(part, name), getattr(whole, name)[p::4])
 
 
 def test_widths():
@@ -189,7 +187,6 @@ def pairs(count):
 def test_pairs():
     data = pairs(24)
     batches = Batches(data, 4, 64, seed=0)
-    shards = [Batches(data, 4, 64, seed=0, shard=(p, 2)) for p in range(2)]
     found = []
     for n in range(batches.per_epoch):
         batch = batches[n]
@@ -198,10 +195,8 @@ def test_pairs():
             for at, part in ((row, data[i].chosen), (row + 4, data[i].rejected)):
                 assert batch.ids[at][batch.segments[at] == 1].tolist() == part.ids.tolist()
         found += batch.index.tolist()
-        parts = [shard[n] for shard in shards]
-        assert np.concatenate([part.index for part in parts]).tolist() == batch.index.tolist()
-        assert np.array_equal(np.concatenate([part.ids[:2] for part in parts]), batch.ids[:4])
-        assert np.array_equal(np.concatenate([part.ids[2:] for part in parts]), batch.ids[4:])
+        part = batches.part(n, lambda rows: range(rows // 2, rows))  # of the rejected answers
+        assert part.index.tolist() == batch.index.tolist() and np.array_equal(part.ids, batch.ids[4:])
     assert sorted(found) == list(range(24))
     assert measured_padding(batches) == pytest.approx(batches.padding)
     with pytest.raises(InputError, match="pairs cannot be packed"):
@@ -223,8 +218,6 @@ def test_refusals():
         Batches(data, 8, 64, seed=0)
     with pytest.raises(InputError, match="6 examples, packed into 1 rows, do not fill .* --batch-size 1 or less"):
         Batches(data, 2, 64, seed=0, pack=True)
-    with pytest.raises(InputError, match="multiple of 4, the number of processes"):
-        Batches(data, 6, 64, seed=0, shard=(0, 4))
     with pytest.raises(InputError, match="--seed -1"):
         Batches(data, 2, 64, seed=-1)
     with pytest.raises(InputError, match="8 tokens, more than the 7"):

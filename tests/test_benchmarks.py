@@ -68,3 +68,18 @@ def test_packed_rows_hold_less_padding(backend):
     assert ran.returncode == 0, ran.stderr
     apart, packed = (int(line.split(" | ")[2].split()[-1].removesuffix("%")) for line in ran.stdout.splitlines()[2:])
     assert packed < apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "more", "first"),
+    [
+        ("speculation", ["--draft-layers", "1", "--num-draft-tokens", "2"], ["copies itself", "free"]),
+        ("concurrency", ["--prompt", "9", "--at-once", "1", "2"], ["1", "2"]),
+    ],
+)
+def test_every_way_gives_the_same_tokens(name, more, first):
+    """The commands compare them themselves."""
+    ran = run(name, "--layers", "1", "--words", "64", "--tokens", "4", "--rounds", "1", *more)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted({line.split(" | ")[0].strip("| ") for line in ran.stdout.splitlines()[2:]}) == first

@@ -22,6 +22,7 @@ COMMANDS = [
 COMMANDS += [
     "minicpm_jax.pretrain",
     "minicpm_jax.fit",
+    "minicpm_jax.export",
     "minicpm_data.corpus",
     "minicpm_data.vocabulary",
     "minicpm_data.exercise",
@@ -29,6 +30,7 @@ COMMANDS += [
 COMMANDS += ["minicpm_serve.longcontext", "minicpm_serve.history", "minicpm_serve.retrieval"]
 COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.fit_table"]
+COMMANDS += ["benchmarks.speculation", "benchmarks.concurrency", "benchmarks.graph_nodes", "benchmarks.throughput"]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
 ASKING_FOR_HELP = """
 import runpy, sys
@@ -132,6 +134,18 @@ def test_output_that_cannot_be_written():
     with open("/dev/full", "w") as full:
         ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "No space left" in ran.stderr
+
+
+def test_what_there_is_to_run(package):
+    """All commands of a package; a reader that goes away is no error."""
+    ran = run(package)
+    assert [line.split()[2] for line in ran.stdout.splitlines()] == sorted(c for c in COMMANDS if package in c)
+    with open(os.devnull) as closed:
+        left = subprocess.run([sys.executable, "-m", package], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert left.returncode == 2 and left.stderr.count("\n") == 1
+    command = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-m', {package!r}], stdout=-1, stderr=-1)"
+    command += "; p.stdout.close(); print(p.stderr.read(), p.wait())"
+    assert subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout == "b'' 0\n"
 
 
 def test_undecodable_standard_input_is_refused(package, folder):

@@ -2,8 +2,12 @@
 
 import json
 import resource
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -300,22 +304,56 @@ def test_mlx_lm_runs_the_mlx_export_with_our_model(reference, tmp_path, name):
 
 @pytest.mark.slow
 def test_the_commands_of_mlx_lm_take_the_mlx_export(tmp_path):
+    """generate, lora, chat and server, as a user types them."""
     main(Options(model="pico", to="mlx", out=tmp_path / "pico"))
     rows = [{"prompt": f"{i} + 1 = ?", "completion": f"{i} + 1 = {i + 1}"} for i in range(8)]
     for split in ("train", "valid"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def mlx_lm(verb, *arguments):
-        command = [sys.executable, "-m", "mlx_lm", verb, "--trust-remote-code", *map(str, arguments)]
-        ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
+        return [sys.executable, "-m", "mlx_lm", verb, "--trust-remote-code", *map(str, arguments)]
+
+    def said(verb, *arguments, typed=""):
+        command = mlx_lm(verb, *arguments)
+        ran = subprocess.run(command, input=typed, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
 
     asked = ["--model", tmp_path / "pico", "--prompt", "12 + 7 = ?", "--max-tokens", 12]
-    assert "12 + 7 = 19" in mlx_lm("generate", *asked)
+    assert "12 + 7 = 19" in said("generate", *asked)
     tuned = ["--train", "--data", tmp_path, "--iters", 2, "--batch-size", 2, "--num-layers", 2, "--val-batches", 1]
-    mlx_lm("lora", "--model", tmp_path / "pico", *tuned, "--adapter-path", tmp_path / "adapters")
-    assert "12 + 7" in mlx_lm("generate", *asked, "--adapter-path", tmp_path / "adapters")
+    said("lora", "--model", tmp_path / "pico", *tuned, "--adapter-path", tmp_path / "adapters")
+    assert "12 + 7" in said("generate", *asked, "--adapter-path", tmp_path / "adapters")
+    talk = said("chat", "--model", tmp_path / "pico", "--temp", 0, typed="12 + 7 = ?\n20 + 4 = ?\nq\n")
+    assert "12 + 7 = 19" in talk and "20 + 4 = 24" in talk
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = mlx_lm("server", "--model", tmp_path / "pico", "--port", port)
+    server = subprocess.Popen(served, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        body = {"messages": [{"role": "user", "content": "12 + 7 = ?"}], "max_tokens": 12, "temperature": 0}
+        answer = posted(f"http://127.0.0.1:{port}/v1/chat/completions", body)
+        assert answer["choices"][0]["message"]["content"] == "12 + 7 = 19"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def posted(address, body, patience=60):
+    """The answer of a server that may still be starting."""
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    end = time.monotonic() + patience
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=patience) as response:
+                return json.load(response)
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
 
 
 def _too_large(source):

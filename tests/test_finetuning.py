@@ -62,14 +62,6 @@ def adapter_bytes(out):
     return (out / "adapter_model.safetensors").read_bytes()
 
 
-def flags(options):
-    """As they are typed."""
-    default = type(options)()
-    given = {name: value for name, value in vars(options).items() if value != getattr(default, name)}
-    words = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
-    return [word for name, value in words.items() for word in ([name] if value is True else [name, str(value)])]
-
-
 def test_a_run_learns_and_says_so(whole, world):
     records = tiny.records(whole)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
@@ -82,7 +74,7 @@ def test_a_run_learns_and_says_so(whole, world):
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(backend, world, whole, tmp_path):
     options = tiny.lora(world, tmp_path / "out", **LONG)
-    command = [sys.executable, "-m", f"{backend}.lora", *flags(options)]
+    command = [sys.executable, "-m", f"{backend}.lora", *tiny.flags(options)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "checkpoints" / "3").exists() and process.poll() is None:
@@ -114,7 +106,7 @@ def test_ctrl_c_waits_for_the_step_and_says_how_to_go_on(backend, world, whole, 
         return step(self, batches, rate, number)
 
     monkeypatch.setattr(trainer, "step", interrupted)
-    assert command_line(monkeypatch, backend, *flags(options)) == 130
+    assert command_line(monkeypatch, backend, *tiny.flags(options)) == 130
     assert "stopped after step 8 of 14; the same command with --resume goes on" in capsys.readouterr().out
     assert len(tiny.records(tmp_path / "out")) == 8
     monkeypatch.setattr(trainer, "step", step)
@@ -145,7 +137,7 @@ def test_a_full_disk_leaves_what_was_saved(backend, world, whole, tmp_path, monk
         return run
 
     monkeypatch.setattr(trainer, "save", lambda self, n: (save if n < 9 else on_a_full_disk(save))(self, n))
-    assert command_line(monkeypatch, backend, *flags(options)) == 2
+    assert command_line(monkeypatch, backend, *tiny.flags(options)) == 2
     said = capsys.readouterr().err
     assert said.count("error:") == 1 and "Traceback" not in said
     assert "checkpoint of step 9 cannot be written" in said and "of step 6, is whole: make room, and --resume" in said
@@ -153,7 +145,7 @@ def test_a_full_disk_leaves_what_was_saved(backend, world, whole, tmp_path, monk
     before = adapter_bytes(tmp_path / "out")
     monkeypatch.setattr(trainer, "save", save)
     monkeypatch.setattr(trainer, "export", on_a_full_disk(export))
-    assert command_line(monkeypatch, backend, *flags(options), "--resume") == 2
+    assert command_line(monkeypatch, backend, *tiny.flags(options), "--resume") == 2
     assert "File too large" in capsys.readouterr().err
     assert adapter_bytes(tmp_path / "out") == before
     monkeypatch.setattr(trainer, "export", export)
@@ -204,6 +196,21 @@ def test_all_weights_in_both_backends(world, all_weights):
     assert np.abs(expected - tiny.logits(tiny.load(BACKENDS[0], world / "model"))).max() > 0.05
 
 
+def test_a_checkpoint_of_all_weights_becomes_a_model(world, all_weights, tmp_path, monkeypatch):
+    """The last is what the run exported; of adapters, and of MLX, there is nothing to make."""
+    from minicpm_jax.export import Options, main
+
+    main(Options(all_weights["minicpm_jax"], tmp_path / "model"))
+    for path in (tmp_path / "model").iterdir():
+        assert (all_weights["minicpm_jax"] / "model" / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(InputError, match="is a run of MLX"):
+        main(Options(all_weights["minicpm_mlx"], tmp_path / "none"))
+    other = tiny.write_world(tmp_path / "other", hidden_size=64)
+    with pytest.raises(InputError, match=r"checkpoints/5 is of another model: its .* is \(.*\), and the model's \("):
+        main(Options(all_weights["minicpm_jax"], tmp_path / "none", source=str(other / "model")))
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.fixture(scope="module")
 def batch(world):
     tokenizer = load_tokenizer(world / "model")
@@ -225,6 +232,7 @@ def test_masters_are_in_float32(backend, world, batch, tmp_path):
     worker = tiny.trainer(backend, tiny.full(world, tmp_path / "out", dtype="bfloat16"))
     for step in range(2):
         worker.step([batch], 1e-6, step)
+    worker.save(2)
     assert tiny.dtypes(tiny.arrays_of(worker)[0]) == {"float32"}
     assert "bfloat16" in str(tiny.model_of(worker).model.norm.weight.dtype)
     worker.export()

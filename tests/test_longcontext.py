@@ -162,7 +162,7 @@ def test_the_score_is_given_by_depth(folder, monkeypatch, capsys, tmp_path):
             )
         yield from np.array([tokenizer.encode(" " + a, add_bos=False)[:6] for a in answers]).T
 
-    sighted = Backend(real.load, Generator(stream_tokens), real.device, real.activation_sparsity)
+    sighted = Backend(real.load, Generator(stream_tokens, stream_tokens), real.device, real.activation_sparsity)
     monkeypatch.setattr(backends, "get", lambda name: sighted)
     report = tmp_path / "report.json"
     options = {"backend": "jax", "model": str(folder), "length": 1000, "samples": 10, "json": report}

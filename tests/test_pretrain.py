@@ -1,17 +1,21 @@
 """Pretraining: the schedule, the windows, muP's groups, and a run that is killed and goes on as if it had not been."""
 
+import importlib.machinery
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import several
 import tiny_tokenizer
 
 pytest.importorskip("jax")
@@ -19,13 +23,15 @@ pytest.importorskip("jax")
 import jax
 import jax.numpy as jnp
 
-from minicpm_data.metrics import Metrics
-from minicpm_data.packing import batches, pack
+from minicpm_data.metrics import Metrics, check_reporter
+from minicpm_data.packing import WindowBatches, pack
 from minicpm_data.schedules import WarmupStableDecay
 from minicpm_data.tokenizer import load_tokenizer
 from minicpm_jax import train
+from minicpm_jax.export import Options, main
 from minicpm_jax.losses import packed_loss
 from minicpm_jax.model import initialise
+from weights_io import command_line
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
@@ -116,15 +122,16 @@ def test_windows_hold_every_token_from_bos_to_eos(corpus):
 
 def test_batches_are_addressed_by_number():
     windows = np.arange(40, dtype=np.int32).reshape(10, 4)
-    data, again = batches(windows, 2, seed=0), batches(windows, 2, seed=0)
+    data, again = WindowBatches(windows, 2, seed=0), WindowBatches(windows, 2, seed=0)
     assert np.array_equal(data[7], again[7])
+    assert np.array_equal(data.part(7, lambda rows: [1]), data[7][1:])
     first, second = (np.concatenate([data[i] for i in range(s, s + 5)]) for s in (0, 5))
     for order in (first, second):  # each pass holds every window once, in another order
         assert sorted(order[:, 0].tolist()) == list(range(0, 40, 4))
     assert not np.array_equal(first, second)
-    assert not np.array_equal(first, np.concatenate([batches(windows, 2, seed=1)[i] for i in range(5)]))
+    assert not np.array_equal(first, np.concatenate([WindowBatches(windows, 2, seed=1)[i] for i in range(5)]))
     with pytest.raises(InputError, match="10 windows"):
-        batches(windows, 11, seed=0)
+        WindowBatches(windows, 11, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +219,86 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, whole, tmp_path, ho
     process.send_signal(how)
     process.wait(60)
     stopped_early = not (out / "model").exists()
-    ran = run(corpus, out)
+    refused = run(corpus, out)
+    assert refused.returncode == 2 and "holds a run; --resume goes on with it" in refused.stderr
+    ran = run(corpus, out, "--resume")
     assert ran.returncode == 0, ran.stderr
     assert not stopped_early or "going on after step" in ran.stdout
     assert how != signal.SIGINT or process.returncode in (130, 0)
     assert figures(out) == figures(whole)
     assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
+def test_two_processes_train_as_one(corpus, whole, tmp_path):
+    """Each of two devices; stopped in one of them, the run goes on in a single process of one device. Measured: losses
+    within 1e-6."""
+    out = tmp_path / "out"
+    typed = command(corpus, out)[1:]
+    running = several.start(*typed, "--mesh", "fsdp=2,tensor=2")
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and figures(out)) and running[1].poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running[1].send_signal(signal.SIGINT)
+    first, second = several.ends(running)
+    assert (first.returncode, second.returncode) == (130, 130), first.stderr + second.stderr
+    step = int(re.search(r"stopped after step (\d+) of 24; the same command with --resume", first.stdout)[1])
+    assert second.stdout == "" and "Traceback" not in first.stderr + second.stderr
+    assert 8 <= step < 24 and (out / "checkpoints" / str(step)).exists() and not (out / "model").exists()
+    ended = run(corpus, out, "--resume")
+    assert ended.returncode == 0 and f"going on after step {step}" in ended.stdout, ended.stderr
+    for mine, theirs in zip(figures(out), figures(whole), strict=True):
+        numbers = [[record[name] for name in record if name != "stage"] for record in (mine, theirs)]
+        np.testing.assert_allclose(*numbers, rtol=1e-5)
+
+
+def export(monkeypatch, capsys, *arguments):
+    """What the command says; of one that fails the error alone."""
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    try:
+        command_line.run(main, Options, "export")
+    except SystemExit as end:
+        assert end.code == 2
+        return capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_a_checkpoint_becomes_a_model(whole, tmp_path, monkeypatch, capsys):
+    """The last one is what the run wrote at its end; one before it is another; a Llama has the same logits."""
+    said = export(monkeypatch, capsys, "--checkpoint", whole, "--out", tmp_path / "last")
+    assert said.startswith(f"step 24 of {whole}\n")
+    for path in (whole / "model").iterdir():
+        assert (tmp_path / "last" / path.name).read_bytes() == path.read_bytes()
+    step = whole / "checkpoints" / "20"
+    export(monkeypatch, capsys, "--checkpoint", step, "--out", tmp_path / "20", "--dtype", "float32")
+    export(monkeypatch, capsys, "--checkpoint", whole, "--step", 20, "--to", "llama", "--out", tmp_path / "llama")
+    earlier, last = (open_checkpoint(tmp_path / name).tensors["model.norm.weight"].read() for name in ("20", "last"))
+    assert earlier.dtype == np.float32 and np.abs(earlier - last.astype(np.float32)).max() > 1e-4
+    assert open_checkpoint(tmp_path / "llama").config.model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--checkpoint", "{whole}", "--step", 3], "holds no checkpoint of step 3; there are 20, 24."),
+        (["--checkpoint", "{whole}/model"], "is no training run: it has no settings.json"),
+        (["--checkpoint", "{whole}/checkpoints/20", "--step", 24], "is that of step 20, and --step is 24; give one."),
+        (["--checkpoint", "{whole}", "--source", "nowhere"], "the run's tokenizer is not at nowhere any more"),
+        (["--checkpoint", "{whole}", "--out", "{whole}/checkpoints/x"], "lies in the model folder"),
+        (["--checkpoint", "{damaged}"], "checkpoints/24 is damaged ("),
+    ],
+)
+def test_what_cannot_be_exported(whole, tmp_path, monkeypatch, capsys, arguments, said):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(whole, damaged)
+    for path in (damaged / "checkpoints" / "24" / "default").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:100])
+    filled = [str(a).format(whole=whole, damaged=damaged) for a in arguments]
+    out = [] if "--out" in filled else ["--out", tmp_path / "out"]
+    error = export(monkeypatch, capsys, *filled, *out)
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_continues_from_any_checkpoint_at_its_stage(corpus, whole, tmp_path):
@@ -259,6 +340,29 @@ def test_a_half_written_line_of_figures_is_dropped(tmp_path):
     assert [json.loads(line)["loss"] for line in path.open()] == [3.0, 2.4]
 
 
+def test_figures_go_to_wandb_under_the_name_of_the_project(tmp_path, monkeypatch):
+    """From the process that writes alone; by default the project is the folder."""
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda **options: (
+        calls.append(options["project"])
+        or types.SimpleNamespace(
+            log=lambda record, step: calls.append((step, record["loss"])), finish=lambda: calls.append("finished")
+        )
+    )
+    calls: list = []
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name, writing in (("mine", True), (None, True), (None, False)):
+        metrics = Metrics(tmp_path / "metrics.jsonl", 0, "wandb", name, writing)
+        metrics.write({"step": 1, "loss": 2.0})
+        metrics.close()
+    assert calls == ["mine", (1, 2.0), "finished", tmp_path.name, (1, 2.0), "finished"]
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr("minicpm_data.metrics.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--report-to tensorboard needs a package .*: pip install tensorboardX"):
+        check_reporter("tensorboard")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -288,12 +392,12 @@ def test_bad_input(corpus, tmp_path, arguments, said):
 
 def test_another_run_is_not_continued(corpus, whole, tmp_path):
     before = sorted(os.listdir(whole)), figures(whole)
-    ran = run(corpus, whole, "--seed", "1")
+    ran = run(corpus, whole, "--resume", "--seed", "1")
     assert ran.returncode == 2 and "another seed" in ran.stderr
     changed = tmp_path / "data"
     shutil.copytree(corpus / "data", changed)
     with (changed / "stable" / "valid.jsonl").open("a") as file:
         file.write(json.dumps({"text": "One more. " * 40}) + "\n")
-    ran = run(corpus, whole, "--data", changed)
+    ran = run(corpus, whole, "--resume", "--data", changed)
     assert ran.returncode == 2 and "another data" in ran.stderr
     assert (sorted(os.listdir(whole)), figures(whole)) == before

@@ -77,6 +77,14 @@ def _options(kind: type, root: Path, **changes) -> Any:
     return kind(**{**common, **changes})
 
 
+def flags(options: FinetuneOptions) -> list[str]:
+    """As they are typed."""
+    default = type(options)()
+    given = {name: value for name, value in vars(options).items() if value != getattr(default, name)}
+    words = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+    return [word for name, value in words.items() for word in ([name] if value is True else [name, str(value)])]
+
+
 def finetune(backend: str, options: FinetuneOptions) -> None:
     finetuning.finetune(options, part(backend, "generate").backend, part(backend, "lora").trainer)
 

@@ -7,9 +7,12 @@ released files; MiniCPM5's is from its GGUF conversion. ``None`` stands for unkn
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from weights_io.config import ModelConfig
+from weights_io.memory import ITEM, cache_bytes, size
 
 
 @dataclass(frozen=True)
@@ -309,20 +312,51 @@ def _tail(repo: str | None) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    pass
+    markdown: bool = False
+    """Print a table in Markdown, with the memory of 1,000 tokens: that of docs/models.md."""
 
 
 def main(options: Options) -> None:
     """Print the short names that every --model takes: parameters, dtype, bytes of all weights, whether it runs,
     repository, notes."""
-    from weights_io.memory import ITEM, size
+    print("\n".join(markdown() if options.markdown else lines()))
 
+
+def lines() -> Iterator[str]:
+    """For a terminal."""
     for entry in CATALOG:
         count = "unknown" if entry.parameters is None else f"{entry.parameters / 1e6:,.0f} M"
-        held = size(None if entry.parameters is None or entry.dtype is None else entry.parameters * ITEM[entry.dtype])
         where, runs = entry.repo or "built in", "runs" if entry.runs else "not yet"
+        held = size(_weights(entry))
         line = f"{entry.name:22} {count:>9}  {entry.dtype or 'unknown':9} {held:>8}  {runs:8} {where:51} {entry.notes}"
-        print(line.rstrip())
+        yield line.rstrip()
+
+
+def markdown() -> Iterator[str]:
+    """For docs/models.md."""
+    yield "| `--model` | repository | parameters | weights as stored | cache of 1,000 tokens | runs in | |"
+    yield "|---|---|---|---|---|---|---|"
+    for entry in CATALOG:
+        count = "unknown" if entry.parameters is None else f"{entry.parameters:,}"
+        held, dtype = size(_weights(entry)), entry.dtype or "unknown"
+        weights = dtype if held == "unknown" else f"{held}, {dtype}"
+        config = _config(entry)
+        cache = size(None if config is None else cache_bytes(config, 1000, "bfloat16"))
+        where, runs = entry.repo or "in this package", "JAX, MLX" if entry.runs else "not yet"
+        yield f"| `{entry.name}` | {where} | {count} | {weights} | {cache} | {runs} | {entry.notes} |"
+
+
+def _weights(entry: Entry) -> int | None:
+    """Bytes."""
+    return None if entry.parameters is None or entry.dtype is None else entry.parameters * ITEM[entry.dtype]
+
+
+def _config(entry: Entry) -> ModelConfig | None:
+    if entry.repo is None:
+        from weights_io.hub import built_in
+
+        return ModelConfig.from_file(built_in() / "config.json")
+    return ModelConfig.from_dict(dict(entry.config)) if entry.config and entry.runs else None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Every command line of the project: a dataclass of options becomes flags, an InputError one sentence and exit 2."""
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from weights_io.errors import InputError
@@ -20,9 +21,8 @@ def run(
     """Parse ``sys.argv`` into ``options`` (a dataclass; its docstrings are the help) and call ``main`` with it.
 
     ``prog`` is how the command is typed, e.g. ``"python -m weights_io.inspect"``. ``more_flags``: given the options,
-    the flags of a file that they name, which count where ``sys.argv`` does not say otherwise. Wrong flags and
-    `InputError` exit with 2, and so do files that cannot be read or written; Ctrl-C exits with 130, a reader that went
-    away (``| head``) with 0; any other exception is a defect of ours and keeps its traceback.
+    the flags of a file that they name, which count where ``sys.argv`` does not say otherwise. Wrong flags exit with 2,
+    and for the rest see `exit_codes`.
     """
     import tyro
 
@@ -34,11 +34,20 @@ def run(
             options, prog=prog, description=main.__doc__, args=flags, config=(tyro.conf.FlagCreatePairsOff,)
         )
 
-    try:
+    with exit_codes():
         given = parsed(sys.argv[1:])
         if more_flags is not None and (more := more_flags(given)):
             given = parsed(more + sys.argv[1:])
         main(given)
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """What is done within ends with a sentence and 2 for an `InputError`, and for files that cannot be read or written;
+    with 130 for Ctrl-C, with 0 for a reader that went away (``| head``); any other exception is a defect of ours and
+    keeps its traceback."""
+    try:
+        yield
         sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,8 +73,9 @@ def print_commands(package: str) -> None:
 
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations
-    for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
-        source = path.read_text(encoding="utf-8")
-        if 'if __name__ == "__main__":' in source:
-            said = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0].replace("\n", " ")
-            print(f"python -m {package}.{path.stem:12} {said}")
+    with exit_codes():
+        for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
+            source = path.read_text(encoding="utf-8")
+            if 'if __name__ == "__main__":' in source:
+                said = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0].replace("\n", " ")
+                print(f"python -m {package}.{path.stem:12} {said}")

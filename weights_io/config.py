@@ -7,24 +7,39 @@ them with minicpm, 10000.0 and True. A key that would change the numbers and is 
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from weights_io.errors import InputError
 
-# Defaults of the two configuration classes, where they differ (MiniCPM's class: configuration_minicpm.py of April 2024;
-# Llama's: transformers).
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "minicpm": {
-        "tie_word_embeddings": True,
-        "scale_emb": 1.0,
-        "dim_model_base": 1,
-        "scale_depth": 1.0,
-        "num_experts": None,
-        "num_experts_per_tok": None,
-    },
-    "llama": {"tie_word_embeddings": False},
+
+@dataclass(frozen=True)
+class Family:
+    """What a ``model_type`` stands for. Another entry of `FAMILIES` is another kind of model: docs/architecture.md."""
+
+    architecture: str  # as config.json's ``architectures`` names it
+    defaults: dict[str, Any]  # of its configuration class, where they are not `COMMON_DEFAULTS`
+    scaled: bool = False  # embedding, residual branches and logits have muP's scales
+    table: "Callable[[ModelConfig], Sequence[Any]] | None" = None  # of `weights_io.parameters`; None: the decoder's
+
+
+# Defaults: MiniCPM's class (configuration_minicpm.py of April 2024) and Llama's (transformers).
+FAMILIES = {
+    "minicpm": Family(
+        "MiniCPMForCausalLM",
+        {
+            "tie_word_embeddings": True,
+            "scale_emb": 1.0,
+            "dim_model_base": 1,
+            "scale_depth": 1.0,
+            "num_experts": None,
+            "num_experts_per_tok": None,
+        },
+        scaled=True,
+    ),
+    "llama": Family("LlamaForCausalLM", {"tie_word_embeddings": False}),
 }
 COMMON_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -107,7 +122,7 @@ class ModelConfig:
     """Shape and scales of one decoder. Names are those of ``config.json``; every number moves the logits
     (``max_position_embeddings`` under dynamic RoPE scaling, ``initializer_range`` those of a freshly made model)."""
 
-    model_type: str = "minicpm"  # minicpm | llama
+    model_type: str = "minicpm"  # of `FAMILIES`
     vocab_size: int = 32000  # V
     hidden_size: int = 4096  # D
     intermediate_size: int = 11008  # F
@@ -130,19 +145,23 @@ class ModelConfig:
     dim_model_base: int = 1
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
     def embedding_scale(self) -> float:
         """Factor on the embedding of token ids (not on embeddings that the caller gives)."""
-        return self.scale_emb if self.model_type == "minicpm" else 1.0
+        return self.scale_emb if self.family.scaled else 1.0
 
     @property
     def residual_scale(self) -> float:
         """Factor on what attention and MLP add to the residual stream."""
-        return self.scale_depth / math.sqrt(self.num_hidden_layers) if self.model_type == "minicpm" else 1.0
+        return self.scale_depth / math.sqrt(self.num_hidden_layers) if self.family.scaled else 1.0
 
     @property
     def logit_divisor(self) -> float:
         """The final hidden state is divided by this before the head, tied or not; it is also muP's width ratio."""
-        return self.hidden_size / self.dim_model_base if self.model_type == "minicpm" else 1.0
+        return self.hidden_size / self.dim_model_base if self.family.scaled else 1.0
 
     @property
     def activation_threshold(self) -> float | None:
@@ -161,10 +180,10 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that this class and transformers (Llama) read back as the same config."""
         raw: dict[str, Any] = {
-            "architectures": [{"minicpm": "MiniCPMForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]],
+            "architectures": [self.family.architecture],
             **dataclasses.asdict(self),
         }
-        absent = ["scale_emb", "scale_depth", "dim_model_base"] if self.model_type == "llama" else []
+        absent = [] if self.family.scaled else ["scale_emb", "scale_depth", "dim_model_base"]
         absent += [] if self.num_experts else ["num_experts", "num_experts_per_tok"]
         absent += ["hidden_act_param"] if self.hidden_act_param is None else []
         return {key: value for key, value in raw.items() if key not in absent}
@@ -194,7 +213,7 @@ class _Reader:
 
     def config(self) -> ModelConfig:
         family = self.family()
-        defaults = COMMON_DEFAULTS | FAMILY_DEFAULTS[family]
+        defaults = COMMON_DEFAULTS | FAMILIES[family].defaults
         values = {key: self.raw.get(key, default) for key, default in defaults.items()}
         self.refuse_unknown(set(defaults))
         if "rope_parameters" in self.raw:
@@ -239,12 +258,12 @@ class _Reader:
         architectures = self.raw.get("architectures") or []
         if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
             raise self.refuse(f"architectures is {shown(architectures)}; it must be a list of names.")
-        known = {"MiniCPMForCausalLM": "minicpm", "LlamaForCausalLM": "llama"}
+        known = {family.architecture: name for name, family in FAMILIES.items()}
         if not isinstance(self.raw.get("model_type"), str | None):
             raise self.refuse(f"model_type is {shown(self.raw['model_type'])}; it must be a name.")
         model_type = self.raw.get("model_type") or (known.get(architectures[0]) if architectures else "minicpm")
         unknown = [a for a in architectures if a not in known]
-        if unknown or model_type not in FAMILY_DEFAULTS:
+        if unknown or model_type not in FAMILIES:
             name = unknown[0] if unknown else f"model_type {model_type!r}"
             raise self.refuse(f"{name} is not supported; supported are {', '.join(known)}.")
         if architectures and known[architectures[0]] != model_type:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weights_io.checkpoint import BUFFERS, check_tensors, check_vocabulary, special_ids
-from weights_io.config import COMMON_DEFAULTS, FAMILY_DEFAULTS, ModelConfig, read_json, stored_dtype
+from weights_io.config import COMMON_DEFAULTS, ModelConfig, read_json, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor
 from weights_io.memory import cache_bytes, size, weight_bytes
@@ -233,7 +233,7 @@ def _sizes(sizes: Mapping[str, int | None], kinds: Sequence[str] = CACHED) -> st
 def _absent_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
     given = set(raw) | set(raw.get("rope_parameters") or {})
     used = dataclasses.asdict(config)
-    defaults = COMMON_DEFAULTS | FAMILY_DEFAULTS[config.model_type] | {"model_type": config.model_type}
+    defaults = COMMON_DEFAULTS | config.family.defaults | {"model_type": config.model_type}
     del defaults["initializer_range"]  # says how training began
     absent = [key for key, default in defaults.items() if default is not None and key not in given]
     return [f"config.json has no {key}; the default {json.dumps(used[key])} is taken" for key in sorted(absent)]

@@ -22,6 +22,19 @@ ADDED_TO_RESIDUAL = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
 ROWS = 4096  # read at a time to compare head and embedding
 
 
+def refusal(config: ModelConfig) -> str | None:
+    """Why a model cannot be written as a Llama; None: it can."""
+    if config.model_type == "llama":
+        return "the model is in the Llama format already; there is nothing to fold."
+    if config.family.table is not None:
+        return f"a Llama has not all parameters of {config.family.architecture}; use --to hf."
+    if config.num_experts:
+        return "a Llama has no experts, so that an MoE cannot be written as one; use --to hf."
+    if config.hidden_act == "fatrelu":
+        return "a Llama has no FATReLU, and with another activation it would compute something else; use --to hf."
+    return None
+
+
 def to_llama(
     config: ModelConfig,
     tensors: Mapping[str, LazyTensor | Computed],
@@ -34,14 +47,8 @@ def to_llama(
     read, what that cost. Raises `InputError` where the model is a Llama already, or has what a Llama has not: experts
     or FATReLU (a Llama with ReLU is one: ``hidden_act`` is kept).
     """
-    if config.model_type == "llama":
-        raise InputError("the model is in the Llama format already; there is nothing to fold.")
-    if config.num_experts:
-        raise InputError("a Llama has no experts, so that an MoE cannot be written as one; use --to hf.")
-    if config.hidden_act == "fatrelu":
-        raise InputError(
-            "a Llama has no FATReLU, and with another activation it would compute something else; use --to hf."
-        )
+    if (reason := refusal(config)) is not None:
+        raise InputError(reason)
     llama = dataclasses.replace(
         config, model_type="llama", tie_word_embeddings=False, scale_emb=1.0, scale_depth=1.0, dim_model_base=1
     )

@@ -109,6 +109,8 @@ DENSE = (EMBEDDING, *ATTENTION, *MLP, NORM)
 
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """The table of this architecture; a tied head has no parameter of its own."""
+    if config.family.table is not None:
+        return tuple(config.family.table(config))
     table = (EMBEDDING, *ATTENTION, *MOE, NORM) if config.num_experts else DENSE
     return table if config.tie_word_embeddings else (*table, HEAD)
 

@@ -8,7 +8,7 @@ import numpy as np
 import ours
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
@@ -171,3 +171,14 @@ def test_shards_and_bfloat16(tmp_path, backend):
     assert open_checkpoint(tmp_path).dtype == "bfloat16"
     ids = np.random.default_rng(2).integers(3, SHAPE["vocab_size"], (1, 16))
     ours.close(ours.logits(ours.load(backend, tmp_path), ids), logits(opened(tmp_path), ids))
+
+
+def test_the_built_in_model_answers_in_transformers(tmp_path):
+    """By its Auto classes, with tokenizer, chat template and generation as a user of it has them."""
+    convert("--model", "pico", "--to", "llama", "--out", tmp_path / "llama")
+    model, tokenizer = opened(tmp_path / "llama"), AutoTokenizer.from_pretrained(tmp_path / "llama")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "llama")) is LlamaForCausalLM
+    messages = [{"role": "user", "content": "12 + 7 = ?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip() == "12 + 7 = 19"

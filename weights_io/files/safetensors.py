@@ -82,13 +82,13 @@ def write_file(
     """Write ``tensors`` (anything with shape, dtype and read(), by name), holding one of them in memory at a time.
 
     The header says ``format: pt``, without which transformers refuses the file, and what ``metadata`` adds. Widest
-    dtypes come first, so that each tensor is aligned to its item size.
+    dtypes come first, so that each tensor is aligned to its item size; else the order is that of ``tensors``.
 
     Raises:
         ValueError: a dtype that safetensors has not, or an array that is not what was declared (the file is then
             unfinished: write to a temporary folder and rename).
     """
-    names = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
+    names = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name in names:

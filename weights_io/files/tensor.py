@@ -1,10 +1,13 @@
 """A tensor that is still in its file: shape and dtype now, bytes when asked for, and only those of the slice."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+GAP = 1024  # bytes between the parts of two rows from which on they are read one by one
 
 Index = tuple[slice, ...] | slice | int
 
@@ -51,12 +54,26 @@ class FileTensor:
             return np.empty(shape, self.dtype)
         first = sum(start * stride for (start, _), stride in zip(spans, self.strides, strict=True))
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, self.strides, strict=True))
+        gap = self.strides[-2] - shape[-1] if len(shape) > 1 and self.strides[-1] == 1 else 0
+        if gap * self.dtype.itemsize >= GAP:
+            return self._rows(first, shape)
         with open(self.source, "rb") as file:
             file.seek(self.offset + first * self.dtype.itemsize)
             # fromfile does not know the dtypes of ml_dtypes; bytes do.
             data = np.fromfile(file, np.uint8, extent * self.dtype.itemsize)
         # Checks that the bytes suffice, so that a file truncated since it was opened cannot be read beyond.
         return np.ndarray(shape, self.dtype, data, strides=[s * self.dtype.itemsize for s in self.strides])
+
+    def _rows(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
+        """The parts of rows of a block that begins at element ``first``, without what lies between them."""
+        parts = np.empty(shape, self.dtype)
+        with open(self.source, "rb") as file:
+            for place in np.ndindex(*shape[:-1]):
+                element = first + sum(i * stride for i, stride in zip(place, self.strides, strict=False))
+                size = shape[-1] * self.dtype.itemsize
+                data = os.pread(file.fileno(), size, self.offset + element * self.dtype.itemsize)
+                parts[place] = np.ndarray(shape[-1:], self.dtype, data)  # checks that the bytes suffice
+        return parts
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

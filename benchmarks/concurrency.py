@@ -1,0 +1,78 @@
+"""Tokens a second of 1, 4 and 16 requests at once, which share an engine, beside one after the other.
+
+    python -m benchmarks.concurrency --backend jax
+
+Models are random. Every answer must be that of a run by itself; the command fails where one is not.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.models import random_model, wide
+from benchmarks.timing import alternating
+from minicpm_data.generation import Sampling
+from minicpm_serve import backends
+from minicpm_serve.backends import BackendName
+from weights_io import command_line
+from weights_io.errors import InputError
+
+
+@dataclass(frozen=True)
+class Options:
+    backend: BackendName = "jax"
+    layers: int = 8
+    words: int = 16384
+    prompt: int = 32
+    """Tokens of a prompt, at most: the others are a little shorter."""
+    tokens: int = 48
+    """Of an answer."""
+    at_once: tuple[int, ...] = (1, 4, 16)
+    rounds: int = 5
+
+
+def main(options: Options) -> None:
+    """Time an engine with so many slots as there are requests, and plain decoding of a single one, in turn."""
+    backend, model = random_model(options.backend, wide(options.layers, options.words))
+    random = np.random.default_rng(0)
+    prompts = [
+        random.integers(3, options.words, options.prompt - index % 8).tolist() for index in range(max(options.at_once))
+    ]
+    made: dict[int, list[list[int]]] = {}
+    single: list[list[int]] = []
+
+    def plain() -> None:
+        run = backend.generator.stream_generate(model, None, prompts[0], options.tokens)
+        single[:] = [[r.token for r in run if r.token is not None]]
+
+    def together(count: int) -> None:
+        engine = backends.module(options.backend, "engine").Engine(model, count)
+        made[count] = answers(engine, prompts[:count], options.tokens)
+
+    calls: dict[str, Any] = {"plain": plain}
+    calls |= {str(count): functools.partial(together, count) for count in options.at_once}
+    seconds = alternating(calls, options.rounds)
+    for count, found in made.items():
+        if found[0] != single[0] or found[-1] != made[max(made)][count - 1]:
+            raise InputError(f"of {count} requests at once one got other tokens than by itself.")
+    print("| requests | way | tokens/s | of plain decoding |\n|---|---|---|---|")
+    speed = options.tokens / seconds["plain"]
+    print(f"| 1 | plain | {speed:.1f} | 1.00 |")
+    for count in options.at_once:
+        shared = count * options.tokens / seconds[str(count)]
+        print(f"| {count} | engine | {shared:.1f} | {shared / speed:.2f} |")
+
+
+def answers(engine: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    numbers = [engine.add(prompt, tokens, Sampling()) for prompt in prompts]
+    found: dict[int, list[int]] = {number: [] for number in numbers}
+    while not engine.idle:
+        for made in engine.step():
+            found[made.number].append(made.token)
+    return [found[number] for number in numbers]
+
+
+if __name__ == "__main__":
+    command_line.run(main, Options, "python -m benchmarks.concurrency")

@@ -1,0 +1,101 @@
+"""Models of MiniCPM-1B's width with random weights, of as many layers and words as a benchmark can afford."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from minicpm_data.generation import Backend
+from minicpm_serve import backends
+from minicpm_serve.backends import BackendName
+from weights_io.config import ModelConfig
+
+# config.json of openbmb/MiniCPM-1B-sft-bf16: 52 layers, 73,440 words.
+WIDE: dict[str, Any] = {
+    "hidden_size": 1536,
+    "intermediate_size": 3840,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "tie_word_embeddings": True,
+    "model_type": "minicpm",
+}
+
+
+def wide(layers: int, words: int, **changes: Any) -> dict[str, Any]:
+    """A config.json; no token ends an answer."""
+    return WIDE | {"num_hidden_layers": layers, "vocab_size": words, "eos_token_id": None} | changes
+
+
+def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, join: bool = True) -> tuple[Backend, Any]:
+    """The backend of that name, and a float32 model; with ``join`` in the form that decodes fastest there."""
+    running, module, config = backends.get(name), backends.module(name, "model"), ModelConfig.from_dict(raw)
+    if name == "jax":
+        import jax
+
+        key: Any = jax.random.key(seed)
+    else:
+        import mlx.core as mx
+
+        key = mx.random.key(seed)
+    model = module.initialise(config, key)
+    return running, running.device.for_decoding(model) if join else model
+
+
+def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:
+    """A random model as a Llama: ``model`` (safetensors) and, for llama.cpp, ``model.gguf``."""
+    import numpy as np
+
+    from weights_io.casting import numpy_dtype
+    from weights_io.files.safetensors import Computed
+    from weights_io.llama_format import to_llama
+    from weights_io.parameters import parameters
+    from weights_io.write import save_checkpoint
+
+    config, random = ModelConfig.from_dict(raw), np.random.default_rng(0)
+    tensors: dict[str, Any] = {}
+    for p in parameters(config):
+        for name in p.tensors(config):
+            array = random.normal(0, p.init_std(config), p.tensor_shape(config)).astype(numpy_dtype(dtype))
+            array = np.ones_like(array) if p.init == "ones" else array
+            tensors[name] = Computed(array.shape, array.dtype, functools.partial(np.asarray, array))
+    llama, folded = to_llama(config, tensors, dtype)
+    save_checkpoint(folder / "model", llama, folded, raw_config=raw | {"torch_dtype": dtype})
+    write_gguf(folder / "model.gguf", llama, {name: tensor.read() for name, tensor in folded.items()}, dtype)
+
+
+def write_gguf(path: Path, config: ModelConfig, tensors: dict[str, Any], dtype: str) -> None:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([1] * config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, array in tensors.items():
+        written = names.get_name(name, try_suffixes=(".weight",)) or name
+        if dtype == "float32" or array.ndim == 1:
+            writer.add_tensor(written, array.astype(np.float32))
+        else:
+            writer.add_tensor(written, array.view(np.uint16), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,145 @@
+"""The programs that `throughput` compares, each in a process of its own that runs once for every line it is sent.
+
+The first line that a process prints is what loading took, the others what a run did; all are JSON.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+THREADS = 2
+Run = Callable[[list[int], int], tuple[float, float]]  # prompt, tokens -> seconds to the first, from there to the last
+
+
+def main(name: str, folder: Path, precision: str, prompt: list[int], tokens: int) -> None:
+    load = LOADERS[name]
+    for module in IMPORTS[name]:
+        __import__(module)
+    before, began = memory("VmRSS"), time.perf_counter()
+    run = load(folder, precision)
+    seconds = time.perf_counter() - began
+    print(json.dumps({"seconds": seconds, "peak": memory("VmHWM") - before}), flush=True)
+    for _ in sys.stdin:
+        first, rest = run(prompt, tokens)
+        print(json.dumps({"prompt": len(prompt) / first, "decode": (tokens - 1) / rest}), flush=True)
+    os._exit(0)  # a server that was never asked anything waits for ever in its destructor
+
+
+def memory(kind: str) -> int:
+    """Bytes that this process holds (VmRSS), or held at most (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
+
+
+def of_stream(stream: Callable[[list[int], int], Any]) -> Run:
+    """Of tokens that come one by one."""
+
+    def run(prompt: list[int], tokens: int) -> tuple[float, float]:
+        began, marks = time.perf_counter(), []
+        for _ in stream(prompt, tokens):
+            marks.append(time.perf_counter())
+        assert len(marks) == tokens
+        return marks[0] - began, marks[-1] - marks[0]
+
+    return run
+
+
+def minicpm_jax(folder: Path, precision: str) -> Run:
+    return ours("jax", folder, "float32")  # on a CPU whatever the file holds, as its commands do
+
+
+def minicpm_mlx(folder: Path, precision: str) -> Run:
+    return ours("mlx", folder, precision)
+
+
+def ours(backend: Any, folder: Path, precision: str) -> Run:
+    from minicpm_serve import backends
+
+    running = backends.get(backend)
+    model = running.device.for_decoding(running.load(str(folder / "model"), precision)[0])
+    if backend == "jax":
+        import jax
+
+        jax.block_until_ready(jax.tree.leaves(model))
+    else:
+        import mlx.core as mx
+
+        mx.eval(model.parameters())
+    return of_stream(lambda prompt, tokens: running.generator.stream_generate(model, None, prompt, tokens))
+
+
+def mlx_lm(folder: Path, precision: str) -> Run:
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder / "model")
+    return of_stream(lambda prompt, tokens: generate_step(mx.array(prompt), model, max_tokens=tokens))
+
+
+def transformers(folder: Path, precision: str) -> Run:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(THREADS)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, precision)).eval()
+    for weight in model.parameters():  # are mapped, and read when they are first used
+        weight.sum()
+
+    @torch.inference_mode()
+    def stream(prompt: list[int], tokens: int):
+        ids, cache = torch.tensor([prompt]), None
+        for _ in range(tokens):
+            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            yield int(ids)
+
+    return of_stream(stream)
+
+
+def llama_cpp(folder: Path, precision: str) -> Run:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(folder / "model.gguf")
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
+    params.n_ctx, params.n_parallel, params.warmup = 1024, 1, False
+    server = xllamacpp.Server(params)
+
+    def run(prompt: list[int], tokens: int) -> tuple[float, float]:
+        asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        timings = server.handle_completions(asked)["timings"]
+        assert timings["prompt_n"] == len(prompt) and timings["predicted_n"] == tokens
+        return timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3 * (tokens - 1) / tokens
+
+    return run
+
+
+def reading(folder: Path, precision: str) -> Run:
+    """No program: the bytes of the weights' files, into memory."""
+    held = [np.fromfile(file, np.uint8) for file in sorted((folder / "model").glob("*.safetensors"))]
+    return lambda prompt, tokens: (float(len(held)), 1.0)
+
+
+LOADERS: dict[str, Callable[[Path, str], Run]] = {
+    "minicpm_jax": minicpm_jax,
+    "transformers": transformers,
+    "llama.cpp": llama_cpp,
+    "minicpm_mlx": minicpm_mlx,
+    "mlx_lm": mlx_lm,
+    "reading the file": reading,
+}
+IMPORTS = {
+    "minicpm_jax": ["minicpm_jax.generate", "minicpm_jax.decoding", "minicpm_jax.loading", "minicpm_jax.sparsity"],
+    "transformers": ["torch", "transformers.models.llama.modeling_llama"],
+    "llama.cpp": ["xllamacpp"],
+    "minicpm_mlx": ["minicpm_mlx.generate", "minicpm_mlx.decoding", "minicpm_mlx.loading", "minicpm_mlx.sparsity"],
+    "mlx_lm": ["mlx_lm", "mlx_lm.generate", "mlx_lm.models.llama"],
+    "reading the file": [],
+}

@@ -1,0 +1,82 @@
+"""Tokens a second with guesses and without, where the text repeats itself and where it does not.
+
+    python -m benchmarks.speculation --backend jax
+
+Models are random. What such a model thinks likeliest soon goes round in circles: text that copies itself. What is drawn
+from it at temperature 1 does not repeat: free text. The draft model is the model without the upper part of its layers.
+Every way must give the same tokens; the command fails where one does not.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.models import random_model, wide
+from benchmarks.timing import alternating
+from minicpm_serve.backends import BackendName
+from weights_io import command_line
+from weights_io.errors import InputError
+
+TEXTS: dict[str, dict[str, Any]] = {"copies itself": {}, "free": {"temperature": 1.0, "seed": 1}}
+
+
+@dataclass(frozen=True)
+class Options:
+    backend: BackendName = "jax"
+    layers: int = 8
+    draft_layers: int = 2
+    words: int = 16384
+    tokens: int = 96
+    """Of an answer."""
+    num_draft_tokens: tuple[int, ...] = (3, 7)
+    rounds: int = 5
+
+
+def main(options: Options) -> None:
+    """Time plain decoding, prompt lookup and a draft model in turn."""
+    backend, model = random_model(options.backend, wide(options.layers, options.words))
+    draft = shallow(model, options.backend, options.draft_layers)
+    ways: dict[str, dict[str, Any]] = {"plain": {}}
+    for count in options.num_draft_tokens:
+        ways[f"prompt lookup, {count} at once"] = {"prompt_lookup": True, "num_draft_tokens": count}
+        ways[f"draft model, {count} at once"] = {"draft_model": draft, "num_draft_tokens": count}
+    print("| text | way | guessed | tokens/s | gain |\n|---|---|---|---|---|")
+    for text, sampling in TEXTS.items():
+        made: dict[str, list[Any]] = {}
+
+        def answer(name: str, given: dict[str, Any], made: dict[str, list[Any]]) -> None:
+            made[name] = list(backend.generator.stream_generate(model, None, [1, 5, 9], options.tokens, **given))
+
+        calls = {name: functools.partial(answer, name, sampling | way, made) for name, way in ways.items()}
+        seconds = alternating(calls, options.rounds)
+        for name in ways:
+            if [r.token for r in made[name]] != [r.token for r in made["plain"]]:
+                raise InputError(f"{name} gives other tokens than plain decoding on the text that {text}.")
+            share = sum(r.from_draft for r in made[name]) / options.tokens
+            speed, gain = options.tokens / seconds[name], seconds["plain"] / seconds[name]
+            print(f"| {text} | {name} | {share:.0%} | {speed:.1f} | {gain:.2f} |", flush=True)
+
+
+def shallow(model: Any, name: BackendName, layers: int) -> Any:
+    """The lowest layers, between the same embedding and head."""
+    kept = list(model.model.layers)[:layers]
+    config = replace(model.config, num_hidden_layers=layers)
+    if name == "jax":
+        import jax
+        from flax import nnx
+
+        draft = jax.tree.map(lambda x: x, model)
+        draft.model.layers = nnx.List(kept)
+    else:
+        draft = type(model)(config)
+        draft.model.embed_tokens, draft.model.norm, draft.model.layers = (
+            model.model.embed_tokens,
+            model.model.norm,
+            kept,
+        )
+    draft.config = config
+    return draft
+
+
+if __name__ == "__main__":
+    command_line.run(main, Options, "python -m benchmarks.speculation")

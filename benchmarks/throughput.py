@@ -1,0 +1,192 @@
+"""Prompt and answer tokens a second, loading and memory, beside other programs on this machine.
+
+    python -m benchmarks.throughput --peer-python ~/torch/bin/python --out docs/throughput
+
+All run the same random Llama of MiniCPM-1B's width, on two threads, each in a process of its own that stays; they take
+turns, and of each figure the median counts. Writes a table (.md) and a picture (.png). A program that is not installed
+is left out, with a line that says so. ``--peer-python``: where transformers and xllamacpp are installed.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks import peers
+from benchmarks.models import wide, write_llama
+from weights_io import command_line
+from weights_io.errors import InputError
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Options:
+    rounds: int = 5
+    """Runs of each program, and of each one's loading."""
+    layers: int = 8
+    """Of the model that JAX, transformers and llama.cpp run; 52 are the whole one."""
+    words: int = 16384
+    prompt: int = 128
+    tokens: int = 32
+    mlx_layers: int = 2
+    """Of the smaller one that MLX runs, which is slow on a CPU."""
+    mlx_words: int = 4096
+    mlx_prompt: int = 32
+    mlx_tokens: int = 9
+    peer_python: str = sys.executable
+    out: Path = Path("throughput")
+    """Name of the files to be written, less .md and .png."""
+    worker: tuple[str, Path, Precision, int, int, int] | None = None
+    """Be one of the programs: name, folder, precision, prompt, tokens, words."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Programs that run the same model; the first one is ours."""
+
+    names: tuple[str, ...]
+    precision: Precision
+    layers: int
+    words: int
+    prompt: int
+    tokens: int
+
+
+def main(options: Options) -> None:
+    """Measure, and write the table and the picture."""
+    if options.worker is not None:
+        name, folder, precision, prompt, tokens, words = options.worker
+        ids = np.random.default_rng(0).integers(3, words, prompt).tolist()
+        peers.main(name, folder, precision, ids, tokens)
+        return
+    large = (options.layers, options.words, options.prompt, options.tokens)
+    small = (options.mlx_layers, options.mlx_words, options.mlx_prompt, options.mlx_tokens)
+    both = ("minicpm_jax", "transformers", "llama.cpp")
+    contests = [Contest(both, "float32", *large), Contest(both, "bfloat16", *large)]
+    contests.append(Contest(("minicpm_mlx", "mlx_lm"), "float32", *small))
+    parts, bars = [], []
+    for contest in contests:
+        figures, size = measured(contest, options)
+        parts.append(table(contest, figures, size))
+        bars.append((contest, figures))
+        print(parts[-1], flush=True)
+    options.out.with_suffix(".md").write_text(HEADER + "\n".join(parts), "utf-8")
+    draw(bars, options.out.with_suffix(".png"))
+
+
+HEADER = """# Beside other programs, on two cores of a CPU
+
+`python -m benchmarks.throughput` writes this file: random weights of a Llama of MiniCPM-1B's width with as many layers
+and words as stated, one prompt, two threads, medians of runs that took turns; other work shared the cores, so read the
+ratios. Loading: with everything imported and the file in the page cache; "peak" is the most memory that loading added,
+as a multiple of the file. "Of ours" below 1 is slower than ours.
+
+![tokens a second](throughput.png)
+
+"""
+
+
+def measured(contest: Contest, options: Options) -> tuple[dict[str, dict[str, float]], int]:
+    """The medians of each program, and the bytes of the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = Path(folder)
+        write_llama(world, wide(contest.layers, contest.words), contest.precision)
+        size = sum(file.stat().st_size for file in (world / "model").glob("*.safetensors"))
+        runs: dict[str, dict[str, list[float]]] = {}
+        present = [name for name in contest.names if start(name, world, contest, options, runs)]
+        for _ in range(options.rounds - 1):
+            for name in ("reading the file", *present):
+                start(name, world, contest, options, runs)
+        workers = {name: worker(name, world, contest, options) for name in present}
+        for process in workers.values():
+            process.stdout.readline()  # it has loaded
+        for turn in range(options.rounds + 1):
+            for name, process in workers.items():
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                run = json.loads(process.stdout.readline())
+                for figure in ("prompt", "decode") if turn else ():  # the first one warms up
+                    runs[name].setdefault(figure, []).append(run[figure])
+        for process in workers.values():
+            process.stdin.close()
+            process.wait()
+    medians = {name: {figure: statistics.median(all_) for figure, all_ in each.items()} for name, each in runs.items()}
+    return medians, size
+
+
+def worker(name: str, world: Path, contest: Contest, options: Options) -> Any:
+    python = options.peer_python if name in ("transformers", "llama.cpp") else sys.executable
+    numbers = (contest.prompt, contest.tokens, contest.words)
+    command = [python, "-m", "benchmarks.throughput", "--worker", name, str(world), contest.precision]
+    command += map(str, numbers)
+    quiet = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(peers.THREADS), "HF_HUB_OFFLINE": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, text=True, env={**os.environ, **quiet}, **pipes)
+
+
+def start(name: str, world: Path, contest: Contest, options: Options, runs: dict[str, Any]) -> bool:
+    """Let a program load and end; False where it cannot."""
+    process = worker(name, world, contest, options)
+    line, _ = process.communicate()
+    if process.returncode or not line:
+        if name == contest.names[0]:
+            raise InputError(f"{name} does not run here.")
+        print(f"{name} is left out: it does not run with {options.peer_python}.", file=sys.stderr)
+        return False
+    for figure, value in json.loads(line.splitlines()[0]).items():
+        runs.setdefault(name, {}).setdefault(figure, []).append(value)
+    return True
+
+
+def table(contest: Contest, figures: dict[str, dict[str, float]], size: int) -> str:
+    what = f"{contest.precision}, {contest.layers} layers, {contest.words:,} words, {size / 1e6:,.0f} MB"
+    lines = [
+        f"## {contest.names[0]}: {what}\n",
+        f"| program | prompt of {contest.prompt}, tokens/s | of ours | {contest.tokens} tokens of an answer, tokens/s "
+        "| of ours | loading, s | peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ours = figures[contest.names[0]]
+    for name, found in figures.items():
+        speed = ["", "", "", ""]
+        if "prompt" in found:
+            speed = [part for key in ("prompt", "decode") for part in (f"{found[key]:.1f}", ratio(found, ours, key))]
+        lines.append(f"| {name} | {' | '.join(speed)} | {found['seconds']:.2f} | {found['peak'] / size:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def ratio(found: dict[str, float], ours: dict[str, float], key: str) -> str:
+    return f"{found[key] / ours[key]:.2f}"
+
+
+def draw(bars: Sequence[tuple[Contest, dict[str, dict[str, float]]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(bars), figsize=(4 * len(bars), 5), squeeze=False, layout="constrained")
+    for column, (contest, figures) in enumerate(bars):
+        shown = {name: found for name, found in figures.items() if "prompt" in found}
+        colours = ["#c44e52" if name == contest.names[0] else "#8c8c8c" for name in shown]
+        for row, (key, title) in enumerate((("prompt", "prompt"), ("decode", "answer"))):
+            axis = axes[row][column]
+            drawn = axis.barh(list(shown), [found[key] for found in shown.values()], color=colours)
+            axis.bar_label(drawn, fmt="%.1f", padding=3)
+            axis.margins(x=0.2)
+            axis.invert_yaxis()
+            axis.set_title(f"{title}, tokens/s ({contest.precision}, {contest.layers} layers)", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    command_line.run(main, Options, "python -m benchmarks.throughput")

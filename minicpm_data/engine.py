@@ -1,0 +1,152 @@
+"""Continuous batching: many requests share one model, each coming and going when it likes.
+
+An engine has slots. A request waits for one; its prompt is run piece by piece, and between the pieces the requests in
+the other slots go on decoding, all in one batch. What the prompt has in common with a text whose keys and values are
+still there is copied from it. Each request's tokens are those of a run by itself. A backend adds what computes.
+"""
+
+import itertools
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from minicpm_data.generation import CacheOptions, Sampling, prompt_ids
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+
+LEAST_SHARED = 16  # tokens at the beginning of two texts for which a copy pays
+PATIENCE = 0.05  # seconds that one call of decoding may take before a reader would notice
+
+
+@dataclass(eq=False)
+class Request:
+    """``made``: tokens so far. ``number``: by which its owner knows it."""
+
+    number: int
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    end_ids: frozenset[int]
+    made: list[int] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return self.max_tokens - len(self.made)
+
+    @property
+    def over(self) -> bool:
+        return self.left == 0 or bool(self.made and self.made[-1] in self.end_ids)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A token of the request of that number; ``last``: no more will follow."""
+
+    number: int
+    token: int
+    last: bool
+
+
+class Engine(ABC):
+    """Not for several threads: `minicpm_serve.engine` is."""
+
+    def __init__(self, model: Any, slots: int = 8, context: int | None = None, memory: CacheOptions | None = None):
+        """``slots``: requests decoded at once. ``context``: most tokens of a prompt and its answer; None: as many as
+        the model was made for. ``memory``: of each request's cache; whole, or in 8 bits in JAX."""
+        memory = CacheOptions() if memory is None else memory
+        context = model.config.max_position_embeddings if context is None else context
+        for name, value in (("slots", slots), ("context", context)):
+            if value != int(value) or value < 1:
+                raise InputError(f"{name} is {value}; it must be a whole number, at least 1.")
+        if memory.max_kv_size is not None:
+            raise InputError("an engine keeps every token; leave out max_kv_size.")
+        self.model, self.slots, self.context, self.memory = model, slots, context, memory
+        self.waiting: deque[Request] = deque()
+        self.coming: tuple[Request, Iterator[None]] | None = None  # whose prompt is run
+        self.running: dict[int, Request] = {}
+        self._numbers = itertools.count()
+        self._steps = 1
+
+    def add(
+        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, end_ids: frozenset[int] = frozenset()
+    ) -> int:
+        """The number of the request. `InputError` for what has no room, or is outside the vocabulary."""
+        ids = prompt_ids(None, prompt, self.model.config.vocab_size)
+        if max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
+        if len(ids) + max_tokens > self.context:
+            asked = f"a prompt of {len(ids)} tokens and {max_tokens} more"
+            raise InputError(f"{asked} are above the {self.context} that there is room for.")
+        request = Request(next(self._numbers), ids, int(max_tokens), sampling, end_ids)
+        self.waiting.append(request)
+        return request.number
+
+    def cancel(self, number: int) -> None:
+        """No more tokens of a request; nothing if it is over."""
+        self.waiting = deque(request for request in self.waiting if request.number != number)
+        if self.coming is not None and self.coming[0].number == number:
+            self.coming = None
+        if number in self.running:
+            self._free(self.running.pop(number))
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and self.coming is None and not self.running
+
+    def step(self) -> list[Made]:
+        """Run a piece of a prompt that waits, if there is room, and decode; the tokens that came of it."""
+        made: list[Made] = []
+        if self.coming is None and self.waiting and len(self.running) < self.slots:
+            request = self.waiting.popleft()
+            self.coming = request, self._run(request)
+        if self.coming is not None:
+            request, pieces = self.coming
+            if next(pieces, self) is self:  # all of them
+                self.coming = None
+                self.running[request.number] = request
+        if self.running:
+            hurry = self.coming is not None or (bool(self.waiting) and len(self.running) < self.slots)
+            room = min(request.left for request in self.running.values())
+            began = time.perf_counter()
+            steps = max(1, min(1 if hurry else self._steps, room))
+            for number, token in self._decode(steps):
+                if number in self.running:  # else of a request that ended a few steps before
+                    made.append(self._made(self.running[number], token))
+            if steps == self._steps and not hurry:
+                fast = time.perf_counter() - began < PATIENCE / 2
+                self._steps = 2 * steps if fast else max(1, steps // 2)
+        return made
+
+    def _made(self, request: Request, token: int) -> Made:
+        request.made.append(token)
+        if request.over:
+            self._free(self.running.pop(request.number))
+        return Made(request.number, token, request.over)
+
+    @abstractmethod
+    def _run(self, request: Request) -> Iterator[None]:
+        """Run the prompt of a request, yielding after each piece but the last, and give it a slot."""
+
+    @abstractmethod
+    def _decode(self, steps: int) -> list[tuple[int, int]]:
+        """Decode up to so many steps; numbers and tokens in their order. At least one comes, or one is on its way."""
+
+    @abstractmethod
+    def _free(self, request: Request) -> None:
+        """Give up the slot of a request."""
+
+
+def shared(config: ModelConfig, prompt: Sequence[int], text: Sequence[int], text_prompt: int) -> int:
+    """Tokens at the beginning of a prompt whose keys and values are those of ``text``, whose first ``text_prompt``
+    tokens were a prompt; 0 where a copy does not pay. Less than the whole prompt: its last token has to be run. Under
+    dynamic NTK keys are turned by the length of their prompt once that is beyond the model's."""
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.type == "dynamic":
+        if max(len(prompt), text_prompt) > config.max_position_embeddings:
+            return 0
+    most = min(len(prompt) - 1, len(text))
+    same = next((i for i in range(most) if prompt[i] != text[i]), most)
+    return same if same >= LEAST_SHARED else 0

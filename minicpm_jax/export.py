@@ -1,0 +1,109 @@
+"""A checkpoint of a training run as a model: Hugging Face layout, or what `weights_io.convert` makes of it.
+
+    python -m minicpm_jax.export --checkpoint finetuned --step 500 --out model-500
+
+``--checkpoint`` is the folder of a run of minicpm_jax.finetune or minicpm_jax.pretrain, also one that was stopped, and
+also one of several hosts. One parameter at a time is in memory; no accelerator is needed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from weights_io import command_line
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    from weights_io.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: Path
+    """Folder of the run; or of one of its checkpoints, RUN/checkpoints/STEP."""
+    out: Path
+    """Folder to write; it must not exist yet, or be empty."""
+    step: int | None = None
+    """Which of its checkpoints; by default the last."""
+    to: Literal["hf", "llama", "mlx"] = "hf"
+    """As convert's: the model's own architecture, LlamaForCausalLM, or what mlx_lm opens."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the written weights; by default what the run would write at its end."""
+    source: str | None = None
+    """Where the model that was fine-tuned, or the tokenizer of a pretraining, is now; by default where it was then."""
+
+
+def main(options: Options) -> None:
+    """Write a checkpoint of a training run as a Hugging Face folder."""
+    from weights_io import convert
+    from weights_io.config import read_json
+    from weights_io.write import check_output
+
+    run, step = find(options.checkpoint, options.step)
+    check_output(options.out, run)
+    settings = read_json(run / "settings.json")
+    if "config" not in settings and settings.get("backend") != "minicpm_jax":
+        raise InputError(f"{run} is a run of MLX, whose checkpoints are its own; its last model or adapter is in it.")
+    if "rank" in settings:
+        raise InputError(f"{run} is a run of adapters; python -m minicpm_jax.fuse works them into their model.")
+    if (options.source or "").endswith(".gguf") and "config" in settings:
+        raise InputError("--source is a GGUF file; give the folder of the run's tokenizer.")
+
+    import jax
+
+    from minicpm_jax.checkpoints import Saved
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run itself
+    start = (pretrained if "config" in settings else finetuned)(settings, options.source)
+    notes = settings.get("notes", {})
+    tensors: Any = Saved(run / "checkpoints", step).tensors(start.config)
+    checkpoint = dataclasses.replace(start, tensors=tensors)
+    dtype: Any = options.dtype or notes.get("save_dtype") or start.dtype
+    print(f"step {step} of {run}")
+    print("\n".join(convert.convert(checkpoint, convert.Options(str(run), options.to, options.out, dtype=dtype))))
+
+
+def find(folder: Path, step: int | None) -> tuple[Path, int]:
+    """The run's folder, and the step of one of its checkpoints."""
+    if folder.parent.name == "checkpoints" and folder.name.isdecimal():
+        if step not in (None, int(folder.name)):
+            raise InputError(f"--checkpoint {folder} is that of step {folder.name}, and --step is {step}; give one.")
+        folder, step = folder.parent.parent, int(folder.name)
+    if not (folder / "settings.json").is_file():
+        raise InputError(f"{folder} is no training run: it has no settings.json; give its --save-path, or --out.")
+    there = sorted(int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdecimal())
+    if not there:
+        raise InputError(f"{folder} holds no checkpoint yet.")
+    if step is not None and step not in there:
+        raise InputError(f"{folder} holds no checkpoint of step {step}; there are {', '.join(map(str, there))}.")
+    return folder, there[-1] if step is None else step
+
+
+def pretrained(settings: Mapping[str, Any], source: str | None) -> "Checkpoint":
+    """What a pretraining began with; its tokenizer is that of ``source``."""
+    from weights_io.checkpoint import Checkpoint
+    from weights_io.config import ModelConfig
+
+    notes = settings.get("notes", {})
+    raw, folder = notes.get("config.json", settings["config"]), source or notes.get("tokenizer")
+    if folder is None or not Path(folder).is_dir():
+        raise InputError(f"the run's tokenizer is not at {folder} any more; say with --source where it is.")
+    config = ModelConfig.from_dict(settings["config"], "settings.json")
+    return Checkpoint(Path(folder), raw, config, {}, "bfloat16", (), ())
+
+
+def finetuned(settings: Mapping[str, Any], source: str | None) -> "Checkpoint":
+    """The model that was fine-tuned."""
+    from weights_io.checkpoint import open_checkpoint
+    from weights_io.hub import resolve
+
+    notes = settings.get("notes", {})
+    model = source or notes.get("source", settings["model"])
+    hub = notes.get("hub", "huggingface")
+    return open_checkpoint(resolve(model, revision=None if source else settings["revision"], hub=hub))
+
+
+if __name__ == "__main__":
+    command_line.run(main, Options, "python -m minicpm_jax.export")

@@ -1,0 +1,128 @@
+"""What the notebooks for TPUs have in common: the check of the runtime, loading over all devices, and speed."""
+
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from minicpm_data.notebook import accept_cpu
+from minicpm_data.notebook import run as run  # for the notebooks
+from weights_io.memory import size
+
+if TYPE_CHECKING:
+    from minicpm_data.tokenizer import Tokenizer
+    from minicpm_jax.model import Model
+
+# How JAX names the chips of `minicpm_jax.chips`.
+KINDS = {
+    "TPU v2": "v2",
+    "TPU v3": "v3",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def check_runtime() -> None:
+    """Print what JAX runs on. Raises `InputError` where that is a CPU that nobody asked for."""
+    for line in runtime():
+        print(line)
+
+
+def runtime() -> Iterator[str]:
+    """Versions, devices and their memory."""
+    import jax
+
+    from minicpm_jax import device
+
+    libtpu = importlib.util.find_spec("libtpu") is not None
+    platform = device.platform()
+    yield f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu') if libtpu else 'not installed'}"
+    yield device.description()
+    if platform == "cpu":
+        remedy = "in Colab choose Runtime > Change runtime type > TPU"
+        yield accept_cpu("a TPU", remedy if libtpu else f"{remedy}; elsewhere pip install 'minicpm-jax-mlx[tpu]'")
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        yield f"{size(stats['bytes_limit'])} of memory on each"
+
+
+def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None]":
+    """A model over all devices, arranged as `minicpm_jax.fit` compiles it: heads are split where they divide, then
+    experts or the weights."""
+    import jax
+
+    from minicpm_jax import device
+    from minicpm_jax.jobs import default_mesh
+    from minicpm_jax.loading import load as load_model
+    from minicpm_jax.sharding import make_mesh
+    from weights_io.checkpoint import open_checkpoint
+    from weights_io.config import ModelConfig
+    from weights_io.hub import resolve
+
+    path, devices = resolve(model, check=ModelConfig.from_dict), jax.device_count()
+    mesh = None if devices == 1 else make_mesh(default_mesh(open_checkpoint(path).config, devices, training=False))
+    print(f"{model} on {device.description()}" + ("" if mesh is None else f", {dict(mesh.shape)}"))
+    return load_model(path, dtype or device.preferred_dtype(), mesh=mesh)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of decoding. The floor is the time to read the weights that a step needs once, at the bandwidth of all chips."""
+
+    rows: int
+    tokens_per_second: float  # of all rows
+    bytes_read: int  # of weights, a step, on all chips
+    floor: float | None  # seconds a step; None: the bandwidth is not known
+
+    def __str__(self) -> str:
+        text = f"{self.rows} rows: {self.tokens_per_second:,.1f} tokens/s, {size(self.bytes_read)} of weights a step"
+        if self.floor is None:
+            return f"{text}; the bandwidth of this device is not known"
+        return f"{text}: {self.floor * self.tokens_per_second / self.rows:.0%} of what the bandwidth allows"
+
+
+def decoding_speed(model: "Model", rows: int = 1, prompt_tokens: int = 32, new_tokens: int = 128) -> Speed:
+    """Of ``new_tokens`` greedy tokens in each of ``rows`` after their first, in a second run (the first compiles)."""
+    import jax
+    import numpy as np
+
+    from minicpm_data.generation import CacheOptions, Sampling
+    from minicpm_jax.chips import CHIPS
+    from minicpm_jax.decoding import stream_tokens
+
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, prompt_tokens)).tolist()
+    seconds = 0.0
+    for _ in range(2):
+        steps = stream_tokens(model, prompts, new_tokens + 1, Sampling(), frozenset(), CacheOptions())
+        next(steps)
+        began = time.perf_counter()
+        count = sum(1 for _ in steps)
+        seconds = time.perf_counter() - began
+    kind, read = KINDS.get(jax.devices()[0].device_kind), bytes_read(model, rows)
+    chips = len(model.model.embed_tokens.weight[...].sharding.device_set)
+    floor = None if kind is None else read / (CHIPS[kind].bandwidth * chips)
+    return Speed(rows, rows * count / seconds, read, floor)
+
+
+def bytes_read(model: "Model", rows: int) -> int:
+    """Of the weights, by a decode step at least: an untied embedding gives rows alone, and no more experts are read
+    than the rows can choose."""
+    import jax
+
+    config = model.config
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name, held = jax.tree_util.keystr(path), leaf.nbytes
+        if "embed_tokens" in name and not config.tie_word_embeddings:
+            held = 0
+        if ".experts" in name:
+            held = held * min(config.num_experts, rows * config.num_experts_per_tok) // config.num_experts
+        total += held
+    return total

@@ -1,0 +1,30 @@
+"""What a notebook for a Mac checks in its first cell."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+
+from minicpm_data.notebook import accept_cpu
+from minicpm_data.notebook import run as run  # for the notebooks
+from weights_io.memory import size
+
+
+def check_runtime() -> None:
+    """Print what MLX runs on. Raises `InputError` where that is a CPU that nobody asked for."""
+    for line in runtime():
+        print(line)
+
+
+def runtime() -> Iterator[str]:
+    """Versions, the device and its memory."""
+    import mlx.core as mx
+
+    from minicpm_mlx import device
+
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+    yield f"{versions}, {platform.platform()}"
+    yield device.description()
+    if mx.default_device() == mx.cpu:
+        yield accept_cpu("a Mac with Apple silicon", "run it there, in a native (arm64) Python")
+    else:
+        yield f"{size(int(mx.device_info()['max_recommended_working_set_size']))} of memory for the GPU"

@@ -1,0 +1,112 @@
+"""Every command block of docs/, run from top to bottom of its page in one folder, and every block of Python.
+
+All as it stands, but for what would be downloaded or take long: the built-in model stands for those named, and runs are
+short.
+"""
+
+import json
+import re
+import shutil
+import tomllib
+
+import numpy as np
+import pytest
+import tiny_adapter
+from shown import ROOT, blocks, commands, run
+
+import minicpm_jax
+from weights_io import catalog
+from weights_io.adapters import save_adapter
+from weights_io.checkpoint import open_checkpoint
+
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in ("fit.md", "benchmarks.md"))
+RELEASED = r"minicpm-(?:2b|1b|2b-128k)"
+SHORTER = {
+    rf"--model {RELEASED}(?= |$)": "--model pico",
+    r"--iters 800": "--iters 3",  # resumes
+    r"--iters \d{3,}": "--iters 2",
+    r"(--iters .*)": r"\1 --val-batches 1",
+    r"(--test .*)": r"\1 --test-batches 1",
+    r"--steps \d+ --decay-steps \d+": "--steps 3 --warmup-steps 1 --decay-steps 1",
+    r"(minicpm_jax.pretrain .*--batch-size) 8": r"\1 2 --seq-length 64",
+    r"--from-step \d+": "--from-step 2",
+    r"--documents \d+": "--documents 2400",
+    r"--limit \d+": "--limit 4 --max-tokens 4",
+    r"--batch-size \d{2}": "--batch-size 8",
+    r"--max-seq-length \d+": "--max-seq-length 64",
+    r"--length \d+": "--length 200 --samples 1",
+    r"(minicpm_jax.fit .*--seq) \d+": r"\1 64",
+}
+
+
+def shortened(command):
+    for long, short in SHORTER.items():
+        command = re.sub(long, short, command)
+    return command
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What the pages expect a user to have."""
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "data").mkdir()
+    for split in ("train", "valid", "test"):
+        row = {"prompt": "1 + 1 = ?", "completion": "1 + 1 = 2, so the answer is 2."}
+        (folder / "data" / f"{split}.jsonl").write_text(32 * (json.dumps(row) + "\n"), encoding="utf-8")
+    (folder / "lora.yaml").write_text(
+        "data: data\nbatch_size: 4\nlora_parameters: {rank: 4, scale: 2.0, dropout: 0.0}\n"
+    )
+    shutil.copy(ROOT / "minicpm_data" / "pico" / "config.json", folder)
+    checkpoint = open_checkpoint(ROOT / "minicpm_data" / "pico")
+    save_adapter(folder / "adapters-of-others", tiny_adapter.make(checkpoint), checkpoint.config)
+    ids = np.arange(3, 19)[None]
+    np.savez(folder / "reference.npz", input_ids=ids, logits=np.asarray(minicpm_jax.load()[0](ids)))
+    return folder
+
+
+@pytest.fixture
+def folder(given, tmp_path):
+    return shutil.copytree(given, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(f"docs/{page}")])
+def test_commands(page, folder, monkeypatch, capsys):
+    for command in commands(f"docs/{page}"):
+        run(shortened(command), folder, monkeypatch)
+        said = capsys.readouterr()
+        assert said.out.strip() or said.err.strip(), command
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(f"docs/{page}", "python")])
+def test_python(page):
+    for block in blocks(f"docs/{page}", "python"):
+        exec(re.sub(f'"{RELEASED}"', '"pico"', block), {})
+
+
+def test_commands_name_the_extras_that_there_are():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    shown = [e for page in PAGES for block in blocks(f"docs/{page}", "bash") for e in re.findall(r"\.\[(\w+)\]", block)]
+    assert shown and set(shown) <= set(extras)
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / page).read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (ROOT / "docs" / link).exists(), link
+
+
+def test_the_table_of_models_is_the_catalogue():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert "\n" + "\n".join(catalog.markdown()) + "\n\n" in page
+
+
+def test_the_checks_named_are_there():
+    """Of the pages that name folders, files and modules of the project in code."""
+    for page in ("models.md", "architecture.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:tests|weights_io|minicpm_\w+|benchmarks)/[\w/.]+)`", text):
+            assert (ROOT / name).exists(), name
+    (row,) = [line for line in (ROOT / "docs" / "models.md").read_text().splitlines() if "-dpo, -history" in line]
+    for name in re.findall(r"`(\w+)`", row):
+        assert (ROOT / "tests" / "reference" / name).is_dir(), name

@@ -1,0 +1,189 @@
+"""Requests that share an engine get the tokens of runs by themselves."""
+
+import importlib
+import threading
+
+import numpy as np
+import pytest
+import tiny_model
+
+from minicpm_data.generation import CacheOptions, Sampling
+from minicpm_serve import engine as serve
+from weights_io.errors import InputError
+
+END = 57
+LONG = [1, *range(20, 60)]
+REQUESTS = [  # prompt, most tokens, sampling
+    ([1, 7, 9], 12, {}),
+    (LONG, 20, {}),
+    ([1, 5], 9, {"temperature": 0.9, "top_k": 6, "repetition_penalty": 1.4, "seed": 3}),
+    ([*LONG[:30], 4, 4], 14, {"temperature": 1.1, "repetition_penalty": 1.3, "seed": 8}),
+    ([2, 3, 4], 5, {}),
+]
+
+
+@pytest.fixture(scope="module", params=["minicpm_jax", "minicpm_mlx"])
+def backend(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(backend, tmp_path_factory):
+    return backend.load(tiny_model.write(tmp_path_factory.mktemp("engine"), eos_token_id=END), "float32")[0]
+
+
+@pytest.fixture(scope="module")
+def alone(backend, model):
+    """The tokens of each request by itself."""
+    runs = [
+        backend.stream_generate(model, None, prompt, max_tokens, **sampling)
+        for prompt, max_tokens, sampling in REQUESTS
+    ]
+    return [[r.token for r in run] for run in runs]
+
+
+def make(backend, model, **options):
+    return importlib.import_module(f"{backend.__name__}.engine").Engine(model, **options)
+
+
+def add(engine, index):
+    prompt, max_tokens, sampling = REQUESTS[index]
+    return engine.add(prompt, max_tokens, Sampling(**sampling), frozenset([END]))
+
+
+def run(engine, until=lambda found: False):
+    """The tokens of each request until all are over."""
+    found, over = {}, set()
+    while not engine.idle and not until(found):
+        for made in engine.step():
+            assert made.number not in over
+            found.setdefault(made.number, []).append(made.token)
+            over |= {made.number} if made.last else set()
+    return found
+
+
+def test_requests_come_and_go(backend, model, alone):
+    """Two slots for five requests of all lengths, the later ones arriving while the first are decoded."""
+    engine = make(backend, model, slots=2, memory=CacheOptions(prefill_step_size=16))
+    numbers = [add(engine, 0), add(engine, 1)]
+    found = run(engine, lambda found: len(found.get(1, ())) > 3)
+    numbers += [add(engine, i) for i in (2, 3, 4)]
+    for number, tokens in run(engine).items():
+        found[number] = found.get(number, []) + tokens
+    assert [found[number] for number in numbers] == alone
+
+
+def test_a_cancelled_request_gives_up_its_slot(backend, model, alone):
+    engine = make(backend, model, slots=2, memory=CacheOptions(prefill_step_size=16))
+    first, second, third, never = add(engine, 1), add(engine, 1), add(engine, 0), add(engine, 2)
+    run(engine, lambda found: first in found)  # the prompt of the second may be on its way
+    for number in (first, second, never):
+        engine.cancel(number)
+    found = run(engine)
+    assert found == {third: alone[0]}
+    engine.cancel(third)  # over: nothing to do
+    assert engine.idle and engine.step() == []
+
+
+def test_a_prompt_that_begins_alike_is_not_run_twice(backend, model, alone, monkeypatch):
+    engine = make(backend, model, slots=2, memory=CacheOptions(prefill_step_size=16))
+    assert run(engine) == {} and run_one(engine, 1) == alone[1]
+    ran, decoding = [], importlib.import_module(f"{backend.__name__}.decoding")
+    name = "prefill" if backend.__name__ == "minicpm_jax" else "run"
+    real = getattr(decoding, name)
+    monkeypatch.setattr(decoding, name, lambda *arguments: ran.append(1) or real(*arguments))
+    assert run_one(engine, 3) == alone[3]  # 30 of 32 tokens are there
+    assert run_one(engine, 1) == alone[1]  # all 41
+    assert len(ran) <= 2  # a piece each, if any; of 16 they would be 2 and 3
+    history = [*LONG, *alone[1]][:-1]
+    expected = [r.token for r in backend.stream_generate(model, None, [*history, 6], max_tokens=4)]
+    number = engine.add([*history, 6], 4, Sampling(), frozenset([END]))
+    assert run(engine)[number] == expected  # a conversation that goes on
+
+
+def run_one(engine, index):
+    number = add(engine, index)
+    return run(engine)[number]
+
+
+def test_dynamic_ntk_turns_each_prompt_by_its_own_length(backend, reference):
+    """The original's tokens of prompts on both sides of the 32 tokens from which the base grows."""
+    folder = reference("long_128k")
+    model, _ = backend.load(folder, "float32")
+    data = np.load(folder / "reference.npz")
+    engine = make(backend, model, slots=2, context=64, memory=CacheOptions(prefill_step_size=16))
+    prompts = [data[f"prompt_ids_{name}"][0].tolist() for name in ("P20", "P40", "P40")]
+    numbers = [engine.add(prompt, 16, Sampling()) for prompt in prompts]  # the last one could share with the second
+    found = run(engine)
+    for number, name in zip(numbers, ("P20", "P40", "P40"), strict=True):
+        assert found[number] == data[f"greedy_ids_{name}"][int(name[1:]) :][:16].tolist()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda engine: engine.add([], 4, Sampling()), "empty"),
+        (lambda engine: engine.add([10**6], 4, Sampling()), "1000000"),
+        (lambda engine: engine.add([1], 0, Sampling()), "max_tokens is 0"),
+        (lambda engine: engine.add([1] * 30, 40, Sampling()), "30 tokens and 40 more are above the 64"),
+    ],
+)
+def test_what_an_engine_cannot_take(backend, model, call, said):
+    with pytest.raises(InputError, match=said):
+        call(make(backend, model, slots=1, context=64))
+
+
+@pytest.mark.parametrize("options", [{"slots": 0}, {"context": -1}, {"memory": CacheOptions(max_kv_size=16)}])
+def test_engines_that_cannot_be(backend, model, options):
+    with pytest.raises(InputError):
+        make(backend, model, **options)
+
+
+@pytest.fixture
+def served(backend, model):
+    engine = serve.Engine(backend.__name__.removeprefix("minicpm_"), copy_of(backend, model), None, slots=2)
+    yield engine
+    engine.close()
+
+
+def copy_of(backend, model):
+    """As an engine uses its model up."""
+    if backend.__name__ == "minicpm_mlx":
+        return model
+    import jax
+
+    return jax.tree.map(lambda x: x.copy(), model)
+
+
+def test_threads_share_an_engine(backend, served, alone):
+    found = {}
+
+    def ask(index):
+        prompt, most, sampling = REQUESTS[index]
+        found[index] = [r.token for r in served.stream_generate(prompt, most, **sampling)]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(REQUESTS))]
+    for thread in threads:
+        thread.start()
+    left = served.stream_generate(LONG, 20)
+    assert next(left).token == alone[1][0]
+    left.close()  # cancelled
+    for thread in threads:
+        thread.join()
+    assert [found[index] for index in range(len(REQUESTS))] == alone
+    with pytest.raises(InputError, match="outside the vocabulary"):
+        served.stream_generate([10**6])
+    with pytest.raises(InputError, match="more are above"):
+        served.stream_generate([1], 10**6)
+    served.close()
+    with pytest.raises(InputError, match="closed"):
+        served.stream_generate([1])
+
+
+def test_an_engine_that_fails_says_so_to_everybody(served, monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(served._engine, "step", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(served.stream_generate([1, 2], 4))

@@ -1,0 +1,180 @@
+"""Several processes run one command: they meet, train and read as one would, and the first alone writes."""
+
+import json
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import several
+import tiny_model
+import tiny_training as tiny
+
+pytest.importorskip("jax")
+
+from minicpm_jax import hosts
+from minicpm_jax.placement import Placement
+from weights_io.adapters import read_adapter
+from weights_io.checkpoint import open_checkpoint
+from weights_io.errors import InputError
+from weights_io.files.tensor import FileTensor
+
+ADDRESS = {"coordinator_address": "127.0.0.1:1234", "num_processes": 2, "process_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"process_id": 2}, "--process-id is 2; the 2 processes of --num-processes have the ids 0 to 1."),
+        ({"process_id": -1}, "--process-id is -1"),
+        ({"num_processes": 0}, "--num-processes is 0"),
+        ({"process_id": None}, "--process-id must be given too"),
+        ({"coordinator_address": "127.0.0.1"}, "127.0.0.1 is not of the form 10.0.0.1:1234"),
+        ({"coordinator_address": "127.0.0.1:99999"}, "127.0.0.1:99999 is not of the form"),
+        ({"distributed": True}, "--distributed finds the other processes by itself"),
+        ({"join_timeout": 0}, "--join-timeout is 0"),
+    ],
+)
+def test_flags_that_cannot_be(changes, said):
+    options = Placement(**{**ADDRESS, **changes})
+    with pytest.raises(InputError) as error:
+        options.check_placement()
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def met(*processes, patience=0.5):
+    """What each process, given as (how many there are, number), has to say about the others."""
+    with several.socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    said = ["" for _ in processes]
+
+    def join(place, count, number):
+        try:
+            hosts.meet(address, count, number, patience)
+        except InputError as error:
+            said[place] = str(error).replace(address, "ADDRESS")
+
+    threads = [threading.Thread(target=join, args=(i, *process)) for i, process in enumerate(processes)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    return said
+
+
+def test_processes_meet():
+    assert met((3, 1), (3, 0), (3, 2), patience=20) == ["", "", ""]
+    assert met((1, 0)) == [""]
+
+
+def test_processes_that_do_not_meet_say_why():
+    assert (
+        met((3, 0), (3, 2)) == ["of the 3 processes, 1 did not come; start them, or give another --join-timeout."] * 2
+    )
+    assert met((2, 1)) == ["nobody answers at --coordinator-address ADDRESS; process 0 must run there."]
+    assert met((3, 0), (3, 1), (3, 1)) == ["two processes have --process-id 1; give each its own."] * 3
+    assert met((3, 0), (2, 1)) == ["--num-processes is 3 in one process and 2 in another; give all the same."] * 2
+    with pytest.raises(InputError, match=r"nowhere.invalid is not known here"):
+        hosts.meet("nowhere.invalid:1234", 2, 1, 1)
+    with several.socket.create_server(("", 0)) as taken:
+        with pytest.raises(InputError, match="cannot listen at port"):
+            hosts.meet(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tiny.write_world(tmp_path_factory.mktemp("world"))
+    tiny.write_data(root / "pairs", tiny.preferences(7))
+    return root
+
+
+def typed(world, out, **changes):
+    return tiny.flags(tiny.lora(world, out, iters=2, **changes))
+
+
+def test_pairs_in_two_processes_are_those_of_one(world, tmp_path):
+    """The chosen answers of a batch lie with one process, the rejected ones with the other. Measured: within 1e-7."""
+    pairs = {"data": world / "pairs", "loss": "dpo", "beta": 0.5, "alpha": 16.0, "dropout": 0.0}
+    tiny.finetune("minicpm_jax", tiny.lora(world, tmp_path / "alone", iters=2, **pairs))
+    flags = [*typed(world, tmp_path / "two", **pairs), "--mesh", "fsdp=2,tensor=2"]
+    first, second = several.run("-m", "minicpm_jax.lora", *flags)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert second.stdout == "" and first.stdout.count("Iter 2: ") == 1
+    records = [tiny.records(tmp_path / name) for name in ("alone", "two")]
+    for name in ("loss", "gradient_norm", "margin"):
+        np.testing.assert_allclose(*([record[name] for record in of] for of in records), rtol=1e-5, atol=1e-6)
+    config = open_checkpoint(world / "model").config
+    tiny.same_adapters(*(read_adapter(tmp_path / name, config) for name in ("two", "alone")), 1e-3)
+
+
+def test_what_cannot_be_is_said_in_each_process(world, tmp_path):
+    """And by all of them where only the first looks: into the run's folder."""
+    command, out = ("-m", "minicpm_jax.lora"), tmp_path / "out"
+    for process in several.run(*command, *typed(world, out, batch_size=3), "--mesh", "fsdp=4"):
+        assert process.returncode == 2
+        assert process.stderr == "error: --batch-size 3 does not divide over the 4 devices of fsdp.\n"
+    seeds = [["--seed", "1"], ["--seed", "2"]]
+    for process in several.run(*command, *typed(world, out), "--mesh", "tensor=4", more=seeds):
+        assert process.returncode == 2 and "process 1 has other options, another model or other data" in process.stderr
+    assert not out.exists()
+    (out / "checkpoints" / "1").mkdir(parents=True)
+    (out / "settings.json").write_text("{}")
+    for process in several.run(*command, *typed(world, out, resume=True), "--mesh", "tensor=4"):
+        assert process.returncode == 2 and "out holds a run with another model, " in process.stderr
+
+
+def test_an_answer_of_two_processes_is_that_of_one(tmp_path):
+    folder = tiny_model.write(tmp_path)
+    answer = ["-m", "minicpm_jax.generate", "--model", folder, "--prompt", "The fox", "--max-tokens", 12]
+    expected = several.alone(*answer, devices=8)
+    first, second = several.run(*answer, "--mesh", "tensor=2,fsdp=2")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout == expected.stdout != "" and second.stdout == ""
+    assert "tokens-per-sec" in first.stderr and "tokens-per-sec" not in second.stderr
+
+
+READING = """
+import collections, json, sys
+import tyro
+from minicpm_jax.placement import Placement
+from weights_io.files.tensor import FileTensor
+read, original = collections.Counter(), FileTensor.read
+def counted(tensor, index=()):
+    array = original(tensor, index)
+    read[tensor.source.name] += array.nbytes
+    return array
+FileTensor.read = counted
+options = tyro.cli(Placement, args=sys.argv[2:])
+mesh = options.placement()["mesh"]
+from minicpm_jax import load
+from minicpm_jax.train import weights_of
+model, _ = load(sys.argv[1], mesh=mesh)
+held = sum(max(s.data.nbytes for s in w.addressable_shards) for w in weights_of(model).values())
+print(json.dumps([sum(read.values()), held]), file=sys.stderr)
+"""
+
+
+def test_columns_are_read_without_what_lies_between_them(tmp_path, monkeypatch):
+    numbers = np.arange(12 * 1024, dtype=np.float32).reshape(12, 1024)
+    numbers.tofile(tmp_path / "numbers")
+    tensor = FileTensor(tmp_path / "numbers", 0, numbers.dtype, numbers.shape, (1024, 1))
+    read, original = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *call: read.append(original(*call)) or read[-1])
+    here = (slice(3, 9), slice(512, 1024))
+    np.testing.assert_array_equal(tensor.read(here), numbers[here])
+    assert sum(map(len, read)) == 6 * 512 * 4
+    (tmp_path / "numbers").write_bytes(b"short")
+    with pytest.raises(TypeError, match="too small"):
+        tensor.read(here)
+
+
+def test_each_process_reads_what_its_devices_hold(world):
+    """Rows and columns of the files: half of them each, where one axis of the mesh lies over both processes. These
+    find each other by themselves, as they do on Cloud TPU."""
+    checkpoint = open_checkpoint(world / "model")
+    for process in several.run("-c", READING, world / "model", "--mesh", "fsdp=2,data=2", mpi=True):
+        assert process.returncode == 0, process.stderr
+        read, held = json.loads(process.stderr.splitlines()[-1])
+        assert read == held == checkpoint.nbytes // 2

@@ -1,0 +1,187 @@
+"""Every notebook, run whole by the cells that a user of a TPU or a Mac runs: only the variables at the top are others.
+
+The kernels have the CPU alone, with eight devices that are not there (`conftest`), and MINICPM_NOTEBOOK_CPU says that
+this is meant.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "tests" / "reference" / "s_1b"  # the original's numbers, and no tokenizer
+
+
+@dataclass(frozen=True)
+class Run:
+    notebook: str
+    variables: dict[str, object]  # what a user would write at the top
+    printed: list[str]  # regular expressions
+    pictures: int = 0
+
+
+RUNS = [
+    Run(
+        "colab_tpu_chat",
+        {"MODEL": "pico"},
+        [r"\n12 \+ 30 = 42\n", r"'fsdp': 8", r"\n7 \+ 8 = 15\n", r"4 rows: [\d.]+ tokens/s, 5\.2 MB of weights"],
+    ),
+    Run(
+        "colab_tpu_lora",
+        {"MODEL": "pico", "ITERS": 30, "QUESTIONS": 10},
+        [
+            r"exact +0 of +10 right",
+            r"exact +[1-9]\d? of +10",
+            r"adapter_model\.safetensors",
+            r"fused-llama: LlamaForCausalLM",
+            r"the answer is 42\.",
+        ],
+        pictures=1,
+    ),
+    Run(
+        "mac_mlx",
+        {"MODEL": "pico", "ITERS": 3, "QUESTIONS": 4},
+        [r"12 \+ 30 = 42", r"bits per weight", r"is Paris"],
+        pictures=1,
+    ),
+    Run(
+        "pretrain_wsd",
+        {"STEPS": 18, "DOCUMENTS": 4000, "BATCH": 1, "QUESTIONS": 4},
+        [r"pico +width +128 .* x 0\.500", r"width +2304 .* x 0\.111", r"sum +\d+ of(.|\n)*sum +\d+ of"],
+        pictures=2,
+    ),
+    Run(
+        "checkpoints",
+        {"MODEL": "pico"},
+        [r"converted in float32: all 1 cases hold", r"on each of 8", r"the same numbers"],
+    ),
+    Run(
+        "checkpoints",
+        {"MODEL": str(REFERENCE), "REFERENCE": str(REFERENCE / "reference.npz")},
+        [r"s_1b in float32: all \d\d cases hold", r"converted in float32: all 1 cases hold"],
+    ),
+]
+
+
+def read(name):
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text(notebook):
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def execute(name, variables, folder):
+    """The notebook, run in ``folder`` with other variables at its top; what it printed, and its outputs."""
+    notebook = read(name)
+    first = code(notebook)[0]
+    for variable, value in variables.items():
+        assignment = rf"^{variable} = .*?(?=  #|$)"
+        first.source, count = re.subn(assignment, lambda _: f"{variable} = {value!r}", first.source, flags=re.M)  # noqa: B023
+        assert count == 1, variable
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    if kept := os.environ.get("KEEP_NOTEBOOKS"):  # a folder, to look at them
+        nbformat.write(notebook, Path(kept) / f"{name}.ipynb")
+    outputs = [output for cell in code(notebook) for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.output_type == "stream"), outputs
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Their environment."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MINICPM_NOTEBOOK_CPU", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.notebook}-{Path(str(run.variables.get('MODEL'))).name}")
+def test_runs_whole(run, tmp_path, kernels):
+    printed, outputs = execute(run.notebook, run.variables, tmp_path)
+    assert "because MINICPM_NOTEBOOK_CPU is set" in printed
+    for expected in run.printed:
+        assert re.search(expected, printed), (expected, printed)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == run.pictures
+
+
+@pytest.mark.parametrize("name", ["colab_tpu_chat", "mac_mlx"])
+def test_a_cpu_that_nobody_asked_for_is_refused(name, tmp_path, kernels, monkeypatch):
+    monkeypatch.delenv("MINICPM_NOTEBOOK_CPU")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="wants a .*, and there is only a CPU;"):
+        execute(name, {}, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted({run.notebook for run in RUNS}))
+def test_is_kept_as_a_reader_wants_it(name):
+    notebook = read(name)
+    title, badge, purpose = notebook.cells[0].source.split("\n\n")[:3]
+    assert title.startswith("# ") and f"/blob/main/notebooks/{name}.ipynb)" in badge and "**Runtime**" not in purpose
+    assert "**Runtime**: a " in notebook.cells[0].source
+    assert all(cell.execution_count is None and cell.outputs == [] for cell in code(notebook))
+    for link in re.findall(r"\]\((\.\./[^)]+)\)", text(notebook)):
+        assert (ROOT / "notebooks" / link).exists(), link
+
+
+def test_these_are_the_notebooks():
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == {run.notebook for run in RUNS}
+
+
+def test_the_first_cells_are_the_same():
+    """Below their variables; the Mac has no jax to spare."""
+    cells = {code(read(run.notebook))[0].source.partition("\n\n")[2] for run in RUNS if run.notebook != "mac_mlx"}
+    assert len(cells) == 1
+
+
+def test_memory_is_what_fit_says():
+    """Every figure in the text stands in the tables that are made by the package's own commands."""
+    tables = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("fit.md", "models.md"))
+    figures = {figure for run in RUNS for figure in re.findall(r"[\d.,]+ GB", text(read(run.notebook)))}
+    assert figures and not {figure for figure in figures if figure not in tables}
+
+
+def test_commands_run_in_this_process(tmp_path, capsys):
+    from minicpm_data import notebook
+    from weights_io.errors import InputError
+
+    notebook.run("python -m weights_io.catalog")
+    assert "minicpm-2b" in capsys.readouterr().out
+    with pytest.raises(InputError, match="weights_io.inspect ended with 2"):
+        notebook.run(f"python -m weights_io.inspect\n --model {tmp_path / 'nothing'}")
+    assert "error: " in capsys.readouterr().err
+    with pytest.raises(InputError, match="python -m"):
+        notebook.run("make demo twice")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "left_out"),
+    [
+        ({}, 1, lambda c: 0),
+        ({"tie_word_embeddings": False}, 1, lambda c: c.vocab_size * c.hidden_size),
+        ({"num_experts": 4, "num_experts_per_tok": 1}, 3, lambda c: 3 * c.num_hidden_layers * c.hidden_size * 48),
+    ],
+)
+def test_what_a_step_has_to_read(changes, rows, left_out):
+    """Not the rows of an untied embedding, nor experts that nobody can have chosen (1 of 4 by 3 rows)."""
+    import jax
+
+    from minicpm_jax.model import initialise
+    from minicpm_jax.notebook import Speed, bytes_read
+    from weights_io.config import ModelConfig
+    from weights_io.parameters import count
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ModelConfig.from_dict({"vocab_size": 64, **shape, **changes})
+    read = bytes_read(initialise(config, jax.random.key(0)), rows)
+    assert read == 4 * (count(config) - left_out(config))
+    assert "50% of what" in str(Speed(rows, 100.0 * rows, read, 0.005))
+    assert "not known" in str(Speed(rows, 100.0 * rows, read, None))
