@@ -11,16 +11,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int8
 
+from minicpm_jax.arithmetic import precision
 from minicpm_jax.kernels.cache_attention import cache_attention
-from minicpm_jax.sharding import splits
+from minicpm_jax.kernels.causal_attention import causal_attention
+from minicpm_jax.sharding import row_axes, splits
 from weights_io.config import ModelConfig
 
-BLOCK = 512  # cache slots that a prompt's attention looks at together
+BLOCK = 512  # tokens, or cache slots, that XLA's form of attention looks at together
 
 
 @functools.partial(
@@ -108,9 +111,7 @@ def quantised(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Float
     return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "mask", "real"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "segments"], meta_fields=[])
 @dataclass(frozen=True)
 class Positions:
     """Where the T new tokens stand and what they may see."""
@@ -118,8 +119,12 @@ class Positions:
     index: Int[Array, "B T"]
     cos: Float[Array, "B T H"]
     sin: Float[Array, "B T H"]
-    mask: Bool[Array, "B T T"] | None  # without a cache: which tokens may be attended to; None: the cache's length says
-    real: Bool[Array, "B T"] | None = None  # which are no padding; None: all, or it does not matter
+    segments: Int[Array, "B T"] | None = None  # a token sees those of its number up to itself, 0: padding; None: all
+
+    @property
+    def real(self) -> Bool[Array, "B T"] | None:
+        """Which are no padding; None: all."""
+        return None if self.segments is None else self.segments != 0
 
 
 def positions_of(
@@ -138,21 +143,16 @@ def positions_of(
         index = start[:, None] + jnp.arange(width)
         assert length is not None
         length = length[:, None] if length.ndim == 1 else length
-        return Positions(index, *rope_tables(config, index, length), mask=None)
-    visible = jnp.tril(jnp.ones((width, width), bool))[None]
+        return Positions(index, *rope_tables(config, index, length))
     index = jnp.broadcast_to(jnp.arange(width), (batch, width))
     lengths = jnp.full((batch, width), width)
     if mask is not None:
-        visible = visible & (mask[:, None, :] != 0)
         index = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     if segments is not None:
         same = segments[:, :, None] == segments[:, None, :]
-        visible = visible & same
         index = jnp.arange(width) - jnp.argmax(same, axis=2)  # since the first token of the same document
         lengths = jnp.sum(same, axis=2)
-    visible = jnp.broadcast_to(visible, (batch, width, width))
-    real = None if segments is None else segments != 0
-    return Positions(index, *rope_tables(config, index, lengths), visible, real)
+    return Positions(index, *rope_tables(config, index, lengths), mask if segments is None else segments)
 
 
 def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array, "B #T"]) -> tuple[Array, Array]:
@@ -174,11 +174,14 @@ def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array
 
 
 def rotate(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:
-    """Turn each pair (h, h + H/2) by its angle, in float32, and round back to x's dtype."""
-    wide = x.astype(jnp.float32)
-    first, second = jnp.split(wide, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (wide * positions.cos[:, :, None] + turned * positions.sin[:, :, None]).astype(x.dtype)
+    """Turn each pair (h, h + H/2) by its angle, in float32, and round back to x's dtype. The halves change places by a
+    product with ones, which is exact: cut out, 32 numbers of 64 would each fill 128 lanes of a TPU, a third of the
+    bytes that attention moves in training."""
+    head_dim = x.shape[-1]
+    places = jnp.asarray(np.eye(head_dim, k=head_dim // 2) - np.eye(head_dim, k=-head_dim // 2), x.dtype)
+    exact = {"precision": precision(x), "preferred_element_type": jnp.float32}
+    turned = jnp.einsum("btxh,hg->btxg", x, places, **exact)  # -second, first
+    return (x.astype(jnp.float32) * positions.cos[:, :, None] + turned * positions.sin[:, :, None]).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -203,7 +206,7 @@ class Attention(nnx.Module):
             if cache is not None:
                 cache = cache.written(layer, k, v, positions.index)
                 return self.o_proj(attend_cache(q, cache, layer, positions.index, self.mesh)), cache
-            return self.o_proj(attend(q, k, v, positions.mask)), cache
+            return self.o_proj(attend_rows(q, k, v, positions.segments, self.mesh)), cache
 
 
 def attend_cache(
@@ -259,28 +262,9 @@ def placement(cache: Cache, kv_heads: int, mesh: Mesh) -> Cache:
 
 
 def attend(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "#B T S"]
 ) -> Float[Array, "B T NH"]:
-    """softmax(q k / sqrt(H)) v with scores and softmax in float32; head n reads key/value head n // G.
-
-    Of more than `BLOCK` tokens the scores are made for so many at a time, and made again in the backward pass: those of
-    4 rows of 2048 tokens and 36 heads are 2.4 GB, of which a backward pass without blocks holds two and a half."""
-    batch, width, _, _ = q.shape
-    if width <= BLOCK:
-        return _attend(q, k, v, mask)
-    blocks = -(-width // BLOCK)
-    size = -(-width // blocks)
-
-    def parts(x):  # along T, so that a batch that is spread over devices stays so
-        x = jnp.pad(x, [(0, 0), (0, blocks * size - width)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, blocks, size, *x.shape[2:]), 1, 0)
-
-    some = jax.checkpoint(_attend)
-    mixed = jax.lax.map(lambda part: some(part[0], k, v, part[1]), (parts(q), parts(mask)))
-    return jnp.moveaxis(mixed, 0, 1).reshape(batch, blocks * size, -1)[:, :width]
-
-
-def _attend(q, k, v, mask):
+    """softmax(q k / sqrt(H)) v with scores and softmax in float32; head n reads key/value head n // G."""
     batch, width, heads, head_dim = q.shape
     # Turn the small operands, not the scores: with batch and head axes leading, no [T, S] array is ever transposed.
     q = q.reshape(batch, width, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
@@ -291,6 +275,64 @@ def _attend(q, k, v, mask):
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("bkgts,bksh->bkgth", weights, v, precision=highest)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * head_dim)
+
+
+def attend_rows(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None = None,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T NH"]:
+    """`attend` of whole rows to themselves: a token sees those of its segment up to itself.
+
+    In bfloat16 compiled for a TPU this is a Pallas kernel, over the devices of a ``mesh`` as in `attend_cache`; in
+    other dtypes, and where tensor does not divide the key/value heads, XLA's form."""
+
+    def spread(q, k, v, segments):
+        assert mesh is not None
+        rows = row_axes(mesh, len(q))
+        whole, heads = P(rows), P(rows, None, "tensor" if "tensor" in mesh.shape else None)
+        return jax.shard_map(
+            causal_attention, mesh=mesh, in_specs=(heads, heads, heads, whole), out_specs=heads, check_vma=False
+        )(q, k, v, segments)
+
+    divided = mesh is None or "tensor" not in mesh.shape or splits("tensor", k.shape[2], mesh)
+    if not divided or q.dtype != jnp.bfloat16:
+        return attend_parts(q, k, v, segments)
+    tpu = causal_attention if mesh is None else spread
+    return jax.lax.platform_dependent(q, k, v, segments, tpu=tpu, default=attend_parts)
+
+
+def attend_parts(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
+) -> Float[Array, "B T NH"]:
+    """XLA's form of `attend_rows`. Of more than `BLOCK` tokens the scores are made for so many at a time, and made
+    again in the backward pass: those of 4 rows of 2048 tokens and 36 heads are 2.4 GB, of which a backward pass without
+    blocks holds two and a half."""
+    batch, width, _, _ = q.shape
+    blocks = -(-width // BLOCK)
+    size = -(-width // blocks)
+
+    def part(first, q, own):
+        visible = (jnp.arange(width) <= first + jnp.arange(size)[:, None])[None]
+        if segments is not None:
+            visible = visible & (own[:, :, None] == segments[:, None, :])
+        return attend(q, k, v, visible)
+
+    if blocks == 1:
+        return part(0, q, segments)
+
+    def parts(x):  # along T, so that a batch that is spread over devices stays so
+        x = jnp.pad(x, [(0, 0), (0, blocks * size - width)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, blocks, size, *x.shape[2:]), 1, 0)
+
+    each = jnp.arange(blocks) * size, parts(q), None if segments is None else parts(segments)
+    mixed = jax.lax.map(lambda x: jax.checkpoint(part)(*x), each)
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, blocks * size, -1)[:, :width]
 
 
 def attend_blocks(

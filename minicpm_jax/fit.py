@@ -40,7 +40,7 @@ class Options:
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Of weights and computation; masters of finetune and pretrain are float32."""
     quantize: Literal[4, 8] | None = None
-    """Keep the matrices of the layers in so many bits (not of what is trained)."""
+    """Keep the matrices of the layers in so many bits (not of what is trained); to generate, the head in 8."""
     kv_bits: Literal[8] | None = None
     """Keep keys and values in so many bits."""
     mesh: str | None = None

@@ -7,6 +7,7 @@
 - the body of a loop counts as often as it runs; a loop whose end is data (the steps of `decoding.decode`) counts once;
 - of the branches of a conditional the costliest counts;
 - a Pallas kernel counts what it states (``cost_estimate``), in `minicpm_jax.kernels` the bytes of a full cache;
+  one that states nothing (JAX's splash attention) counts its operands and results once;
 - padding counts: an array whose last axis is 64 takes lanes of 128.
 """
 

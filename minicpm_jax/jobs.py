@@ -142,7 +142,7 @@ class Job:
         return self._everywhere(model) if mesh is None else model
 
     def _quantised(self, model: Model, bits: int) -> Model:
-        packed = jax.eval_shape(functools.partial(quantised, bits=bits), model)
+        packed = jax.eval_shape(functools.partial(quantised, bits=bits, head=not self.training), model)
         if self.placed is None:
             return packed
         rules = {p.name: p.logical_axes() for p in parameters(self.config)}
@@ -152,7 +152,7 @@ class Job:
             axes = rules[".".join(names[: names.index("weight") + 1])]
             if names[-2:-1] in (["numbers"], ["scales"]) or names[-1] in ("numbers", "scales"):
                 axes = *axes[:-2], axes[-1], axes[-2]  # kept turned round
-            spec = partition_spec(axes, leaf.shape, self.placed)
+            spec = partition_spec(axes[: leaf.ndim], leaf.shape, self.placed)  # a head has a scale for each row
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.placed, spec))
 
         return jax.tree_util.tree_map_with_path(where, packed)

@@ -14,15 +14,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from minicpm_data.batches import IGNORED
 from minicpm_jax.arithmetic import divided, precision, product
 from minicpm_jax.attention import positions_of
 from minicpm_jax.model import Model
-from minicpm_jax.sharding import by_rows, partition_spec, rows_split
+from minicpm_jax.sharding import by_rows, partition_spec, row_axes, rows_split
 
-LOGITS = 2**27  # most logits at once: 0.5 GB in float32
+LOGITS = 2**26  # most logits at once: 0.27 GB in float32
 
 Batch = dict[str, Array]  # ids, labels, segments [B, T]; for DPO reference [B]
 Sums = tuple[Float[Array, ""], dict[str, Array]]
@@ -53,14 +54,21 @@ def _chunked(
 ) -> Float[Array, "B T"]:
     """Cross entropies, C tokens of each row at a time. The gradient is spelled out: JAX would keep all the logits, or
     add up the weight's gradient in the weight's dtype."""
+    return _cross_entropies(chunk, mesh, hidden, weight, targets)[0]
+
+
+def _cross_entropies(chunk, mesh, hidden, weight, targets) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """And the logarithm of the sum of exponentials of each token's logits."""
+    weight = _gathered(weight, mesh)
 
     def losses(part):
         x, targets = part
         logits, target, trained = _logits(x, targets, weight)
-        return _cross_entropy(logits, target, trained)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        return _cross_entropy(logits, total, target, trained), total
 
-    weight = _gathered(weight, mesh)
-    return _whole(jax.lax.map(losses, (_parts(hidden, chunk), _parts(targets, chunk))))
+    found = jax.lax.map(losses, (_parts(hidden, chunk), _parts(targets, chunk)))
+    return _whole(found[0]), _whole(found[1])
 
 
 def _forward(chunk, mesh, hidden, weight, targets):
@@ -69,16 +77,18 @@ def _forward(chunk, mesh, hidden, weight, targets):
     frozen = not weight.perturbed
     hidden, weight, targets = hidden.value, weight.value, targets.value
     if not frozen:
-        return _chunked(chunk, mesh, hidden, weight, targets), (hidden, weight, targets)
+        losses, total = _cross_entropies(chunk, mesh, hidden, weight, targets)
+        return losses, (hidden, weight, targets, total)
 
     weight = _gathered(weight, mesh)
 
     def both(part):
         x, targets = part
         logits, target, trained = _logits(x, targets, weight)
-        share = _share(logits, target, trained).astype(x.dtype)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        share = _share(logits, total, target, trained).astype(x.dtype)
         below = jnp.einsum("bcv,vd->bcd", share, weight, precision=precision(x))
-        return _cross_entropy(logits, target, trained), below
+        return _cross_entropy(logits, total, target, trained), below
 
     losses, below = jax.lax.map(both, (_parts(hidden, chunk), _parts(targets, chunk)))
     return _whole(losses), _whole(below)
@@ -87,34 +97,37 @@ def _forward(chunk, mesh, hidden, weight, targets):
 def _backward(chunk, mesh, saved, gradient):
     if not isinstance(saved, tuple):  # of a frozen head
         return (saved * gradient[..., None]).astype(saved.dtype), None, None
-    hidden, weight, targets = saved
+    hidden, weight, targets, total = saved
     gathered = _gathered(weight, mesh)
+    groups = rows_split(mesh) if len(hidden) % rows_split(mesh) == 0 else 1
 
-    def step(total, part):
-        x, targets, above = part
-        share = _share(*_logits(x, targets, gathered)) * above[..., None]
-        share = share.astype(x.dtype)
+    def step(added, part):
+        x, targets, total, above = part
+        logits, target, trained = _logits(x, targets, gathered)
+        share = (_share(logits, total, target, trained) * above[..., None]).astype(x.dtype)
         wide = {"precision": precision(x), "preferred_element_type": jnp.float32}
-        total = _spread(total + jnp.einsum("bcv,bcd->vd", share, x, **wide), mesh)
-        return total, jnp.einsum("bcv,vd->bcd", share, gathered, precision=precision(x))
+        rows = (y.reshape(groups, -1, *y.shape[1:]) for y in (share, x))
+        added = _by_device(added + jnp.einsum("gbcv,gbcd->gdv", *rows, **wide), mesh)
+        return added, jnp.einsum("bcv,vd->bcd", share, gathered, precision=precision(x))
 
-    parts = tuple(_parts(x, chunk) for x in (hidden, targets, gradient))
-    total, below = jax.lax.scan(step, jnp.zeros(weight.shape, jnp.float32), parts)
-    return _whole(below), total.astype(weight.dtype), None
+    parts = tuple(_parts(x, chunk) for x in (hidden, targets, total, gradient))
+    nothing = _by_device(jnp.zeros((groups, *weight.shape[::-1]), jnp.float32), mesh)
+    added, below = jax.lax.scan(step, nothing, parts)
+    return _whole(below), _added(added, mesh).T.astype(weight.dtype), None
 
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _cross_entropy(logits: Float[Array, "B C V"], target, trained) -> Float[Array, "B C"]:
+def _cross_entropy(logits: Float[Array, "B C V"], total: Float[Array, "B C"], target, trained) -> Float[Array, "B C"]:
     right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return jnp.where(trained, jax.nn.logsumexp(logits, axis=-1) - right, 0)
+    return jnp.where(trained, total - right, 0)
 
 
-def _share(logits: Float[Array, "B C V"], target, trained) -> Float[Array, "B C V"]:
+def _share(logits: Float[Array, "B C V"], total: Float[Array, "B C"], target, trained) -> Float[Array, "B C V"]:
     """The gradient of `_cross_entropy` with respect to the logits."""
     right = target[..., None] == jnp.arange(logits.shape[-1])
-    return jnp.where(trained[..., None], jax.nn.softmax(logits, axis=-1) - right, 0)
+    return jnp.where(trained[..., None], jnp.exp(logits - total[..., None]) - right, 0)
 
 
 def _gathered(weight: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
@@ -122,9 +135,32 @@ def _gathered(weight: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V
     return _head(weight, mesh, "vocab", "layers")
 
 
-def _spread(weight: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
-    """As the head is kept: the devices' sums of a gradient are added up where they belong."""
-    return _head(weight, mesh, "vocab", "embed")
+def _by_device(sums: Float[Array, "G D V"], mesh: Mesh | None) -> Float[Array, "G D V"]:
+    """The sum of each device's rows, on that device: added up over the devices once, not for each chunk."""
+    if mesh is None:
+        return sums
+    return jax.lax.with_sharding_constraint(sums, NamedSharding(mesh, _sums_spec(sums, mesh)))
+
+
+def _sums_spec(sums: Float[Array, "G D V"], mesh: Mesh) -> P:
+    return P(row_axes(mesh, len(sums)), *partition_spec(("layers", "vocab"), sums.shape[1:], mesh))
+
+
+def _added(sums: Float[Array, "G D V"], mesh: Mesh | None) -> Float[Array, "D V"]:
+    """Over the devices, each of which gets what it keeps of the head. In the step of MiniCPM-2B XLA makes of it an
+    all-reduce in bfloat16 that is then cut; held to a reduce-scatter in float32 by a layout the step takes 8.45 GB a
+    chip, not 7.73."""
+    if mesh is None:
+        return sums[0]
+    rows, spec = row_axes(mesh, len(sums)), partition_spec(("embed", "vocab"), sums.shape[1:], mesh)
+
+    def add(own):
+        others = [name for name in rows if name != spec[0]]
+        own = jax.lax.psum(own[0], others) if others else own[0]
+        return jax.lax.psum_scatter(own, spec[0], tiled=True) if spec[0] in rows else own
+
+    out = spec if spec[0] in rows else P(None, spec[1])
+    return jax.shard_map(add, mesh=mesh, in_specs=_sums_spec(sums, mesh), out_specs=out, check_vma=False)(sums)
 
 
 def _head(weight: Float[Array, "V D"], mesh: Mesh | None, *axes: str) -> Float[Array, "V D"]:

@@ -23,7 +23,7 @@ from minicpm_jax.adapters import LowRank
 from minicpm_jax.arithmetic import divided, gated, product, scaled
 from minicpm_jax.attention import Attention, Cache, Positions, positions_of
 from minicpm_jax.moe import MoE
-from minicpm_jax.sharding import by_rows
+from minicpm_jax.sharding import by_rows, gathered_rows
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -47,7 +47,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(weight)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[...][ids]
+        return self.weight[ids]
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return product(self.weight[...], x)
@@ -139,6 +139,8 @@ class Decoder(nnx.Module):
             x, cache, imbalance = weights(x, positions, cache, index)
             return (x, cache), imbalance
 
+        if cache is None:
+            x = gathered_rows(x, self.mesh)  # the table of words is split along D
         if isinstance(self.layers, nnx.List):
             carry, each = (x, cache), []
             for index, layer in enumerate(self.layers):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 from minicpm_jax.adapters import linear
 from minicpm_jax.model import Model
@@ -35,6 +35,34 @@ class Packed(nnx.Module):
         return wide.reshape(numbers.shape).swapaxes(-1, -2)[index]
 
 
+class Rows(nnx.Module):
+    """A table of words in int8, each row with a scale: its largest number / 127. Few rows may be taken of it, and as a
+    head it is read as it lies, which a scale for each of several groups in a row would not allow."""
+
+    def __init__(self, table: Int8[Array, "V D"], scale: Float[Array, "V"]):
+        self.table, self.scale = nnx.Param(table), nnx.Param(scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.table.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.scale.dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        scale = self.scale[...][index][..., None]
+        return self.table[...][index].astype(scale.dtype) * scale
+
+
+def quantise_rows(weight: Float[Array, "V D"]) -> Rows:
+    """Nearest numbers."""
+    wide = weight.astype(jnp.float32)
+    scale = (jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30) / 127).astype(weight.dtype)
+    numbers = jnp.clip(jnp.round(wide / scale.astype(jnp.float32)[:, None]), -127, 127)
+    return Rows(numbers.astype(jnp.int8), scale)
+
+
 def quantise(weight: Float[Array, "... O I"], bits: int) -> Packed:
     """Nearest numbers of a grid in which the largest of each group is exact: its sign takes the end that has one number
     more (-8 of -8 to 7)."""
@@ -50,11 +78,15 @@ def quantise(weight: Float[Array, "... O I"], bits: int) -> Packed:
     return Packed(turned, scales[..., 0].astype(weight.dtype).swapaxes(-1, -2), weight.dtype)
 
 
-def quantised(model: Model, bits: int) -> Model:
-    """The model with the matrices of its layers, but a router, in ``bits`` bits; its arrays are given up."""
+def quantised(model: Model, bits: int, head: bool = False) -> Model:
+    """The model with the matrices of its layers, but a router, in ``bits`` bits; its arrays are given up. ``head``: the
+    head in int8, too, and with it an embedding that is the same table. For generation: a step reads the head whole."""
     pack = jax.jit(quantise, static_argnums=1, donate_argnums=0)
     model = jax.tree.map(lambda x: x, model)
     for parameter in target_parameters(model.config, ("all-linear",)):
         layer = linear(model, parameter.name)
         layer.weight = pack(layer.weight[...], bits)
+    if head:
+        table: Any = model.model.embed_tokens if model.lm_head is None else model.lm_head
+        table.weight = jax.jit(quantise_rows, donate_argnums=0)(table.weight[...])
     return model

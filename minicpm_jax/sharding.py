@@ -90,10 +90,23 @@ def by_rows(x: Any, mesh: Mesh | None) -> Any:
     """[B, ...] with its rows over the axes of batches, whole otherwise; as it is where they do not divide it. Without
     this XLA splits the hidden state as the weights are, every device then runs all rows, and sums travel in place of
     weights: 15 times the bytes of a step of MiniCPM-2B over 8 devices."""
-    names = () if mesh is None else tuple(name for name in BATCH if name in mesh.shape)
-    if mesh is None or not names or x.shape[0] % rows_split(mesh):
+    names = () if mesh is None else row_axes(mesh, x.shape[0])
+    if mesh is None or not names:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(names)))
+
+
+def gathered_rows(x: Any, mesh: Mesh | None) -> Any:
+    """`by_rows` by way of the whole array on every device: what is split along its last axis comes by an all-gather,
+    which runs beside arithmetic; from the one split to the other it would be an all-to-all."""
+    if mesh is None:
+        return x
+    return by_rows(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec())), mesh)
+
+
+def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
+    """The axes that split a batch of so many rows; none where they do not divide it."""
+    return () if rows % rows_split(mesh) else tuple(name for name in BATCH if name in mesh.shape)
 
 
 def rows_split(mesh: Mesh | None) -> int:

@@ -168,6 +168,22 @@ def test_a_step_reads_what_is_filled(name, batch, bits):
     assert cost(tiling, size, 2, scaled).bytes_accessed == bytes_read(tiling, [4095] * batch, size, scaled) + queries
 
 
+@pytest.mark.parametrize("batch", [1, 16, 64])
+def test_a_step_of_the_2b_reads_its_weights_and_what_is_filled(batch):
+    """Within a fiftieth, of equal rows and of unequal ones; where those end anywhere in a block, within a thirtieth."""
+    weights, layers, slot = 5_449_761_792, 40, 2 * 2304 * 2
+    tiling = Tiling.of(batch, 1, 36, 64, 4096, 36, 2)
+
+    def ratio(fills):
+        read = bytes_read(tiling, [fill - 1 for fill in fills], 2)
+        return (weights + layers * read) / (weights + layers * slot * sum(fills))
+
+    fills = 128, 512, 2048, 4096
+    for each in (*((fill,) for fill in fills), fills):
+        assert 1 <= ratio([each[row % len(each)] for row in range(batch)]) < 1.02
+    assert 1 <= ratio([int(fill) for fill in np.linspace(1, 4096, batch)]) < 1.03
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_a_piece_of_a_prompt_reads_what_is_filled(name):
     heads, kv_heads = HEADS[name]
