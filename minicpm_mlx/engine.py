@@ -32,6 +32,7 @@ class Engine(engine.Engine):
         if self.memory.kv_bits is not None:
             raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for an engine.")
         join(model)
+        mx.eval(model.parameters())  # what is not read yet could be by the thread alone that loaded it
         self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)
         self.numbers: dict[int, int] = {}  # by the batch generator's own
         # Requests that are over, and their caches: as many as there are slots.

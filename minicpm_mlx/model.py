@@ -68,12 +68,16 @@ class DecoderLayer(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """[B, T, D] to [B, T, D], and the `moe.imbalance` of this layer (0 where it has no experts); ``cache``: this
         layer's, written in place. ``last``: only the last token's [B, 1, D]."""
-        mixed = self.self_attn.mixed(self.input_layernorm(x), positions, cache, last)
-        x = x[:, -1:] if last else x
-        x = added(x, self.self_attn.o_proj, mixed, self.residual_scale)
+        normed, kept = self.input_layernorm(x), x[:, -1:] if last else x
+        if type(self.self_attn) is Attention:  # a variant's own may do more
+            mixed = self.self_attn.mixed(normed, positions, cache, last)
+            x = added(kept, self.self_attn.o_proj, mixed, self.residual_scale)
+        else:
+            more = self.self_attn(normed, positions, cache)
+            x = kept + scaled(more[:, -1:] if last else more, self.residual_scale)
         normed = self.post_attention_layernorm(x)
         imbalance = mx.array(0.0)
-        if type(self.mlp) is MLP:  # a variant's own may do more
+        if type(self.mlp) is MLP:
             return added(x, self.mlp.down_proj, self.mlp.hidden(normed), self.residual_scale), imbalance
         if isinstance(self.mlp, MoE):
             more, imbalance = self.mlp(normed, positions.real)

@@ -7,6 +7,7 @@ A thread of its own steps the backend's engine; the caller's thread gets its `Re
 early cancels the request.
 """
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ class Engine:
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="minicpm-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a process that ends while the device computes would abort
 
     def stream_generate(
         self, prompt: Prompt, max_tokens: int = 256, stop: str | Sequence[str] = (), **sampling: Any
@@ -50,10 +52,13 @@ class Engine:
         `InputError` before the first token for what has no room or is out of range."""
         ids, chosen = prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size), Sampling(**sampling)
         number, answer = self._call(lambda: self._add(ids, max_tokens, chosen))
-        return stream_text(self._tokens(number, answer), self.tokenizer, self._ends, stop, max_tokens)
+        tokens = self._tokens(number, answer)
+        next(tokens)  # from here on it is cancelled when nobody holds it any more
+        return stream_text(tokens, self.tokenizer, self._ends, stop, max_tokens)
 
     def close(self) -> None:
         """End the thread; requests that are not over end with an `InputError`."""
+        atexit.unregister(self.close)
         self._asked.put(None)
         self._thread.join()
 
@@ -67,8 +72,10 @@ class Engine:
         self._answers.pop(number, None)
 
     def _tokens(self, number: int, answer: queue.SimpleQueue) -> Iterator[int]:
+        """First -1, which is no token, then the tokens."""
         last = False
         try:
+            yield -1
             while not last:
                 made: Made | Exception = answer.get()
                 if isinstance(made, Exception):

@@ -252,8 +252,9 @@ def test_tensors_that_are_refused(dense, tmp_path, form, tensors, said):
 def test_an_adapter_of_another_model(dense, moe, tmp_path):
     wide = dataclasses.replace(dense.config, hidden_size=128, num_attention_heads=8)
     save_adapter(tmp_path, tiny_adapter.make(dense), dense.config)
-    with pytest.raises(InputError, match=r"model.layers.0.*lora_B.weight in .* \[96, 4\].* \[128, r\]"):
+    with pytest.raises(InputError, match=r"model.layers.0.*lora_A.weight in .* \[4, 96\].* \[r, 128\]"):
         read_adapter(tmp_path, wide)
+    save_adapter(tmp_path, tiny_adapter.make(dense, ["down_proj"]), dense.config)
     with pytest.raises(InputError, match=r"down_proj, which is none of .*\(q_proj, .*, w3 of each layer\)"):
         read_adapter(tmp_path, moe.config)
 

@@ -46,6 +46,7 @@ class Parrot:
             peak_memory=lambda: 0,
             for_decoding=lambda model: model,
             description=lambda: "a perch",
+            is_first=lambda: True,
         )
         return Backend(self.load, self.generator, device, lambda model, ids: [])
 

@@ -148,11 +148,24 @@ def served(backend, model):
 
 def copy_of(backend, model):
     """As an engine uses its model up."""
-    if backend.__name__ == "minicpm_mlx":
-        return model
+    if backend.__name__ == "minicpm_mlx":  # arrays that no thread has computed yet
+        import mlx.core as mx
+        from mlx.utils import tree_flatten, tree_map
+
+        copy = type(model)(model.config)
+        copy.load_weights(list(tree_flatten(tree_map(lambda x: x + mx.zeros_like(x), model.parameters()))))
+        return copy
     import jax
 
     return jax.tree.map(lambda x: x.copy(), model)
+
+
+def test_a_request_that_nobody_holds_is_cancelled(served):
+    with pytest.raises(InputError, match="must not be empty"):
+        served.stream_generate(LONG, 20, stop="")
+    served.stream_generate(LONG, 20)  # and dropped before its first token
+    served.close()  # asked after the cancellations
+    assert not served._answers
 
 
 def test_threads_share_an_engine(backend, served, alone):
