@@ -236,7 +236,7 @@ def packing(options: Options) -> None:
     worker, wait = trainer(options, config)
     feeds: dict[str, list[dict[str, np.ndarray]]] = {}
     for name in ("a row each", "packed"):
-        batches = Batches(examples, options.rows, width, 0, pack=name == "packed")
+        batches = Batches(examples, options.rows, width, 0, pack=name == "packed", widths=worker.widths)
         feeds[name] = [finetuning.arrays(batches[n], None) for n in range(batches.per_epoch)]
     seconds = alternating({name: functools.partial(epoch, worker, wait, feeds[name]) for name in feeds}, options.rounds)
     print("| rows | steps an epoch | places, padding | seconds a step | tokens a second | gain, predicted | gain |")
@@ -244,7 +244,7 @@ def packing(options: Options) -> None:
     rates = {}
     for name, feed in feeds.items():
         tokens = sum(int((batch["segments"] > 0).sum()) for batch in feed)
-        computed = sum(places(options.backend, batch) for batch in feed)
+        computed = sum(batch["ids"].size for batch in feed)
         rates[name] = tokens / computed, tokens / seconds[name]  # padding is all that differs
         (share, rate), (share_before, rate_before) = rates[name], rates["a row each"]
         print(
@@ -273,15 +273,6 @@ def epoch(worker: Any, wait: Callable[[], object], batches: Sequence[dict[str, n
     for number, batch in enumerate(batches):
         worker.step([batch], 1e-5, number)
     wait()
-
-
-def places(backend: str, batch: dict[str, np.ndarray]) -> int:
-    """Places that are computed: JAX rounds a row's width up to one of few."""
-    if backend == "mlx":
-        return batch["ids"].size
-    from minicpm_jax.trainer import bucket
-
-    return batch["ids"].shape[0] * bucket(batch["ids"].shape[1])
 
 
 if __name__ == "__main__":

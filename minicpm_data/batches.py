@@ -2,7 +2,7 @@
 
 import bisect
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,22 @@ from minicpm_data.runs import Own
 from weights_io.errors import InputError
 
 IGNORED = -100  # a label that is not trained, as in PyTorch
-MULTIPLE = 32  # widths are multiples of it, so that a run compiles few programs
-BUCKET = 32  # batches whose rows are sorted by length together
-MEASURED = 512  # batches of the first epoch over which the padding is counted
+MULTIPLE = 32  # of which widths are multiples
+BUCKET = 32  # steps whose rows are sorted by length together
+MEASURED = 512  # steps of the first epoch over which the padding is counted
 
 Row = list[int]  # the examples that share a row; [] is an empty row
+
+
+def multiple(width: int) -> int:
+    """The least multiple of 32 that holds ``width``."""
+    return -(-width // MULTIPLE) * MULTIPLE
+
+
+def one_of_few(width: int) -> int:
+    """The least of 32, 48, 64, 96, 128, ... that holds ``width``: for a backend that compiles a program for each."""
+    power = max(MULTIPLE, 1 << (width - 1).bit_length())
+    return power * 3 // 4 if power > MULTIPLE and width <= power * 3 // 4 else power
 
 
 @dataclass(frozen=True)
@@ -41,10 +52,10 @@ class Batches:
     """Training batches by number: ``batches[n]`` for any n >= 0 is a function of the arguments and n alone, so that a
     resumed run needs no more than its step.
 
-    Every epoch is a shuffle of its own. Where the batch size does not divide the rows, an epoch's last batch is filled
-    up from the next one. Without packing, the rows of 32 batches in a row are sorted by length, which makes batches of
-    rows of like length, and these batches are shuffled. Packed rows are all ``max_seq_length`` wide; which examples
-    share one is the same in each epoch.
+    ``accumulation`` batches in a row, of one width, make a step. Every epoch is a shuffle of its own. Where a step's
+    rows do not divide those of an epoch, its last step is filled up from the next one. Without packing, the rows of 32
+    steps in a row are sorted by length, which makes steps of rows of like length, and these steps are shuffled. Packed
+    rows are all ``max_seq_length`` wide; which examples share one is the same in each epoch.
 
     Attributes:
         per_epoch: batches in which every example occurs once, rounded up.
@@ -58,16 +69,19 @@ class Batches:
         seed: int,
         *,
         pack: bool = False,
+        accumulation: int = 1,
+        widths: Callable[[int], int] = multiple,
     ):
-        """InputError where the examples do not fill a batch."""
+        """``widths``: how wide rows are made that hold so many tokens; never above ``max_seq_length``. InputError where
+        the examples do not fill a batch."""
         import grain
 
         if batch_size < 1:
             raise InputError(f"--batch-size {batch_size} is no number of rows; give at least 1.")
         if seed < 0:
             raise InputError(f"--seed {seed} is negative; give 0 or more.")
-        self._examples, self._batch_size = examples, batch_size
-        self._limit, self._seed = max_seq_length, seed
+        self._examples, self._batch_size, self._accumulation = examples, batch_size, accumulation
+        self._limit, self._seed, self._rounded = max_seq_length, seed, widths
         self._rows, self._widths = _rows(examples, max_seq_length, pack)
         if len(self._rows) < batch_size:
             packed = f", packed into {len(self._rows)} rows," if pack else ""
@@ -77,7 +91,7 @@ class Batches:
             )
         self._order = grain.MapDataset.source(range(len(self._rows))).seed(seed).shuffle().repeat()
         self._bucket = functools.lru_cache(maxsize=2)(self._sorted)
-        self.per_epoch = self._start(1)
+        self.per_epoch = -(-len(self._rows) // batch_size)
 
     def __getitem__(self, n: int) -> Batch:
         return self.part(n, range)
@@ -86,34 +100,41 @@ class Batches:
         """Batch n, of which only the ``own`` rows are made. Its width is that of the whole."""
         if n < 0:
             raise IndexError(n)
-        rows = self._global_rows(n)
-        return _assemble(self._examples, [self._rows[row] for row in rows], self._width(rows), own)
+        step, micro = divmod(n, self._accumulation)
+        rows = self._global_rows(step)
+        mine = rows[micro * self._batch_size : (micro + 1) * self._batch_size]
+        return _assemble(self._examples, [self._rows[row] for row in mine], self._width(rows), own)
 
     @functools.cached_property
     def padding(self) -> float:
-        """Share of the positions of the first epoch (of its first 512 batches at most) that hold no token."""
-        batches = [self._global_rows(n) for n in range(min(self.per_epoch, MEASURED))]
-        parts = [part for rows in batches for row in rows for i in self._rows[row] for part in self._examples[i].parts]
-        places = len(self._examples[0].parts) * sum(len(rows) * self._width(rows) for rows in batches)
+        """Share of the positions of the first epoch (of its first 512 steps at most) that hold no token."""
+        steps = [self._global_rows(n) for n in range(min(self._start(1), MEASURED))]
+        parts = [part for rows in steps for row in rows for i in self._rows[row] for part in self._examples[i].parts]
+        places = len(self._examples[0].parts) * sum(len(rows) * self._width(rows) for rows in steps)
         return 1 - sum(part.length for part in parts) / places
 
     def _width(self, rows: list[int]) -> int:
-        return _rounded(max(self._widths[row] for row in rows), self._limit)
+        return min(self._rounded(max(self._widths[row] for row in rows)), self._limit)
+
+    @property
+    def _size(self) -> int:
+        """Rows of a step."""
+        return self._batch_size * self._accumulation
 
     def _start(self, epoch: int) -> int:
-        """The first batch of an epoch: none of its rows comes from the epoch before."""
-        return -(-epoch * len(self._rows) // self._batch_size)
+        """The first step of an epoch: none of its rows comes from the epoch before."""
+        return -(-epoch * len(self._rows) // self._size)
 
     def _global_rows(self, n: int) -> list[int]:
-        """The rows of batch n."""
-        epoch = n * self._batch_size // len(self._rows)
+        """The rows of step n."""
+        epoch = n * self._size // len(self._rows)
         first, end = self._start(epoch), self._start(epoch + 1)
         bucket = first + (n - first) // BUCKET * BUCKET
         return self._bucket(bucket, min(bucket + BUCKET, end))[n - bucket]
 
     def _sorted(self, first: int, end: int) -> list[list[int]]:
-        """The batches from ``first`` to before ``end``."""
-        size = self._batch_size
+        """The steps from ``first`` to before ``end``."""
+        size = self._size
         rows = sorted((self._order[i] for i in range(first * size, end * size)), key=lambda row: self._widths[row])
         order = np.random.default_rng((self._seed, first)).permutation(end - first)
         return [rows[b * size : (b + 1) * size] for b in order]
@@ -125,15 +146,16 @@ def evaluation_batches(
     max_seq_length: int,
     pack: bool = False,
     own: Own = range,
+    rounded: Callable[[int], int] = multiple,
 ) -> Iterator[Batch]:
     """Every example once. Rows of like length share a batch; the batches come in a fixed random order, so that the
     first few are a fair sample. All have ``batch_size`` rows (pairs: twice that); missing ones are empty. ``own`` as
-    in `Batches.part`."""
+    in `Batches.part`, ``rounded`` as its ``widths``."""
     rows, widths = _rows(examples, max_seq_length, pack)
     order = sorted(range(len(rows)), key=lambda row: -widths[row])
     chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     for b in np.random.default_rng(0).permutation(len(chunks)):
-        width = _rounded(widths[chunks[b][0]], max_seq_length)
+        width = min(rounded(widths[chunks[b][0]]), max_seq_length)
         chosen = [rows[row] for row in chunks[b]]
         yield _assemble(examples, chosen + [[]] * (batch_size - len(chosen)), width, own)
 
@@ -195,7 +217,3 @@ def _assemble(examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row],
     index = np.array([row[0] if row else -1 for row in rows], np.int32) if sides == 2 else None
     length = sum(part.length for row in rows for i in row for part in examples[i].parts)
     return Batch(ids, labels, segments, sides * len(rows), length, index)
-
-
-def _rounded(width: int, limit: int) -> int:
-    return min(-(-width // MULTIPLE) * MULTIPLE, limit)

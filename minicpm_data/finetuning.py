@@ -39,6 +39,9 @@ class Trainer(Protocol):
     def own(self, rows: int) -> "Sequence[int]":
         """Which of a batch's ``rows`` this process makes."""
 
+    def widths(self, length: int) -> int:
+        """How wide rows are made that hold so many tokens."""
+
     def step(self, batches: "Sequence[Mapping[str, np.ndarray]]", rate: float, number: int) -> Mapping[str, Any]:
         """One optimiser step on batches of ids, labels and segments; its figures, which may still be computed."""
 
@@ -116,11 +119,11 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     train = split("train", True) if options.training else None
     valid = split("valid", False) if options.training else None
     test = split("test", True) if options.test else None
-    planned = None if train is None else plan(options, train)
     worker = trainer(model, options)
     del model  # which a trainer of all weights does not keep
     with contextlib.closing(worker):
-        if train is not None and planned is not None:  # nothing is written before all is known to fit
+        if train is not None:  # nothing is written before all is known to fit
+            planned = plan(options, train, worker.widths)
             settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
             settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
             notes = {"source": _lasting(options.model), "hub": options.hub}
@@ -144,11 +147,19 @@ class Plan:
     schedule: Callable[[int], float]  # learning rate by step
 
 
-def plan(options: FinetuneOptions, train: "Split") -> Plan:
+def plan(options: FinetuneOptions, train: "Split", widths: Callable[[int], int]) -> Plan:
     """Raises `InputError` where the examples fill no batch, or the warm-up is longer than the run."""
     from minicpm_data.batches import Batches
 
-    batches = Batches(train.examples, options.batch_size, options.max_seq_length, options.seed, pack=options.pack)
+    batches = Batches(
+        train.examples,
+        options.batch_size,
+        options.max_seq_length,
+        options.seed,
+        pack=options.pack,
+        accumulation=options.grad_accumulation_steps,
+        widths=widths,
+    )
     steps = options.iters or 1000
     if options.epochs is not None:
         steps = max(1, math.ceil(options.epochs * batches.per_epoch / options.grad_accumulation_steps))
@@ -257,7 +268,8 @@ def feed(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "list[di
     from minicpm_data.batches import evaluation_batches
 
     known = references(options, trainer, split)
-    batches = evaluation_batches(split.examples, options.batch_size, options.max_seq_length, options.pack, trainer.own)
+    size = options.batch_size, options.max_seq_length
+    batches = evaluation_batches(split.examples, *size, options.pack, trainer.own, trainer.widths)
     return [arrays(batch, known, trainer.own) for batch in batches]
 
 
@@ -281,7 +293,8 @@ def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "n
     if options.loss != "dpo":
         return None
     found = np.zeros((len(split.examples) + 1, 2), np.float32)
-    batches = evaluation_batches(split.examples, options.batch_size, options.max_seq_length, own=trainer.own)
+    size = options.batch_size, options.max_seq_length
+    batches = evaluation_batches(split.examples, *size, own=trainer.own, rounded=trainer.widths)
     total = -(-len(split.examples) // options.batch_size)
     quiet = not trainer.processes.first
     for batch in tqdm(batches, total=total, unit="batch", desc="reference", leave=False, disable=quiet):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from minicpm_data.batches import IGNORED
+from minicpm_data.batches import one_of_few
 from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
 from minicpm_jax import adapters, train
 from minicpm_jax.checkpoints import Checkpoints, Saved
@@ -66,6 +66,9 @@ class Trainer:
 
     def own(self, rows: int) -> Sequence[int]:
         return own_rows(self.mesh, rows)
+
+    def widths(self, length: int) -> int:
+        return one_of_few(length)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
         self.state, figures = train.train_step(
@@ -128,19 +131,5 @@ class Trainer:
 
 
 def stacked(batches: Sequence[Arrays]) -> dict[str, np.ndarray]:
-    """[A, B, T] of batches [B, T], whose widths are made one of few, so that few programs serve all."""
-    width = bucket(max(batch["ids"].shape[1] for batch in batches))
-    fill = {"ids": 0, "labels": IGNORED, "segments": 0}
-
-    def padded(name: str, array: np.ndarray) -> np.ndarray:
-        if name not in fill:
-            return array
-        return np.pad(array, [(0, 0), (0, width - array.shape[1])], constant_values=fill[name])
-
-    return {name: np.stack([padded(name, batch[name]) for batch in batches]) for name in batches[0]}
-
-
-def bucket(width: int) -> int:
-    """The least of 32, 48, 64, 96, 128, ... that holds ``width``."""
-    power = max(32, 1 << (width - 1).bit_length())
-    return power * 3 // 4 if power > 32 and width <= power * 3 // 4 else power
+    """[A, B, T] of batches [B, T]."""
+    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from minicpm_data.batches import multiple
 from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
 from minicpm_data.runs import Alone
 from minicpm_mlx import adapters, train
@@ -50,6 +51,9 @@ class Trainer:
 
     def own(self, rows: int) -> Sequence[int]:
         return range(rows)
+
+    def widths(self, length: int) -> int:
+        return multiple(length)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
         self.weights, figures = train.train_step(

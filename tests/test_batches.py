@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minicpm_data.batches import IGNORED, Batches, best_fit, evaluation_batches
+from minicpm_data.batches import IGNORED, Batches, best_fit, evaluation_batches, one_of_few
 from minicpm_data.examples import Example, Pair
 from weights_io.errors import InputError
 
@@ -129,6 +129,25 @@ def test_widths():
     for n in range(10):
         longest = int((batches[n].segments > 0).sum(1).max())
         assert longest <= batches[n].ids.shape[1] < longest + 32
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_batches_of_a_step_are_one_large_batch(pack):
+    """So that a step's rows are of like length, however many batches it takes."""
+    large, small = (
+        Batches(skewed(300), 16 // n, 512, seed=2, pack=pack, accumulation=n, widths=one_of_few) for n in (1, 4)
+    )
+    for step in (0, 7, 30):
+        parts = [small[4 * step + n] for n in range(4)]
+        for name in ("ids", "labels", "segments"):
+            assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(large[step], name))
+    assert small.padding == large.padding
+    assert len(Batches(skewed(10), 4, 512, seed=0, accumulation=8)[5].ids) == 4  # a step is more than there are
+
+
+def test_widths_of_which_there_are_few():
+    assert [one_of_few(n) for n in (1, 32, 33, 49, 65, 96, 97, 1100)] == [32, 32, 48, 64, 96, 96, 128, 1536]
+    assert Batches([example(1100), example(5)], 1, 1200, seed=0, pack=True, widths=one_of_few)[0].ids.shape == (1, 1200)
 
 
 def measured_padding(batches):
