@@ -8,6 +8,7 @@ from typing import Any
 from weights_io.errors import InputError
 
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}  # mlx_lm's names of ours
+OF_ITS_MACHINE = ("clear_cache_threshold", "trust_remote_code")  # mlx_lm's; they change no number
 OF_LORA = "lora_parameters: {rank, scale or alpha, dropout, keys}"
 
 
@@ -42,37 +43,52 @@ def _flat(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
             yield from _lora(value, path)
         elif name == "lr_schedule" and isinstance(value, dict):
             yield from _schedule(value, path)
-        elif name == "optimizer_config" and not any((value or {}).values()):
-            pass
-        else:
+        elif name == "optimizer_config":
+            if value and not (isinstance(value, dict) and not any(value.values())):
+                raise InputError(
+                    f"--config {path} has an optimizer_config; the optimisers here have no further options."
+                )
+        elif name not in OF_ITS_MACHINE:
             yield name, value
 
 
 def _lora(given: Any, path: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(given, dict) or given.keys() - {"rank", "scale", "alpha", "dropout", "keys"}:
         raise InputError(f"--config {path} has lora_parameters of another form than {OF_LORA}.")
-    rank, scale = given.get("rank", 8), given.get("scale")
+    rank, scale, keys = given.get("rank", 8), given.get("scale"), given.get("keys")
     if scale is not None and not (isinstance(rank, int) and isinstance(scale, int | float)):
         raise InputError(f"--config {path} has lora_parameters whose rank or scale is no number.")
     yield from ((name, given.get(name)) for name in ("rank", "dropout", "alpha"))
     if scale is not None:
         yield "alpha", rank * scale
-    if given.get("keys"):
-        yield "targets", [str(key).rpartition(".")[2] for key in given["keys"]]  # self_attn.q_proj
+    if keys is not None:
+        if not isinstance(keys, list) or not keys:
+            raise InputError(f"--config {path} has lora_parameters whose keys are no list of names.")
+        yield "targets", [str(key).rpartition(".")[2] for key in keys]  # self_attn.q_proj
 
 
 def _schedule(given: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
-    """mlx_lm's {name, warmup, warmup_init, arguments: [highest, (steps, lowest)]}; ours falls to 0 at the end."""
-    name = given.get("name")
-    if name not in SCHEDULES or given.keys() - {"name", "warmup", "warmup_init", "arguments"}:
+    """mlx_lm's {name, warmup, warmup_init, arguments: [highest, steps, lowest]} (linear: [highest, lowest, steps]).
+    Ours begins and ends at 0, and with the run: one that stays far above 0 is refused."""
+    name, arguments = str(given.get("name")), given.get("arguments")
+    known = name in SCHEDULES and not given.keys() - {"name", "warmup", "warmup_init", "arguments"}
+    if not known or not isinstance(arguments, list) or not arguments:
         raise InputError(
             f"--config {path} has an lr_schedule that is not known; give lr_schedule: cosine, linear, constant or wsd, "
             "with learning_rate and warmup_steps."
         )
+    try:
+        highest, *others = map(float, arguments)
+        lowest = max([float(given.get("warmup_init", 0)), *others[1:]])
+    except (TypeError, ValueError):
+        raise InputError(f"--config {path} has an lr_schedule whose arguments are no numbers.") from None
+    if name == "linear_schedule":  # mlx's is (first, last, steps)
+        lowest = max([float(given.get("warmup_init", 0)), *others[:1]])
+    if lowest > highest / 50:
+        raise InputError(f"--config {path} has an lr_schedule that ends at {lowest}; those here end at 0.")
     yield "lr_schedule", SCHEDULES[name]
     yield "warmup_steps", given.get("warmup", 0)
-    if given.get("arguments"):
-        yield "learning_rate", given["arguments"][0]
+    yield "learning_rate", highest
 
 
 def _flag(name: str, value: Any, path: Path) -> list[str]:

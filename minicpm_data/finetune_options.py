@@ -11,6 +11,7 @@ import tyro
 from minicpm_data.commands import SourceOptions
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io.adapters import AdapterConfig
+from weights_io.catalog import find
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 # A resumed run must agree on all options but these.
 FREE = frozenset(
-    """train test iters epochs mask_prompt steps_per_report steps_per_eval val_batches test_batches save_every resume
-    report_to project_name hub data config grad_checkpoint adapter_path save_path save_dtype mesh distributed
-    coordinator_address num_processes process_id join_timeout""".split()
+    """train test iters epochs mask_prompt learning_rate lr_schedule warmup_steps clip steps_per_report steps_per_eval
+    val_batches test_batches save_every resume report_to project_name hub data config grad_checkpoint adapter_path
+    save_path save_dtype mesh distributed coordinator_address num_processes process_id join_timeout""".split()
 )
 
 
@@ -144,9 +145,17 @@ class LoraOptions(FinetuneOptions):
 
     @property
     def adapter(self) -> AdapterConfig:
-        model = self.model or "pico"
         dora = self.fine_tune_type == "dora"
-        return AdapterConfig(self.rank, self.alpha, self.dropout, dora, tuple(self.targets), model)
+        return AdapterConfig(self.rank, self.alpha, self.dropout, dora, tuple(self.targets), self.base_model)
+
+    @property
+    def base_model(self) -> str:
+        """Where the adapter's reader finds its base: a repository rather than our short name, the whole of a path."""
+        model = self.model or "pico"
+        entry = find(model)
+        if entry is not None:
+            return entry.repo or entry.name
+        return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def schedule_of(options: FinetuneOptions, steps: int) -> Callable[[int], float]:
@@ -222,19 +231,25 @@ def given_adapter(options: Any, config: "ModelConfig") -> "Adapter":
 
     found = read_adapter(options.resume_adapter_file, config)
     wanted = options.adapter
-    theirs, ours = (tuple(p.name for p in target_parameters(config, c.targets)) for c in (found.config, wanted))
+    layers = adapted_layers(options, config)
+    tensors = [t for p in target_parameters(config, wanted.targets) for of in p.layers(config).values() for t in of]
+    ours = {tensor.removesuffix(".weight") for tensor in tensors if layer_of(tensor) in layers}
     for name, there, here in (
         ("rank", found.config.rank, wanted.rank),
         ("alpha", found.config.alpha, wanted.alpha),
         ("DoRA", found.config.dora, wanted.dora),
-        ("targets", theirs, ours),
-        ("layers", sorted({layer_of(name) for name in found.tensors}), list(adapted_layers(options, config))),
     ):
         if there != here:
             raise InputError(
                 f"the adapter in {options.resume_adapter_file} has {name} {there}, and the options say {here}; "
                 "give the options that it was trained with."
             )
+    if different := sorted(ours ^ found.tensors.keys()):
+        here = "not on" if different[0] in ours else "on"
+        raise InputError(
+            f"the adapter in {options.resume_adapter_file} is {here} {different[0]}, and the options say otherwise; "
+            "give the --targets and --num-layers that it was trained with."
+        )
     return found
 
 

@@ -186,6 +186,7 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
     valid_feed = None if valid is None else feed(options, trainer, valid)
     metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to, options.project_name, first)
     with (
+        contextlib.closing(metrics),
         Interrupt() as interrupt,
         tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not first) as bar,
     ):
@@ -201,8 +202,8 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
                         example = beginning(batches[(record["step"] - 1) * several])
                         raise InputError(
                             f"the {name.replace('_', ' ')} of step {record['step']} is {record[name]} (its first "
-                            f"example begins with {example}); what was saved before is kept: choose a lower "
-                            "--learning-rate, or mend the data."
+                            f"example begins with {example}); what was saved before is kept: --resume with a lower "
+                            "--learning-rate, or mend the data and begin anew."
                         )
                 metrics.write(record)
             last = pending[-1] if pending else {}
@@ -241,7 +242,6 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
                 trainer.save(step)
                 if options.adapter is not None or step == steps:
                     trainer.export()
-    metrics.close()
     if step < steps:
         print(f"stopped after step {step} of {steps}; the same command with --resume goes on from there.")
         raise KeyboardInterrupt

@@ -26,7 +26,9 @@ class Metrics:
         self._also = REPORTERS[report_to if writing else None](path.parent, project_name)
         if writing:
             self.records = [r for r in read_records(path) if r["step"] <= start] if path.exists() else []
-            path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            partial.replace(path)
 
     def write(self, record: dict[str, Any]) -> None:
         if not self._writing:

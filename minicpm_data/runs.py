@@ -53,6 +53,13 @@ def check_settings(
     partial.replace(path)
 
 
+def damaged(checkpoints: Path, steps: Sequence[int], reason: object) -> str:
+    """The sentence for a last checkpoint (of ``steps``) that cannot be read."""
+    *earlier, last = sorted(steps)
+    remedy = f"--resume goes on from step {earlier[-1]}" if earlier else "begin anew"
+    return f"the checkpoint of step {last} cannot be read ({reason}); delete {checkpoints / str(last)} and {remedy}."
+
+
 class Alone:
     """The processes of a run: one. A backend that knows of several has its own of this form; all of them call the same
     methods in the same order."""

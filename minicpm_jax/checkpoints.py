@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.options import MultiprocessingOptions
 
+from minicpm_data.runs import damaged
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
@@ -43,7 +44,10 @@ class Checkpoints:
         if not self.latest:
             return state
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        return self._manager.restore(self.latest, args=ocp.args.StandardRestore(shapes))
+        try:
+            return self._manager.restore(self.latest, args=ocp.args.StandardRestore(shapes))
+        except (OSError, ValueError, KeyError) as error:  # tensorstore's errors, of a damaged file too, are ValueErrors
+            raise InputError(damaged(self._folder, self._manager.all_steps(), _reason(error))) from error
 
     def save(self, step: int, state: Any) -> None:
         logging.disable(logging.ERROR)  # orbax logs a traceback of what it raises

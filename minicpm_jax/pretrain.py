@@ -233,8 +233,8 @@ def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int,
 
 # A resumed run must agree on the model, on the data and on all options but these.
 FREE = frozenset(
-    """config init_from tokenizer data out save_dtype save_every valid_every remat resume report_to project_name mesh
-    distributed coordinator_address num_processes process_id join_timeout""".split()
+    """config init_from tokenizer data out learning_rate clip save_dtype save_every valid_every remat resume report_to
+    project_name mesh distributed coordinator_address num_processes process_id join_timeout""".split()
 )
 
 
@@ -251,6 +251,8 @@ def check(options: Options) -> None:
     for name in ("learning_rate", "clip", "half_life"):
         if not 0 < getattr(options, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be above 0.")
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed is {options.seed}; it must be from 0 to below 2**32.")
     for name in ("beta1", "beta2", "weight_decay"):
         if not 0 <= getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be from 0 to below 1.")
@@ -271,7 +273,7 @@ def check_finite(figures: Mapping[str, Any], step: int, latest: int) -> None:
         if not math.isfinite(figures[name]):
             raise InputError(
                 f"the {name.replace('_', ' ')} of step {step} is {float(figures[name])}; the last checkpoint is of "
-                f"step {latest}: choose a lower --learning-rate."
+                f"step {latest}: --resume with a lower --learning-rate."
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from minicpm_data.runs import damaged
 from weights_io.errors import InputError
 
 KEPT = 2
@@ -32,9 +33,12 @@ class Checkpoints:
         """The latest state; ``state`` itself, which has its form, where there is none."""
         if not self.latest:
             return state
-        found: Any = mx.load(str(self._folder / str(self.latest) / FILE))
-        wanted = [name for name, _ in tree_flatten(state)]
-        if sorted(found) != sorted(wanted):
+        try:
+            found: Any = mx.load(str(self._folder / str(self.latest) / FILE))
+        except RuntimeError as error:  # MLX has no error of its own for a damaged file
+            raise InputError(damaged(self._folder, self._steps, error)) from error
+        wanted = {name: array.shape for name, array in tree_flatten(state)}
+        if {name: array.shape for name, array in found.items()} != wanted:
             raise InputError(f"{self._folder} holds the state of another run; choose another folder.")
         return tree_map_with_path(lambda name, _: found[name], state)  # keys with dots in them stay whole
 

@@ -25,6 +25,7 @@ learning_rate: 1e-5
 steps_per_eval: 20
 resume_adapter_file: null
 mask_prompt: false
+clear_cache_threshold: 0
 grad_checkpoint: true
 lora_parameters:
   keys: ["self_attn.q_proj", "self_attn.v_proj"]
@@ -80,7 +81,15 @@ def test_the_fields_themselves_are_keys(tmp_path, monkeypatch):
         ("rank: {a: 1}", "must be one value"),
         ("lora_parameters: {rank: 8, layers: 4}", "of another form"),
         ("lora_parameters: {rank: 8, scale: big}", "is no number"),
+        ("lora_parameters: {keys: 3}", "keys are no list"),
         ("lr_schedule: {name: step_decay, arguments: [1]}", "an lr_schedule that is not known"),
+        ("lr_schedule: {name: cosine_decay, arguments: 1e-5}", "an lr_schedule that is not known"),
+        ("lr_schedule: {name: [a], arguments: [1]}", "an lr_schedule that is not known"),
+        ("lr_schedule: {name: cosine_decay, arguments: [x, 10]}", "are no numbers"),
+        ("lr_schedule: {name: cosine_decay, arguments: [1e-5, 100, 1e-6]}", "ends at 1e-06"),
+        ("lr_schedule: {name: linear_schedule, arguments: [1e-5, 1e-6, 100]}", "ends at 1e-06"),
+        ("optimizer_config: adamw", "has an optimizer_config"),
+        ("optimizer_config: {adamw: {eps: 1}}", "has an optimizer_config"),
     ],
 )
 def test_a_file_that_cannot_be_used(tmp_path, text, said):

@@ -305,7 +305,10 @@ def test_a_preference_on_the_test_examples(preferred, world, pairs, capsys):
         ({"epochs": 2.0}, "--iters and --epochs both"),
         ({"resume_adapter_file": "{world}/none"}, "is no adapter"),
         ({"resume_adapter_file": "{world}/adapter"}, "has rank 4, and the options say 8; give the options that it"),
-        ({"resume_adapter_file": "{world}/adapter", "rank": 4, "alpha": 8.0}, "has layers [1], and the options say"),
+        (
+            {"resume_adapter_file": "{world}/adapter", "rank": 4, "alpha": 8.0},
+            "is not on model.layers.0.self_attn.q_proj, and the options say otherwise",
+        ),
     ],
 )
 def test_what_cannot_be(backend, world, pairs, tmp_path, changes, said):
@@ -358,3 +361,20 @@ def test_a_run_that_breaks_down_keeps_what_was_saved(backend, world, tmp_path):
         assert (out / "adapter_model.safetensors").exists() == bool(kept)
     adapter = read_adapter(out, open_checkpoint(world / "model").config)
     assert all(np.isfinite(m.b).all() for m in adapter.tensors.values())
+
+
+def test_a_damaged_checkpoint_is_told(backend, tmp_path):
+    """And the one before it is there to go on from."""
+    ones = part(backend, "model").jnp.ones if backend == "minicpm_jax" else part(backend, "model").mx.ones
+    state = {"weights": {"a": ones((64, 64))}}
+    checkpoints = part(backend, "checkpoints").Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, state)
+    for path in (tmp_path / "2").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"step 2 cannot be read .*; delete .*2 and --resume goes on from step 1\."):
+        part(backend, "checkpoints").Checkpoints(tmp_path).restore(state)
+    shutil.rmtree(tmp_path / "2")
+    restored = part(backend, "checkpoints").Checkpoints(tmp_path).restore(state)
+    np.testing.assert_array_equal(np.array(restored["weights"]["a"]), np.ones((64, 64)))
