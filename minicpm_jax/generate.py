@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options(Placement, GenerateOptions):
-    pass
+    def placement(self) -> dict[str, Any]:
+        """Without --mesh, what `minicpm_jax.fit` compiles: heads on devices of their own."""
+        found = super().placement()
+        if self.mesh is None and found["mesh"] is not None:
+            from minicpm_jax.jobs import serving_mesh
+            from weights_io.config import ModelConfig
+            from weights_io.hub import resolve
+
+            path = resolve(self.model, revision=self.revision, hub=self.hub, check=ModelConfig.from_dict)
+            found["mesh"] = serving_mesh(path)
+        return found
 
 
 def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":

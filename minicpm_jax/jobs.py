@@ -27,6 +27,7 @@ from minicpm_jax.sampling import Knobs
 from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, partition_spec, shardings
 from weights_io import catalog
 from weights_io.adapters import AdapterConfig
+from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.hub import built_in
@@ -293,3 +294,9 @@ def default_mesh(config: ModelConfig, devices: int, training: bool) -> str:
     rest = devices // heads
     sizes = {"expert" if config.num_experts and config.num_experts % rest == 0 else "fsdp": rest, "tensor": heads}
     return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "fsdp=1"
+
+
+def serving_mesh(path: Path) -> Mesh | None:
+    """`default_mesh` over the devices that are here, of the checkpoint in ``path``; None for one device."""
+    devices = jax.device_count()
+    return None if devices == 1 else make_mesh(default_mesh(open_checkpoint(path).config, devices, training=False))

@@ -56,18 +56,14 @@ def runtime() -> Iterator[str]:
 def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None]":
     """A model over all devices, arranged as `minicpm_jax.fit` compiles it: heads are split where they divide, then
     experts or the weights."""
-    import jax
-
     from minicpm_jax import device
-    from minicpm_jax.jobs import default_mesh
+    from minicpm_jax.jobs import serving_mesh
     from minicpm_jax.loading import load as load_model
-    from minicpm_jax.sharding import make_mesh
-    from weights_io.checkpoint import open_checkpoint
     from weights_io.config import ModelConfig
     from weights_io.hub import resolve
 
-    path, devices = resolve(model, check=ModelConfig.from_dict), jax.device_count()
-    mesh = None if devices == 1 else make_mesh(default_mesh(open_checkpoint(path).config, devices, training=False))
+    path = resolve(model, check=ModelConfig.from_dict)
+    mesh = serving_mesh(path)
     print(f"{model} on {device.description()}" + ("" if mesh is None else f", {dict(mesh.shape)}"))
     return load_model(path, dtype or device.preferred_dtype(), mesh=mesh)
 

@@ -19,6 +19,7 @@ from minicpm_data.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_jax import decoding
 from minicpm_jax.attention import Cache
 from minicpm_jax.decoding import ROOM, State, bucket, chosen
+from minicpm_jax.hosts import fetched
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs
 
@@ -82,7 +83,7 @@ def draft_of(model: Model, prompt: Sequence[int], max_tokens: int, count: int, m
         if start + len(last) + count > cache.slots:
             cache = decoding.longer(cache, bucket(cache.slots + ROOM))
         cache, found = propose(model, cache, np.array([last], np.int32), np.int32(start), count)
-        return np.asarray(found)[:wanted].tolist()
+        return fetched(found)[:wanted].tolist()
 
     return Draft(prompt, proposed)
 
@@ -114,7 +115,7 @@ def _tokens(
     knobs = Knobs.of(sampling, model.config.vocab_size)
     slots = decoding.slots_for([prompt], max_tokens + count, memory)
     state = decoding.started(model, [prompt], slots, sampling, knobs, end_ids, memory)
-    first, filled = int(state.token[0]), len(prompt)
+    first, filled = int(fetched(state.token)[0]), len(prompt)
 
     def verified(guesses: Sequence[int]) -> list[int]:
         nonlocal state, filled
@@ -123,8 +124,9 @@ def _tokens(
         if filled + 1 + len(padded) > state.cache.slots:
             state = decoding.grown(state, bucket(state.cache.slots + ROOM))
         state, tokens, right = verify(model, state, padded, knobs)
-        filled += int(right) + 1
-        return np.asarray(tokens)[: int(right) + 1].tolist()
+        accepted = int(fetched(right)) + 1
+        filled += accepted
+        return fetched(tokens)[:accepted].tolist()
 
     draft = speculation.draft_model
     guess = PromptLookup() if draft is None else draft_of(draft, prompt, max_tokens, count, memory)
