@@ -109,7 +109,7 @@ def _gather(address: str, processes: int, deadline: float) -> str:
 def _wrong(said: bytes, processes: int, waiting: set[int]) -> str:
     """What is wrong with a process that said this. It is taken from those that are waited for."""
     try:
-        count, number = json.loads(said)
+        count, number = map(int, json.loads(said))
     except (ValueError, TypeError):
         return "another program called at --coordinator-address; choose another port."
     if count != processes:

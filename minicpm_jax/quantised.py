@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int8
 from minicpm_jax.adapters import linear
 from minicpm_jax.model import Model
 from weights_io.adapters import target_parameters
+from weights_io.errors import InputError
 
-GROUP = 64  # numbers of a row that share a scale; fewer where 64 does not divide the row
+GROUP, LEAST = 64, 32  # numbers of a row that share a scale: 64, or 32 where 64 does not divide the row
 
 
 class Packed(nnx.Module):
@@ -84,6 +85,9 @@ def quantised(model: Model, bits: int, head: bool = False) -> Model:
     pack = jax.jit(quantise, static_argnums=1, donate_argnums=0)
     model = jax.tree.map(lambda x: x, model)
     for parameter in target_parameters(model.config, ("all-linear",)):
+        width = parameter.tensor_shape(model.config)[-1]
+        if width % LEAST:
+            raise InputError(f"rows of {width} in {parameter.name} have no groups of {LEAST}; leave out --quantize.")
         layer = linear(model, parameter.name)
         layer.weight = pack(layer.weight[...], bits)
     if head:
