@@ -15,6 +15,7 @@ from random import Random
 from minicpm_data import corpus_skills as skills
 from weights_io import command_line
 from weights_io.errors import InputError
+from weights_io.write import check_output
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def exercise(options: Options) -> None:
     """Write a small fine-tuning task: sums, answered in a whole sentence."""
     if not 20 <= options.examples <= 5000:
         raise InputError(f"--examples is {options.examples}; it must be from 20 to 5000.")
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_output(options.out).mkdir(parents=True, exist_ok=True)
     random = Random(f"{options.seed} exercise")
     training, held = (list(_pairs(out)) for out in (False, True))
     random.shuffle(training)

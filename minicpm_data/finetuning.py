@@ -20,6 +20,7 @@ from minicpm_data.commands import load_model
 from minicpm_data.config_file import flags_of_file
 from minicpm_data.finetune_options import FREE, FinetuneOptions, check, check_layers, schedule_of
 from minicpm_data.generation import Backend
+from minicpm_data.runs import leave_at_interrupts
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -83,6 +84,7 @@ def run(
     def flags_of_config(given: FinetuneOptions) -> list[str]:
         return [] if given.config is None else flags_of_file(given.config, options)
 
+    leave_at_interrupts()
     command_line.run(main, options, prog, flags_of_config)
 
 
@@ -134,8 +136,12 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
         else:
             worker.load_export()
         if test is not None:
-            loss = evaluate(worker, feed(options, worker, test), options.test_batches)["loss"]
-            print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
+            found = evaluate(worker, feed(options, worker, test), options.test_batches)
+            loss = found["loss"]
+            more = f"Test ppl {math.exp(min(loss, 700)):.3f}"
+            if options.loss != "sft":  # which is no cross entropy
+                more = f"preferred {found['accuracy']:.1%}"
+            print(f"Test loss {loss:.3f}, {more}.")
 
 
 @dataclass(frozen=True)

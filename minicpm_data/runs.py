@@ -2,7 +2,9 @@
 what is done once where several processes train together."""
 
 import json
+import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,9 @@ def check_settings(
         before = read_json(path)
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
-            raise InputError(f"{folder} holds a run with another {', '.join(changed)}; choose another, or delete it.")
+            raise InputError(
+                f"{folder} holds a run with another {', '.join(changed)}; choose another folder, or delete this one."
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -76,6 +80,17 @@ class Alone:
 
     def check_same(self, said: str) -> None:
         """`InputError` in all of them where they say different things."""
+
+
+def leave_at_interrupts() -> None:
+    """Until a run's `Interrupt`, Ctrl-C ends the process, with status 130. As an exception it could come up in a
+    callback of a library, which swallows it. Whatever is written by then is there whole or not at all."""
+
+    def leave(*_: object) -> None:
+        print(file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
 
 
 class Interrupt:

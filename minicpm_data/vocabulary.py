@@ -13,6 +13,7 @@ from typing import Any
 from minicpm_data.chat import MINICPM_TEMPLATE, check_messages
 from minicpm_data.documents import read_documents
 from weights_io.errors import InputError
+from weights_io.write import check_output
 
 CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -129,6 +130,7 @@ def main(options: Options) -> None:
 
     if options.documents < 1:
         raise InputError(f"--documents is {options.documents}; it must be at least 1.")
+    check_output(options.out)  # models trained with a tokenizer that is there depend on it
     model = train(texts(options.data, options.documents), options.size)
     try:
         options.out.mkdir(parents=True, exist_ok=True)

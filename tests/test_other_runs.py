@@ -21,7 +21,7 @@ def test_a_run_of_the_other_backend_is_left_as_it_is(world, tmp_path, first):
     options = tiny.lora(world, tmp_path / "out", iters=1)
     tiny.finetune(first, options)
     before = {path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="holds a run with another backend; choose another, or delete it"):
+    with pytest.raises(InputError, match="holds a run with another backend; choose another folder, or delete"):
         tiny.finetune(second, tiny.lora(world, options.out, iters=2, resume=True))
     assert {path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()} == before
 

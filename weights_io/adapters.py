@@ -70,7 +70,9 @@ class Options:
 def main(options: Options) -> None:
     """Write an adapter in the form of PEFT or of mlx_lm. Only the config of its model is needed."""
     from weights_io.hub import resolve
+    from weights_io.write import check_output
 
+    check_output(options.out)
     path = resolve(options.model, revision=options.revision, hub=options.hub, weights=False)
     config = ModelConfig.from_file(path / "config.json") if path.is_dir() else _of_file(path)
     adapter = read_adapter(options.adapter_path, config)

@@ -186,7 +186,8 @@ def _unreachable(repo: str) -> str:
     state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{_endpoint()} cannot be reached"
     remedy = "unset it" if constants.HF_HUB_OFFLINE else "set HF_ENDPOINT to a mirror"
     return (
-        f"{state} and {repo} is not (or not wholly) in the cache {constants.HF_HUB_CACHE}: {remedy}, or run "
+        f"there is no folder {repo} here, {state} and it is not (or not wholly) in the cache "
+        f"{constants.HF_HUB_CACHE}: {remedy}, or run "
         f"`hf download {_whole(repo)} --local-dir FOLDER` on a connected machine and pass that folder."
     )
 
