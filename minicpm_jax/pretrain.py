@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -142,7 +142,7 @@ def pretrain(options: Options) -> None:
         metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to, options.project_name, first)
         stack.callback(metrics.close)
         began, start = time.perf_counter(), step
-        stopping = False
+        stopping, unseen = False, []  # steps whose figures nobody has looked at
         while step < options.steps and not stopping:
             # The decay stage reads its own data from its first batch on.
             stage, offset = ("decay", schedule.decay_start) if step >= schedule.decay_start else ("stable", 0)
@@ -150,17 +150,19 @@ def pretrain(options: Options) -> None:
             batch = placed_rows({"ids": rows[None]}, mesh, options.batch_size)["ids"][0]
             state, figures = train.pretrain_step(state, batch, rate, optimiser=optimiser, remat=options.remat, **fixed)
             step += 1
+            unseen.append((step, figures, rows[0]))
             bar.update()
             stopping = processes.any(interrupt.wanted)  # read once: a step after which the loop ends is saved
             validate = step % options.valid_every == 0 or step == options.steps
             saving = step % options.save_every == 0 or step == options.steps or stopping
-            if saving:
-                check_finite(figures, step, checkpoints.latest)
-            if validate or step % REPORT_EVERY == 0:
+            reporting = validate or step % REPORT_EVERY == 0
+            if saving or reporting:
+                check_finite(unseen, checkpoints.latest)
+                unseen.clear()
+            if reporting:
                 tokens = (step - options.from_step) * options.batch_size * options.seq_length
                 record: dict[str, Any] = {"step": step, "stage": stage, "tokens": tokens, "learning_rate": rate}
                 record |= {name: float(value) for name, value in figures.items()}
-                check_finite(figures, step, checkpoints.latest)
                 speed = (step - start) / (time.perf_counter() - began)
                 record["tokens_per_second"] = speed * options.batch_size * options.seq_length
                 if validate:
@@ -267,14 +269,16 @@ def check(options: Options) -> None:
     check_folder(options.out, options.resume)
 
 
-def check_finite(figures: Mapping[str, Any], step: int, latest: int) -> None:
-    """`InputError` for a step after which there is nothing worth keeping."""
-    for name in ("loss", "gradient_norm"):
-        if not math.isfinite(figures[name]):
-            raise InputError(
-                f"the {name.replace('_', ' ')} of step {step} is {float(figures[name])}; the last checkpoint is of "
-                f"step {latest}: --resume with a lower --learning-rate."
-            )
+def check_finite(steps: "Sequence[tuple[int, Mapping[str, Any], np.ndarray]]", latest: int) -> None:
+    """`InputError` for the first step (its number, figures and first window) after which nothing is worth keeping."""
+    for step, figures, window in steps:
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(figures[name]):
+                raise InputError(
+                    f"the {name.replace('_', ' ')} of step {step} is {float(figures[name])}; the last checkpoint is of "
+                    f"step {latest}: --resume with a lower --learning-rate, or mend the data (its first window begins "
+                    f"with the ids {' '.join(map(str, window[:12].tolist()))})."
+                )
 
 
 def valid_loss(weights: dict[str, Any], windows: "np.ndarray", batch_size: int, fixed: dict[str, Any]) -> float:
