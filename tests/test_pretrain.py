@@ -380,7 +380,7 @@ def test_figures_go_to_wandb_under_the_name_of_the_project(tmp_path, monkeypatch
         (["--out", "{corpus}"], "is not empty and holds no run"),
         (["--out", "{corpus}/config.json"], "is a file"),
         (["--batch-size", "4000"], "do not fill one batch"),
-        (["--learning-rate", "1e30"], "the loss of step"),
+        (["--learning-rate", "1e30"], "of step 2 is "),
     ],
 )
 def test_bad_input(corpus, tmp_path, arguments, said):
