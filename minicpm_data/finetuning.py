@@ -20,7 +20,7 @@ from minicpm_data.commands import load_model
 from minicpm_data.config_file import flags_of_file
 from minicpm_data.finetune_options import FREE, FinetuneOptions, check, check_layers, schedule_of
 from minicpm_data.generation import Backend
-from minicpm_data.runs import leave_at_interrupts
+from minicpm_data.runs import leaving_at_interrupts
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -84,8 +84,8 @@ def run(
     def flags_of_config(given: FinetuneOptions) -> list[str]:
         return [] if given.config is None else flags_of_file(given.config, options)
 
-    leave_at_interrupts()
-    command_line.run(main, options, prog, flags_of_config)
+    with leaving_at_interrupts():
+        command_line.run(main, options, prog, flags_of_config)
 
 
 def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Callable[[Any, Any], Trainer]) -> None:

@@ -3,6 +3,7 @@
 import os
 import runpy
 import shlex
+import signal
 import sys
 import warnings
 
@@ -30,6 +31,7 @@ def run(command: str) -> None:
     if (python, flag) != ("python", "-m"):
         raise InputError(f"{command} does not begin with python -m; give a command of a module.")
     before, sys.argv = sys.argv, [module, *arguments]
+    handler = signal.signal(signal.SIGINT, _interrupt)  # a command must not end the notebook
     warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # it may be the second time
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -38,3 +40,8 @@ def run(command: str) -> None:
             raise InputError(f"python -m {module} ended with {end.code}; what it printed says why.") from None
     finally:
         sys.argv = before
+        signal.signal(signal.SIGINT, handler)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,11 +1,12 @@
 """A training run's folder: the settings that a resumed run must share, Ctrl-C that waits for the end of a step, and
 what is done once where several processes train together."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,24 @@ class Alone:
         """`InputError` in all of them where they say different things."""
 
 
-def leave_at_interrupts() -> None:
-    """Until a run's `Interrupt`, Ctrl-C ends the process, with status 130. As an exception it could come up in a
-    callback of a library, which swallows it. Whatever is written by then is there whole or not at all."""
+@contextlib.contextmanager
+def leaving_at_interrupts() -> Iterator[None]:
+    """Within it, and until a run's `Interrupt`, Ctrl-C ends the process, with status 130. As an exception it could come
+    up in a callback of a library, which swallows it. Whatever is written by then is there whole or not at all. Where
+    somebody else handles it (`notebook.run`), nothing changes."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
 
     def leave(*_: object) -> None:
         print(file=sys.stderr, flush=True)
         os._exit(130)
 
     signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Interrupt:

@@ -311,7 +311,7 @@ def save_model(options: Options, config: "ModelConfig", raw: dict[str, Any], ste
 
 
 if __name__ == "__main__":
-    from minicpm_data.runs import leave_at_interrupts
+    from minicpm_data.runs import leaving_at_interrupts
 
-    leave_at_interrupts()
-    command_line.run(pretrain, Options, "python -m minicpm_jax.pretrain")
+    with leaving_at_interrupts():
+        command_line.run(pretrain, Options, "python -m minicpm_jax.pretrain")

@@ -1,6 +1,7 @@
 """``--config file.yaml`` of the fine-tuning commands: mlx_lm's files are read, flags go before them."""
 
 import dataclasses
+import signal
 import sys
 
 import pytest
@@ -41,7 +42,9 @@ def options_of(monkeypatch, *argv: str) -> LoraOptions:
     found: list[LoraOptions] = []
     monkeypatch.setattr(finetuning, "finetune", lambda options, *_: found.append(options))
     monkeypatch.setattr(sys, "argv", ["lora", *argv])
+    before = signal.getsignal(signal.SIGINT)
     finetuning.run(lambda: None, None, LoraOptions, "lora")
+    assert signal.getsignal(signal.SIGINT) is before  # Ctrl-C ends the process no longer than the command runs
     return found[0]
 
 

@@ -6,6 +6,7 @@ this is meant.
 
 import os
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +148,22 @@ def test_memory_is_what_fit_says():
     tables = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("fit.md", "models.md"))
     figures = {figure for run in RUNS for figure in re.findall(r"[\d.,]+ GB", text(read(run.notebook)))}
     assert figures and not {figure for figure in figures if figure not in tables}
+
+
+def test_an_interrupt_ends_a_command_and_not_the_notebook(monkeypatch):
+    """Ctrl-C while a training command starts would end a process of its own."""
+    from minicpm_data import notebook
+    from minicpm_data.runs import leaving_at_interrupts
+
+    def command(*_, **__):
+        with leaving_at_interrupts():
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("runpy.run_module", command)
+    with pytest.raises(KeyboardInterrupt):
+        notebook.run("python -m minicpm_jax.lora")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_commands_run_in_this_process(tmp_path, capsys):
