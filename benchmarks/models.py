@@ -7,30 +7,29 @@ from typing import Any
 from minicpm_data.generation import Backend
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
-from weights_io.config import ModelConfig
+from weights_io import catalog
+from weights_io.config import ModelConfig, read_json
+from weights_io.errors import InputError
+from weights_io.hub import built_in
 
-# config.json of openbmb/MiniCPM-1B-sft-bf16: 52 layers, 73,440 words.
-WIDE: dict[str, Any] = {
-    "hidden_size": 1536,
-    "intermediate_size": 3840,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 4096,
-    "scale_emb": 12,
-    "scale_depth": 1.4,
-    "dim_model_base": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "initializer_range": 0.1,
-    "bos_token_id": 1,
-    "tie_word_embeddings": True,
-    "model_type": "minicpm",
-}
+# What other programs take for granted otherwise where config.json does not say it.
+THEIRS = {"model_type": "minicpm", "tie_word_embeddings": True}
+
+
+def shape_of(name: str) -> dict[str, Any]:
+    """The config.json of a model of the catalogue."""
+    entry = catalog.find(name)
+    if name == "pico":
+        return read_json(built_in() / "config.json")
+    if entry is None or entry.config is None:
+        raise InputError(f"the shape of {name} is not known; give a model of the catalogue whose is.")
+    return dict(entry.config)
 
 
 def wide(layers: int, words: int, **changes: Any) -> dict[str, Any]:
-    """A config.json; no token ends an answer."""
-    return WIDE | {"num_hidden_layers": layers, "vocab_size": words, "eos_token_id": None} | changes
+    """A config.json of MiniCPM-1B's width; no token ends an answer."""
+    shape = {"num_hidden_layers": layers, "vocab_size": words, "eos_token_id": None}
+    return shape_of("minicpm-1b") | THEIRS | shape | changes
 
 
 def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, join: bool = True) -> tuple[Backend, Any]:

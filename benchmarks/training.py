@@ -12,26 +12,23 @@ Dims: B rows, T tokens, V vocabulary, D hidden.
 
 import functools
 import importlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.models import shape_of
 from benchmarks.timing import alternating
 from minicpm_data import finetuning
 from minicpm_data.batches import IGNORED, Batches
 from minicpm_data.examples import Example
 from minicpm_data.finetune_options import LoraOptions
-from weights_io import catalog, command_line
+from weights_io import command_line
 from weights_io.adapters import AdapterConfig
 from weights_io.config import ModelConfig
-from weights_io.errors import InputError
 
-PICO = Path(__file__).parents[1] / "minicpm_data" / "pico"
 RANK, ALPHA, TARGETS = 8, 32.0, ("q_proj", "v_proj")
 VOCABULARY = 32768  # of the loss in MLX, whose head is 32 wide
 
@@ -68,17 +65,6 @@ def main(options: Options) -> None:
         packing(options)
 
 
-def shape_of(name: str, **changes: Any) -> ModelConfig:
-    """The config of a model of the catalogue."""
-    entry = catalog.find(name)
-    raw: Any = entry and entry.config
-    if name == "pico":
-        raw = json.loads((PICO / "config.json").read_text())
-    if raw is None:
-        raise InputError(f"the shape of {name} is not known; give a model of the catalogue whose is.")
-    return ModelConfig.from_dict({**raw, **changes})
-
-
 # The loss over the vocabulary
 
 
@@ -104,7 +90,7 @@ def jax_loss(options: Options) -> None:
     from minicpm_jax.chips import Topology
     from minicpm_jax.model import abstract, initialise
 
-    config = shape_of(options.model)
+    config = ModelConfig.from_dict(shape_of(options.model))
     chip = Topology.parse(options.topology).devices()[0]
 
     def plain(model, hidden, labels):
@@ -227,7 +213,8 @@ def largest_difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
 
 
 def packing(options: Options) -> None:
-    config = shape_of("minicpm-2b", num_hidden_layers=2) if options.shape == "wide" else shape_of("pico")
+    wide = options.shape == "wide"
+    config = ModelConfig.from_dict(shape_of("minicpm-2b") | {"num_hidden_layers": 2} if wide else shape_of("pico"))
     width = min(options.tokens, 256)
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(np.log(width / 6), 0.9, options.examples).astype(int), 8, width)
@@ -236,7 +223,7 @@ def packing(options: Options) -> None:
     worker, wait = trainer(options, config)
     feeds: dict[str, list[dict[str, np.ndarray]]] = {}
     for name in ("a row each", "packed"):
-        batches = Batches(examples, options.rows, width, 0, pack=name == "packed", widths=worker.widths)
+        batches = Batches(examples, options.rows, width, 0, pack=name == "packed", row_width=worker.row_width)
         feeds[name] = [finetuning.arrays(batches[n], None) for n in range(batches.per_epoch)]
     seconds = alternating({name: functools.partial(epoch, worker, wait, feeds[name]) for name in feeds}, options.rounds)
     print("| rows | steps an epoch | places, padding | seconds a step | tokens a second | gain, predicted | gain |")

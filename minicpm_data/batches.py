@@ -70,10 +70,10 @@ class Batches:
         *,
         pack: bool = False,
         accumulation: int = 1,
-        widths: Callable[[int], int] = multiple,
+        row_width: Callable[[int], int] = multiple,
     ):
-        """``widths``: how wide rows are made that hold so many tokens; never above ``max_seq_length``. InputError where
-        the examples do not fill a batch."""
+        """``row_width``: how wide rows are made that hold so many tokens; never above ``max_seq_length``. InputError
+        where the examples do not fill a batch."""
         import grain
 
         if batch_size < 1:
@@ -81,7 +81,7 @@ class Batches:
         if seed < 0:
             raise InputError(f"--seed {seed} is negative; give 0 or more.")
         self._examples, self._batch_size, self._accumulation = examples, batch_size, accumulation
-        self._limit, self._seed, self._rounded = max_seq_length, seed, widths
+        self._limit, self._seed, self._row_width = max_seq_length, seed, row_width
         self._rows, self._widths = _rows(examples, max_seq_length, pack)
         if len(self._rows) < batch_size:
             packed = f", packed into {len(self._rows)} rows," if pack else ""
@@ -114,7 +114,7 @@ class Batches:
         return 1 - sum(part.length for part in parts) / places
 
     def _width(self, rows: list[int]) -> int:
-        return min(self._rounded(max(self._widths[row] for row in rows)), self._limit)
+        return min(self._row_width(max(self._widths[row] for row in rows)), self._limit)
 
     @property
     def _size(self) -> int:
@@ -146,16 +146,16 @@ def evaluation_batches(
     max_seq_length: int,
     pack: bool = False,
     own: Own = range,
-    rounded: Callable[[int], int] = multiple,
+    row_width: Callable[[int], int] = multiple,
 ) -> Iterator[Batch]:
     """Every example once. Rows of like length share a batch; the batches come in a fixed random order, so that the
     first few are a fair sample. All have ``batch_size`` rows (pairs: twice that); missing ones are empty. ``own`` as
-    in `Batches.part`, ``rounded`` as its ``widths``."""
+    in `Batches.part`, ``row_width`` as in `Batches`."""
     rows, widths = _rows(examples, max_seq_length, pack)
     order = sorted(range(len(rows)), key=lambda row: -widths[row])
     chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     for b in np.random.default_rng(0).permutation(len(chunks)):
-        width = min(rounded(widths[chunks[b][0]]), max_seq_length)
+        width = min(row_width(widths[chunks[b][0]]), max_seq_length)
         chosen = [rows[row] for row in chunks[b]]
         yield _assemble(examples, chosen + [[]] * (batch_size - len(chosen)), width, own)
 

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from minicpm_data.finetune_options import LoraOptions
 from weights_io.errors import InputError
 
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}  # mlx_lm's names of ours
@@ -55,7 +56,7 @@ def _flat(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
 def _lora(given: Any, path: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(given, dict) or given.keys() - {"rank", "scale", "alpha", "dropout", "keys"}:
         raise InputError(f"--config {path} has lora_parameters of another form than {OF_LORA}.")
-    rank, scale, keys = given.get("rank", 8), given.get("scale"), given.get("keys")
+    rank, scale, keys = given.get("rank", LoraOptions.rank), given.get("scale"), given.get("keys")
     if scale is not None and not (isinstance(rank, int) and isinstance(scale, int | float)):
         raise InputError(f"--config {path} has lora_parameters whose rank or scale is no number.")
     yield from ((name, given.get(name)) for name in ("rank", "dropout", "alpha"))

@@ -139,14 +139,15 @@ class Engine(ABC):
         """Give up the slot of a request."""
 
 
-def shared(config: ModelConfig, prompt: Sequence[int], text: Sequence[int], text_prompt: int) -> int:
-    """Tokens at the beginning of a prompt whose keys and values are those of ``text``, whose first ``text_prompt``
-    tokens were a prompt; 0 where a copy does not pay. Less than the whole prompt: its last token has to be run. Under
-    dynamic NTK keys are turned by the length of their prompt once that is beyond the model's."""
+def shared(config: ModelConfig, prompt: Sequence[int], old: Request) -> int:
+    """Tokens at the beginning of a prompt whose keys and values an older request has; 0 where a copy does not pay.
+    Less than the whole prompt: its last token has to be run. Under dynamic NTK keys are turned by the length of their
+    prompt once that is beyond the model's."""
     scaling = config.rope_scaling
     if scaling is not None and scaling.type == "dynamic":
-        if max(len(prompt), text_prompt) > config.max_position_embeddings:
+        if max(len(prompt), len(old.prompt)) > config.max_position_embeddings:
             return 0
+    text = old.prompt + old.made[:-1]  # the last token went into no model
     most = min(len(prompt) - 1, len(text))
     same = next((i for i in range(most) if prompt[i] != text[i]), most)
     return same if same >= LEAST_SHARED else 0

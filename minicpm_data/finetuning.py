@@ -40,7 +40,7 @@ class Trainer(Protocol):
     def own(self, rows: int) -> "Sequence[int]":
         """Which of a batch's ``rows`` this process makes."""
 
-    def widths(self, length: int) -> int:
+    def row_width(self, length: int) -> int:
         """How wide rows are made that hold so many tokens."""
 
     def step(self, batches: "Sequence[Mapping[str, np.ndarray]]", rate: float, number: int) -> Mapping[str, Any]:
@@ -125,7 +125,7 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     del model  # which a trainer of all weights does not keep
     with contextlib.closing(worker):
         if train is not None:  # nothing is written before all is known to fit
-            planned = plan(options, train, worker.widths)
+            planned = plan(options, train, worker.row_width)
             settings = {name: _plain(value) for name, value in vars(options).items() if name not in FREE}
             settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
             notes = {"source": _lasting(options.model), "hub": options.hub}
@@ -137,10 +137,8 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
             worker.load_export()
         if test is not None:
             found = evaluate(worker, feed(options, worker, test), options.test_batches)
-            loss = found["loss"]
-            more = f"Test ppl {math.exp(min(loss, 700)):.3f}"
-            if options.loss != "sft":  # which is no cross entropy
-                more = f"preferred {found['accuracy']:.1%}"
+            loss, is_entropy = found["loss"], options.loss == "sft"
+            more = f"Test ppl {math.exp(min(loss, 700)):.3f}" if is_entropy else f"preferred {found['accuracy']:.1%}"
             print(f"Test loss {loss:.3f}, {more}.")
 
 
@@ -153,7 +151,7 @@ class Plan:
     schedule: Callable[[int], float]  # learning rate by step
 
 
-def plan(options: FinetuneOptions, train: "Split", widths: Callable[[int], int]) -> Plan:
+def plan(options: FinetuneOptions, train: "Split", row_width: Callable[[int], int]) -> Plan:
     """Raises `InputError` where the examples fill no batch, or the warm-up is longer than the run."""
     from minicpm_data.batches import Batches
 
@@ -164,7 +162,7 @@ def plan(options: FinetuneOptions, train: "Split", widths: Callable[[int], int])
         options.seed,
         pack=options.pack,
         accumulation=options.grad_accumulation_steps,
-        widths=widths,
+        row_width=row_width,
     )
     steps = options.iters or 1000
     if options.epochs is not None:
@@ -275,7 +273,7 @@ def feed(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "list[di
 
     known = references(options, trainer, split)
     size = options.batch_size, options.max_seq_length
-    batches = evaluation_batches(split.examples, *size, options.pack, trainer.own, trainer.widths)
+    batches = evaluation_batches(split.examples, *size, options.pack, trainer.own, trainer.row_width)
     return [arrays(batch, known, trainer.own) for batch in batches]
 
 
@@ -300,7 +298,7 @@ def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "n
         return None
     found = np.zeros((len(split.examples) + 1, 2), np.float32)
     size = options.batch_size, options.max_seq_length
-    batches = evaluation_batches(split.examples, *size, own=trainer.own, rounded=trainer.widths)
+    batches = evaluation_batches(split.examples, *size, own=trainer.own, row_width=trainer.row_width)
     total = -(-len(split.examples) // options.batch_size)
     quiet = not trainer.processes.first
     for batch in tqdm(batches, total=total, unit="batch", desc="reference", leave=False, disable=quiet):

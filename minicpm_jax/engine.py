@@ -125,13 +125,7 @@ class Engine(engine.Engine):
     def _source(self, prompt: Sequence[int]) -> tuple[int, int]:
         """The slot whose text begins most like the prompt, and how many tokens of it can be copied."""
 
-        def same(slot: int) -> int:
-            request = self.rows[slot]
-            if request is None:
-                return 0
-            return shared(self.model.config, prompt, request.prompt + request.made[:-1], len(request.prompt))
-
-        lengths = [same(slot) for slot in range(self.slots)]
+        lengths = [0 if old is None else shared(self.model.config, prompt, old) for old in self.rows]
         return int(np.argmax(lengths)), max(lengths)
 
     def _take(self, wanted: int | None) -> int:

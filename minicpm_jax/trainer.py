@@ -67,7 +67,7 @@ class Trainer:
     def own(self, rows: int) -> Sequence[int]:
         return own_rows(self.mesh, rows)
 
-    def widths(self, length: int) -> int:
+    def row_width(self, length: int) -> int:
         return one_of_few(length)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:

@@ -59,10 +59,7 @@ class Engine(engine.Engine):
 
     def _begun(self, request: Request) -> list[Any]:
         """A cache with as much of the prompt as a text that is kept has in common with it."""
-        lengths = [
-            shared(self.model.config, request.prompt, old.prompt + old.made[:-1], len(old.prompt))
-            for old, _ in self.kept
-        ]
+        lengths = [shared(self.model.config, request.prompt, old) for old, _ in self.kept]
         if not any(lengths):
             return decoding.empty(self.model, [0], self.memory)
         best = int(np.argmax(lengths))

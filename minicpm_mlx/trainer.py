@@ -52,7 +52,7 @@ class Trainer:
     def own(self, rows: int) -> Sequence[int]:
         return range(rows)
 
-    def widths(self, length: int) -> int:
+    def row_width(self, length: int) -> int:
         return multiple(length)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:

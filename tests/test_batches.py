@@ -135,7 +135,7 @@ def test_widths():
 def test_the_batches_of_a_step_are_one_large_batch(pack):
     """So that a step's rows are of like length, however many batches it takes."""
     large, small = (
-        Batches(skewed(300), 16 // n, 512, seed=2, pack=pack, accumulation=n, widths=one_of_few) for n in (1, 4)
+        Batches(skewed(300), 16 // n, 512, seed=2, pack=pack, accumulation=n, row_width=one_of_few) for n in (1, 4)
     )
     for step in (0, 7, 30):
         parts = [small[4 * step + n] for n in range(4)]
@@ -147,7 +147,10 @@ def test_the_batches_of_a_step_are_one_large_batch(pack):
 
 def test_widths_of_which_there_are_few():
     assert [one_of_few(n) for n in (1, 32, 33, 49, 65, 96, 97, 1100)] == [32, 32, 48, 64, 96, 96, 128, 1536]
-    assert Batches([example(1100), example(5)], 1, 1200, seed=0, pack=True, widths=one_of_few)[0].ids.shape == (1, 1200)
+    assert Batches([example(1100), example(5)], 1, 1200, seed=0, pack=True, row_width=one_of_few)[0].ids.shape == (
+        1,
+        1200,
+    )
 
 
 def measured_padding(batches):

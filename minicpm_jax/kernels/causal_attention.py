@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-LANES = 128  # rows are filled up to whole registers
+from minicpm_jax.kernels.cache_attention import LANES
+
 BLOCK = 512  # most tokens of a step of the grid, of queries and of keys
 
 
@@ -35,7 +36,7 @@ def causal_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     batch, width, heads, head_dim = q.shape
-    filled = -(-width // LANES) * LANES
+    filled = -(-width // LANES) * LANES  # whole registers
     block = math.gcd(filled, BLOCK)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     # Tokens last: a last axis of 64 would be padded to 128 lanes.
