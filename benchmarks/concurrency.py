@@ -41,21 +41,21 @@ def main(options: Options) -> None:
         random.integers(3, options.words, options.prompt - index % 8).tolist() for index in range(max(options.at_once))
     ]
     made: dict[int, list[list[int]]] = {}
-    single: list[list[int]] = []
 
-    def plain() -> None:
-        run = backend.generator.stream_generate(model, None, prompts[0], options.tokens)
-        single[:] = [[r.token for r in run if r.token is not None]]
+    def alone(prompt: list[int]) -> list[int]:
+        run = backend.generator.stream_generate(model, None, prompt, options.tokens)
+        return [response.token for response in run if response.token is not None]
 
     def together(count: int) -> None:
         engine = backends.module(options.backend, "engine").Engine(model, count)
         made[count] = answers(engine, prompts[:count], options.tokens)
 
-    calls: dict[str, Any] = {"plain": plain}
+    expected = [alone(prompt) for prompt in prompts]
+    calls: dict[str, Any] = {"plain": functools.partial(alone, prompts[0])}
     calls |= {str(count): functools.partial(together, count) for count in options.at_once}
     seconds = alternating(calls, options.rounds)
     for count, found in made.items():
-        if found[0] != single[0] or found[-1] != made[max(made)][count - 1]:
+        if found != expected[:count]:
             raise InputError(f"of {count} requests at once one got other tokens than by itself.")
     print("| requests | way | tokens/s | of plain decoding |\n|---|---|---|---|")
     speed = options.tokens / seconds["plain"]
