@@ -51,6 +51,8 @@ class SourceOptions:
 class ModelOptions(SourceOptions):
     adapter_path: str | None = None
     """Folder (of PEFT or mlx_lm) of fine-tuned adapter weights to be added to the model."""
+    quantize: Literal[4, 8] | None = None
+    """Keep the matrices of the layers in so many bits, and the head in 8: less memory, and less to read for a token."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def run_generate(backend: Callable[[], Backend], prog: str, options: type[Genera
     command_line.run(main, options, prog)
 
 
-def run_chat(backend: Callable[[], Backend], prog: str) -> None:
+def run_chat(backend: Callable[[], Backend], prog: str, options: type[ChatOptions] = ChatOptions) -> None:
     """``python -m PACKAGE.chat``; ``backend`` as in `run_generate`."""
 
     def main(options: ChatOptions) -> None:
@@ -233,7 +235,7 @@ def run_chat(backend: Callable[[], Backend], prog: str) -> None:
             except KeyboardInterrupt:  # a second one, while the first ended the answer
                 print()
 
-    command_line.run(main, ChatOptions, prog)
+    command_line.run(main, options, prog)
 
 
 class Meter:
@@ -284,13 +286,11 @@ def load_model(backend: Backend, options: SourceOptions) -> "tuple[Any, Tokenize
     """Model and tokenizer, where the options want them."""
     placement = options.placement()  # first: it may have to come before the first use of a device
     dtype = options.dtype or backend.device.preferred_dtype()
+    more: dict[str, Any] = {}
+    if isinstance(options, ModelOptions):
+        more = {"adapter": options.adapter_path, "quantize": options.quantize}
     model, tokenizer = backend.load(
-        options.model,
-        dtype,
-        adapter=options.adapter_path if isinstance(options, ModelOptions) else None,
-        revision=options.revision,
-        hub=options.hub,
-        **placement,
+        options.model, dtype, revision=options.revision, hub=options.hub, **more, **placement
     )
     if tokenizer is None:
         raise InputError(

@@ -16,7 +16,9 @@ from typing import Any
 from minicpm_data.generation import CacheOptions, Sampling, prompt_ids
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.memory import check_room
 
+WORTH = 256  # tokens of a context below which it is no remedy to shorten it
 LEAST_SHARED = 16  # tokens at the beginning of two texts for which a copy pays
 PATIENCE = 0.05  # seconds that one call of decoding may take before a reader would notice
 
@@ -69,6 +71,13 @@ class Engine(ABC):
         self.running: dict[int, Request] = {}
         self._numbers = itertools.count()
         self._steps = 1
+
+    def _check_room(self, needed: int, free: int | None) -> None:
+        """`InputError` where the caches that ``needed`` bytes are for could not all be filled."""
+        remedy = "lower slots, or context"
+        if free is not None and (fits := int(self.context * free / needed) // WORTH * WORTH) > 0:
+            remedy += f" (to {fits:,} tokens, say)"
+        check_room(f"the keys and values of {self.slots} slots x {self.context:,} tokens", needed, free, remedy)
 
     def add(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, end_ids: frozenset[int] = frozenset()

@@ -8,6 +8,7 @@ Dims: B batch, T prompt bucket, S cache slots, V vocabulary.
 
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,11 +22,13 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
+from minicpm_jax import device
 from minicpm_jax.attention import Cache, placement
 from minicpm_jax.hosts import fetched, from_first
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
 from weights_io.errors import InputError
+from weights_io.memory import check_room
 
 STEPS = 32  # most tokens of one call of the decode loop
 PATIENCE = 0.1  # seconds a reader may wait for the next piece of text
@@ -59,6 +62,29 @@ def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         cache = jax.lax.with_sharding_constraint(cache, where)
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
+
+
+def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
+    """Of a cache of so many slots, on each device."""
+    cache = jax.eval_shape(lambda: Cache.empty(model.config, batch, slots, model.model.norm.weight.dtype, bits))
+    mesh = model.model.mesh
+    specs = placement(cache, model.config.num_key_value_heads, mesh) if mesh is not None else cache
+
+    def bytes_of(x, spec):
+        shape = x.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(bytes_of, cache, specs)))
+
+
+def check_cache(model: Model, batch: int, slots: int, bits: int | None) -> None:
+    """`InputError` where there is no room for a cache of so many slots."""
+    check_room(
+        f"the keys and values of {batch} x {slots:,} tokens",
+        cache_bytes(model, batch, slots, bits),
+        device.free_memory(),
+        "give a shorter prompt, fewer tokens, or fewer prompts at once",
+    )
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "last"))
@@ -181,6 +207,7 @@ def _tokens(
             return
         if longest + made > slots:
             slots = bucket(slots + ROOM)
+            check_cache(model, len(prompts), slots, memory.kv_bits)
             state = grown(state, slots)
         began = time.perf_counter()
         room = min(steps, max_tokens - made, slots - longest - made + 1)
@@ -213,6 +240,7 @@ def run(
     model: Model, prompts: Sequence[Sequence[int]], slots: int, memory: CacheOptions
 ) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """A cache of so many slots that holds the prompts, and the last hidden state of each."""
+    check_cache(model, len(prompts), slots, memory.kv_bits)
     use_compilation_cache()
     lengths = np.array([len(p) for p in prompts], np.int32)
     width = piece_of(max(map(len, prompts)), memory)

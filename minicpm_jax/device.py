@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from weights_io.errors import InputError
+from weights_io.memory import host_free
 
 if TYPE_CHECKING:
     from minicpm_jax.model import Model
@@ -66,6 +67,17 @@ def peak_memory() -> int:
     import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory() -> int | None:
+    """Bytes that the fullest device of this process has left; a CPU's are shared by the devices that it plays. None:
+    it does not say."""
+    devices = jax.local_devices()
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in s for s in stats):
+        return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    free = host_free() if jax.default_backend() == "cpu" else None
+    return None if free is None else free // len(devices)
 
 
 def compile_seconds() -> float:

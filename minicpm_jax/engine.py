@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from minicpm_data import engine
 from minicpm_data.engine import Request, shared
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
-from minicpm_jax import decoding
+from minicpm_jax import decoding, device
 from minicpm_jax.attention import Cache
 from minicpm_jax.decoding import STEPS, State, bucket
 from minicpm_jax.model import Model
@@ -79,7 +79,12 @@ class Engine(engine.Engine):
         super().__init__(model, slots, context, memory)
         decoding.check(self.memory)
         decoding.use_compilation_cache()
-        cache, _ = decoding.empty(model, slots, bucket(1), self.memory.kv_bits)
+        most, free = bucket(self.context + 1), device.free_memory()
+        full, row = (decoding.cache_bytes(model, rows, most, self.memory.kv_bits) for rows in (slots, 1))
+        self._check_room(full + row, free)  # row: of the prompt that is run
+        # A cache that grows is there twice for a moment.
+        begun = bucket(1) if free is None or 2 * full + row <= free else most
+        cache, _ = decoding.empty(model, slots, begun, self.memory.kv_bits)
         keys = jax.random.split(jax.random.key(0), slots)
         nobody = np.full((slots, ENDS), -1, np.int32)
         seen = jnp.zeros((slots, model.config.vocab_size), bool)

@@ -22,7 +22,7 @@ from minicpm_jax.kernels.cache_attention import LANES
 from minicpm_jax.loading import spread
 from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model, abstract
-from minicpm_jax.quantised import quantised
+from minicpm_jax.quantised import axes_of, quantised
 from minicpm_jax.sampling import Knobs
 from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, partition_spec, shardings
 from weights_io import catalog
@@ -151,9 +151,7 @@ class Job:
         def where(path, leaf):
             names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
             axes = rules[".".join(names[: names.index("weight") + 1])]
-            if names[-2:-1] in (["numbers"], ["scales"]) or names[-1] in ("numbers", "scales"):
-                axes = *axes[:-2], axes[-1], axes[-2]  # kept turned round
-            spec = partition_spec(axes[: leaf.ndim], leaf.shape, self.placed)  # a head has a scale for each row
+            spec = partition_spec(axes_of(path, axes, leaf.ndim), leaf.shape, self.placed)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.placed, spec))
 
         return jax.tree_util.tree_map_with_path(where, packed)

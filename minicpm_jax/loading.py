@@ -1,28 +1,33 @@
 """From a checkpoint's file slices to placed (and, given a mesh, sharded) stacked arrays.
 
-The host holds two tensors at a time: each is read, placed, and written into its row of the stacked array, which is
-donated and so updated in place, while the next one is read. Peak host memory is the weights (on a CPU) plus less than
-one layer.
+On a CPU the arrays are those that the files were read into. For a device, and over a mesh, the host holds two tensors
+at a time: each is read, placed, and written into its row of the stacked array, which is donated and so updated in
+place, while the next one is read.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from minicpm_data.of_checkpoint import tokenizer_of
-from minicpm_jax.adapters import attach, from_adapter
+from minicpm_jax import device
+from minicpm_jax.adapters import attach, from_adapter, linear
 from minicpm_jax.model import Model, nested
-from minicpm_jax.sharding import automatic, partition_spec, splits
+from minicpm_jax.quantised import axes_of, packing
+from minicpm_jax.sharding import automatic, partition_spec, share, splits
 from weights_io.adapters import read_adapter
-from weights_io.casting import check_dtype
+from weights_io.casting import check_bits, check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.hub import resolve
+from weights_io.memory import check_room, weight_bytes
+from weights_io.memory_reading import read_stacked
 from weights_io.parameters import Parameter, parameters
 from weights_io.progress import reading
 
@@ -36,6 +41,7 @@ def load(
     adapter: str | Path | None = None,
     revision: str | None = None,
     hub: str = "huggingface",
+    quantize: int | None = None,
     *,
     mesh: Mesh | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
@@ -44,6 +50,7 @@ def load(
     ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
     ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``revision``: a branch or commit of the hub.
     ``adapter``: a folder with an adapter of PEFT or mlx_lm, which is added to the model's layers.
+    ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less.
     ``mesh``: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert. Returns the model and its tokenizer
     (None where the folder holds no tokenizer files). Raises `InputError` with one sentence where something cannot be
     used.
@@ -52,19 +59,36 @@ def load(
     checkpoint = open_checkpoint(path)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    model = load_weights(checkpoint, dtype, mesh)
+    model = load_weights(checkpoint, dtype, mesh, quantize)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
     return model, tokenizer
 
 
-def load_weights(checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | None = None) -> Model:
-    """The model of an opened checkpoint, each array placed where the mesh wants it."""
+def load_weights(
+    checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | None = None, quantize: int | None = None
+) -> Model:
+    """The model of an opened checkpoint, each array placed where the mesh wants it; ``quantize``: as in `load`."""
     target = jnp.dtype(check_dtype(dtype or checkpoint.dtype))
-    mesh = None if mesh is None else automatic(mesh)
+    config, mesh = checkpoint.config, None if mesh is None else automatic(mesh)
+    kind = target.name if quantize is None else f"int{check_bits(quantize)}"
+    needed = int(weight_bytes(config, kind) * share(config, mesh))
+    check_room(
+        f"the weights in {kind}",
+        needed,
+        device.free_memory(),
+        "quantise them to 8 or 4 bits (--quantize), spread them over more devices (--mesh), or take a smaller model",
+    )
+    packs = {} if quantize is None else packing(config, quantize, head=True)
     with reading(checkpoint) as checkpoint:
-        leaves = {p.name: _place(checkpoint, p, target, mesh) for p in parameters(checkpoint.config)}
-    model = Model(nested(leaves), checkpoint.config, checkpoint.eos_token_ids)
+        if mesh is None and quantize is None and jax.default_backend() == "cpu":
+            first = jax.devices()[0]
+            leaves = {name: jax.device_put(x, first) for name, x in read_stacked(checkpoint, target.name).items()}
+        else:
+            leaves = {p.name: _place(checkpoint, p, target, mesh, packs.get(p.name)) for p in parameters(config)}
+    model = Model(nested(leaves), config, checkpoint.eos_token_ids)
+    for name in packs:
+        linear(model, name).weight = leaves[name]
     if mesh is not None:
         spread(model, mesh)
     return model
@@ -78,23 +102,39 @@ def spread(model: Model, mesh: Mesh) -> None:
         model.model.layers.mlp.experts.spread = splits("expert", model.config.num_experts, mesh)
 
 
-def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh | None) -> jax.Array:
+def _place(
+    checkpoint: Checkpoint,
+    parameter: Parameter,
+    dtype: Any,
+    mesh: Mesh | None,
+    pack: Callable[[jax.Array], Any] | None = None,
+) -> Any:
+    """A parameter as an array, or as what ``pack`` makes of its tensors, one after the other."""
     shape, names = parameter.shape(checkpoint.config), parameter.tensors(checkpoint.config)
-    sharding = (
-        SingleDeviceSharding(jax.devices()[0])
-        if mesh is None
-        else NamedSharding(mesh, partition_spec(parameter.logical_axes(), shape, mesh))
-    )
-    stack = parameter.stack(checkpoint.config)
-    if not stack:
-        return _read(checkpoint, names[0], shape, dtype, sharding)
-    row_sharding = sharding if mesh is None else NamedSharding(mesh, PartitionSpec(*sharding.spec[len(stack) :]))
-    stacked = _zeros(shape, dtype, sharding)
+    axes, stack = parameter.logical_axes(), parameter.stack(checkpoint.config)
+
+    def where(axes: tuple[str, ...], shape: tuple[int, ...]) -> Any:
+        if mesh is None:
+            return SingleDeviceSharding(jax.devices()[0])
+        return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+    def stacked(path: Any, part: jax.Array) -> jax.Array:
+        """Of parts of a tensor, the first of which is given: zeros."""
+        own = (*stack, *part.shape)
+        return _zeros(own, part.dtype, where(axes_of(path, axes, len(own)), own))
+
+    place_of_row = where(axes[len(stack) :], shape[len(stack) :])
+    whole: list[jax.Array] = []
     for place, name in zip(np.ndindex(*stack), names, strict=True):
-        row = _read(checkpoint, name, shape[len(stack) :], dtype, row_sharding)
-        stacked.block_until_ready()  # the row before this one is written and given up: else rows would pile up
-        stacked = _set_row(stacked, row, place, sharding)
-    return stacked
+        row: Any = _read(checkpoint, name, shape[len(stack) :], dtype, place_of_row)
+        row = row if pack is None else pack(row)
+        if not stack:
+            return row
+        whole = whole or jax.tree.leaves(jax.tree_util.tree_map_with_path(stacked, row))
+        jax.block_until_ready(whole)  # the row before this one is written and given up: else rows would pile up
+        parts, form = jax.tree.flatten(row)
+        whole = [_set_row(rows, part, place, rows.sharding) for rows, part in zip(whole, parts, strict=True)]
+    return jax.tree.unflatten(form, whole)
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
@@ -251,14 +252,15 @@ def initialise(config: ModelConfig, key: Array, dtype: str = "float32") -> Model
 
 def unstack(model: Model, give_up: bool = False) -> Model:
     """The same weights with one array for each layer: the faster form for decoding on a CPU, which reads such three
-    times as fast. ``give_up``: the model that was given loses its layers, one stacked array after the other, as both
-    might not fit."""
+    times as fast. There they lie where the stacked ones do; only layers that do not begin at a multiple of 64 bytes are
+    copied. ``give_up``: the model that was given loses its layers, one stacked array after the other."""
     leaves, form = jax.tree.flatten(model.model.layers)
     depth = model.config.num_hidden_layers
     each: list[list[Array]] = [[] for _ in range(depth)]
     for leaf in leaves:
-        for layer, own in zip(each, [jax.block_until_ready(leaf[i]) for i in range(depth)], strict=True):
-            layer.append(own)
+        stacked, device = np.asarray(leaf), next(iter(leaf.devices()))
+        for layer, own in zip(each, stacked, strict=True):
+            layer.append(jax.device_put(own, device))
         if give_up:
             leaf.delete()
     copy = jax.tree.map(lambda x: x, model)

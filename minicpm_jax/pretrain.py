@@ -190,20 +190,26 @@ def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any]
     """Config, config.json and float32 weights at the first step. A new model's are made where they are to be."""
     import jax
 
-    from minicpm_jax import train
+    from minicpm_jax import device, train
     from minicpm_jax.loading import load_weights
     from minicpm_jax.model import initialise
-    from minicpm_jax.sharding import shardings
+    from minicpm_jax.sharding import shardings, share
     from weights_io.checkpoint import open_checkpoint
     from weights_io.config import ModelConfig, read_json
     from weights_io.hub import resolve
+    from weights_io.memory import check_training
+
+    def check(config: ModelConfig) -> None:
+        check_training(config, "adamw", device.free_memory(), share(config, mesh))
 
     if options.config is not None:
         config = ModelConfig.from_file(options.config)
+        check(config)
         where = None if mesh is None else shardings(config, mesh)
         make = jax.jit(lambda key: train.weights_of(initialise(config, key)), out_shardings=where)
         return config, read_json(options.config), make(jax.random.key(options.seed))
     checkpoint = open_checkpoint(resolve(options.init_from, check=ModelConfig.from_dict))
+    check(checkpoint.config)
     weights = train.weights_of(load_weights(checkpoint, "float32", mesh))
     return checkpoint.config, dict(checkpoint.raw_config), weights
 

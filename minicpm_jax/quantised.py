@@ -1,6 +1,8 @@
 """Weights in 8 or 4 bits, for a base that is not trained: groups of numbers that share a scale."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +13,10 @@ from jaxtyping import Array, Float, Int8
 from minicpm_jax.adapters import linear
 from minicpm_jax.model import Model
 from weights_io.adapters import target_parameters
+from weights_io.casting import check_bits
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.parameters import EMBEDDING, HEAD
 
 GROUP, LEAST = 64, 32  # numbers of a row that share a scale: 64, or 32 where 64 does not divide the row
 
@@ -79,18 +84,42 @@ def quantise(weight: Float[Array, "... O I"], bits: int) -> Packed:
     return Packed(turned, scales[..., 0].astype(weight.dtype).swapaxes(-1, -2), weight.dtype)
 
 
-def quantised(model: Model, bits: int, head: bool = False) -> Model:
-    """The model with the matrices of its layers, but a router, in ``bits`` bits; its arrays are given up. ``head``: the
-    head in int8, too, and with it an embedding that is the same table. For generation: a step reads the head whole."""
-    pack = jax.jit(quantise, static_argnums=1, donate_argnums=0)
-    model = jax.tree.map(lambda x: x, model)
-    for parameter in target_parameters(model.config, ("all-linear",)):
-        width = parameter.tensor_shape(model.config)[-1]
+def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Callable[[Array], Any]]:
+    """How each weight that is kept in ``bits`` bits is packed, by its name in the parameter table: the matrices of the
+    layers, but a router. ``head``: the head in int8, too, and with it an embedding that is the same table. For
+    generation: a step reads the head whole. What they are given is used up."""
+    bits, pack = check_bits(bits), jax.jit(quantise, static_argnums=1)
+    found: dict[str, Callable[[Array], Any]] = {}
+    for parameter in target_parameters(config, ("all-linear",)):
+        width = parameter.tensor_shape(config)[-1]
         if width % LEAST:
             raise InputError(f"rows of {width} in {parameter.name} have no groups of {LEAST}; leave out --quantize.")
-        layer = linear(model, parameter.name)
-        layer.weight = pack(layer.weight[...], bits)
+        found[parameter.name] = functools.partial(_given_up, lambda weight: pack(weight, bits))
     if head:
-        table: Any = model.model.embed_tokens if model.lm_head is None else model.lm_head
-        table.weight = jax.jit(quantise_rows, donate_argnums=0)(table.weight[...])
+        table = EMBEDDING if config.tie_word_embeddings else HEAD
+        found[table.name] = functools.partial(_given_up, jax.jit(quantise_rows))
+    return found
+
+
+def _given_up(pack: Callable[[Array], Any], weight: Array) -> Any:
+    packed = pack(weight)
+    if isinstance(weight, jax.core.Tracer):
+        return packed
+    jax.block_until_ready(packed)
+    weight.delete()
+    return packed
+
+
+def quantised(model: Model, bits: int, head: bool = False) -> Model:
+    """The model with the weights of `packing` packed; its arrays are given up."""
+    model = jax.tree.map(lambda x: x, model)
+    for name, pack in packing(model.config, bits, head).items():
+        layer = linear(model, name)
+        layer.weight = pack(layer.weight[...])
     return model
+
+
+def axes_of(path: Any, axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
+    """Logical axes of the leaf at ``path`` of a weight with those ``axes``, packed or not."""
+    turned = {"numbers", "scales"} & {str(getattr(key, "name", getattr(key, "key", key))) for key in path}
+    return (*axes[:-2], axes[-1], axes[-2]) if turned else axes[:ndim]  # a head has a scale for each row

@@ -121,6 +121,15 @@ def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     }
 
 
+def share(config: ModelConfig, mesh: Mesh | None) -> float:
+    """How much of all weights each device has."""
+    if mesh is None:
+        return 1.0
+    where = shardings(config, mesh)
+    here = sum(math.prod(where[p.name].shard_shape(p.shape(config))) for p in parameters(config))
+    return here / sum(math.prod(p.shape(config)) for p in parameters(config))
+
+
 def replicated(tree: Any, mesh: Mesh) -> Any:
     """The arrays, whole on every device. `device_put` would end a run whose processes have not the same, before it can
     be said what they have not (`hosts.Together.check_same`)."""

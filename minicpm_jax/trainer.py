@@ -11,16 +11,17 @@ from jax.sharding import NamedSharding
 
 from minicpm_data.batches import one_of_few
 from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
-from minicpm_jax import adapters, train
+from minicpm_jax import adapters, device, train
 from minicpm_jax.checkpoints import Checkpoints, Saved
 from minicpm_jax.hosts import fetched, processes
 from minicpm_jax.loading import load_weights
 from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model
 from minicpm_jax.quantised import quantised
-from minicpm_jax.sharding import batch_sharding, own_rows, placed_rows, replicated
+from minicpm_jax.sharding import batch_sharding, own_rows, placed_rows, replicated, share
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
+from weights_io.memory import check_training
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -42,6 +43,7 @@ class Trainer:
         self.trained: train.Trained
         if self.adapter is None:
             self.trained = train.AllWeights(model.config, model.model.embed_tokens.weight.dtype.name, self.mesh)
+            check_training(model.config, options.optimizer, device.free_memory(), share(model.config, self.mesh))
             before = train.weights_of(model)
             weights = {name: jnp.array(w, jnp.float32) for name, w in before.items()}
             self.base = None

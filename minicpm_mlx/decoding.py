@@ -15,11 +15,14 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, QuantizedKVCache, make_prompt_cache
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
+from minicpm_mlx import device
 from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
 from minicpm_mlx.sampling import sample
+from weights_io import memory as memory_of
 from weights_io.errors import InputError
 
+ROOM = 1024  # tokens of an answer for which there must be room before it begins
 CLEAR_EVERY = 256  # tokens after which MLX's pool of freed buffers is emptied, as the cache grows by that much
 
 
@@ -50,6 +53,26 @@ def empty(model: Model, padding: Sequence[int], memory: CacheOptions) -> list[An
             "choose 32, 64 or 128, whichever does."
         )
     return [QuantizedKVCache(memory.kv_group_size, memory.kv_bits) for _ in model.layers]
+
+
+def cache_bytes(model: Model, tokens: int, memory: CacheOptions) -> int:
+    """Of the keys and values of so many tokens."""
+    dtype = model.model.norm.weight.dtype
+    whole = memory_of.cache_bytes(model.config, tokens, str(dtype).rpartition(".")[2])
+    if memory.kv_bits is None:
+        return whole
+    return int(whole * (memory.kv_bits + 2 * 8 * dtype.size / memory.kv_group_size) / (8 * dtype.size))
+
+
+def check_cache(model: Model, batch: int, tokens: int, memory: CacheOptions) -> None:
+    """`InputError` where there is no room for the keys and values of so many tokens of each row."""
+    tokens = min(tokens, memory.max_kv_size or tokens)
+    memory_of.check_room(
+        f"the keys and values of {batch} x {tokens:,} tokens",
+        cache_bytes(model, batch * tokens, memory),
+        device.free_memory(model),
+        "give a shorter prompt, fewer tokens, or fewer prompts at once",
+    )
 
 
 def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, cache: list[Any], pieces: int) -> State:
@@ -104,6 +127,7 @@ def stream_tokens(
     A row that has ended goes on with tokens of no meaning. Raises `InputError` for a kind of cache that is not here."""
     width = max(map(len, prompts))
     cache = empty(model, [width - len(prompt) for prompt in prompts], memory)
+    check_cache(model, len(prompts), width + min(max_tokens, ROOM), memory)
     return _tokens(model, prompts, max_tokens, sampling, end_ids, cache, memory.prefill_step_size)
 
 

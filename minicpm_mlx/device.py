@@ -1,9 +1,11 @@
 """What the programs run on: its name, the memory used, the time spent on compiling."""
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
+from weights_io.memory import host_free
 
 
 def description() -> str:
@@ -31,6 +33,17 @@ def for_decoding(model: Model) -> Model:
 def peak_memory() -> int:
     """Bytes: the most that MLX held."""
     return mx.get_peak_memory()
+
+
+def free_memory(model: Model | None = None) -> int | None:
+    """Bytes that are left, when the weights of the ``model`` are read, which may still be to come. None: unknown."""
+    used = mx.get_active_memory()
+    coming = 0 if model is None else max(0, sum(x.nbytes for _, x in tree_flatten(model.parameters())) - used)
+    if mx.default_device() == mx.cpu:
+        free = host_free()
+        return None if free is None else free - coming
+    limit = mx.device_info().get("max_recommended_working_set_size")
+    return None if limit is None else int(limit) - used - coming
 
 
 def compile_seconds() -> float:

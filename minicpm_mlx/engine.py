@@ -17,7 +17,7 @@ from mlx_lm.models.cache import trim_prompt_cache
 from minicpm_data import engine
 from minicpm_data.engine import Request, shared
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
-from minicpm_mlx import decoding
+from minicpm_mlx import decoding, device
 from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
 from minicpm_mlx.sampling import penalised, sample
@@ -35,8 +35,10 @@ class Engine(engine.Engine):
         mx.eval(model.parameters())  # what is not read yet could be by the thread alone that loaded it
         self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)
         self.numbers: dict[int, int] = {}  # by the batch generator's own
-        # Requests that are over, and their caches: as many as there are slots.
+        # Requests that are over, and their caches: as many as there are slots, of as many tokens as one can have.
         self.kept: deque[tuple[Request, list[Any]]] = deque(maxlen=slots)
+        tokens = (slots + 2) * self.context  # those, and the prompt that is run
+        self._check_room(decoding.cache_bytes(model, tokens, self.memory), device.free_memory(model))
 
     def _run(self, request: Request) -> Iterator[None]:
         prompt, cache = request.prompt, self._begun(request)
@@ -76,6 +78,8 @@ class Engine(engine.Engine):
         cache, _ = self.batch.remove([uid], return_prompt_caches=True)[uid]
         del self.numbers[uid]
         self.kept.append((request, cache))
+        while sum(cache[0].offset for _, cache in self.kept) > self.context:
+            self.kept.popleft()
 
 
 Draw = Callable[[mx.array], mx.array]  # log-probabilities [1, V] -> a token [1]

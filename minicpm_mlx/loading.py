@@ -14,13 +14,16 @@ import mlx.core as mx
 import numpy as np
 
 from minicpm_data.of_checkpoint import tokenizer_of
+from minicpm_mlx import device
 from minicpm_mlx.adapters import attach, from_adapter, settle
 from minicpm_mlx.model import Model
+from minicpm_mlx.quantised import quantised
 from weights_io.adapters import read_adapter
-from weights_io.casting import check_dtype
+from weights_io.casting import check_bits, check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.hub import resolve
+from weights_io.memory import check_room, weight_bytes
 from weights_io.parameters import parameters
 from weights_io.progress import reading
 
@@ -34,12 +37,14 @@ def load(
     adapter: str | Path | None = None,
     revision: str | None = None,
     hub: str = "huggingface",
+    quantize: int | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
     """Load a released checkpoint as it stands.
 
     ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
     ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``adapter``: a folder with an adapter of PEFT
     or mlx_lm, which is added to the model's layers. ``revision``: a branch or commit of the hub.
+    ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less.
     Returns the model and its tokenizer (None where the folder holds no tokenizer files). Raises `InputError` with one
     sentence where something cannot be used.
     """
@@ -47,15 +52,22 @@ def load(
     checkpoint = open_checkpoint(path)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    model = load_weights(checkpoint, dtype)
+    model = load_weights(checkpoint, dtype, quantize)
     if found is not None:
         model = settle(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
     return model, tokenizer
 
 
-def load_weights(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
-    """The model of an opened checkpoint, every weight checked and mapped, or read."""
+def load_weights(checkpoint: Checkpoint, dtype: str | None = None, quantize: int | None = None) -> Model:
+    """The model of an opened checkpoint, every weight checked and mapped, or read; ``quantize``: as in `load`."""
     target = check_dtype(dtype or checkpoint.dtype)
+    kind = target if quantize is None else f"int{check_bits(quantize)}"
+    check_room(
+        f"the weights in {kind}",
+        weight_bytes(checkpoint.config, kind),
+        device.free_memory(),
+        "quantise them to 8 or 4 bits (--quantize), or take a smaller model",
+    )
     model = Model(checkpoint.config, checkpoint.eos_token_ids)
     mapped = _mapped(checkpoint)
     leaves = {}
@@ -65,7 +77,7 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None) -> Model:
                 arrays = [_read(checkpoint, tensor, target, mapped) for tensor in tensors]
                 leaves[name] = _stacked(arrays) if parameter.of_expert else arrays[0]
     model.load_weights(list(leaves.items()))
-    return model.eval()
+    return (model if quantize is None else quantised(model, quantize, head=True)).eval()
 
 
 def _mapped(checkpoint: Checkpoint) -> dict[str, mx.array]:

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from minicpm_data.batches import multiple
 from minicpm_data.finetune_options import adapted_layers, export_model, given_adapter
 from minicpm_data.runs import Alone
-from minicpm_mlx import adapters, train
+from minicpm_mlx import adapters, device, train
 from minicpm_mlx.checkpoints import Checkpoints
 from minicpm_mlx.loading import load_weights
 from minicpm_mlx.losses import Objective
@@ -18,6 +18,7 @@ from minicpm_mlx.model import Model
 from minicpm_mlx.quantised import quantised
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
+from weights_io.memory import check_training
 from weights_io.write import of_layers
 
 Arrays = Mapping[str, np.ndarray]
@@ -33,7 +34,9 @@ class Trainer:
         self.decay = options.weight_decay if options.optimizer in ("adamw", "muon") else 0.0
         self.key = mx.random.key(options.seed)
         self.processes = Alone()
-        if self.adapter is not None:
+        if self.adapter is None:
+            check_training(model.config, options.optimizer, device.free_memory(model))
+        else:
             if options.quantize is not None:
                 quantised(model, options.quantize)
             if options.resume_adapter_file is None:

@@ -105,6 +105,13 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
+def check_bits(bits: int) -> int:
+    """``bits`` that weights can be kept in. Raises `InputError` for any other number."""
+    if bits not in (4, 8):
+        raise InputError(f"quantize is {bits}; it must be 4 or 8.")
+    return bits
+
+
 def numpy_dtype(dtype: np.dtype | str) -> np.dtype:
     """A numpy dtype, also from "bfloat16", which numpy itself does not know."""
     import ml_dtypes

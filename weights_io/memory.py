@@ -1,12 +1,17 @@
-"""What a model takes in memory, from its config alone: weights in several dtypes, and the key/value cache."""
+"""What a model takes in memory, from its config alone: weights in several dtypes, and the key/value cache; and whether
+there is room for it."""
 
 import math
+import re
+from pathlib import Path
 
 from weights_io.config import ModelConfig
+from weights_io.errors import InputError
 from weights_io.parameters import parameters
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 BITS = {"int8": 8, "int4": 4}
+MOMENTS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 0, "adafactor": 0}  # an optimiser's, of each weight's size
 GROUP = 64  # numbers of a matrix's row that share a scale and an offset of 16 bits, as MLX quantises
 
 
@@ -31,6 +36,34 @@ def cache_bytes(config: ModelConfig, tokens: int, dtype: str) -> int:
     token = heads * config.head_dim * (1 if dtype == "int8" else ITEM[dtype])
     scales = -(-heads // 8) * 8 * 4 if dtype == "int8" else 0
     return 2 * config.num_hidden_layers * tokens * (token + scales)
+
+
+def check_room(what: str, needed: int, free: int | None, remedy: str) -> None:
+    """Asked before anything is allocated: `InputError` where more bytes are ``needed`` than are ``free`` (None: nobody
+    knows)."""
+    if free is not None and needed > free:
+        raise InputError(f"{what} would take {size(needed)}, and {size(max(free, 0))} are free; {remedy}.")
+
+
+def check_training(config: ModelConfig, optimizer: str, free: int | None, share: float = 1.0) -> None:
+    """`check_room` for training all weights, a ``share`` of which is here: masters, gradients and what the optimiser
+    keeps, in float32."""
+    needed = int((2 + MOMENTS[optimizer]) * weight_bytes(config, "float32") * share)
+    check_room(
+        "training all weights (masters, gradients and moments)",
+        needed,
+        free,
+        "train adapters (the command lora), a smaller model, or in JAX on more devices",
+    )
+
+
+def host_free() -> int | None:
+    """Bytes that programs on this machine can still be given; None where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found[1]) * 1024
 
 
 def size(count: int | None) -> str:

@@ -17,6 +17,12 @@ def progress_bar(what: str, total: int):
 
 @contextlib.contextmanager
 def reading(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
-    """The same checkpoint, whose reads move a bar over all its bytes (of several processes, each reads a part)."""
+    """The same checkpoint, whose reads move a bar over all its bytes (of several processes, each reads a part; of
+    several threads, one after the other counts)."""
     with progress_bar("loading", checkpoint.nbytes) as bar:
-        yield dataclasses.replace(checkpoint, on_read=bar.update)
+
+        def on_read(count: int) -> None:
+            with bar.get_lock():
+                bar.update(count)
+
+        yield dataclasses.replace(checkpoint, on_read=on_read)

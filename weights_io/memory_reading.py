@@ -1,0 +1,51 @@
+"""All weights of a checkpoint in memory, stacked as the parameter table has it: for a backend that computes on arrays
+which lie where numpy has put them.
+
+Every number is written where it stays. A tensor is read in pieces that are looked through for NaN and cast while they
+are in a processor's cache, several tensors at a time: one thread alone waits for the pages of new memory.
+"""
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from weights_io.casting import numpy_dtype
+from weights_io.checkpoint import Checkpoint
+from weights_io.parameters import parameters
+
+ALIGNMENT = 64  # bytes; of an array that begins elsewhere XLA makes a copy
+PIECE = 1 << 20  # numbers
+THREADS = 4  # at most: more do not copy faster, and each holds a piece
+
+
+def read_stacked(checkpoint: Checkpoint, dtype: str) -> dict[str, np.ndarray]:
+    """Arrays in ``dtype`` by their names in the parameter table, each of a `Parameter.shape`, all aligned. Raises
+    `InputError` as `Checkpoint.read` does. Peak memory is the arrays and a piece for each thread."""
+    arrays: dict[str, np.ndarray] = {}
+    tensors: list[tuple[str, np.ndarray]] = []
+    for parameter in parameters(checkpoint.config):
+        shape = parameter.shape(checkpoint.config)
+        arrays[parameter.name] = array = aligned(shape, numpy_dtype(dtype))
+        rows = array.reshape(-1, *parameter.tensor_shape(checkpoint.config))
+        tensors += zip(parameter.tensors(checkpoint.config), rows, strict=True)
+
+    def read(name: str, place: np.ndarray) -> None:
+        rows = max(1, PIECE // math.prod(place.shape[1:]))
+        for start in range(0, len(place), rows):
+            part = slice(start, start + rows)
+            place[part] = checkpoint.read(name, dtype, (part,))
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(read, *zip(*tensors, strict=True)):  # raises what the first one raised, and drops the others
+            pass
+    return arrays
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that begins at a multiple of `ALIGNMENT`."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
