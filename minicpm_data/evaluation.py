@@ -119,7 +119,7 @@ def require_positive(options: Any, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
 
 
-def run_evaluate(backend: Callable[[], Backend], prog: str) -> None:
+def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[EvaluateOptions] = EvaluateOptions) -> None:
     """``python -m PACKAGE.evaluate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: EvaluateOptions) -> None:
@@ -148,4 +148,4 @@ def run_evaluate(backend: Callable[[], Backend], prog: str) -> None:
             print(f"{share:.1f} % of the sums are right; --require-sums asks for {required:g} %.", file=sys.stderr)
             sys.exit(1)
 
-    command_line.run(main, EvaluateOptions, prog)
+    command_line.run(main, options, prog)

@@ -3,8 +3,17 @@
 python -m minicpm_jax.evaluate
 """
 
-if __name__ == "__main__":
-    from minicpm_data import evaluation
-    from minicpm_jax.generate import backend
+from dataclasses import dataclass
 
-    evaluation.run_evaluate(backend, "python -m minicpm_jax.evaluate")
+from minicpm_data import evaluation
+from minicpm_jax.generate import backend
+from minicpm_jax.placement import Serving
+
+
+@dataclass(frozen=True)
+class Options(Serving, evaluation.EvaluateOptions):
+    pass
+
+
+if __name__ == "__main__":
+    evaluation.run_evaluate(backend, "python -m minicpm_jax.evaluate", Options)

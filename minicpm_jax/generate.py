@@ -11,25 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from minicpm_data.commands import GenerateOptions
 from minicpm_data.generation import Backend, Generator
-from minicpm_jax.placement import Placement
+from minicpm_jax.placement import Placement, Serving
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 @dataclass(frozen=True)
-class Options(Placement, GenerateOptions):
-    def placement(self) -> dict[str, Any]:
-        """Without --mesh, what `minicpm_jax.fit` compiles: heads on devices of their own."""
-        found = super().placement()
-        if self.mesh is None and found["mesh"] is not None:
-            from minicpm_jax.jobs import serving_mesh
-            from weights_io.config import ModelConfig
-            from weights_io.hub import resolve
-
-            path = resolve(self.model, revision=self.revision, hub=self.hub, check=ModelConfig.from_dict)
-            found["mesh"] = serving_mesh(path)
-        return found
+class Options(Serving, Placement, GenerateOptions):
+    pass
 
 
 def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":

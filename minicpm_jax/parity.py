@@ -6,22 +6,31 @@
 where the comparison cannot be made.
 """
 
+import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from minicpm_data import parity
+from minicpm_jax.placement import Devices
 from weights_io import command_line
 
 if TYPE_CHECKING:
     from minicpm_jax.model import Model
 
 
-def main(options: parity.Options) -> None:
+@dataclass(frozen=True)
+class Options(Devices, parity.Options):
+    pass
+
+
+def main(options: Options) -> None:
     """Compare a model with numbers that another program computed from the same weights."""
     from minicpm_jax import load
 
-    parity.run(options, parity.Backend(load, logits, states, continued))
+    placed = functools.partial(load, **options.placement())
+    parity.run(options, parity.Backend(placed, logits, states, continued))
 
 
 def logits(model: "Model", ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -78,4 +87,4 @@ def wide(x) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    command_line.run(main, parity.Options, "python -m minicpm_jax.parity")
+    command_line.run(main, Options, "python -m minicpm_jax.parity")

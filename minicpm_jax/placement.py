@@ -7,16 +7,28 @@ One such command on each host; on Cloud TPU, Slurm or Open MPI the same ``... --
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from weights_io.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
+class Devices:
+    """Of one process."""
+
     mesh: str | None = None
     """How the devices (of all processes) are arranged, such as data=2,fsdp=4; by default all along fsdp to train, and
     to generate heads along tensor as far as they divide."""
+
+    def placement(self) -> dict[str, Any]:
+        """What ``load`` is told besides."""
+        from minicpm_jax.sharding import make_mesh
+
+        return {"mesh": make_mesh(self.mesh)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement(Devices):
     distributed: bool = False
     """Run with the processes that Cloud TPU, Slurm or Open MPI started, each of which is given this same command."""
     coordinator_address: str | None = None
@@ -56,10 +68,26 @@ class Placement:
         """What ``load`` is told besides. Waits for the other processes, if there are any."""
         self.check_placement()
         from minicpm_jax.hosts import join
-        from minicpm_jax.sharding import make_mesh
 
         join(self)
-        return {"mesh": make_mesh(self.mesh)}
+        return super().placement()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(Devices):
+    """Before the options that name a model: without --mesh, what `minicpm_jax.fit` compiles to generate, heads on
+    devices of their own."""
+
+    def placement(self) -> dict[str, Any]:
+        found, named = super().placement(), cast(Any, self)
+        if self.mesh is None and found["mesh"] is not None:
+            from minicpm_jax.jobs import serving_mesh
+            from weights_io.config import ModelConfig
+            from weights_io.hub import resolve
+
+            path = resolve(named.model, revision=named.revision, hub=named.hub, check=ModelConfig.from_dict)
+            found["mesh"] = serving_mesh(path)
+        return found
 
 
 def host_and_port(address: str) -> tuple[str, int]:
