@@ -69,6 +69,25 @@ def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:
     write_gguf(folder / "model.gguf", llama, {name: tensor.read() for name, tensor in folded.items()}, dtype)
 
 
+def write_noise(folder: Path, raw: dict[str, Any], dtype: str) -> None:
+    """A Llama as `write_llama` writes, with one tensor at a time in memory: all are the beginning of the same noise."""
+    import numpy as np
+
+    from weights_io.casting import numpy_dtype
+    from weights_io.files.safetensors import Computed
+    from weights_io.llama_format import to_llama
+    from weights_io.parameters import tensor_shapes
+    from weights_io.write import save_checkpoint
+
+    config, kind = ModelConfig.from_dict(raw), numpy_dtype(dtype)
+    noise = np.random.default_rng(0).normal(0, config.initializer_range, 1 << 20).astype(kind)
+    tensors: dict[str, Any] = {
+        name: Computed(shape, kind, functools.partial(np.resize, noise, shape)) for name, shape in tensor_shapes(config)
+    }
+    llama, folded = to_llama(config, tensors, dtype)
+    save_checkpoint(folder / "model", llama, folded, raw_config=raw | {"torch_dtype": dtype})
+
+
 def write_gguf(path: Path, config: ModelConfig, tensors: dict[str, Any], dtype: str) -> None:
     import gguf
     import numpy as np

@@ -1,19 +1,66 @@
 """Weights in 8 and 4 bits for generation, head and all: what that does to logits, and what a step then reads."""
 
+import importlib
 import importlib.util
+import subprocess
+import sys
 
 import pytest
+import tiny_model
 
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 
 from minicpm_jax import fit, hlo, load  # noqa: E402
 from minicpm_jax.quantised import quantised  # noqa: E402
+from weights_io.errors import InputError  # noqa: E402
 
-pytestmark = pytest.mark.slow
+BACKENDS = ["minicpm_jax", "minicpm_mlx"]
 
 
+def weights(model):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+
+
+@pytest.mark.parametrize("experts", [0, 8])
+def test_loading_packs_what_a_loaded_model_would_be_packed_to(tmp_path, experts):
+    """Tensor by tensor, and over a mesh: the same numbers."""
+    shape = {"hidden_size": 64, "intermediate_size": 64}
+    if experts:
+        shape |= {"num_experts": experts, "num_experts_per_tok": 2}
+    folder = tiny_model.write(tmp_path, **shape)
+    mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor"))
+    expected = weights(quantised(load(folder)[0], 8, head=True))
+    for where in (None, mesh):
+        found = weights(load(folder, quantize=8, mesh=where)[0])
+        assert found.keys() == expected.keys()
+        for path, array in found.items():
+            assert array.dtype == expected[path].dtype
+            np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[path]), err_msg=path)
+    packed = [x for x in jax.tree.leaves(load(folder, quantize=8, mesh=mesh)[0]) if x.dtype == jnp.int8]
+    assert len(packed) == 8
+    assert all(len({shard.index for shard in x.addressable_shards}) >= 4 for x in packed[:-1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_command(backend):
+    """pico in 8 bits still adds up."""
+    options = ["--prompt", "12 + 7 = ?", "--quantize", "8", "--max-tokens", "16", "--verbose", "False"]
+    command = [sys.executable, "-m", f"{backend}.generate", *options]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.stdout == "12 + 7 = 19\n", ran.stderr
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("bits", "said"), [(3, "quantize is 3; it must be 4 or 8"), (8, "rows of 144 in .*no groups")])
+def test_what_cannot_be(reference, backend, bits, said):
+    with pytest.raises(InputError, match=said):
+        importlib.import_module(backend).load(reference("dense_1b"), quantize=bits)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "layers", "all_of_it"), [(8, 0.0093, 0.0217), (4, 0.159, 0.160)])
 def test_logits_of_pico(bits, layers, all_of_it):
     """Root mean square of the error over the standard deviation of the logits, as measured; a tenth more is wrong."""
@@ -27,6 +74,7 @@ def test_logits_of_pico(bits, layers, all_of_it):
         assert 0.5 * measured < relative < 1.1 * measured
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs; it exists for Linux on x86-64"
 )

@@ -1,0 +1,138 @@
+"""What has no room is refused before it is allocated, with both numbers; and the numbers are those of the arrays."""
+
+import importlib
+
+import pytest
+import tiny_model
+import tiny_training
+
+from minicpm_data.generation import CacheOptions, Sampling
+from weights_io import memory
+from weights_io.checkpoint import Checkpoint
+from weights_io.errors import InputError
+
+
+@pytest.fixture(scope="module", params=["minicpm_jax", "minicpm_mlx"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model.write(tmp_path_factory.mktemp("room"), intermediate_size=64, hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def model(backend, folder):
+    return tiny_training.load(backend, folder)
+
+
+@pytest.fixture
+def free(backend, monkeypatch):
+    """A device with so many bytes left."""
+    device = tiny_training.part(backend, "device")
+    return lambda count: monkeypatch.setattr(device, "free_memory", lambda *model: count)
+
+
+def nbytes(backend, tree):
+    if backend == "minicpm_jax":
+        import jax
+
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    from mlx.utils import tree_flatten
+
+    return sum(leaf.nbytes for _, leaf in tree_flatten(tree))
+
+
+def test_weights(backend, folder, model, free, monkeypatch):
+    weights = nbytes(backend, model if backend == "minicpm_jax" else model.parameters())
+    assert weights == memory.weight_bytes(model.config, "float32")
+    free(weights)
+    tiny_training.load(backend, folder)
+    monkeypatch.setattr(Checkpoint, "read", None)  # is not called
+    free(weights - 1)
+    said = r"the weights in float32 would take 1\.[0-9] MB, and 1\.[0-9] MB are free; quantise them to 8 or 4 bits"
+    with pytest.raises(InputError, match=said):
+        tiny_training.load(backend, folder)
+    free(weights // 4)
+    with pytest.raises(InputError, match="the weights in int8 would take .* take a smaller model"):
+        tiny_training.load(backend, folder, quantize=8)
+
+
+def test_a_prompt(backend, model, free):
+    generate = importlib.import_module(backend).generate
+    free(memory.cache_bytes(model.config, 2048, "float32"))
+    assert isinstance(generate(model, None, [1, 2], max_tokens=3), str)
+    with pytest.raises(InputError, match=r"keys and values of 1 x [23],[0-9]+ tokens would take .*shorter prompt"):
+        generate(model, None, [1] * 2500, max_tokens=3)
+
+
+def test_an_engine_and_its_remedy(backend, model, free):
+    engine = importlib.import_module(f"{backend}.engine").Engine
+    free(memory.cache_bytes(model.config, 8192, "float32"))
+    with pytest.raises(
+        InputError, match=r"of 8 slots x 4,096 tokens would take .* are free; lower slots, or context \("
+    ):
+        engine(model, slots=8, context=4096)
+    with pytest.raises(InputError) as told:
+        engine(model, slots=4, context=4096)
+    context = int(str(told.value).partition("(to ")[2].split()[0].replace(",", ""))
+    assert context >= 1024
+    fits = engine(model, slots=4, context=context)
+    if backend == "minicpm_jax":  # there is no room for it twice, and so it is whole from the start
+        assert fits.state.cache.slots >= context
+        free(None)
+        assert engine(model, slots=4, context=context).state.cache.slots < 64
+    number = fits.add([1, 5, 7], 6, Sampling())
+    made = []
+    while not fits.idle:
+        made += [each.token for each in fits.step() if each.number == number]
+    stream = importlib.import_module(backend).stream_generate
+    assert made == [r.token for r in stream(model, None, [1, 5, 7], max_tokens=6)][: len(made)] and len(made) == 6
+
+
+def test_training(backend, tmp_path, free):
+    tiny_training.write_world(tmp_path)
+    free(4 * memory.weight_bytes(tiny_training.load(backend, tmp_path / "model").config, "float32") - 1)
+    with pytest.raises(InputError, match=r"training all weights \(masters, gradients and moments\) would take"):
+        tiny_training.trainer(backend, tiny_training.full(tmp_path, tmp_path / "out"))
+    tiny_training.trainer(backend, tiny_training.lora(tmp_path, tmp_path / "lora"))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_cache_is_as_large_as_was_said(backend, model, bits):
+    decoding = tiny_training.part(backend, "decoding")
+    if backend == "minicpm_jax":
+        cache, _ = decoding.empty(model, 2, 64, bits)
+        assert nbytes(backend, cache) == decoding.cache_bytes(model, 2, 64, bits)
+        return
+    import mlx.core as mx
+
+    options = CacheOptions(kv_bits=bits, kv_group_size=32)
+    if bits:  # heads of 16 numbers have no groups
+        model = tiny_training.part(backend, "model").initialise(memory_config(model), mx.random.key(0))
+    cache = decoding.empty(model, [0], options)
+    decoding.run(model, mx.array([[1] * 250]), cache, 250, 250)  # MLX makes room for 256
+    found = sum(leaf.nbytes for layer in cache for leaf in flat(layer.keys) + flat(layer.values))
+    assert found == decoding.cache_bytes(model, 256, options)
+
+
+def memory_config(model):
+    import dataclasses
+
+    return dataclasses.replace(model.config, head_dim=32, num_attention_heads=2, num_key_value_heads=2)
+
+
+def flat(part):
+    return list(part) if isinstance(part, (list, tuple)) else [part]
+
+
+def test_what_an_engine_of_mlx_keeps_is_bounded():
+    pytest.importorskip("mlx.core")
+    pico = importlib.import_module("minicpm_mlx").load(dtype="float32")[0]
+    engine = importlib.import_module("minicpm_mlx.engine").Engine(pico, slots=4, context=96)
+    for first in (3, 4, 5, 6):
+        engine.add([1, *[first] * 39], 2, Sampling())
+        while not engine.idle:
+            engine.step()
+    assert [request.prompt[1] for request, _ in engine.kept] == [5, 6]  # 2 x 41 tokens of 96
