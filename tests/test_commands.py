@@ -30,7 +30,13 @@ COMMANDS += [
 COMMANDS += ["minicpm_serve.longcontext", "minicpm_serve.history", "minicpm_serve.retrieval"]
 COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.fit_table"]
-COMMANDS += ["benchmarks.speculation", "benchmarks.concurrency", "benchmarks.graph_nodes", "benchmarks.throughput"]
+COMMANDS += [
+    "benchmarks.speculation",
+    "benchmarks.concurrency",
+    "benchmarks.graph_nodes",
+    "benchmarks.throughput",
+    "benchmarks.loading",
+]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
 ASKING_FOR_HELP = """
 import runpy, sys
