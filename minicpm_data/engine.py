@@ -9,7 +9,7 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.memory import check_room
 
-WORTH = 256  # tokens of a context below which it is no remedy to shorten it
+STEP = 256  # tokens, in which a context that is too long is shortened
 LEAST_SHARED = 16  # tokens at the beginning of two texts for which a copy pays
 PATIENCE = 0.05  # seconds that one call of decoding may take before a reader would notice
 
@@ -72,12 +72,15 @@ class Engine(ABC):
         self._numbers = itertools.count()
         self._steps = 1
 
-    def _check_room(self, needed: int, free: int | None) -> None:
-        """`InputError` where the caches that ``needed`` bytes are for could not all be filled."""
-        remedy = "lower slots, or context"
-        if free is not None and (fits := int(self.context * free / needed) // WORTH * WORTH) > 0:
-            remedy += f" (to {fits:,} tokens, say)"
-        check_room(f"the keys and values of {self.slots} slots x {self.context:,} tokens", needed, free, remedy)
+    def _check_room(self, needed: Callable[[int], int], free: int | None) -> None:
+        """`InputError` where the caches for requests of this context could not all be filled. ``needed``: their bytes
+        by context."""
+        if free is None:
+            return
+        lower = range(self.context // STEP * STEP, 0, -STEP)
+        fits = next((f" (to {context:,} tokens)" for context in lower if needed(context) <= free), "")
+        what = f"the keys and values of {self.slots} slots x {self.context:,} tokens"
+        check_room(what, needed(self.context), free, f"lower slots, or context{fits}")
 
     def add(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, end_ids: frozenset[int] = frozenset()

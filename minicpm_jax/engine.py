@@ -79,11 +79,18 @@ class Engine(engine.Engine):
         super().__init__(model, slots, context, memory)
         decoding.check(self.memory)
         decoding.use_compilation_cache()
-        most, free = bucket(self.context + 1), device.free_memory()
-        full, row = (decoding.cache_bytes(model, rows, most, self.memory.kv_bits) for rows in (slots, 1))
-        self._check_room(full + row, free)  # row: of the prompt that is run
+
+        def needed(context: int, times: int = 1) -> int:
+            """With the row of the prompt that is run."""
+            full, row = (
+                decoding.cache_bytes(model, rows, bucket(context + 1), self.memory.kv_bits) for rows in (slots, 1)
+            )
+            return times * full + row
+
+        free = device.free_memory()
+        self._check_room(needed, free)
         # A cache that grows is there twice for a moment.
-        begun = bucket(1) if free is None or 2 * full + row <= free else most
+        begun = bucket(1 if free is None or needed(self.context, 2) <= free else self.context + 1)
         cache, _ = decoding.empty(model, slots, begun, self.memory.kv_bits)
         keys = jax.random.split(jax.random.key(0), slots)
         nobody = np.full((slots, ENDS), -1, np.int32)

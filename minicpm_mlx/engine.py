@@ -37,8 +37,12 @@ class Engine(engine.Engine):
         self.numbers: dict[int, int] = {}  # by the batch generator's own
         # Requests that are over, and their caches: as many as there are slots, of as many tokens as one can have.
         self.kept: deque[tuple[Request, list[Any]]] = deque(maxlen=slots)
-        tokens = (slots + 2) * self.context  # those, and the prompt that is run
-        self._check_room(decoding.cache_bytes(model, tokens, self.memory), device.free_memory(model))
+
+        def needed(context: int) -> int:
+            """With those that are kept, and the prompt that is run."""
+            return decoding.cache_bytes(model, (slots + 2) * context, self.memory)
+
+        self._check_room(needed, device.free_memory(model))
 
     def _run(self, request: Request) -> Iterator[None]:
         prompt, cache = request.prompt, self._begun(request)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh  # noqa: E402
 
 from minicpm_jax import load, stream_generate  # noqa: E402
 from minicpm_jax.losses import packed_loss  # noqa: E402
+from minicpm_jax.model import Linear, unstack  # noqa: E402
 from minicpm_jax.train import weights_of  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
@@ -150,6 +151,22 @@ def test_dtype(reference, dtype):
         np.asarray(weights_of(model)["model.layers.mlp.up_proj.weight"][1]),
         stored.astype(jnp.dtype(dtype or "bfloat16")),
     )
+
+
+def test_on_a_cpu_layers_are_taken_apart_where_they_lie(folder):
+    """No second copy: not of what was read, nor of what XLA made itself. A layer that begins elsewhere than at a
+    multiple of 64 bytes is copied, and has the same numbers."""
+    model = load(folder, "float32")[0]
+    for stacked in (model, jax.jit(lambda m: jax.tree.map(lambda x: 2 * x, m))(model)):
+        layers = unstack(stacked).model.layers
+        for name in ("gate_proj", "down_proj"):
+            whole = getattr(stacked.model.layers.mlp, name).weight[...]
+            row = whole.nbytes // len(layers)
+            begins = [getattr(layer.mlp, name).weight[...].unsafe_buffer_pointer() for layer in layers]
+            assert begins == [whole.unsafe_buffer_pointer() + i * row for i in range(len(layers))]
+    model.model.layers.mlp.gate_proj = Linear(jnp.arange(4 * 5 * 7.0).reshape(4, 5, 7))
+    found = [layer.mlp.gate_proj.weight[...] for layer in unstack(model).model.layers]
+    np.testing.assert_array_equal(np.stack(found), model.model.layers.mlp.gate_proj.weight[...])
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "bf16"])

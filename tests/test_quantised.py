@@ -41,7 +41,7 @@ def test_loading_packs_what_a_loaded_model_would_be_packed_to(tmp_path, experts)
             np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[path]), err_msg=path)
     packed = [x for x in jax.tree.leaves(load(folder, quantize=8, mesh=mesh)[0]) if x.dtype == jnp.int8]
     assert len(packed) == 8
-    assert all(len({shard.index for shard in x.addressable_shards}) >= 4 for x in packed[:-1])
+    assert all(len({str(shard.index) for shard in x.addressable_shards}) >= 4 for x in packed[:-1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

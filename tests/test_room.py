@@ -51,7 +51,7 @@ def test_weights(backend, folder, model, free, monkeypatch):
     tiny_training.load(backend, folder)
     monkeypatch.setattr(Checkpoint, "read", None)  # is not called
     free(weights - 1)
-    said = r"the weights in float32 would take 1\.[0-9] MB, and 1\.[0-9] MB are free; quantise them to 8 or 4 bits"
+    said = r"the weights in float32 would take 0\.[0-9] MB, and 0\.[0-9] MB are free; quantise them to 8 or 4 bits"
     with pytest.raises(InputError, match=said):
         tiny_training.load(backend, folder)
     free(weights // 4)
@@ -77,7 +77,7 @@ def test_an_engine_and_its_remedy(backend, model, free):
     with pytest.raises(InputError) as told:
         engine(model, slots=4, context=4096)
     context = int(str(told.value).partition("(to ")[2].split()[0].replace(",", ""))
-    assert context >= 1024
+    assert context >= 512
     fits = engine(model, slots=4, context=context)
     if backend == "minicpm_jax":  # there is no room for it twice, and so it is whole from the start
         assert fits.state.cache.slots >= context
