@@ -64,12 +64,13 @@ def cache_bytes(model: Model, tokens: int, memory: CacheOptions) -> int:
     return int(whole * (memory.kv_bits + 2 * 8 * dtype.size / memory.kv_group_size) / (8 * dtype.size))
 
 
-def check_cache(model: Model, batch: int, tokens: int, memory: CacheOptions) -> None:
-    """`InputError` where there is no room for the keys and values of so many tokens of each row."""
+def check_cache(model: Model, rows: int, longest: int, max_tokens: int, memory: CacheOptions) -> None:
+    """`InputError` where there is no room for the keys and values of so many prompts and the beginning of an answer."""
+    tokens = longest + min(max_tokens, ROOM)
     tokens = min(tokens, memory.max_kv_size or tokens)
     memory_of.check_room(
-        f"the keys and values of {batch} x {tokens:,} tokens",
-        cache_bytes(model, batch * tokens, memory),
+        f"the keys and values of {rows} x {tokens:,} tokens",
+        cache_bytes(model, rows * tokens, memory),
         device.free_memory(model),
         "give a shorter prompt, fewer tokens, or fewer prompts at once",
     )
@@ -127,7 +128,7 @@ def stream_tokens(
     A row that has ended goes on with tokens of no meaning. Raises `InputError` for a kind of cache that is not here."""
     width = max(map(len, prompts))
     cache = empty(model, [width - len(prompt) for prompt in prompts], memory)
-    check_cache(model, len(prompts), width + min(max_tokens, ROOM), memory)
+    check_cache(model, len(prompts), width, max_tokens, memory)
     return _tokens(model, prompts, max_tokens, sampling, end_ids, cache, memory.prefill_step_size)
 
 

@@ -1,7 +1,7 @@
 """From a checkpoint's file slices to MLX arrays.
 
-Safetensors are mapped lazily: each tensor is looked through for NaN, one at a time, and read into its array when it is
-first used. `mx.load` reads neither PyTorch's nor all GGUF files, and no file with a float64 tensor in it, and casting
+Safetensors are mapped lazily: each tensor is looked through for NaN, by several threads, and read into its array when
+it is first used. `mx.load` reads neither PyTorch's nor all GGUF files, and no file with a float64 tensor in it; casting
 lazily would hold every tensor twice: there, one tensor after the other is read and cast. A layer's experts are read and
 stacked, one of their three matrices at a time. Peak memory is the weights plus one tensor, or one such stack.
 """
@@ -24,6 +24,7 @@ from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.hub import resolve
 from weights_io.memory import check_room, weight_bytes
+from weights_io.memory_reading import look_through
 from weights_io.parameters import parameters
 from weights_io.progress import reading
 
@@ -69,9 +70,10 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None, quantize: int
         "quantise them to 8 or 4 bits (--quantize), or take a smaller model",
     )
     model = Model(checkpoint.config, checkpoint.eos_token_ids)
-    mapped = _mapped(checkpoint)
+    mapped = _mapped(checkpoint, target)
     leaves = {}
     with reading(checkpoint) as checkpoint:
+        look_through(checkpoint, mapped, target)
         for parameter in parameters(checkpoint.config):
             for name, tensors in parameter.layers(checkpoint.config).items():
                 arrays = [_read(checkpoint, tensor, target, mapped) for tensor in tensors]
@@ -80,14 +82,14 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None, quantize: int
     return (model if quantize is None else quantised(model, quantize, head=True)).eval()
 
 
-def _mapped(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    """The arrays, not yet read, of the safetensors files whose dtypes MLX has."""
+def _mapped(checkpoint: Checkpoint, dtype: str) -> dict[str, mx.array]:
+    """The tensors in ``dtype``, not yet read, of the safetensors files whose dtypes MLX has."""
     arrays: dict[str, Any] = {}
     for source in {tensor.source for tensor in checkpoint.tensors.values() if tensor.source.suffix == ".safetensors"}:
         with contextlib.suppress(RuntimeError):  # a dtype that it has not
             found: Any = mx.load(str(source))
             arrays |= found
-    return arrays
+    return {name: arrays[name] for name, x in checkpoint.tensors.items() if name in arrays and x.dtype.name == dtype}
 
 
 def _stacked(arrays: list[mx.array]) -> mx.array:
@@ -101,9 +103,9 @@ def _stacked(arrays: list[mx.array]) -> mx.array:
 
 def _read(checkpoint: Checkpoint, name: str, dtype: str, mapped: dict[str, mx.array]) -> mx.array:
     """One tensor of the files. bfloat16 goes by its bits; MLX has no float64 on a GPU."""
-    data = checkpoint.read(name, dtype)
-    if name in mapped and data.dtype.name == dtype:
+    if name in mapped:
         return mapped.pop(name)  # else a stacked one would stay
+    data = checkpoint.read(name, dtype)
     if data.dtype.name == "bfloat16":
         array = mx.array(data.view(np.uint16)).view(mx.bfloat16)
     else:

@@ -78,6 +78,7 @@ def stream_speculated(
 ) -> Iterator[tuple[int, bool]]:
     """Token ids, and whether each was guessed: the tokens of `decoding.stream_tokens` for one prompt."""
     cache = decoding.empty(model, [0], memory)
+    decoding.check_cache(model, 1, len(prompt), max_tokens, memory)
     return _tokens(model, prompt, max_tokens, sampling, end_ids, cache, memory.prefill_step_size, speculation)
 
 

@@ -1,5 +1,5 @@
-"""All weights of a checkpoint in memory, stacked as the parameter table has it: for a backend that computes on arrays
-which lie where numpy has put them.
+"""All weights of a checkpoint read by several threads: for a backend that computes on arrays which lie where numpy has
+put them, and for one that maps files and has only to know that their numbers are some.
 
 Every number is written where it stays. A tensor is read in pieces that are looked through for NaN and cast while they
 are in a processor's cache, several tensors at a time: one thread alone waits for the pages of new memory.
@@ -7,6 +7,7 @@ are in a processor's cache, several tensors at a time: one thread alone waits fo
 
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,23 +25,43 @@ def read_stacked(checkpoint: Checkpoint, dtype: str) -> dict[str, np.ndarray]:
     """Arrays in ``dtype`` by their names in the parameter table, each of a `Parameter.shape`, all aligned. Raises
     `InputError` as `Checkpoint.read` does. Peak memory is the arrays and a piece for each thread."""
     arrays: dict[str, np.ndarray] = {}
-    tensors: list[tuple[str, np.ndarray]] = []
+    places: dict[str, np.ndarray] = {}
     for parameter in parameters(checkpoint.config):
         shape = parameter.shape(checkpoint.config)
         arrays[parameter.name] = array = aligned(shape, numpy_dtype(dtype))
         rows = array.reshape(-1, *parameter.tensor_shape(checkpoint.config))
-        tensors += zip(parameter.tensors(checkpoint.config), rows, strict=True)
+        places |= zip(parameter.tensors(checkpoint.config), rows, strict=True)
 
-    def read(name: str, place: np.ndarray) -> None:
-        rows = max(1, PIECE // math.prod(place.shape[1:]))
-        for start in range(0, len(place), rows):
-            part = slice(start, start + rows)
-            place[part] = checkpoint.read(name, dtype, (part,))
+    def read(name: str) -> None:
+        for part, values in _pieces(checkpoint, name, dtype):
+            places[name][part] = values
 
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(read, *zip(*tensors, strict=True)):  # raises what the first one raised, and drops the others
-            pass
+    _in_threads(read, places)
     return arrays
+
+
+def look_through(checkpoint: Checkpoint, names: Iterable[str], dtype: str) -> None:
+    """Read tensors as `read_stacked` does, for nothing but its errors."""
+
+    def read(name: str) -> None:
+        for _ in _pieces(checkpoint, name, dtype):
+            pass
+
+    _in_threads(read, names)
+
+
+def _pieces(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[tuple[slice, np.ndarray]]:
+    length, *row = checkpoint.tensors[name].shape
+    rows = max(1, PIECE // math.prod(row))
+    for start in range(0, length, rows):
+        part = slice(start, start + rows)
+        yield part, checkpoint.read(name, dtype, (part,))
+
+
+def _in_threads(read: Callable[[str], None], names: Iterable[str]) -> None:
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(read, names):  # raises what the first one raised, and drops the others
+            pass
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
