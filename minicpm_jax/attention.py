@@ -188,11 +188,7 @@ class Attention(nnx.Module):
     def __init__(self, projections: dict[str, nnx.Module], config: ModelConfig):
         self.q_proj, self.k_proj = projections["q_proj"], projections["k_proj"]
         self.v_proj, self.o_proj = projections["v_proj"], projections["o_proj"]
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.head_dim = config.head_dim  # how many heads there are the weights say: a mesh may have filled them up
         self.mesh: Mesh | None = None  # of more than one device; `loading` says
 
     def __call__(
@@ -200,8 +196,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         batch, width, _ = x.shape
         with jax.named_scope("attention"):
-            q = rotate(self.q_proj(x).reshape(batch, width, self.heads, self.head_dim), positions)
-            k = rotate(self.k_proj(x).reshape(batch, width, self.kv_heads, self.head_dim), positions)
+            q = rotate(self.q_proj(x).reshape(batch, width, -1, self.head_dim), positions)
+            k = rotate(self.k_proj(x).reshape(batch, width, -1, self.head_dim), positions)
             v = self.v_proj(x).reshape(k.shape)
             if cache is not None:
                 cache = cache.written(layer, k, v, positions.index)

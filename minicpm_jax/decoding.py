@@ -25,6 +25,7 @@ from minicpm_jax.attention import Cache, placement
 from minicpm_jax.hosts import fetched, from_first
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
+from minicpm_jax.sharding import padded
 from weights_io.errors import InputError
 
 STEPS = 32  # most tokens of one call of the decode loop
@@ -53,9 +54,11 @@ class State:
 def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """A cache, and the place for each row's last hidden state."""
     dtype = model.model.embed_tokens.weight.dtype
-    cache = Cache.empty(model.config, batch, slots, dtype, bits)
-    if (mesh := model.model.mesh) is not None:  # else each device would have all of it
-        specs = placement(cache, model.config.num_key_value_heads, mesh)
+    mesh = model.model.mesh
+    shape = padded(model.config, mesh)
+    cache = Cache.empty(shape, batch, slots, dtype, bits)
+    if mesh is not None:  # else each device would have all of it
+        specs = placement(cache, shape.num_key_value_heads, mesh)
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         cache = jax.lax.with_sharding_constraint(cache, where)
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)

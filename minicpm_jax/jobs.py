@@ -24,7 +24,7 @@ from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model, abstract
 from minicpm_jax.quantised import quantised
 from minicpm_jax.sampling import Knobs
-from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, partition_spec, shardings
+from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, padded, partition_spec, shardings
 from weights_io import catalog
 from weights_io.adapters import AdapterConfig
 from weights_io.checkpoint import open_checkpoint
@@ -133,10 +133,8 @@ class Job:
     def _model(self) -> Model:
         """As `loading.load` would give it, and `quantised`."""
         mesh = self.placed
-        if mesh is None:
-            model = abstract(self.config, self.dtype)
-        else:
-            model = abstract(self.config, self.dtype, shardings(self.config, mesh))
+        model = abstract(self.config, self.dtype, mesh)
+        if mesh is not None:
             spread(model, mesh)
         if self.quantize is not None:
             model = self._quantised(model, self.quantize)
@@ -159,10 +157,11 @@ class Job:
         return jax.tree_util.tree_map_with_path(where, packed)
 
     def _cache(self) -> Cache:
-        shapes = jax.eval_shape(lambda: Cache.empty(self.config, self.batch, self.slots, self.dtype, self.kv_bits))
+        shape = padded(self.config, self.placed)
+        shapes = jax.eval_shape(lambda: Cache.empty(shape, self.batch, self.slots, self.dtype, self.kv_bits))
         if self.placed is None:
             return self._everywhere(shapes)
-        specs = placement(shapes, self.config.num_key_value_heads, self.placed)
+        specs = placement(shapes, shape.num_key_value_heads, self.placed)
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.placed, spec)),
             shapes,

@@ -1,14 +1,17 @@
 """Logical axes of the parameter table to mesh axes."""
 
 import bisect
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from minicpm_jax.kernels.cache_attention import LANES
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.parameters import parameters
@@ -114,8 +117,38 @@ def rows_split(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
 
 
+def padded(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
+    """The shape in which a model lies on a mesh: what is split over tensor is filled up, with zeros at its end, to what
+    tensor divides. Key/value heads come with the query heads that read them. On a TPU those of a device are whole
+    registers besides: of a cache with 9 heads of 64 XLA keeps the axes in another order, and copies it for the kernel.
+
+    Zeros add nothing: a head of zeros mixes values of zero, whose columns in ``o_proj`` are zero, a gate of zero is
+    shut, and `Model.head` cuts off the words that are none. So all gradients there are zero, too."""
+    parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    if mesh is None or parts == 1:
+        return config
+
+    def filled(size: int, by: int) -> int:
+        return -(-size // by) * by
+
+    lanes = LANES if mesh.devices.flat[0].platform == "tpu" else 1
+    kv_heads = filled(config.num_key_value_heads, parts * lanes // math.gcd(lanes, config.head_dim))
+    return dataclasses.replace(
+        config,
+        num_key_value_heads=kv_heads,
+        num_attention_heads=config.num_attention_heads // config.num_key_value_heads * kv_heads,
+        intermediate_size=filled(config.intermediate_size, parts),
+        vocab_size=filled(config.vocab_size, parts),
+    )
+
+
+def fill(x: Any, shape: tuple[int, ...]) -> Any:
+    """With zeros at the end of each axis."""
+    return x if x.shape == shape else jnp.pad(x, [(0, more - size) for size, more in zip(x.shape, shape, strict=True)])
+
+
 def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Of every parameter of the table."""
+    """Of every parameter of the table; with the config of `padded`, of every one of a model on the mesh."""
     return {
         p.name: NamedSharding(mesh, partition_spec(p.logical_axes(), p.shape(config), mesh)) for p in parameters(config)
     }
