@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from minicpm_data.of_checkpoint import tokenizer_of
 from minicpm_jax.adapters import attach, from_adapter
 from minicpm_jax.model import Model, nested
-from minicpm_jax.sharding import automatic, partition_spec, splits
+from minicpm_jax.sharding import automatic, padded, partition_spec, resized, splits
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
@@ -79,7 +79,8 @@ def spread(model: Model, mesh: Mesh) -> None:
 
 
 def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    shape, names = parameter.shape(checkpoint.config), parameter.tensors(checkpoint.config)
+    shape, names = parameter.shape(padded(checkpoint.config, mesh)), parameter.tensors(checkpoint.config)
+    stored = parameter.tensor_shape(checkpoint.config)
     sharding = (
         SingleDeviceSharding(jax.devices()[0])
         if mesh is None
@@ -87,41 +88,51 @@ def _place(checkpoint: Checkpoint, parameter: Parameter, dtype: Any, mesh: Mesh 
     )
     stack = parameter.stack(checkpoint.config)
     if not stack:
-        return _read(checkpoint, names[0], shape, dtype, sharding)
+        return _read(checkpoint, names[0], stored, shape, dtype, sharding)
     row_sharding = sharding if mesh is None else NamedSharding(mesh, PartitionSpec(*sharding.spec[len(stack) :]))
     stacked = _zeros(shape, dtype, sharding)
     for place, name in zip(np.ndindex(*stack), names, strict=True):
-        row = _read(checkpoint, name, shape[len(stack) :], dtype, row_sharding)
+        row = _read(checkpoint, name, stored, shape[len(stack) :], dtype, row_sharding)
         stacked.block_until_ready()  # the row before this one is written and given up: else rows would pile up
         stacked = _set_row(stacked, row, place, sharding)
     return stacked
 
 
-def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    """One tensor of the files as a placed array; each process reads only the rows of its devices, and each row once:
-    in a file the columns of one device lie between those of the others. Of a row it reads what all its devices need."""
-    own = [_spans(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()]
+def _read(
+    checkpoint: Checkpoint, name: str, stored: tuple[int, ...], shape: tuple[int, ...], dtype: Any, sharding: Any
+) -> jax.Array:
+    """One tensor of the files, of the shape ``stored``, as a placed array with zeros up to ``shape``. Each process
+    reads only the rows of its devices, and each row once: in a file the columns of one device lie between those of the
+    others. Of a row it reads what all its devices need."""
+
+    def spans(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        """Where the stored part of each axis begins and ends."""
+        axes = zip(index, shape, stored, strict=True)
+        return tuple((min(s.indices(n)[0], most), min(s.indices(n)[1], most)) for s, n, most in axes)
+
+    own = [spans(index) for index in sharding.addressable_devices_indices_map(shape).values()]
     columns = tuple(
         slice(min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*own, strict=True)
     )[1:]
     rows: dict[tuple, np.ndarray] = {}
     parts: dict[tuple, np.ndarray] = {}
 
-    def part_of(index: tuple[slice, ...]) -> np.ndarray:
-        key = _spans(index, shape)
+    def read(key: tuple[tuple[int, int], ...]) -> np.ndarray:
+        if any(start == stop for start, stop in key):
+            return np.zeros([stop - start for start, stop in key], dtype)
         if key[0] not in rows:
-            rows[key[0]] = checkpoint.read(name, dtype.name, (index[0], *columns)).astype(dtype, copy=False)
+            rows[key[0]] = checkpoint.read(name, dtype.name, (slice(*key[0]), *columns)).astype(dtype, copy=False)
+        here = (slice(start - c.start, stop - c.start) for (start, stop), c in zip(key[1:], columns, strict=True))
+        return rows[key[0]][(slice(None), *here)]
+
+    def part_of(index: tuple[slice, ...]) -> np.ndarray:
+        key = spans(index)
         if key not in parts:  # replicated axes ask for the same part once for each device
-            here = (slice(start - c.start, stop - c.start) for (start, stop), c in zip(key[1:], columns, strict=True))
-            parts[key] = np.ascontiguousarray(rows[key[0]][(slice(None), *here)])
+            size = tuple(len(range(n)[s]) for s, n in zip(index, shape, strict=True))
+            parts[key] = np.ascontiguousarray(resized(read(key), size))
         return parts[key]
 
     return jax.make_array_from_callback(shape, sharding, part_of)
-
-
-def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Where each axis of a part begins and ends."""
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

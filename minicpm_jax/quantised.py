@@ -64,10 +64,9 @@ def quantise_rows(weight: Float[Array, "V D"]) -> Rows:
     return Rows(numbers.astype(jnp.int8), scale)
 
 
-def quantise(weight: Float[Array, "... O I"], bits: int) -> Packed:
-    """Nearest numbers of a grid in which the largest of each group is exact: its sign takes the end that has one number
-    more (-8 of -8 to 7)."""
-    group = math.gcd(weight.shape[-1], GROUP)
+def quantise(weight: Float[Array, "... O I"], bits: int, group: int = GROUP) -> Packed:
+    """Nearest numbers of a grid in which the largest of each ``group`` is exact: its sign takes the end that has one
+    number more (-8 of -8 to 7)."""
     groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, group)
     place = jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True)
     lowest = -(2 ** (bits - 1))
@@ -82,14 +81,15 @@ def quantise(weight: Float[Array, "... O I"], bits: int) -> Packed:
 def quantised(model: Model, bits: int, head: bool = False) -> Model:
     """The model with the matrices of its layers, but a router, in ``bits`` bits; its arrays are given up. ``head``: the
     head in int8, too, and with it an embedding that is the same table. For generation: a step reads the head whole."""
-    pack = jax.jit(quantise, static_argnums=1, donate_argnums=0)
+    pack = jax.jit(quantise, static_argnums=(1, 2), donate_argnums=0)
     model = jax.tree.map(lambda x: x, model)
     for parameter in target_parameters(model.config, ("all-linear",)):
-        width = parameter.tensor_shape(model.config)[-1]
-        if width % LEAST:
-            raise InputError(f"rows of {width} in {parameter.name} have no groups of {LEAST}; leave out --quantize.")
         layer = linear(model, parameter.name)
-        layer.weight = pack(layer.weight[...], bits)
+        width = layer.weight.shape[-1]  # which a mesh may have filled up
+        group = math.gcd(parameter.tensor_shape(model.config)[-1], width, GROUP)
+        if group < LEAST:
+            raise InputError(f"rows of {width} in {parameter.name} have no groups of {LEAST}; leave out --quantize.")
+        layer.weight = pack(layer.weight[...], bits, group)
     if head:
         table: Any = model.model.embed_tokens if model.lm_head is None else model.lm_head
         table.weight = jax.jit(quantise_rows, donate_argnums=0)(table.weight[...])

@@ -76,10 +76,11 @@ def test_each_device_holds_its_part(folder, axes):
     assert held == (count(model.config) - norms) // (fsdp * tensor) + norms // fsdp
 
 
-def test_a_dimension_that_the_mesh_does_not_divide_stays_whole(reference):
+def test_a_dimension_that_the_mesh_does_not_divide_is_filled_up(reference):
     model, _ = load(reference("dense_2b"), mesh=Mesh(np.array(jax.devices()[:5]), ("tensor",)))
     assert model.model.embed_tokens.weight[...].addressable_shards[0].data.shape == (320 // 5, 96)
-    assert model.model.layers.mlp.up_proj.weight[...].addressable_shards[0].data.shape == (3, 144, 96)
+    assert model.model.layers.mlp.up_proj.weight[...].addressable_shards[0].data.shape == (3, 145 // 5, 96)
+    assert weights_of(model)["model.layers.mlp.up_proj.weight"].shape == (3, 144, 96)
 
 
 def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, monkeypatch):

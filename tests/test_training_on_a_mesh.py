@@ -19,8 +19,9 @@ MODULES = {"all weights": (finetune, "save_path"), "adapters": (lora, "adapter_p
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A mixture of experts."""
-    return tiny.write_world(tmp_path_factory.mktemp("mesh"), **MOE)
+    """A mixture of experts, with one key/value head and an odd vocabulary, which two devices do not divide."""
+    odd = {"num_key_value_heads": 1, "vocab_size": 483}
+    return tiny.write_world(tmp_path_factory.mktemp("mesh"), **MOE, **odd)
 
 
 def run(world, out, kind, mesh, **changes):
