@@ -142,8 +142,8 @@ def test_the_table_of_chips():
 
 
 def test_the_mesh_that_a_job_gets():
-    """Rows of a chip's cache are whole registers of 128: of 36 heads of 64 eight chips have 6 each, with 12 of zeros; of
-    8 they would have 2 each, as four have without."""
+    """Rows of a chip's cache are whole registers of 128, so eight chips have 6 heads of 64 each, for 36 in all; of 8
+    heads they would have 2 each, as four have without zeros."""
     assert default_mesh(config_of("minicpm-2b"), 8, training=True) == "fsdp=8"
     assert default_mesh(config_of("minicpm-2b"), 8, training=False) == "tensor=8"
     assert default_mesh(config_of("minicpm-1b"), 8, training=False) == "fsdp=2,tensor=4"
