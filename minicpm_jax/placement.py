@@ -16,7 +16,7 @@ from weights_io.errors import InputError
 class Placement:
     mesh: str | None = None
     """How the devices (of all processes) are arranged, such as data=2,fsdp=4; by default all along fsdp to train, and
-    to generate heads along tensor as far as they divide."""
+    to generate heads along tensor as far as each then holds less of the cache."""
     distributed: bool = False
     """Run with the processes that Cloud TPU, Slurm or Open MPI started, each of which is given this same command."""
     coordinator_address: str | None = None
