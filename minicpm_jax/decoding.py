@@ -21,11 +21,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
-from minicpm_jax.attention import Cache, placement
+from minicpm_jax.attention import STORED, Cache, placement
 from minicpm_jax.hosts import fetched, from_first
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
-from minicpm_jax.sharding import padded
 from weights_io.errors import InputError
 
 STEPS = 32  # most tokens of one call of the decode loop
@@ -55,10 +54,9 @@ def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache
     """A cache, and the place for each row's last hidden state."""
     dtype = model.model.embed_tokens.weight.dtype
     mesh = model.model.mesh
-    shape = padded(model.config, mesh)
-    cache = Cache.empty(shape, batch, slots, dtype, bits)
+    cache = Cache.empty(model.config, batch, slots, dtype, bits, mesh)
     if mesh is not None:  # else each device would have all of it
-        specs = placement(cache, shape.num_key_value_heads, mesh)
+        specs = placement(cache, model.config.head_dim, mesh)
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         cache = jax.lax.with_sharding_constraint(cache, where)
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
@@ -142,8 +140,7 @@ def longer(cache: Cache, slots: int) -> Cache:
     def padded(stored, axis):
         return None if stored is None else jnp.pad(stored, [(0, more if i == axis else 0) for i in range(4)])
 
-    axes = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}
-    return dataclasses.replace(cache, **{name: padded(getattr(cache, name), axis) for name, axis in axes.items()})
+    return dataclasses.replace(cache, **{name: padded(getattr(cache, name), axis) for name, axis in STORED.items()})
 
 
 def check(memory: CacheOptions) -> None:

@@ -23,7 +23,7 @@ from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model, abstract
 from minicpm_jax.quantised import quantised
 from minicpm_jax.sampling import Knobs
-from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, padded, padded_over, partition_spec, shardings
+from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, padded_over, partition_spec, shardings
 from weights_io import catalog
 from weights_io.adapters import AdapterConfig
 from weights_io.checkpoint import open_checkpoint
@@ -156,11 +156,11 @@ class Job:
         return jax.tree_util.tree_map_with_path(where, packed)
 
     def _cache(self) -> Cache:
-        shape = padded(self.config, self.placed)
-        shapes = jax.eval_shape(lambda: Cache.empty(shape, self.batch, self.slots, self.dtype, self.kv_bits))
+        given = self.config, self.batch, self.slots, self.dtype, self.kv_bits, self.placed
+        shapes = jax.eval_shape(lambda: Cache.empty(*given))
         if self.placed is None:
             return self._everywhere(shapes)
-        specs = placement(shapes, shape.num_key_value_heads, self.placed)
+        specs = placement(shapes, self.config.head_dim, self.placed)
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.placed, spec)),
             shapes,
