@@ -63,7 +63,7 @@ def on_one(request):
     return request.param, stepped(None, request.param)
 
 
-@pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4", "fsdp=8"])
+@pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4", "fsdp=8", "tensor=8"])
 def test_a_step_does_not_depend_on_the_mesh(text, on_one):
     """Measured: weights within 1.5e-8, loss within 1e-6."""
     kind, (alone, loss, norm) = on_one
