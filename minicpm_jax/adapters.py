@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from minicpm_jax.arithmetic import precision
 from minicpm_jax.hosts import fetched
+from minicpm_jax.sharding import resized
 from weights_io.adapters import Adapter, AdapterConfig, stacked, target_parameters, unstacked
 from weights_io.config import ModelConfig
 
@@ -32,11 +33,12 @@ class LowRank(nnx.Module):
     """What an adapter makes of y = W x: y + scale B A x, and with DoRA each output times its ratio, magnitude / norm of
     the row of W + scale B A."""
 
-    def __init__(self, matrices: Matrices, scale: float, dropout: float = 0.0):
+    def __init__(self, matrices: Matrices, scale: float, dropout: float, width: int):
+        """``width``: I, without what a mesh has filled up."""
         self.a, self.b = nnx.Param(matrices["a"]), nnx.Param(matrices["b"])
         self.ratio = nnx.data(matrices.get("ratio"))
         self.key = nnx.data(matrices.get("key"))  # of dropout, one for each layer; None: no dropout
-        self.scale, self.dropout = scale, dropout
+        self.scale, self.dropout, self.width = scale, dropout, width
 
     def __call__(
         self, x: Array, y: Array, product: Product, ratio: Callable[[Array], Array] = lambda ratio: ratio
@@ -46,8 +48,8 @@ class LowRank(nnx.Module):
             a, b = self.a[...], self.b[...]
             x = x.astype(a.dtype)
             if self.key is not None:
-                keep = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.dropout), 0)
+                keep = jax.random.bernoulli(self.key, 1 - self.dropout, (*x.shape[:-1], self.width))
+                x = jnp.where(resized(keep, x.shape), x / (1 - self.dropout), 0)
             added = self.scale * product(b, product(a, x))
             if self.ratio is None:
                 return y + added.astype(y.dtype)
@@ -66,7 +68,8 @@ def initial(model: "Model", config: AdapterConfig, layers: Collection[int], key:
         a = a * chosen.reshape(-1, *(1,) * (a.ndim - 1))
         matrices = {"a": a, "b": jnp.zeros((*stack, out, config.rank))}
         if config.dora:
-            matrices["magnitude"] = jnp.sqrt(jax.jit(_row_squares)(linear(model, parameter.name).weight))
+            squares = jax.jit(_row_squares)(linear(model, parameter.name).weight)
+            matrices["magnitude"] = jnp.sqrt(squares[..., :out])
         weights[parameter.name] = matrices
     return weights
 
@@ -78,13 +81,21 @@ def attach(
     model = jax.tree.map(lambda x: x, model)
     for index, (name, matrices) in enumerate(sorted(weights.items())):
         layer = linear(model, name)
-        given = {"a": matrices["a"], "b": matrices["b"]}
+        out, width = layer.weight.shape[-2:]
+        given = {"a": _widened(matrices["a"], -1, width), "b": _widened(matrices["b"], -2, out)}
         if "magnitude" in matrices:
-            given["ratio"] = ratio(layer.weight, matrices, scale)
+            given["ratio"] = _widened(ratio(layer.weight, matrices, scale), -1, out)
         if key is not None and dropout:
             given["key"] = jax.random.split(jax.random.fold_in(key, index), len(matrices["a"]))
-        layer.adapter = nnx.data(LowRank(given, scale, dropout))
+        layer.adapter = nnx.data(LowRank(given, scale, dropout, matrices["a"].shape[-1]))
     return model
+
+
+def _widened(x: Array, axis: int, size: int) -> Array:
+    """As `sharding.padded` has filled up the weight that it belongs to."""
+    shape = list(x.shape)
+    shape[axis] = size
+    return resized(x, tuple(shape))
 
 
 def linear(model: "Model", name: str) -> Any:
@@ -100,7 +111,7 @@ def ratio(weight: Any, matrices: Matrices, scale: float) -> Float[Array, "... O"
 
     def squares(layer):
         weight, a, b = layer
-        wide = weight[...].astype(jnp.float32)
+        wide = weight[...][..., : b.shape[-2], : a.shape[-1]].astype(jnp.float32)  # of a mesh it may be filled up
         inner = 2 * jnp.einsum("...oi,...ri->...or", wide, a, precision=precision(a))
         outer = jnp.einsum("...os,...si,...ri->...or", b, a, a, precision=precision(a))
         return jnp.sum(wide * wide, axis=-1) + scale * jnp.sum(b * (inner + scale * outer), axis=-1)

@@ -20,38 +20,45 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int8
 from minicpm_jax.arithmetic import precision
 from minicpm_jax.kernels.cache_attention import cache_attention
 from minicpm_jax.kernels.causal_attention import causal_attention
-from minicpm_jax.sharding import row_axes, splits
+from minicpm_jax.sharding import padded, row_axes, splits
 from weights_io.config import ModelConfig
 
+STORED = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # arrays of a cache, and their axis of slots
 BLOCK = 512  # tokens, or cache slots, that XLA's form of attention looks at together
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths", "k_scale", "v_scale"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths", "k_scale", "v_scale"], meta_fields=["parts"]
 )
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of all layers. Flat in the last axis: [.., K, 64] would be padded to 128 lanes on a TPU.
-    In int8 a slot's head has a scale: its largest number / 127. X: the K heads, rounded up to a TPU tile's 8 rows; of
-    another number XLA would keep the axes in another order, and turn all layers' scales for each layer."""
+    In int8 a slot's head has a scale: its largest number / 127. X: the K heads, those of each of the ``parts`` over
+    which a mesh splits them rounded up to a TPU tile's 8 rows; of another number XLA would keep the axes in another
+    order, and turn all layers' scales for each layer."""
 
     k: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
     v: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
     lengths: Int[Array, "B"]  # slots filled in each row; slot = position
     k_scale: Float[Array, "L B X S"] | None = None
     v_scale: Float[Array, "L B X S"] | None = None
+    parts: int = 1
 
     @staticmethod
-    def empty(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None = None) -> "Cache":
-        """``bits`` 8: int8; None: ``dtype``."""
+    def empty(
+        config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None = None, mesh: Mesh | None = None
+    ) -> "Cache":
+        """``bits`` 8: int8; None: ``dtype``. Of a model on a ``mesh``."""
+        config, parts = padded(config, mesh), 1 if mesh is None else mesh.shape.get("tensor", 1)
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch, slots, heads * config.head_dim)
         lengths = jnp.zeros(batch, jnp.int32)
         if bits is None:
-            return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths)
+            return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths, parts=parts)
         k, v = jnp.zeros(shape, jnp.int8), jnp.zeros(shape, jnp.int8)
-        scales = [jnp.zeros((layers, batch, -(-heads // 8) * 8, slots), jnp.float32) for _ in range(2)]
-        return Cache(k, v, lengths, *scales)
+        rows = parts * -(-heads // parts // 8) * 8
+        k_scale, v_scale = (jnp.zeros((layers, batch, rows, slots), jnp.float32) for _ in range(2))
+        return Cache(k, v, lengths, k_scale, v_scale, parts)
 
     @property
     def slots(self) -> int:
@@ -76,18 +83,23 @@ class Cache:
 
         def write_scale(stored, new):
             new = new.transpose(0, 2, 1)  # [B, K, T]
+            own, rows = heads // self.parts, stored.shape[2] // self.parts
             if together:
-                return jax.lax.dynamic_update_slice(stored, new[None], (layer, 0, 0, index[0, 0]))
-            rows = jnp.arange(batch)[:, None]  # number by number: for whole heads XLA would turn all layers' scales
-            return stored.at[layer, rows, jnp.arange(heads), index].set(new[:, :, 0])
+                by_part = stored.reshape(*stored.shape[:2], self.parts, rows, -1)
+                new = new.reshape(1, batch, self.parts, own, width)
+                by_part = jax.lax.dynamic_update_slice(by_part, new, (layer, 0, 0, 0, index[0, 0]))
+                return by_part.reshape(stored.shape)
+            at = np.arange(heads) // own * rows + np.arange(heads) % own
+            # Number by number: for whole heads XLA would turn all layers' scales.
+            return stored.at[layer, jnp.arange(batch)[:, None], at, index].set(new[:, :, 0])
 
         if self.k_scale is None or self.v_scale is None:
             k, v = (x.reshape(batch, width, -1) for x in (k, v))
             return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
         (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
         k, v = (x.reshape(batch, width, -1) for x in (k, v))
-        scales = write_scale(self.k_scale, k_scale), write_scale(self.v_scale, v_scale)
-        return Cache(write(self.k, k), write(self.v, v), self.lengths, *scales)
+        k_scale, v_scale = write_scale(self.k_scale, k_scale), write_scale(self.v_scale, v_scale)
+        return Cache(write(self.k, k), write(self.v, v), self.lengths, k_scale, v_scale, self.parts)
 
     def read(self, layer: ArrayLike, first: ArrayLike, size: int, like: Float[Array, "B T K H"]) -> tuple[Array, Array]:
         """Keys and values [B, size, K, H] of one layer from slot ``first`` on, in the dtype of ``like``."""
@@ -98,7 +110,8 @@ class Cache:
             block = block.reshape(batch, size, heads, -1)
             if scale is None:
                 return block
-            scale = jax.lax.dynamic_slice(scale, (layer, 0, 0, first), (1, batch, heads, size))[0]
+            scale = jax.lax.dynamic_slice(scale, (layer, 0, 0, first), (1, batch, scale.shape[2], size))[0]
+            scale = scale.reshape(batch, self.parts, -1, size)[:, :, : heads // self.parts].reshape(batch, heads, size)
             return (block * scale.transpose(0, 2, 1)[..., None]).astype(like.dtype)
 
         return part(self.k, self.k_scale), part(self.v, self.v_scale)
@@ -188,11 +201,7 @@ class Attention(nnx.Module):
     def __init__(self, projections: dict[str, nnx.Module], config: ModelConfig):
         self.q_proj, self.k_proj = projections["q_proj"], projections["k_proj"]
         self.v_proj, self.o_proj = projections["v_proj"], projections["o_proj"]
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.head_dim = config.head_dim  # how many heads there are the weights say: a mesh may have filled them up
         self.mesh: Mesh | None = None  # of more than one device; `loading` says
 
     def __call__(
@@ -200,8 +209,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         batch, width, _ = x.shape
         with jax.named_scope("attention"):
-            q = rotate(self.q_proj(x).reshape(batch, width, self.heads, self.head_dim), positions)
-            k = rotate(self.k_proj(x).reshape(batch, width, self.kv_heads, self.head_dim), positions)
+            q = rotate(self.q_proj(x).reshape(batch, width, -1, self.head_dim), positions)
+            k = rotate(self.k_proj(x).reshape(batch, width, -1, self.head_dim), positions)
             v = self.v_proj(x).reshape(k.shape)
             if cache is not None:
                 cache = cache.written(layer, k, v, positions.index)
@@ -216,8 +225,8 @@ def attend_cache(
 
     Compiled for a TPU this is a Pallas kernel, which XLA cannot split over the devices of a ``mesh`` by itself: each
     runs it on the rows of its part of the axis data and the heads of its part of tensor. Where tensor does not divide
-    the key/value heads (or their scales are padded), and in float16, which the kernels' compiler does not know, it is
-    XLA's form as elsewhere.
+    the key/value heads (or their scales are filled up for another mesh), and in float16, which the kernels' compiler
+    does not know, it is XLA's form as elsewhere.
     """
 
     def plain(q, cache, layer, index):
@@ -233,7 +242,7 @@ def attend_cache(
 
     def spread(q, cache, layer, index):
         assert mesh is not None
-        parts = placement(cache, kv_heads, mesh)
+        parts = placement(cache, q.shape[3], mesh)
         _, rows, _, heads = parts.k
         return jax.shard_map(
             kernel,
@@ -243,22 +252,21 @@ def attend_cache(
             check_vma=False,
         )(q, cache, layer, index)
 
-    kv_heads = cache.k.shape[3] // q.shape[3]
-    divided = mesh is None or "tensor" not in mesh.shape or placement(cache, kv_heads, mesh).k[3] is not None
+    divided = mesh is None or "tensor" not in mesh.shape or placement(cache, q.shape[3], mesh).k[3] is not None
     if not divided or q.dtype == jnp.float16:
         return plain(q, cache, layer, index)
     tpu = kernel if mesh is None else spread
     return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, tpu=tpu, default=plain)
 
 
-def placement(cache: Cache, kv_heads: int, mesh: Mesh) -> Cache:
+def placement(cache: Cache, head_dim: int, mesh: Mesh) -> Cache:
     """The `PartitionSpec` of each array of a cache: rows over the axis data, heads over tensor, each where it divides
-    them (heads not where their scales are padded)."""
-    rows = "data" if splits("data", cache.k.shape[1], mesh) else None
-    padded = cache.k_scale is not None and cache.k_scale.shape[2] != kv_heads
-    heads = "tensor" if splits("tensor", kv_heads, mesh) and not padded else None
+    them (heads not where their scales are filled up for another mesh)."""
+    rows, kv_heads = "data" if splits("data", cache.k.shape[1], mesh) else None, cache.k.shape[3] // head_dim
+    whole = cache.k_scale is None or cache.k_scale.shape[2] == kv_heads or cache.parts == mesh.shape.get("tensor")
+    heads = "tensor" if splits("tensor", kv_heads, mesh) and whole else None
     stored, scale = P(None, rows, None, heads), None if cache.k_scale is None else P(None, rows, heads)
-    return Cache(stored, stored, P(rows), scale, scale)
+    return Cache(stored, stored, P(rows), scale, scale, cache.parts)
 
 
 def attend(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_jax import device
-from minicpm_jax.attention import Cache, placement
+from minicpm_jax.attention import STORED, Cache, placement
 from minicpm_jax.hosts import fetched, from_first
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
@@ -56,9 +56,10 @@ class State:
 def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """A cache, and the place for each row's last hidden state."""
     dtype = model.model.embed_tokens.weight.dtype
-    cache = Cache.empty(model.config, batch, slots, dtype, bits)
-    if (mesh := model.model.mesh) is not None:  # else each device would have all of it
-        specs = placement(cache, model.config.num_key_value_heads, mesh)
+    mesh = model.model.mesh
+    cache = Cache.empty(model.config, batch, slots, dtype, bits, mesh)
+    if mesh is not None:  # else each device would have all of it
+        specs = placement(cache, model.config.head_dim, mesh)
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         cache = jax.lax.with_sharding_constraint(cache, where)
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
@@ -66,9 +67,9 @@ def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache
 
 def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
     """Of a cache of so many slots, on each device."""
-    cache = jax.eval_shape(lambda: Cache.empty(model.config, batch, slots, model.model.norm.weight.dtype, bits))
     mesh = model.model.mesh
-    specs = placement(cache, model.config.num_key_value_heads, mesh) if mesh is not None else cache
+    cache = jax.eval_shape(lambda: Cache.empty(model.config, batch, slots, model.model.norm.weight.dtype, bits, mesh))
+    specs = placement(cache, model.config.head_dim, mesh) if mesh is not None else cache
 
     def bytes_of(x, spec):
         shape = x.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(x.shape)
@@ -165,8 +166,7 @@ def longer(cache: Cache, slots: int) -> Cache:
     def padded(stored, axis):
         return None if stored is None else jnp.pad(stored, [(0, more if i == axis else 0) for i in range(4)])
 
-    axes = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}
-    return dataclasses.replace(cache, **{name: padded(getattr(cache, name), axis) for name, axis in axes.items()})
+    return dataclasses.replace(cache, **{name: padded(getattr(cache, name), axis) for name, axis in STORED.items()})
 
 
 def check(memory: CacheOptions) -> None:

@@ -18,7 +18,7 @@ from minicpm_data import engine
 from minicpm_data.engine import Request, shared
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_jax import decoding, device
-from minicpm_jax.attention import Cache
+from minicpm_jax.attention import STORED, Cache
 from minicpm_jax.decoding import STEPS, State, bucket
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs
@@ -38,11 +38,10 @@ def insert(state: State, row: State, slot: Int[Array, ""]) -> State:
         return None if stored is None else jax.lax.dynamic_update_slice(stored, new, (0, slot, 0, 0))
 
     cache, new = state.cache, row.cache
-    parts = {f.name: getattr(cache, f.name) for f in dataclasses.fields(Cache) if f.name != "lengths"}
-    written = {name: write_cache(stored, getattr(new, name)) for name, stored in parts.items()}
+    written = {name: write_cache(getattr(cache, name), getattr(new, name)) for name in STORED}
     keys = write(jax.random.key_data(state.keys), jax.random.key_data(row.keys))
     return State(
-        Cache(lengths=write(cache.lengths, new.lengths), **written),
+        dataclasses.replace(cache, lengths=write(cache.lengths, new.lengths), **written),
         write(state.token, row.token),
         write(state.seen, row.seen),
         jax.random.wrap_key_data(keys),
@@ -63,10 +62,8 @@ def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: in
         row = jax.lax.slice_in_dim(row, 0, min(slots, stored.shape[axis]), axis=axis)
         return jnp.pad(row, [(0, max(more, 0) if i == axis else 0) for i in range(4)])
 
-    arrays = {f.name: getattr(cache, f.name) for f in dataclasses.fields(Cache) if f.name != "lengths"}
-    return Cache(
-        lengths=length[None], **{name: part(x, 3 if name.endswith("scale") else 2) for name, x in arrays.items()}
-    )
+    arrays = {name: part(getattr(cache, name), axis) for name, axis in STORED.items()}
+    return dataclasses.replace(cache, lengths=length[None], **arrays)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

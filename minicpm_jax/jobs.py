@@ -18,13 +18,12 @@ from minicpm_data.generation import Sampling
 from minicpm_jax import adapters, decoding, train
 from minicpm_jax.attention import Cache, placement
 from minicpm_jax.chips import Topology
-from minicpm_jax.kernels.cache_attention import LANES
 from minicpm_jax.loading import spread
 from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model, abstract
 from minicpm_jax.quantised import axes_of, quantised
 from minicpm_jax.sampling import Knobs
-from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, partition_spec, shardings
+from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, padded_over, partition_spec, shardings
 from weights_io import catalog
 from weights_io.adapters import AdapterConfig
 from weights_io.checkpoint import open_checkpoint
@@ -133,10 +132,8 @@ class Job:
     def _model(self) -> Model:
         """As `loading.load` would give it, and `quantised`."""
         mesh = self.placed
-        if mesh is None:
-            model = abstract(self.config, self.dtype)
-        else:
-            model = abstract(self.config, self.dtype, shardings(self.config, mesh))
+        model = abstract(self.config, self.dtype, mesh)
+        if mesh is not None:
             spread(model, mesh)
         if self.quantize is not None:
             model = self._quantised(model, self.quantize)
@@ -157,10 +154,11 @@ class Job:
         return jax.tree_util.tree_map_with_path(where, packed)
 
     def _cache(self) -> Cache:
-        shapes = jax.eval_shape(lambda: Cache.empty(self.config, self.batch, self.slots, self.dtype, self.kv_bits))
+        given = self.config, self.batch, self.slots, self.dtype, self.kv_bits, self.placed
+        shapes = jax.eval_shape(lambda: Cache.empty(*given))
         if self.placed is None:
             return self._everywhere(shapes)
-        specs = placement(shapes, self.config.num_key_value_heads, self.placed)
+        specs = placement(shapes, self.config.head_dim, self.placed)
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.placed, spec)),
             shapes,
@@ -280,15 +278,17 @@ def config_of(model: str) -> ModelConfig:
 
 
 def default_mesh(config: ModelConfig, devices: int, training: bool) -> str:
-    """Training splits rows and weights alike; generation splits heads, so that nothing but activations travels, and
-    what is left of the devices splits experts, or the weights."""
+    """Training splits rows and weights alike. Generation splits heads, so that nothing but activations travels: over as
+    many devices as leave each the least of the cache, and of those as few as fill up the fewest heads; what is left of
+    the devices splits experts, or the weights."""
     if training:
         return f"fsdp={devices}"
-    heads = math.gcd(devices, config.num_key_value_heads)
-    # Of a cache whose rows are no whole registers on a chip XLA keeps the axes in another order, and copies it for the
-    # kernel: with 9 heads of 64 a chip 4 copies a call.
-    while heads > 1 and config.num_key_value_heads // heads * config.head_dim % LANES:
-        heads //= 2
+
+    def cost(parts: int) -> tuple[int, int]:
+        heads = padded_over(config, parts).num_key_value_heads
+        return heads // parts, heads
+
+    heads = min((parts for parts in range(1, devices + 1) if devices % parts == 0), key=cost)
     rest = devices // heads
     sizes = {"expert" if config.num_experts and config.num_experts % rest == 0 else "fsdp": rest, "tensor": heads}
     return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "fsdp=1"

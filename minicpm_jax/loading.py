@@ -20,7 +20,7 @@ from minicpm_jax import device
 from minicpm_jax.adapters import attach, from_adapter, linear
 from minicpm_jax.model import Model, nested
 from minicpm_jax.quantised import axes_of, packing
-from minicpm_jax.sharding import automatic, partition_spec, share, splits
+from minicpm_jax.sharding import automatic, padded, partition_spec, resized, share, splits
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits, check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
@@ -110,7 +110,8 @@ def _place(
     pack: Callable[[jax.Array], Any] | None = None,
 ) -> Any:
     """A parameter as an array, or as what ``pack`` makes of its tensors, one after the other."""
-    shape, names = parameter.shape(checkpoint.config), parameter.tensors(checkpoint.config)
+    shape, names = parameter.shape(padded(checkpoint.config, mesh)), parameter.tensors(checkpoint.config)
+    stored = parameter.tensor_shape(checkpoint.config)
     axes, stack = parameter.logical_axes(), parameter.stack(checkpoint.config)
 
     def where(axes: tuple[str, ...], shape: tuple[int, ...]) -> Any:
@@ -126,7 +127,7 @@ def _place(
     place_of_row = where(axes[len(stack) :], shape[len(stack) :])
     whole: list[jax.Array] = []
     for place, name in zip(np.ndindex(*stack), names, strict=True):
-        row: Any = _read(checkpoint, name, shape[len(stack) :], dtype, place_of_row)
+        row: Any = _read(checkpoint, name, stored, shape[len(stack) :], dtype, place_of_row)
         row = row if pack is None else pack(row)
         if not stack:
             return row
@@ -137,31 +138,41 @@ def _place(
     return jax.tree.unflatten(form, whole)
 
 
-def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    """One tensor of the files as a placed array; each process reads only the rows of its devices, and each row once:
-    in a file the columns of one device lie between those of the others. Of a row it reads what all its devices need."""
-    own = [_spans(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()]
+def _read(
+    checkpoint: Checkpoint, name: str, stored: tuple[int, ...], shape: tuple[int, ...], dtype: Any, sharding: Any
+) -> jax.Array:
+    """One tensor of the files, of the shape ``stored``, as a placed array with zeros up to ``shape``. Each process
+    reads only the rows of its devices, and each row once: in a file the columns of one device lie between those of the
+    others. Of a row it reads what all its devices need."""
+
+    def spans(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        """Where the stored part of each axis begins and ends."""
+        axes = zip(index, shape, stored, strict=True)
+        return tuple((min(s.indices(n)[0], most), min(s.indices(n)[1], most)) for s, n, most in axes)
+
+    own = [spans(index) for index in sharding.addressable_devices_indices_map(shape).values()]
     columns = tuple(
         slice(min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*own, strict=True)
     )[1:]
     rows: dict[tuple, np.ndarray] = {}
     parts: dict[tuple, np.ndarray] = {}
 
-    def part_of(index: tuple[slice, ...]) -> np.ndarray:
-        key = _spans(index, shape)
+    def read(key: tuple[tuple[int, int], ...]) -> np.ndarray:
+        if any(start == stop for start, stop in key):
+            return np.zeros([stop - start for start, stop in key], dtype)
         if key[0] not in rows:
-            rows[key[0]] = checkpoint.read(name, dtype.name, (index[0], *columns)).astype(dtype, copy=False)
+            rows[key[0]] = checkpoint.read(name, dtype.name, (slice(*key[0]), *columns)).astype(dtype, copy=False)
+        here = (slice(start - c.start, stop - c.start) for (start, stop), c in zip(key[1:], columns, strict=True))
+        return rows[key[0]][(slice(None), *here)]
+
+    def part_of(index: tuple[slice, ...]) -> np.ndarray:
+        key = spans(index)
         if key not in parts:  # replicated axes ask for the same part once for each device
-            here = (slice(start - c.start, stop - c.start) for (start, stop), c in zip(key[1:], columns, strict=True))
-            parts[key] = np.ascontiguousarray(rows[key[0]][(slice(None), *here)])
+            size = tuple(len(range(n)[s]) for s, n in zip(index, shape, strict=True))
+            parts[key] = np.ascontiguousarray(resized(read(key), size))
         return parts[key]
 
     return jax.make_array_from_callback(shape, sharding, part_of)
-
-
-def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Where each axis of a part begins and ends."""
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

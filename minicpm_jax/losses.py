@@ -33,37 +33,38 @@ def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array,
     """Cross entropy of each label in float32, at its own position; 0 where there is none."""
     hidden = divided(hidden, model.config.logit_divisor)
     weight = model.model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
-    width = labels.shape[1]
+    width, words = labels.shape[1], model.config.vocab_size
     mesh = model.model.mesh
     rows = -(-labels.shape[0] // rows_split(mesh))  # of a device
-    chunk = max(1, min(width - 1, LOGITS // (rows * model.config.vocab_size)))
+    chunk = max(1, min(width - 1, LOGITS // (rows * words)))
     filling = -(width - 1) % chunk
     hidden = jnp.pad(hidden[:, :-1], [(0, 0), (0, filling), (0, 0)])
     targets = jnp.pad(labels[:, 1:], [(0, 0), (0, filling)], constant_values=IGNORED)
-    losses = _chunked(chunk, mesh, by_rows(hidden, mesh), weight, by_rows(targets, mesh))[:, : width - 1]
-    return jnp.pad(losses, [(0, 0), (1, 0)])
+    losses = _chunked(chunk, words, mesh, by_rows(hidden, mesh), weight, by_rows(targets, mesh))
+    return jnp.pad(losses[:, : width - 1], [(0, 0), (1, 0)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunked(
     chunk: int,
+    words: int,
     mesh: Mesh | None,
     hidden: Float[Array, "B T D"],
     weight: Float[Array, "V D"],
     targets: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
     """Cross entropies, C tokens of each row at a time. The gradient is spelled out: JAX would keep all the logits, or
-    add up the weight's gradient in the weight's dtype."""
-    return _cross_entropies(chunk, mesh, hidden, weight, targets)[0]
+    add up the weight's gradient in the weight's dtype. ``words``: V, without what a mesh has filled up."""
+    return _cross_entropies(chunk, words, mesh, hidden, weight, targets)[0]
 
 
-def _cross_entropies(chunk, mesh, hidden, weight, targets) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+def _cross_entropies(chunk, words, mesh, hidden, weight, targets) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """And the logarithm of the sum of exponentials of each token's logits."""
     weight = _gathered(weight, mesh)
 
     def losses(part):
         x, targets = part
-        logits, target, trained = _logits(x, targets, weight)
+        logits, target, trained = _logits(x, targets, weight, words)
         total = jax.nn.logsumexp(logits, axis=-1)
         return _cross_entropy(logits, total, target, trained), total
 
@@ -71,20 +72,20 @@ def _cross_entropies(chunk, mesh, hidden, weight, targets) -> tuple[Float[Array,
     return _whole(found[0]), _whole(found[1])
 
 
-def _forward(chunk, mesh, hidden, weight, targets):
+def _forward(chunk, words, mesh, hidden, weight, targets):
     """Where the head is frozen, hidden's gradient but for the factor that comes from above is made of the logits while
     they are there: two products with the head, not three."""
     frozen = not weight.perturbed
     hidden, weight, targets = hidden.value, weight.value, targets.value
     if not frozen:
-        losses, total = _cross_entropies(chunk, mesh, hidden, weight, targets)
+        losses, total = _cross_entropies(chunk, words, mesh, hidden, weight, targets)
         return losses, (hidden, weight, targets, total)
 
     weight = _gathered(weight, mesh)
 
     def both(part):
         x, targets = part
-        logits, target, trained = _logits(x, targets, weight)
+        logits, target, trained = _logits(x, targets, weight, words)
         total = jax.nn.logsumexp(logits, axis=-1)
         share = _share(logits, total, target, trained).astype(x.dtype)
         below = jnp.einsum("bcv,vd->bcd", share, weight, precision=precision(x))
@@ -94,7 +95,7 @@ def _forward(chunk, mesh, hidden, weight, targets):
     return _whole(losses), _whole(below)
 
 
-def _backward(chunk, mesh, saved, gradient):
+def _backward(chunk, words, mesh, saved, gradient):
     if not isinstance(saved, tuple):  # of a frozen head
         return (saved * gradient[..., None]).astype(saved.dtype), None, None
     hidden, weight, targets, total = saved
@@ -103,7 +104,7 @@ def _backward(chunk, mesh, saved, gradient):
 
     def step(added, part):
         x, targets, total, above = part
-        logits, target, trained = _logits(x, targets, gathered)
+        logits, target, trained = _logits(x, targets, gathered, words)
         share = (_share(logits, total, target, trained) * above[..., None]).astype(x.dtype)
         wide = {"precision": precision(x), "preferred_element_type": jnp.float32}
         rows = (y.reshape(groups, -1, *y.shape[1:]) for y in (share, x))
@@ -169,9 +170,13 @@ def _head(weight: Float[Array, "V D"], mesh: Mesh | None, *axes: str) -> Float[A
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, partition_spec(axes, weight.shape, mesh)))
 
 
-def _logits(x, targets, weight):
-    """Logits in float32; targets with 0 for those that are ignored; which are not."""
-    return product(weight, x).astype(jnp.float32), jnp.maximum(targets, 0), targets != IGNORED
+def _logits(x, targets, weight, words):
+    """Logits in float32, -inf for rows of the head that are no ``words`` (see `padded`); targets with 0 for those that
+    are ignored; which are not."""
+    logits = product(weight, x).astype(jnp.float32)
+    if len(weight) > words:
+        logits = jnp.where(jnp.arange(len(weight)) < words, logits, -jnp.inf)
+    return logits, jnp.maximum(targets, 0), targets != IGNORED
 
 
 def _parts(x: Float[Array, "B T ..."], chunk: int) -> Float[Array, "N B C ..."]:

@@ -9,7 +9,6 @@ Source of the semantics: modeling_minicpm.py of the released checkpoints; the sc
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from minicpm_jax.adapters import LowRank
 from minicpm_jax.arithmetic import divided, gated, product, scaled
 from minicpm_jax.attention import Attention, Cache, Positions, positions_of
 from minicpm_jax.moe import MoE
-from minicpm_jax.sharding import by_rows, gathered_rows
+from minicpm_jax.sharding import by_rows, gathered_rows, padded, shardings
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -184,7 +183,7 @@ class Model(nnx.Module):
         with jax.named_scope("head"):
             x = divided(x, self.config.logit_divisor)
             logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
-            return logits.astype(jnp.float32)
+            return logits[..., : self.config.vocab_size].astype(jnp.float32)  # a mesh may have filled up the words
 
     def decode(
         self,
@@ -226,12 +225,13 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def abstract(config: ModelConfig, dtype: str = "bfloat16", shardings: Mapping[str, Any] | None = None) -> Model:
-    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing.
-    ``shardings``: where each weight would lie, by its name in the parameter table."""
-    where: Mapping[str, Any] = {} if shardings is None else shardings
+def abstract(config: ModelConfig, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
+    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing. On a
+    ``mesh`` they lie where `loading.load` would place them."""
+    shape = padded(config, mesh)
+    where = {} if mesh is None else shardings(shape, mesh)
     leaves = {
-        p.name: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype), sharding=where.get(p.name))
+        p.name: jax.ShapeDtypeStruct(p.shape(shape), jnp.dtype(dtype), sharding=where.get(p.name))
         for p in parameters(config)
     }
     return Model(nested(leaves), config)

@@ -18,7 +18,7 @@ class Devices:
 
     mesh: str | None = None
     """How the devices (of all processes) are arranged, such as data=2,fsdp=4; by default all along fsdp to train, and
-    to generate heads along tensor as far as they divide."""
+    to generate heads along tensor as far as each then holds less of the cache."""
 
     def placement(self) -> dict[str, Any]:
         """What ``load`` is told besides."""

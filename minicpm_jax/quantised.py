@@ -69,10 +69,9 @@ def quantise_rows(weight: Float[Array, "V D"]) -> Rows:
     return Rows(numbers.astype(jnp.int8), scale)
 
 
-def quantise(weight: Float[Array, "... O I"], bits: int) -> Packed:
-    """Nearest numbers of a grid in which the largest of each group is exact: its sign takes the end that has one number
-    more (-8 of -8 to 7)."""
-    group = math.gcd(weight.shape[-1], GROUP)
+def quantise(weight: Float[Array, "... O I"], bits: int, group: int = GROUP) -> Packed:
+    """Nearest numbers of a grid in which the largest of each ``group`` is exact: its sign takes the end that has one
+    number more (-8 of -8 to 7)."""
     groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, group)
     place = jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True)
     lowest = -(2 ** (bits - 1))
@@ -88,13 +87,18 @@ def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Cal
     """How each weight that is kept in ``bits`` bits is packed, by its name in the parameter table: the matrices of the
     layers, but a router. ``head``: the head in int8, too, and with it an embedding that is the same table. For
     generation: a step reads the head whole. What they are given is used up."""
-    bits, pack = check_bits(bits), jax.jit(quantise, static_argnums=1)
+    bits, pack = check_bits(bits), jax.jit(quantise, static_argnums=(1, 2))
+
+    def packed(name: str, width: int, weight: Array) -> Packed:
+        group = math.gcd(width, weight.shape[-1], GROUP)  # a mesh may have filled the rows up
+        if group < LEAST:
+            raise InputError(f"rows of {weight.shape[-1]} in {name} have no groups of {LEAST}; leave out --quantize.")
+        return pack(weight, bits, group)
+
     found: dict[str, Callable[[Array], Any]] = {}
     for parameter in target_parameters(config, ("all-linear",)):
-        width = parameter.tensor_shape(config)[-1]
-        if width % LEAST:
-            raise InputError(f"rows of {width} in {parameter.name} have no groups of {LEAST}; leave out --quantize.")
-        found[parameter.name] = functools.partial(_given_up, lambda weight: pack(weight, bits))
+        name, width = parameter.name, parameter.tensor_shape(config)[-1]
+        found[name] = functools.partial(_given_up, functools.partial(packed, name, width))
     if head:
         table = EMBEDDING if config.tie_word_embeddings else HEAD
         found[table.name] = functools.partial(_given_up, jax.jit(quantise_rows))

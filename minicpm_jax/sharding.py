@@ -1,14 +1,17 @@
 """Logical axes of the parameter table to mesh axes."""
 
 import bisect
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from minicpm_jax.kernels.cache_attention import LANES
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.parameters import parameters
@@ -114,8 +117,60 @@ def rows_split(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
 
 
+def padded(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
+    """The shape in which a model lies on a mesh: what is split over tensor is filled up, with zeros at its end, to what
+    tensor divides.
+
+    Zeros add nothing: a head of zeros mixes values of zero, whose columns in ``o_proj`` are zero, a gate of zero is
+    shut, and the words that are none are cut off (`Model.head`) or weigh nothing (`losses`). So all gradients there are
+    zero, too."""
+    parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
+    return padded_over(config, parts, LANES if tpu else 1)
+
+
+def padded_over(config: ModelConfig, parts: int, lanes: int = LANES) -> ModelConfig:
+    """`padded`, over so many ``parts``. Key/value heads come with the query heads that read them. Those of a device
+    fill whole registers of ``lanes``: of a cache with 9 heads of 64 XLA would keep the axes in another order, and copy
+    it for the kernel; in rows it takes as much room as one with 10."""
+    if parts == 1:
+        return config
+    heads = _multiple(config.num_key_value_heads, parts * lanes // math.gcd(lanes, config.head_dim))
+    return dataclasses.replace(
+        config,
+        num_key_value_heads=heads,
+        num_attention_heads=config.num_attention_heads // config.num_key_value_heads * heads,
+        intermediate_size=_multiple(config.intermediate_size, parts),
+        vocab_size=_multiple(config.vocab_size, parts),
+    )
+
+
+def _multiple(size: int, of: int) -> int:
+    return -(-size // of) * of
+
+
+def resized(x: Any, shape: tuple[int, ...]) -> Any:
+    """Each axis cut off at its end, or filled up there with zeros."""
+    if x.shape == shape:
+        return x
+    x = x[tuple(slice(size) for size in shape)]
+    more = [(0, wanted - size) for size, wanted in zip(x.shape, shape, strict=True)]
+    return (np if isinstance(x, np.ndarray) else jnp).pad(x, more)
+
+
+def reshaped(weights: Mapping[str, Any], config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Parameters `resized` to the shapes of a config (a model's own, or that of `padded`), where those lie."""
+    where = shardings(config, mesh)
+    changed = {p.name: p.shape(config) for p in parameters(config) if weights[p.name].shape != p.shape(config)}
+    made = {
+        name: jax.jit(resized, static_argnums=1, out_shardings=where[name])(weights[name], shape)
+        for name, shape in changed.items()
+    }
+    return {**weights, **made}
+
+
 def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Of every parameter of the table."""
+    """Of every parameter of the table; with the config of `padded`, of every one of a model on the mesh."""
     return {
         p.name: NamedSharding(mesh, partition_spec(p.logical_axes(), p.shape(config), mesh)) for p in parameters(config)
     }
@@ -125,8 +180,9 @@ def share(config: ModelConfig, mesh: Mesh | None) -> float:
     """How much of all weights each device has."""
     if mesh is None:
         return 1.0
-    where = shardings(config, mesh)
-    here = sum(math.prod(where[p.name].shard_shape(p.shape(config))) for p in parameters(config))
+    filled = padded(config, mesh)
+    where = shardings(filled, mesh)
+    here = sum(math.prod(where[p.name].shard_shape(p.shape(filled))) for p in parameters(filled))
     return here / sum(math.prod(p.shape(config)) for p in parameters(config))
 
 

@@ -18,7 +18,7 @@ from minicpm_jax.attention import positions_of
 from minicpm_jax.loading import spread
 from minicpm_jax.losses import Batch, Objective, packed_loss, token_losses
 from minicpm_jax.model import Model, nested
-from minicpm_jax.sharding import replicated
+from minicpm_jax.sharding import padded, replicated, reshaped
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -74,16 +74,18 @@ def optimizer(name: str, weight_decay: float, clip: float) -> optax.GradientTran
 @dataclass(frozen=True)
 class AllWeights:
     """What is trained: every weight, as float32 masters (over the devices of a ``mesh``) of a model that computes in
-    ``dtype``."""
+    ``dtype``. Masters, moments and what is saved have the shapes of the table: the model is filled up as it is made."""
 
     config: ModelConfig
     dtype: str
     mesh: Mesh | None = None  # over which they lie
 
     def model(self, base: Model | None, weights: Weights, key: Array | None = None) -> Model:
-        model = Model(nested({name: w.astype(self.dtype) for name, w in weights.items()}), self.config)
-        if self.mesh is not None:
-            spread(model, self.mesh)
+        weights = {name: w.astype(self.dtype) for name, w in weights.items()}
+        if self.mesh is None:
+            return Model(nested(weights), self.config)
+        model = Model(nested(reshaped(weights, padded(self.config, self.mesh), self.mesh)), self.config)
+        spread(model, self.mesh)
         return model
 
 
@@ -198,5 +200,6 @@ def packed_evaluation(weights: Weights, windows: jax.Array, *, trained: AllWeigh
 
 
 def weights_of(model: Model) -> Weights:
-    """The model's arrays under the names of the parameter table."""
-    return {p.name: functools.reduce(getattr, p.name.split("."), model)[...] for p in parameters(model.config)}
+    """The model's arrays under the names of the parameter table, and in its shapes: without what a mesh filled up."""
+    weights = {p.name: functools.reduce(getattr, p.name.split("."), model)[...] for p in parameters(model.config)}
+    return weights if model.model.mesh is None else reshaped(weights, model.config, model.model.mesh)

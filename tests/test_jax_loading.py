@@ -14,11 +14,12 @@ from jax.sharding import Mesh  # noqa: E402
 from minicpm_jax import load, stream_generate  # noqa: E402
 from minicpm_jax.losses import packed_loss  # noqa: E402
 from minicpm_jax.model import Linear, unstack  # noqa: E402
+from minicpm_jax.sharding import padded_over  # noqa: E402
 from minicpm_jax.train import weights_of  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 from weights_io.files.tensor import FileTensor  # noqa: E402
-from weights_io.parameters import count  # noqa: E402
+from weights_io.parameters import count, tensor_shapes  # noqa: E402
 
 MESHES = {
     "fsdp8": {"fsdp": 8},
@@ -40,7 +41,7 @@ def mesh_of(axes):
 
 @pytest.fixture(scope="module")
 def folder(reference):
-    return reference("dense_1b")  # V 352, D 96, F 144, NH 96, KH 32: 8 divides all
+    return reference("dense_1b")  # V 352, D 96, F 144, NH 96, KH 32: 8 divides all but the two key/value heads
 
 
 def test_a_folder_without_tokenizer_gives_none(folder):
@@ -77,10 +78,11 @@ def test_each_device_holds_its_part(folder, axes):
     assert held == (count(model.config) - norms) // (fsdp * tensor) + norms // fsdp
 
 
-def test_a_dimension_that_the_mesh_does_not_divide_stays_whole(reference):
+def test_a_dimension_that_the_mesh_does_not_divide_is_filled_up(reference):
     model, _ = load(reference("dense_2b"), mesh=Mesh(np.array(jax.devices()[:5]), ("tensor",)))
     assert model.model.embed_tokens.weight[...].addressable_shards[0].data.shape == (320 // 5, 96)
-    assert model.model.layers.mlp.up_proj.weight[...].addressable_shards[0].data.shape == (3, 144, 96)
+    assert model.model.layers.mlp.up_proj.weight[...].addressable_shards[0].data.shape == (3, 145 // 5, 96)
+    assert weights_of(model)["model.layers.mlp.up_proj.weight"].shape == (3, 144, 96)
 
 
 def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, monkeypatch):
@@ -94,13 +96,15 @@ def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, m
 
     monkeypatch.setattr(FileTensor, "read", read)
     load(folder, mesh=mesh_of(axes))
-    tensors = open_checkpoint(folder).tensors
+    config, tensors = open_checkpoint(folder).config, open_checkpoint(folder).tensors
     assert reads.keys() == set(tensors.values())
     fsdp, tensor = axes["fsdp"] or 1, axes["tensor"] or 1
+    placed = dict(tensor_shapes(padded_over(config, tensor, lanes=1)))  # two key/value heads are as many as devices
     for name, stored in tensors.items():
         embed_first = name.endswith(("norm.weight", "o_proj.weight", "down_proj.weight"))
         split = fsdp if embed_first else tensor
-        assert reads[stored] == [(stored.shape[0] // split, *stored.shape[1:])] * split, name
+        own = placed[name][0] // split
+        assert reads[stored] == [(own, *stored.shape[1:])] * (stored.shape[0] // own), name
 
 
 @pytest.mark.parametrize(

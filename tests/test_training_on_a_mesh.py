@@ -10,6 +10,8 @@ pytest.importorskip("jax")
 from minicpm_data import finetuning
 from minicpm_jax import finetune, lora
 from minicpm_jax.generate import backend
+from weights_io.adapters import read_adapter
+from weights_io.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
 
@@ -19,8 +21,9 @@ MODULES = {"all weights": (finetune, "save_path"), "adapters": (lora, "adapter_p
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A mixture of experts."""
-    return tiny.write_world(tmp_path_factory.mktemp("mesh"), **MOE)
+    """A mixture of experts, with one key/value head and an odd vocabulary, which two devices do not divide."""
+    odd = {"num_key_value_heads": 1, "vocab_size": 483}
+    return tiny.write_world(tmp_path_factory.mktemp("mesh"), **MOE, **odd)
 
 
 def run(world, out, kind, mesh, **changes):
@@ -43,3 +46,8 @@ def test_the_losses_are_those_of_one_device_resumed_or_not(alone, world, tmp_pat
     run(world, tmp_path / "out", kind, mesh, iters=2)
     found = run(world, tmp_path / "out", kind, mesh, resume=True)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    config = open_checkpoint(world / "model").config
+    if kind == "adapters":  # both refuse what has other shapes than the config says
+        assert read_adapter(tmp_path / "out", config).tensors
+    else:
+        assert open_checkpoint(tmp_path / "out" / "model").config == config

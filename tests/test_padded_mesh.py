@@ -1,0 +1,71 @@
+"""A model whose heads and words no axis of the mesh divides: filled up inside, and seen by nobody."""
+
+import numpy as np
+import pytest
+import tiny_model
+
+jax = pytest.importorskip("jax")
+
+from minicpm_jax import load, stream_generate  # noqa: E402
+from minicpm_jax.quantised import quantised  # noqa: E402
+from minicpm_jax.sharding import make_mesh, padded_over  # noqa: E402
+from minicpm_jax.train import weights_of  # noqa: E402
+from weights_io.config import ModelConfig  # noqa: E402
+
+WORDS = 483
+IDS = np.random.default_rng(0).integers(3, WORDS, (2, 9)).astype(np.int32)
+SHAPE = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model.write(tmp_path_factory.mktemp("odd"), vocab_size=WORDS, **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return load(folder, "float32")[0]
+
+
+def generated(model, **options):
+    return [response.token for response in stream_generate(model, None, IDS[0].tolist(), max_tokens=12, **options)]
+
+
+def on(folder, text, devices=8):
+    return load(folder, "float32", mesh=make_mesh(text, jax.devices()[:devices]))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "heads"),
+    [("tensor=4", 4, 4), ("tensor=8", 8, 8), ("fsdp=2,tensor=4", 8, 4), ("data=2,tensor=4", 8, 4)],
+)
+def test_logits_tokens_and_weights_are_those_of_one_device(folder, alone, text, devices, heads):
+    """Logits within 2e-6, as measured; each device has its own heads and words, with zeros behind the last."""
+    model = on(folder, text, devices)
+    k_proj, table = model.model.layers.self_attn.k_proj.weight[...], model.model.embed_tokens.weight[...]
+    parts = heads if heads == 8 else 4
+    assert k_proj.shape[1] == 16 * heads and k_proj.addressable_shards[0].data.shape[1] == 16 * heads // parts
+    assert table.shape[0] == WORDS + 1 + 4 * (parts == 8) and not table[WORDS:].any() and not k_proj[:, 48:].any()
+    logits = model(IDS)
+    assert logits.shape == (2, 9, WORDS)
+    np.testing.assert_allclose(logits, alone(IDS), rtol=0, atol=1e-5)
+    assert generated(model) == generated(alone)
+    for name, weight in weights_of(model).items():
+        np.testing.assert_array_equal(weight, weights_of(alone)[name], err_msg=name)
+
+
+def test_what_is_drawn_kept_in_8_bits_or_quantised_is_that_of_one_device(folder, alone):
+    """Rows of 96 are quantised in groups of 32; filled up to 128 they would have groups of 64."""
+    drawn = {"temperature": 1.0, "seed": 3, "kv_bits": 8}
+    assert generated(on(folder, "tensor=8"), **drawn) == generated(alone, **drawn)
+    one, other = (quantised(model, 4, True)(IDS) for model in (load(folder, "float32")[0], on(folder, "tensor=4", 4)))
+    np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
+
+
+def test_the_shapes_of_the_2b():
+    """36 heads of 64 are 9 on each of four devices: four and a half registers, so 10. Over two nothing is filled up."""
+    config = ModelConfig(vocab_size=122753, num_attention_heads=36, num_key_value_heads=36, head_dim=64)
+    shapes = {parts: padded_over(config, parts) for parts in (1, 2, 4, 8)}
+    assert [shapes[parts].num_key_value_heads for parts in shapes] == [36, 36, 40, 48]
+    assert [shapes[parts].vocab_size for parts in shapes] == [122753, 122754, 122756, 122760]
+    assert padded_over(config, 4, lanes=1).num_key_value_heads == 36
