@@ -52,6 +52,10 @@ class Options:
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
 
+    def placement(self) -> dict[str, Any]:
+        """What a backend's ``load`` is told besides."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -107,7 +111,8 @@ def run(options: Options, backend: Backend) -> None:
     if not 0 <= tolerance < math.inf:
         raise InputError(f"--tolerance is {tolerance}; it must be a number from 0 on.")
     reference = Reference(options.reference, options.dtype)
-    model, _ = backend.load(options.model, options.dtype, revision=options.revision, hub=options.hub)
+    source = {"revision": options.revision, "hub": options.hub, **options.placement()}
+    model, _ = backend.load(options.model, options.dtype, **source)
     passes, continuations = reference.passes(model.config), reference.continuations(model.config)
     if not passes and not continuations:
         raise InputError(f"{options.reference} has no numbers to compare in {options.dtype}; it needs {KEYS}.")

@@ -77,17 +77,20 @@ class Engine(engine.Engine):
         decoding.check(self.memory)
         decoding.use_compilation_cache()
 
+        def most(context: int) -> int:
+            """Cache slots of a request whose last piece is padded."""
+            return bucket(context + decoding.piece_of(context, self.memory))
+
         def needed(context: int, times: int = 1) -> int:
             """With the row of the prompt that is run."""
-            full, row = (
-                decoding.cache_bytes(model, rows, bucket(context + 1), self.memory.kv_bits) for rows in (slots, 1)
-            )
+            full, row = (decoding.cache_bytes(model, n, most(context), self.memory.kv_bits) for n in (slots, 1))
             return times * full + row
 
         free = device.free_memory()
         self._check_room(needed, free)
         # A cache that grows is there twice for a moment.
-        begun = bucket(1 if free is None or needed(self.context, 2) <= free else self.context + 1)
+        roomy = free is None or needed(self.context, 2) <= free
+        begun = bucket(1) if roomy else most(self.context)
         cache, _ = decoding.empty(model, slots, begun, self.memory.kv_bits)
         keys = jax.random.split(jax.random.key(0), slots)
         nobody = np.full((slots, ENDS), -1, np.int32)

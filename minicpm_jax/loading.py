@@ -26,7 +26,7 @@ from weights_io.casting import check_bits, check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.hub import resolve
-from weights_io.memory import check_room, weight_bytes
+from weights_io.memory import check_weights, weight_bytes
 from weights_io.memory_reading import read_stacked
 from weights_io.parameters import Parameter, parameters
 from weights_io.progress import reading
@@ -73,12 +73,8 @@ def load_weights(
     config, mesh = checkpoint.config, None if mesh is None else automatic(mesh)
     kind = target.name if quantize is None else f"int{check_bits(quantize)}"
     needed = int(weight_bytes(config, kind) * share(config, mesh))
-    check_room(
-        f"the weights in {kind}",
-        needed,
-        device.free_memory(),
-        "quantise them to 8 or 4 bits (--quantize), spread them over more devices (--mesh), or take a smaller model",
-    )
+    remedy = "spread them over more devices (--mesh), or take a smaller model"
+    check_weights(kind, needed, device.free_memory(), remedy)
     packs = {} if quantize is None else packing(config, quantize, head=True)
     with reading(checkpoint) as checkpoint:
         if mesh is None and quantize is None and jax.default_backend() == "cpu":

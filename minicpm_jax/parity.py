@@ -6,7 +6,6 @@
 where the comparison cannot be made.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,12 +24,11 @@ class Options(Devices, parity.Options):
     pass
 
 
-def main(options: Options) -> None:
+def main(options: parity.Options) -> None:
     """Compare a model with numbers that another program computed from the same weights."""
     from minicpm_jax import load
 
-    placed = functools.partial(load, **options.placement())
-    parity.run(options, parity.Backend(placed, logits, states, continued))
+    parity.run(options, parity.Backend(load, logits, states, continued))
 
 
 def logits(model: "Model", ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

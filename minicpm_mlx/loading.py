@@ -23,7 +23,7 @@ from weights_io.casting import check_bits, check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.hub import resolve
-from weights_io.memory import check_room, weight_bytes
+from weights_io.memory import check_weights, weight_bytes
 from weights_io.memory_reading import look_through
 from weights_io.parameters import parameters
 from weights_io.progress import reading
@@ -63,12 +63,7 @@ def load_weights(checkpoint: Checkpoint, dtype: str | None = None, quantize: int
     """The model of an opened checkpoint, every weight checked and mapped, or read; ``quantize``: as in `load`."""
     target = check_dtype(dtype or checkpoint.dtype)
     kind = target if quantize is None else f"int{check_bits(quantize)}"
-    check_room(
-        f"the weights in {kind}",
-        weight_bytes(checkpoint.config, kind),
-        device.free_memory(),
-        "quantise them to 8 or 4 bits (--quantize), or take a smaller model",
-    )
+    check_weights(kind, weight_bytes(checkpoint.config, kind), device.free_memory(), "take a smaller model")
     model = Model(checkpoint.config, checkpoint.eos_token_ids)
     mapped = _mapped(checkpoint, target)
     leaves = {}

@@ -1,10 +1,12 @@
 """The commands that both backends have, as a user types them."""
 
 import dataclasses
+import importlib
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_adapter
@@ -12,6 +14,7 @@ import tiny_model
 
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
+from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
 COMMANDS = [
@@ -77,6 +80,25 @@ def test_help_costs_no_heavy_import(module):
     assert ran.returncode == 0, ran.stderr
     assert f"python -m {module}" in ran.stdout
     assert not HEAVY & set(ran.stderr.split())
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "evaluate", "parity"])
+def test_a_mesh_of_one_process(name, monkeypatch):
+    """``--mesh`` as given; without it none on CPUs, and on TPUs, to generate, the one for the checkpoint's heads."""
+    from minicpm_jax import jobs, sharding
+
+    options = importlib.import_module(f"minicpm_jax.{name}").Options
+    needed = {"model": "pico", "reference": Path("x.npz")} if name == "parity" else {}
+    assert options(**needed).placement() == {"mesh": None}
+    assert options(mesh="fsdp=2,tensor=4", **needed).placement()["mesh"].shape == {"fsdp": 2, "tensor": 4}
+    with pytest.raises(InputError, match="--mesh tensor=3 is for 3 devices; there are 8"):
+        options(mesh="tensor=3", **needed).placement()
+    if name != "parity":  # as on eight TPUs
+        eight = sharding.make_mesh("fsdp=8")
+        monkeypatch.setattr(sharding, "make_mesh", lambda text: eight)
+        monkeypatch.setattr(jobs, "serving_mesh", lambda path: f"heads of {path.name}")
+        assert options(**needed).placement() == {"mesh": "heads of pico"}
+        assert options(mesh="fsdp=8").placement() == {"mesh": eight}
 
 
 def test_generate(package, folder):

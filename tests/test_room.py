@@ -6,6 +6,7 @@ import pytest
 import tiny_model
 import tiny_training
 
+from minicpm_data import commands
 from minicpm_data.generation import CacheOptions, Sampling
 from weights_io import memory
 from weights_io.checkpoint import Checkpoint
@@ -51,12 +52,23 @@ def test_weights(backend, folder, model, free, monkeypatch):
     tiny_training.load(backend, folder)
     monkeypatch.setattr(Checkpoint, "read", None)  # is not called
     free(weights - 1)
-    said = r"the weights in float32 would take 0\.[0-9] MB, and 0\.[0-9] MB are free; quantise them to 8 or 4 bits"
+    said = r"the weights in float32 would take 0\.[0-9] MB, and 0\.[0-9] MB are free; keep them in fewer bits"
     with pytest.raises(InputError, match=said):
         tiny_training.load(backend, folder)
-    free(weights // 4)
-    with pytest.raises(InputError, match="the weights in int8 would take .* take a smaller model"):
-        tiny_training.load(backend, folder, quantize=8)
+    free(weights // 8)
+    with pytest.raises(InputError, match="the weights in int4 would take .* are free; (spread|take)"):
+        tiny_training.load(backend, folder, quantize=4)
+
+
+def test_a_command_says_it_in_a_sentence(backend, folder, free, monkeypatch, capsys):
+    free(10**5)
+    monkeypatch.setattr("sys.argv", ["generate", "--model", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        commands.run_generate(tiny_training.part(backend, "generate").backend, "generate")
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.out == ""
+    assert "the weights in float32 would take 0.3 MB, and 0.1 MB are free; keep" in told.err
+    assert "Traceback" not in told.err
 
 
 def test_a_prompt(backend, model, free):
@@ -77,7 +89,7 @@ def test_an_engine_and_its_remedy(backend, model, free):
     with pytest.raises(InputError) as told:
         engine(model, slots=4, context=4096)
     context = int(str(told.value).partition("(to ")[2].split()[0].replace(",", ""))
-    assert context >= 512
+    assert context >= 256
     fits = engine(model, slots=4, context=context)
     if backend == "minicpm_jax":  # there is no room for it twice, and so it is whole from the start
         assert fits.state.cache.slots >= context

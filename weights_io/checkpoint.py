@@ -12,7 +12,7 @@ from weights_io import config as config_module
 from weights_io.casting import check_finite, numpy_dtype
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.files.tensor import LazyTensor, located
+from weights_io.files.tensor import FileTensor, LazyTensor, located
 from weights_io.parameters import HEAD, MOE, tensor_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -41,9 +41,23 @@ class Checkpoint:
     def read(self, name: str, dtype: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or its slice ``index``, as the file has it (contiguous), for a loader that casts it to ``dtype``.
 
+        Raises `InputError` as `checked` does.
+        """
+        return self.checked(name, dtype, np.ascontiguousarray(self.tensors[name].read(index)))
+
+    def read_rows(self, name: str, start: int, rows: np.ndarray) -> None:
+        """Fill an array with the rows of a tensor from ``start`` on, cast to its dtype. Raises as `read` does."""
+        tensor, dtype = self.tensors[name], rows.dtype.name
+        if isinstance(tensor, FileTensor) and tensor.read_rows(start, rows):
+            self.checked(name, dtype, rows)
+        else:
+            rows[...] = self.read(name, dtype, (slice(start, start + len(rows)),))
+
+    def checked(self, name: str, dtype: str, values: np.ndarray) -> np.ndarray:
+        """The values of a tensor, or of a part of it, which have been read.
+
         Raises `InputError` where a number is NaN, infinite or too large for ``dtype``: one such makes every logit NaN.
         """
-        values = np.ascontiguousarray(self.tensors[name].read(index))
         name = located(name, self.tensors[name])
         largest = check_finite(name, values)
         with np.errstate(over="ignore"):

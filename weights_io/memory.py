@@ -45,6 +45,12 @@ def check_room(what: str, needed: int, free: int | None, remedy: str) -> None:
         raise InputError(f"{what} would take {size(needed)}, and {size(max(free, 0))} are free; {remedy}.")
 
 
+def check_weights(kind: str, needed: int, free: int | None, remedy: str) -> None:
+    """`check_room` for the weights of a ``kind``, a dtype or int8 or int4."""
+    fewer = "" if kind == "int4" else "keep them in fewer bits (--quantize 8 or 4), "
+    check_room(f"the weights in {kind}", needed, free, fewer + remedy)
+
+
 def check_training(config: ModelConfig, optimizer: str, free: int | None, share: float = 1.0) -> None:
     """`check_room` for training all weights, a ``share`` of which is here: masters, gradients and what the optimiser
     keeps, in float32."""

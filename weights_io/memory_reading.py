@@ -33,8 +33,8 @@ def read_stacked(checkpoint: Checkpoint, dtype: str) -> dict[str, np.ndarray]:
         places |= zip(parameter.tensors(checkpoint.config), rows, strict=True)
 
     def read(name: str) -> None:
-        for part, values in _pieces(checkpoint, name, dtype):
-            places[name][part] = values
+        for part in _pieces(checkpoint, name):
+            checkpoint.read_rows(name, part.start, places[name][part])
 
     _in_threads(read, places)
     return arrays
@@ -44,18 +44,17 @@ def look_through(checkpoint: Checkpoint, names: Iterable[str], dtype: str) -> No
     """Read tensors as `read_stacked` does, for nothing but its errors."""
 
     def read(name: str) -> None:
-        for _ in _pieces(checkpoint, name, dtype):
-            pass
+        for part in _pieces(checkpoint, name):
+            checkpoint.read(name, dtype, (part,))
 
     _in_threads(read, names)
 
 
-def _pieces(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[tuple[slice, np.ndarray]]:
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[slice]:
     length, *row = checkpoint.tensors[name].shape
     rows = max(1, PIECE // math.prod(row))
     for start in range(0, length, rows):
-        part = slice(start, start + rows)
-        yield part, checkpoint.read(name, dtype, (part,))
+        yield slice(start, start + rows)
 
 
 def _in_threads(read: Callable[[str], None], names: Iterable[str]) -> None:

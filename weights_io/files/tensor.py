@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from weights_io.errors import InputError
+
 GAP = 1024  # bytes between the parts of two rows from which on they are read one by one
 
 Index = tuple[slice, ...] | slice | int
@@ -63,6 +65,19 @@ class FileTensor:
             data = np.fromfile(file, np.uint8, extent * self.dtype.itemsize)
         # Checks that the bytes suffice, so that a file truncated since it was opened cannot be read beyond.
         return np.ndarray(shape, self.dtype, data, strides=[s * self.dtype.itemsize for s in self.strides])
+
+    def read_rows(self, start: int, rows: np.ndarray) -> bool:
+        """Fill an array with the rows from ``start`` on; False where they do not lie in the file as they do in it."""
+        if rows.dtype != self.dtype or not rows.flags.c_contiguous or self.strides != contiguous_strides(self.shape):
+            return False
+        wanted = rows.reshape(-1).view(np.uint8).data
+        with open(self.source, "rb", buffering=0) as file:
+            file.seek(self.offset + start * rows[0].nbytes)
+            while wanted and (count := file.readinto(wanted)):
+                wanted = wanted[count:]
+        if wanted:
+            raise InputError(f"{self.source} became shorter while it was read; load it again.")
+        return True
 
     def _rows(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
         """The parts of rows of a block that begins at element ``first``, without what lies between them."""
