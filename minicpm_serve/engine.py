@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from minicpm_data.generation import CacheOptions, Prompt, Sampling, end_ids, prompt_ids
+from minicpm_data.generation import ANSWER_TOKENS, CacheOptions, Prompt, Sampling, end_ids, prompt_ids
 from minicpm_data.streaming import Response, stream_text
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
@@ -68,7 +68,7 @@ class Engine:
         atexit.register(self.close)  # a process that ends while the device computes would abort
 
     def stream_generate(
-        self, prompt: Prompt, max_tokens: int = 256, stop: str | Sequence[str] = (), **sampling: Any
+        self, prompt: Prompt, max_tokens: int = ANSWER_TOKENS, stop: str | Sequence[str] = (), **sampling: Any
     ) -> Iterator[Response]:
         """As `minicpm_data.generation.Generator.stream_generate`; ``sampling`` under the names of `Sampling`. Raises
         `InputError` before the first token for what has no room or is out of range."""
@@ -82,7 +82,7 @@ class Engine:
         self,
         deliver: Callable[[Answered], None],
         prompt: Prompt,
-        max_tokens: int = 256,
+        max_tokens: int = ANSWER_TOKENS,
         stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> int:
@@ -113,6 +113,10 @@ class Engine:
     def open(self) -> int:
         """Requests that are not over."""
         return len(self._answers)
+
+    @property
+    def slots(self) -> int:
+        return self._engine.slots
 
     @property
     def context(self) -> int:
