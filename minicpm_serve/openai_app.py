@@ -41,8 +41,9 @@ class Choice:
     def drawn(self, number: int) -> "Choice":
         """Of several alike the one of that number: with a seed, each draws from the next one."""
         seed = self.sampling.get("seed")
-        more = {} if seed is None else {"seed": seed + number}
-        return replace(self, sampling={**self.sampling, **more})
+        if number == 0 or seed is None:
+            return self
+        return replace(self, sampling={**self.sampling, "seed": (seed + number) % 2**63})
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,6 @@ def http_error(status: int, message: str, param: str | None = None, code: str | 
     return HTTPException(status, error_body(status, message, param, code))  # type: ignore[arg-type]  # any JSON will do
 
 
-
 def _invalid(_: Request, error: Any) -> JSONResponse:
     message, param = sentence(error.errors())
     return JSONResponse(error_body(400, message, param), 400)
