@@ -16,13 +16,12 @@ from minicpm_data.commands import ModelOptions, load_model
 from minicpm_data.evaluation import require_positive
 from minicpm_data.generation import CacheOptions
 from minicpm_serve import backends
+from minicpm_serve.engine import Engine
 from weights_io import command_line
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
     import uvicorn
-
-    from minicpm_serve.engine import Engine
 
 GRACE = 5.0  # seconds that answers have to come to their end once the server is told to
 
@@ -56,11 +55,8 @@ def main(options: Options) -> None:
         raise InputError("--waiting must be 0 or more, and --port from 0 to 65535.")
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise InputError("the server needs fastapi and uvicorn: pip install 'minicpm-jax-mlx[serve]'.")
-    backend = backends.get(options.backend)
-    listening = bound(options.host, options.port)  # before the model is read: it may fail at once
-    with listening:
-        from minicpm_serve.engine import Engine
-
+    with bound(options.host, options.port) as listening:  # before the model is read: it may fail at once
+        backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options)
         memory = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
         engine = Engine(options.backend, model, tokenizer, options.slots, options.context, memory)
@@ -88,7 +84,7 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(engine: "Engine", name: str, listening: socket.socket, api_key: str | None, waiting: int) -> None:
+def serve(engine: Engine, name: str, listening: socket.socket, api_key: str | None, waiting: int) -> None:
     """Answer until a signal comes; open answers then have `GRACE` seconds."""
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn takes both over while it serves, and raises them once more when it is done: that is no failure.
@@ -96,7 +92,7 @@ def serve(engine: "Engine", name: str, listening: socket.socket, api_key: str | 
     server(engine, name, api_key, waiting).run(sockets=[listening])
 
 
-def server(engine: "Engine", name: str, api_key: str | None = None, waiting: int = 256) -> "uvicorn.Server":
+def server(engine: Engine, name: str, api_key: str | None = None, waiting: int = 256) -> "uvicorn.Server":
     import uvicorn
 
     from minicpm_serve.openai_app import application

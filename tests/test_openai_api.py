@@ -23,6 +23,13 @@ SLOTS, WAITING = 2, 6
 LONG = {"prompt": [1, 5], "max_tokens": 4000}  # more than is made while a test looks on
 
 
+def wait_until(holds):
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 @contextlib.contextmanager
 def listening(engine, **options):
     """A server in a thread; its port."""
@@ -31,6 +38,7 @@ def listening(engine, **options):
         thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
         thread.start()
         try:
+            wait_until(lambda: server.started)
             yield SimpleNamespace(port=at.getsockname()[1], server=server, thread=thread, engine=engine)
         finally:
             server.should_exit = True
@@ -42,7 +50,10 @@ def api(request, tmp_path_factory):
     folder = tiny_model.write(tmp_path_factory.mktemp("served"), max_position_embeddings=4096)
     backend = backends.get(request.param)
     model, tokenizer = backend.load(folder, "float32")
-    alone = lambda *prompt, **options: list(backend.generator.stream_generate(model, tokenizer, *prompt, **options))  # noqa: E731
+
+    def alone(*prompt, **options):
+        return list(backend.generator.stream_generate(model, tokenizer, *prompt, **options))
+
     engine = Engine(request.param, backend.load(folder, "float32")[0], tokenizer, SLOTS)
     with listening(engine, waiting=WAITING) as found:
         found.alone, found.tokenizer = alone, tokenizer
@@ -107,10 +118,18 @@ def test_a_chat_is_what_the_model_says(api):
 
 
 def test_without_a_word_about_it_a_chat_is_drawn_as_chat_does(api):
-    status, answer = ask(api.port, "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "seed": 5})
-    ids = api.tokenizer.apply_chat([{"role": "user", "content": "a"}])
-    expected = api.alone(ids, 1024, temperature=0.3, top_p=0.8, seed=5, stop=api.tokenizer.turn_markers)
+    body = {"messages": [{"role": "user", "content": "a"}], "seed": 5, "max_tokens": 16}
+    status, answer = ask(api.port, "/v1/chat/completions", body)
+    ids = api.tokenizer.apply_chat(body["messages"])
+    expected = api.alone(ids, 16, temperature=0.3, top_p=0.8, seed=5, stop=api.tokenizer.turn_markers)
     assert (status, answer["choices"][0]["message"]["content"]) == (200, text(expected))
+
+
+def test_without_a_word_about_it_an_answer_is_as_long_as_there_is_room():
+    with listening(played := Played()) as server:
+        threading.Thread(target=lambda: played.fail(Ended("over."))).start()
+        assert ask(server.port, "/v1/completions", {"prompt": [1] * 60})[0] == 503
+    assert played.asked == [([1] * 60, 4, ())]
 
 
 def test_many_at_once_are_each_as_alone(api):
@@ -230,13 +249,6 @@ def test_paths_methods_and_kinds_of_body_that_there_are_not(api):
     assert status == 400 and "Content-Type: application/json" in answer["error"]["message"]
 
 
-def wait_until(holds):
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd):
     """Those that are made, and those that wait."""
@@ -277,16 +289,18 @@ def test_nobody_gets_in_without_the_key(api):
         assert ask(other.port, "/health")[0] == 200
 
 
-def test_answers_that_are_not_over_when_the_server_ends_say_so(tmp_path, monkeypatch):
+def test_answers_that_are_not_over_when_the_server_ends_say_so(monkeypatch):
     """After the seconds that they have for it. Here the engine is only played, and never answers."""
     monkeypatch.setattr(openai_api, "GRACE", 0.1)
     with listening(played := Played()) as server:
-        pieces = events(server.port, "/v1/completions", {"prompt": [1], "max_tokens": 3})
+        found = []
+        body = {"prompt": [1], "max_tokens": 3}
+        reader = threading.Thread(target=lambda: found.extend(events(server.port, "/v1/completions", body)))
+        reader.start()
         wait_until(lambda: played.delivers)
         server.server.should_exit = True
-        (last,) = pieces
-        assert last["error"]["code"] == "engine_ended"
-        server.thread.join()
+        reader.join()
+    assert [piece["error"]["code"] for piece in found] == ["engine_ended"]
 
 
 def test_an_engine_that_fails_is_told_and_logged(capfd):
@@ -299,7 +313,8 @@ def test_an_engine_that_fails_is_told_and_logged(capfd):
                 status, error = ask(server.port, "/v1/completions", {"prompt": [1]})
                 assert status == 500
             assert error["error"]["type"] == "server_error" and "out of memory" not in error["error"]["message"]
-            assert "RuntimeError: out of memory" in capfd.readouterr().err
+            log: list[str] = []
+            wait_until(lambda log=log: log.append(capfd.readouterr().err) or "Error: out of memory" in "".join(log))
         played.error = RuntimeError("out of memory")
         for path, body in (("/health", None), ("/v1/completions", {"prompt": [1]})):
             status, answer = ask(server.port, path, body)
@@ -313,9 +328,10 @@ class Played:
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
 
     def __init__(self):
-        self.delivers = []
+        self.delivers, self.asked = [], []
 
-    def submit(self, deliver, *_, **__):
+    def submit(self, deliver, *asked, **sampling):
+        self.asked.append(asked)
         self.delivers.append(deliver)
         return 0
 
@@ -331,11 +347,11 @@ class Played:
         self.fail(Ended("this engine is closed."))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_command_as_it_should(number, tmp_path):
+def test_a_signal_ends_the_command_as_it_should(tmp_path):
+    """As Ctrl-C does in the tests of the pages."""
     folder = tiny_model.write(tmp_path)
     command = f"python -m minicpm_serve.openai_api --backend mlx --model {folder}"
-    with served(command, tmp_path, number) as url:
+    with served(command, tmp_path, signal.SIGTERM) as url:
         port = int(url.split(":")[2].partition("/")[0])
         assert ask(port, "/v1/completions", {"model": str(folder), "prompt": "The fox", "max_tokens": 3})[0] == 200
 
