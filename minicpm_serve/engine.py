@@ -143,7 +143,7 @@ class Engine:
         self._answers.pop(number, None)
 
     def _work(self) -> None:
-        error: Exception = Ended("this engine is closed.")
+        error: Exception = Ended("the engine was closed.")
         try:
             while True:
                 # Wait only where there is nothing to compute.

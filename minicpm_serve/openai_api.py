@@ -5,7 +5,6 @@
 ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health``. Ctrl-C ends it.
 """
 
-import signal
 import socket
 import threading
 from dataclasses import dataclass
@@ -61,7 +60,8 @@ def main(options: Options) -> None:
         memory = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
         engine = Engine(options.backend, model, tokenizer, options.slots, options.context, memory)
         try:
-            serve(engine, options.model or "pico", listening, options.api_key, options.waiting)
+            name = options.model or "pico"
+            server(engine, name, options.api_key, options.waiting).run(sockets=[listening])
         finally:
             engine.close()
 
@@ -84,15 +84,9 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(engine: Engine, name: str, listening: socket.socket, api_key: str | None, waiting: int) -> None:
-    """Answer until a signal comes; open answers then have `GRACE` seconds."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn takes both over while it serves, and raises them once more when it is done: that is no failure.
-        signal.signal(number, signal.SIG_IGN)
-    server(engine, name, api_key, waiting).run(sockets=[listening])
-
-
 def server(engine: Engine, name: str, api_key: str | None = None, waiting: int = 256) -> "uvicorn.Server":
+    """One that ends without fail or fuss when a signal comes: open answers then have `GRACE` seconds, and at a second
+    signal none."""
     import uvicorn
 
     from minicpm_serve.openai_app import application
@@ -103,6 +97,11 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
             host, port, *_ = self.servers[0].sockets[0].getsockname()
             host = f"[{host}]" if ":" in host else host
             print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if self.should_exit:
+                threading.Thread(target=engine.close).start()  # which waits for the step that is computed
+            self.should_exit = True
 
         async def shutdown(self, sockets: Any = None) -> None:
             ending = threading.Timer(GRACE, engine.close)
