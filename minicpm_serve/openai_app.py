@@ -168,7 +168,7 @@ class Answers:
             for index, choice in enumerate(choices):
                 asked = (choice.prompt, choice.max_tokens, choice.stop)
                 self._numbers.append(engine.submit(functools.partial(deliver, index), *asked, **choice.sampling))
-        except InputError:
+        except Exception:
             self.close()
             raise
 
