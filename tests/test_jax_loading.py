@@ -194,7 +194,7 @@ def test_a_path_of_nothing_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype, size", [("float32", 1.0), ("bfloat16", 0.5)])
 @pytest.mark.parametrize("config", loading_cost.CONFIGS)
 def test_peak_memory_is_the_weights_and_less_than_a_layer(tmp_path, config, dtype, size):
-    """Measured: nothing above the weights' 194 MB in float32, 10 above the 97 in bfloat16; a layer of the file has 28."""
+    """Measured: nothing above the weights' 194 MB in float32, 10 above the 97 in bfloat16; a layer has 28."""
     folder = loading_cost.big_checkpoint(tmp_path / "model", config)
     # The least of three: XLA's threads and the compiler's pages only ever add, up to 12 MB where the cores are shared.
     peak, held = min(loading_cost.peak_and_held("jax", folder, dtype) for _ in range(3))
