@@ -8,11 +8,12 @@ import tiny_model
 
 jax = pytest.importorskip("jax")
 
-from minicpm_jax import load, stream_generate  # noqa: E402
+from minicpm_jax import adapters, load, stream_generate  # noqa: E402
 from minicpm_jax.losses import packed_loss  # noqa: E402
 from minicpm_jax.quantised import quantised  # noqa: E402
 from minicpm_jax.sharding import make_mesh, padded_over, resized  # noqa: E402
 from minicpm_jax.train import weights_of  # noqa: E402
+from weights_io.adapters import AdapterConfig  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
 
 WORDS = 483
@@ -66,6 +67,22 @@ def test_gradients_are_those_of_one_device_and_zero_where_there_is_nothing(folde
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-4 * scale, err_msg=name)
         whole = np.asarray(functools.reduce(getattr, name.split("."), found)[...])
         np.testing.assert_array_equal(whole, resized(np.asarray(gradient), whole.shape), err_msg=name)
+
+
+def test_an_adapter_with_magnitudes_is_that_of_one_device(folder, alone):
+    """Rows that are not there have a norm of zero, by which nothing is divided."""
+    config = AdapterConfig(4, 8.0, targets=("o_proj", "k_proj"), dora=True)
+    run = jax.jit(lambda model, weights: adapters.attach(model, weights, config.scale)(IDS))
+    logits = []
+    for model in (alone, on(folder, "tensor=4", 4)):
+        weights = adapters.initial(model, config, range(2), jax.random.key(0))
+        weights = jax.tree.map(lambda x: np.asarray(x) + 0.01, weights)
+        assert {name: matrices["magnitude"].shape for name, matrices in weights.items()} == {
+            "model.layers.self_attn.k_proj.weight": (2, 48),
+            "model.layers.self_attn.o_proj.weight": (2, 96),
+        }
+        logits.append(run(model, weights))
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=1e-5)
 
 
 def test_what_is_drawn_kept_in_8_bits_or_quantised_is_that_of_one_device(folder, alone):

@@ -14,7 +14,7 @@ from weights_io.config import ModelConfig  # noqa: E402
 
 pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
 
-ADAPTER = AdapterConfig(4, 8.0, targets=("all-linear",), dora=True)
+ADAPTER = AdapterConfig(4, 8.0, targets=("all-linear",))
 # Neither 2, 4 nor 8 divides the words, and neither 2 nor 4 the key/value heads, nor 4 the intermediate size.
 CONFIG = ModelConfig(
     vocab_size=97,
