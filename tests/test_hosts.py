@@ -174,7 +174,7 @@ def test_each_process_reads_what_its_devices_hold(world):
     """Rows and columns of the files: half of them each, where one axis of the mesh lies over both processes; and all
     norms. These find each other by themselves, as they do on Cloud TPU."""
     checkpoint = open_checkpoint(world / "model")
-    norms = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if "norm" in name)
+    norms = sum(tensor.read().nbytes for name, tensor in checkpoint.tensors.items() if "norm" in name)
     for process in several.run("-c", READING, world / "model", "--mesh", "fsdp=2,data=2", mpi=True):
         assert process.returncode == 0, process.stderr
         read, held = json.loads(process.stderr.splitlines()[-1])
