@@ -129,9 +129,9 @@ def _gradients(
     the weight's gradient is whole after one product, and goes over the devices at once. C tokens at a time a chip held
     all of MiniCPM-2B's head, and its gradient in float32: 1.7 GB.
 
-    ``rows``, ``vocab``, ``embed``: the axes of the mesh along which devices have other rows, words and columns. The
-    gradient lies as [D, P] while it travels, as what is split along its last axis, and not in whole registers of 128,
-    XLA adds up in bfloat16, everywhere, and cuts."""
+    ``rows``, ``vocab``, ``embed``: the axes of the mesh along which devices have other rows, words and columns. Of a
+    part, XLA keeps the columns apart in memory ([D, P]) and scatters them; of the gradient of a whole head it put them
+    last, where 288 of 2304 are no whole registers of 128, added it up in bfloat16 on every chip, and cut."""
     here = len(weight)
     count = -(-here // max(1, LOGITS // targets.size))
     height = -(-here // count)
