@@ -1,12 +1,13 @@
 """What training minimises.
 
-Dims: B rows, T tokens, C of them at a time, V vocabulary, D hidden.
+Dims: B rows, T tokens, C of them at a time, V vocabulary, P words of it at a time, D hidden.
 
 Labels are the tokens themselves where they are targets, -100 elsewhere; position t - 1 predicts the token at t. The
 logits of a whole batch are never there at once: with 122,753 words, 8 rows of 2048 tokens would take 8 GB.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -33,15 +34,15 @@ def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array,
     """Cross entropy of each label in float32, at its own position; 0 where there is none."""
     hidden = divided(hidden, model.config.logit_divisor)
     weight = model.model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
-    width, words = labels.shape[1], model.config.vocab_size
-    mesh = model.model.mesh
-    rows = -(-labels.shape[0] // rows_split(mesh))  # of a device
-    chunk = max(1, min(width - 1, LOGITS // (rows * words)))
-    filling = -(width - 1) % chunk
-    hidden = jnp.pad(hidden[:, :-1], [(0, 0), (0, filling), (0, 0)])
-    targets = jnp.pad(labels[:, 1:], [(0, 0), (0, filling)], constant_values=IGNORED)
+    mesh, words, (rows, width) = model.model.mesh, model.config.vocab_size, labels.shape
+    own = -(-rows // rows_split(mesh))  # rows of a device
+    most = max(1, LOGITS // (own * words))
+    chunk = -(-width // 2 ** math.ceil(math.log2(max(width / most, 1))))  # widths are mostly powers of two
+    more, filling = own * rows_split(mesh) - rows, -width % chunk
+    hidden = jnp.pad(hidden, [(0, more), (0, filling), (0, 0)])
+    targets = jnp.pad(labels[:, 1:], [(0, more), (0, 1 + filling)], constant_values=IGNORED)
     losses = _chunked(chunk, words, mesh, by_rows(hidden, mesh), weight, by_rows(targets, mesh))
-    return jnp.pad(losses[:, : width - 1], [(0, 0), (1, 0)])
+    return jnp.pad(losses[:rows, : width - 1], [(0, 0), (1, 0)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -64,9 +65,9 @@ def _cross_entropies(chunk, words, mesh, hidden, weight, targets) -> tuple[Float
 
     def losses(part):
         x, targets = part
-        logits, target, trained = _logits(x, targets, weight, words)
+        logits = _logits(weight, x, words)
         total = jax.nn.logsumexp(logits, axis=-1)
-        return _cross_entropy(logits, total, target, trained), total
+        return _cross_entropy(logits, total, targets), total
 
     found = jax.lax.map(losses, (_parts(hidden, chunk), _parts(targets, chunk)))
     return _whole(found[0]), _whole(found[1])
@@ -85,98 +86,108 @@ def _forward(chunk, words, mesh, hidden, weight, targets):
 
     def both(part):
         x, targets = part
-        logits, target, trained = _logits(x, targets, weight, words)
+        logits = _logits(weight, x, words)
         total = jax.nn.logsumexp(logits, axis=-1)
-        share = _share(logits, total, target, trained).astype(x.dtype)
+        share = _share(logits, total, targets).astype(x.dtype)
         below = jnp.einsum("bcv,vd->bcd", share, weight, precision=precision(x))
-        return _cross_entropy(logits, total, target, trained), below
+        return _cross_entropy(logits, total, targets), below
 
     losses, below = jax.lax.map(both, (_parts(hidden, chunk), _parts(targets, chunk)))
     return _whole(losses), _whole(below)
 
 
-def _backward(chunk, words, mesh, saved, gradient):
+def _backward(chunk, words, mesh, saved, above):
     if not isinstance(saved, tuple):  # of a frozen head
-        return (saved * gradient[..., None]).astype(saved.dtype), None, None
+        return (saved * above[..., None]).astype(saved.dtype), None, None
     hidden, weight, targets, total = saved
-    gathered = _gathered(weight, mesh)
-    groups = rows_split(mesh) if len(hidden) % rows_split(mesh) == 0 else 1
+    if mesh is None:
+        return *_gradients(words, hidden, weight, targets, total, above), None
+    names, split = row_axes(mesh, len(hidden)), partition_spec(("vocab", "embed"), weight.shape, mesh)
+    rows = P(names)
+    below, own = jax.shard_map(
+        functools.partial(_gradients, words, rows=names, vocab=split[0], embed=split[1]),
+        mesh=mesh,
+        in_specs=(rows, split, rows, rows, rows),
+        out_specs=(rows, split),
+        check_vma=False,
+    )(hidden, weight, targets, total, above)
+    return below, own, None
 
-    def step(added, part):
-        x, targets, total, above = part
-        logits, target, trained = _logits(x, targets, gathered, words)
-        share = (_share(logits, total, target, trained) * above[..., None]).astype(x.dtype)
-        wide = {"precision": precision(x), "preferred_element_type": jnp.float32}
-        rows = (y.reshape(groups, -1, *y.shape[1:]) for y in (share, x))
-        added = _by_device(added + jnp.einsum("gbcv,gbcd->gdv", *rows, **wide), mesh)
-        return added, jnp.einsum("bcv,vd->bcd", share, gathered, precision=precision(x))
 
-    parts = tuple(_parts(x, chunk) for x in (hidden, targets, total, gradient))
-    nothing = _by_device(jnp.zeros((groups, *weight.shape[::-1]), jnp.float32), mesh)
-    added, below = jax.lax.scan(step, nothing, parts)
-    return _whole(below), _added(added, mesh).T.astype(weight.dtype), None
+def _gradients(
+    words: int,
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    total: Float[Array, "B T"],
+    above: Float[Array, "B T"],
+    rows: tuple[str, ...] = (),
+    vocab: str | None = None,
+    embed: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
+    """Of hidden and weight, P words at a time, which can be as the sums of exponentials are known: what a part adds to
+    the weight's gradient is whole after one product, and goes over the devices at once. C tokens at a time a chip held
+    all of MiniCPM-2B's head, and its gradient in float32: 1.7 GB.
+
+    ``rows``, ``vocab``, ``embed``: the axes of the mesh along which devices have other rows, words and columns. Of a
+    part, XLA keeps the columns apart in memory ([D, P]) and scatters them; of the gradient of a whole head it put them
+    last, where 288 of 2304 are no whole registers of 128, added it up in bfloat16 on every chip, and cut."""
+    here = len(weight)
+    count = -(-here // max(1, LOGITS // targets.size))
+    height = -(-here // count)
+    parts = jnp.pad(weight, [(0, count * height - here), (0, 0)]).reshape(count, height, -1)
+    first = jax.lax.axis_index(vocab) * here if vocab else 0
+    real = jnp.minimum(here, words - first)
+    others = tuple(name for name in rows if name != embed)
+    wide = {"precision": precision(hidden), "preferred_element_type": jnp.float32}
+
+    def step(below, part):
+        number, own = part
+        head = jax.lax.all_gather(own, embed, axis=1, tiled=True) if embed else own
+        logits = _logits(head, hidden, real - number * height)
+        share = _share(logits, total, targets, first + number * height)
+        share = (share * above[..., None]).astype(hidden.dtype)
+        below = below + jnp.einsum("btp,pd->btd", share, head, **wide)
+        added = jax.lax.psum(jnp.einsum("btp,btd->dp", share, hidden, **wide), others)
+        added = jax.lax.psum_scatter(added, embed, tiled=True) if embed else added
+        return below, added.astype(weight.dtype)
+
+    below, added = jax.lax.scan(step, jnp.zeros(hidden.shape, jnp.float32), (jnp.arange(count), parts))
+    below = jax.lax.psum(below, vocab) if vocab else below
+    return below.astype(hidden.dtype), jnp.swapaxes(added, 1, 2).reshape(count * height, -1)[:here]
 
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _cross_entropy(logits: Float[Array, "B C V"], total: Float[Array, "B C"], target, trained) -> Float[Array, "B C"]:
-    right = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return jnp.where(trained, total - right, 0)
+def _cross_entropy(logits: Float[Array, "B C V"], total: Float[Array, "B C"], targets: Int[Array, "B C"]):
+    right = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(targets != IGNORED, total - right, 0)
 
 
-def _share(logits: Float[Array, "B C V"], total: Float[Array, "B C"], target, trained) -> Float[Array, "B C V"]:
-    """The gradient of `_cross_entropy` with respect to the logits."""
-    right = target[..., None] == jnp.arange(logits.shape[-1])
-    return jnp.where(trained[..., None], jnp.exp(logits - total[..., None]) - right, 0)
+def _share(logits: Float[Array, "B C V"], total: Float[Array, "B C"], targets: Int[Array, "B C"], first=0):
+    """The gradient of `_cross_entropy` with respect to the logits of the words from ``first`` on."""
+    right = targets[..., None] == first + jnp.arange(logits.shape[-1])
+    share = jnp.exp(logits - total[..., None]) - right
+    return jnp.where((targets != IGNORED)[..., None], share, 0)
 
 
 def _gathered(weight: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V D"]:
     """Whole on every device that runs other rows, once for all chunks."""
-    return _head(weight, mesh, "vocab", "layers")
-
-
-def _by_device(sums: Float[Array, "G D V"], mesh: Mesh | None) -> Float[Array, "G D V"]:
-    """The sum of each device's rows, on that device: added up over the devices once, not for each chunk."""
-    if mesh is None:
-        return sums
-    return jax.lax.with_sharding_constraint(sums, NamedSharding(mesh, _sums_spec(sums, mesh)))
-
-
-def _sums_spec(sums: Float[Array, "G D V"], mesh: Mesh) -> P:
-    return P(row_axes(mesh, len(sums)), *partition_spec(("layers", "vocab"), sums.shape[1:], mesh))
-
-
-def _added(sums: Float[Array, "G D V"], mesh: Mesh | None) -> Float[Array, "D V"]:
-    """Over the devices, each of which gets what it keeps of the head. In the step of MiniCPM-2B XLA makes of it an
-    all-reduce in bfloat16 that is then cut; held to a reduce-scatter in float32 by a layout the step takes 8.45 GB a
-    chip, not 7.73."""
-    if mesh is None:
-        return sums[0]
-    rows, spec = row_axes(mesh, len(sums)), partition_spec(("embed", "vocab"), sums.shape[1:], mesh)
-
-    def add(own):
-        others = [name for name in rows if name != spec[0]]
-        own = jax.lax.psum(own[0], others) if others else own[0]
-        return jax.lax.psum_scatter(own, spec[0], tiled=True) if spec[0] in rows else own
-
-    out = spec if spec[0] in rows else P(None, spec[1])
-    return jax.shard_map(add, mesh=mesh, in_specs=_sums_spec(sums, mesh), out_specs=out, check_vma=False)(sums)
-
-
-def _head(weight: Float[Array, "V D"], mesh: Mesh | None, *axes: str) -> Float[Array, "V D"]:
     if mesh is None:
         return weight
-    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, partition_spec(axes, weight.shape, mesh)))
+    where = partition_spec(("vocab", "layers"), weight.shape, mesh)
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, where))
 
 
-def _logits(x, targets, weight, words):
-    """Logits in float32, -inf for rows of the head that are no ``words`` (see `padded`); targets with 0 for those that
-    are ignored; which are not."""
+def _logits(
+    weight: Float[Array, "V D"], x: Float[Array, "B C D"], words: int | Int[Array, ""]
+) -> Float[Array, "B C V"]:
+    """In float32; -inf for rows of the head that are no ``words`` but fill it up."""
     logits = product(weight, x).astype(jnp.float32)
-    if len(weight) > words:
-        logits = jnp.where(jnp.arange(len(weight)) < words, logits, -jnp.inf)
-    return logits, jnp.maximum(targets, 0), targets != IGNORED
+    if isinstance(words, int) and words == len(weight):
+        return logits
+    return jnp.where(jnp.arange(len(weight)) < words, logits, -jnp.inf)
 
 
 def _parts(x: Float[Array, "B T ..."], chunk: int) -> Float[Array, "N B C ..."]:

@@ -83,3 +83,11 @@ def test_every_way_gives_the_same_tokens(name, more, first):
     ran = run(name, "--layers", "1", "--words", "64", "--tokens", "4", "--rounds", "1", *more)
     assert ran.returncode == 0, ran.stderr
     assert sorted({line.split(" | ")[0].strip("| ") for line in ran.stdout.splitlines()[2:]}) == first
+
+
+def test_a_python_without_the_peer_is_told():
+    ran = run("tunix_peer", "--peer-python", sys.executable)
+    assert ran.returncode == 2
+    assert (
+        ran.stderr.strip() == f"error: --peer-python {sys.executable} lacks google-tunix or libtpu; install both there."
+    )

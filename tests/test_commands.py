@@ -38,13 +38,8 @@ COMMANDS += [
 ]
 COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.fit_table"]
-COMMANDS += [
-    "benchmarks.speculation",
-    "benchmarks.concurrency",
-    "benchmarks.graph_nodes",
-    "benchmarks.throughput",
-    "benchmarks.loading",
-]
+COMMANDS += ["benchmarks.speculation", "benchmarks.concurrency", "benchmarks.graph_nodes", "benchmarks.throughput"]
+COMMANDS += ["benchmarks.loading", "benchmarks.tunix_peer"]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
 ASKING_FOR_HELP = """
 import runpy, sys

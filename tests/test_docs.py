@@ -20,7 +20,7 @@ from weights_io import catalog
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
 
-MEASURED = ("fit.md", "benchmarks.md", "throughput.md", "loading.md")
+MEASURED = ("fit.md", "benchmarks.md", "throughput.md", "loading.md", "tunix.md")
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in MEASURED)
 RELEASED = r"minicpm-(?:2b|1b|2b-128k)"
 PAGE_URL = "http://127.0.0.1:8000/v1"

@@ -171,10 +171,11 @@ def test_columns_are_read_without_what_lies_between_them(tmp_path, monkeypatch):
 
 
 def test_each_process_reads_what_its_devices_hold(world):
-    """Rows and columns of the files: half of them each, where one axis of the mesh lies over both processes. These
-    find each other by themselves, as they do on Cloud TPU."""
+    """Rows and columns of the files: half of them each, where one axis of the mesh lies over both processes; and all
+    norms. These find each other by themselves, as they do on Cloud TPU."""
     checkpoint = open_checkpoint(world / "model")
+    norms = sum(tensor.read().nbytes for name, tensor in checkpoint.tensors.items() if "norm" in name)
     for process in several.run("-c", READING, world / "model", "--mesh", "fsdp=2,data=2", mpi=True):
         assert process.returncode == 0, process.stderr
         read, held = json.loads(process.stderr.splitlines()[-1])
-        assert read == held == checkpoint.nbytes // 2
+        assert read == held == (checkpoint.nbytes + norms) // 2

@@ -67,7 +67,7 @@ def test_each_device_holds_its_part(folder, axes):
         "model.layers.self_attn.o_proj.weight": (4, 96 // fsdp, 96 // tensor),
         "model.layers.mlp.gate_proj.weight": (4, 144 // tensor, 96 // fsdp),
         "model.layers.mlp.down_proj.weight": (4, 96 // fsdp, 144 // tensor),
-        "model.layers.input_layernorm.weight": (4, 96 // fsdp),
+        "model.layers.input_layernorm.weight": (4, 96),
     }
     for name, shape in expected.items():
         shards = weights[name].addressable_shards
@@ -75,7 +75,7 @@ def test_each_device_holds_its_part(folder, axes):
         assert {shard.data.shape for shard in shards} == {shape}, name
     held = sum(array.addressable_shards[0].data.size for array in weights.values())
     norms = sum(array.size for name, array in weights.items() if "norm" in name)
-    assert held == (count(model.config) - norms) // (fsdp * tensor) + norms // fsdp
+    assert held == (count(model.config) - norms) // (fsdp * tensor) + norms
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_filled_up(reference):
@@ -101,8 +101,8 @@ def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, m
     fsdp, tensor = axes["fsdp"] or 1, axes["tensor"] or 1
     placed = dict(tensor_shapes(padded_over(config, tensor, lanes=1)))  # two key/value heads are as many as devices
     for name, stored in tensors.items():
-        embed_first = name.endswith(("norm.weight", "o_proj.weight", "down_proj.weight"))
-        split = fsdp if embed_first else tensor
+        embed_first = name.endswith(("o_proj.weight", "down_proj.weight"))
+        split = 1 if name.endswith("norm.weight") else fsdp if embed_first else tensor
         own = placed[name][0] // split
         assert reads[stored] == [(own, *stored.shape[1:])] * (stored.shape[0] // own), name
 

@@ -35,8 +35,9 @@ def initialised(backend, config, seed=0):
     return part(backend, "model").initialise(config, mx.random.key(seed))
 
 
-def value_and_gradients(backend, config, hidden, weight, labels, above, dtype="float32"):
-    """Token losses [B, T], and the gradients of their sum times ``above`` with respect to hidden and head."""
+def value_and_gradients(backend, config, hidden, weight, labels, above, dtype="float32", mesh=None):
+    """Token losses [B, T], and the gradients of their sum times ``above`` with respect to hidden and head; in JAX over
+    the devices of a mesh."""
     token_losses = part(backend, "losses").token_losses
     model = initialised(backend, config)
     if backend == "minicpm_jax":
@@ -50,6 +51,7 @@ def value_and_gradients(backend, config, hidden, weight, labels, above, dtype="f
 
         def total(hidden, weight):
             changed = Model(nested({**weights_of(model), head: weight}), config)
+            changed.model.mesh = mesh
             losses = token_losses(changed, hidden, jnp.asarray(labels))
             return jnp.sum(losses * above), losses
 
@@ -97,6 +99,31 @@ def test_token_losses_in_chunks_are_cross_entropy(backend, monkeypatch, tied, ch
     found = value_and_gradients(backend, config, hidden, weight, labels, above)
     for array, expected in zip(found, plain(config, hidden, weight, labels, above), strict=True):
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "words"),
+    [("fsdp=8", 8, 199), ("data=2,fsdp=2,tensor=2", 8, 200), ("fsdp=2,tensor=3", 6, 200), ("fsdp=5", 5, 199)],
+)
+def test_over_devices_the_heads_gradient_is_the_same(monkeypatch, mesh, devices, words):
+    """Three rows divide over none of them, the words over two alone, the 32 columns not over five; and what fills up
+    the words (to 7 parts) is of no consequence where all logits are far below 0."""
+    import jax
+
+    from minicpm_jax import losses
+    from minicpm_jax.sharding import make_mesh
+
+    config = ModelConfig.from_dict({**SHAPE, "vocab_size": words, "intermediate_size": 32, "dim_model_base": 32})
+    monkeypatch.setattr(losses, "LOGITS", T * 29)
+    random = np.random.default_rng(0)
+    hidden, weight = random.normal(size=(B, T, D)), random.normal(size=(words, D))
+    hidden[0], weight[:, 0] = 100 * np.eye(D)[0], weight[:, 0] / 10 - 1.5  # logits of about -150
+    hidden, weight = hidden.astype(np.float32), weight.astype(np.float32)
+    labels, above = random.integers(0, words, (B, T)).astype(np.int32), random.normal(size=(B, T)).astype(np.float32)
+    over = make_mesh(mesh, jax.devices()[:devices])
+    found = value_and_gradients("minicpm_jax", config, hidden, weight, labels, above, mesh=over)
+    for array, expected in zip(found, plain(config, hidden, weight, labels, above), strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])

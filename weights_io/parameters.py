@@ -84,12 +84,12 @@ _LAYER = "model.layers.{layer}."
 _EXPERT = _LAYER + "mlp.experts.{expert}."
 EMBEDDING = Parameter("model.embed_tokens.weight", "V D", ("vocab", "embed"), "embedding")
 ATTENTION = (
-    Parameter(_LAYER + "input_layernorm.weight", "D", ("embed",), "ones"),
+    Parameter(_LAYER + "input_layernorm.weight", "D", ("norm",), "ones"),
     Parameter(_LAYER + "self_attn.q_proj.weight", "NH D", ("heads", "embed"), "matrix"),
     Parameter(_LAYER + "self_attn.k_proj.weight", "KH D", ("kv_heads", "embed"), "matrix"),
     Parameter(_LAYER + "self_attn.v_proj.weight", "KH D", ("kv_heads", "embed"), "matrix"),
     Parameter(_LAYER + "self_attn.o_proj.weight", "D NH", ("embed", "heads"), "matrix"),
-    Parameter(_LAYER + "post_attention_layernorm.weight", "D", ("embed",), "ones"),
+    Parameter(_LAYER + "post_attention_layernorm.weight", "D", ("norm",), "ones"),
 )
 MLP = (
     Parameter(_LAYER + "mlp.gate_proj.weight", "F D", ("mlp", "embed"), "matrix"),
@@ -102,7 +102,7 @@ MOE = (
     Parameter(_EXPERT + "w2.weight", "D F", ("embed", "mlp"), "matrix"),  # down
     Parameter(_EXPERT + "w3.weight", "F D", ("mlp", "embed"), "matrix"),  # up
 )
-NORM = Parameter("model.norm.weight", "D", ("embed",), "ones")
+NORM = Parameter("model.norm.weight", "D", ("norm",), "ones")
 HEAD = Parameter("lm_head.weight", "V D", ("vocab", "embed"), "embedding")
 DENSE = (EMBEDDING, *ATTENTION, *MLP, NORM)
 
