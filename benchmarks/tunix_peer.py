@@ -86,15 +86,13 @@ def main(options: Options) -> None:
     if subprocess.run([options.peer_python, "-c", here]).returncode:
         raise InputError(f"--peer-python {options.peer_python} lacks google-tunix or libtpu; install both there.")
     before = options.out.read_text("utf-8").splitlines() if options.out.exists() else []
-    table = {}
-    for case in CASES:
-        for whose in ("ours", "tunix"):
-            beginning = f"| {case.title} | {whose} | "
-            table[beginning] = next((line for line in before if line.startswith(beginning)), "")
-            if options.only in case.title:
-                table[beginning] = beginning + " | ".join(cells(case, whose, options)) + " |"
-                print(table[beginning], flush=True)
-                options.out.write_text(HEADER + "".join(line + "\n" for line in table.values() if line), "utf-8")
+    of = {f"| {case.title} | {whose} | ": (case, whose) for case in CASES for whose in ("ours", "tunix")}
+    table = {beginning: next((line for line in before if line.startswith(beginning)), "") for beginning in of}
+    for beginning, (case, whose) in of.items():
+        if options.only in case.title:
+            table[beginning] = beginning + " | ".join(cells(case, whose, options)) + " |"
+            print(table[beginning], flush=True)
+            options.out.write_text(HEADER + "".join(line + "\n" for line in table.values() if line), "utf-8")
 
 
 def cells(case: Case, whose: str, options: Options) -> Iterator[str]:

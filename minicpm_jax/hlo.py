@@ -14,7 +14,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -109,7 +109,7 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
         self.entry = ""
-        self._known: dict[str, Traffic] = {}
+        self._known: dict[tuple[str, frozenset[str]], Traffic] = {}
         inside: Computation = {}
         for line in text.splitlines():
             if head := _HEAD.match(line):
@@ -139,27 +139,30 @@ class Program:
                 for branch in _branches(instruction):
                     yield from self._walk(branch, times)
 
-    def _of(self, name: str) -> Traffic:
-        if name not in self._known:
-            self._known[name] = total = Traffic()
-            computation = self.computations[name]
-            channels: set[str] = set()
+    def _of(self, name: str, begun: Set[str] = frozenset()) -> Traffic:
+        """``begun``: channels of collectives that go on beside it."""
+        key = name, frozenset(begun)
+        if key not in self._known:
+            self._known[key] = total = Traffic()
+            computation, channels = self.computations[name], set(begun)
             for instruction in computation.values():
                 self._count(total, instruction, computation, channels)
-        return self._known[name]
+        return self._known[key]
 
     def _count(self, total: Traffic, instruction: Instruction, computation: Computation, channels: set[str]) -> None:
-        """``channels``: the collectives of this computation that have been counted. One that runs beside the arithmetic
-        stands in the fusion that starts it, in those that it runs beside, and in the one that waits for it."""
+        """``channels``: the collectives that have been counted. One that runs beside the arithmetic stands in the
+        fusion that starts it, in those that it runs beside, of loops too, and in the one that waits for it."""
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith(("-done", "-update")):
             return
         if opcode == "while":
-            total.add(self._of(instruction.called("body") or ""), self.trips(instruction, computation))
+            total.add(self._of(instruction.called("body") or "", channels), self.trips(instruction, computation))
         elif opcode == "call" or (opcode == "async-start" and self._plain(instruction)):
-            total.add(self._of(instruction.called("to_apply") or instruction.called("calls") or ""))
+            total.add(self._of(instruction.called("to_apply") or instruction.called("calls") or "", channels))
         elif opcode == "conditional":
-            total.add(max((self._of(branch) for branch in _branches(instruction)), key=lambda traffic: traffic.hbm))
+            total.add(
+                max((self._of(branch, channels) for branch in _branches(instruction)), key=lambda traffic: traffic.hbm)
+            )
         else:
             total.hbm += self.bytes_of(instruction, computation)
             for kind, channel, size in self._collectives(instruction, computation):

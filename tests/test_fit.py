@@ -123,6 +123,39 @@ ENTRY %main (a: f32[8,64]) -> f32[8,64] {
     assert hlo.traffic(text).hbm == 5 * 2 * 8 * 128 * 4
 
 
+def test_a_collective_beside_a_loop_counts_once():
+    """What it is doing stands in the loop's fusions too, under its channel; the loop's own count each turn."""
+    text = """HloModule m
+
+%began (a: f32[8]) -> f32[64] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %g = f32[64]{0} all-gather(%a), channel_id=5, dimensions={0}
+}
+
+%goes_on (b: f32[8]) -> f32[64] {
+  %b = f32[8]{0} parameter(0)
+  ROOT %h = f32[64]{0} all-gather(%b), channel_id=5, dimensions={0}
+}
+
+%body (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %f = f32[64]{0} fusion(%p), kind=kLoop, calls=%goes_on
+  ROOT %r = f32[8]{0} all-reduce(%p), channel_id=6
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %s = f32[64]{0} fusion(%x), kind=kLoop, calls=%began
+  ROOT %w = f32[8]{0} while(%x), condition=%end, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    found = hlo.traffic(text)
+    assert (found.counts, found.bytes) == (
+        {"all-gather": 1, "all-reduce": 5},
+        {"all-gather": 64 * 4, "all-reduce": 5 * 8 * 4},
+    )
+
+
 def test_arithmetic_is_counted_before_compiling():
     def program(w, x):
         return jax.lax.scan(lambda x, w: (jax.checkpoint(lambda x: jnp.tanh(x @ w))(x), None), x, w)[0]
