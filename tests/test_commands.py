@@ -136,6 +136,7 @@ def test_output_that_cannot_be_written():
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "No space left" in ran.stderr
 
 
+@pytest.mark.parametrize("package", ["weights_io", "minicpm_data", *BACKENDS, "minicpm_serve"])
 def test_what_there_is_to_run(package):
     """All commands of a package; a reader that goes away is no error."""
     ran = run(package)

@@ -1,4 +1,4 @@
-"""Adapters in and out, as folders of Hugging Face's PEFT and of mlx_lm; and from one form to the other:
+"""Adapters in and out, as folders of Hugging Face's PEFT and of mlx_lm, and from one form to the other.
 
     python -m weights_io.adapters --model minicpm-2b --adapter-path adapters --to peft --out peft-adapter
 

@@ -76,6 +76,6 @@ def print_commands(package: str) -> None:
     with exit_codes():
         for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
             source = path.read_text(encoding="utf-8")
-            if 'if __name__ == "__main__":' in source:
+            if '\nif __name__ == "__main__":' in source:
                 said = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0].replace("\n", " ")
                 print(f"python -m {package}.{path.stem:12} {said}")
