@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_data.notebook import accept_cpu
-from minicpm_data.notebook import run as run  # for the notebooks
+from minicpm_data.notebook import fresh as fresh  # for the notebooks
+from minicpm_data.notebook import of_a_clone as of_a_clone
+from minicpm_data.notebook import run as run
 from weights_io.memory import size
 
 if TYPE_CHECKING:
