@@ -54,7 +54,7 @@ CONFIG = "adapter_config.json"
 @dataclass(frozen=True)
 class Options:
     to: Form
-    """peft: adapter_model.safetensors as PEFT, vLLM and others read it; mlx_lm: adapters.safetensors."""
+    """peft: adapter_model.safetensors as PEFT reads it; mlx_lm: adapters.safetensors."""
     out: Path
     """Folder to write."""
     model: str | None = None
