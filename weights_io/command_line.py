@@ -55,6 +55,9 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+    except FileNotFoundError as error:
+        print(f"error: {error.filename} does not exist; check its name and its folder.", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if sys.stdout is not None:  # else the exit would fail on what is still to be written
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
