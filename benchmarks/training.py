@@ -47,7 +47,7 @@ class Options:
     """B."""
     tokens: int = 2048
     """T; of packing the longest row, 256 at most."""
-    logits: tuple[int, ...] = (2**27,)
+    logits: tuple[int, ...] = (2**26,)
     """Of the loss: most logits at once."""
     shape: Literal["pico", "wide"] = "pico"
     """Of packing: the built-in model's shape, or two layers as wide as MiniCPM-2B with its whole vocabulary."""
