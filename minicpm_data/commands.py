@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minicpm_data import sparsity
-from minicpm_data.generation import Backend, CacheOptions, Sampling
+from minicpm_data.generation import (
+    ANSWER_TOKENS,
+    CHAT_TEMPERATURE,
+    CHAT_TOKENS,
+    CHAT_TOP_P,
+    Backend,
+    CacheOptions,
+    Sampling,
+)
 from minicpm_data.speculation import Speculation
 from minicpm_data.streaming import stop_strings
 from minicpm_data.terminal import Conversation, complain, printed, typed_lines
@@ -88,7 +96,7 @@ class SamplingOptions:
 class GenerateOptions(SamplingOptions, ModelOptions):
     prompt: Annotated[str, tyro.conf.arg(aliases=("-p",))] = "Hello!"
     """What to answer; - reads it from standard input."""
-    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = 256
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = ANSWER_TOKENS
     """Most tokens of the answer."""
     ignore_chat_template: bool = False
     """Continue the prompt as raw text."""
@@ -151,11 +159,11 @@ class GenerateOptions(SamplingOptions, ModelOptions):
 
 @dataclass(frozen=True)
 class ChatOptions(SamplingOptions, ModelOptions):
-    temp: float = 0.3
+    temp: float = CHAT_TEMPERATURE
     """Temperature; 0 takes the likeliest token."""
-    top_p: float = 0.8
+    top_p: float = CHAT_TOP_P
     """Draw from the likeliest tokens that together have this probability."""
-    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = 1024
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = CHAT_TOKENS
     """Most tokens of an answer."""
 
 

@@ -21,6 +21,10 @@ LEAST_SHARED = 16  # tokens at the beginning of two texts for which a copy pays
 PATIENCE = 0.05  # seconds that one call of decoding may take before a reader would notice
 
 
+class NoRoom(InputError):
+    """Of a prompt that is too long, with the answer that it is to have."""
+
+
 @dataclass(eq=False)
 class Request:
     """``made``: tokens so far. ``number``: by which its owner knows it."""
@@ -73,16 +77,21 @@ class Engine(ABC):
     def add(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, end_ids: frozenset[int] = frozenset()
     ) -> int:
-        """The number of the request. `InputError` for what has no room, or is outside the vocabulary."""
+        """The number of the request. `InputError` as in `request`."""
+        request = self.request(prompt, max_tokens, sampling, end_ids)
+        self.waiting.append(request)
+        return request.number
+
+    def request(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, end_ids: frozenset[int]) -> Request:
+        """One that may be put into ``waiting``. `InputError` for what has no room, or is outside the vocabulary. The
+        one method that any thread may call at any time."""
         ids = prompt_ids(None, prompt, self.model.config.vocab_size)
         if max_tokens < 1:
             raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
         if len(ids) + max_tokens > self.context:
             asked = f"a prompt of {len(ids)} tokens and {max_tokens} more"
-            raise InputError(f"{asked} are above the {self.context} that there is room for.")
-        request = Request(next(self._numbers), ids, int(max_tokens), sampling, end_ids)
-        self.waiting.append(request)
-        return request.number
+            raise NoRoom(f"{asked} are above the {self.context} that there is room for.")
+        return Request(next(self._numbers), ids, int(max_tokens), sampling, end_ids)
 
     def cancel(self, number: int) -> None:
         """No more tokens of a request; nothing if it is over."""

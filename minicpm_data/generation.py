@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = dict[str, str]
+ANSWER_TOKENS = 256  # at most, where nobody says how many
+CHAT_TOKENS, CHAT_TEMPERATURE, CHAT_TOP_P = 1024, 0.3, 0.8  # the original's temperature and top_p
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Generator:
         model: Any,
         tokenizer: "Tokenizer | None",
         prompt: Prompt,
-        max_tokens: int = 256,
+        max_tokens: int = ANSWER_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -156,7 +158,7 @@ class Generator:
         model: Any,
         tokenizer: "Tokenizer | None",
         prompts: Sequence[Prompt],
-        max_tokens: int = 256,
+        max_tokens: int = ANSWER_TOKENS,
         stop: str | Sequence[str] = (),
         **options: Any,
     ) -> list[list[Response]]:
@@ -177,9 +179,9 @@ class Generator:
         tokenizer: "Tokenizer",
         query: str,
         history: Sequence[Message] | None = None,
-        max_tokens: int = 1024,
-        temperature: float = 0.3,
-        top_p: float = 0.8,
+        max_tokens: int = CHAT_TOKENS,
+        temperature: float = CHAT_TEMPERATURE,
+        top_p: float = CHAT_TOP_P,
         **options: Any,
     ) -> tuple[str, list[Message]]:
         """The reply to ``query`` after ``history`` (messages of role and content), and the history with both added.

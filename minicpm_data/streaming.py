@@ -171,5 +171,6 @@ def _stream(token_ids, text_of: Detokenizer | None, eos: frozenset[int], stop: t
 
 def _begun(text: str, stop: tuple[str, ...]) -> int:
     """How many characters at the end of ``text`` may be the beginning of a stop string."""
-    lengths = (n for string in stop for n in range(1, len(string)) if text.endswith(string[:n]))
+    most = len(text) + 1
+    lengths = (n for string in stop for n in range(1, min(len(string), most)) if text.endswith(string[:n]))
     return max(lengths, default=0)

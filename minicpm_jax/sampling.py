@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minicpm_data.generation import Sampling
 
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
+HOTTEST = 1e38  # more is infinite in float32; either way all tokens are alike
 
 
 @functools.partial(
@@ -37,7 +38,7 @@ class Knobs:
     @staticmethod
     def of(sampling: Sampling, vocab_size: int) -> "Knobs":
         return Knobs(
-            np.float32(max(sampling.temperature, COLDEST)),
+            np.float32(min(max(sampling.temperature, COLDEST), HOTTEST)),
             np.float32(sampling.top_p),
             np.int32(min(sampling.top_k or vocab_size, vocab_size)),
             np.float32(sampling.min_p),

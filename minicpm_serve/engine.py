@@ -4,17 +4,17 @@
     for response in engine.stream_generate("Hello", max_tokens=64): ...
 
 A thread of its own steps the backend's engine; the caller's thread gets its `Response`s as they come. Leaving the loop
-early cancels the request.
+early cancels the request. `submit` is for those who cannot wait in a thread.
 """
 
 import atexit
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from minicpm_data.engine import Made
-from minicpm_data.generation import CacheOptions, Prompt, Sampling, end_ids, prompt_ids
+from minicpm_data.generation import ANSWER_TOKENS, CacheOptions, Prompt, Sampling, end_ids, prompt_ids
 from minicpm_data.streaming import Response, stream_text
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
@@ -22,6 +22,26 @@ from weights_io.errors import InputError
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
+
+
+Answered = Response | Exception
+
+
+class Ended(InputError):
+    """Of a request that came after the engine's end, or was not over by then."""
+
+
+class Answer:
+    """Where a request's `Response`s go, and how its tokens become them."""
+
+    def __init__(self, deliver: Callable[[Answered], None], texts: Callable[[Iterator[int]], Iterator[Response]]):
+        self.deliver = deliver
+        self._tokens: deque[int] = deque()
+        self._responses = texts(iter(self._tokens.popleft, None))
+
+    def add(self, token: int) -> Response:
+        self._tokens.append(token)
+        return next(self._responses)  # which asks for one token
 
 
 class Engine:
@@ -39,77 +59,91 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self._engine = backends.module(backend, "engine").Engine(model, slots, context, memory)
         self._ends = end_ids(model, tokenizer)
-        self._answers: dict[int, queue.SimpleQueue] = {}  # of `Made`, or the error that ended everything
+        self.error: Exception | None = None  # that ended everything
+        self._answers: dict[int, Answer] = {}  # of requests that are not over
+        self._lock = threading.Lock()
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="minicpm-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a process that ends while the device computes would abort
 
     def stream_generate(
-        self, prompt: Prompt, max_tokens: int = 256, stop: str | Sequence[str] = (), **sampling: Any
+        self, prompt: Prompt, max_tokens: int = ANSWER_TOKENS, stop: str | Sequence[str] = (), **sampling: Any
     ) -> Iterator[Response]:
         """As `minicpm_data.generation.Generator.stream_generate`; ``sampling`` under the names of `Sampling`. Raises
         `InputError` before the first token for what has no room or is out of range."""
+        answer: queue.SimpleQueue[Answered] = queue.SimpleQueue()
+        number = self.submit(answer.put, prompt, max_tokens, stop, **sampling)
+        responses = self._responses(number, answer)
+        next(responses)  # from here on it is cancelled when nobody holds it any more
+        return responses
+
+    def submit(
+        self,
+        deliver: Callable[[Answered], None],
+        prompt: Prompt,
+        max_tokens: int = ANSWER_TOKENS,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> int:
+        """As `stream_generate`, but returns at once, with the number of the request. ``deliver`` is called on the
+        engine's thread with each `Response` up to the one that has a ``finish_reason``, or with the error that ended
+        the engine; it must neither wait nor raise."""
         ids, chosen = prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size), Sampling(**sampling)
-        number, answer = self._call(lambda: self._add(ids, max_tokens, chosen))
-        tokens = self._tokens(number, answer)
-        next(tokens)  # from here on it is cancelled when nobody holds it any more
-        return stream_text(tokens, self.tokenizer, self._ends, stop, max_tokens)
+        request = self._engine.request(ids, max_tokens, chosen, self._ends)
+        answer = Answer(deliver, lambda tokens: stream_text(tokens, self.tokenizer, self._ends, stop, max_tokens))
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            self._answers[request.number] = answer
+        self._asked.put(lambda: self._engine.waiting.append(request))
+        return request.number
+
+    def cancel(self, number: int) -> None:
+        """No more of a request; nothing if it is over."""
+        self._asked.put(lambda: self._cancel(number))
 
     def close(self) -> None:
-        """End the thread; requests that are not over end with an `InputError`."""
+        """End the thread; requests that are not over end with an `Ended`."""
         atexit.unregister(self.close)
         self._asked.put(None)
         self._thread.join()
 
-    def _add(self, ids: list[int], max_tokens: int, sampling: Sampling) -> tuple[int, queue.SimpleQueue]:
-        number = self._engine.add(ids, max_tokens, sampling, self._ends)
-        self._answers[number] = queue.SimpleQueue()
-        return number, self._answers[number]
+    @property
+    def open(self) -> int:
+        """Requests that are not over."""
+        return len(self._answers)
+
+    @property
+    def slots(self) -> int:
+        return self._engine.slots
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return self._engine.context
+
+    def _responses(self, number: int, answer: "queue.SimpleQueue[Answered]") -> Iterator[Response]:
+        """First one that is none, then those that come."""
+        response = Response("", None)
+        try:
+            yield response
+            while response.finish_reason is None:
+                made = answer.get()
+                if isinstance(made, Exception):
+                    raise made
+                response = made
+                yield response
+        finally:
+            if response.finish_reason is None:
+                self.cancel(number)
 
     def _cancel(self, number: int) -> None:
         self._engine.cancel(number)
         self._answers.pop(number, None)
 
-    def _tokens(self, number: int, answer: queue.SimpleQueue) -> Iterator[int]:
-        """First -1, which is no token, then the tokens."""
-        last = False
-        try:
-            yield -1
-            while not last:
-                made: Made | Exception = answer.get()
-                if isinstance(made, Exception):
-                    raise made
-                last = made.last
-                yield made.token
-        finally:
-            if not last:
-                self._asked.put(lambda: self._cancel(number))
-
-    def _call(self, function: Callable[[], Any]) -> Any:
-        """What a function returns or raises on the engine's thread."""
-        reply: queue.SimpleQueue = queue.SimpleQueue()
-
-        def run() -> None:
-            try:
-                reply.put((function(), None))
-            except Exception as error:
-                reply.put((None, error))
-
-        self._asked.put(run)
-        while True:
-            try:
-                result, error = reply.get(timeout=0.1 if self._thread.is_alive() else 0)
-                break
-            except queue.Empty:
-                if not self._thread.is_alive():
-                    raise InputError("this engine is closed.") from None
-        if error is not None:
-            raise error
-        return result
-
     def _work(self) -> None:
-        error: Exception = InputError("this engine was closed before the answer was whole.")
+        error: Exception = Ended("the engine was closed.")
         try:
             while True:
                 # Wait only where there is nothing to compute.
@@ -119,10 +153,18 @@ class Engine:
                         return
                     asked()
                 for made in self._engine.step():
-                    answer = self._answers.pop(made.number) if made.last else self._answers[made.number]
-                    answer.put(made)
+                    if made.number not in self._answers:  # of one that a stop string ended a few tokens ago
+                        continue
+                    answer = self._answers[made.number]
+                    response = answer.add(made.token)
+                    if response.finish_reason is not None:
+                        self._cancel(made.number)
+                    answer.deliver(response)
         except Exception as failed:  # of the device: nobody's request can go on
             error = failed
         finally:
+            with self._lock:
+                self.error = error
             for answer in self._answers.values():
-                answer.put(error)
+                answer.deliver(error)
+            self._answers.clear()

@@ -1,13 +1,19 @@
 """The commands and the Python that READMEs and docs show, and how tests run them: in this process, as they stand."""
 
+import contextlib
 import io
+import os
 import re
+import shlex
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 from minicpm_data import notebook
 
 ROOT = Path(__file__).parent.parent
+SERVER = "python -m minicpm_serve.openai_api"
 
 
 def blocks(page, language):
@@ -26,8 +32,32 @@ def commands(page):
 
 
 def run(command, folder, monkeypatch):
-    """Run ``python -m ...`` in ``folder``, with one line on its standard input. Raises `InputError` where it fails."""
+    """Run ``python -m ...`` in ``folder``, with one line on its standard input. Raises `InputError` where it fails. A
+    server is only started and ended."""
+    if SERVER in command:
+        with served(command, folder) as url:
+            print(url)
+        return
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n"), encoding="utf-8"))
     notebook.run(command)
+
+
+@contextlib.contextmanager
+def served(command, folder, number=signal.SIGINT):
+    """A server in a process of its own, at a port that is free, while it is needed; what it is reached by. Then a
+    signal ends it, without fuss."""
+    arguments = [sys.executable, *shlex.split(command)[1:], "--port", "0"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, cwd=folder, env=environment, **pipes) as process:
+        try:
+            said = process.stdout.readline()
+            found = re.search(r"http://\S+", said)
+            assert found, process.communicate()
+            yield found[0]
+        finally:
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, "") and "Traceback" not in err, err

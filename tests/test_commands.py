@@ -28,7 +28,12 @@ COMMANDS += [
     "minicpm_data.vocabulary",
     "minicpm_data.exercise",
 ]
-COMMANDS += ["minicpm_serve.longcontext", "minicpm_serve.history", "minicpm_serve.retrieval"]
+COMMANDS += [
+    "minicpm_serve.longcontext",
+    "minicpm_serve.history",
+    "minicpm_serve.retrieval",
+    "minicpm_serve.openai_api",
+]
 COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.fit_table"]
 COMMANDS += ["benchmarks.speculation", "benchmarks.concurrency", "benchmarks.graph_nodes", "benchmarks.throughput"]

@@ -9,13 +9,14 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 
 import numpy as np
 import pytest
 import tiny_adapter
 import tyro
-from shown import ROOT, blocks, commands, run
+from shown import ROOT, blocks, commands, run, served
 
 import minicpm_jax
 from minicpm_data.commands import GenerateOptions
@@ -26,6 +27,7 @@ from weights_io.checkpoint import open_checkpoint
 MEASURED = ("fit.md", "benchmarks.md", "throughput.md")
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in MEASURED)
 RELEASED = r"minicpm-(?:2b|1b|2b-128k)"
+PAGE_URL = "http://127.0.0.1:8000/v1"
 SHORTER = {
     rf"--model {RELEASED}(?= |$)": "--model pico",
     r"--iters 800": "--iters 3",  # resumes
@@ -75,7 +77,7 @@ def folder(given, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(f"docs/{page}")])
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(f"docs/{page}") and page != "serve.md"])
 def test_commands(page, folder, monkeypatch, capsys):
     for command in commands(f"docs/{page}"):
         run(shortened(command), folder, monkeypatch)
@@ -84,10 +86,21 @@ def test_commands(page, folder, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(f"docs/{page}", "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(f"docs/{page}", "python") and page != "serve.md"])
 def test_python(page):
     for block in blocks(f"docs/{page}", "python"):
         exec(re.sub(f'"{RELEASED}"', '"pico"', block), {})
+
+
+@pytest.mark.slow
+def test_what_the_page_of_the_server_asks_it(folder, capsys):
+    (command,), (python,) = commands("docs/serve.md"), blocks("docs/serve.md", "python")
+    (curl,) = [block for block in blocks("docs/serve.md", "bash") if block.startswith("curl")]
+    with served(shortened(command), folder) as url:
+        asked = subprocess.run(["bash", "-ec", curl.replace(PAGE_URL, url)], capture_output=True, text=True)
+        exec(python.replace(PAGE_URL, url), {})
+    assert '"content":"12 + 7 = 19"' in asked.stdout and asked.stdout.endswith("[DONE]\n\n"), asked
+    assert re.fullmatch(r"12 \+ 30 = 42 \d+\n12 \+ 30 = 42", capsys.readouterr().out)
 
 
 def test_commands_name_the_extras_that_there_are():

@@ -1,0 +1,117 @@
+"""An HTTP server with OpenAI's API: chat and completions of many clients at once, decoded together.
+
+    python -m minicpm_serve.openai_api --backend mlx --model minicpm-2b --port 8000
+
+``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health``. Ctrl-C ends it.
+"""
+
+import socket
+import threading
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from minicpm_data.commands import ModelOptions, load_model
+from minicpm_data.evaluation import require_positive
+from minicpm_data.generation import CacheOptions
+from minicpm_serve import backends
+from minicpm_serve.engine import Engine
+from weights_io import command_line
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+GRACE = 5.0  # seconds that answers have to come to their end once the server is told to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    backend: backends.BackendName
+    """What runs the model."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: int = 8000
+    """0: one that is free."""
+    api_key: str | None = None
+    """Let nobody in who does not send this key."""
+    slots: int = 8
+    """Answers that are decoded together; others wait."""
+    waiting: int = 256
+    """Answers that may wait for a slot; more are refused (503)."""
+    context: int | None = None
+    """Most tokens of a prompt and its answer; by default as many as the model was made for."""
+    kv_bits: Literal[8] | None = None
+    """Keep keys and values in so many bits (JAX)."""
+    prefill_step_size: int = 512
+    """Tokens of a prompt that are run together: less lets the other answers go on sooner."""
+
+
+def main(options: Options) -> None:
+    """Serve a MiniCPM (or Llama) model over HTTP as OpenAI does."""
+    require_positive(options, "slots", "context", "prefill_step_size")
+    if options.waiting < 0 or not 0 <= options.port < 2**16:
+        raise InputError("--waiting must be 0 or more, and --port from 0 to 65535.")
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise InputError("the server needs fastapi and uvicorn: pip install 'minicpm-jax-mlx[serve]'.")
+    with bound(options.host, options.port) as listening:  # before the model is read: it may fail at once
+        backend = backends.get(options.backend)
+        model, tokenizer = load_model(backend, options)
+        memory = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
+        engine = Engine(options.backend, model, tokenizer, options.slots, options.context, memory)
+        try:
+            name = options.model or "pico"
+            server(engine, name, options.api_key, options.waiting).run(sockets=[listening])
+        finally:
+            engine.close()
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at that address, which does not listen yet. `InputError` where there can be none."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except OSError:
+            found.close()
+            raise
+    except OSError as error:
+        raise InputError(
+            f"{host}:{port} cannot be listened at ({error.strerror}); choose others with --host and --port."
+        ) from None
+    return found
+
+
+def server(engine: Engine, name: str, api_key: str | None = None, waiting: int = 256) -> "uvicorn.Server":
+    """One that ends without fail or fuss when a signal comes: open answers then have `GRACE` seconds, and at a second
+    signal none."""
+    import uvicorn
+
+    from minicpm_serve.openai_app import application
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            host, port, *_ = self.servers[0].sockets[0].getsockname()
+            host = f"[{host}]" if ":" in host else host
+            print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if self.should_exit:
+                threading.Thread(target=engine.close).start()  # which waits for the step that is computed
+            self.should_exit = True
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            ending = threading.Timer(GRACE, engine.close)
+            ending.start()
+            await super().shutdown(sockets)
+            ending.cancel()
+
+    app = application(engine, name, api_key, waiting)
+    return Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="off"))
+
+
+if __name__ == "__main__":
+    command_line.run(main, Options, "python -m minicpm_serve.openai_api")

@@ -1,0 +1,370 @@
+"""The API over a real socket: its answers are those of the model by itself, its refusals a sentence."""
+
+import contextlib
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import tiny_model
+from shown import ROOT, served
+
+from minicpm_serve import backends, openai_api
+from minicpm_serve.engine import Ended, Engine
+from weights_io.errors import InputError
+
+SLOTS, WAITING = 2, 6
+LONG = {"prompt": [1, 5], "max_tokens": 4000}  # more than is made while a test looks on
+
+
+def wait_until(holds):
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def listening(engine, **options):
+    """A server in a thread; its port."""
+    server = openai_api.server(engine, "tiny", **options)
+    with openai_api.bound("127.0.0.1", 0) as at:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
+        thread.start()
+        try:
+            wait_until(lambda: server.started)
+            yield SimpleNamespace(port=at.getsockname()[1], server=server, thread=thread, engine=engine)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module", params=["jax", "mlx"])
+def api(request, tmp_path_factory):
+    folder = tiny_model.write(tmp_path_factory.mktemp("served"), max_position_embeddings=4096)
+    backend = backends.get(request.param)
+    model, tokenizer = backend.load(folder, "float32")
+
+    def alone(*prompt, **options):
+        return list(backend.generator.stream_generate(model, tokenizer, *prompt, **options))
+
+    engine = Engine(request.param, backend.load(folder, "float32")[0], tokenizer, SLOTS)
+    with listening(engine, waiting=WAITING) as found:
+        found.alone, found.tokenizer = alone, tokenizer
+        yield found
+    engine.close()
+
+
+def request(port, path, body=None, headers=None):
+    """Status and response, of which nothing is read yet."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body)
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    connection.request("GET" if body is None else "POST", path, data, headers)
+    return connection, connection.getresponse()
+
+
+def ask(port, path, body=None, headers=None):
+    connection, response = request(port, path, body, headers)
+    with contextlib.closing(connection):
+        return response.status, json.loads(response.read())
+
+
+def events(port, path, body):
+    """What the server sends, one by one."""
+    connection, response = request(port, path, {**body, "stream": True})
+    with contextlib.closing(connection):
+        assert response.status == 200 and response.headers["content-type"].startswith("text/event-stream")
+        for line in response:
+            if line.strip():
+                data = line.decode().removeprefix("data: ").strip()
+                yield data if data == "[DONE]" else json.loads(data)
+
+
+def text(responses):
+    return "".join(r.text for r in responses)
+
+
+def test_a_chat_is_what_the_model_says(api):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 12, "temperature": 0}
+    ids = api.tokenizer.apply_chat(messages)
+    expected = api.alone(ids, 12)
+    status, answer = ask(api.port, "/v1/chat/completions", body)
+    assert status == 200 and (answer["object"], answer["model"]) == ("chat.completion", "tiny")
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": text(expected)}
+    assert choice["finish_reason"] == expected[-1].finish_reason
+    usage = {"prompt_tokens": len(ids), "completion_tokens": len(expected), "total_tokens": len(ids) + len(expected)}
+    assert answer["usage"] == usage
+    # The same in pieces; the content in parts, and the newer names.
+    body |= {"max_completion_tokens": body.pop("max_tokens"), "stream_options": {"include_usage": True}, "user": "me"}
+    messages[0]["role"] = "developer"
+    messages[1]["content"] = [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]
+    *pieces, last, done = events(api.port, "/v1/chat/completions", body)
+    deltas = [piece["choices"][0]["delta"] for piece in pieces]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == text(expected)
+    reasons = [piece["choices"][0]["finish_reason"] for piece in pieces]
+    assert reasons == [None] * (len(pieces) - 1) + [expected[-1].finish_reason]
+    assert (last["choices"], last["usage"], done) == ([], usage, "[DONE]")
+    assert {piece["object"] for piece in pieces} == {"chat.completion.chunk"} and len({p["id"] for p in pieces}) == 1
+
+
+def test_without_a_word_about_it_a_chat_is_drawn_as_chat_does(api):
+    body = {"messages": [{"role": "user", "content": "a"}], "seed": 5, "max_tokens": 16}
+    status, answer = ask(api.port, "/v1/chat/completions", body)
+    ids = api.tokenizer.apply_chat(body["messages"])
+    expected = api.alone(ids, 16, temperature=0.3, top_p=0.8, seed=5, stop=api.tokenizer.turn_markers)
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, text(expected))
+
+
+def test_without_a_word_about_it_an_answer_is_as_long_as_there_is_room():
+    with listening(played := Played()) as server:
+        threading.Thread(target=lambda: played.fail(Ended("over."))).start()
+        assert ask(server.port, "/v1/completions", {"prompt": [1] * 60})[0] == 503
+    assert played.asked == [([1] * 60, 4, ())]
+
+
+def test_many_at_once_are_each_as_alone(api):
+    """More than there are slots, whole and in pieces, greedy and drawn."""
+    found = {}
+
+    def one(index):
+        body = {"prompt": f"The fox {index}", "max_tokens": 8 + index, "temperature": index % 2, "seed": index}
+        if index % 3:
+            found[index] = ask(api.port, "/v1/completions", body)[1]["choices"][0]["text"]
+        else:
+            *pieces, _ = events(api.port, "/v1/completions", body)
+            found[index] = "".join(piece["choices"][0]["text"] for piece in pieces)
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(8):
+        expected = api.alone(f"The fox {index}", 8 + index, temperature=index % 2, seed=index)
+        assert found[index] == text(expected), index
+
+
+def test_several_prompts_and_several_answers_to_each(api):
+    body = {"prompt": [[1, 5, 9], [1, 7]], "n": 2, "temperature": 1, "seed": 3, "max_tokens": 6}
+    status, answer = ask(api.port, "/v1/completions", body)
+    expected = [api.alone(prompt, 6, temperature=1, seed=seed) for prompt in body["prompt"] for seed in (3, 4)]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in answer["choices"]] == [text(responses) for responses in expected]
+    assert answer["usage"]["prompt_tokens"] == 5 and answer["usage"]["completion_tokens"] == sum(map(len, expected))
+
+
+def test_an_answer_ends_where_a_text_of_stop_begins(api):
+    whole = text(api.alone("The fox", 24))
+    stop = whole[4:6]
+    body = {"prompt": "The fox", "max_tokens": 4000, "stop": ["never to be seen", stop]}
+    (choice,) = ask(api.port, "/v1/completions", body)[1]["choices"]
+    assert not api.engine._engine.running  # its slot is free again
+    assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+    assert ask(api.port, "/v1/completions", {**body, "stop": stop})[1]["choices"] == [choice]
+
+
+def test_models_and_health(api):
+    status, answer = ask(api.port, "/v1/models")
+    assert status == 200 and [model["id"] for model in answer["data"]] == ["tiny"]
+    assert ask(api.port, "/v1/models/tiny") == (200, answer["data"][0])
+    assert ask(api.port, "/v1/models/gpt-4")[1]["error"]["code"] == "model_not_found"
+    assert ask(api.port, "/health") == (200, {"status": "ok"})
+
+
+def user(content="a", **more):
+    return {"messages": [{"role": "user", "content": content, **more}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"nonsense", 400, "the body is not JSON"),
+        (b"\xff", 400, "the body"),
+        (b"[" * 100_000, 400, "the body cannot be read"),
+        (b'{"\\ud800": 1}', 400, "the body"),
+        (b" " * (17 << 20), 413, "larger than 16 MiB"),
+        ([], 400, "the body must be a JSON object"),
+        ({}, 400, "messages is missing"),
+        ({"messages": []}, 400, "messages must be a list such as"),
+        ({"messages": [{"role": "user"}]}, 400, "messages.0.content is missing"),
+        (user(5), 400, "messages.0.content must be a text or a list"),
+        (user([{"type": "image_url"}]), 400, "a part of type 'image_url'"),
+        (user("\ud800"), 400, "lone surrogate"),
+        (user(tool_calls=[{}]), 400, "tool_calls is not supported"),
+        ({"messages": [{"role": "\ud800", "content": "a"}]}, 400, "has the role"),
+        ({**user(), "model": "gpt-4"}, 404, "no model 'gpt-4' here; the one that is loaded is 'tiny'"),
+        ({**user(), "temperature": -1}, 400, "temperature is -1"),
+        ({**user(), "temperature": float("nan")}, 400, "temperature is nan"),
+        ({**user(), "temperature": "hot"}, 400, "temperature: input should be a valid number"),
+        ({**user(), "seed": -1, "stream": True}, 400, "seed is -1"),
+        ({**user(), "max_tokens": 0}, 400, "max_tokens is 0"),
+        ({**user(), "max_tokens": 10**30}, 400, "more are above the 4096"),
+        ({**user(), "n": 0}, 400, "n is 0"),
+        ({**user(), "n": 9}, 400, "9 answers are asked for; ask for at most 8"),
+        ({**user(), "stop": [1]}, 400, "stop must be a text or a list of texts"),
+        ({**user(), "stop": [""]}, 400, "must not be empty"),
+        ({**user(), "stop": ["a"] * 17}, 400, "17 texts"),
+        ({**user(), "presence_penalty": 0.5}, 400, "presence_penalty is not supported; leave it out or give 0"),
+        ({**user(), "logprobs": 0}, 400, "logprobs is not supported; leave it out or give false"),
+        ({**user(), "tools": [{}]}, 400, "tools is not supported"),
+        ({**user(), "no_such_thing": 1}, 400, "no_such_thing is not supported; leave it out"),
+        ({**user(), "stream_options": {"no_such_thing": 1}}, 400, "no_such_thing is not supported"),
+        ({**user(), "chat_template_kwargs": {"messages": 1}}, 400, "template variable messages cannot be given"),
+        ({"prompt": []}, 400, "the prompt is empty"),
+        ({"prompt": [[1], "a"]}, 400, "prompt must be a text, a list"),
+        ({"prompt": [[10**30]]}, 400, "outside the vocabulary"),
+        ({"prompt": "a", "echo": True}, 400, "echo is not supported"),
+    ],
+)
+def test_what_is_refused(api, body, status, said, capfd):
+    path = "/v1/completions" if isinstance(body, dict) and "prompt" in body else "/v1/chat/completions"
+    found, answer = ask(api.port, path, body)
+    error = answer["error"]
+    assert found == status and said in error["message"], answer
+    assert error["message"].endswith(".") and "\n" not in error["message"]
+    assert error["type"] == "invalid_request_error" and {"param", "code"} <= set(error)
+    assert capfd.readouterr().err == "" and api.engine.open == 0
+
+
+def test_what_asks_for_nothing_is_no_matter(api):
+    more = {"n": None, "stop": None, "presence_penalty": 0, "logit_bias": {}, "tools": [], "logprobs": False}
+    more |= {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}}
+    assert ask(api.port, "/v1/chat/completions", {**user(refusal=None), **more, "max_tokens": 1})[0] == 200
+
+
+def test_paths_methods_and_kinds_of_body_that_there_are_not(api):
+    assert ask(api.port, "/v1/nothing")[0] == 404
+    status, answer = ask(api.port, "/v1/chat/completions")
+    assert (status, answer["error"]["message"][:24]) == (405, "GET /v1/chat/completions")
+    status, answer = ask(api.port, "/v1/completions", {"prompt": "a"}, {"Content-Type": "text/plain"})
+    assert status == 400 and "Content-Type: application/json" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd):
+    """Those that are made, and those that wait."""
+    body = {**LONG, "n": 4, "stream": streamed}
+    running = api.engine._engine.running
+    with socket.create_connection(("127.0.0.1", api.port)) as client:
+        data = json.dumps(body)
+        client.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n{data}".encode()
+        )
+        if streamed:
+            assert b" 200 OK" in client.recv(100)
+        wait_until(lambda: len(running) == SLOTS)
+        requests = list(running.values())
+    wait_until(lambda: api.engine.open == 0)
+    assert all(request.left > 0 for request in requests)
+    assert ask(api.port, "/health")[0] == 200 and capfd.readouterr().err == ""
+
+
+def test_more_than_may_wait_are_refused_until_there_is_room(api):
+    pieces = events(api.port, "/v1/completions", {**LONG, "n": SLOTS + WAITING})
+    next(pieces)
+    status, answer = ask(api.port, "/v1/completions", LONG)
+    assert (status, answer["error"]["type"], answer["error"]["code"]) == (503, "server_error", "overloaded")
+    pieces.close()
+    wait_until(lambda: api.engine.open == 0)
+    assert ask(api.port, "/v1/completions", {**LONG, "max_tokens": 1})[0] == 200
+
+
+def test_nobody_gets_in_without_the_key(api):
+    with listening(api.engine, api_key="sésame") as other:
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Basic sésame"}):
+            status, answer = ask(other.port, "/v1/models", headers=headers)
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+        sent = "Bearer sésame".encode().decode("latin-1")  # headers are bytes
+        assert ask(other.port, "/v1/models", headers={"Authorization": sent})[0] == 200
+        assert ask(other.port, "/health")[0] == 200
+
+
+def test_answers_that_are_not_over_when_the_server_ends_say_so(monkeypatch):
+    """After the seconds that they have for it. Here the engine is only played, and never answers."""
+    monkeypatch.setattr(openai_api, "GRACE", 0.1)
+    with listening(played := Played()) as server:
+        found = []
+        body = {"prompt": [1], "max_tokens": 3}
+        reader = threading.Thread(target=lambda: found.extend(events(server.port, "/v1/completions", body)))
+        reader.start()
+        wait_until(lambda: played.delivers)
+        server.server.should_exit = True
+        reader.join()
+    assert [piece["error"]["code"] for piece in found] == ["engine_ended"]
+
+
+def test_an_engine_that_fails_is_told_and_logged(capfd):
+    with listening(played := Played()) as server:
+        for streamed in (False, True):
+            threading.Thread(target=lambda: played.fail(RuntimeError("out of memory"))).start()
+            if streamed:
+                (error,) = events(server.port, "/v1/completions", {"prompt": [1]})
+            else:
+                status, error = ask(server.port, "/v1/completions", {"prompt": [1]})
+                assert status == 500
+            assert error["error"]["type"] == "server_error" and "out of memory" not in error["error"]["message"]
+            log: list[str] = []
+            wait_until(lambda log=log: log.append(capfd.readouterr().err) or "Error: out of memory" in "".join(log))
+        played.error = RuntimeError("out of memory")
+        for path, body in (("/health", None), ("/v1/completions", {"prompt": [1]})):
+            status, answer = ask(server.port, path, body)
+            assert (status, answer["error"]["code"]) == (503, "engine_ended")
+
+
+class Played:
+    """An engine that takes requests, and does what it is told with them."""
+
+    slots, context, open, error, tokenizer = 2, 64, 0, None, None
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
+
+    def __init__(self):
+        self.delivers, self.asked = [], []
+
+    def submit(self, deliver, *asked, **sampling):
+        self.asked.append(asked)
+        self.delivers.append(deliver)
+        return 0
+
+    def cancel(self, number):
+        pass
+
+    def fail(self, error):
+        wait_until(lambda: self.delivers)
+        while self.delivers:
+            self.delivers.pop()(error)
+
+    def close(self):
+        self.fail(Ended("this engine is closed."))
+
+
+def test_a_signal_ends_the_command_as_it_should(tmp_path):
+    """As Ctrl-C does in the tests of the pages."""
+    folder = tiny_model.write(tmp_path)
+    command = f"python -m minicpm_serve.openai_api --backend mlx --model {folder}"
+    with served(command, tmp_path, signal.SIGTERM) as url:
+        port = int(url.split(":")[2].partition("/")[0])
+        assert ask(port, "/v1/completions", {"model": str(folder), "prompt": "The fox", "max_tokens": 3})[0] == 200
+
+
+def test_a_port_that_is_taken():
+    with openai_api.bound("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "minicpm_serve.openai_api", "--backend", "mlx", "--port", str(port)]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (
+        ran.returncode == 2 and ran.stderr.count("\n") == 1 and f"127.0.0.1:{port} cannot be listened at" in ran.stderr
+    )
+    with pytest.raises(InputError, match="cannot be listened at"):
+        openai_api.bound("no.such.host.invalid", 0)
