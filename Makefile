@@ -9,7 +9,7 @@ PROMPT := 12 + 7 = ?
 PICO   := runs/pico
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interop test-quick lint pico clean
+.PHONY: help demo test test-interop test-quick lint pico badges clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -55,6 +55,9 @@ $(PICO)/corpus/questions.jsonl: | $(VENV)/.backends
 
 $(PICO)/tokenizer/tokenizer.json: $(PICO)/corpus/questions.jsonl
 	$(VENV)/bin/python -m minicpm_data.vocabulary --data $(PICO)/corpus --out $(PICO)/tokenizer
+
+badges: ## write the repository that this clone came from into the notebooks' badges and install lines
+	$(PYTHON) notebooks/set_source.py
 
 clean: ## remove the environments, caches and build leftovers (runs/ stays)
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -3,9 +3,11 @@
 import os
 import runpy
 import shlex
+import shutil
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 from weights_io.errors import InputError
 
@@ -41,6 +43,24 @@ def run(command: str) -> None:
     finally:
         sys.argv = before
         signal.signal(signal.SIGINT, handler)
+
+
+def fresh(*names: str, keep: str = "") -> None:
+    """Remove what an earlier run of a cell wrote: folders by name, which lie beside the notebook. Raises `InputError`
+    where the model ``keep`` is in one of them, before anything is removed."""
+    kept = Path(keep).expanduser().resolve()
+    for name in names:
+        if Path(name).name != name or keep and kept.is_relative_to(Path(name).resolve()):
+            raise InputError(f"{name} would be written anew, and {keep or 'it'} is not to be lost; rename it first.")
+    for name in names:
+        shutil.rmtree(name, ignore_errors=True)
+
+
+def of_a_clone(path: str) -> Path | None:
+    """A file of the project that is not installed: in the clone that this package runs from, that the notebook lies in,
+    or that lies beside it. None where there is none."""
+    clones = Path(__file__).parent.parent, Path(), Path(".."), Path("minicpm-jax-mlx")
+    return next(((clone / path).resolve() for clone in clones if (clone / path).exists()), None)
 
 
 def _interrupt(*_: object) -> None:

@@ -128,7 +128,8 @@ def run(options: Options, backend: Backend) -> None:
     if failed:
         print(f"{options.model} in {options.dtype}: {len(failed)} of {len(results)} cases FAIL: {', '.join(failed)}")
         sys.exit(1)
-    print(f"{options.model} in {options.dtype}: all {len(results)} cases hold")
+    held = "the one case holds" if len(results) == 1 else f"all {len(results)} cases hold"
+    print(f"{options.model} in {options.dtype}: {held}")
 
 
 def compare_pass(part: Pass, backend: Backend, model: Any, tolerance: float) -> Iterator[Result]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_data.notebook import accept_cpu
-from minicpm_data.notebook import run as run  # for the notebooks
+from minicpm_data.notebook import fresh as fresh  # for the notebooks
+from minicpm_data.notebook import of_a_clone as of_a_clone
+from minicpm_data.notebook import run as run
 from weights_io.memory import size
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ class Speed:
     floor: float | None  # seconds a step; None: the bandwidth is not known
 
     def __str__(self) -> str:
-        text = f"{self.rows} rows: {self.tokens_per_second:,.1f} tokens/s, {size(self.bytes_read)} of weights a step"
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        text = f"{rows}: {self.tokens_per_second:,.1f} tokens/s, {size(self.bytes_read)} of weights a step"
         if self.floor is None:
             return f"{text}; the bandwidth of this device is not known"
         return f"{text}: {self.floor * self.tokens_per_second / self.rows:.0%} of what the bandwidth allows"

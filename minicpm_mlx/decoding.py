@@ -48,9 +48,10 @@ def empty(model: Model, padding: Sequence[int], memory: CacheOptions) -> list[An
     if batch:
         raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for a batch.")
     if model.config.head_dim % memory.kv_group_size:
+        groups = " or ".join(str(size) for size in (32, 64, 128) if model.config.head_dim % size == 0)
         raise InputError(
             f"kv_group_size {memory.kv_group_size} does not divide the head dimension {model.config.head_dim}; "
-            "choose 32, 64 or 128, whichever does."
+            + (f"choose {groups}." if groups else "leave kv_bits out.")
         )
     return [QuantizedKVCache(memory.kv_group_size, memory.kv_bits) for _ in model.layers]
 

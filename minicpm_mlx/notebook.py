@@ -5,7 +5,9 @@ import platform
 from collections.abc import Iterator
 
 from minicpm_data.notebook import accept_cpu
-from minicpm_data.notebook import run as run  # for the notebooks
+from minicpm_data.notebook import fresh as fresh  # for the notebooks
+from minicpm_data.notebook import of_a_clone as of_a_clone
+from minicpm_data.notebook import run as run
 from weights_io.memory import size
 
 

@@ -7,6 +7,7 @@ Checkpoints are revisions of ``--model``, or folders in it (on the hub or on thi
 ``history.jsonl`` in ``--out`` as soon as it is there, and the same command goes on where it was stopped.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -91,7 +92,8 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     kept, settings = options.out / "history.jsonl", options.settings()
     earlier = read_records(kept) if kept.exists() else []
-    kept.write_text("".join(json.dumps(record) + "\n" for record in earlier))  # less a line that was cut
+    if kept.exists():
+        kept.write_text("".join(json.dumps(record) + "\n" for record in earlier))  # less a line that was cut
     done = {r["name"]: r for r in earlier if r.items() >= settings.items()}
     done = {c.name: done[c.name] for c in listed if c.name in done}
     key, label = VALUES[options.evaluation]
@@ -100,6 +102,8 @@ def main(options: Options) -> None:
             try:
                 result = evaluated(options, checkpoint, documents)
             except InputError as error:
+                with contextlib.suppress(OSError):  # not empty if there is a result
+                    options.out.rmdir()
                 raise InputError(f"{checkpoint.name}: {error}") from None
             done[checkpoint.name] = {"name": checkpoint.name, **settings, **result}
             with kept.open("a", encoding="utf-8") as file:

@@ -14,6 +14,7 @@ import tiny_model
 
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
+from weights_io.command_line import exit_codes
 from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
@@ -164,6 +165,13 @@ def test_output_that_cannot_be_written():
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "No space left" in ran.stderr
 
 
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end, exit_codes():
+        (tmp_path / "nothing.jsonl").read_text()
+    assert (end.value.code, capsys.readouterr().err.count("nothing.jsonl does not exist; check its name")) == (2, 1)
+
+
+@pytest.mark.parametrize("package", ["weights_io", "minicpm_data", *BACKENDS, "minicpm_serve"])
 def test_what_there_is_to_run(package):
     """All commands of a package; a reader that goes away is no error."""
     ran = run(package)

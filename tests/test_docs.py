@@ -4,8 +4,10 @@ All as it stands, but for what would be downloaded or take long: the built-in mo
 short.
 """
 
+import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import tomllib
@@ -13,9 +15,11 @@ import tomllib
 import numpy as np
 import pytest
 import tiny_adapter
+import tyro
 from shown import ROOT, blocks, commands, run, served
 
 import minicpm_jax
+from minicpm_data.commands import GenerateOptions
 from weights_io import catalog
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
@@ -111,9 +115,24 @@ def test_links_lead_somewhere(page):
         assert link.startswith("https://") or (ROOT / "docs" / link).exists(), link
 
 
-def test_the_table_of_models_is_the_catalogue():
+def test_the_tables_of_models_are_the_catalogue():
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    assert "\n" + "\n".join(catalog.markdown()) + "\n\n" in page
+    for table in (catalog.markdown(), catalog.how_to_run()):
+        assert "\n" + "\n".join(table) + "\n\n" in page
+
+
+@pytest.mark.parametrize("row", list(catalog.how_to_run())[2:], ids=lambda row: row.split("`")[1])
+def test_each_model_has_its_command(row):
+    """Whose flags there are (in MLX too, but for --mesh), and the checkpoints that it was checked on."""
+    name, command, *checked = re.findall(r"`([^`]+)`", row)
+    *_, module, shown = command.split(maxsplit=3)
+    both = [importlib.import_module(module).Options, GenerateOptions]  # those of MLX are no more than the shared ones
+    for kind in both[:1] if "--mesh" in shown else both:
+        options = tyro.cli(kind, args=shlex.split(shown))
+        assert (options.model, options.prompt) == (name, "Hello!")
+    assert (name == "pico") == (not checked) and catalog.find(name).runs
+    for folder in checked:
+        assert (ROOT / "tests" / "reference" / folder / "reference.npz").exists()
 
 
 def test_the_checks_named_are_there():

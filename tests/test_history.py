@@ -149,14 +149,15 @@ def test_pictures(tmp_path):
         ({"evaluation": "passkey", "length": 20}, "pico: 20 tokens are too few"),
     ],
 )
-def test_wrong_calls(run_folder, tmp_path, monkeypatch, changes, said):
+def test_wrong_calls_leave_nothing(run_folder, tmp_path, monkeypatch, changes, said):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     filled = dict(changes)
     if "data" in filled:
         filled["data"] = run_folder / filled["data"].format(text="text")
     with pytest.raises(InputError) as caught:
-        history.main(options(tmp_path, **filled))
+        history.main(options(tmp_path / "out", **filled))
     assert said in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts(run_folder, tmp_path):

@@ -109,7 +109,7 @@ def test_the_command_says_how_far_the_logits_move(backend, tmp_path):
         ([], "either --prompt or --data"),
         (["--prompt", "a", "--data", str(text)], "either --prompt or --data"),
         (["--data", str(text)], "is not UTF-8 text"),
-        (["--data", str(tmp_path / "nowhere")], "nowhere cannot be read"),
+        (["--data", str(tmp_path / "nowhere")], "nowhere does not exist"),
         (["--prompt", ""], "the text is empty"),
         (["--prompt", "a", "--max-tokens", "0"], "--max-tokens is 0"),
     ):

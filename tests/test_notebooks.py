@@ -4,9 +4,13 @@ The kernels have the CPU alone, with eight devices that are not there (`conftest
 this is meant.
 """
 
+import importlib.util
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +64,17 @@ RUNS = [
     Run(
         "checkpoints",
         {"MODEL": "pico"},
-        [r"converted in float32: all 1 cases hold", r"on each of 8", r"the same numbers"],
+        [
+            r"dense_1b in float32: all \d\d cases hold",
+            r"converted in float32: the one case holds",
+            r"on each of 8",
+            r"the same numbers",
+        ],
     ),
     Run(
         "checkpoints",
         {"MODEL": str(REFERENCE), "REFERENCE": str(REFERENCE / "reference.npz")},
-        [r"s_1b in float32: all \d\d cases hold", r"converted in float32: all 1 cases hold"],
+        [r"s_1b in float32: all \d\d cases hold", r"converted in float32: the one case holds"],
     ),
 ]
 
@@ -143,6 +152,53 @@ def test_the_first_cells_are_the_same():
     assert len(cells) == 1
 
 
+ELSEWHERE = "minicpm-jax-mlx[{extra}] @ git+https://github.com/someone/minicpm-jax-mlx"
+
+
+@pytest.mark.parametrize("name", sorted({run.notebook for run in RUNS}))
+@pytest.mark.parametrize("place", [None, ".", "notebooks", "beside"])
+def test_the_first_cell_installs_from_the_clone_that_is_there(name, place, tmp_path, monkeypatch):
+    """Else from the account that it names, and where it names none it says so."""
+    extra = "mlx" if name == "mac_mlx" else "jax"
+    clone = tmp_path / ("minicpm-jax-mlx" if place == "beside" else "clone")
+    for folder in ("notebooks", "minicpm_jax", "minicpm_mlx") if place else ():
+        (clone / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path if place in (None, "beside") else clone / place)
+    monkeypatch.setattr(f"minicpm_{extra}.notebook.check_runtime", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    source = re.sub(r"%pip install (.*)", r"installed.append(f'\1')", code(read(name))[0].source)
+    installed = []
+    if place is None:
+        with pytest.raises(SystemExit, match="account"):
+            exec(re.sub("github.com/[^/]+", "github.com/OWNER", source), {"installed": installed})
+        exec(re.sub("github.com/[^/]+", "github.com/someone", source), {"installed": installed})
+    else:
+        exec(source, {"installed": installed})
+    (options,) = installed
+    assert options.endswith(f'"{ELSEWHERE.format(extra=extra) if place is None else f"{clone}[{extra}]"}"')
+
+
+def test_the_account_is_written_into_copies(tmp_path):
+    """Into badges and install lines alike, as often as one likes."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+
+    def make(*git):
+        for arguments in git:
+            subprocess.run(["git", *arguments.split()], cwd=tmp_path, check=True)
+        command = ["make", "badges", f"PYTHON={sys.executable}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert "has no origin" in make("init -q").stderr
+    assert "not on GitHub" in make("remote add origin /somewhere/else.git").stderr
+    for url in ("git@github.com:first/one.git", "https://github.com/second/an.other"):
+        assert make(f"remote set-url origin {url}").returncode == 0
+    for path in (tmp_path / "notebooks").glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        assert re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?=/blob/main/|\\\")", text) == 2 * ["second/an.other"]
+        nbformat.validate(nbformat.read(path, as_version=4))
+
+
 def test_memory_is_what_fit_says():
     """Every figure in the text stands in the tables that are made by the package's own commands."""
     tables = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("fit.md", "models.md"))
@@ -164,6 +220,22 @@ def test_an_interrupt_ends_a_command_and_not_the_notebook(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         notebook.run("python -m minicpm_jax.lora")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_an_earlier_run_wrote_is_removed(tmp_path, monkeypatch):
+    """But not the model that is worked on, nor anything elsewhere."""
+    from minicpm_data import notebook
+    from weights_io.errors import InputError
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("exercise", "fused"):
+        (tmp_path / name).mkdir()
+    notebook.fresh("exercise", "never-there", keep="minicpm-2b")
+    assert {path.name for path in tmp_path.iterdir()} == {"fused"}
+    for names, model in ((("fused",), "fused"), (("fused",), str(tmp_path / "fused" / "model")), (("../x",), "")):
+        with pytest.raises(InputError, match="rename it"):
+            notebook.fresh(*names, keep=model)
+    assert (tmp_path / "fused").is_dir()
 
 
 def test_commands_run_in_this_process(tmp_path, capsys):

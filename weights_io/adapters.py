@@ -1,4 +1,4 @@
-"""Adapters in and out, as folders of Hugging Face's PEFT and of mlx_lm; and from one form to the other:
+"""Adapters in and out, as folders of Hugging Face's PEFT and of mlx_lm, and from one form to the other.
 
     python -m weights_io.adapters --model minicpm-2b --adapter-path adapters --to peft --out peft-adapter
 
@@ -54,7 +54,7 @@ CONFIG = "adapter_config.json"
 @dataclass(frozen=True)
 class Options:
     to: Form
-    """peft: adapter_model.safetensors as PEFT, vLLM and others read it; mlx_lm: adapters.safetensors."""
+    """peft: adapter_model.safetensors as PEFT reads it; mlx_lm: adapters.safetensors."""
     out: Path
     """Folder to write."""
     model: str | None = None

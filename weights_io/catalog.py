@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weights_io.config import ModelConfig
-from weights_io.memory import ITEM, cache_bytes, size
+from weights_io.memory import ITEM, cache_bytes, size, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -290,6 +290,29 @@ NOT_YET = frozenset(
     """minicpm-2b-int4 minicpm-2b-dpo-int4 minicpm-v minicpm-v-2 minicpm3-4b minicpm4-0.5b minicpm4-8b minicpm4.1-8b
     bitcpm4-0.5b bitcpm4-1b""".split()
 )
+_SHAPES = {"minicpm-s-1b": _1B}  # what memory needs to know of one whose config is not known whole
+# What a command needs besides the name, to run on the least hardware.
+FLAGS = {
+    "minicpm-2b-fp32": "--dtype bfloat16",
+    "minicpm-2b-dpo-fp32": "--dtype bfloat16",
+    "minicpm-2b-llama-fp32": "--dtype bfloat16",
+    "minicpm-2b-history": "--revision REVISION",
+    "minicpm-2b-128k": "--kv-bits 8",
+    "minicpm-moe-8x2b": "--mesh expert=4,tensor=2",
+}
+# Small checkpoints of the same form in tests/reference, with the original code's logits; a name counts for those that
+# begin with it. The built-in model has none.
+CHECKED = {
+    "minicpm-2b": "dense_2b dense_bf16",
+    "minicpm-2b-llama": "llama_format",
+    "minicpm-2b-dpo-llama": "llama_format",
+    "minicpm-2b-mlx": "llama_format",
+    "minicpm-2b-128k": "long_128k long_linear dense_untied",
+    "minicpm-1b": "dense_1b",
+    "minicpm-s-1b": "s_1b",
+    "minicpm-moe-8x2b": "moe_8x2b",
+    "minicpm5-1b": "llama_format",
+}
 _BY_NAME = {entry.name: entry for entry in CATALOG}
 
 
@@ -313,13 +336,13 @@ def _tail(repo: str | None) -> str:
 @dataclass(frozen=True)
 class Options:
     markdown: bool = False
-    """Print a table in Markdown, with the memory of 1,000 tokens: that of docs/models.md."""
+    """Print the tables of docs/models.md: which there are, and how to run each, in how much memory."""
 
 
 def main(options: Options) -> None:
     """Print the short names that every --model takes: parameters, dtype, bytes of all weights, whether it runs,
     repository, notes."""
-    print("\n".join(markdown() if options.markdown else lines()))
+    print("\n".join((*markdown(), "", *how_to_run()) if options.markdown else lines()))
 
 
 def lines() -> Iterator[str]:
@@ -333,7 +356,7 @@ def lines() -> Iterator[str]:
 
 
 def markdown() -> Iterator[str]:
-    """For docs/models.md."""
+    """The first table of docs/models.md."""
     yield "| `--model` | repository | parameters | weights as stored | cache of 1,000 tokens | runs in | |"
     yield "|---|---|---|---|---|---|---|"
     for entry in CATALOG:
@@ -346,6 +369,21 @@ def markdown() -> Iterator[str]:
         yield f"| `{entry.name}` | {where} | {count} | {weights} | {cache} | {runs} | {entry.notes} |"
 
 
+def how_to_run() -> Iterator[str]:
+    """The second table of docs/models.md: weights and a conversation of 4,096 tokens, as loaded and in fewer bits."""
+    yield "| `--model` | command | bfloat16 | 8 bits | 4 bits | logits checked on |"
+    yield "|---|---|---|---|---|---|"
+    for entry in (entry for entry in CATALOG if entry.runs):
+        flags = " ".join(["--model", entry.name, *FLAGS.get(entry.name, "").split(), '--prompt "Hello!"'])
+        config, held = _config(entry), 3 * ["unknown"]
+        if config is not None:
+            cache = cache_bytes(config, 4096, "bfloat16")
+            held = [size(weight_bytes(config, dtype) + cache) for dtype in ("bfloat16", "int8", "int4")]
+        checked = CHECKED.get(max((name for name in CHECKED if entry.name.startswith(name)), key=len, default=""), "")
+        folders = ", ".join(f"`{folder}`" for folder in checked.split())
+        yield f"| `{entry.name}` | `python -m minicpm_jax.generate {flags}` | {' | '.join(held)} | {folders} |"
+
+
 def _weights(entry: Entry) -> int | None:
     """Bytes."""
     return None if entry.parameters is None or entry.dtype is None else entry.parameters * ITEM[entry.dtype]
@@ -356,7 +394,8 @@ def _config(entry: Entry) -> ModelConfig | None:
         from weights_io.hub import built_in
 
         return ModelConfig.from_file(built_in() / "config.json")
-    return ModelConfig.from_dict(dict(entry.config)) if entry.config and entry.runs else None
+    shape = _SHAPES.get(entry.name, entry.config)
+    return ModelConfig.from_dict(dict(shape)) if shape and entry.runs else None
 
 
 if __name__ == "__main__":

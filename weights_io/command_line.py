@@ -55,6 +55,9 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+    except FileNotFoundError as error:
+        print(f"error: {error.filename} does not exist; check its name and its folder.", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if sys.stdout is not None:  # else the exit would fail on what is still to be written
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,6 +79,6 @@ def print_commands(package: str) -> None:
     with exit_codes():
         for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
             source = path.read_text(encoding="utf-8")
-            if 'if __name__ == "__main__":' in source:
+            if '\nif __name__ == "__main__":' in source:
                 said = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0].replace("\n", " ")
                 print(f"python -m {package}.{path.stem:12} {said}")

@@ -1,4 +1,4 @@
-"""A dense model as a mixture of experts to be trained on (sparse upcycling, arXiv 2212.05055), as MiniCPM-MoE was made:
+"""A dense model as a mixture of experts to be trained on (sparse upcycling, arXiv 2212.05055), as MiniCPM-MoE was made.
 
     python -m weights_io.upcycle --model openbmb/MiniCPM-2B-sft-bf16 --experts 8 --top-k 2 --out minicpm-moe-8x2b
 
