@@ -4,12 +4,13 @@ Dims: B batch, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation import Sampling
 
@@ -61,13 +62,35 @@ def sample(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, knobs: 
 
 
 def filtered(logits: Float[Array, "B V"], knobs: Knobs) -> Float[Array, "B V"]:
-    """-inf for every token outside top-k, then top-p, then min-p; each is a lowest logit that still passes."""
-    descending = -jnp.sort(-logits, axis=-1)
-    rank = jnp.arange(logits.shape[-1])
-    kept = jnp.where(rank < knobs.top_k, descending, -jnp.inf)
-    probabilities = jax.nn.softmax(kept, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # A token stays while the likelier ones do not reach top_p by themselves; the likeliest always stays.
-    stays = (before < knobs.top_p) & (probabilities >= knobs.min_p * probabilities[:, :1]) & (rank < knobs.top_k)
-    lowest = jnp.min(jnp.where(stays, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= lowest, logits, -jnp.inf)
+    """-inf for every token outside top-k, then top-p, then min-p; each is a lowest logit that still passes. Nothing is
+    sorted: on a CPU that takes 20 ms for 73,440 words, and finding where to cut, bit by bit, a tenth of it."""
+    ordered = _ordered(logits)
+    kept = ordered >= _cut(ordered, lambda above: jnp.sum(above, axis=-1, keepdims=True) >= knobs.top_k)
+    probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+
+    def enough(above):
+        mass = jnp.sum(jnp.where(above, probabilities, 0), axis=-1, keepdims=True)
+        return (mass >= knobs.top_p) & (knobs.top_p < 1)
+
+    likeliest = jnp.max(probabilities, axis=-1, keepdims=True)  # it always stays
+    stays = kept & (ordered >= _cut(ordered, enough)) & (probabilities >= knobs.min_p * likeliest)
+    return jnp.where(stays, logits, -jnp.inf)
+
+
+def _ordered(logits: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+    """Whole numbers in the order of the logits: a float's bits, of negative ones turned over."""
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits & sign, ~bits, bits | sign)
+
+
+def _cut(
+    ordered: UInt32[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B 1"]]
+) -> UInt32[Array, "B 1"]:
+    """The greatest number for which those that reach it are ``enough``; 0 where none is."""
+
+    def with_bit(place, found):
+        higher = found | (jnp.uint32(1 << 31) >> place.astype(jnp.uint32))
+        return jnp.where(enough(ordered >= higher), higher, found)
+
+    return jax.lax.fori_loop(0, 32, with_bit, jnp.zeros((len(ordered), 1), jnp.uint32))
