@@ -16,6 +16,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     # Most of the suite's time is compilation, which these flags make three times shorter: nothing is optimised.
     flags = "--xla_force_host_platform_device_count=8"
     flags += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    # A device that waits 40 s for the others ends the process: on busy cores they may well take longer.
+    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 # Programs compiled once per user and machine, not once per run; commands that tests start find them too.
 os.environ.setdefault(
