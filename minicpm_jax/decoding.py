@@ -83,7 +83,7 @@ def check_cache(model: Model, batch: int, slots: int, bits: int | None) -> None:
     check_room(
         f"the keys and values of {batch} x {slots:,} tokens",
         cache_bytes(model, batch, slots, bits),
-        device.free_memory(),
+        device.free_memory(model.model.mesh),
         "give a shorter prompt, fewer tokens, or fewer prompts at once",
     )
 

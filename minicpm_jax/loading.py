@@ -70,11 +70,12 @@ def load_weights(
 ) -> Model:
     """The model of an opened checkpoint, each array placed where the mesh wants it; ``quantize``: as in `load`."""
     target = jnp.dtype(check_dtype(dtype or checkpoint.dtype))
-    config, mesh = checkpoint.config, None if mesh is None else automatic(mesh)
+    mesh = None if mesh is None else automatic(mesh)
+    config, shape = checkpoint.config, padded(checkpoint.config, mesh)
     kind = target.name if quantize is None else f"int{check_bits(quantize)}"
-    needed = int(weight_bytes(config, kind) * share(config, mesh))
+    needed = int(weight_bytes(shape, kind) * share(shape, mesh))
     remedy = "spread them over more devices (--mesh), or take a smaller model"
-    check_weights(kind, needed, device.free_memory(), remedy)
+    check_weights(kind, needed, device.free_memory(mesh), remedy)
     packs = {} if quantize is None else packing(config, quantize, head=True)
     with reading(checkpoint) as checkpoint:
         if mesh is None and quantize is None and jax.default_backend() == "cpu":

@@ -200,7 +200,7 @@ def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any]
     from weights_io.memory import check_training
 
     def check(config: ModelConfig) -> None:
-        check_training(config, "adamw", device.free_memory(), share(config, mesh))
+        check_training(config, "adamw", device.free_memory(mesh), share(config, mesh))
 
     if options.config is not None:
         config = ModelConfig.from_file(options.config)

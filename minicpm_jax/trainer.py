@@ -43,7 +43,8 @@ class Trainer:
         self.trained: train.Trained
         if self.adapter is None:
             self.trained = train.AllWeights(model.config, model.model.embed_tokens.weight.dtype.name, self.mesh)
-            check_training(model.config, options.optimizer, device.free_memory(), share(model.config, self.mesh))
+            free = device.free_memory(self.mesh)
+            check_training(model.config, options.optimizer, free, share(model.config, self.mesh))
             before = train.weights_of(model)
             weights = {name: jnp.array(w, jnp.float32) for name, w in before.items()}
             self.base = None

@@ -139,6 +139,14 @@ def flat(part):
     return list(part) if isinstance(part, (list, tuple)) else [part]
 
 
+def test_the_devices_of_a_mesh_share_the_memory_of_a_cpu(monkeypatch):
+    jax = pytest.importorskip("jax")
+    device, sharding = (importlib.import_module(f"minicpm_jax.{name}") for name in ("device", "sharding"))
+    monkeypatch.setattr(device, "host_free", lambda: 800)
+    meshes = None, sharding.make_mesh("tensor=2", jax.devices()[:2]), sharding.make_mesh("fsdp=8")
+    assert [device.free_memory(mesh) for mesh in meshes] == [800, 400, 100]
+
+
 def test_what_an_engine_of_mlx_keeps_is_bounded():
     pytest.importorskip("mlx.core")
     pico = importlib.import_module("minicpm_mlx").load(dtype="float32")[0]
