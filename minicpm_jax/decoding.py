@@ -58,7 +58,7 @@ def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache
     dtype, mesh = model.model.norm.weight.dtype, model.model.mesh
     cache = Cache.empty(model.config, batch, slots, dtype, bits, mesh)
     if mesh is not None:  # else each device would have all of it
-        specs = placement(cache, model.config.head_dim, mesh)
+        specs = placement(cache, mesh)
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         cache = jax.lax.with_sharding_constraint(cache, where)
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
@@ -68,7 +68,7 @@ def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
     """Of a cache of so many slots, on each device."""
     mesh = model.model.mesh
     cache = jax.eval_shape(lambda: Cache.empty(model.config, batch, slots, model.model.norm.weight.dtype, bits, mesh))
-    specs = placement(cache, model.config.head_dim, mesh) if mesh is not None else cache
+    specs = placement(cache, mesh) if mesh is not None else cache
 
     def bytes_of(x, spec):
         shape = x.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(x.shape)
