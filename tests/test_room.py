@@ -1,7 +1,9 @@
 """What has no room is refused before it is allocated, with both numbers; and the numbers are those of the arrays."""
 
 import importlib
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_model
 import tiny_training
@@ -160,6 +162,26 @@ def test_the_devices_of_a_mesh_share_the_memory_of_a_cpu(monkeypatch):
     monkeypatch.setattr(device, "host_free", lambda: 800)
     meshes = None, sharding.make_mesh("tensor=2", jax.devices()[:2]), sharding.make_mesh("fsdp=8")
     assert [device.free_memory(mesh) for mesh in meshes] == [800, 400, 100]
+
+
+@pytest.mark.parametrize(("elsewhere", "least"), [(10**12, 5 * 10**11), (10**11 + 1, 10**11 + 1), (None, 5 * 10**11)])
+def test_processes_agree_on_the_least(monkeypatch, elsewhere, least):
+    """Else one would refuse, and the others wait for it."""
+    jax = pytest.importorskip("jax")
+    from jax.experimental import multihost_utils
+
+    device = importlib.import_module("minicpm_jax.device")
+    asked = []
+
+    def gathered(own):
+        asked.append(own)
+        return np.stack([own, np.array([elsewhere or np.iinfo(np.int64).max]).view(np.uint8)])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    monkeypatch.setattr(device, "host_free", lambda: 10**12)
+    several = SimpleNamespace(local_devices=jax.devices()[:2], is_multi_process=True)
+    assert device.free_memory(several) == least and asked[0].dtype == np.uint8
+    assert device.free_memory() == 10**12 and len(asked) == 1  # of a model that lies here alone nobody else hears
 
 
 def test_what_an_engine_of_mlx_keeps_is_bounded():
