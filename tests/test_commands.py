@@ -171,6 +171,18 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     assert (end.value.code, capsys.readouterr().err.count("nothing.jsonl does not exist; check its name")) == (2, 1)
 
 
+def test_a_folder_that_is_gone_is_not_called_none(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as end, exit_codes():
+        os.getcwd()
+    assert (end.value.code, capsys.readouterr().err.count("the folder that this was started in, does not exist")) == (
+        2,
+        1,
+    )
+
+
 @pytest.mark.parametrize("package", ["weights_io", "minicpm_data", *BACKENDS, "minicpm_serve"])
 def test_what_there_is_to_run(package):
     """All commands of a package; a reader that goes away is no error."""
