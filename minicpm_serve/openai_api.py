@@ -5,8 +5,9 @@
 ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health``. Ctrl-C ends it.
 """
 
+import asyncio
 import socket
-import threading
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 GRACE = 5.0  # seconds that answers have to come to their end once the server is told to
+GOODBYE = 0.5  # seconds more, for the word that they did not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +69,14 @@ def main(options: Options) -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at that address, which does not listen yet. `InputError` where there can be none."""
+    """A socket that listens at that address, so that nobody else can. `InputError` where there can be none."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind)
         try:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(address)
+            found.listen()
         except OSError:
             found.close()
             raise
@@ -98,16 +101,23 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
             host = f"[{host}]" if ":" in host else host
             print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
 
+        hurry = False
+
         def handle_exit(self, sig: int, frame: Any) -> None:
-            if self.should_exit:
-                threading.Thread(target=engine.close).start()  # which waits for the step that is computed
+            self.hurry = self.should_exit
             self.should_exit = True
 
         async def shutdown(self, sockets: Any = None) -> None:
-            ending = threading.Timer(GRACE, engine.close)
-            ending.start()
-            await super().shutdown(sockets)
-            ending.cancel()
+            ending = asyncio.create_task(super().shutdown(sockets))
+            last = time.monotonic() + GRACE
+            while not ending.done() and not self.hurry and time.monotonic() < last:
+                await asyncio.wait([ending], timeout=0.1)
+            if not ending.done():
+                await asyncio.to_thread(engine.close)  # which waits for the step that is computed
+                await asyncio.wait([ending], timeout=GOODBYE)
+            for connection in list(self.server_state.connections):  # of a client that sends or reads no further
+                connection.transport.abort()
+            await ending
 
     app = application(engine, name, api_key, waiting)
     return Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="off"))
