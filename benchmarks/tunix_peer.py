@@ -68,9 +68,9 @@ HEADER = """# Beside google-tunix, compiled for TPUs
 `python -m benchmarks.tunix_peer` writes the table: Llama3 of google-tunix 0.1.7 and ours in the shape of MiniCPM-1B
 ({layers} layers, {words:,} words), bfloat16, both compiled for chips that need not be there by the same jax and libtpu.
 Decoding is the greedy loop of each one's sampler, its cache of 4,096 full; training is the loss and its gradients of
-all weights, each layer recomputed, no optimiser. Seconds are those of two busy cores. HBM traffic and what travels between chips are
-of one step on one chip, by `minicpm_jax.hlo`; a chip's memory is arguments and temporaries. Where tunix decodes, its
-axis fsdp splits rows and no weights, as our axis data does, which is what ours is given there.
+all weights, each layer recomputed, no optimiser. Seconds are those of two busy cores. HBM traffic and what travels
+between chips are of one step on one chip, by `minicpm_jax.hlo`; a chip's memory is arguments and temporaries. Where
+tunix decodes, its axis fsdp splits rows and no weights, as our axis data does, which is what ours is given there.
 
 | program | of | tracing | compiling | code | lines of HLO | arguments | temporaries | HBM traffic | between chips |
 |---|---|---|---|---|---|---|---|---|---|
