@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from minicpm_data.commands import ModelOptions, load_model
+from minicpm_data.commands import load_model
 from minicpm_data.evaluation import require_positive
 from minicpm_data.generation import CacheOptions
 from minicpm_serve import backends
@@ -28,21 +28,20 @@ GOODBYE = 0.5  # seconds more, for the word that they did not
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
-    backend: backends.BackendName
-    """What runs the model."""
+class Options(backends.BackendOptions):
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in."""
     port: int = 8000
     """0: one that is free."""
     api_key: str | None = None
     """Let nobody in who does not send this key."""
-    slots: int = 8
-    """Answers that are decoded together; others wait."""
+    slots: int | None = None
+    """Answers that are decoded together; others wait. By default 8, or fewer where the memory has no room for them."""
     waiting: int = 256
     """Answers that may wait for a slot; more are refused (503)."""
     context: int | None = None
-    """Most tokens of a prompt and its answer; by default as many as the model was made for."""
+    """Most tokens of a prompt and its answer; by default as many as the model was made for, or what there is room for
+    in one slot."""
     kv_bits: Literal[8] | None = None
     """Keep keys and values in so many bits (JAX)."""
     prefill_step_size: int = 512
@@ -51,6 +50,7 @@ class Options(ModelOptions):
 
 def main(options: Options) -> None:
     """Serve a MiniCPM (or Llama) model over HTTP as OpenAI does."""
+    options.check_placement()
     require_positive(options, "slots", "context", "prefill_step_size")
     if options.waiting < 0 or not 0 <= options.port < 2**16:
         raise InputError("--waiting must be 0 or more, and --port from 0 to 65535.")
@@ -99,7 +99,8 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
             await super().startup(sockets)
             host, port, *_ = self.servers[0].sockets[0].getsockname()
             host = f"[{host}]" if ":" in host else host
-            print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+            room = f"--slots {engine.slots} --context {engine.context}"
+            print(f"{name}: http://{host}:{port}/v1 ({room}; Ctrl-C ends it)", flush=True)
 
         hurry = False
 
