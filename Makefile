@@ -9,7 +9,7 @@ PROMPT := 12 + 7 = ?
 PICO   := runs/pico
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interop test-quick lint pico badges clean
+.PHONY: help demo test test-heavy test-interop test-quick lint pico badges clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -24,8 +24,11 @@ demo: $(VENV)/.backends ## install the backends this machine can have; each answ
 	  fi; \
 	done
 
-test: lint ## ruff, types and all tests but those that need PyTorch
+test: lint ## ruff, types and all tests but the following
 	$(PYTEST)
+
+test-heavy: $(VENV)/.test ## programs compiled for TPUs, and the benchmarks at their smallest
+	$(PYTEST) -m "(tpu or benchmark) and not interop"
 
 test-interop: $(VENV)/.interop ## the live comparisons with PyTorch, transformers and peft
 	$(PYTEST) -m interop
@@ -35,7 +38,7 @@ test-quick: ## the tests of a few seconds, on another Python: make test-quick PY
 
 .PHONY: run-quick
 run-quick: $(VENV)/.test
-	$(PYTEST) -m "not slow and not interop"
+	$(PYTEST) -m "not slow and not interop and not tpu and not benchmark"
 
 lint: $(VENV)/.test ## ruff and types alone
 	$(VENV)/bin/ruff check .

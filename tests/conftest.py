@@ -35,6 +35,11 @@ if find_spec("jax") is not None and version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = known
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("tpu") and find_spec("libtpu") is None:
+        pytest.skip("libtpu, which compiles for TPUs, is not installed (it exists for Linux on x86-64)")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_programs_of_other_modules():
     """Each compiled program is mapped into memory; thousands of them are more than a process may have (65,530 maps),

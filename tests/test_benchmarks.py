@@ -1,19 +1,17 @@
 """The benchmarks run; what they measure is in docs/benchmarks.md."""
 
-import importlib.util
 import subprocess
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
+pytestmark = pytest.mark.benchmark
 
 
 def run(name, *arguments):
     return subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
 @pytest.mark.parametrize("part", [[], ["--whole-step"]])
 def test_skipping_rows_gives_what_the_dense_mlp_gives(backend, part):
@@ -24,7 +22,6 @@ def test_skipping_rows_gives_what_the_dense_mlp_gives(backend, part):
     assert variants == ["dense", "down", "down", "up+down", "up+down"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_the_memory_of_a_prompt_is_more_than_its_cache():
     ran = run("prompt_memory", "--tokens", "32")
@@ -33,7 +30,6 @@ def test_the_memory_of_a_prompt_is_more_than_its_cache():
     assert (tokens, cache) == ("32", "2 MB") and int(held.split()[0]) >= 2
 
 
-@pytest.mark.slow
 def test_the_loss_in_chunks_is_the_plain_one():
     """The command compares them itself."""
     ran = run("training", "--part", "loss", "--backend", "mlx", "--rows", "1", "--tokens", "64", "--logits", "262144")
@@ -42,15 +38,13 @@ def test_the_loss_in_chunks_is_the_plain_one():
     assert chunked[0] == "| in chunks" and int(chunked[2].split()[0]) < int(whole[2].split()[0])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
+@pytest.mark.tpu
 def test_a_step_is_compiled_for_a_tpu():
     ran = run("training", "--part", "loss", "--model", "pico", "--rows", "1", "--tokens", "32", "--logits", "4096")
     assert ran.returncode == 0, ran.stderr
     assert [line.split(" | ")[0] for line in ran.stdout.splitlines()[2:]] == ["| in chunks", "| plain"]
 
 
-@pytest.mark.slow
 def test_mlx_lm_trains_one_padding_token_a_row_and_ours_none():
     ran = run("lora_peer", "--rounds", "1", "--rows", "1", "--examples", "2", "--tokens", "64")
     assert ran.returncode == 0, ran.stderr
@@ -60,7 +54,6 @@ def test_mlx_lm_trains_one_padding_token_a_row_and_ours_none():
     assert targets["ours"][1] == 0 and targets["mlx_lm"] == [targets["ours"][0] + 2, 2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "mlx"])
 def test_packed_rows_hold_less_padding(backend):
     arguments = ["--backend", backend, "--rows", "2", "--examples", "12", "--tokens", "64", "--rounds", "1"]
@@ -70,7 +63,6 @@ def test_packed_rows_hold_less_padding(backend):
     assert packed < apart
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more", "first"),
     [

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import re
 
 import numpy as np
@@ -201,8 +200,6 @@ def test_a_piece_of_a_prompt_reads_what_is_filled(name):
 
 @functools.cache
 def chip():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, which compiles for TPUs, is not installed (it exists for Linux on x86-64)")
     return Topology.parse("v5e:1x1").devices()[0]
 
 
@@ -227,7 +224,7 @@ def compiled(job, slots, batch=1, bits=None):
     return decode.lower(model, state, array((), jnp.int32), placed(Knobs.of(Sampling(), WIDE.vocab_size))).compile()
 
 
-@pytest.mark.slow
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("job", "slots", "batch", "bits"),
     [

@@ -1,7 +1,6 @@
 """The kernel for attention of whole rows: numbers and gradients (interpreted), and the program for a TPU it is in."""
 
 import functools
-import importlib.util
 
 import numpy as np
 import pytest
@@ -72,9 +71,7 @@ def test_the_platform_and_the_dtype_choose(dtype):
     assert ("tpu_custom_call" in lowered.as_text()) == (dtype == "bfloat16")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs; it exists for Linux on x86-64"
-)
+@pytest.mark.tpu
 def test_a_program_for_a_tpu_takes_a_tenth_of_the_memory():
     """4,096 tokens with 8 heads of 64 on a v5e, with gradients, against scores of all of them at once."""
     place = SingleDeviceSharding(Topology.parse("v5e:1x1").devices()[0])

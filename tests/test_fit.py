@@ -18,13 +18,11 @@ from minicpm_jax import fit, hlo  # noqa: E402
 from minicpm_jax.chips import CHIPS, Topology  # noqa: E402
 from minicpm_jax.flops import flops  # noqa: E402
 from minicpm_jax.jobs import config_of, default_mesh  # noqa: E402
+from weights_io import catalog  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs; it exists for Linux on x86-64"
-)
 MIB = 2**20
 
 
@@ -47,7 +45,7 @@ def compiled(function, *shapes, donate=(), mesh=None, specs=()):
     return jax.jit(function, donate_argnums=donate).lower(*arguments).compile().as_text()
 
 
-@needs_libtpu
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("function", "shapes", "donate", "expected"),
     [
@@ -78,7 +76,7 @@ def test_bytes_of_programs_that_are_known(function, shapes, donate, expected):
     assert abs(found - expected) <= max(0.02 * expected, 8192), (found, expected)
 
 
-@needs_libtpu
+@pytest.mark.tpu
 def test_collectives_of_programs_that_are_known():
     split, whole = PartitionSpec("x"), PartitionSpec()
     text = compiled(lambda w, x: x @ w, (4096, 4096), (8, 4096), mesh="v5e:2x2", specs=(split, whole))
@@ -185,7 +183,7 @@ def test_the_mesh_that_a_job_gets():
     assert default_mesh(config_of("minicpm-2b"), 1, training=False) == "fsdp=1"
 
 
-@needs_libtpu
+@pytest.mark.tpu
 @pytest.mark.parametrize("job", ["generate", "prefill", "lora", "finetune", "pretrain"])
 def test_every_job_compiles(job):
     compiled = fit.compile_job("pico", job=job, batch=2, seq=64)
@@ -196,8 +194,7 @@ def test_every_job_compiles(job):
         assert 2 * 1_296_000 <= memory.argument_size_in_bytes < 3 * 1_296_000
 
 
-@needs_libtpu
-@pytest.mark.slow
+@pytest.mark.tpu
 def test_decoding_of_the_2b_reads_its_weights_and_its_cache_once():
     """Weights of 5,449,761,792 bytes and a cache of 1,509,949,440, one v5e. Measured: 36,864 bytes more of arguments,
     0.3 MB of temporaries, 0.8 MB more of traffic."""
@@ -210,8 +207,7 @@ def test_decoding_of_the_2b_reads_its_weights_and_its_cache_once():
     assert all(i.buffers[0].size < MIB for i in copies)
 
 
-@needs_libtpu
-@pytest.mark.slow
+@pytest.mark.tpu
 def test_eight_chips_decode_with_their_heads_of_the_2b_and_copy_no_cache():
     """36 heads as 6 on each chip, 4,096 slots of 2 x 40 x 384 numbers: 0.25 GB of cache. Measured: 0.4 MB of
     temporaries."""
@@ -222,19 +218,21 @@ def test_eight_chips_decode_with_their_heads_of_the_2b_and_copy_no_cache():
     assert set(found.collectives) == {"all-reduce"}
 
 
-@needs_libtpu
-def test_training_over_chips_gathers_weights_and_scatters_gradients():
-    """Nothing goes from all to all, only norms' gradients and sums are the same everywhere, and a chip has the logits
-    of its own row alone."""
-    compiled = fit.compile_job("pico", "v5e:2x4", "finetune", batch=8, seq=128, grad_checkpoint=True)
+@pytest.mark.tpu
+def test_training_over_chips_gathers_weights_and_scatters_gradients(tmp_path):
+    """Of two layers of the 2B, as small sums XLA adds up otherwise. Nothing goes from all to all, only norms' gradients
+    and sums are the same everywhere, and a chip has the logits of its own row alone."""
+    shape = {**catalog.find("minicpm-2b").config, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    compiled = fit.compile_job(str(tmp_path), "v5e:2x4", "finetune", batch=8, seq=1024, grad_checkpoint=True)
     text = compiled.as_text()
     found = hlo.traffic(text)
     assert set(found.counts) == {"all-gather", "reduce-scatter", "all-reduce"}
-    assert found.bytes["all-reduce"] < 32_768 < found.bytes["reduce-scatter"]  # measured: 19,468 and 3,604,480
-    assert re.search(r"f32\[1,\d+,2048\]", text) and not re.search(r"f32\[8,\d+,2048\]", text)
+    assert found.bytes["all-reduce"] < 100_000 < 1e9 < found.bytes["reduce-scatter"]  # measured: 43,048 and 1.377e9
+    assert re.search(r"f32\[1,\d+,122753\]", text) and not re.search(r"f32\[8,\d+,122753\]", text)
 
 
-@needs_libtpu
+@pytest.mark.tpu
 def test_the_command_says_what_it_takes():
     ran = run("--model", "pico", "--job", "generate", "--seq", 256)
     assert ran.returncode == 0, ran.stderr
@@ -246,7 +244,7 @@ def test_the_command_says_what_it_takes():
     assert ran.stderr == ""
 
 
-@needs_libtpu
+@pytest.mark.tpu
 def test_figures_as_json():
     ran = run("--model", "pico", "--topology", "v5e:2x2", "--seq", 64, "--json")
     figures = json.loads(ran.stdout)
@@ -255,7 +253,7 @@ def test_figures_as_json():
     assert figures["tokens_per_second"] > 1000
 
 
-@needs_libtpu
+@pytest.mark.tpu
 def test_what_does_not_fit_and_what_would():
     ran = run("--model", "minicpm-2b", "--seq", 65536)
     assert ran.returncode == 0, ran.stderr
@@ -269,18 +267,18 @@ def test_what_does_not_fit_and_what_would():
         (["--topology", "v9:1x1"], "not of the form v5e:2x4; the chips are v2, v3, v4, v5e, v5p, v6e"),
         (["--topology", "v5e:2"], "v5e comes as v5e:2x2"),
         (["--topology", "v5e:0x2"], "v5e comes as v5e:2x2"),
-        pytest.param(["--topology", "v5e:3x1"], "cannot be", marks=needs_libtpu),
-        pytest.param(["--mesh", "fsdp=3"], "--mesh fsdp=3 is for 3 devices; there are 1", marks=needs_libtpu),
-        pytest.param(["--mesh", "rows=1"], "the axes are data, fsdp", marks=needs_libtpu),
-        pytest.param(["--model", "minicpm-3b"], "did you mean", marks=needs_libtpu),
-        pytest.param(["--model", "minicpm3-4b"], "does not hold the config.json", marks=needs_libtpu),
-        pytest.param(["--batch", "0"], "at least 1", marks=needs_libtpu),
+        pytest.param(["--topology", "v5e:3x1"], "cannot be", marks=pytest.mark.tpu),
+        pytest.param(["--mesh", "fsdp=3"], "--mesh fsdp=3 is for 3 devices; there are 1", marks=pytest.mark.tpu),
+        pytest.param(["--mesh", "rows=1"], "the axes are data, fsdp", marks=pytest.mark.tpu),
+        pytest.param(["--model", "minicpm-3b"], "did you mean", marks=pytest.mark.tpu),
+        pytest.param(["--model", "minicpm3-4b"], "does not hold the config.json", marks=pytest.mark.tpu),
+        pytest.param(["--batch", "0"], "at least 1", marks=pytest.mark.tpu),
         pytest.param(
             ["--model", "pico", "--topology", "v5e:2x2", "--job", "lora", "--batch", "3"],
             "--batch 3 does not divide over the 4 devices",
-            marks=needs_libtpu,
+            marks=pytest.mark.tpu,
         ),
-        pytest.param(["--job", "finetune", "--quantize", "4"], "leave it out of --job finetune", marks=needs_libtpu),
+        pytest.param(["--job", "finetune", "--quantize", "4"], "leave it out of --job finetune", marks=pytest.mark.tpu),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(arguments, said):

@@ -74,10 +74,7 @@ def test_logits_of_pico(bits, layers, all_of_it):
         assert 0.5 * measured < relative < 1.1 * measured
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs; it exists for Linux on x86-64"
-)
+@pytest.mark.tpu
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.52), (4, 0.295)])
 def test_a_step_of_the_2b_reads_the_weights_as_they_are_kept(bits, most):
     """Of the weights' 5,449,761,792 bytes in bfloat16, beside the cache; measured: 0.514 and 0.290, no copy of them."""
