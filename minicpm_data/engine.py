@@ -91,8 +91,12 @@ class Engine(ABC):
             return
         lower = range(self.context // STEP * STEP, 0, -STEP)
         fits = next((context for context in lower if needed(context) <= free), None)
-        what = f"the keys and values of {self.slots} slots x {self.context:,} tokens"
-        remedy = "lower slots, or context" + ("" if fits is None else f" (to {fits:,} tokens)")
+        what = f"the keys and values of {self.slots} slot{'s' * (self.slots > 1)} x {self.context:,} tokens"
+        if self.slots == 1 and fits is None:
+            remedy = "take a smaller model, or keep its weights in fewer bits"
+        else:
+            remedy = "lower " + ("slots, or " if self.slots > 1 else "") + "context"
+            remedy += "" if fits is None else f" (to {fits:,} tokens)"
         try:
             check_room(what, needed(self.context), free, remedy)
         except InputError as error:
