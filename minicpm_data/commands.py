@@ -51,7 +51,11 @@ class SourceOptions:
         """`InputError` where `placement` could not be."""
 
     def placement(self) -> dict[str, Any]:
-        """What a backend's ``load`` is told besides."""
+        """What a backend's ``load`` is told of the devices."""
+        return {}
+
+    def loading(self) -> dict[str, Any]:
+        """What it is told of the weights."""
         return {}
 
 
@@ -61,6 +65,9 @@ class ModelOptions(SourceOptions):
     """Folder (of PEFT or mlx_lm) of fine-tuned adapter weights to be added to the model."""
     quantize: Literal[4, 8] | None = None
     """Keep the matrices of the layers in so many bits, and the head in 8: less memory, and less to read for a token."""
+
+    def loading(self) -> dict[str, Any]:
+        return {"adapter": self.adapter_path, "quantize": self.quantize}
 
 
 @dataclass(frozen=True)
@@ -294,12 +301,8 @@ def load_model(backend: Backend, options: SourceOptions) -> "tuple[Any, Tokenize
     """Model and tokenizer, where the options want them."""
     placement = options.placement()  # first: it may have to come before the first use of a device
     dtype = options.dtype or backend.device.preferred_dtype()
-    more: dict[str, Any] = {}
-    if isinstance(options, ModelOptions):
-        more = {"adapter": options.adapter_path, "quantize": options.quantize}
-    model, tokenizer = backend.load(
-        options.model, dtype, revision=options.revision, hub=options.hub, **more, **placement
-    )
+    source = {"revision": options.revision, "hub": options.hub}
+    model, tokenizer = backend.load(options.model, dtype, **source, **options.loading(), **placement)
     if tokenizer is None:
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."

@@ -13,6 +13,7 @@ from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io.adapters import AdapterConfig
 from weights_io.catalog import find
 from weights_io.errors import InputError
+from weights_io.memory import ADAPTERS
 
 if TYPE_CHECKING:
     from weights_io.adapters import Adapter
@@ -117,6 +118,9 @@ class FullOptions(FinetuneOptions):
     def out(self) -> Path:
         return self.save_path
 
+    def loading(self) -> dict[str, Any]:
+        return {"remedy": ADAPTERS}
+
 
 @dataclass(frozen=True)
 class LoraOptions(FinetuneOptions):
@@ -142,6 +146,9 @@ class LoraOptions(FinetuneOptions):
     @property
     def out(self) -> Path:
         return self.adapter_path
+
+    def loading(self) -> dict[str, Any]:
+        return {"quantize": self.quantize, "quantize_head": False}
 
     @property
     def adapter(self) -> AdapterConfig:

@@ -27,6 +27,7 @@ import numpy as np
 
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.memory import SMALLER
 
 IGNORED = -100  # a label that does not count, as in PyTorch
 SUFFIXES = {"float32": "_f32", "bfloat16": "_bf16", "float16": "_f16"}
@@ -111,7 +112,7 @@ def run(options: Options, backend: Backend) -> None:
     if not 0 <= tolerance < math.inf:
         raise InputError(f"--tolerance is {tolerance}; it must be a number from 0 on.")
     reference = Reference(options.reference, options.dtype)
-    source = {"revision": options.revision, "hub": options.hub, **options.placement()}
+    source = {"revision": options.revision, "hub": options.hub, "remedy": SMALLER, **options.placement()}
     model, _ = backend.load(options.model, options.dtype, **source)
     passes, continuations = reference.passes(model.config), reference.continuations(model.config)
     if not passes and not continuations:

@@ -224,9 +224,8 @@ def attend_cache(
     """`attend` over the filled slots of one layer; T tokens in a row see the slots up to their own, ``index``.
 
     Compiled for a TPU this is a Pallas kernel, which XLA cannot split over the devices of a ``mesh`` by itself: each
-    runs it on the rows of its part of the axis data and the heads of its part of tensor. Where tensor does not divide
-    the key/value heads (or their scales are filled up for another mesh), and in float16, which the kernels' compiler
-    does not know, it is XLA's form as elsewhere.
+    runs it on the rows of its part of the axis data and the heads of its part of tensor, which divides them
+    (`sharding.padded`). In float16, which the kernels' compiler does not know, it is XLA's form as elsewhere.
     """
 
     def plain(q, cache, layer, index):
@@ -242,7 +241,7 @@ def attend_cache(
 
     def spread(q, cache, layer, index):
         assert mesh is not None
-        parts = placement(cache, q.shape[3], mesh)
+        parts = placement(cache, mesh)
         _, rows, _, heads = parts.k
         return jax.shard_map(
             kernel,
@@ -252,19 +251,17 @@ def attend_cache(
             check_vma=False,
         )(q, cache, layer, index)
 
-    divided = mesh is None or "tensor" not in mesh.shape or placement(cache, q.shape[3], mesh).k[3] is not None
-    if not divided or q.dtype == jnp.float16:
+    if q.dtype == jnp.float16:
         return plain(q, cache, layer, index)
     tpu = kernel if mesh is None else spread
     return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, tpu=tpu, default=plain)
 
 
-def placement(cache: Cache, head_dim: int, mesh: Mesh) -> Cache:
-    """The `PartitionSpec` of each array of a cache: rows over the axis data, heads over tensor, each where it divides
-    them (heads not where their scales are filled up for another mesh)."""
-    rows, kv_heads = "data" if splits("data", cache.k.shape[1], mesh) else None, cache.k.shape[3] // head_dim
-    whole = cache.k_scale is None or cache.k_scale.shape[2] == kv_heads or cache.parts == mesh.shape.get("tensor")
-    heads = "tensor" if splits("tensor", kv_heads, mesh) and whole else None
+def placement(cache: Cache, mesh: Mesh) -> Cache:
+    """The `PartitionSpec` of each array of a cache made for the ``mesh``: rows over the axis data where it divides
+    them, heads over tensor."""
+    rows = "data" if splits("data", cache.k.shape[1], mesh) else None
+    heads = "tensor" if "tensor" in mesh.shape else None
     stored, scale = P(None, rows, None, heads), None if cache.k_scale is None else P(None, rows, heads)
     return Cache(stored, stored, P(rows), scale, scale, cache.parts)
 
@@ -295,7 +292,7 @@ def attend_rows(
     """`attend` of whole rows to themselves: a token sees those of its segment up to itself.
 
     In bfloat16 compiled for a TPU this is a Pallas kernel, over the devices of a ``mesh`` as in `attend_cache`; in
-    other dtypes, and where tensor does not divide the key/value heads, XLA's form."""
+    other dtypes XLA's form."""
 
     def spread(q, k, v, segments):
         assert mesh is not None
@@ -305,8 +302,7 @@ def attend_rows(
             causal_attention, mesh=mesh, in_specs=(heads, heads, heads, whole), out_specs=heads, check_vma=False
         )(q, k, v, segments)
 
-    divided = mesh is None or "tensor" not in mesh.shape or splits("tensor", k.shape[2], mesh)
-    if not divided or q.dtype != jnp.bfloat16:
+    if q.dtype != jnp.bfloat16:
         return attend_parts(q, k, v, segments)
     tpu = causal_attention if mesh is None else spread
     return jax.lax.platform_dependent(q, k, v, segments, tpu=tpu, default=attend_parts)

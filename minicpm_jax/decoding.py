@@ -27,8 +27,8 @@ from minicpm_jax.attention import STORED, Cache, placement
 from minicpm_jax.hosts import fetched, from_first
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
+from weights_io import memory as memory_of
 from weights_io.errors import InputError
-from weights_io.memory import check_room
 
 STEPS = 32  # most tokens of one call of the decode loop
 PATIENCE = 0.1  # seconds a reader may wait for the next piece of text
@@ -55,11 +55,10 @@ class State:
 @functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
 def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """A cache, and the place for each row's last hidden state."""
-    dtype = model.model.embed_tokens.weight.dtype
-    mesh = model.model.mesh
+    dtype, mesh = model.model.norm.weight.dtype, model.model.mesh
     cache = Cache.empty(model.config, batch, slots, dtype, bits, mesh)
     if mesh is not None:  # else each device would have all of it
-        specs = placement(cache, model.config.head_dim, mesh)
+        specs = placement(cache, mesh)
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         cache = jax.lax.with_sharding_constraint(cache, where)
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
@@ -69,7 +68,7 @@ def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
     """Of a cache of so many slots, on each device."""
     mesh = model.model.mesh
     cache = jax.eval_shape(lambda: Cache.empty(model.config, batch, slots, model.model.norm.weight.dtype, bits, mesh))
-    specs = placement(cache, model.config.head_dim, mesh) if mesh is not None else cache
+    specs = placement(cache, mesh) if mesh is not None else cache
 
     def bytes_of(x, spec):
         shape = x.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(x.shape)
@@ -80,12 +79,7 @@ def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
 
 def check_cache(model: Model, batch: int, slots: int, bits: int | None) -> None:
     """`InputError` where there is no room for a cache of so many slots."""
-    check_room(
-        f"the keys and values of {batch} x {slots:,} tokens",
-        cache_bytes(model, batch, slots, bits),
-        device.free_memory(),
-        "give a shorter prompt, fewer tokens, or fewer prompts at once",
-    )
+    memory_of.check_cache(batch, slots, cache_bytes(model, batch, slots, bits), device.free_memory(model.model.mesh))
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "last"))

@@ -1,8 +1,11 @@
 """What the programs run on: its name, the memory used, the time spent on compiling."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from weights_io.errors import InputError
 from weights_io.memory import host_free
@@ -69,10 +72,22 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def free_memory() -> int | None:
-    """Bytes that the fullest device of this process has left; a CPU's are shared by the devices that it plays. None:
-    it does not say."""
-    devices = jax.local_devices()
+def free_memory(mesh: Mesh | None = None) -> int | None:
+    """Bytes that the fullest device of the ``mesh`` has left (None: the first one, where a model without a mesh lies);
+    a CPU's are shared by the devices that it plays. None: it does not say. Where the mesh has devices of several
+    processes, all must ask: one that has no room and leaves alone would let the others wait for it."""
+    free = _free(jax.local_devices()[:1] if mesh is None else mesh.local_devices)
+    if mesh is None or not mesh.is_multi_process:
+        return free
+    from jax.experimental.multihost_utils import process_allgather
+
+    unknown = np.iinfo(np.int64).max
+    own = np.array([unknown if free is None else free]).view(np.uint8)  # as bytes: JAX has no int64
+    least = int(process_allgather(own).view(np.int64).min())
+    return None if least == unknown else least
+
+
+def _free(devices: Sequence[jax.Device]) -> int | None:
     stats = [device.memory_stats() or {} for device in devices]
     if all("bytes_limit" in s for s in stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)

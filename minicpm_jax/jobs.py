@@ -158,7 +158,7 @@ class Job:
         shapes = jax.eval_shape(lambda: Cache.empty(*given))
         if self.placed is None:
             return self._everywhere(shapes)
-        specs = placement(shapes, self.config.head_dim, self.placed)
+        specs = placement(shapes, self.placed)
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.placed, spec)),
             shapes,

@@ -26,7 +26,7 @@ from weights_io.casting import check_bits, check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.hub import resolve
-from weights_io.memory import check_weights, weight_bytes
+from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.memory_reading import read_stacked
 from weights_io.parameters import Parameter, parameters
 from weights_io.progress import reading
@@ -43,6 +43,8 @@ def load(
     hub: str = "huggingface",
     quantize: int | None = None,
     *,
+    quantize_head: bool = True,
+    remedy: str | None = None,
     mesh: Mesh | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
     """Load a released checkpoint as it stands.
@@ -50,7 +52,9 @@ def load(
     ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
     ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``revision``: a branch or commit of the hub.
     ``adapter``: a folder with an adapter of PEFT or mlx_lm, which is added to the model's layers.
-    ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less.
+    ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less; the
+    head as it is without ``quantize_head``, to train adapters. ``remedy``: what to do where there is no room for the
+    weights (None: fewer bits, or a smaller model).
     ``mesh``: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert. Returns the model and its tokenizer
     (None where the folder holds no tokenizer files). Raises `InputError` with one sentence where something cannot be
     used.
@@ -59,23 +63,31 @@ def load(
     checkpoint = open_checkpoint(path)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    model = load_weights(checkpoint, dtype, mesh, quantize)
+    model = load_weights(checkpoint, dtype, mesh, quantize=quantize, quantize_head=quantize_head, remedy=remedy)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
     return model, tokenizer
 
 
 def load_weights(
-    checkpoint: Checkpoint, dtype: str | None = None, mesh: Mesh | None = None, quantize: int | None = None
+    checkpoint: Checkpoint,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    *,
+    quantize: int | None = None,
+    quantize_head: bool = True,
+    remedy: str | None = None,
 ) -> Model:
-    """The model of an opened checkpoint, each array placed where the mesh wants it; ``quantize``: as in `load`."""
+    """The model of an opened checkpoint, each array placed where the mesh wants it; the rest as in `load`."""
     target = jnp.dtype(check_dtype(dtype or checkpoint.dtype))
-    config, mesh = checkpoint.config, None if mesh is None else automatic(mesh)
-    kind = target.name if quantize is None else f"int{check_bits(quantize)}"
-    needed = int(weight_bytes(config, kind) * share(config, mesh))
-    remedy = "spread them over more devices (--mesh), or take a smaller model"
-    check_weights(kind, needed, device.free_memory(), remedy)
-    packs = {} if quantize is None else packing(config, quantize, head=True)
+    mesh = None if mesh is None else automatic(mesh)
+    config, shape = checkpoint.config, padded(checkpoint.config, mesh)
+    if quantize is None:
+        kind, needed, packs = target.name, weight_bytes(shape, target.name), {}
+    else:
+        kind, needed = f"int{check_bits(quantize)}", packed_bytes(shape, target.name, quantize, quantize_head)
+        packs = packing(config, quantize, quantize_head)
+    check_weights(kind, int(needed * share(shape, mesh)), device.free_memory(mesh), remedy)
     with reading(checkpoint) as checkpoint:
         if mesh is None and quantize is None and jax.default_backend() == "cpu":
             first = jax.devices()[0]

@@ -56,8 +56,8 @@ def runtime() -> Iterator[str]:
 
 
 def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None]":
-    """A model over all devices, arranged as `minicpm_jax.fit` compiles it: heads are split where they divide, then
-    experts or the weights."""
+    """A model over all devices, arranged as `minicpm_jax.fit` compiles it (`jobs.default_mesh`): heads are split,
+    then experts or the weights."""
     from minicpm_jax import device
     from minicpm_jax.jobs import serving_mesh
     from minicpm_jax.loading import load as load_model

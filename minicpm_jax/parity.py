@@ -48,12 +48,11 @@ def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> 
     """[B, N, V]: what each of the tokens [B, N] is chosen from when they follow the prompts through a cache."""
     import jax
 
-    from minicpm_jax.attention import Cache
+    from minicpm_jax.decoding import empty
 
     lengths = np.array([len(prompt) for prompt in prompts])
     ids = np.stack([np.pad(prompt, (0, lengths.max() - len(prompt))) for prompt in prompts])
-    slots = lengths.max() + tokens.shape[1]
-    cache = Cache.empty(model.config, len(prompts), slots, model.model.embed_tokens.weight.dtype)
+    cache, _ = empty(model, len(prompts), int(lengths.max()) + tokens.shape[1], None)
     x, cache = jax.jit(decoded)(model, ids, cache, lengths)
     steps = [wide(x)[np.arange(len(ids)), lengths - 1][:, None]]
     for token in tokens.T[:-1]:

@@ -197,10 +197,10 @@ def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any]
     from weights_io.checkpoint import open_checkpoint
     from weights_io.config import ModelConfig, read_json
     from weights_io.hub import resolve
-    from weights_io.memory import check_training
+    from weights_io.memory import SMALLER, check_training
 
     def check(config: ModelConfig) -> None:
-        check_training(config, "adamw", device.free_memory(), share(config, mesh))
+        check_training(config, "adamw", device.free_memory(mesh), share(config, mesh))
 
     if options.config is not None:
         config = ModelConfig.from_file(options.config)
@@ -210,7 +210,7 @@ def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any]
         return config, read_json(options.config), make(jax.random.key(options.seed))
     checkpoint = open_checkpoint(resolve(options.init_from, check=ModelConfig.from_dict))
     check(checkpoint.config)
-    weights = train.weights_of(load_weights(checkpoint, "float32", mesh))
+    weights = train.weights_of(load_weights(checkpoint, "float32", mesh, remedy=SMALLER))
     return checkpoint.config, dict(checkpoint.raw_config), weights
 
 

@@ -178,12 +178,11 @@ def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def share(config: ModelConfig, mesh: Mesh | None) -> float:
-    """How much of all weights each device has."""
+    """How much of all weights of these shapes each device has."""
     if mesh is None:
         return 1.0
-    filled = padded(config, mesh)
-    where = shardings(filled, mesh)
-    here = sum(math.prod(where[p.name].shard_shape(p.shape(filled))) for p in parameters(filled))
+    where = shardings(config, mesh)
+    here = sum(math.prod(where[p.name].shard_shape(p.shape(config))) for p in parameters(config))
     return here / sum(math.prod(p.shape(config)) for p in parameters(config))
 
 

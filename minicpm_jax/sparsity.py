@@ -16,7 +16,7 @@ from minicpm_data.generation import prompt_ids
 from minicpm_data.sparsity import checked_threshold
 from minicpm_jax.arithmetic import gated
 from minicpm_jax.attention import Cache, positions_of
-from minicpm_jax.decoding import bucket
+from minicpm_jax.decoding import bucket, empty
 from minicpm_jax.model import Linear, Model
 
 PIECE = 512  # tokens that run together
@@ -25,12 +25,13 @@ PIECE = 512  # tokens that run together
 class Counting:
     """The gate's projection, which counts the zeros that the activation makes of what it gives."""
 
-    def __init__(self, gate_proj: Linear, threshold: float):
-        self.gate_proj, self.threshold = gate_proj, threshold
+    def __init__(self, gate_proj: Linear, neurons: int, threshold: float):
+        self.gate_proj, self.neurons, self.threshold = gate_proj, neurons, threshold
 
     def __call__(self, x: Float[Array, "1 T D"]) -> Float[Array, "1 T F"]:
         gate = self.gate_proj(x)
-        self.zeros = jnp.sum(gated(gate, jnp.ones_like(gate), self.threshold) == 0, axis=(0, 2))  # [T]
+        own = gate[..., : self.neurons]  # a mesh may have filled them up
+        self.zeros = jnp.sum(gated(own, jnp.ones_like(own), self.threshold) == 0, axis=(0, 2))  # [T]
         return gate
 
 
@@ -44,7 +45,7 @@ def activation_sparsity(model: Model, ids: Sequence[int]) -> np.ndarray:
     length = tokens.shape[1]
     width = min(bucket(length), PIECE)
     tokens = np.pad(tokens, [(0, 0), (0, -length % width)])
-    cache = Cache.empty(model.config, 1, tokens.shape[1], model.model.embed_tokens.weight.dtype)
+    cache, _ = empty(model, 1, tokens.shape[1], None)
     zeros = np.zeros(model.config.num_hidden_layers, np.int64)
     for start in range(0, length, width):
         piece = tokens[:, start : start + width]
@@ -63,7 +64,8 @@ def _zeros(
 
     def step(carry, layer):
         weights, index = layer
-        gate = weights.mlp.gate_proj = Counting(weights.mlp.gate_proj, weights.mlp.threshold)
+        neurons, mlp = model.config.intermediate_size, weights.mlp
+        gate = mlp.gate_proj = Counting(mlp.gate_proj, neurons, mlp.threshold)
         x, cache, _ = weights(carry[0], positions, carry[1], index)
         return (x, cache), gate.zeros @ real
 

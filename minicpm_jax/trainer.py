@@ -17,11 +17,10 @@ from minicpm_jax.hosts import fetched, processes
 from minicpm_jax.loading import load_weights
 from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model
-from minicpm_jax.quantised import quantised
 from minicpm_jax.sharding import batch_sharding, own_rows, placed_rows, replicated, share
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
-from weights_io.memory import check_training
+from weights_io.memory import ADAPTERS, check_training
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -43,15 +42,14 @@ class Trainer:
         self.trained: train.Trained
         if self.adapter is None:
             self.trained = train.AllWeights(model.config, model.model.embed_tokens.weight.dtype.name, self.mesh)
-            check_training(model.config, options.optimizer, device.free_memory(), share(model.config, self.mesh))
+            free = device.free_memory(self.mesh)
+            check_training(model.config, options.optimizer, free, share(model.config, self.mesh))
             before = train.weights_of(model)
             weights = {name: jnp.array(w, jnp.float32) for name, w in before.items()}
             self.base = None
         else:
             self.layers = adapted_layers(options, model.config)
             self.trained = train.LowRankWeights(self.adapter.scale, self.adapter.dropout)
-            if options.quantize is not None:
-                self.base = model = quantised(model, options.quantize)
             if options.resume_adapter_file is None:
                 weights = adapters.initial(model, self.adapter, self.layers, self.key)
             else:
@@ -119,7 +117,7 @@ class Trainer:
 
     def load_export(self) -> None:
         if self.adapter is None:
-            found = load_weights(open_checkpoint(self.options.out / "model"), "float32", self.mesh)
+            found = load_weights(open_checkpoint(self.options.out / "model"), "float32", self.mesh, remedy=ADAPTERS)
             self.state = train.weights_of(found), None
         else:
             adapter = read_adapter(self.options.out, self.config)

@@ -69,12 +69,7 @@ def check_cache(model: Model, rows: int, longest: int, max_tokens: int, memory: 
     """`InputError` where there is no room for the keys and values of so many prompts and the beginning of an answer."""
     tokens = longest + min(max_tokens, ROOM)
     tokens = min(tokens, memory.max_kv_size or tokens)
-    memory_of.check_room(
-        f"the keys and values of {rows} x {tokens:,} tokens",
-        cache_bytes(model, rows * tokens, memory),
-        device.free_memory(model),
-        "give a shorter prompt, fewer tokens, or fewer prompts at once",
-    )
+    memory_of.check_cache(rows, tokens, cache_bytes(model, rows * tokens, memory), device.free_memory(model))
 
 
 def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, cache: list[Any], pieces: int) -> State:

@@ -23,7 +23,7 @@ from weights_io.casting import check_bits, check_dtype
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.hub import resolve
-from weights_io.memory import check_weights, weight_bytes
+from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.memory_reading import look_through
 from weights_io.parameters import parameters
 from weights_io.progress import reading
@@ -39,13 +39,18 @@ def load(
     revision: str | None = None,
     hub: str = "huggingface",
     quantize: int | None = None,
+    *,
+    quantize_head: bool = True,
+    remedy: str | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
     """Load a released checkpoint as it stands.
 
     ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
     ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``adapter``: a folder with an adapter of PEFT
     or mlx_lm, which is added to the model's layers. ``revision``: a branch or commit of the hub.
-    ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less.
+    ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less; the
+    head as it is without ``quantize_head``, to train adapters. ``remedy``: what to do where there is no room for the
+    weights (None: fewer bits, or a smaller model).
     Returns the model and its tokenizer (None where the folder holds no tokenizer files). Raises `InputError` with one
     sentence where something cannot be used.
     """
@@ -53,28 +58,42 @@ def load(
     checkpoint = open_checkpoint(path)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    model = load_weights(checkpoint, dtype, quantize)
+    model = load_weights(checkpoint, dtype, quantize=quantize, quantize_head=quantize_head, remedy=remedy)
     if found is not None:
         model = settle(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
     return model, tokenizer
 
 
-def load_weights(checkpoint: Checkpoint, dtype: str | None = None, quantize: int | None = None) -> Model:
-    """The model of an opened checkpoint, every weight checked and mapped, or read; ``quantize``: as in `load`."""
-    target = check_dtype(dtype or checkpoint.dtype)
-    kind = target if quantize is None else f"int{check_bits(quantize)}"
-    check_weights(kind, weight_bytes(checkpoint.config, kind), device.free_memory(), "take a smaller model")
-    model = Model(checkpoint.config, checkpoint.eos_token_ids)
+def load_weights(
+    checkpoint: Checkpoint,
+    dtype: str | None = None,
+    *,
+    quantize: int | None = None,
+    quantize_head: bool = True,
+    remedy: str | None = None,
+) -> Model:
+    """The model of an opened checkpoint, every weight checked and mapped, or read; the rest as in `load`."""
+    target, config = check_dtype(dtype or checkpoint.dtype), checkpoint.config
+    model = Model(config, checkpoint.eos_token_ids)
+    if quantize is None:
+        kind, needed = target, weight_bytes(config, target)
+    else:
+        kind, needed = f"int{check_bits(quantize)}", packed_bytes(config, target, quantize, quantize_head)
+        model = quantised(model, quantize, quantize_head)  # of weights that are never computed
+    check_weights(kind, needed, device.free_memory(), remedy)
+    packed = {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "group_size")}
     mapped = _mapped(checkpoint, target)
-    leaves = {}
+    leaves: dict[str, mx.array] = {}
     with reading(checkpoint) as checkpoint:
         look_through(checkpoint, mapped, target)
         for parameter in parameters(checkpoint.config):
             for name, tensors in parameter.layers(checkpoint.config).items():
                 arrays = [_read(checkpoint, tensor, target, mapped) for tensor in tensors]
-                leaves[name] = _stacked(arrays) if parameter.of_expert else arrays[0]
+                array = _stacked(arrays) if parameter.of_expert else arrays.pop()
+                leaves |= _quantised(name, array, packed[name]) if name in packed else {name: array}
+                del array  # what was packed, before the next one is read
     model.load_weights(list(leaves.items()))
-    return (model if quantize is None else quantised(model, quantize, head=True)).eval()
+    return model.eval()
 
 
 def _mapped(checkpoint: Checkpoint, dtype: str) -> dict[str, mx.array]:
@@ -85,6 +104,14 @@ def _mapped(checkpoint: Checkpoint, dtype: str) -> dict[str, mx.array]:
             found: Any = mx.load(str(source))
             arrays |= found
     return {name: arrays[name] for name, x in checkpoint.tensors.items() if name in arrays and x.dtype.name == dtype}
+
+
+def _quantised(name: str, weight: mx.array, layer: Any) -> dict[str, mx.array]:
+    """The arrays of a quantised layer, computed now: else MLX would hold ``weight`` till they are."""
+    parts = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, layer.group_size, layer.bits), strict=True))
+    mx.eval(*parts.values())
+    mx.clear_cache()
+    return {f"{name.removesuffix('weight')}{part}": array for part, array in parts.items()}
 
 
 def _stacked(arrays: list[mx.array]) -> mx.array:

@@ -15,10 +15,9 @@ from minicpm_mlx.checkpoints import Checkpoints
 from minicpm_mlx.loading import load_weights
 from minicpm_mlx.losses import Objective
 from minicpm_mlx.model import Model
-from minicpm_mlx.quantised import quantised
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
-from weights_io.memory import check_training
+from weights_io.memory import ADAPTERS, check_training
 from weights_io.write import of_layers
 
 Arrays = Mapping[str, np.ndarray]
@@ -37,8 +36,6 @@ class Trainer:
         if self.adapter is None:
             check_training(model.config, options.optimizer, device.free_memory(model))
         else:
-            if options.quantize is not None:
-                quantised(model, options.quantize)
             if options.resume_adapter_file is None:
                 layers = adapted_layers(options, model.config)
                 matrices = adapters.initial(model, self.adapter, layers, self.key)
@@ -106,7 +103,7 @@ class Trainer:
 
     def load_export(self) -> None:
         if self.adapter is None:
-            found = load_weights(open_checkpoint(self.options.out / "model"), "float32")
+            found = load_weights(open_checkpoint(self.options.out / "model"), "float32", remedy=ADAPTERS)
             self.weights = train.weights_of(found)
             train.use_weights(self.model, self.weights, self.dtypes)
         else:

@@ -4,12 +4,14 @@ import loading_cost
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_model
 
 mx = pytest.importorskip("mlx.core")
 
 from mlx.utils import tree_flatten  # noqa: E402
 
 from minicpm_mlx import load  # noqa: E402
+from minicpm_mlx.quantised import quantised  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 
@@ -50,6 +52,28 @@ def test_what_is_no_adapter_is_refused_and_not_passed_over(folder, tmp_path):
 def test_a_path_of_nothing_is_refused(tmp_path):
     with pytest.raises(InputError, match="config.json does not exist"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_while_it_is_read_is_what_a_loaded_model_would_be_packed_to(tmp_path, dtype, experts):
+    """And no more than the packed weights and the largest array of the model is held, from files that are mapped
+    (float32) or cast. Packed afterwards it was all of both."""
+    shape = {"num_experts": experts, "num_experts_per_tok": 2} if experts else {}
+    folder = tiny_model.write(tmp_path, hidden_size=64, intermediate_size=64, num_hidden_layers=6, **shape)
+    for head in (False, True):
+        whole = load(folder, dtype)[0]
+        largest = max(x.nbytes for _, x in tree_flatten(whole.parameters()))
+        expected = dict(tree_flatten(quantised(whole, 8, head).parameters()))
+        mx.eval(expected)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        found = dict(tree_flatten(load(folder, dtype, quantize=8, quantize_head=head)[0].parameters()))
+        mx.eval(found)
+        assert found.keys() == expected.keys()
+        assert all(mx.array_equal(array, expected[name]) for name, array in found.items())
+        held = sum(array.nbytes for array in found.values())
+        assert mx.get_peak_memory() - before < held + 1.5 * largest
 
 
 @pytest.mark.slow

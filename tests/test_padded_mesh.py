@@ -8,13 +8,14 @@ import tiny_model
 
 jax = pytest.importorskip("jax")
 
-from minicpm_jax import adapters, load, stream_generate  # noqa: E402
+from minicpm_jax import activation_sparsity, adapters, load, parity, stream_generate  # noqa: E402
 from minicpm_jax.losses import packed_loss  # noqa: E402
 from minicpm_jax.quantised import quantised  # noqa: E402
-from minicpm_jax.sharding import make_mesh, padded_over, resized  # noqa: E402
+from minicpm_jax.sharding import make_mesh, padded, padded_over, resized, share  # noqa: E402
 from minicpm_jax.train import weights_of  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
+from weights_io.memory import weight_bytes  # noqa: E402
 
 WORDS = 483
 IDS = np.random.default_rng(0).integers(3, WORDS, (2, 9)).astype(np.int32)
@@ -91,6 +92,26 @@ def test_what_is_drawn_kept_in_8_bits_or_quantised_is_that_of_one_device(folder,
     assert generated(on(folder, "tensor=8"), **drawn) == generated(alone, **drawn)
     one, other = (quantised(model, 4, True)(IDS) for model in (load(folder, "float32")[0], on(folder, "tensor=4", 4)))
     np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
+
+
+def test_what_follows_through_a_cache_and_neurons_at_zero_are_those_of_one_device(tmp_path):
+    """90 neurons are 96 over eight devices, and of six more that are always 0 nobody hears."""
+    folder = tiny_model.write(tmp_path, vocab_size=WORDS, **SHAPE | {"intermediate_size": 90}, hidden_act="relu")
+    models = load(folder, "float32")[0], on(folder, "tensor=8")
+    prompts, tokens = [IDS[0], IDS[1, :5]], IDS[:, :3]
+    one, other = (parity.continued(model, prompts, tokens) for model in models)
+    np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
+    one, other = (activation_sparsity(model, IDS[0].tolist()) for model in models)
+    np.testing.assert_allclose(other, one, rtol=0, atol=1.5 / (9 * 90))
+
+
+def test_each_device_has_what_is_said_before_anything_is_loaded(folder):
+    """Of a model all parts are alike; of masters and moments, which nobody fills up, some are whole everywhere."""
+    model = on(folder, "fsdp=2,tensor=4")
+    mesh, config = model.model.mesh, model.config
+    for tree, shape in ((model, padded(config, mesh)), (weights_of(model), config)):
+        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+        assert round(weight_bytes(shape, "float32") * share(shape, mesh)) == held
 
 
 def test_the_shapes_of_the_2b():

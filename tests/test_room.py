@@ -1,7 +1,9 @@
 """What has no room is refused before it is allocated, with both numbers; and the numbers are those of the arrays."""
 
 import importlib
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_model
 import tiny_training
@@ -41,7 +43,8 @@ def nbytes(backend, tree):
     if backend == "minicpm_jax":
         import jax
 
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        # int4 is half a byte, whatever numpy says
+        return sum(leaf.size // 2 if leaf.dtype == "int4" else leaf.nbytes for leaf in jax.tree.leaves(tree))
     from mlx.utils import tree_flatten
 
     return sum(leaf.nbytes for _, leaf in tree_flatten(tree))
@@ -57,9 +60,23 @@ def test_weights(backend, folder, model, free, monkeypatch):
     said = r"the weights in float32 would take 0\.[0-9] MB, and 0\.[0-9] MB are free; keep them in fewer bits"
     with pytest.raises(InputError, match=said):
         tiny_training.load(backend, folder)
-    free(weights // 8)
-    with pytest.raises(InputError, match="the weights in int4 would take .* are free; (spread|take)"):
-        tiny_training.load(backend, folder, quantize=4)
+    with pytest.raises(InputError, match="are free; train adapters"):  # what has no --quantize does not name it
+        tiny_training.load(backend, folder, **tiny_training.full(folder, folder).loading())
+
+
+@pytest.mark.parametrize(("bits", "remedy"), [(8, "keep them in fewer bits .--quantize 4., take"), (4, "take")])
+def test_packed_weights(backend, folder, model, free, bits, remedy):
+    """What is refused is what has no room when it is packed; the table of words is packed to generate alone."""
+    options = tiny_training.lora(folder, folder, quantize=bits).loading()
+    packed = [memory.packed_bytes(model.config, "float32", bits, head) for head in (False, True)]
+    free(packed[0])
+    found = tiny_training.load(backend, folder, **options)
+    held = nbytes(backend, found if backend == "minicpm_jax" else found.parameters())
+    assert held <= packed[0] < 1.1 * held < memory.weight_bytes(model.config, "float32")
+    free(packed[1])
+    tiny_training.load(backend, folder, quantize=bits)
+    with pytest.raises(InputError, match=f"the weights in int{bits} would take .* are free; {remedy}"):
+        tiny_training.load(backend, folder, **options)
 
 
 def test_a_command_says_it_in_a_sentence(backend, folder, free, monkeypatch, capsys):
@@ -163,6 +180,34 @@ def memory_config(model):
 
 def flat(part):
     return list(part) if isinstance(part, (list, tuple)) else [part]
+
+
+def test_the_devices_of_a_mesh_share_the_memory_of_a_cpu(monkeypatch):
+    jax = pytest.importorskip("jax")
+    device, sharding = (importlib.import_module(f"minicpm_jax.{name}") for name in ("device", "sharding"))
+    monkeypatch.setattr(device, "host_free", lambda: 800)
+    meshes = None, sharding.make_mesh("tensor=2", jax.devices()[:2]), sharding.make_mesh("fsdp=8")
+    assert [device.free_memory(mesh) for mesh in meshes] == [800, 400, 100]
+
+
+@pytest.mark.parametrize(("elsewhere", "least"), [(10**12, 5 * 10**11), (10**11 + 1, 10**11 + 1), (None, 5 * 10**11)])
+def test_processes_agree_on_the_least(monkeypatch, elsewhere, least):
+    """Else one would refuse, and the others wait for it."""
+    jax = pytest.importorskip("jax")
+    from jax.experimental import multihost_utils
+
+    device = importlib.import_module("minicpm_jax.device")
+    asked = []
+
+    def gathered(own):
+        asked.append(own)
+        return np.stack([own, np.array([elsewhere or np.iinfo(np.int64).max]).view(np.uint8)])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    monkeypatch.setattr(device, "host_free", lambda: 10**12)
+    several = SimpleNamespace(local_devices=jax.devices()[:2], is_multi_process=True)
+    assert device.free_memory(several) == least and asked[0].dtype == np.uint8
+    assert device.free_memory() == 10**12 and len(asked) == 1  # of a model that lies here alone nobody else hears
 
 
 def test_what_an_engine_of_mlx_keeps_is_bounded():

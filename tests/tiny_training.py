@@ -90,7 +90,8 @@ def finetune(backend: str, options: FinetuneOptions) -> None:
 
 
 def trainer(backend: str, options: FinetuneOptions) -> Any:
-    return part(backend, "trainer").Trainer(load(backend, Path(options.model), options.dtype), options)
+    model = load(backend, Path(options.model), options.dtype, **options.loading())
+    return part(backend, "trainer").Trainer(model, options)
 
 
 def model_of(worker: Any) -> Any:

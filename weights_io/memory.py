@@ -5,13 +5,16 @@ import math
 import re
 from pathlib import Path
 
+from weights_io.adapters import target_parameters
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.parameters import parameters
+from weights_io.parameters import EMBEDDING, HEAD, parameters
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 BITS = {"int8": 8, "int4": 4}
 MOMENTS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 0, "adafactor": 0}  # an optimiser's, of each weight's size
+SMALLER = "take a smaller model, or in JAX more devices"  # what to do where there is no room
+ADAPTERS = "train adapters (the command lora), a smaller model, or in JAX on more devices"
 GROUP = 64  # numbers of a matrix's row that share a scale and an offset of 16 bits, as MLX quantises
 
 
@@ -30,6 +33,21 @@ def weight_bytes(config: ModelConfig, dtype: str) -> int:
     return int(total)
 
 
+def packed_bytes(config: ModelConfig, dtype: str, bits: int, head: bool) -> int:
+    """Of weights in ``dtype`` of which the matrices of the layers are in ``bits`` bits and, with ``head``, its table
+    in 8."""
+    packed = {parameter.name: bits for parameter in target_parameters(config, ("all-linear",))}
+    if head:
+        packed[(EMBEDDING if config.tie_word_embeddings else HEAD).name] = 8
+    total = 0.0
+    for parameter in parameters(config):
+        size: float = ITEM[dtype]
+        if parameter.name in packed:
+            size = packed[parameter.name] / 8 + 2 * size / GROUP
+        total += math.prod(parameter.shape(config)) * size
+    return int(total)
+
+
 def cache_bytes(config: ModelConfig, tokens: int, dtype: str) -> int:
     """Of keys and values of ``tokens`` in all layers. int8 has a scale of 4 bytes for each head, 8 heads in a tile."""
     heads = config.num_key_value_heads
@@ -45,22 +63,24 @@ def check_room(what: str, needed: int, free: int | None, remedy: str) -> None:
         raise InputError(f"{what} would take {size(needed)}, and {size(max(free, 0))} are free; {remedy}.")
 
 
-def check_weights(kind: str, needed: int, free: int | None, remedy: str) -> None:
-    """`check_room` for the weights of a ``kind``, a dtype or int8 or int4."""
-    fewer = "" if kind == "int4" else "keep them in fewer bits (--quantize 8 or 4), "
-    check_room(f"the weights in {kind}", needed, free, fewer + remedy)
+def check_weights(kind: str, needed: int, free: int | None, remedy: str | None = None) -> None:
+    """`check_room` for the weights of a ``kind``, a dtype or int8 or int4. ``remedy``: None where --quantize is one."""
+    bits = {"int8": "4", "int4": ""}.get(kind, "8 or 4")
+    fewer = f"keep them in fewer bits (--quantize {bits}), " if bits else ""
+    check_room(f"the weights in {kind}", needed, free, remedy or fewer + SMALLER)
+
+
+def check_cache(rows: int, tokens: int, needed: int, free: int | None) -> None:
+    """`check_room` for the keys and values of so many tokens of each of the ``rows``."""
+    what = f"the keys and values of {rows} x {tokens:,} tokens"
+    check_room(what, needed, free, "give a shorter prompt, fewer tokens, or fewer prompts at once")
 
 
 def check_training(config: ModelConfig, optimizer: str, free: int | None, share: float = 1.0) -> None:
     """`check_room` for training all weights, a ``share`` of which is here: masters, gradients and what the optimiser
     keeps, in float32."""
     needed = int((2 + MOMENTS[optimizer]) * weight_bytes(config, "float32") * share)
-    check_room(
-        "training all weights (masters, gradients and moments)",
-        needed,
-        free,
-        "train adapters (the command lora), a smaller model, or in JAX on more devices",
-    )
+    check_room("training all weights (masters, gradients and moments)", needed, free, ADAPTERS)
 
 
 def host_free() -> int | None:
