@@ -18,7 +18,8 @@ Every line is the program that this package runs, compiled for chips that need n
 has), bytes of HBM that one call reads and writes (a step of decoding, with the cache full; a piece of 512 tokens of a
 prompt, whose attention is that of a full cache; a step of training), what travels between chips, and tokens a second at
 most: no chip reads or multiplies faster. bfloat16; training with `--grad-checkpoint`; `--quantize` without training
-keeps the head in 8 bits. Nothing here has been run on a TPU, and real programs stay below.
+keeps the head in 8 bits. Where the HBM traffic is unknown, JAX cannot read the program back from libtpu, and
+multiplying alone bounds its speed. Nothing here has been run on a TPU, and real programs stay below.
 `python -m benchmarks.fit_table` writes this file; the seconds of compiling are those of two busy cores.
 
 | program | chips | rows x tokens | mesh | memory a chip | fits | compiling | HBM traffic | between chips | tokens/s |

@@ -54,10 +54,10 @@ def main(options: Options) -> None:
     text = table(options, contest, size, {name: runs[name] for name in present})
     print(text, end="")
     if options.out is not None:
-        options.out.write_text(HEADER + text, "utf-8")
+        options.out.write_text(HEADER.format(model=options.model) + text, "utf-8")
 
 
-HEADER = """# Loading a model of MiniCPM-2B's size
+HEADER = """# Loading a model of {model}'s shape
 
 `python -m benchmarks.loading` writes this file: a random Llama in one bfloat16 file, read whole by each program on the
 same two cores of a CPU, with everything imported and the file in the page cache; medians of runs that took turns, while

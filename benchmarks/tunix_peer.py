@@ -65,12 +65,12 @@ NEEDED = ("tunix", "libtpu")
 
 HEADER = """# Beside google-tunix, compiled for TPUs
 
-`python -m benchmarks.tunix_peer` writes the table: Llama3 of google-tunix 0.1.7 and ours in the shape of MiniCPM-1B (52
-layers, 73,440 words), bfloat16, both compiled for chips that need not be there by the same jax and libtpu. Decoding is
-the greedy loop of each one's sampler, its cache of 4,096 full; training is the loss and its gradients of all weights,
-each layer recomputed, no optimiser. Seconds are those of two busy cores. HBM traffic and what travels between chips are
-of one step on one chip, by `minicpm_jax.hlo`; a chip's memory is arguments and temporaries. Where tunix decodes, its
-axis fsdp splits rows and no weights, as our axis data does, which is what ours is given there.
+`python -m benchmarks.tunix_peer` writes the table: Llama3 of google-tunix 0.1.7 and ours in the shape of MiniCPM-1B
+({layers} layers, {words:,} words), bfloat16, both compiled for chips that need not be there by the same jax and libtpu.
+Decoding is the greedy loop of each one's sampler, its cache of 4,096 full; training is the loss and its gradients of
+all weights, each layer recomputed, no optimiser. Seconds are those of two busy cores. HBM traffic and what travels
+between chips are of one step on one chip, by `minicpm_jax.hlo`; a chip's memory is arguments and temporaries. Where
+tunix decodes, its axis fsdp splits rows and no weights, as our axis data does, which is what ours is given there.
 
 | program | of | tracing | compiling | code | lines of HLO | arguments | temporaries | HBM traffic | between chips |
 |---|---|---|---|---|---|---|---|---|---|
@@ -92,7 +92,8 @@ def main(options: Options) -> None:
         if options.only in case.title:
             table[beginning] = beginning + " | ".join(cells(case, whose, options)) + " |"
             print(table[beginning], flush=True)
-            options.out.write_text(HEADER + "".join(line + "\n" for line in table.values() if line), "utf-8")
+            header = HEADER.format(layers=options.layers, words=options.words)
+            options.out.write_text(header + "".join(line + "\n" for line in table.values() if line), "utf-8")
 
 
 def cells(case: Case, whose: str, options: Options) -> Iterator[str]:

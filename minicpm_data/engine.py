@@ -27,6 +27,14 @@ class NoRoom(InputError):
     """Of a prompt that is too long, with the answer that it is to have."""
 
 
+class TooMuch(InputError):
+    """Of caches that could not all be filled. ``context``: what there is room for with as many slots, if anything."""
+
+    def __init__(self, sentence: str, context: int | None):
+        super().__init__(sentence)
+        self.context = context
+
+
 @dataclass(eq=False)
 class Request:
     """``made``: tokens so far. ``number``: by which its owner knows it."""
@@ -77,14 +85,22 @@ class Engine(ABC):
         self._steps = 1
 
     def _check_room(self, needed: Callable[[int], int], free: int | None) -> None:
-        """`InputError` where the caches for requests of this context could not all be filled. ``needed``: their bytes
+        """`TooMuch` where the caches for requests of this context could not all be filled. ``needed``: their bytes
         by context."""
         if free is None:
             return
         lower = range(self.context // STEP * STEP, 0, -STEP)
-        fits = next((f" (to {context:,} tokens)" for context in lower if needed(context) <= free), "")
-        what = f"the keys and values of {self.slots} slots x {self.context:,} tokens"
-        check_room(what, needed(self.context), free, f"lower slots, or context{fits}")
+        fits = next((context for context in lower if needed(context) <= free), None)
+        what = f"the keys and values of {self.slots} slot{'s' * (self.slots > 1)} x {self.context:,} tokens"
+        if self.slots == 1 and fits is None:
+            remedy = "take a smaller model, or keep its weights in fewer bits"
+        else:
+            remedy = "lower " + ("slots, or " if self.slots > 1 else "") + "context"
+            remedy += "" if fits is None else f" (to {fits:,} tokens)"
+        try:
+            check_room(what, needed(self.context), free, remedy)
+        except InputError as error:
+            raise TooMuch(str(error), fits) from None
 
     def add(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, end_ids: frozenset[int] = frozenset()

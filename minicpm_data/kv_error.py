@@ -59,7 +59,7 @@ class Difference:
     same: int  # positions whose likeliest token is the same
 
 
-def run(backend: Callable[[], Backend], logits: Logits, prog: str) -> None:
+def run(backend: Callable[[], Backend], logits: Logits, prog: str, options: type[Options] = Options) -> None:
     """``python -m PACKAGE.kv_error``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: Options) -> None:
@@ -75,7 +75,7 @@ def run(backend: Callable[[], Backend], logits: Logits, prog: str) -> None:
         found = compare(logits(model, ids, CacheOptions()), logits(model, ids, packed))
         print("\n".join(lines(found, options.kv_bits)))
 
-    command_line.run(main, Options, prog)
+    command_line.run(main, options, prog)
 
 
 def compare(plain: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> Difference:

@@ -4,6 +4,7 @@ python -m minicpm_jax.kv_error --model openbmb/MiniCPM-2B-sft-bf16 --data some.t
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +13,15 @@ from minicpm_data import kv_error
 from minicpm_data.generation import CacheOptions
 from minicpm_jax.generate import backend
 from minicpm_jax.parity import decoded, wide
+from minicpm_jax.placement import Serving
 
 if TYPE_CHECKING:
     from minicpm_jax.model import Model
+
+
+@dataclass(frozen=True)
+class Options(Serving, kv_error.Options):
+    pass
 
 
 def logits(model: "Model", ids: list[int], memory: CacheOptions) -> Iterator[np.ndarray]:
@@ -35,4 +42,4 @@ def logits(model: "Model", ids: list[int], memory: CacheOptions) -> Iterator[np.
 
 
 if __name__ == "__main__":
-    kv_error.run(backend, logits, "python -m minicpm_jax.kv_error")
+    kv_error.run(backend, logits, "python -m minicpm_jax.kv_error", Options)

@@ -1,9 +1,11 @@
 """The two backends by name, each imported when it is asked for."""
 
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
+from minicpm_data.commands import ModelOptions
 from minicpm_data.generation import Backend
 from weights_io.errors import InputError
 
@@ -23,3 +25,24 @@ def module(backend: BackendName, name: str) -> ModuleType:
 def get(backend: BackendName) -> Backend:
     """What the command lines ask of a backend."""
     return module(backend, "generate").backend()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions(ModelOptions):
+    backend: BackendName
+    """What runs the model."""
+    mesh: str | None = None
+    """How the devices are arranged (JAX), such as data=2,tensor=4; by default heads along tensor as far as each device
+    then holds less of the cache."""
+
+    def check_placement(self) -> None:
+        if self.backend == "mlx" and self.mesh is not None:
+            raise InputError("--mesh arranges the devices of JAX; leave it out with --backend mlx.")
+
+    def placement(self) -> dict[str, Any]:
+        """That of ``minicpm_jax.chat``."""
+        self.check_placement()
+        if self.backend == "mlx":
+            return {}
+        named = {name: getattr(self, name) for name in ("mesh", "model", "revision", "hub")}
+        return module("jax", "chat").Options(**named).placement()

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minicpm_data.engine import TooMuch
 from minicpm_data.generation import ANSWER_TOKENS, CacheOptions, Prompt, Sampling, end_ids, prompt_ids
 from minicpm_data.streaming import Response, stream_text
 from minicpm_serve import backends
@@ -23,6 +24,8 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
 
+
+SLOTS = 8  # where nobody says how many
 
 Answered = Response | Exception
 
@@ -50,14 +53,20 @@ class Engine:
         backend: BackendName,
         model: Any,
         tokenizer: "Tokenizer | None",
-        slots: int = 8,
+        slots: int | None = None,
         context: int | None = None,
         memory: CacheOptions | None = None,
     ):
-        """``model``: used up by `Backend.device.for_decoding`. The rest as in `minicpm_data.engine.Engine`."""
+        """``model``: used up by `Backend.device.for_decoding`. ``slots`` and ``context``: None for both is up to 8
+        slots of as many tokens as the model was made for, as far as there is room: fewer slots, then less context.
+        The rest as in `minicpm_data.engine.Engine`."""
         model = backends.get(backend).device.for_decoding(model)
         self.model, self.tokenizer = model, tokenizer
-        self._engine = backends.module(backend, "engine").Engine(model, slots, context, memory)
+        engine = backends.module(backend, "engine").Engine
+        if slots is None and context is None:
+            self._engine = _fitting(lambda slots, context: engine(model, slots, context, memory))
+        else:
+            self._engine = engine(model, SLOTS if slots is None else slots, context, memory)
         self._ends = end_ids(model, tokenizer)
         self.error: Exception | None = None  # that ended everything
         self._answers: dict[int, Answer] = {}  # of requests that are not over
@@ -168,3 +177,15 @@ class Engine:
             for answer in self._answers.values():
                 answer.deliver(error)
             self._answers.clear()
+
+
+def _fitting(make: Callable[[int, int | None], Any]) -> Any:
+    """What ``make`` makes of the most slots, or else of the longest context, that there is room for."""
+    for slots in range(SLOTS, 0, -1):
+        try:
+            return make(slots, None)
+        except TooMuch as error:
+            refused = error
+    if refused.context is None:
+        raise refused
+    return make(1, refused.context)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minicpm_data.batches import IGNORED
-from minicpm_data.commands import ModelOptions, load_model
+from minicpm_data.commands import load_model
 from minicpm_data.evaluation import ask_questions, replies, require_positive
 from minicpm_data.metrics import read_records
 from minicpm_serve import backends
@@ -40,9 +40,7 @@ SETTINGS = {"questions": ("limit", "seed"), "passkey": ("samples", "length", "se
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
-    backend: backends.BackendName
-    """What runs the model."""
+class Options(backends.BackendOptions):
     out: Path
     """Folder of history.jsonl and history.png."""
     revisions: tuple[str, ...] = ()
@@ -82,6 +80,7 @@ def main(options: Options) -> None:
     """Evaluate the checkpoints of a training run one after the other, and draw the curve."""
     from tqdm import tqdm
 
+    options.check_placement()
     require_positive(options, "length", "samples", "limit", "batch_size")
     if (options.evaluation == "loss") != (options.data is not None):
         raise InputError("--evaluation loss and --data go together; give both or neither.")

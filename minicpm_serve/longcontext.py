@@ -31,9 +31,7 @@ CONFIDENCE = 1.96  # standard deviations: 95 %
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
-    backend: backends.BackendName
-    """What runs the model."""
+class Options(backends.BackendOptions):
     task: TaskName = "passkey"
     """A pass key of 5 digits, a sequence of 10, or a value of a JSON object."""
     length: int = 4096
@@ -62,6 +60,7 @@ class Options(ModelOptions):
 
 def main(options: Options) -> None:
     """Hide a needle in long texts, ask for it, and count the right answers by depth."""
+    options.check_placement()
     require_positive(options, "samples", "length", "batch_size")
     if wrong := [depth for depth in options.depth if not 0 <= depth <= 1]:
         raise InputError(f"--depth is {wrong[0]:g}; it must be a number from 0 to 1.")

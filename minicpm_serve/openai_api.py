@@ -5,13 +5,14 @@
 ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health``. Ctrl-C ends it.
 """
 
+import asyncio
 import socket
-import threading
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from minicpm_data.commands import ModelOptions, load_model
+from minicpm_data.commands import load_model
 from minicpm_data.evaluation import require_positive
 from minicpm_data.generation import CacheOptions
 from minicpm_serve import backends
@@ -23,24 +24,24 @@ if TYPE_CHECKING:
     import uvicorn
 
 GRACE = 5.0  # seconds that answers have to come to their end once the server is told to
+GOODBYE = 0.5  # seconds more, for the word that they did not
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
-    backend: backends.BackendName
-    """What runs the model."""
+class Options(backends.BackendOptions):
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in."""
     port: int = 8000
     """0: one that is free."""
     api_key: str | None = None
     """Let nobody in who does not send this key."""
-    slots: int = 8
-    """Answers that are decoded together; others wait."""
+    slots: int | None = None
+    """Answers that are decoded together; others wait. By default 8, or fewer where the memory has no room for them."""
     waiting: int = 256
     """Answers that may wait for a slot; more are refused (503)."""
     context: int | None = None
-    """Most tokens of a prompt and its answer; by default as many as the model was made for."""
+    """Most tokens of a prompt and its answer; by default as many as the model was made for, or what there is room for
+    in one slot."""
     kv_bits: Literal[8] | None = None
     """Keep keys and values in so many bits (JAX)."""
     prefill_step_size: int = 512
@@ -49,6 +50,7 @@ class Options(ModelOptions):
 
 def main(options: Options) -> None:
     """Serve a MiniCPM (or Llama) model over HTTP as OpenAI does."""
+    options.check_placement()
     require_positive(options, "slots", "context", "prefill_step_size")
     if options.waiting < 0 or not 0 <= options.port < 2**16:
         raise InputError("--waiting must be 0 or more, and --port from 0 to 65535.")
@@ -67,13 +69,14 @@ def main(options: Options) -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at that address, which does not listen yet. `InputError` where there can be none."""
+    """A socket that listens at that address, so that nobody else can. `InputError` where there can be none."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind)
         try:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(address)
+            found.listen()
         except OSError:
             found.close()
             raise
@@ -96,18 +99,26 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
             await super().startup(sockets)
             host, port, *_ = self.servers[0].sockets[0].getsockname()
             host = f"[{host}]" if ":" in host else host
-            print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+            room = f"--slots {engine.slots} --context {engine.context}"
+            print(f"{name}: http://{host}:{port}/v1 ({room}; Ctrl-C ends it)", flush=True)
+
+        hurry = False
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            if self.should_exit:
-                threading.Thread(target=engine.close).start()  # which waits for the step that is computed
+            self.hurry = self.should_exit
             self.should_exit = True
 
         async def shutdown(self, sockets: Any = None) -> None:
-            ending = threading.Timer(GRACE, engine.close)
-            ending.start()
-            await super().shutdown(sockets)
-            ending.cancel()
+            ending = asyncio.create_task(super().shutdown(sockets))
+            last = time.monotonic() + GRACE
+            while not ending.done() and not self.hurry and time.monotonic() < last:
+                await asyncio.wait([ending], timeout=0.1)
+            if not ending.done():
+                await asyncio.to_thread(engine.close)  # which waits for the step that is computed
+                await asyncio.wait([ending], timeout=GOODBYE)
+            for connection in list(self.server_state.connections):  # of a client that sends or reads no further
+                connection.transport.abort()
+            await ending
 
     app = application(engine, name, api_key, waiting)
     return Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="off"))

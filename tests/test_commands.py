@@ -83,23 +83,34 @@ def test_help_costs_no_heavy_import(module):
     assert not HEAVY & set(ran.stderr.split())
 
 
-@pytest.mark.parametrize("name", ["generate", "chat", "evaluate", "parity"])
+# What each command needs besides a mesh.
+PLACED = {f"minicpm_jax.{name}": {} for name in ("generate", "chat", "evaluate", "kv_error")}
+PLACED |= {f"minicpm_serve.{name}": {"backend": "jax"} for name in ("openai_api", "longcontext")}
+PLACED |= {"minicpm_serve.history": {"backend": "jax", "model": "pico", "out": Path("out")}}
+PLACED |= {"minicpm_jax.parity": {"model": "pico", "reference": Path("x.npz")}}
+
+
+@pytest.mark.parametrize("name", PLACED)
 def test_a_mesh_of_one_process(name, monkeypatch):
     """``--mesh`` as given; without it none on CPUs, and on TPUs, to generate, the one for the checkpoint's heads."""
     from minicpm_jax import jobs, sharding
 
-    options = importlib.import_module(f"minicpm_jax.{name}").Options
-    needed = {"model": "pico", "reference": Path("x.npz")} if name == "parity" else {}
+    options, needed = importlib.import_module(name).Options, PLACED[name]
     assert options(**needed).placement() == {"mesh": None}
     assert options(mesh="fsdp=2,tensor=4", **needed).placement()["mesh"].shape == {"fsdp": 2, "tensor": 4}
     with pytest.raises(InputError, match="--mesh tensor=3 is for 3 devices; there are 8"):
         options(mesh="tensor=3", **needed).placement()
-    if name != "parity":  # as on eight TPUs
+    if name != "minicpm_jax.parity":  # as on eight TPUs
         eight = sharding.make_mesh("fsdp=8")
         monkeypatch.setattr(sharding, "make_mesh", lambda text: eight)
         monkeypatch.setattr(jobs, "serving_mesh", lambda path: f"heads of {path.name}")
         assert options(**needed).placement() == {"mesh": "heads of pico"}
-        assert options(mesh="fsdp=8").placement() == {"mesh": eight}
+        assert options(mesh="fsdp=8", **needed).placement() == {"mesh": eight}
+    if "backend" in needed:
+        mlx = needed | {"backend": "mlx"}
+        assert options(**mlx).placement() == {}
+        with pytest.raises(InputError, match="leave it out with --backend mlx"):
+            importlib.import_module(name).main(options(mesh="fsdp=8", **mlx))
 
 
 def test_generate(package, folder):
@@ -169,6 +180,18 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit) as end, exit_codes():
         (tmp_path / "nothing.jsonl").read_text()
     assert (end.value.code, capsys.readouterr().err.count("nothing.jsonl does not exist; check its name")) == (2, 1)
+
+
+def test_a_folder_that_is_gone_is_not_called_none(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as end, exit_codes():
+        os.getcwd()
+    assert (end.value.code, capsys.readouterr().err.count("the folder that this was started in, does not exist")) == (
+        2,
+        1,
+    )
 
 
 @pytest.mark.parametrize("package", ["weights_io", "minicpm_data", *BACKENDS, "minicpm_serve"])

@@ -142,6 +142,15 @@ def test_is_kept_as_a_reader_wants_it(name):
         assert (ROOT / "notebooks" / link).exists(), link
 
 
+@pytest.mark.parametrize("name", sorted({run.notebook for run in RUNS}))
+def test_no_cell_removes_what_is_worked_on(name):
+    """Neither the model, nor a training that the same cell could go on with."""
+    cells = [cell.source for cell in code(read(name))]
+    for removed in re.findall(r"notebook\.fresh\((.*)\)", "\n".join(cells)):
+        assert removed.endswith(", keep=MODEL")
+    assert not any("fresh(" in cell for cell in cells if re.search(r"minicpm_\w+\.(lora|finetune|pretrain) ", cell))
+
+
 def test_these_are_the_notebooks():
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == {run.notebook for run in RUNS}
 

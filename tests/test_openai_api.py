@@ -304,6 +304,24 @@ def test_answers_that_are_not_over_when_the_server_ends_say_so(monkeypatch):
     assert [piece["error"]["code"] for piece in found] == ["engine_ended"]
 
 
+@pytest.mark.parametrize("hurried", [False, True])
+def test_a_client_that_sends_half_a_body_keeps_no_server_from_its_end(monkeypatch, capfd, hurried):
+    """When its time is over, or at the second Ctrl-C."""
+    monkeypatch.setattr(openai_api, "GRACE", 60 if hurried else 0.1)
+    with listening(played := Played()) as server, socket.create_connection(("127.0.0.1", server.port)) as client:
+        played.delivers.append(lambda error: None)
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 99\r\n\r\n{"
+        )
+        wait_until(lambda: server.server.server_state.tasks)
+        for _ in range(1 + hurried):
+            server.server.handle_exit(signal.SIGINT, None)
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+    assert capfd.readouterr().err == ""
+
+
 def test_an_engine_that_fails_is_told_and_logged(capfd):
     with listening(played := Played()) as server:
         for streamed in (False, True):
@@ -359,7 +377,6 @@ def test_a_signal_ends_the_command_as_it_should(tmp_path):
 
 def test_a_port_that_is_taken():
     with openai_api.bound("127.0.0.1", 0) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "minicpm_serve.openai_api", "--backend", "mlx", "--port", str(port)]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -10,8 +10,10 @@ import tiny_training
 
 from minicpm_data import commands
 from minicpm_data.generation import CacheOptions, Sampling
+from minicpm_serve import engine as serve
 from weights_io import memory
 from weights_io.checkpoint import Checkpoint
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
 
@@ -118,6 +120,30 @@ def test_an_engine_and_its_remedy(backend, model, free):
         made += [each.token for each in fits.step() if each.number == number]
     stream = importlib.import_module(backend).stream_generate
     assert made == [r.token for r in stream(model, None, [1, 5, 7], max_tokens=6)][: len(made)] and len(made) == 6
+
+
+def test_a_server_takes_what_there_is_room_for(backend, folder, free):
+    """Fewer slots first, then less context, where nobody asked for either."""
+
+    def taken(bytes_left, *asked):
+        free(None)
+        model = tiny_training.load(backend, folder)
+        free(bytes_left)
+        engine = serve.Engine(backend.removeprefix("minicpm_"), model, None, *asked)
+        engine.close()
+        return engine.slots, engine.context
+
+    row = memory.cache_bytes(ModelConfig.from_file(folder / "config.json"), 3072, "float32")
+    assert taken(None) == taken(20 * row) == (8, 2048)
+    slots, context = taken(6 * row)
+    assert 3 < slots < 8 and context == 2048
+    slots, context = taken(row)
+    assert slots == 1 and 256 <= context < 2048
+    for asked in ((8, None), (None, 2048)):
+        with pytest.raises(InputError, match="of 8 slots x 2,048 tokens would take"):
+            taken(6 * row, *asked)
+    with pytest.raises(InputError, match=r"of 1 slot x 2,048 tokens would take .*; take a smaller model"):
+        taken(1)
 
 
 def test_training(backend, tmp_path, free):

@@ -249,13 +249,7 @@ CATALOG: tuple[Entry, ...] = (
         "minicpm3-4b", "openbmb/MiniCPM3-4B", "minicpm3", None, "bfloat16", "latent attention", "OpenBMB/MiniCPM3-4B"
     ),
     Entry(
-        "minicpm4-0.5b",
-        "openbmb/MiniCPM4-0.5B",
-        "minicpm",
-        None,
-        "bfloat16",
-        "chat, LongRoPE",
-        "OpenBMB/MiniCPM4-0.5B",
+        "minicpm4-0.5b", "openbmb/MiniCPM4-0.5B", "minicpm", None, "bfloat16", "chat, LongRoPE", "OpenBMB/MiniCPM4-0.5B"
     ),
     Entry(
         "minicpm4-8b",
@@ -298,7 +292,6 @@ FLAGS = {
     "minicpm-2b-llama-fp32": "--dtype bfloat16",
     "minicpm-2b-history": "--revision REVISION",
     "minicpm-2b-128k": "--kv-bits 8",
-    "minicpm-moe-8x2b": "--mesh expert=4,tensor=2",
 }
 # Small checkpoints of the same form in tests/reference, with the original code's logits; a name counts for those that
 # begin with it. The built-in model has none.

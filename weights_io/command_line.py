@@ -56,7 +56,8 @@ def exit_codes() -> Iterator[None]:
         print(file=sys.stderr)
         sys.exit(130)
     except FileNotFoundError as error:
-        print(f"error: {error.filename} does not exist; check its name and its folder.", file=sys.stderr)
+        what = error.filename or "a file, or the folder that this was started in,"  # which names no file
+        print(f"error: {what} does not exist; check its name and its folder.", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if sys.stdout is not None:  # else the exit would fail on what is still to be written
