@@ -148,7 +148,7 @@ class MoE(nnx.Module):
     ) -> Float[Array, "R D"]:
         """Each device sorts its own rows: of rows sorted over all devices XLA adds up every block over all of them, 92
         GB in a step of LoRA over 8. Without the barrier it may gather an expert for every block: 272 GB in a prefill of
-        8 x 512 tokens over fsdp=8, of 27 GB of weights."""
+        8 x 512 tokens over fsdp=8, of 28 GB of weights."""
         assert self.mesh is not None
         rows = P(tuple(name for name in BATCH if name in self.mesh.shape))
         return jax.shard_map(
