@@ -72,9 +72,9 @@ class Engine(ABC):
         the model was made for. ``memory``: of each request's cache; whole, or in 8 bits in JAX."""
         memory = CacheOptions() if memory is None else memory
         context = model.config.max_position_embeddings if context is None else context
-        for name, value in (("slots", slots), ("context", context)):
-            if value != int(value) or value < 1:
-                raise InputError(f"{name} is {value}; it must be a whole number, at least 1.")
+        for name, value, least in (("slots", slots, 1), ("context", context, 2)):  # a prompt and an answer
+            if value != int(value) or value < least:
+                raise InputError(f"{name} is {value}; it must be a whole number, at least {least}.")
         if memory.max_kv_size is not None:
             raise InputError("an engine keeps every token; leave out max_kv_size.")
         self.model, self.slots, self.context, self.memory = model, slots, context, memory

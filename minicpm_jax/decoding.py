@@ -165,8 +165,10 @@ def longer(cache: Cache, slots: int) -> Cache:
 
 def check(memory: CacheOptions) -> None:
     """`InputError` for a kind of cache that is not here."""
-    if memory.kv_bits == 4 or memory.max_kv_size is not None:
-        raise InputError("the cache of JAX keeps every token, whole or in 8 bits; leave out max_kv_size and 4 kv_bits.")
+    if memory.max_kv_size is not None:
+        raise InputError("the cache of JAX keeps every token; leave max_kv_size out.")
+    if memory.kv_bits == 4:
+        raise InputError("kv_bits is 4; the cache of JAX keeps keys and values whole or in 8 bits.")
 
 
 def stream_tokens(

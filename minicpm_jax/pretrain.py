@@ -148,7 +148,8 @@ def pretrain(options: Options) -> None:
             stage, offset = ("decay", schedule.decay_start) if step >= schedule.decay_start else ("stable", 0)
             rows, rate = stages[stage].train.part(step - max(offset, options.from_step), own), schedule(step)
             batch = placed_rows({"ids": rows[None]}, mesh, options.batch_size)["ids"][0]
-            state, figures = train.pretrain_step(state, batch, rate, optimiser=optimiser, remat=options.remat, **fixed)
+            new, figures = train.pretrain_step(state, batch, rate, optimiser=optimiser, remat=options.remat, **fixed)
+            state = train.where_it_was(new, state)
             step += 1
             unseen.append((step, figures, rows[0]))
             bar.update()

@@ -107,11 +107,21 @@ Trained = AllWeights | LowRankWeights
 
 def beginning(weights: Weights, optimiser: optax.GradientTransformation, mesh: Mesh | None) -> State:
     """The state before the first step. Of the moments, those that are as large as a weight lie as it does; the others
-    go to every device, as a checkpoint is read to where they are."""
+    go to every device, as a checkpoint is read to where they are. Everything is bound to its devices, as what a step
+    returns is: else the second one would be compiled anew."""
     moments = optimiser.init(weights)
-    if mesh is not None:
-        moments = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else replicated(x, mesh), moments)
+    if mesh is None:
+        return jax.device_put((weights, moments), jax.devices()[0])
+    moments = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else replicated(x, mesh), moments)
     return weights, moments
+
+
+def where_it_was(state: State, before: State) -> State:
+    """What a step returned, where what it was given lay: XLA chooses otherwise for some arrays, and the next step would
+    be compiled anew."""
+    return jax.tree.map(
+        lambda x, old: x if x.sharding == old.sharding else jax.device_put(x, old.sharding), state, before
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("trained", "objective", "optimiser"), donate_argnums=0)

@@ -71,7 +71,7 @@ class Trainer:
         return one_of_few(length)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
-        self.state, figures = train.train_step(
+        state, figures = train.train_step(
             self.state,
             self.base,
             self.placed(batches),
@@ -81,6 +81,7 @@ class Trainer:
             objective=self.objective,
             optimiser=self.optimiser,
         )
+        self.state = train.where_it_was(state, self.state)
         return figures
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:

@@ -52,8 +52,10 @@ def main(options: Options) -> None:
     """Serve a MiniCPM (or Llama) model over HTTP as OpenAI does."""
     options.check_placement()
     require_positive(options, "slots", "context", "prefill_step_size")
-    if options.waiting < 0 or not 0 <= options.port < 2**16:
-        raise InputError("--waiting must be 0 or more, and --port from 0 to 65535.")
+    if options.waiting < 0:
+        raise InputError(f"--waiting is {options.waiting}; it must be at least 0.")
+    if not 0 <= options.port < 2**16:
+        raise InputError(f"--port is {options.port}; it must be from 0 to 65535.")
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise InputError("the server needs fastapi and uvicorn: pip install 'minicpm-jax-mlx[serve]'.")
     with bound(options.host, options.port) as listening:  # before the model is read: it may fail at once

@@ -41,7 +41,7 @@ def batch():
 
 
 def stepped(text, kind, config=CONFIG):
-    """Weights (or adapters), loss and gradient norm after a step of gradient descent."""
+    """Weights (or adapters), loss and gradient norm after a step of gradient descent. A second one is not compiled."""
     mesh, optimiser = make_mesh(text), train.optimizer("sgd", 0.0, 1e9)
     weights = jax.tree.map(np.array, train.weights_of(initialise(config, jax.random.key(0))))
     weights = jax.device_put(weights, None if mesh is None else shardings(config, mesh))
@@ -53,8 +53,12 @@ def stepped(text, kind, config=CONFIG):
         weights = jax.tree.map(lambda x: x + 0.01, weights)
         weights = weights if mesh is None else replicated(weights, mesh)
     fixed = {"trained": trained, "objective": Objective(remat=True), "optimiser": optimiser}
-    state = weights, optimiser.init(weights)
-    (weights, _), figures = train.train_step(state, base, given, np.float32(0.01), jax.random.key(0), **fixed)
+    before, compiled = train.beginning(weights, optimiser, mesh), train.train_step._cache_size()
+    after, figures = train.train_step(before, base, given, np.float32(0.01), jax.random.key(0), **fixed)
+    after = train.where_it_was(after, before)
+    weights = jax.tree.map(np.array, after[0])
+    train.train_step(after, base, given, np.float32(0.01), jax.random.key(0), **fixed)
+    assert train.train_step._cache_size() == compiled + 1
     return weights, float(figures["loss"]), float(figures["gradient_norm"])
 
 
