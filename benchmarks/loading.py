@@ -60,10 +60,9 @@ def main(options: Options) -> None:
 HEADER = """# Loading a model of {model}'s shape
 
 `python -m benchmarks.loading` writes this file: a random Llama in one bfloat16 file, read whole by each program on the
-same two cores of a CPU, with everything imported and the file in the page cache; medians of runs that took turns, while
-other work shared the cores. "Peak" is the most memory that loading added. On a CPU the JAX package computes in float32,
-so there the weights take twice the bytes of the file. transformers maps the file and copies nothing: its weights are
-the page cache.
+same two cores of a CPU, with everything imported and the file in the page cache; medians of runs that took turns.
+"Peak" is the most memory that loading added. On a CPU the JAX package computes in float32, so there the weights take
+twice the bytes of the file. transformers maps the file and copies nothing: its weights are the page cache.
 
 """
 

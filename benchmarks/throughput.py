@@ -100,9 +100,9 @@ def main(options: Options) -> None:
 HEADER = """# Beside other programs, on two cores of a CPU
 
 `python -m benchmarks.throughput` writes this file: random weights of a Llama of MiniCPM-1B's width with as many layers
-and words as stated, one prompt, two threads, medians of runs that took turns; other work shared the cores, so read the
-ratios. Loading: with everything imported and the file in the page cache; "peak" is the most memory that loading added,
-as a multiple of the file. "Of ours" below 1 is slower than ours.
+and words as stated, one prompt, two threads, medians of runs that took turns; ratios travel further than seconds.
+Loading: with everything imported and the file in the page cache; "peak" is the most memory that loading added, as a
+multiple of the file. "Of ours" below 1 is slower than ours.
 
 ![tokens a second](throughput.png)
 
