@@ -5,6 +5,7 @@ the other slots go on decoding, all in one batch. What the prompt has in common 
 still there is copied from it. Each request's tokens are those of a run by itself. A backend adds what computes.
 """
 
+import bisect
 import itertools
 import time
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from typing import Any
 from minicpm_data.generation import CacheOptions, Sampling, prompt_ids
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.memory import check_room
+from weights_io.memory import no_room
 
 STEP = 256  # tokens, in which a context that is too long is shortened
 LEAST_SHARED = 16  # tokens at the beginning of two texts for which a copy pays
@@ -86,21 +87,17 @@ class Engine(ABC):
 
     def _check_room(self, needed: Callable[[int], int], free: int | None) -> None:
         """`TooMuch` where the caches for requests of this context could not all be filled. ``needed``: their bytes
-        by context."""
-        if free is None:
+        by context, more for a longer one."""
+        if free is None or needed(self.context) <= free:
             return
-        lower = range(self.context // STEP * STEP, 0, -STEP)
-        fits = next((context for context in lower if needed(context) <= free), None)
+        fits = STEP * bisect.bisect_right(range(STEP, self.context + 1, STEP), free, key=needed) or None
         what = f"the keys and values of {self.slots} slot{'s' * (self.slots > 1)} x {self.context:,} tokens"
         if self.slots == 1 and fits is None:
             remedy = "take a smaller model, or keep its weights in fewer bits"
         else:
             remedy = "lower " + ("slots, or " if self.slots > 1 else "") + "context"
             remedy += "" if fits is None else f" (to {fits:,} tokens)"
-        try:
-            check_room(what, needed(self.context), free, remedy)
-        except InputError as error:
-            raise TooMuch(str(error), fits) from None
+        raise TooMuch(no_room(what, needed(self.context), free, remedy), fits)
 
     def add(
         self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, end_ids: frozenset[int] = frozenset()

@@ -60,7 +60,12 @@ def check_room(what: str, needed: int, free: int | None, remedy: str) -> None:
     """Asked before anything is allocated: `InputError` where more bytes are ``needed`` than are ``free`` (None: nobody
     knows)."""
     if free is not None and needed > free:
-        raise InputError(f"{what} would take {size(needed)}, and {size(max(free, 0))} are free; {remedy}.")
+        raise InputError(no_room(what, needed, free, remedy))
+
+
+def no_room(what: str, needed: int, free: int, remedy: str) -> str:
+    """The sentence that says so."""
+    return f"{what} would take {size(needed)}, and {size(max(free, 0))} are free; {remedy}."
 
 
 def check_weights(kind: str, needed: int, free: int | None, remedy: str | None = None) -> None:
