@@ -21,7 +21,7 @@ from minicpm_jax.chips import Topology
 from minicpm_jax.loading import spread
 from minicpm_jax.losses import Objective
 from minicpm_jax.model import Model, abstract
-from minicpm_jax.quantised import axes_of, quantised
+from minicpm_jax.quantised import axes_of, names_of, quantised
 from minicpm_jax.sampling import Knobs
 from minicpm_jax.sharding import automatic, batch_sharding, make_mesh, padded_over, partition_spec, shardings
 from weights_io import catalog
@@ -146,7 +146,7 @@ class Job:
         rules = {p.name: p.logical_axes() for p in parameters(self.config)}
 
         def where(path, leaf):
-            names = [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
+            names = names_of(path)
             axes = rules[".".join(names[: names.index("weight") + 1])]
             spec = partition_spec(axes_of(path, axes, leaf.ndim), leaf.shape, self.placed)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.placed, spec))

@@ -125,5 +125,10 @@ def quantised(model: Model, bits: int, head: bool = False) -> Model:
 
 def axes_of(path: Any, axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
     """Logical axes of the leaf at ``path`` of a weight with those ``axes``, packed or not."""
-    turned = {"numbers", "scales"} & {str(getattr(key, "name", getattr(key, "key", key))) for key in path}
+    turned = {"numbers", "scales"} & set(names_of(path))
     return (*axes[:-2], axes[-1], axes[-2]) if turned else axes[:ndim]  # a head has a scale for each row
+
+
+def names_of(path: Any) -> list[str]:
+    """The names, or numbers, along a ``path`` of `jax.tree_util`."""
+    return [str(getattr(key, "name", getattr(key, "key", key))) for key in path]
