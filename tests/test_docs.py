@@ -123,11 +123,10 @@ def test_the_tables_of_models_are_the_catalogue():
 
 @pytest.mark.parametrize("row", list(catalog.how_to_run())[2:], ids=lambda row: row.split("`")[1])
 def test_each_model_has_its_command(row):
-    """Whose flags there are (in MLX too, but for --mesh), and the checkpoints that it was checked on."""
+    """Whose flags there are, in MLX too, and the checkpoints that it was checked on."""
     name, command, *checked = re.findall(r"`([^`]+)`", row)
     *_, module, shown = command.split(maxsplit=3)
-    both = [importlib.import_module(module).Options, GenerateOptions]  # those of MLX are no more than the shared ones
-    for kind in both[:1] if "--mesh" in shown else both:
+    for kind in (importlib.import_module(module).Options, GenerateOptions):  # MLX has no more than the shared ones
         options = tyro.cli(kind, args=shlex.split(shown))
         assert (options.model, options.prompt) == (name, "Hello!")
     assert (name == "pico") == (not checked) and catalog.find(name).runs
