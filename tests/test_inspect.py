@@ -150,13 +150,15 @@ def test_the_catalogue_answers_where_the_hub_cannot(monkeypatch):
 def test_memory_is_told_before_anything_is_downloaded(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     report = look_up(Options(model="minicpm-moe-8x2b"))
-    matrices = 13_873_291_776 - (2 * 40 + 1) * 2304  # all but the norms
     assert report.memory["stored"] == report.memory["bfloat16"] == 2 * 13_873_291_776
-    assert report.memory["int8"] == matrices * 17 // 16 + 2 * 81 * 2304  # a scale and an offset for 64 numbers
-    assert report.memory["int4"] == matrices * 9 // 16 + 2 * 81 * 2304
+    rest = 2 * (81 * 2304 + 40 * 8 * 2304)  # norms and routers
+    table = 122753 * 2304
+    packed = 13_873_291_776 - rest // 2 - table
+    assert report.memory["int8"] == (packed + table) * 17 // 16 + rest  # a scale and an offset for 64 numbers
+    assert report.memory["int4"] == packed * 9 // 16 + table * 17 // 16 + rest  # the head in 8 bits
     assert report.cache == {"bfloat16": 2 * 40 * 36 * 64 * 2 * 1000, "int8": 2 * 40 * (36 * 64 + 40 * 4) * 1000}
     text = "\n".join(lines(look_up(Options(model="minicpm-2b-128k"))))
-    assert "6.02 GB as stored; 6.02 GB in bfloat16, 3.20 GB in int8, 1.69 GB in int4" in text
+    assert "6.02 GB as stored; 6.02 GB in bfloat16, 3.46 GB in int8, 2.24 GB in int4" in text
     assert "for 1,000 tokens; 24.16 GB in bfloat16, 12.92 GB in int8 for 65,536" in text
     report = look_up(Options(model="minicpm-2b-history"))
     assert report.dtype == "unknown" and report.memory["stored"] is None and report.memory["bfloat16"] == 5449761792
@@ -165,22 +167,29 @@ def test_memory_is_told_before_anything_is_downloaded(monkeypatch):
 
 def test_memory_as_the_backends_have_it(reference):
     import jax
-    import mlx.nn as nn
     from mlx.utils import tree_flatten
 
+    from minicpm_jax import model as jax_model
     from minicpm_jax.attention import Cache
+    from minicpm_jax.quantised import quantised as quantised_jax
     from minicpm_mlx.model import abstract
+    from minicpm_mlx.quantised import quantised
     from weights_io.config import ModelConfig
-    from weights_io.memory import cache_bytes, weight_bytes
+    from weights_io.memory import cache_bytes, packed_bytes, weight_bytes
 
     config = ModelConfig.from_file(reference("dense_2b") / "config.json")
-    config = dataclasses.replace(config, hidden_size=128, intermediate_size=200, num_attention_heads=4, head_dim=32)
-    for dtype, bits in (("bfloat16", None), ("int8", 8), ("int4", 4)):
-        model = abstract(config)
-        if bits:  # down's rows of 200 are left as they are
-            whole = lambda _, module: hasattr(module, "to_quantized") and module.weight.shape[1] % 64 == 0  # noqa: E731
-            nn.quantize(model, 64, bits, class_predicate=whole)
-        assert sum(array.nbytes for _, array in tree_flatten(model.parameters())) == weight_bytes(config, dtype)
+    config = dataclasses.replace(config, hidden_size=128, intermediate_size=96, num_attention_heads=4, head_dim=32)
+    whole = abstract(config)
+    assert sum(array.nbytes for _, array in tree_flatten(whole.parameters())) == weight_bytes(config, "bfloat16")
+    for bits, least in ((8, 0.96), (4, 0.93)):
+        told = packed_bytes(config, "bfloat16", bits, head=True)
+        held = quantised(abstract(config), bits, head=True).parameters()  # down's rows of 96 in groups of 32
+        assert sum(array.nbytes for _, array in tree_flatten(held)) == told
+        # JAX has no offsets; int4 is half a byte, whatever numpy says.
+        plain = jax_model.abstract(config, "bfloat16")
+        packed = jax.eval_shape(lambda model, bits=bits: quantised_jax(model, bits, head=True), plain)
+        sizes = [x.size * (0.5 if x.dtype == "int4" else x.dtype.itemsize) for x in jax.tree.leaves(packed)]
+        assert least * told < sum(sizes) < told
     for dtype, bits in (("bfloat16", None), ("int8", 8)):
         cache = jax.eval_shape(lambda bits=bits: Cache.empty(config, 1, 50, "bfloat16", bits))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) - 4  # less the row's length

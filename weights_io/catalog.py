@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weights_io.config import ModelConfig
-from weights_io.memory import ITEM, cache_bytes, size, weight_bytes
+from weights_io.memory import ITEM, cache_bytes, packed_bytes, size, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,8 @@ def how_to_run() -> Iterator[str]:
         config, held = _config(entry), 3 * ["unknown"]
         if config is not None:
             cache = cache_bytes(config, 4096, "bfloat16")
-            held = [size(weight_bytes(config, dtype) + cache) for dtype in ("bfloat16", "int8", "int4")]
+            packed = [packed_bytes(config, "bfloat16", bits, head=True) for bits in (8, 4)]
+            held = [size(weights + cache) for weights in (weight_bytes(config, "bfloat16"), *packed)]
         checked = CHECKED.get(max((name for name in CHECKED if entry.name.startswith(name)), key=len, default=""), "")
         folders = ", ".join(f"`{folder}`" for folder in checked.split())
         yield f"| `{entry.name}` | `python -m minicpm_jax.generate {flags}` | {' | '.join(held)} | {folders} |"

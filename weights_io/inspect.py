@@ -15,11 +15,11 @@ from weights_io.checkpoint import BUFFERS, check_tensors, check_vocabulary, spec
 from weights_io.config import COMMON_DEFAULTS, ModelConfig, read_json, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor
-from weights_io.memory import cache_bytes, size, weight_bytes
+from weights_io.memory import cache_bytes, packed_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 
 UNKNOWN = "unknown"
-COMPUTED, CACHED = ("bfloat16", "int8", "int4"), ("bfloat16", "int8")  # dtypes that memory is estimated for
+COMPUTED, CACHED = ("bfloat16", "int8", "int4"), ("bfloat16", "int8")  # that memory is told for; int: --quantize
 DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
 
 
@@ -48,7 +48,7 @@ class Report:
     stored: dict[str, int]  # dtype or quantised type in the files -> number of tensors
     bytes: int  # of the weight files
     files: dict[str, dict[str, int]]  # name -> bytes, tensors
-    memory: dict[str, int | None]  # bytes of all weights in a dtype, as stored too; None: unknown
+    memory: dict[str, int | None]  # bytes of all weights as stored, in bfloat16, and with --quantize; None: unknown
     cache: dict[str, int]  # dtype -> bytes of the keys and values of 1,000 tokens
     context_length: int
     config: dict[str, Any]
@@ -158,7 +158,11 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
         stored=dict(stored),
         bytes=held,
         files=dict(sorted(files.items())),
-        memory={"stored": as_stored, **{kind: weight_bytes(config, kind) for kind in COMPUTED}},
+        memory={
+            "stored": as_stored,
+            "bfloat16": weight_bytes(config, "bfloat16"),
+            **{f"int{bits}": packed_bytes(config, "bfloat16", bits, head=True) for bits in (8, 4)},
+        },
         cache={kind: cache_bytes(config, 1000, kind) for kind in CACHED},
         context_length=config.max_position_embeddings,
         config=dataclasses.asdict(config),
