@@ -117,8 +117,8 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     """End the answer at these tokens too, such as <|im_end|>."""
     kv_bits: Literal[4, 8] | None = None
     """Keep keys and values in so many bits (JAX: 8)."""
-    kv_group_size: int = 64
-    """Numbers that share a scale with --kv-bits in MLX."""
+    kv_group_size: int | None = None
+    """Numbers that share a scale with --kv-bits in MLX; by default 64, or 32 where 64 does not divide a head."""
     max_kv_size: int | None = None
     """Keep only the first 4 and the latest so many tokens (MLX)."""
     prefill_step_size: int = 512

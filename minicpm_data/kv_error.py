@@ -29,8 +29,8 @@ class Options(ModelOptions):
     """Only so many of the text's first tokens."""
     kv_bits: Literal[4, 8] = 8
     """Of the cache that is compared with the plain one (JAX: 8)."""
-    kv_group_size: int = 64
-    """Numbers that share a scale in MLX."""
+    kv_group_size: int | None = None
+    """Numbers that share a scale in MLX; by default 64, or 32 where 64 does not divide a head."""
 
     def text(self) -> str:
         if (self.prompt is None) == (self.data is None):

@@ -18,6 +18,7 @@ from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_mlx import device
 from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
+from minicpm_mlx.quantised import GROUPS
 from minicpm_mlx.sampling import sample
 from weights_io import memory as memory_of
 from weights_io.errors import InputError
@@ -47,13 +48,17 @@ def empty(model: Model, padding: Sequence[int], memory: CacheOptions) -> list[An
         return [BatchRotatingKVCache(memory.max_kv_size, padding) for _ in model.layers]
     if batch:
         raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for a batch.")
-    if model.config.head_dim % memory.kv_group_size:
-        groups = " or ".join(str(size) for size in (32, 64, 128) if model.config.head_dim % size == 0)
-        raise InputError(
-            f"kv_group_size {memory.kv_group_size} does not divide the head dimension {model.config.head_dim}; "
-            + (f"choose {groups}." if groups else "leave kv_bits out.")
-        )
-    return [QuantizedKVCache(memory.kv_group_size, memory.kv_bits) for _ in model.layers]
+    group, width = group_size(model, memory), model.config.head_dim
+    if width % group:
+        groups = " or ".join(str(size) for size in (32, 64, 128) if width % size == 0)
+        remedy = f"choose {groups}." if groups else "leave kv_bits out."
+        raise InputError(f"kv_group_size {group} does not divide the head dimension {width}; {remedy}")
+    return [QuantizedKVCache(group, memory.kv_bits) for _ in model.layers]
+
+
+def group_size(model: Model, memory: CacheOptions) -> int:
+    """Numbers of a head that share a scale and an offset in a cache of few bits."""
+    return memory.kv_group_size or next((size for size in GROUPS if model.config.head_dim % size == 0), GROUPS[-1])
 
 
 def cache_bytes(model: Model, tokens: int, memory: CacheOptions) -> int:
@@ -62,7 +67,7 @@ def cache_bytes(model: Model, tokens: int, memory: CacheOptions) -> int:
     whole = memory_of.cache_bytes(model.config, tokens, str(dtype).rpartition(".")[2])
     if memory.kv_bits is None:
         return whole
-    return int(whole * (memory.kv_bits + 2 * 8 * dtype.size / memory.kv_group_size) / (8 * dtype.size))
+    return int(whole * (memory.kv_bits + 2 * 8 * dtype.size / group_size(model, memory)) / (8 * dtype.size))
 
 
 def check_cache(model: Model, rows: int, longest: int, max_tokens: int, memory: CacheOptions) -> None:

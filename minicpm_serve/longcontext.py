@@ -50,8 +50,8 @@ class Options(backends.BackendOptions):
     """In place of the checkpoint's own, such as {"type": "linear", "factor": 4}; null: none."""
     kv_bits: Literal[4, 8] | None = None
     """Keep keys and values in so many bits (JAX: 8)."""
-    kv_group_size: int = 64
-    """Numbers that share a scale with --kv-bits in MLX."""
+    kv_group_size: int | None = None
+    """Numbers that share a scale with --kv-bits in MLX; by default 64, or 32 where 64 does not divide a head."""
     prefill_step_size: int = 512
     """Tokens of a text that are run together: less takes less memory."""
     json: Path | None = None

@@ -95,7 +95,7 @@ def test_the_figures_of_a_difference():
 
 def test_the_command_says_how_far_the_logits_move(backend, tmp_path):
     def run(*arguments):
-        command = [sys.executable, "-m", f"{backend.__name__}.kv_error", "--kv-group-size", "32", *arguments]
+        command = [sys.executable, "-m", f"{backend.__name__}.kv_error", *arguments]
         return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
 
     text = tmp_path / "text"
@@ -170,7 +170,7 @@ def test_caches_of_the_other_backend_are_refused_at_once(folder):
         jax.stream_generate(model, None, PROMPT, max_kv_size=64)
     model, _ = mlx.load(folder, "float32")
     with pytest.raises(InputError, match="does not divide the head dimension 32"):
-        mlx.stream_generate(model, None, PROMPT, kv_bits=8)
+        mlx.stream_generate(model, None, PROMPT, kv_bits=8, kv_group_size=64)
     with pytest.raises(InputError, match="one prompt at a time"):
         mlx.batch_generate(model, None, [PROMPT, PROMPT], kv_bits=8, kv_group_size=32)
 
