@@ -14,7 +14,7 @@ import tiny_model
 
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
-from weights_io.command_line import exit_codes
+from weights_io.command_line import as_typed, exit_codes
 from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
@@ -51,6 +51,13 @@ except SystemExit as end:
     sys.stderr.write(" ".join(sys.modules))
     sys.exit(end.code)
 """
+
+
+@dataclasses.dataclass
+class Few:
+    top_p: float = 1.0
+    max_tokens: int = 1
+    seed: int = 0
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -142,7 +149,7 @@ def test_the_prompt_comes_from_standard_input(package, folder):
     [
         (["--max-tokens", "0"], "--max-tokens is 0"),
         (["--temp", "-1"], "temperature is -1"),
-        (["--top-p", "1.5"], "top_p is 1.5"),
+        (["--top-p", "1.5"], "error: --top-p is 1.5"),
         (["--model", "no/such-folder-here"], "no/such-folder-here"),
         (["--model", "openbmb/MiniCPM3-4B"], "minicpm3-4b (latent attention) is not supported yet"),
         (["--model", "{folder}/config.json"], "config.json is neither a model folder"),
@@ -180,6 +187,12 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit) as end, exit_codes():
         (tmp_path / "nothing.jsonl").read_text()
     assert (end.value.code, capsys.readouterr().err.count("nothing.jsonl does not exist; check its name")) == (2, 1)
+
+
+def test_fields_are_named_as_they_are_typed():
+    assert as_typed("top_p is 2; it must be below max_tokens.", Few) == "--top-p is 2; it must be below --max-tokens."
+    for sentence in ("seed is -1.", "a/top_p has a line without 'max_tokens'.", "top_p.txt, my_top_p, --max-tokens"):
+        assert as_typed(sentence, Few) == sentence
 
 
 def test_a_folder_that_is_gone_is_not_called_none(tmp_path, monkeypatch, capsys):

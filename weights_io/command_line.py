@@ -1,8 +1,10 @@
 """Every command line of the project: a dataclass of options becomes flags, an InputError one sentence and exit 2."""
 
 import contextlib
+import dataclasses
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -38,7 +40,18 @@ def run(
         given = parsed(sys.argv[1:])
         if more_flags is not None and (more := more_flags(given)):
             given = parsed(more + sys.argv[1:])
-        main(given)
+        try:
+            main(given)
+        except InputError as error:
+            raise InputError(as_typed(str(error), options)) from error
+
+
+def as_typed(sentence: str, options: type) -> str:
+    """With the options' fields that it names as they are typed: ``--top-p`` for ``top_p``, the name in Python. Fields
+    of one word may be words, and what is quoted, or part of a path, is none of ours."""
+    names = "|".join(field.name for field in dataclasses.fields(options) if "_" in field.name)
+    flag = lambda found: "--" + found[1].replace("_", "-")  # noqa: E731
+    return re.sub(rf"(?<![\w/.'\"-])({names})(?![\w/'\"-]|\.\w)", flag, sentence) if names else sentence
 
 
 @contextlib.contextmanager
