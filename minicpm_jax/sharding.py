@@ -197,7 +197,10 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The mesh with axes along which XLA finds the shardings of a program; those of `jax.make_mesh` are explicit."""
+    """The mesh with axes along which XLA finds the shardings of a program; those of `jax.make_mesh` are explicit.
+    Raises `InputError` for axes that are not ours, and for what is no mesh."""
+    if not isinstance(mesh, Mesh):
+        raise InputError(f"mesh is {mesh!r}; give what minicpm_jax.sharding.make_mesh('fsdp=4,tensor=2') makes.")
     unknown = [name for name in mesh.axis_names if name not in AXES]
     if unknown:
         raise InputError(f"the mesh has the axis {unknown[0]!r}; name its axes {', '.join(AXES)} (any of them).")

@@ -142,6 +142,8 @@ def test_experts_that_the_mesh_does_not_divide_stay_whole(reference):
 def test_an_axis_of_another_name_is_refused(folder):
     with pytest.raises(InputError, match="the mesh has the axis 'model'; name its axes data, fsdp, tensor, expert"):
         load(folder, mesh=jax.make_mesh((8,), ("model",)))
+    with pytest.raises(InputError, match="mesh is 'tensor=2'; give what minicpm_jax.sharding.make_mesh"):
+        load(folder, mesh="tensor=2")
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
