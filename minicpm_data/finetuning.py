@@ -177,7 +177,7 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
     from minicpm_data.metrics import Metrics
     from minicpm_data.runs import Interrupt
 
-    processes, first = trainer.processes, trainer.processes.first
+    processes = trainer.processes
     several, batches, steps = options.grad_accumulation_steps, plan.batches, plan.steps
     rows = f"{options.batch_size * several} {'rows' if options.pack else 'examples'}"
     print(f"{steps} steps of {rows}, {batches.padding:.1%} of them padding")
@@ -188,11 +188,11 @@ def fit(options: FinetuneOptions, trainer: Trainer, plan: Plan, train: "Split", 
         trainer.export()  # in case the run was killed between its last checkpoint and the export
     known = references(options, trainer, train)
     valid_feed = None if valid is None else feed(options, trainer, valid)
-    metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to, options.project_name, first)
+    metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to, options.project_name, processes.first)
     with (
         contextlib.closing(metrics),
         Interrupt() as interrupt,
-        tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not first) as bar,
+        tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=processes.quiet) as bar,
     ):
         pending: list[dict[str, Any]] = []
         began, tokens = time.perf_counter(), 0
@@ -300,7 +300,7 @@ def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "n
     size = options.batch_size, options.max_seq_length
     batches = evaluation_batches(split.examples, *size, own=trainer.own, row_width=trainer.row_width)
     total = -(-len(split.examples) // options.batch_size)
-    quiet = not trainer.processes.first
+    quiet = trainer.processes.quiet
     for batch in tqdm(batches, total=total, unit="batch", desc="reference", leave=False, disable=quiet):
         found[batch.index] = trainer.reference(arrays(batch, None)).reshape(2, -1).T
     found[-1] = 0

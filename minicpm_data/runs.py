@@ -71,6 +71,11 @@ class Alone:
 
     first = True  # whether this process prints and writes
 
+    @property
+    def quiet(self) -> bool | None:
+        """What tqdm is told of its bar: disabled (True), or drawn only on a terminal (None), not into log files."""
+        return None if self.first else True
+
     def once(self, action: Callable[[], object]) -> None:
         """Do it in the first process, while the others wait. What it raises for the user, all raise."""
         action()

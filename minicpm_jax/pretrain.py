@@ -102,6 +102,7 @@ def pretrain(options: Options) -> None:
     import jax
     from tqdm import tqdm
 
+    from minicpm_data.finetuning import line
     from minicpm_data.metrics import Metrics
     from minicpm_data.runs import Interrupt, check_settings
     from minicpm_jax import hosts, train
@@ -137,9 +138,8 @@ def pretrain(options: Options) -> None:
         step = checkpoints.latest or options.from_step
         if step:
             print(f"going on after step {step}")
-        first = processes.first
-        bar = stack.enter_context(tqdm(total=options.steps, initial=step, unit="step", disable=not first))
-        metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to, options.project_name, first)
+        bar = stack.enter_context(tqdm(total=options.steps, initial=step, unit="step", disable=processes.quiet))
+        metrics = Metrics(options.out / "metrics.jsonl", step, options.report_to, options.project_name, processes.first)
         stack.callback(metrics.close)
         began, start = time.perf_counter(), step
         stopping, unseen = False, []  # steps whose figures nobody has looked at
@@ -171,6 +171,8 @@ def pretrain(options: Options) -> None:
                         record[f"{name}_valid_loss"] = valid_loss(state[0], data.valid, options.batch_size, fixed)
                 metrics.write(record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", tokens_s=f"{record['tokens_per_second']:,.0f}")
+                told = {"valid_loss": record[f"{stage}_valid_loss"]} if validate else {}
+                bar.write(line(record | told))
             if saving:
                 checkpoints.save(step, state)
     if step < options.steps:
