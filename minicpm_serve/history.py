@@ -88,6 +88,7 @@ def main(options: Options) -> None:
         raise InputError("--length is 1, and a window of one token predicts none; give at least 2.")
     listed = checkpoints(options)
     documents = [] if options.data is None else read_texts(options.data)
+    ours = not options.out.exists()
     options.out.mkdir(parents=True, exist_ok=True)
     kept, settings = options.out / "history.jsonl", options.settings()
     earlier = read_records(kept) if kept.exists() else []
@@ -101,8 +102,9 @@ def main(options: Options) -> None:
             try:
                 result = evaluated(options, checkpoint, documents)
             except InputError as error:
-                with contextlib.suppress(OSError):  # not empty if there is a result
-                    options.out.rmdir()
+                if ours:
+                    with contextlib.suppress(OSError):  # not empty if there is a result
+                        options.out.rmdir()
                 raise InputError(f"{checkpoint.name}: {error}") from None
             done[checkpoint.name] = {"name": checkpoint.name, **settings, **result}
             with kept.open("a", encoding="utf-8") as file:

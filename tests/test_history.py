@@ -158,6 +158,10 @@ def test_wrong_calls_leave_nothing(run_folder, tmp_path, monkeypatch, changes, s
         history.main(options(tmp_path / "out", **filled))
     assert said in str(caught.value)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError):
+        history.main(options(tmp_path / "out", **filled))
+    assert (tmp_path / "out").exists()  # which was there before
 
 
 def test_texts(run_folder, tmp_path):
