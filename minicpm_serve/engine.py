@@ -15,7 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minicpm_data.engine import TooMuch
-from minicpm_data.generation import ANSWER_TOKENS, CacheOptions, Prompt, Sampling, end_ids, prompt_ids
+from minicpm_data.generation import (
+    ANSWER_TOKENS,
+    CHAT_TEMPERATURE,
+    CHAT_TOKENS,
+    CacheOptions,
+    Prompt,
+    Sampling,
+    end_ids,
+    prompt_ids,
+)
 from minicpm_data.streaming import Response, stream_text
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
@@ -75,6 +84,15 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="minicpm-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a process that ends while the device computes would abort
+
+    def warm_up(self) -> None:
+        """Begin a short chat and a completion, so that in JAX their programs are compiled before anybody waits."""
+        ids = [0] if self.tokenizer is None else self.tokenizer.apply_chat([{"role": "user", "content": "Hello!"}])
+        ids = ids[: self.context - 1]
+        for most, temperature in ((CHAT_TOKENS, CHAT_TEMPERATURE), (ANSWER_TOKENS, 0.0)):
+            answer = self.stream_generate(ids, min(most, self.context - len(ids)), temperature=temperature)
+            for _ in zip(range(2), answer, strict=False):  # the first token is the prompt's; then it is cancelled
+                pass
 
     def stream_generate(
         self, prompt: Prompt, max_tokens: int = ANSWER_TOKENS, stop: str | Sequence[str] = (), **sampling: Any

@@ -6,13 +6,15 @@
 """
 
 import asyncio
+import errno
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from minicpm_data.commands import load_model
+from minicpm_data.commands import load_model, note_context
 from minicpm_data.evaluation import require_positive
 from minicpm_data.generation import CacheOptions
 from minicpm_serve import backends
@@ -64,6 +66,8 @@ def main(options: Options) -> None:
         memory = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
         engine = Engine(options.backend, model, tokenizer, options.slots, options.context, memory)
         try:
+            note_context(model.config, engine.context, "; lower --context")
+            engine.warm_up()
             name = options.model or "pico"
             server(engine, name, options.api_key, options.waiting).run(sockets=[listening])
         finally:
@@ -83,8 +87,10 @@ def bound(host: str, port: int) -> socket.socket:
             found.close()
             raise
     except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"port {port} is in use; choose another with --port.") from None
         raise InputError(
-            f"{host}:{port} cannot be listened at ({error.strerror}); choose others with --host and --port."
+            f"the server cannot listen at {host}:{port} ({error.strerror}); choose others with --host and --port."
         ) from None
     return found
 
@@ -109,6 +115,9 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
         def handle_exit(self, sig: int, frame: Any) -> None:
             self.hurry = self.should_exit
             self.should_exit = True
+            if engine.open and not self.hurry:
+                many = f"{engine.open} answer{'s' * (engine.open > 1)}"
+                print(f"waiting up to {GRACE:g} s for {many}; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
         async def shutdown(self, sockets: Any = None) -> None:
             ending = asyncio.create_task(super().shutdown(sockets))

@@ -315,11 +315,19 @@ def test_a_client_that_sends_half_a_body_keeps_no_server_from_its_end(monkeypatc
             b"Content-Length: 99\r\n\r\n{"
         )
         wait_until(lambda: server.server.server_state.tasks)
+        played.open = 1
         for _ in range(1 + hurried):
             server.server.handle_exit(signal.SIGINT, None)
         server.thread.join(10)
         assert not server.thread.is_alive()
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == f"waiting up to {openai_api.GRACE:g} s for 1 answer; Ctrl-C again ends at once\n"
+
+
+def test_a_warm_engine_answers_as_a_cold_one(api):
+    expected = api.alone([1, 5], max_tokens=4)
+    api.engine.warm_up()
+    wait_until(lambda: api.engine.open == 0)
+    assert list(api.engine.stream_generate([1, 5], max_tokens=4)) == expected
 
 
 def test_an_engine_that_fails_is_told_and_logged(capfd):
@@ -375,13 +383,20 @@ def test_a_signal_ends_the_command_as_it_should(tmp_path):
         assert ask(port, "/v1/completions", {"model": str(folder), "prompt": "The fox", "max_tokens": 3})[0] == 200
 
 
+def test_a_context_beyond_the_models_own_is_noted(tmp_path, monkeypatch, capsys):
+    folder = tiny_model.write(tmp_path, max_position_embeddings=32)
+    monkeypatch.setattr(openai_api, "server", lambda *_: SimpleNamespace(run=lambda sockets: None))
+    for context in (33, 32):
+        openai_api.main(openai_api.Options(backend="mlx", model=str(folder), port=0, context=context))
+    assert capsys.readouterr().err == "note: 33 tokens are more than the 32 this model is made for; lower --context\n"
+
+
 def test_a_port_that_is_taken():
     with openai_api.bound("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "minicpm_serve.openai_api", "--backend", "mlx", "--port", str(port)]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (
-        ran.returncode == 2 and ran.stderr.count("\n") == 1 and f"127.0.0.1:{port} cannot be listened at" in ran.stderr
-    )
-    with pytest.raises(InputError, match="cannot be listened at"):
+    said = f"error: port {port} is in use; choose another with --port.\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", said)
+    with pytest.raises(InputError, match="the server cannot listen at no.such.host.invalid:0 "):
         openai_api.bound("no.such.host.invalid", 0)
