@@ -8,6 +8,10 @@ The cache stays in HBM as it is, [L, B, S, K H]; the grid (B, groups, pieces, bl
 of one layer out of it, and a row's blocks stop where the row is filled: a later grid step names the block before it
 again, which Pallas does not fetch again, and computes nothing. There are as many grid steps as the fullest row needs.
 
+In decoding a block comes in parts, a half, a quarter, .., a grain and one grain more: of these a row's last block takes
+those that add up to what is filled of it, in whole grains, one behind the other. A part that it does not need names the
+slots again that the part held before, and is not fetched: numbers of this row or of one before it, masked.
+
 Two heads of 64 share 128 lanes, and taking them apart would move every key. Instead a query is zero in the lanes of the
 other heads, so that one product over W lanes gives its scores, and of weights times values only its own lanes are kept.
 A matrix unit is 128 wide (v6e: 256) whatever the head, so within a pair of heads this costs nothing; with all heads in
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
     from minicpm_jax.attention import Cache
 
 LANES = 128  # of a TPU's registers and tiles
+GRAIN = {4: 8, 2: 16, 1: 32}  # slots of a tile of numbers of so many bytes
+FAR = 1 << 30  # no slot
 ROWS = 1024  # most queries of a step: with 512 slots their scores are 2 MiB
 FEW = 128  # so many queries of all heads go together: the matrix unit takes them while it loads the next keys
 BLOCK = 512  # most slots of a step
@@ -58,6 +64,7 @@ class Tiling:
     lanes: int  # W
     piece: int  # t
     block: int  # slots of a block
+    grain: int  # slots of its smallest part; block / grain is a power of 2
 
     @staticmethod
     def of(batch: int, width: int, heads: int, head_dim: int, slots: int, kv_heads: int, itemsize: int) -> "Tiling":
@@ -74,9 +81,10 @@ class Tiling:
         block, most_bytes = (BLOCK // 2, BLOCK_BYTES // 2) if few else (BLOCK, BLOCK_BYTES)
         while block > 128 and block * lanes * itemsize > most_bytes:
             block //= 2
-        return Tiling(
-            batch, width, slots, kv_heads, heads // kv_heads, head_dim, lanes, piece, slots if slots <= block else block
-        )
+        block = grain = min(block, slots)
+        while few and grain % (2 * GRAIN[itemsize]) == 0:
+            grain //= 2
+        return Tiling(batch, width, slots, kv_heads, heads // kv_heads, head_dim, lanes, piece, block, grain)
 
     @property
     def heads(self) -> int:
@@ -95,27 +103,69 @@ class Tiling:
     def rows(self) -> int:
         return self.heads * self.heads_per_kv * self.piece
 
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """(slots, the first of them in a full block) of each part of a block."""
+        sizes = [self.grain << i for i in reversed(range((self.block // self.grain).bit_length() - 1))]
+        return (*((size, self.block - 2 * size) for size in sizes), (self.grain, self.block - self.grain))
+
+    def seen(self, first: Any, piece: Any) -> Any:
+        """How many slots the tokens of a piece may see, of a row whose first new token is at ``first``."""
+        return _least(first + _least((piece + 1) * self.piece, self.width), self.slots)
+
     def blocks(self, first: Any, piece: Any) -> Any:
-        """How many blocks hold what the tokens of a piece may see, of a row whose first new token is at ``first``."""
-        last = first + _least((piece + 1) * self.piece, self.width) - 1
-        return _divided(_least(last, self.slots - 1), self.block) + 1
+        """How many blocks hold them."""
+        return _divided(self.seen(first, piece) - 1, self.block) + 1
+
+    def cut(self, part: int, filled: Any) -> tuple[Any, Any]:
+        """Where in a block, of which the first slots are ``filled`` (at least one), a part begins, and whether it is
+        needed: of the grains but one the binary digits say so, and that one is the last part, of every block."""
+        size, _ = self.parts[part]
+        grains = _divided(filled - 1, self.grain) * self.grain
+        if part == len(self.parts) - 1:
+            return grains, grains >= 0
+        halves = _divided(grains, size)
+        return (halves - (halves & 1)) * size, halves & 1 == 1
 
     def grid(self, first: Any) -> tuple[Any, ...]:
         """(B, groups, pieces, blocks of the fullest row) for rows whose first new tokens are at ``first`` [B]."""
         return self.batch, self.groups, self.pieces, self.blocks(first, self.pieces - 1).max()
 
-    def stored(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
-        """Index map of keys and values [L, B, S, K H]."""
-        return layer[0], row, _least(step, self.blocks(first[row], piece) - 1), group
+    def held(self, first: Int[Array, "B"]) -> Int[Array, "2 parts B*pieces"]:
+        """Row, and index along the slots, of what each part holds when a row's piece is done with: from its last block,
+        or the one before it, or from a row before; of what is held by none the first slots."""
+        rows, pieces = (x.reshape(-1) for x in jnp.indices((self.batch, self.pieces)))
+        seen = self.seen(first[rows], pieces)
+        last = _divided(seen - 1, self.block)
+        held = []
+        for part, (size, begin) in enumerate(self.parts):
+            offset, needed = self.cut(part, seen - last * self.block)
+            slot = jnp.where(needed, last * self.block + offset, (last - 1) * self.block + begin)
+            index = rows * self.slots + slot  # it grows from row to row
+            index = jax.lax.cummax(jnp.where(slot < 0, 0, index))
+            held.append(jnp.stack([index // self.slots, index % self.slots // size]))
+        return jnp.stack(held, axis=1).astype(jnp.int32)
 
-    def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any) -> tuple[Any, ...]:
+    def stored(
+        self, part: int, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any
+    ) -> tuple[Any, ...]:
+        """Index map of a part of the keys, and of the values, [L, B, S, K H]."""
+        size, begin = self.parts[part]
+        full, at = step < self.blocks(first[row], piece) - 1, row * self.pieces + piece
+        index = _divided(step * self.block + begin, size)
+        return layer[0], _chosen(full, row, held[0, part, at]), _chosen(full, index, held[1, part, at]), group
+
+    def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any) -> tuple[Any, ...]:
         """Index map of the scales [L, B, X, S]: of all heads, as few as they are."""
-        layer, row, block, _ = self.stored(row, group, piece, step, layer, first)
-        return layer, row, 0, block
+        return layer[0], row, 0, _least(step, self.blocks(first[row], piece) - 1)
 
 
 def _least(x: Any, y: Any) -> Any:
     return (jnp if isinstance(x, jax.Array) or isinstance(y, jax.Array) else np).minimum(x, y)
+
+
+def _chosen(condition: Any, x: Any, y: Any) -> Any:
+    return (jnp if isinstance(condition, jax.Array) else np).where(condition, x, y)
 
 
 def _divided(x: Any, by: int) -> Any:
@@ -126,26 +176,31 @@ def _divided(x: Any, by: int) -> Any:
 
 def bytes_read(tiling: Tiling, first: Sequence[int], itemsize: int, scaled: bool = False) -> int:
     """Bytes of cache that the kernel takes from HBM for rows whose first new tokens stand at ``first`` [B]: its grid is
-    walked, and a block counts where its index is not that of the step before. ``scaled``: int8 with float32 scales."""
+    walked, and a part counts where its index is not that of the step before. ``scaled``: int8 with float32 scales."""
     start, layer, total = np.asarray(first), np.zeros(1, int), 0
+    held = np.asarray(tiling.held(jnp.asarray(start)))
     steps = np.indices(tiling.grid(start)).reshape(4, -1)
-    for index_map, size in _parts(tiling, itemsize, scaled):
-        index = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start)))
+    maps = [(functools.partial(tiling.stored, i), size) for i, (size, _) in enumerate(tiling.parts)]
+    sizes = [(index_map, size * tiling.lanes * itemsize) for index_map, size in maps]
+    for index_map, size in [*sizes, (tiling.scale, _scale_bytes(tiling))] if scaled else sizes:
+        index = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start, held)))
         total += 2 * size * (1 + int(np.any(index[:, 1:] != index[:, :-1], axis=0).sum()))
     return total
 
 
-def _parts(tiling: Tiling, itemsize: int, scaled: bool) -> list[tuple[Any, int]]:
-    """The index map of keys, and of values, and the bytes of a block; and of their scales, in tiles of 8 heads."""
-    parts = [(tiling.stored, tiling.block * tiling.lanes * itemsize)]
-    return [*parts, (tiling.scale, tiling.block * -(-tiling.kv_heads // 8) * 8 * 4)] if scaled else parts
+def _scale_bytes(tiling: Tiling) -> int:
+    """Of a block's scales, in tiles of 8 heads."""
+    return tiling.block * -(-tiling.kv_heads // 8) * 8 * 4
 
 
 def cost(tiling: Tiling, itemsize: int, query_itemsize: int, scaled: bool = False) -> pl.CostEstimate:
     """Of rows that fill the cache: it is stated before their fill is known."""
-    blocks = sum(int(tiling.blocks(tiling.slots - tiling.width, piece)) for piece in range(tiling.pieces))
-    size = sum(size for _, size in _parts(tiling, itemsize, scaled))
-    fetched = 2 * tiling.batch * tiling.groups * blocks * size
+    size = 0
+    for piece in range(tiling.pieces):
+        first = tiling.slots - tiling.width
+        size += pl.cdiv(tiling.seen(first, piece), tiling.grain) * tiling.grain * tiling.lanes * itemsize
+        size += tiling.blocks(first, piece) * _scale_bytes(tiling) if scaled else 0
+    fetched = 2 * tiling.batch * tiling.groups * int(size)
     queries = tiling.batch * tiling.width * tiling.kv_heads * tiling.heads_per_kv
     return pl.CostEstimate(
         flops=4 * queries * tiling.slots * tiling.head_dim,
@@ -154,11 +209,13 @@ def cost(tiling: Tiling, itemsize: int, query_itemsize: int, scaled: bool = Fals
     )
 
 
-def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
-    *scales, out_ref, wide, top, total, mixed = refs
+def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
+    *stored, out_ref, wide, top, total, mixed = refs
+    parts = len(tiling.parts)
+    keys, values, scales = stored[:parts], stored[parts : 2 * parts], stored[2 * parts :]
     row, group, piece, step = (pl.program_id(axis) for axis in range(4))
     first = first_ref[row]
-    blocks = tiling.blocks(first, piece)
+    seen, blocks = tiling.seen(first, piece), tiling.blocks(first, piece)
     span = tiling.heads_per_kv * tiling.piece  # rows of one key/value head
 
     def own(head: int) -> Array:
@@ -176,12 +233,30 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
 
     @pl.when(step < blocks)
     def _():
-        q, k, v = wide[...].astype(q_ref.dtype), k_ref[...], v_ref[...]
+        q, k, v = wide[...].astype(q_ref.dtype), _joined(keys), _joined(values)
         exact = precision(q)
-        slot = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
-        if tiling.slots % tiling.block:  # what lies behind the last slot may be no number, and 0 times that is none
-            down = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (tiling.block, 1), 0)
-            v = jnp.where(down < tiling.slots, v, jnp.zeros_like(v))
+        begins = [tiling.cut(part, _least(seen - step * tiling.block, tiling.block)) for part in range(parts)]
+
+        def slots(shape: tuple[int, int], axis: int) -> Array:
+            """Which slots of the cache are in the block; of a part that is not needed, more than there are."""
+            place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            moved = jnp.zeros(shape, jnp.int32)
+            for (_, begin), (offset, needed) in zip(tiling.parts, begins, strict=True):
+                moved = jnp.where(place >= begin, jnp.where(needed, offset - begin, FAR), moved)
+            return step * tiling.block + place + moved
+
+        def scale_of_rows(scale: Any) -> Array:
+            """As the slots stand in the block: a last block's are turned to where its parts are."""
+            place = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
+            whole = turned = jnp.where(step * tiling.block + place < tiling.slots, scale[...], 0)
+            for (_, begin), (offset, _) in zip(tiling.parts, begins, strict=True):
+                if begin:
+                    turned = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), turned)
+            return _of_rows(turned, group, tiling)
+
+        slot = slots((1, tiling.block), 1)
+        if tiling.slots % tiling.grain:  # what lies behind the last slot may be no number, and 0 times that is none
+            v = jnp.where(slots((tiling.block, 1), 0) < seen, v, jnp.zeros_like(v))
         if scales:
             k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
         scores = jax.lax.dot_general(
@@ -189,7 +264,7 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
         )
         scores = scores * tiling.head_dim**-0.5
         if scales:
-            scores = scores * _of_rows(jnp.where(slot < tiling.slots, scales[0][...], 0), group, tiling)
+            scores = scores * scale_of_rows(scales[0])
         at = (
             first
             + piece * tiling.piece
@@ -203,7 +278,7 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
         top[...] = higher
         total[...] = total[...] * fade + jnp.sum(weights, axis=1, keepdims=True)
         if scales:
-            weights = weights * _of_rows(jnp.where(slot < tiling.slots, scales[1][...], 0), group, tiling)
+            weights = weights * scale_of_rows(scales[1])
         mixed[...] = mixed[...] * fade + jnp.dot(
             weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
         )
@@ -215,6 +290,10 @@ def _kernel(layer_ref, first_ref, q_ref, k_ref, v_ref, *refs, tiling: Tiling):
             part = slice(head * span, (head + 1) * span)
             out = out + jnp.where(own(head), mixed[part] / total[part], 0)
         out_ref[...] = out.astype(out_ref.dtype)
+
+
+def _joined(parts: Sequence[Any]) -> Array:
+    return parts[0][...] if len(parts) == 1 else jnp.concatenate([part[...] for part in parts])
 
 
 def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
@@ -253,20 +332,23 @@ def cache_attention(
     flat = turned.reshape(batch, tiling.groups, tiling.pieces, tiling.heads_per_kv * tiling.piece, tiling.lanes)
 
     queries = pl.BlockSpec((None, None, None, *flat.shape[3:]), lambda row, group, piece, *_: (row, group, piece, 0, 0))
-    stored = pl.BlockSpec((None, None, tiling.block, tiling.lanes), tiling.stored)
-    held, specs = [cache.k, cache.v], [stored, stored]
+    stored = [
+        pl.BlockSpec((None, None, size, tiling.lanes), functools.partial(tiling.stored, part))
+        for part, (size, _) in enumerate(tiling.parts)
+    ]
+    arrays, specs = [cache.k] * len(stored) + [cache.v] * len(stored), stored * 2
     if cache.k_scale is not None and cache.v_scale is not None:
-        held += [cache.k_scale, cache.v_scale]
+        arrays += [cache.k_scale, cache.v_scale]
         specs += [pl.BlockSpec((None, None, cache.k_scale.shape[2], tiling.block), tiling.scale)] * 2
     if not interpret:  # else XLA takes a small cache through its own memory: all layers, for each of them
-        held = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in held]
+        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     first = first.astype(jnp.int32)
     rows = tiling.heads * flat.shape[3]
     out = pl.pallas_call(
         functools.partial(_kernel, tiling=tiling),
         out_shape=jax.ShapeDtypeStruct(flat.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=tiling.grid(first),
             in_specs=[queries, *specs],
             out_specs=queries,
@@ -276,6 +358,6 @@ def cache_attention(
         cost_estimate=cost(tiling, itemsize, q.dtype.itemsize, scaled),
         interpret=interpret,
         name="cache_attention",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), first, flat, *held)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), first, tiling.held(first), flat, *arrays)
     out = out.reshape(turned.shape).transpose(0, 2, 4, 1, 5, 3, 6)  # [B, pieces, t, groups, C, G, H]
     return out.reshape(batch, -1, heads * head_dim)[:, :width]
