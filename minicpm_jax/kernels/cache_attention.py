@@ -8,9 +8,10 @@ The cache stays in HBM as it is, [L, B, S, K H]; the grid (B, groups, pieces, bl
 of one layer out of it, and a row's blocks stop where the row is filled: a later grid step names the block before it
 again, which Pallas does not fetch again, and computes nothing. There are as many grid steps as the fullest row needs.
 
-In decoding a block comes in parts, a half, a quarter, .., a grain and one grain more: of these a row's last block takes
-those that add up to what is filled of it, in whole grains, one behind the other. A part that it does not need names the
-slots again that the part held before, and is not fetched: numbers of this row or of one before it, masked.
+In decoding a block comes in parts: a half, a quarter, .., a grain, and one grain more. Of them a row's last block takes
+those that add up to what is filled of it, in whole grains, one behind the other: its slots are not in the places that
+they have in a full block. A part that it does not need names once more the slots that the part held before, which are
+not fetched again: numbers of this row or of one before it, masked.
 
 Two heads of 64 share 128 lanes, and taking them apart would move every key. Instead a query is zero in the lanes of the
 other heads, so that one product over W lanes gives its scores, and of weights times values only its own lanes are kept.
@@ -41,14 +42,15 @@ if TYPE_CHECKING:
     from minicpm_jax.attention import Cache
 
 LANES = 128  # of a TPU's registers and tiles
-GRAIN = {4: 8, 2: 16, 1: 32}  # slots of a tile of numbers of so many bytes
+GRAIN = 8  # slots of a tile in HBM: fewer are not fetched
+PARTS = 6  # most parts of a block: each costs the scalar unit about 0.07 us a step of a v5e
 FAR = 1 << 30  # no slot
 ROWS = 1024  # most queries of a step: with 512 slots their scores are 2 MiB
 FEW = 128  # so many queries of all heads go together: the matrix unit takes them while it loads the next keys
 BLOCK = 512  # most slots of a step
 BLOCK_BYTES = 5 << 18  # 1.25 MiB, most of one block of keys: it and its like are in VMEM four times, of 16 MiB
-# In decoding half of both, as the last block of a row is seldom full: 128 slots of the 2B, of which a v5e takes keys
-# and values in 1.4 us, about what its matrix unit needs for them.
+# In decoding half as many bytes, as the first step fetches a whole block and any step computes on one: 128 slots of the
+# 2B, of which a v5e takes keys and values in 1.4 us. By the length of its program it needs 0.9 us for the rest.
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ class Tiling:
         if not few:
             most = 1 << max(4, (ROWS // rows).bit_length() - 1)
             piece = min(most, -(-width // 16) * 16)  # 16 rows of bfloat16 are a tile
-        block, most_bytes = (BLOCK // 2, BLOCK_BYTES // 2) if few else (BLOCK, BLOCK_BYTES)
+        block, most_bytes = BLOCK, BLOCK_BYTES // 2 if few else BLOCK_BYTES
         while block > 128 and block * lanes * itemsize > most_bytes:
             block //= 2
         block = grain = min(block, slots)
-        while few and grain % (2 * GRAIN[itemsize]) == 0:
+        while few and grain % (2 * GRAIN) == 0 and grain << PARTS - 1 > block:
             grain //= 2
         return Tiling(batch, width, slots, kv_heads, heads // kv_heads, head_dim, lanes, piece, block, grain)
 
@@ -131,29 +133,30 @@ class Tiling:
         """(B, groups, pieces, blocks of the fullest row) for rows whose first new tokens are at ``first`` [B]."""
         return self.batch, self.groups, self.pieces, self.blocks(first, self.pieces - 1).max()
 
-    def held(self, first: Int[Array, "B"]) -> Int[Array, "2 parts B*pieces"]:
-        """Row, and index along the slots, of what each part holds when a row's piece is done with: from its last block,
-        or the one before it, or from a row before; of what is held by none the first slots."""
+    def held(self, first: Int[Array, "B"]) -> Int[Array, "B*pieces*(1+2*parts)"]:
+        """Of each row's piece the last block, and row and index along the slots of what each part holds from then on:
+        of that block, or the one before it, or of a row before; of what is held by none the first slots."""
         rows, pieces = (x.reshape(-1) for x in jnp.indices((self.batch, self.pieces)))
         seen = self.seen(first[rows], pieces)
-        last = _divided(seen - 1, self.block)
-        held = []
+        last = self.blocks(first[rows], pieces) - 1
+        columns = [last]
         for part, (size, begin) in enumerate(self.parts):
             offset, needed = self.cut(part, seen - last * self.block)
             slot = jnp.where(needed, last * self.block + offset, (last - 1) * self.block + begin)
-            index = rows * self.slots + slot  # it grows from row to row
-            index = jax.lax.cummax(jnp.where(slot < 0, 0, index))
-            held.append(jnp.stack([index // self.slots, index % self.slots // size]))
-        return jnp.stack(held, axis=1).astype(jnp.int32)
+            index = jax.lax.cummax(jnp.where(slot < 0, 0, rows * self.slots + slot))  # it grows from row to row
+            columns += [index // self.slots, index % self.slots // size]
+        return jnp.stack(columns, axis=1).reshape(-1)
 
     def stored(
         self, part: int, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any
     ) -> tuple[Any, ...]:
         """Index map of a part of the keys, and of the values, [L, B, S, K H]."""
         size, begin = self.parts[part]
-        full, at = step < self.blocks(first[row], piece) - 1, row * self.pieces + piece
-        index = _divided(step * self.block + begin, size)
-        return layer[0], _chosen(full, row, held[0, part, at]), _chosen(full, index, held[1, part, at]), group
+        at = (row * self.pieces + piece) * (1 + 2 * len(self.parts))
+        full = step < held[at]
+        index = step * (self.block // size) + begin // size
+        at = at + 1 + 2 * part
+        return layer[0], _chosen(full, row, held[at]), _chosen(full, index, held[at + 1]), group
 
     def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any) -> tuple[Any, ...]:
         """Index map of the scales [L, B, X, S]: of all heads, as few as they are."""
