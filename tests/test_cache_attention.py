@@ -97,7 +97,7 @@ def test_every_fill_of_a_block(bits):
     first = [int(i) for i in np.random.default_rng(0).permutation(256)[:64]]
     q, cache = filled(first, 4, 2, 16, 1, 256, bits=bits)
     tiling = Tiling.of(len(first), 1, 4, 16, 256, 2, cache.k.dtype.itemsize)
-    assert [size for size, _ in tiling.parts] == [128, 64, 32, 16, 8, 8]
+    assert [tiling.size(part) for part in tiling.parts] == [128, 64, 32, 16, 8, 8]
     out = cache_attention(q, cache, LAYER, jnp.asarray(first), interpret=True)
     np.testing.assert_allclose(out, reference(q, cache, first), rtol=0, atol=1e-5)
 

@@ -25,7 +25,7 @@ Source of the running softmax: arXiv 2205.14135.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,10 +106,18 @@ class Tiling:
         return self.heads * self.heads_per_kv * self.piece
 
     @property
-    def parts(self) -> tuple[tuple[int, int], ...]:
-        """(slots, the first of them in a full block) of each part of a block."""
-        sizes = [self.grain << i for i in reversed(range((self.block // self.grain).bit_length() - 1))]
-        return (*((size, self.block - 2 * size) for size in sizes), (self.grain, self.block - self.grain))
+    def parts(self) -> tuple[int, ...]:
+        """The parts of a block: n .. 0, of which 0 is the grain that every block has, and part i > 0 is needed where
+        the grains before that one have the binary digit i - 1."""
+        return tuple(reversed(range((self.block // self.grain).bit_length())))
+
+    def size(self, part: Any) -> Any:
+        """Slots of a part."""
+        return self.grain << (part - (part > 0))
+
+    def begin(self, part: Any) -> Any:
+        """The first of them in a full block."""
+        return self.block - (self.grain << part)
 
     def seen(self, first: Any, piece: Any) -> Any:
         """How many slots the tokens of a piece may see, of a row whose first new token is at ``first``."""
@@ -119,44 +127,42 @@ class Tiling:
         """How many blocks hold them."""
         return _divided(self.seen(first, piece) - 1, self.block) + 1
 
-    def cut(self, part: int, filled: Any) -> tuple[Any, Any]:
-        """Where in a block, of which the first slots are ``filled`` (at least one), a part begins, and whether it is
-        needed: of the grains but one the binary digits say so, and that one is the last part, of every block."""
-        size, _ = self.parts[part]
-        grains = _divided(filled - 1, self.grain) * self.grain
-        if part == len(self.parts) - 1:
-            return grains, grains >= 0
-        halves = _divided(grains, size)
-        return (halves - (halves & 1)) * size, halves & 1 == 1
+    def cut(self, part: Any, filled: Any) -> tuple[Any, Any]:
+        """Where a part begins in a block of which the first slots are ``filled`` (at least one), and whether it is
+        needed."""
+        grains = _divided(filled - 1, self.grain)
+        return (grains >> part << part) * self.grain, (2 * grains + 1) >> part & 1 == 1
 
     def grid(self, first: Any) -> tuple[Any, ...]:
         """(B, groups, pieces, blocks of the fullest row) for rows whose first new tokens are at ``first`` [B]."""
         return self.batch, self.groups, self.pieces, self.blocks(first, self.pieces - 1).max()
 
-    def held(self, first: Int[Array, "B"]) -> Int[Array, "B*pieces*(1+2*parts)"]:
-        """Of each row's piece the last block, and row and index along the slots of what each part holds from then on:
-        of that block, or the one before it, or of a row before; of what is held by none the first slots."""
-        rows, pieces = (x.reshape(-1) for x in jnp.indices((self.batch, self.pieces)))
-        seen = self.seen(first[rows], pieces)
-        last = self.blocks(first[rows], pieces) - 1
-        columns = [last]
-        for part, (size, begin) in enumerate(self.parts):
-            offset, needed = self.cut(part, seen - last * self.block)
-            slot = jnp.where(needed, last * self.block + offset, (last - 1) * self.block + begin)
-            index = jax.lax.cummax(jnp.where(slot < 0, 0, rows * self.slots + slot))  # it grows from row to row
-            columns += [index // self.slots, index % self.slots // size]
-        return jnp.stack(columns, axis=1).reshape(-1)
+    def held(self, first: Int[Array, "B"]) -> Int[Array, "B*pieces*parts*2"]:
+        """Row, and index along the slots, of what each part holds from the last block of each row's piece on: of that
+        block, or the one before it, or of a row before; of what is held by none the first slots. Written for XLA to
+        make one fusion of it, as it does so in each layer."""
+        count, parts = self.batch * self.pieces, len(self.parts)
+        entry, other = jnp.arange(count * parts * 2), jnp.arange(count)[:, None]
+        at, part = entry // (2 * parts), parts - 1 - entry // 2 % parts
+        first = jnp.repeat(first, self.pieces)[:, None]
+        seen = self.seen(first, other % self.pieces)
+        last = _divided(seen - 1, self.block)
+        offset, needed = self.cut(part, seen - last * self.block)
+        slot = last * self.block + jnp.where(needed, offset, self.begin(part) - self.block)
+        place = other // self.pieces * self.slots + slot  # it grows from row to row
+        place = jnp.max(jnp.where((other <= at) & (slot >= 0), place, 0), axis=0)
+        return jnp.where(entry % 2 == 0, place // self.slots, place % self.slots // self.size(part))
 
     def stored(
         self, part: int, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any
     ) -> tuple[Any, ...]:
         """Index map of a part of the keys, and of the values, [L, B, S, K H]."""
-        size, begin = self.parts[part]
-        at = (row * self.pieces + piece) * (1 + 2 * len(self.parts))
-        full = step < held[at]
-        index = step * (self.block // size) + begin // size
-        at = at + 1 + 2 * part
-        return layer[0], _chosen(full, row, held[at]), _chosen(full, index, held[at + 1]), group
+        size, parts = self.size(part), len(self.parts)
+        end = 2 * parts * (row * self.pieces + piece + 1)  # of the piece's entries: the last is of part 0
+        full = step < held[end - 1] >> parts - 1
+        index = step * (self.block // size) + self.begin(part) // size
+        entry = end - 2 * (part + 1)
+        return layer[0], _chosen(full, row, held[entry]), _chosen(full, index, held[entry + 1]), group
 
     def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any) -> tuple[Any, ...]:
         """Index map of the scales [L, B, X, S]: of all heads, as few as they are."""
@@ -183,9 +189,10 @@ def bytes_read(tiling: Tiling, first: Sequence[int], itemsize: int, scaled: bool
     start, layer, total = np.asarray(first), np.zeros(1, int), 0
     held = np.asarray(tiling.held(jnp.asarray(start)))
     steps = np.indices(tiling.grid(start)).reshape(4, -1)
-    maps = [(functools.partial(tiling.stored, i), size) for i, (size, _) in enumerate(tiling.parts)]
-    sizes = [(index_map, size * tiling.lanes * itemsize) for index_map, size in maps]
-    for index_map, size in [*sizes, (tiling.scale, _scale_bytes(tiling))] if scaled else sizes:
+    maps: list[tuple[Callable[..., Any], int]] = [
+        (functools.partial(tiling.stored, part), tiling.size(part) * tiling.lanes * itemsize) for part in tiling.parts
+    ]
+    for index_map, size in [*maps, (tiling.scale, _scale_bytes(tiling))] if scaled else maps:
         index = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start, held)))
         total += 2 * size * (1 + int(np.any(index[:, 1:] != index[:, :-1], axis=0).sum()))
     return total
@@ -238,13 +245,13 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
     def _():
         q, k, v = wide[...].astype(q_ref.dtype), _joined(keys), _joined(values)
         exact = precision(q)
-        begins = [tiling.cut(part, _least(seen - step * tiling.block, tiling.block)) for part in range(parts)]
+        begins = [tiling.cut(part, _least(seen - step * tiling.block, tiling.block)) for part in tiling.parts]
 
         def slots(shape: tuple[int, int], axis: int) -> Array:
             """Which slots of the cache are in the block; of a part that is not needed, more than there are."""
             place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
             moved = jnp.zeros(shape, jnp.int32)
-            for (_, begin), (offset, needed) in zip(tiling.parts, begins, strict=True):
+            for begin, (offset, needed) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
                 moved = jnp.where(place >= begin, jnp.where(needed, offset - begin, FAR), moved)
             return step * tiling.block + place + moved
 
@@ -252,7 +259,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
             """As the slots stand in the block: a last block's are turned to where its parts are."""
             place = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
             whole = turned = jnp.where(step * tiling.block + place < tiling.slots, scale[...], 0)
-            for (_, begin), (offset, _) in zip(tiling.parts, begins, strict=True):
+            for begin, (offset, _) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
                 if begin:
                     turned = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), turned)
             return _of_rows(turned, group, tiling)
@@ -336,8 +343,8 @@ def cache_attention(
 
     queries = pl.BlockSpec((None, None, None, *flat.shape[3:]), lambda row, group, piece, *_: (row, group, piece, 0, 0))
     stored = [
-        pl.BlockSpec((None, None, size, tiling.lanes), functools.partial(tiling.stored, part))
-        for part, (size, _) in enumerate(tiling.parts)
+        pl.BlockSpec((None, None, tiling.size(part), tiling.lanes), functools.partial(tiling.stored, part))
+        for part in tiling.parts
     ]
     arrays, specs = [cache.k] * len(stored) + [cache.v] * len(stored), stored * 2
     if cache.k_scale is not None and cache.v_scale is not None:
