@@ -214,17 +214,17 @@ def test_a_piece_of_a_prompt_reads_what_is_filled(name):
     assert cost(tiling, 2, 2).bytes_accessed == bytes_read(tiling, [3584] * 4, 2) + queries
 
 
-# Compiled for a TPU v5e, which needs none: libtpu does it.
+# Compiled for a TPU, which needs none: libtpu does it.
 
 
 @functools.cache
-def chip():
-    return Topology.parse("v5e:1x1").devices()[0]
+def chip(kind):
+    return Topology.parse(f"{kind}:1x1").devices()[0]
 
 
-def compiled(job, slots, batch=1, bits=None):
+def compiled(job, slots, batch=1, bits=None, kind="v5e"):
     """The program of a 512-token piece or of decoding, of a model as wide as the 2B with four layers, in bfloat16."""
-    sharding = SingleDeviceSharding(chip())
+    sharding = SingleDeviceSharding(chip(kind))
 
     def placed(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
@@ -245,26 +245,29 @@ def compiled(job, slots, batch=1, bits=None):
 
 @pytest.mark.tpu
 @pytest.mark.parametrize(
-    ("job", "slots", "batch", "bits"),
+    ("job", "slots", "batch", "bits", "kind"),
     [
-        ("prefill", 4096, 1, None),
-        ("prefill", 32768, 1, None),
-        ("prefill", 32768, 1, 8),
-        ("decode", 4096, 1, None),
-        ("decode", 4096, 16, None),
-        ("decode", 4096, 1, 8),
-        ("decode", 4096, 16, 8),
+        ("prefill", 4096, 1, None, "v5e"),
+        ("prefill", 32768, 1, None, "v5e"),
+        ("prefill", 32768, 1, 8, "v5e"),
+        ("decode", 4096, 1, None, "v5e"),
+        ("decode", 4096, 16, None, "v5e"),
+        ("decode", 4096, 16, None, "v6e"),
+        ("decode", 4096, 1, 8, "v5e"),
+        ("decode", 4096, 16, 8, "v5e"),
     ],
 )
-def test_programs_for_a_tpu_run_the_kernel_and_copy_no_cache(job, slots, batch, bits):
-    """Temporaries of a v5e program: measured 0.3 to 0.4 MB. With XLA's form, which turns the cache and back, 76 MB for
+def test_programs_for_a_tpu_run_the_kernel_and_copy_no_cache(job, slots, batch, bits, kind):
+    """Temporaries: measured 0.3 to 0.6 MB. With XLA's form, which turns the cache and back, 76 MB for
     a piece of a prompt at 4,096 slots and 605 MB at 32,768; 152 MB and 1,359 MB for decoding."""
-    program = compiled(job, slots, batch, bits)
+    program = compiled(job, slots, batch, bits, kind)
     text = program.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 1
     memory = program.memory_analysis()
-    print(f"temporaries of {job}, {batch} x {slots} slots, bits {bits}: {memory.temp_size_in_bytes / 1e6:.2f} MB")
-    assert memory.temp_size_in_bytes < 2e6
+    print(
+        f"temporaries of {job}, {kind}, {batch} x {slots} slots, bits {bits}: {memory.temp_size_in_bytes / 1e6:.2f} MB"
+    )
+    assert memory.temp_size_in_bytes < 2**20
     cache = 2 * batch * WIDE.num_hidden_layers * slots * (2304 * (1 if bits else 2) + (160 if bits else 0))
     assert cache <= memory.alias_size_in_bytes < 1.01 * cache + 1e6  # it is written in place
     stacked = rf" = \(?(?:bf16|s8|f32)\[{WIDE.num_hidden_layers},{batch},(?:{slots},2304|40,{slots})\]"

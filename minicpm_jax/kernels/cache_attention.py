@@ -192,7 +192,9 @@ def bytes_read(tiling: Tiling, first: Sequence[int], itemsize: int, scaled: bool
     maps: list[tuple[Callable[..., Any], int]] = [
         (functools.partial(tiling.stored, part), tiling.size(part) * tiling.lanes * itemsize) for part in tiling.parts
     ]
-    for index_map, size in [*maps, (tiling.scale, _scale_bytes(tiling))] if scaled else maps:
+    if scaled:
+        maps.append((tiling.scale, _scale_bytes(tiling)))
+    for index_map, size in maps:
         index = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start, held)))
         total += 2 * size * (1 + int(np.any(index[:, 1:] != index[:, :-1], axis=0).sum()))
     return total
