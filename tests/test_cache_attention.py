@@ -51,7 +51,7 @@ def reference(q, cache, first):
 
 
 CASES = {  # first slot of each row's new tokens, heads, key/value heads, head dimension, new tokens, slots
-    "decode, of unequal rows": ([3, 300, 1039], 6, 2, 16, 1, 1040),
+    "decode, of unequal rows": ([3, 300, 1036, 0, 1023, 519], 6, 2, 16, 1, 1037),
     "decode, one head each": ([0, 17], 4, 4, 16, 1, 40),
     "decode, as wide as the 1b": ([511, 512], 24, 8, 64, 1, 1024),
     "few tokens": ([3, 17], 6, 2, 16, 5, 40),
@@ -91,11 +91,23 @@ def test_the_kernel_in_bfloat16(case, bits):
     assert 0 < near < 1.1 * plain
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_every_fill_of_a_block(bits):
+    """Each row needs other parts of the block than the row before it."""
+    first = [int(i) for i in np.random.default_rng(0).permutation(256)[:64]]
+    q, cache = filled(first, 4, 2, 16, 1, 256, bits=bits)
+    tiling = Tiling.of(len(first), 1, 4, 16, 256, 2, cache.k.dtype.itemsize)
+    assert [tiling.size(part) for part in tiling.parts] == [128, 64, 32, 16, 8, 8]
+    out = cache_attention(q, cache, LAYER, jnp.asarray(first), interpret=True)
+    np.testing.assert_allclose(out, reference(q, cache, first), rtol=0, atol=1e-5)
+
+
 def test_what_lies_behind_a_row_is_not_seen():
-    q, cache = filled([3, 300], 6, 2, 16, 1, 1040)
-    behind = jnp.arange(1040)[None, :, None] > jnp.array([3, 300])[:, None, None]
+    first = jnp.array([3, 300, 0, 1023])
+    q, cache = filled(first, 6, 2, 16, 1, 1040)
+    behind = jnp.arange(1040)[None, :, None] > first[:, None, None]
     other = dataclasses.replace(cache, k=jnp.where(behind, 7e9, cache.k), v=jnp.where(behind, 7e9, cache.v))
-    run = functools.partial(cache_attention, q, layer=LAYER, first=jnp.array([3, 300]), interpret=True)
+    run = functools.partial(cache_attention, q, layer=LAYER, first=first, interpret=True)
     assert jnp.array_equal(run(cache), run(other))
 
 
@@ -149,28 +161,34 @@ def test_over_a_mesh_each_device_runs_the_kernel_on_its_part(interpreted, axes, 
 @pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("name", HEADS)
 def test_a_step_reads_what_is_filled(name, batch, bits):
-    """At most a block more for each row, counted from the grid; and the statement to XLA is that of a full cache."""
+    """Whole grains of keys and values, whole blocks of scales, counted from the grid; and the statement to XLA is that
+    of a full cache."""
     heads, kv_heads = HEADS[name]
     size, scaled = (1, True) if bits else (2, False)
     tiling = Tiling.of(batch, 1, heads, 64, 4096, kv_heads, size)
-    slot = 2 * kv_heads * (64 * size + (4 if scaled else 0))  # keys, values, scales
-    for fill in (128, 512, 2048, 4096):
-        read = bytes_read(tiling, [fill - 1] * batch, size, scaled)
-        blocks = -(-fill // tiling.block)
-        assert batch * fill * slot <= read <= 1.01 * batch * blocks * tiling.block * slot
-    unequal = [int(first) for first in np.linspace(0, 4095, batch)]
-    need = sum(slot * (first // tiling.block + 1) * tiling.block for first in unequal)
-    assert need <= bytes_read(tiling, unequal, size, scaled) <= 1.01 * need
-    assert tiling.block <= 256
+    slot, scale = 2 * kv_heads * 64 * size, 2 * -(-kv_heads // 8) * 8 * 4 if scaled else 0
+
+    def need(fills):
+        return sum(
+            -(-fill // tiling.grain) * tiling.grain * slot + -(-fill // tiling.block) * tiling.block * scale
+            for fill in fills
+        )
+
+    unequal = [int(fill) for fill in np.linspace(1, 4096, batch)]
+    for fills in (*([fill] * batch for fill in (1, 128, 512, 2048, 4096)), unequal):
+        read = bytes_read(tiling, [fill - 1 for fill in fills], size, scaled)
+        assert need(fills) <= read <= need(fills) + tiling.block * slot  # a block for the parts that are held by none
+    assert tiling.grain <= 16
     queries = 2 * batch * heads * 64 * 2
     assert cost(tiling, size, 2, scaled).bytes_accessed == bytes_read(tiling, [4095] * batch, size, scaled) + queries
 
 
 @pytest.mark.parametrize("batch", [1, 16, 64])
 def test_a_step_of_the_2b_reads_its_weights_and_what_is_filled(batch):
-    """Within a fiftieth, of equal rows and of unequal ones; where those end anywhere in a block, within a thirtieth."""
+    """Within a fiftieth, of equal rows and of unequal ones, wherever they end."""
     weights, layers, slot = 5_449_761_792, 40, 2 * 2304 * 2
     tiling = Tiling.of(batch, 1, 36, 64, 4096, 36, 2)
+    rng = np.random.default_rng(0)
 
     def ratio(fills):
         read = bytes_read(tiling, [fill - 1 for fill in fills], 2)
@@ -178,8 +196,10 @@ def test_a_step_of_the_2b_reads_its_weights_and_what_is_filled(batch):
 
     fills = 128, 512, 2048, 4096
     for each in (*((fill,) for fill in fills), fills):
-        assert 1 <= ratio([each[row % len(each)] for row in range(batch)]) < 1.02
-    assert 1 <= ratio([int(fill) for fill in np.linspace(1, 4096, batch)]) < 1.03
+        assert 1 <= ratio([each[row % len(each)] for row in range(batch)]) < 1.006
+    for fill in fills:
+        for _ in range(4):
+            assert 1 < ratio(rng.integers(1, fill + 1, batch).tolist()) < 1.02
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -194,17 +214,17 @@ def test_a_piece_of_a_prompt_reads_what_is_filled(name):
     assert cost(tiling, 2, 2).bytes_accessed == bytes_read(tiling, [3584] * 4, 2) + queries
 
 
-# Compiled for a TPU v5e, which needs none: libtpu does it.
+# Compiled for a TPU, which needs none: libtpu does it.
 
 
 @functools.cache
-def chip():
-    return Topology.parse("v5e:1x1").devices()[0]
+def chip(kind):
+    return Topology.parse(f"{kind}:1x1").devices()[0]
 
 
-def compiled(job, slots, batch=1, bits=None):
+def compiled(job, slots, batch=1, bits=None, kind="v5e"):
     """The program of a 512-token piece or of decoding, of a model as wide as the 2B with four layers, in bfloat16."""
-    sharding = SingleDeviceSharding(chip())
+    sharding = SingleDeviceSharding(chip(kind))
 
     def placed(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
@@ -225,26 +245,29 @@ def compiled(job, slots, batch=1, bits=None):
 
 @pytest.mark.tpu
 @pytest.mark.parametrize(
-    ("job", "slots", "batch", "bits"),
+    ("job", "slots", "batch", "bits", "kind"),
     [
-        ("prefill", 4096, 1, None),
-        ("prefill", 32768, 1, None),
-        ("prefill", 32768, 1, 8),
-        ("decode", 4096, 1, None),
-        ("decode", 4096, 16, None),
-        ("decode", 4096, 1, 8),
-        ("decode", 4096, 16, 8),
+        ("prefill", 4096, 1, None, "v5e"),
+        ("prefill", 32768, 1, None, "v5e"),
+        ("prefill", 32768, 1, 8, "v5e"),
+        ("decode", 4096, 1, None, "v5e"),
+        ("decode", 4096, 16, None, "v5e"),
+        ("decode", 4096, 16, None, "v6e"),
+        ("decode", 4096, 1, 8, "v5e"),
+        ("decode", 4096, 16, 8, "v5e"),
     ],
 )
-def test_programs_for_a_tpu_run_the_kernel_and_copy_no_cache(job, slots, batch, bits):
-    """Temporaries of a v5e program: measured 0.3 to 0.4 MB. With XLA's form, which turns the cache and back, 76 MB for
+def test_programs_for_a_tpu_run_the_kernel_and_copy_no_cache(job, slots, batch, bits, kind):
+    """Temporaries: measured 0.3 to 0.6 MB. With XLA's form, which turns the cache and back, 76 MB for
     a piece of a prompt at 4,096 slots and 605 MB at 32,768; 152 MB and 1,359 MB for decoding."""
-    program = compiled(job, slots, batch, bits)
+    program = compiled(job, slots, batch, bits, kind)
     text = program.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 1
     memory = program.memory_analysis()
-    print(f"temporaries of {job}, {batch} x {slots} slots, bits {bits}: {memory.temp_size_in_bytes / 1e6:.2f} MB")
-    assert memory.temp_size_in_bytes < 2e6
+    print(
+        f"temporaries of {job}, {kind}, {batch} x {slots} slots, bits {bits}: {memory.temp_size_in_bytes / 1e6:.2f} MB"
+    )
+    assert memory.temp_size_in_bytes < 2**20
     cache = 2 * batch * WIDE.num_hidden_layers * slots * (2304 * (1 if bits else 2) + (160 if bits else 0))
     assert cache <= memory.alias_size_in_bytes < 1.01 * cache + 1e6  # it is written in place
     stacked = rf" = \(?(?:bf16|s8|f32)\[{WIDE.num_hidden_layers},{batch},(?:{slots},2304|40,{slots})\]"
