@@ -132,7 +132,7 @@ class Job:
     def _model(self) -> Model:
         """As `loading.load` would give it, and `quantised`."""
         mesh = self.placed
-        model = abstract(self.config, self.dtype, mesh)
+        model = abstract(self.config, self.dtype, mesh, packed=self.quantize is not None)
         if mesh is not None:
             spread(model, mesh)
         if self.quantize is not None:
