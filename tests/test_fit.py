@@ -244,6 +244,13 @@ def test_training_over_chips_gathers_weights_and_scatters_gradients(tmp_path):
 
 
 @pytest.mark.tpu
+def test_a_v4_is_one_device_and_older_chips_are_two():
+    for topology, dtype, devices, hbm in (("v4:2x2x1", "bfloat16", 4, 32), ("v3:2x2", "float32", 8, 16)):
+        job = fit.job_of(fit.Options("pico", topology, batch=8, seq=64, dtype=dtype))
+        assert len(job.devices) == devices and fit.report(job).hbm == hbm * 2**30
+
+
+@pytest.mark.tpu
 def test_the_command_says_what_it_takes():
     ran = run("--model", "pico", "--job", "generate", "--seq", 256)
     assert ran.returncode == 0, ran.stderr
@@ -279,6 +286,8 @@ def test_what_does_not_fit_and_what_would():
         (["--topology", "v5e:2"], "v5e comes as v5e:2x2"),
         (["--topology", "v5e:0x2"], "v5e comes as v5e:2x2"),
         pytest.param(["--topology", "v5e:3x1"], "cannot be", marks=pytest.mark.tpu),
+        pytest.param(["--topology", "v4:3x2x1"], "try v4:2x2x1.", marks=pytest.mark.tpu),
+        pytest.param(["--topology", "v3:2x2"], "v3 in bfloat16; take --dtype float32", marks=pytest.mark.tpu),
         pytest.param(["--mesh", "fsdp=3"], "--mesh fsdp=3 is for 3 devices; there are 1", marks=pytest.mark.tpu),
         pytest.param(["--mesh", "rows=1"], "the axes are data, fsdp", marks=pytest.mark.tpu),
         pytest.param(["--model", "minicpm-3b"], "did you mean", marks=pytest.mark.tpu),
