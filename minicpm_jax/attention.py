@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Int8
 
 from minicpm_jax.arithmetic import precision
 from minicpm_jax.kernels.cache_attention import cache_attention
 from minicpm_jax.kernels.causal_attention import causal_attention
-from minicpm_jax.sharding import padded, row_axes, splits
+from minicpm_jax.sharding import padded, row_axes
 from weights_io.config import ModelConfig
 
 STORED = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # arrays of a cache, and their axis of slots
@@ -28,21 +28,20 @@ BLOCK = 512  # tokens, or cache slots, that XLA's form of attention looks at tog
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths", "k_scale", "v_scale"], meta_fields=["parts"]
+    jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths", "k_scale", "v_scale"], meta_fields=[]
 )
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of all layers. Flat in the last axis: [.., K, 64] would be padded to 128 lanes on a TPU.
-    In int8 a slot's head has a scale: its largest number / 127. X: the K heads, those of each of the ``parts`` over
-    which a mesh splits them rounded up to a TPU tile's 8 rows; of another number XLA would keep the axes in another
-    order, and turn all layers' scales for each layer."""
+    In int8 a slot's head has a scale: its largest number / 127. X: the K heads, those of each device of a mesh
+    rounded up to a TPU tile's 8 rows; of another number XLA would keep the axes in another order, and turn all layers'
+    scales for each layer."""
 
     k: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
     v: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
     lengths: Int[Array, "B"]  # slots filled in each row; slot = position
     k_scale: Float[Array, "L B X S"] | None = None
     v_scale: Float[Array, "L B X S"] | None = None
-    parts: int = 1
 
     @staticmethod
     def empty(
@@ -54,11 +53,11 @@ class Cache:
         shape = (layers, batch, slots, heads * config.head_dim)
         lengths = jnp.zeros(batch, jnp.int32)
         if bits is None:
-            return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths, parts=parts)
+            return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths)
         k, v = jnp.zeros(shape, jnp.int8), jnp.zeros(shape, jnp.int8)
         rows = parts * -(-heads // parts // 8) * 8
         k_scale, v_scale = (jnp.zeros((layers, batch, rows, slots), jnp.float32) for _ in range(2))
-        return Cache(k, v, lengths, k_scale, v_scale, parts)
+        return Cache(k, v, lengths, k_scale, v_scale)
 
     @property
     def slots(self) -> int:
@@ -83,15 +82,10 @@ class Cache:
 
         def write_scale(stored, new):
             new = new.transpose(0, 2, 1)  # [B, K, T]
-            own, rows = heads // self.parts, stored.shape[2] // self.parts
             if together:
-                by_part = stored.reshape(*stored.shape[:2], self.parts, rows, -1)
-                new = new.reshape(1, batch, self.parts, own, width)
-                by_part = jax.lax.dynamic_update_slice(by_part, new, (layer, 0, 0, 0, index[0, 0]))
-                return by_part.reshape(stored.shape)
-            at = np.arange(heads) // own * rows + np.arange(heads) % own
+                return jax.lax.dynamic_update_slice(stored, new[None], (layer, 0, 0, index[0, 0]))
             # Number by number: for whole heads XLA would turn all layers' scales.
-            return stored.at[layer, jnp.arange(batch)[:, None], at, index].set(new[:, :, 0])
+            return stored.at[layer, jnp.arange(batch)[:, None], jnp.arange(heads), index].set(new[:, :, 0])
 
         if self.k_scale is None or self.v_scale is None:
             k, v = (x.reshape(batch, width, -1) for x in (k, v))
@@ -99,7 +93,7 @@ class Cache:
         (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
         k, v = (x.reshape(batch, width, -1) for x in (k, v))
         k_scale, v_scale = write_scale(self.k_scale, k_scale), write_scale(self.v_scale, v_scale)
-        return Cache(write(self.k, k), write(self.v, v), self.lengths, k_scale, v_scale, self.parts)
+        return Cache(write(self.k, k), write(self.v, v), self.lengths, k_scale, v_scale)
 
     def read(self, layer: ArrayLike, first: ArrayLike, size: int, like: Float[Array, "B T K H"]) -> tuple[Array, Array]:
         """Keys and values [B, size, K, H] of one layer from slot ``first`` on, in the dtype of ``like``."""
@@ -110,8 +104,7 @@ class Cache:
             block = block.reshape(batch, size, heads, -1)
             if scale is None:
                 return block
-            scale = jax.lax.dynamic_slice(scale, (layer, 0, 0, first), (1, batch, scale.shape[2], size))[0]
-            scale = scale.reshape(batch, self.parts, -1, size)[:, :, : heads // self.parts].reshape(batch, heads, size)
+            scale = jax.lax.dynamic_slice(scale, (layer, 0, 0, first), (1, batch, heads, size))[0]
             return (block * scale.transpose(0, 2, 1)[..., None]).astype(like.dtype)
 
         return part(self.k, self.k_scale), part(self.v, self.v_scale)
@@ -213,19 +206,55 @@ class Attention(nnx.Module):
             k = rotate(self.k_proj(x).reshape(batch, width, -1, self.head_dim), positions)
             v = self.v_proj(x).reshape(k.shape)
             if cache is not None:
-                cache = cache.written(layer, k, v, positions.index)
-                return self.o_proj(attend_cache(q, cache, layer, positions.index, self.mesh)), cache
+                mixed, cache = through_cache(q, k, v, cache, layer, positions.index, self.mesh)
+                return self.o_proj(mixed), cache
             return self.o_proj(attend_rows(q, k, v, positions.segments, self.mesh)), cache
 
 
+def through_cache(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    cache: Cache,
+    layer: ArrayLike,
+    index: Int[Array, "B T"],
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "B T NH"], Cache]:
+    """`attend_cache` once keys and values are written into the slots ``index``. Over a ``mesh`` each device does both
+    for its rows and heads, the tensor axis dividing them (`sharding.padded`): XLA cannot split a kernel by itself,
+    and would send what is written in slots that differ by row to every device."""
+
+    def own(q, k, v, cache, layer, index):
+        cache = cache.written(layer, k, v, index)
+        return attend_cache(q, cache, layer, index), cache
+
+    if mesh is None:
+        return own(q, k, v, cache, layer, index)
+    parts, (batch, width, each, head_dim) = placement(cache, mesh), q.shape
+    _, rows, _, heads = parts.k
+    whole = tuple(name for name in row_axes(mesh, batch) if name != "fsdp")
+
+    def few(x, *axes):
+        """Whole over fsdp, if there are fewer tokens than a weight has rows: their sums travel more cheaply than the
+        weights, which XLA would gather for a hidden state that is split as the cache is."""
+        if batch * width >= each * head_dim:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(whole, None, *axes)))
+
+    new = P(rows, None, heads, None)
+    specs = new, new, new, parts, P(), P(rows, None)
+    spread = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
+    mixed, cache = spread(*(few(x, heads) for x in (q, k, v)), cache, jnp.asarray(layer), few(index))
+    return few(mixed, heads), cache
+
+
 def attend_cache(
-    q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"], mesh: Mesh | None = None
+    q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"]
 ) -> Float[Array, "B T NH"]:
     """`attend` over the filled slots of one layer; T tokens in a row see the slots up to their own, ``index``.
 
-    Compiled for a TPU this is a Pallas kernel, which XLA cannot split over the devices of a ``mesh`` by itself: each
-    runs it on the rows of its part of the axis data and the heads of its part of tensor, which divides them
-    (`sharding.padded`). In float16, which the kernels' compiler does not know, it is XLA's form as elsewhere.
+    Compiled for a TPU this is a Pallas kernel. In float16, which the kernels' compiler does not know, it is XLA's form
+    as elsewhere.
     """
 
     def plain(q, cache, layer, index):
@@ -239,31 +268,18 @@ def attend_cache(
     def kernel(q, cache, layer, index):
         return cache_attention(q, cache, layer, index[:, 0])
 
-    def spread(q, cache, layer, index):
-        assert mesh is not None
-        parts = placement(cache, mesh)
-        _, rows, _, heads = parts.k
-        return jax.shard_map(
-            kernel,
-            mesh=mesh,
-            in_specs=(P(rows, None, heads, None), parts, P(), P(rows, None)),
-            out_specs=P(rows, None, heads),
-            check_vma=False,
-        )(q, cache, layer, index)
-
     if q.dtype == jnp.float16:
         return plain(q, cache, layer, index)
-    tpu = kernel if mesh is None else spread
-    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, tpu=tpu, default=plain)
+    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, tpu=kernel, default=plain)
 
 
 def placement(cache: Cache, mesh: Mesh) -> Cache:
-    """The `PartitionSpec` of each array of a cache made for the ``mesh``: rows over the axis data where it divides
-    them, heads over tensor."""
-    rows = "data" if splits("data", cache.k.shape[1], mesh) else None
+    """The `PartitionSpec` of each array of a cache made for the ``mesh``: rows over the axes of batches as far as
+    those divide them, heads over tensor; lengths, of which all rows' angles are made, whole."""
+    rows = row_axes(mesh, cache.k.shape[1]) or None
     heads = "tensor" if "tensor" in mesh.shape else None
     stored, scale = P(None, rows, None, heads), None if cache.k_scale is None else P(None, rows, heads)
-    return Cache(stored, stored, P(rows), scale, scale, cache.parts)
+    return Cache(stored, stored, P(), scale, scale)
 
 
 def attend(

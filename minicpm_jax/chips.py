@@ -12,13 +12,18 @@ from weights_io.errors import InputError
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip; where a program sees its two cores as devices (v2, v3, v4), each has half."""
+    """One chip; where a program sees its two cores as devices (v2, v3), each has half."""
 
     name: str
     flops: float  # a second, bfloat16
     bandwidth: float  # bytes a second, of HBM
     hbm: int  # bytes
     axes: int  # of a topology: 2x4, or 2x2x1
+
+    @property
+    def example(self) -> str:
+        """A topology that there is."""
+        return f"{self.name}:{'x'.join(('2', '2', '1')[: self.axes])}"
 
 
 GIB = 2**30
@@ -51,8 +56,7 @@ class Topology:
             raise InputError(f"--topology {text} is not of the form v5e:2x4; the chips are {', '.join(CHIPS)}.")
         chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
         if len(shape) != chip.axes or not all(shape):
-            form = "x".join(("2", "2", "1")[: chip.axes])
-            raise InputError(f"--topology {text} cannot be: {chip.name} comes as {chip.name}:{form} and the like.")
+            raise InputError(f"--topology {text} cannot be: {chip.name} comes as {chip.example} and the like.")
         return Topology(chip, shape)
 
     @property
@@ -77,8 +81,10 @@ class Topology:
             )
         from jax.experimental import topologies
 
+        # A v4's cores are one device to JAX, which makes no mesh of two; libtpu has to be told.
+        chosen = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
         try:
-            return topologies.get_topology_desc(platform="tpu", topology_name=str(self)).devices
+            return topologies.get_topology_desc(platform="tpu", topology_name=str(self), **chosen).devices
         except Exception as error:  # libtpu's own kinds, which it does not export
             reason = str(error).partition("\n")[0].rpartition("INVALID_ARGUMENT: ")[2].rstrip(".")
-            raise InputError(f"--topology {self} cannot be ({reason}); try {self.chip.name}:2x2.") from None
+            raise InputError(f"--topology {self} cannot be ({reason}); try {self.chip.example}.") from None

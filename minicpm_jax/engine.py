@@ -57,8 +57,8 @@ def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: in
     def part(stored, axis):
         if stored is None:
             return None
-        row = jax.lax.dynamic_slice_in_dim(stored, slot, 1, axis=1)
         more = slots - stored.shape[axis]
+        row = jnp.take(stored, slot[None], axis=1, mode="clip")  # sliced out of a mesh all rows would travel
         row = jax.lax.slice_in_dim(row, 0, min(slots, stored.shape[axis]), axis=axis)
         return jnp.pad(row, [(0, max(more, 0) if i == axis else 0) for i in range(4)])
 

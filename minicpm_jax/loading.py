@@ -81,7 +81,7 @@ def load_weights(
     """The model of an opened checkpoint, each array placed where the mesh wants it; the rest as in `load`."""
     target = jnp.dtype(check_dtype(dtype or checkpoint.dtype))
     mesh = None if mesh is None else automatic(mesh)
-    config, shape = checkpoint.config, padded(checkpoint.config, mesh)
+    config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
     if quantize is None:
         kind, needed, packs = target.name, weight_bytes(shape, target.name), {}
     else:
@@ -93,7 +93,7 @@ def load_weights(
             first = jax.devices()[0]
             leaves = {name: jax.device_put(x, first) for name, x in read_stacked(checkpoint, target.name).items()}
         else:
-            leaves = {p.name: _place(checkpoint, p, target, mesh, packs.get(p.name)) for p in parameters(config)}
+            leaves = {p.name: _place(checkpoint, p, shape, target, mesh, packs.get(p.name)) for p in parameters(config)}
     model = Model(nested(leaves), config, checkpoint.eos_token_ids)
     for name in packs:
         linear(model, name).weight = leaves[name]
@@ -113,12 +113,14 @@ def spread(model: Model, mesh: Mesh) -> None:
 def _place(
     checkpoint: Checkpoint,
     parameter: Parameter,
+    lies_as: ModelConfig,
     dtype: Any,
     mesh: Mesh | None,
     pack: Callable[[jax.Array], Any] | None = None,
 ) -> Any:
-    """A parameter as an array, or as what ``pack`` makes of its tensors, one after the other."""
-    shape, names = parameter.shape(padded(checkpoint.config, mesh)), parameter.tensors(checkpoint.config)
+    """A parameter as an array, or as what ``pack`` makes of its tensors, one after the other; ``lies_as``: the shape of
+    `padded`."""
+    shape, names = parameter.shape(lies_as), parameter.tensors(checkpoint.config)
     stored = parameter.tensor_shape(checkpoint.config)
     axes, stack = parameter.logical_axes(), parameter.stack(checkpoint.config)
 

@@ -225,10 +225,10 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def abstract(config: ModelConfig, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
+def abstract(config: ModelConfig, dtype: str = "bfloat16", mesh: Mesh | None = None, packed: bool = False) -> Model:
     """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing. On a
-    ``mesh`` they lie where `loading.load` would place them."""
-    shape = padded(config, mesh)
+    ``mesh`` they lie where `loading.load` would place them, those to be ``packed`` in few bits too."""
+    shape = padded(config, mesh, packed)
     where = {} if mesh is None else shardings(shape, mesh)
     leaves = {
         p.name: jax.ShapeDtypeStruct(p.shape(shape), jnp.dtype(dtype), sharding=where.get(p.name))

@@ -16,9 +16,10 @@ from weights_io.adapters import target_parameters
 from weights_io.casting import check_bits
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.memory import GROUP
 from weights_io.parameters import EMBEDDING, HEAD
 
-GROUP, LEAST = 64, 32  # numbers of a row that share a scale: 64, or 32 where 64 does not divide the row
+LEAST = 32  # numbers of a row that share a scale where `GROUP` does not divide it
 
 
 class Packed(nnx.Module):

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from minicpm_jax.kernels.cache_attention import LANES
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.memory import GROUP
 from weights_io.parameters import parameters
 
 AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
@@ -91,8 +92,8 @@ def placed_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) 
 
 
 def by_rows(x: Any, mesh: Mesh | None) -> Any:
-    """[B, ...] with its rows over the axes of batches, whole otherwise; as it is where they do not divide it. Without
-    this XLA splits the hidden state as the weights are, every device then runs all rows, and sums travel in place of
+    """[B, ...] with its rows over the axes of batches, whole otherwise; as it is where none divides it. Without this
+    XLA splits the hidden state as the weights are, every device then runs all rows, and sums travel in place of
     weights: 15 times the bytes of a step of MiniCPM-2B over 8 devices."""
     names = () if mesh is None else row_axes(mesh, x.shape[0])
     if mesh is None or not names:
@@ -109,8 +110,12 @@ def gathered_rows(x: Any, mesh: Mesh | None) -> Any:
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
-    """The axes that split a batch of so many rows; none where they do not divide it."""
-    return () if rows % rows_split(mesh) else tuple(name for name in BATCH if name in mesh.shape)
+    """The axes that split a batch of so many rows, as far as they divide it."""
+    names: tuple[str, ...] = ()
+    for name in BATCH:
+        if name in mesh.shape and rows % math.prod(mesh.shape[n] for n in (*names, name)) == 0:
+            names = *names, name
+    return names
 
 
 def rows_split(mesh: Mesh | None) -> int:
@@ -118,30 +123,32 @@ def rows_split(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
 
 
-def padded(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
+def padded(config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> ModelConfig:
     """The shape in which a model lies on a mesh: what is split over tensor is filled up, with zeros at its end, to what
-    tensor divides.
+    tensor divides. ``packed``: its matrices are in few bits.
 
     Zeros add nothing: a head of zeros mixes values of zero, whose columns in ``o_proj`` are zero, a gate of zero is
     shut, and the words that are none are cut off (`Model.head`) or weigh nothing (`losses`). So all gradients there are
     zero, too."""
     parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
     tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
-    return padded_over(config, parts, LANES if tpu else 1)
+    return padded_over(config, parts, LANES if tpu else 1, packed)
 
 
-def padded_over(config: ModelConfig, parts: int, lanes: int = LANES) -> ModelConfig:
+def padded_over(config: ModelConfig, parts: int, lanes: int = LANES, packed: bool = False) -> ModelConfig:
     """`padded`, over so many ``parts``. Key/value heads come with the query heads that read them. Those of a device
     fill whole registers of ``lanes``: of a cache with 9 heads of 64 XLA would keep the axes in another order, and copy
-    it for the kernel; in rows it takes as much room as one with 10."""
+    it for the kernel; in rows it takes as much room as one with 10. So do the neurons of what is ``packed``, which are
+    whole groups besides: of 720 neurons of the 2B a device XLA would copy all layers in each step."""
     if parts == 1:
         return config
+    neurons = parts * math.lcm(lanes, GROUP) if packed else parts
     heads = _multiple(config.num_key_value_heads, parts * lanes // math.gcd(lanes, config.head_dim))
     return dataclasses.replace(
         config,
         num_key_value_heads=heads,
         num_attention_heads=config.num_attention_heads // config.num_key_value_heads * heads,
-        intermediate_size=_multiple(config.intermediate_size, parts),
+        intermediate_size=_multiple(config.intermediate_size, neurons),
         vocab_size=_multiple(config.vocab_size, parts),
     )
 

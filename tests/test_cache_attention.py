@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
 from minicpm_data.generation import Sampling  # noqa: E402
 from minicpm_jax import attention, load  # noqa: E402
-from minicpm_jax.attention import Cache, attend, attend_cache  # noqa: E402
+from minicpm_jax.attention import Cache, attend, attend_cache, through_cache  # noqa: E402
 from minicpm_jax.chips import Topology  # noqa: E402
 from minicpm_jax.decoding import State, decode, prefill  # noqa: E402
 from minicpm_jax.kernels.cache_attention import Tiling, bytes_read, cache_attention, cost  # noqa: E402
@@ -141,20 +141,24 @@ def test_pico_through_the_kernel(bits, request):
     ("axes", "bits"),
     [
         ({"data": 2, "tensor": 4}, None),
-        ({"data": 2, "fsdp": 4}, 8),
+        ({"fsdp": 2, "tensor": 4}, 8),
         ({"tensor": 8}, None),
         ({"tensor": 2}, 8),
     ],
 )
-def test_over_a_mesh_each_device_runs_the_kernel_on_its_part(interpreted, axes, bits):
+def test_over_a_mesh_each_device_writes_and_reads_its_part(interpreted, axes, bits):
     mesh = automatic(Mesh(np.array(jax.devices()[: np.prod(list(axes.values()))]).reshape(*axes.values()), [*axes]))
-    first = jnp.array([3, 17])
-    for width in (1, 20):
+    for first, width in ((jnp.array([3, 17]), 1), (jnp.array([17, 17]), 20)):
         q, cache = filled(first, 16, 8, 16, width, 40, bits=bits)
-        run = jax.jit(functools.partial(attend_cache, mesh=mesh))
-        args = q, cache, LAYER, first[:, None] + jnp.arange(width)
+        k, v = (jnp.asarray(np.random.default_rng(1).normal(size=(2, width, 8, 16)), jnp.float32) for _ in range(2))
+        index = first[:, None] + jnp.arange(width)
+        run = jax.jit(functools.partial(through_cache, mesh=mesh))
+        args = q, k, v, cache, LAYER, index
         assert str(jax.make_jaxpr(run)(*args)).count("shard_map[") == 1
-        np.testing.assert_allclose(run(*args), reference(q, cache, first), rtol=0, atol=1e-5)
+        expected = cache.written(LAYER, k, v, index)
+        mixed, found = run(*args)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        np.testing.assert_allclose(mixed, reference(q, expected, first), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [None, 8])

@@ -74,15 +74,15 @@ def test_requests_come_and_go(backend, model, alone):
 
 
 def test_over_a_mesh(tmp_path_factory, alone, backend):
-    """Rows over data, heads over tensor, weights over all; a prompt that begins alike is copied between slots."""
+    """Rows over data and fsdp, heads over tensor, weights over all; a like beginning is copied between slots."""
     if backend.__name__ != "minicpm_jax":
         pytest.skip("MLX has no mesh")
     import jax
 
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
     folder = tiny_model.write(tmp_path_factory.mktemp("mesh"), eos_token_id=END)
-    engine = make(backend, backend.load(folder, "float32", mesh=mesh)[0], slots=2)
-    assert engine.state.cache.k.sharding.spec == jax.P(None, "data", None, "tensor")
+    engine = make(backend, backend.load(folder, "float32", mesh=mesh)[0], slots=4)
+    assert engine.state.cache.k.sharding.spec == jax.P(None, ("data", "fsdp"), None, "tensor")
     assert run_one(engine, 1) == alone[1]
     numbers = [add(engine, index) for index in (2, 1, 4)]
     found = run(engine)

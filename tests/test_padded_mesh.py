@@ -87,11 +87,17 @@ def test_an_adapter_with_magnitudes_is_that_of_one_device(folder, alone):
 
 
 def test_what_is_drawn_kept_in_8_bits_or_quantised_is_that_of_one_device(folder, alone):
-    """Rows of 96 are quantised in groups of 32; filled up to 128 they would have groups of 64."""
+    """Rows of 96 are quantised in groups of 32; filled up to 128 they would have groups of 64. Loaded in few bits each
+    device has 64 of the neurons: 32 there are, and whole groups."""
     drawn = {"temperature": 1.0, "seed": 3, "kv_bits": 8}
     assert generated(on(folder, "tensor=8"), **drawn) == generated(alone, **drawn)
-    one, other = (quantised(model, 4, True)(IDS) for model in (load(folder, "float32")[0], on(folder, "tensor=4", 4)))
-    np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
+    mesh = make_mesh("tensor=4", jax.devices()[:4])
+    one = quantised(load(folder, "float32")[0], 4, True)(IDS)
+    packed = load(folder, "float32", quantize=4, mesh=mesh)[0]
+    down = packed.model.layers.mlp.down_proj.weight
+    assert [x[...].sharding.shard_shape(x.shape)[1] for x in (down.numbers, down.scales)] == [64, 2]
+    for model in (packed, quantised(on(folder, "tensor=4", 4), 4, True)):
+        np.testing.assert_allclose(model(IDS), one, rtol=0, atol=1e-5)
 
 
 def test_what_follows_through_a_cache_and_neurons_at_zero_are_those_of_one_device(tmp_path):
@@ -115,9 +121,14 @@ def test_each_device_has_what_is_said_before_anything_is_loaded(folder):
 
 
 def test_the_shapes_of_the_2b():
-    """36 heads of 64 are 9 on each of four devices: four and a half registers, so 10. Over two nothing is filled up."""
-    config = ModelConfig(vocab_size=122753, num_attention_heads=36, num_key_value_heads=36, head_dim=64)
+    """36 heads of 64 are 9 on each of four devices: four and a half registers, so 10. Over two nothing is filled up.
+    Neurons of few bits fill registers, too."""
+    heads = {"num_attention_heads": 36, "num_key_value_heads": 36, "head_dim": 64}
+    config = ModelConfig(vocab_size=122753, intermediate_size=5760, **heads)
     shapes = {parts: padded_over(config, parts) for parts in (1, 2, 4, 8)}
     assert [shapes[parts].num_key_value_heads for parts in shapes] == [36, 36, 40, 48]
     assert [shapes[parts].vocab_size for parts in shapes] == [122753, 122754, 122756, 122760]
     assert padded_over(config, 4, lanes=1).num_key_value_heads == 36
+    assert padded_over(config, 8).intermediate_size == 5760 and padded_over(config, 1, packed=True) == config
+    neurons = [padded_over(config, parts, packed=True).intermediate_size // parts for parts in (2, 4, 8)]
+    assert neurons == [2944, 1536, 768]

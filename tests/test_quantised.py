@@ -15,6 +15,7 @@ import numpy as np  # noqa: E402
 
 from minicpm_jax import fit, hlo, load  # noqa: E402
 from minicpm_jax.quantised import quantised  # noqa: E402
+from minicpm_jax.sharding import resized  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
@@ -26,7 +27,7 @@ def weights(model):
 
 @pytest.mark.parametrize("experts", [0, 8])
 def test_loading_packs_what_a_loaded_model_would_be_packed_to(tmp_path, experts):
-    """Tensor by tensor, and over a mesh: the same numbers."""
+    """Tensor by tensor, and over a mesh: the same numbers, with zeros behind them."""
     shape = {"hidden_size": 64, "intermediate_size": 64}
     if experts:
         shape |= {"num_experts": experts, "num_experts_per_tok": 2}
@@ -38,7 +39,8 @@ def test_loading_packs_what_a_loaded_model_would_be_packed_to(tmp_path, experts)
         assert found.keys() == expected.keys()
         for path, array in found.items():
             assert array.dtype == expected[path].dtype
-            np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[path]), err_msg=path)
+            wanted = resized(np.asarray(expected[path]), array.shape)
+            np.testing.assert_array_equal(np.asarray(array), wanted, err_msg=path)
     packed = [x for x in jax.tree.leaves(load(folder, quantize=8, mesh=mesh)[0]) if x.dtype == jnp.int8]
     assert len(packed) == 8
     assert all(len({str(shard.index) for shard in x.addressable_shards}) >= 4 for x in packed[:-1])
@@ -85,3 +87,13 @@ def test_a_step_of_the_2b_reads_the_weights_as_they_are_kept(bits, most):
     assert read < most
     assert compiled.memory_analysis().argument_size_in_bytes < cache + most * weights
     assert compiled.memory_analysis().temp_size_in_bytes < 2e6
+
+
+@pytest.mark.tpu
+def test_eight_chips_copy_no_packed_weight_of_the_2b():
+    """6,144 neurons in place of 5,760, so that a chip has 768, whole registers and groups: 1.2 MB of temporaries and
+    0.653 GB of traffic were measured; of 720 neurons 143 MB and 0.953 GB."""
+    compiled = fit.compile_job("minicpm-2b", "v5e:2x4", "generate", seq=4096, quantize=8)
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 2e6
+    assert hlo.traffic(compiled.as_text()).hbm < 1.01 * memory.argument_size_in_bytes
