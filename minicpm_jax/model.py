@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_data.token_ids import checked_ids
@@ -23,7 +23,7 @@ from minicpm_jax.adapters import LowRank
 from minicpm_jax.arithmetic import divided, gated, product, scaled
 from minicpm_jax.attention import Attention, Cache, Positions, positions_of
 from minicpm_jax.moe import MoE
-from minicpm_jax.sharding import by_rows, gathered_rows, padded, shardings
+from minicpm_jax.sharding import by_tokens, gathered_rows, gathered_tokens, padded, scattered_tokens, shardings
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -34,9 +34,13 @@ class Linear(nnx.Module):
     def __init__(self, weight: Float[Array, "O I"]):
         self.weight = nnx.Param(weight)
         self.adapter: LowRank | None = nnx.data(None)
+        self.turned: NamedSharding | None = None  # of the weight as [I, O]; `train` says
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = product(self.weight[...], x)
+        weight = self.weight[...]
+        if self.turned is not None:
+            weight = jax.lax.with_sharding_constraint(weight.T, self.turned).T
+        y = product(weight, x)
         return y if self.adapter is None else self.adapter(x, y, product)
 
 
@@ -96,14 +100,15 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
     ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
         """Hidden state, cache, and the `moe.imbalance` of this layer (0 where it has no experts)."""
-        added, cache = self.self_attn(self.input_layernorm(x), positions, cache, layer)
-        x = x + scaled(added, self.residual_scale)
-        normed = self.post_attention_layernorm(x)
+        mesh = self.self_attn.mesh if cache is None else None
+        added, cache = self.self_attn(gathered_tokens(self.input_layernorm(x), mesh), positions, cache, layer)
+        x = x + scaled(scattered_tokens(added, mesh), self.residual_scale)
+        normed = gathered_tokens(self.post_attention_layernorm(x), mesh)
         if isinstance(self.mlp, MoE):
             added, imbalance = self.mlp(normed, positions.real)
         else:
             added, imbalance = self.mlp(normed), jnp.float32(0)
-        return x + scaled(added, self.residual_scale), cache, imbalance
+        return x + scaled(scattered_tokens(added, mesh), self.residual_scale), cache, imbalance
 
 
 LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another
@@ -135,7 +140,7 @@ class Decoder(nnx.Module):
             x, cache = carry
             weights, index = layer
             if cache is None:  # else few rows, whose sums travel more cheaply than the weights
-                x = by_rows(x, self.mesh)
+                x = by_tokens(x, self.mesh)
             x, cache, imbalance = weights(x, positions, cache, index)
             return (x, cache), imbalance
 

@@ -109,6 +109,30 @@ def gathered_rows(x: Any, mesh: Mesh | None) -> Any:
     return by_rows(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec())), mesh)
 
 
+def by_tokens(x: Any, mesh: Mesh | None) -> Any:
+    """[B, T, ...] as `by_rows`, and its tokens over tensor where that divides them: between the blocks, where every
+    device of tensor would hold, and add up, the same (Megatron's sequence parallelism, arXiv 2205.05198)."""
+    if mesh is None or not splits_tokens(x, mesh):
+        return by_rows(x, mesh)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(row_axes(mesh, len(x)), "tensor")))
+
+
+def gathered_tokens(x: Any, mesh: Mesh | None) -> Any:
+    """From `by_tokens` to `by_rows`, where a block begins. Either way both are named, so that an all-gather's gradient
+    is a reduce-scatter: XLA would carry the one split into the block's gradients, by all-to-alls."""
+    return by_rows(by_tokens(x, mesh), mesh) if splits_tokens(x, mesh) else x
+
+
+def scattered_tokens(x: Any, mesh: Mesh | None) -> Any:
+    """From `by_rows` to `by_tokens`, where a block ends: its sums over tensor by a reduce-scatter."""
+    return by_tokens(by_rows(x, mesh), mesh) if splits_tokens(x, mesh) else x
+
+
+def splits_tokens(x: Any, mesh: Mesh | None) -> bool:
+    """Whether the mesh has an axis tensor, and it divides the T of [B, T, ...]."""
+    return mesh is not None and splits("tensor", x.shape[1], mesh)
+
+
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
     """The axes that split a batch of so many rows, as far as they divide it."""
     names: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from minicpm_data.finetune_options import is_decayed
@@ -17,8 +17,8 @@ from minicpm_jax import adapters
 from minicpm_jax.attention import positions_of
 from minicpm_jax.loading import spread
 from minicpm_jax.losses import Batch, Objective, packed_loss, token_losses
-from minicpm_jax.model import Model, nested
-from minicpm_jax.sharding import padded, replicated, reshaped
+from minicpm_jax.model import Linear, Model, nested
+from minicpm_jax.sharding import padded, partition_spec, replicated, reshaped
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -86,7 +86,22 @@ class AllWeights:
             return Model(nested(weights), self.config)
         model = Model(nested(reshaped(weights, padded(self.config, self.mesh), self.mesh)), self.config)
         spread(model, self.mesh)
+        _turn(model, self.mesh)
         return model
+
+
+def _turn(model: Model, mesh: Mesh) -> None:
+    """Have the gradients of the layers' matrices that fsdp splits along their last axis summed as [I, O]. Split along
+    its first axis a sum over fsdp is a reduce-scatter; along the last one of a matrix that tensor splits too, XLA adds
+    all of it up on every device, and cuts."""
+    if "tensor" not in mesh.shape:
+        return
+    shape = padded(model.config, mesh)
+    for parameter in parameters(shape):
+        layer, axes = adapters.linear(model, parameter.name), parameter.logical_axes()
+        if isinstance(layer, Linear) and axes[0] == "layers" and axes[-1] == "embed":
+            out, width = partition_spec(axes, parameter.shape(shape), mesh)[1:]
+            layer.turned = NamedSharding(mesh, PartitionSpec(width, out))
 
 
 @dataclass(frozen=True)
