@@ -20,9 +20,9 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_data.token_ids import checked_ids
 from minicpm_jax.adapters import LowRank
-from minicpm_jax.arithmetic import divided, gated, product, scaled
+from minicpm_jax.arithmetic import divided, gated, product, product_on_cpu, rows, rows_on_cpu, scaled
 from minicpm_jax.attention import Attention, Cache, Positions, positions_of
-from minicpm_jax.moe import MoE
+from minicpm_jax.moe import ExpertLinear, MoE
 from minicpm_jax.sharding import by_rows, gathered_rows, padded, shardings
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
@@ -34,10 +34,11 @@ class Linear(nnx.Module):
     def __init__(self, weight: Float[Array, "O I"]):
         self.weight = nnx.Param(weight)
         self.adapter: LowRank | None = nnx.data(None)
+        self.product = product  # `unstack` has another
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = product(self.weight[...], x)
-        return y if self.adapter is None else self.adapter(x, y, product)
+        y = self.product(self.weight[...], x)
+        return y if self.adapter is None else self.adapter(x, y, self.product)
 
 
 class Embedding(nnx.Module):
@@ -45,12 +46,13 @@ class Embedding(nnx.Module):
 
     def __init__(self, weight: Float[Array, "V D"]):
         self.weight = nnx.Param(weight)
+        self.product, self.rows = product, rows  # `unstack` has others
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[ids]
+        return self.rows(self.weight, ids)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return product(self.weight[...], x)
+        return self.product(self.weight[...], x)
 
 
 class RMSNorm(nnx.Module):
@@ -265,4 +267,9 @@ def unstack(model: Model, give_up: bool = False) -> Model:
             leaf.delete()
     copy = jax.tree.map(lambda x: x, model)
     copy.model.layers = nnx.List([jax.tree.unflatten(form, layer) for layer in each])
+    for _, node in nnx.iter_graph(copy):
+        if isinstance(node, Linear | Embedding | ExpertLinear):
+            node.product = product_on_cpu
+        if isinstance(node, Embedding):
+            node.rows = rows_on_cpu
     return copy
