@@ -383,8 +383,11 @@ def attend_blocks(
         start = jnp.full(shape, lowest), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, lanes), jnp.float32)
         _, total, mixed = jax.lax.fori_loop(0, (index[row, -1] + block) // block, step, start)
         mixed = (mixed / total[..., None]).reshape(*q.shape[:-1], together, head_dim)
-        return jnp.sum(mixed * own, axis=-2).astype(q.dtype)  # [C, G, T, H]
+        return jnp.sum(mixed * own, axis=-2).astype(dtype)  # [C, G, T, H]
 
+    dtype = q.dtype
+    if cache.k.dtype != jnp.int8:
+        q = q.astype(cache.k.dtype)
     q = q.reshape(batch, width, parts, together, -1, head_dim).transpose(0, 2, 3, 4, 1, 5)
     row, head = jnp.repeat(jnp.arange(batch), parts), jnp.tile(jnp.arange(parts) * together, batch)
     mixed = each(part, (q.reshape(batch * parts, *q.shape[2:]), row, head))
