@@ -51,18 +51,19 @@ def of_stream(stream: Callable[[list[int], int], Any]) -> Run:
 
 
 def minicpm_jax(folder: Path, precision: str) -> Run:
-    return ours("jax", folder, "float32")  # on a CPU whatever the file holds, as its commands do
+    return ours("jax", folder)
 
 
 def minicpm_mlx(folder: Path, precision: str) -> Run:
-    return ours("mlx", folder, precision)
+    return ours("mlx", folder)
 
 
-def ours(backend: Any, folder: Path, precision: str) -> Run:
+def ours(backend: Any, folder: Path) -> Run:
+    """In what its commands would choose for the file."""
     from minicpm_serve import backends
 
     running = backends.get(backend)
-    model = running.device.for_decoding(running.load(str(folder / "model"), precision)[0])
+    model = running.device.for_decoding(running.load(str(folder / "model"), running.device.preferred_dtype)[0])
     if backend == "jax":
         import jax
 

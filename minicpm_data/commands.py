@@ -45,7 +45,7 @@ class SourceOptions:
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of weights and computation; by default the checkpoint's own, and float32 where JAX runs on a CPU."""
+    """Of weights and computation; by default the checkpoint's own, and float32 where JAX runs on a CPU without AMX."""
 
     def check_placement(self) -> None:
         """`InputError` where `placement` could not be."""
@@ -300,7 +300,7 @@ class Meter:
 def load_model(backend: Backend, options: SourceOptions) -> "tuple[Any, Tokenizer]":
     """Model and tokenizer, where the options want them."""
     placement = options.placement()  # first: it may have to come before the first use of a device
-    dtype = options.dtype or backend.device.preferred_dtype()
+    dtype = options.dtype or backend.device.preferred_dtype
     source = {"revision": options.revision, "hub": options.hub}
     model, tokenizer = backend.load(options.model, dtype, **source, **options.loading(), **placement)
     if tokenizer is None:

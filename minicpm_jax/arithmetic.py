@@ -1,10 +1,11 @@
 """Elementwise pieces that every part of the model shares, and the precision of its products."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # Rows up to which XLA:CPU multiplies twice as fast or more with the weight on the left (2 to 16 rows of 1536, 3840
 # outputs; from 64 rows on a tenth slower). A TPU's program is the same either way.
@@ -37,3 +38,29 @@ def product(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Arra
     if math.prod(x.shape[:-1]) <= FEW:
         return jnp.moveaxis(jnp.einsum("oi,...i->o...", weight, x, precision=precision(x)), 0, -1)
     return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x))
+
+
+def product_on_cpu(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """`product` in the form in which XLA:CPU gives bfloat16 to a processor's matrix unit (AMX): summed up in float32,
+    and of two rows or more. One row alone would read the weight at 2 GB/s, two read it at 28."""
+    if x.dtype != jnp.bfloat16:
+        return product(weight, x)
+    flat = x.reshape(-1, x.shape[-1])
+    count = len(flat)
+    if count == 1:
+        flat = jnp.concatenate([flat, flat])
+    if count <= FEW:
+        y = jnp.einsum("oi,ri->or", weight, flat, preferred_element_type=jnp.float32)[:, :count].T
+    else:
+        y = jnp.einsum("ri,oi->ro", flat, weight, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def rows(table: Any, index: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Of a table [V, D]: an array, or what is read as one."""
+    return table[index]
+
+
+def rows_on_cpu(table: Any, index: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """`rows`. Of a table in bfloat16 that does not change in a loop XLA:CPU would make a copy in float32 before it."""
+    return rows(*jax.lax.optimization_barrier((table, index)))

@@ -6,6 +6,7 @@ Dims as in model.py: B batch, T new tokens, S cache slots, N query heads, K key/
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ from minicpm_jax.sharding import padded, row_axes
 from weights_io.config import ModelConfig
 
 STORED = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # arrays of a cache, and their axis of slots
-BLOCK = 512  # tokens, or cache slots, that XLA's form of attention looks at together
+BLOCK = 512  # tokens, or cache slots, that XLA's form of attention looks at together; of one new token half as many
+LANES = 256  # most numbers of a cache slot whose heads it takes together for one new token
 
 
 @functools.partial(
@@ -95,17 +97,19 @@ class Cache:
         k_scale, v_scale = write_scale(self.k_scale, k_scale), write_scale(self.v_scale, v_scale)
         return Cache(write(self.k, k), write(self.v, v), self.lengths, k_scale, v_scale)
 
-    def read(self, layer: ArrayLike, first: ArrayLike, size: int, like: Float[Array, "B T K H"]) -> tuple[Array, Array]:
-        """Keys and values [B, size, K, H] of one layer from slot ``first`` on, in the dtype of ``like``."""
-        batch, heads = like.shape[0], like.shape[2]
+    def read(
+        self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, head: ArrayLike, like: Float[Array, "S K H"]
+    ) -> tuple[Array, Array]:
+        """Keys and values of one row, in the shape and dtype of ``like``: from ``slot`` and key/value ``head`` on."""
+        size, heads, head_dim = like.shape
 
         def part(stored, scale):
-            block = jax.lax.dynamic_slice(stored, (layer, 0, first, 0), (1, batch, size, stored.shape[3]))[0]
-            block = block.reshape(batch, size, heads, -1)
+            block = jax.lax.dynamic_slice(stored, (layer, row, slot, head * head_dim), (1, 1, size, heads * head_dim))
+            block = block.reshape(like.shape)
             if scale is None:
                 return block
-            scale = jax.lax.dynamic_slice(scale, (layer, 0, 0, first), (1, batch, heads, size))[0]
-            return (block * scale.transpose(0, 2, 1)[..., None]).astype(like.dtype)
+            scale = jax.lax.dynamic_slice(scale, (layer, row, head, slot), (1, 1, heads, size))[0, 0]
+            return (block * scale.T[..., None]).astype(like.dtype)
 
         return part(self.k, self.k_scale), part(self.v, self.v_scale)
 
@@ -253,24 +257,18 @@ def attend_cache(
 ) -> Float[Array, "B T NH"]:
     """`attend` over the filled slots of one layer; T tokens in a row see the slots up to their own, ``index``.
 
-    Compiled for a TPU this is a Pallas kernel. In float16, which the kernels' compiler does not know, it is XLA's form
-    as elsewhere.
+    Compiled for a TPU this is a Pallas kernel, but in float16, which the kernels' compiler does not know.
     """
-
-    def plain(q, cache, layer, index):
-        batch, width, _, head_dim = q.shape
-        like = jax.ShapeDtypeStruct((batch, width, cache.k.shape[3] // head_dim, head_dim), q.dtype)
-        if width > 1:
-            return attend_blocks(q, cache, layer, like, index)
-        k, v = cache.read(layer, 0, cache.slots, like)
-        return attend(q, k, v, jnp.arange(cache.slots) <= index[:, :, None])
 
     def kernel(q, cache, layer, index):
         return cache_attention(q, cache, layer, index[:, 0])
 
-    if q.dtype == jnp.float16:
-        return plain(q, cache, layer, index)
-    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, tpu=kernel, default=plain)
+    def one_by_one(q, cache, layer, index):
+        return attend_blocks(q, cache, layer, index, jax.lax.map)
+
+    tpu = attend_blocks if q.dtype == jnp.float16 else kernel
+    layer = jnp.asarray(layer)
+    return jax.lax.platform_dependent(q, cache, layer, index, tpu=tpu, cpu=one_by_one, default=attend_blocks)
 
 
 def placement(cache: Cache, mesh: Mesh) -> Cache:
@@ -356,34 +354,64 @@ def attend_parts(
 
 
 def attend_blocks(
-    q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, like: Float[Array, "B T K H"], index: Int[Array, "B T"]
+    q: Float[Array, "B T N H"],
+    cache: Cache,
+    layer: ArrayLike,
+    index: Int[Array, "B T"],
+    each: Callable[[Callable, Any], Array] = lambda f, xs: jax.vmap(f)(xs),
 ) -> Float[Array, "B T NH"]:
-    """`attend` over the filled slots of a cache, `BLOCK` of them at a time with a running softmax (arXiv 2205.14135):
-    no [T, S] array is made. A token sees the slots up to its own, ``index``."""
+    """`attend` over the filled slots of a cache, a block of them at a time with a running softmax (arXiv 2205.14135):
+    no [T, S] array is made. A token sees the slots up to its own, ``index``.
+
+    The work is cut into rows and C key/value heads of one row. Where those are several, a query is zero in the lanes of
+    the other heads, so that keys are multiplied as they lie: a product for each head would turn them. ``each``: runs
+    the parts. A CPU takes one after the other, whose keys and scores stay in its cache, up to a row's own end."""
     batch, width, heads, head_dim = q.shape
-    block = min(BLOCK, cache.slots)
-    q = q.reshape(batch, width, like.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    kv_heads, block = cache.k.shape[3] // head_dim, min(BLOCK if width > 1 else BLOCK // 2, cache.slots)
+    together = max(c for c in range(1, max(1, LANES // head_dim) + 1) if kv_heads % c == 0) if width == 1 else 1
+    lanes, parts = together * head_dim, kv_heads // together
+    own = jnp.eye(together, dtype=q.dtype)[:, None, None, :, None]
     highest, lowest = jax.lax.Precision.HIGHEST, jnp.finfo(jnp.float32).min
 
-    def step(i, carry):
-        top, total, mixed = carry
-        first = jnp.minimum(i * block, cache.slots - block)  # the last block may reach back into the one before
-        k, v = cache.read(layer, first, block, like)
-        slot = first + jnp.arange(block)
-        visible = ((slot >= i * block) & (slot <= index[:, :, None]))[:, None, None]  # [B, 1, 1, T, S]
-        scores = jnp.einsum("bkgth,bskh->bkgts", q, k, precision=highest, preferred_element_type=jnp.float32)
-        scores = jnp.where(visible, scores * head_dim**-0.5, lowest)
-        higher = jnp.maximum(top, jnp.max(scores, axis=-1))
-        weights = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0)
-        fade = jnp.exp(top - higher)
-        added = jnp.einsum(
-            "bkgts,bskh->bkgth", weights.astype(v.dtype), v, precision=highest, preferred_element_type=jnp.float32
-        )
-        return higher, total * fade + jnp.sum(weights, axis=-1), mixed * fade[..., None] + added
+    def part(given):
+        q, row, head = given
+        shape = (together * q.shape[1], width)  # of the queries: those of a head, then of a token
+        wide = (q[..., None, :] * own).reshape(-1, lanes)
 
-    shape = q.shape[:-1]
-    start = jnp.full(shape, lowest), jnp.zeros(shape, jnp.float32), jnp.zeros(q.shape, jnp.float32)
-    blocks = (jnp.max(index) + block) // block
-    _, total, mixed = jax.lax.fori_loop(0, blocks, step, start)
-    mixed = (mixed / total[..., None]).astype(like.dtype)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * head_dim)
+        def step(i, carry):
+            top, total, mixed = carry
+            first = jnp.minimum(i * block, cache.slots - block)  # the last block may reach back into the one before
+            # Without the barrier XLA:CPU makes a copy of the whole cache in float32 before the loop.
+            held, slot = jax.lax.optimization_barrier((cache, first))
+            like = jax.ShapeDtypeStruct((block, together, head_dim), q.dtype)
+            k, v = (x.reshape(block, lanes) for x in held.read(layer, row, slot, head, like))
+            slots = first + jnp.arange(block)
+            visible = (slots >= i * block) & (slots <= index[row][:, None])  # [T, S]
+            scores = jnp.einsum("rc,sc->rs", wide, k, precision=highest, preferred_element_type=jnp.float32)
+            scores = jnp.where(visible, scores.reshape(*shape, block) * head_dim**-0.5, lowest)
+            higher = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0)
+            fade = jnp.exp(top - higher)
+            added = jnp.einsum(
+                "rs,sc->rc",
+                weights.astype(v.dtype).reshape(-1, block),
+                v,
+                precision=highest,
+                preferred_element_type=jnp.float32,
+            )
+            mixed = mixed * fade[..., None] + added.reshape(*shape, lanes)
+            return higher, total * fade + jnp.sum(weights, axis=-1), mixed
+
+        start = jnp.full(shape, lowest), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, lanes), jnp.float32)
+        _, total, mixed = jax.lax.fori_loop(0, (index[row, -1] + block) // block, step, start)
+        mixed = (mixed / total[..., None]).reshape(*q.shape[:-1], together, head_dim)
+        return jnp.sum(mixed * own, axis=-2).astype(dtype)  # [C, G, T, H]
+
+    dtype = q.dtype
+    if cache.k.dtype != jnp.int8:
+        q = q.astype(cache.k.dtype)
+    q = q.reshape(batch, width, parts, together, -1, head_dim).transpose(0, 2, 3, 4, 1, 5)
+    row, head = jnp.repeat(jnp.arange(batch), parts), jnp.tile(jnp.arange(parts) * together, batch)
+    mixed = each(part, (q.reshape(batch * parts, *q.shape[2:]), row, head))
+    mixed = mixed.reshape(q.shape).transpose(0, 4, 1, 2, 3, 5)
+    return mixed.reshape(batch, width, heads * head_dim)

@@ -14,10 +14,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -56,7 +58,7 @@ class State:
 def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """A cache, and the place for each row's last hidden state."""
     dtype, mesh = model.model.norm.weight.dtype, model.model.mesh
-    cache = Cache.empty(model.config, batch, slots, dtype, bits, mesh)
+    cache = Cache.empty(model.config, batch, slots, cache_dtype(model), bits, mesh)
     if mesh is not None:  # else each device would have all of it
         specs = placement(cache, mesh)
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
@@ -64,10 +66,16 @@ def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
 
 
+def cache_dtype(model: Model) -> Any:
+    """Of keys and values: the model's, but float32 of one that is `unstack`ed for a CPU, where XLA would copy a whole
+    cache in bfloat16 to write one slot of it."""
+    return jnp.float32 if isinstance(model.model.layers, nnx.List) else model.model.norm.weight.dtype
+
+
 def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
     """Of a cache of so many slots, on each device."""
     mesh = model.model.mesh
-    cache = jax.eval_shape(lambda: Cache.empty(model.config, batch, slots, model.model.norm.weight.dtype, bits, mesh))
+    cache = jax.eval_shape(lambda: Cache.empty(model.config, batch, slots, cache_dtype(model), bits, mesh))
     specs = placement(cache, mesh) if mesh is not None else cache
 
     def bytes_of(x, spec):

@@ -1,12 +1,14 @@
 """What the programs run on: its name, the memory used, the time spent on compiling."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from weights_io.checkpoint import Checkpoint
 from weights_io.errors import InputError
 from weights_io.memory import host_free
 
@@ -36,10 +38,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def preferred_dtype() -> str | None:
-    """What to compute in unless told otherwise; None is the checkpoint's own. XLA's bfloat16 on a CPU is ten times
-    slower than its float32."""
-    return "float32" if platform() == "cpu" else None
+def preferred_dtype(checkpoint: Checkpoint) -> str:
+    """What to compute in unless told otherwise: the checkpoint's own, but float32 on most CPUs, where XLA's bfloat16 is
+    up to ten times slower. With a matrix unit for it (AMX) it is 1.7 times as fast for answers and 2.6 for prompts, but
+    not with experts, whose weights XLA would copy for each token."""
+    if platform() != "cpu":
+        return checkpoint.dtype
+    fast = checkpoint.dtype == "bfloat16" and not checkpoint.config.num_experts and _has_matrix_unit()
+    return "bfloat16" if fast else "float32"
+
+
+def _has_matrix_unit() -> bool:
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # no Linux
+        return False
 
 
 def platform() -> str:

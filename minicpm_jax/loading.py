@@ -22,7 +22,7 @@ from minicpm_jax.model import Model, nested
 from minicpm_jax.quantised import axes_of, packing
 from minicpm_jax.sharding import automatic, padded, partition_spec, resized, share, splits
 from weights_io.adapters import read_adapter
-from weights_io.casting import check_bits, check_dtype
+from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.hub import resolve
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def load(
     path_or_repo: str | Path | None = None,
-    dtype: str | None = None,
+    dtype: str | Callable[[Checkpoint], str] | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
     hub: str = "huggingface",
@@ -50,7 +50,8 @@ def load(
     """Load a released checkpoint as it stands.
 
     ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
-    ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``revision``: a branch or commit of the hub.
+    ``dtype``: float32, bfloat16 or float16, or what says so of a checkpoint (`device.preferred_dtype`); None is the
+    checkpoint's own. ``revision``: a branch or commit of the hub.
     ``adapter``: a folder with an adapter of PEFT or mlx_lm, which is added to the model's layers.
     ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less; the
     head as it is without ``quantize_head``, to train adapters. ``remedy``: what to do where there is no room for the
@@ -71,7 +72,7 @@ def load(
 
 def load_weights(
     checkpoint: Checkpoint,
-    dtype: str | None = None,
+    dtype: str | Callable[[Checkpoint], str] | None = None,
     mesh: Mesh | None = None,
     *,
     quantize: int | None = None,
@@ -79,7 +80,7 @@ def load_weights(
     remedy: str | None = None,
 ) -> Model:
     """The model of an opened checkpoint, each array placed where the mesh wants it; the rest as in `load`."""
-    target = jnp.dtype(check_dtype(dtype or checkpoint.dtype))
+    target = jnp.dtype(checkpoint.target(dtype))
     mesh = None if mesh is None else automatic(mesh)
     config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
     if quantize is None:

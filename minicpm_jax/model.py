@@ -20,9 +20,9 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_data.token_ids import checked_ids
 from minicpm_jax.adapters import LowRank
-from minicpm_jax.arithmetic import divided, gated, product, scaled
+from minicpm_jax.arithmetic import divided, gated, product, product_on_cpu, rows, rows_on_cpu, scaled
 from minicpm_jax.attention import Attention, Cache, Positions, positions_of
-from minicpm_jax.moe import MoE
+from minicpm_jax.moe import ExpertLinear, MoE
 from minicpm_jax.sharding import by_tokens, gathered_rows, gathered_tokens, padded, scattered_tokens, shardings
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
@@ -34,14 +34,15 @@ class Linear(nnx.Module):
     def __init__(self, weight: Float[Array, "O I"]):
         self.weight = nnx.Param(weight)
         self.adapter: LowRank | None = nnx.data(None)
+        self.product = product  # `unstack` has another
         self.turned: NamedSharding | None = None  # of the weight as [I, O]; `train` says
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         weight = self.weight[...]
         if self.turned is not None:
             weight = jax.lax.with_sharding_constraint(weight.T, self.turned).T
-        y = product(weight, x)
-        return y if self.adapter is None else self.adapter(x, y, product)
+        y = self.product(weight, x)
+        return y if self.adapter is None else self.adapter(x, y, self.product)
 
 
 class Embedding(nnx.Module):
@@ -49,12 +50,13 @@ class Embedding(nnx.Module):
 
     def __init__(self, weight: Float[Array, "V D"]):
         self.weight = nnx.Param(weight)
+        self.product, self.rows = product, rows  # `unstack` has others
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[ids]
+        return self.rows(self.weight, ids)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return product(self.weight[...], x)
+        return self.product(self.weight[...], x)
 
 
 class RMSNorm(nnx.Module):
@@ -270,4 +272,9 @@ def unstack(model: Model, give_up: bool = False) -> Model:
             leaf.delete()
     copy = jax.tree.map(lambda x: x, model)
     copy.model.layers = nnx.List([jax.tree.unflatten(form, layer) for layer in each])
+    for _, node in nnx.iter_graph(copy):
+        if isinstance(node, Linear | Embedding | ExpertLinear):
+            node.product = product_on_cpu
+        if isinstance(node, Embedding):
+            node.rows = rows_on_cpu
     return copy

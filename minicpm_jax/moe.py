@@ -35,10 +35,11 @@ class ExpertLinear(nnx.Module):
     def __init__(self, weight: Float[Array, "E O I"]):
         self.weight = nnx.Param(weight)
         self.adapter: LowRank | None = nnx.data(None)
+        self.product = product  # `model.unstack` has another
 
     def of(self, expert: Int[Array, ""], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Rows that all take one expert."""
-        return self._adapted(x, lambda weight, x: product(_one(weight, expert), x), lambda ratio: ratio[expert])
+        return self._adapted(x, lambda weight, x: self.product(_one(weight, expert), x), lambda ratio: ratio[expert])
 
     def in_blocks(self, x: Float[Array, "N H I"], experts: Int[Array, "N"]) -> Float[Array, "N H O"]:
         """N blocks of H rows, each block with its expert."""

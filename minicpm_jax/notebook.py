@@ -67,7 +67,7 @@ def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None
     path = resolve(model, check=ModelConfig.from_dict)
     mesh = serving_mesh(path)
     print(f"{model} on {device.description()}" + ("" if mesh is None else f", {dict(mesh.shape)}"))
-    return load_model(path, dtype or device.preferred_dtype(), mesh=mesh)
+    return load_model(path, dtype or device.preferred_dtype, mesh=mesh)
 
 
 @dataclass(frozen=True)

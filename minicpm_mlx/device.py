@@ -5,6 +5,7 @@ from mlx.utils import tree_flatten
 
 from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
+from weights_io.checkpoint import Checkpoint
 from weights_io.memory import host_free
 
 
@@ -19,9 +20,9 @@ def is_first() -> bool:
     return True
 
 
-def preferred_dtype() -> str | None:
-    """What to compute in unless told otherwise; None is the checkpoint's own."""
-    return None
+def preferred_dtype(checkpoint: Checkpoint) -> str:
+    """What to compute in unless told otherwise: the checkpoint's own."""
+    return checkpoint.dtype
 
 
 def for_decoding(model: Model) -> Model:

@@ -7,6 +7,7 @@ stacked, one of their three matrices at a time. Peak memory is the weights plus 
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from minicpm_mlx.adapters import attach, from_adapter, settle
 from minicpm_mlx.model import Model
 from minicpm_mlx.quantised import quantised
 from weights_io.adapters import read_adapter
-from weights_io.casting import check_bits, check_dtype
+from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.hub import resolve
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 def load(
     path_or_repo: str | Path | None = None,
-    dtype: str | None = None,
+    dtype: str | Callable[[Checkpoint], str] | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
     hub: str = "huggingface",
@@ -46,8 +47,9 @@ def load(
     """Load a released checkpoint as it stands.
 
     ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
-    ``dtype``: float32, bfloat16 or float16; None is the checkpoint's own. ``adapter``: a folder with an adapter of PEFT
-    or mlx_lm, which is added to the model's layers. ``revision``: a branch or commit of the hub.
+    ``dtype``: float32, bfloat16 or float16, or what says so of a checkpoint (`device.preferred_dtype`); None is the
+    checkpoint's own. ``adapter``: a folder with an adapter of PEFT or mlx_lm, which is added to the model's layers.
+    ``revision``: a branch or commit of the hub.
     ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less; the
     head as it is without ``quantize_head``, to train adapters. ``remedy``: what to do where there is no room for the
     weights (None: fewer bits, or a smaller model).
@@ -66,14 +68,14 @@ def load(
 
 def load_weights(
     checkpoint: Checkpoint,
-    dtype: str | None = None,
+    dtype: str | Callable[[Checkpoint], str] | None = None,
     *,
     quantize: int | None = None,
     quantize_head: bool = True,
     remedy: str | None = None,
 ) -> Model:
     """The model of an opened checkpoint, every weight checked and mapped, or read; the rest as in `load`."""
-    target, config = check_dtype(dtype or checkpoint.dtype), checkpoint.config
+    target, config = checkpoint.target(dtype), checkpoint.config
     model = Model(config, checkpoint.eos_token_ids)
     if quantize is None:
         kind, needed = target, weight_bytes(config, target)

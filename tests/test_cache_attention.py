@@ -44,8 +44,8 @@ def filled(first, heads, kv_heads, head_dim, width, slots, dtype="float32", bits
 
 
 def reference(q, cache, first):
-    like = jax.ShapeDtypeStruct((*q.shape[:2], cache.k.shape[3] // q.shape[3], q.shape[3]), q.dtype)
-    k, v = cache.read(LAYER, 0, cache.slots, like)
+    like = jax.ShapeDtypeStruct((cache.slots, cache.k.shape[3] // q.shape[3], q.shape[3]), q.dtype)
+    k, v = jax.vmap(lambda row: cache.read(LAYER, row, 0, 0, like))(jnp.arange(len(q)))
     index = np.asarray(first)[:, None] + np.arange(q.shape[1])
     return attend(q, k, v, jnp.arange(cache.slots) <= index[:, :, None])
 
@@ -115,7 +115,7 @@ def test_what_lies_behind_a_row_is_not_seen():
 def interpreted(monkeypatch):
     """Programs as for a TPU, run on the CPU: the kernel's branch is taken, and interpreted."""
     monkeypatch.setattr(attention, "cache_attention", functools.partial(cache_attention, interpret=True))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, **_: tpu(*args))
 
 
 @pytest.mark.parametrize("bits", [None, 8])

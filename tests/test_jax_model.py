@@ -12,7 +12,9 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 
+from minicpm_jax import device  # noqa: E402
 from minicpm_jax.attention import BLOCK, Cache, attend, attend_rows, positions_of, rotate  # noqa: E402
+from minicpm_jax.decoding import empty  # noqa: E402
 from minicpm_jax.device import for_decoding  # noqa: E402
 from minicpm_jax.loading import load, load_weights  # noqa: E402
 from minicpm_jax.losses import mean_loss  # noqa: E402
@@ -253,6 +255,68 @@ def test_unstacked_layers_give_the_same_numbers(dense):
     given, _ = load(dense.folder, dtype="float32")
     close(for_decoding(given)(dense["input_ids"]), dense["logits"])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.model.layers))
+
+
+def test_bfloat16_in_the_form_for_a_cpu(dense):
+    """As near to the original's float32 as the stacked form, in whole rows, in pieces and token by token."""
+    ids = np.asarray(dense["input_ids"])
+    stacked, _ = load(dense.folder, dtype="bfloat16")
+
+    def step_by_step(model, first):
+        cache, _ = empty(model, len(ids), 64, None)
+        found, cache = decoded(model, ids[:, :first], cache, first)
+        each = [found]
+        for at in range(first, ids.shape[1]):
+            found, cache = decoded(model, ids[:, at : at + 1], cache, 1)
+            each.append(found)
+        return jnp.concatenate(each, axis=1)
+
+    def far(logits):
+        return float(np.sqrt(np.mean((np.asarray(logits) - dense["logits"]) ** 2)))
+
+    given, listed = far(stacked(ids)), unstack(stacked)
+    assert 0 < far(listed(ids)) < 1.2 * given
+    assert 0 < far(step_by_step(listed, 5)) < 1.2 * given
+    one_row = decoded(listed, ids[:1, :1], empty(listed, 1, 64, None)[0], 1)[0]
+    assert 0 < np.sqrt(np.mean((np.asarray(one_row)[0, 0] - dense["logits"][0, 0]) ** 2)) < 1.5 * given
+
+
+def test_decoding_in_bfloat16_on_a_cpu_copies_neither_words_nor_cache():
+    """XLA would make the words float32 before the loop (2.6 MB), and write a cache in bfloat16 whole for each token."""
+    config = dataclasses.replace(SMALL, vocab_size=10_000)
+    model = unstack(initialise(config, jax.random.key(0), "bfloat16"))
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def run(model, cache):
+        def step(_, carry):
+            ids, cache = carry
+            hidden, cache = model.decode(ids, cache, 1)
+            return jnp.argmax(model.head(hidden), axis=-1).astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, 9, step, (jnp.zeros((1, 1), jnp.int32), cache))
+
+    cache, _ = empty(model, 1, 8192, None)
+    assert cache.k.nbytes > 1 << 20
+    assert run.lower(model, cache).compile().memory_analysis().temp_size_in_bytes < 1 << 18
+
+
+@pytest.mark.parametrize(
+    ("own", "experts", "matrix_unit", "found"),
+    [
+        ("bfloat16", 0, True, "bfloat16"),
+        ("bfloat16", 0, False, "float32"),
+        ("bfloat16", 8, True, "float32"),
+        ("float16", 0, True, "float32"),
+        ("float32", 0, True, "float32"),
+    ],
+)
+def test_what_a_cpu_computes_in(dense, monkeypatch, own, experts, matrix_unit, found):
+    monkeypatch.setattr(device, "_has_matrix_unit", lambda: matrix_unit)
+    config = dataclasses.replace(SMALL, num_experts=experts)
+    checkpoint = dataclasses.replace(open_checkpoint(dense.folder), dtype=own, config=config)
+    assert checkpoint.target(device.preferred_dtype) == found
+    assert checkpoint.target("float16") == "float16"
+    assert checkpoint.target(None) == own
 
 
 def test_load(dense):

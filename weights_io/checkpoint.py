@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from weights_io import config as config_module
-from weights_io.casting import check_finite, numpy_dtype
+from weights_io.casting import check_dtype, check_finite, numpy_dtype
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.tensor import FileTensor, LazyTensor, located
@@ -37,6 +37,10 @@ class Checkpoint:
     @property
     def folder(self) -> Path:
         return self.path if self.path.is_dir() else self.path.parent
+
+    def target(self, dtype: "str | Callable[[Checkpoint], str] | None") -> str:
+        """What to load it in: ``dtype``, what a function says of it, or its own. Raises `InputError` for no such."""
+        return check_dtype(dtype(self) if callable(dtype) else dtype or self.dtype)
 
     def read(self, name: str, dtype: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or its slice ``index``, as the file has it (contiguous), for a loader that casts it to ``dtype``.
