@@ -99,7 +99,7 @@ def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
     from flax import nnx
 
     from minicpm_jax.arithmetic import gated
-    from minicpm_jax.attention import Cache
+    from minicpm_jax.cache import Cache
     from minicpm_jax.model import initialise, unstack
 
     threshold = config.activation_threshold

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_jax import device
-from minicpm_jax.attention import STORED, Cache, placement
+from minicpm_jax.cache import STORED, Cache, placement
 from minicpm_jax.hosts import fetched, from_first
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample

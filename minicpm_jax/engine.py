@@ -18,7 +18,7 @@ from minicpm_data import engine
 from minicpm_data.engine import Request, shared
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_jax import decoding, device
-from minicpm_jax.attention import STORED, Cache
+from minicpm_jax.cache import STORED, Cache
 from minicpm_jax.decoding import STEPS, State, bucket
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from minicpm_data.generation import Sampling
 from minicpm_jax import adapters, decoding, train
-from minicpm_jax.attention import Cache, placement
+from minicpm_jax.cache import Cache, placement
 from minicpm_jax.chips import Topology
 from minicpm_jax.loading import spread
 from minicpm_jax.losses import Objective

@@ -21,7 +21,8 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from minicpm_data.token_ids import checked_ids
 from minicpm_jax.adapters import LowRank
 from minicpm_jax.arithmetic import divided, gated, product, product_on_cpu, rows, rows_on_cpu, scaled
-from minicpm_jax.attention import Attention, Cache, Positions, positions_of
+from minicpm_jax.attention import Attention, Positions, positions_of
+from minicpm_jax.cache import Cache
 from minicpm_jax.moe import ExpertLinear, MoE
 from minicpm_jax.sharding import by_tokens, gathered_rows, gathered_tokens, padded, scattered_tokens, shardings
 from weights_io.config import ModelConfig

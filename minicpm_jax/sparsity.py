@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from minicpm_data.generation import prompt_ids
 from minicpm_data.sparsity import checked_threshold
 from minicpm_jax.arithmetic import gated
-from minicpm_jax.attention import Cache, positions_of
+from minicpm_jax.attention import positions_of
+from minicpm_jax.cache import Cache
 from minicpm_jax.decoding import bucket, empty
 from minicpm_jax.model import Linear, Model
 

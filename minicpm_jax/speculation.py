@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from minicpm_data.generation import CacheOptions, Sampling
 from minicpm_data.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_jax import decoding
-from minicpm_jax.attention import Cache
+from minicpm_jax.cache import Cache
 from minicpm_jax.decoding import ROOM, State, bucket, chosen
 from minicpm_jax.hosts import fetched
 from minicpm_jax.model import Model

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
 from minicpm_data.generation import Sampling  # noqa: E402
 from minicpm_jax import attention, load  # noqa: E402
-from minicpm_jax.attention import Cache, attend, attend_cache, through_cache  # noqa: E402
+from minicpm_jax.attention import attend, attend_cache, through_cache  # noqa: E402
+from minicpm_jax.cache import Cache  # noqa: E402
 from minicpm_jax.chips import Topology  # noqa: E402
 from minicpm_jax.decoding import State, decode, prefill  # noqa: E402
 from minicpm_jax.kernels.cache_attention import Tiling, bytes_read, cache_attention, cost  # noqa: E402

@@ -170,7 +170,7 @@ def test_memory_as_the_backends_have_it(reference):
     from mlx.utils import tree_flatten
 
     from minicpm_jax import model as jax_model
-    from minicpm_jax.attention import Cache
+    from minicpm_jax.cache import Cache
     from minicpm_jax.quantised import quantised as quantised_jax
     from minicpm_mlx.model import abstract
     from minicpm_mlx.quantised import quantised

@@ -13,7 +13,8 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 from minicpm_jax import device  # noqa: E402
-from minicpm_jax.attention import BLOCK, Cache, attend, attend_rows, positions_of, rotate  # noqa: E402
+from minicpm_jax.attention import BLOCK, attend, attend_rows, positions_of, rotate  # noqa: E402
+from minicpm_jax.cache import Cache  # noqa: E402
 from minicpm_jax.decoding import empty  # noqa: E402
 from minicpm_jax.device import for_decoding  # noqa: E402
 from minicpm_jax.loading import load, load_weights  # noqa: E402

@@ -11,7 +11,8 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 from minicpm_jax import moe  # noqa: E402
-from minicpm_jax.attention import Cache, positions_of  # noqa: E402
+from minicpm_jax.attention import positions_of  # noqa: E402
+from minicpm_jax.cache import Cache  # noqa: E402
 from minicpm_jax.loading import load_weights  # noqa: E402
 from minicpm_jax.losses import packed_loss  # noqa: E402
 from minicpm_jax.model import initialise, scaled, unstack  # noqa: E402
