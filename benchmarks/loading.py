@@ -16,7 +16,9 @@ from pathlib import Path
 from benchmarks import throughput
 from benchmarks.models import THEIRS, shape_of, write_noise
 from benchmarks.throughput import Contest
+from minicpm_serve import backends
 from weights_io import command_line
+from weights_io.checkpoint import open_checkpoint
 
 READING = "reading the file"
 PROGRAMS = ("minicpm_jax", "transformers", "minicpm_mlx", "mlx_lm")
@@ -47,11 +49,12 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_noise(Path(folder), raw, "bfloat16")
         size = sum(file.stat().st_size for file in Path(folder).glob("model/*.safetensors"))
+        in_jax = backends.get("jax").device.preferred_dtype(open_checkpoint(Path(folder, "model")))
         present, given = [READING, *PROGRAMS], throughput.Options(peer_python=options.peer_python)
         throughput.start(READING, Path(folder), contest, given, {})  # into the page cache
         for _ in range(options.rounds):
             present = [name for name in present if throughput.start(name, Path(folder), contest, given, runs)]
-    text = table(options, contest, size, {name: runs[name] for name in present})
+    text = table(options, contest, size, in_jax, {name: runs[name] for name in present})
     print(text, end="")
     if options.out is not None:
         options.out.write_text(HEADER.format(model=options.model) + text, "utf-8")
@@ -61,13 +64,15 @@ HEADER = """# Loading a model of {model}'s shape
 
 `python -m benchmarks.loading` writes this file: a random Llama in one bfloat16 file, read whole by each program on the
 same two cores of a CPU, with everything imported and the file in the page cache; medians of runs that took turns.
-"Peak" is the most memory that loading added. On a CPU the JAX package computes in float32, so there the weights take
-twice the bytes of the file. transformers maps the file and copies nothing: its weights are the page cache.
+"Peak" is the most memory that loading added; on a CPU without AMX the JAX package computes in float32, so that there
+the weights take twice the bytes of the file. transformers maps the file and copies nothing: its weights are the page
+cache.
 
 """
 
 
-def table(options: Options, contest: Contest, size: int, runs: dict[str, dict[str, list[float]]]) -> str:
+def table(options: Options, contest: Contest, size: int, in_jax: str, runs: dict[str, dict[str, list[float]]]) -> str:
+    """``in_jax``: the dtype in which the JAX package holds the weights."""
     lines = [
         f"{options.model}, {contest.layers} layers, {size / 1e9:.2f} GB:\n",
         "| program | seconds | of reading | peak | of the weights in memory |",
@@ -76,7 +81,7 @@ def table(options: Options, contest: Contest, size: int, runs: dict[str, dict[st
     reading = statistics.median(runs[READING]["seconds"])
     for name, found in runs.items():
         seconds, peak = (statistics.median(found[figure]) for figure in ("seconds", "peak"))
-        held = peak / size / (2 if name == "minicpm_jax" else 1)
+        held = peak / size / (2 if name == "minicpm_jax" and in_jax == "float32" else 1)
         lines.append(f"| {name} | {seconds:.1f} | {seconds / reading:.2f} | {peak / 1e9:.2f} GB | {held:.2f} |")
     return "\n".join(lines) + "\n"
 
