@@ -49,7 +49,7 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_noise(Path(folder), raw, "bfloat16")
         size = sum(file.stat().st_size for file in Path(folder).glob("model/*.safetensors"))
-        in_jax = backends.get("jax").device.preferred_dtype(open_checkpoint(Path(folder, "model")))
+        in_jax = backends.get("jax").device.preferred_dtype(open_checkpoint(Path(folder, "model")), decoding=True)
         present, given = [READING, *PROGRAMS], throughput.Options(peer_python=options.peer_python)
         throughput.start(READING, Path(folder), contest, given, {})  # into the page cache
         for _ in range(options.rounds):

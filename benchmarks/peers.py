@@ -3,6 +3,7 @@
 The first line that a process prints is what loading took, the others what a run did; all are JSON.
 """
 
+import functools
 import json
 import os
 import sys
@@ -50,11 +51,11 @@ def of_stream(stream: Callable[[list[int], int], Any]) -> Run:
     return run
 
 
-def minicpm_jax(folder: Path, precision: str) -> Run:
+def minicpm_jax(folder: Path, _: str) -> Run:
     return ours("jax", folder)
 
 
-def minicpm_mlx(folder: Path, precision: str) -> Run:
+def minicpm_mlx(folder: Path, _: str) -> Run:
     return ours("mlx", folder)
 
 
@@ -63,7 +64,8 @@ def ours(backend: Any, folder: Path) -> Run:
     from minicpm_serve import backends
 
     running = backends.get(backend)
-    model = running.device.for_decoding(running.load(str(folder / "model"), running.device.preferred_dtype)[0])
+    dtype = functools.partial(running.device.preferred_dtype, decoding=True)
+    model = running.device.for_decoding(running.load(str(folder / "model"), dtype)[0])
     if backend == "jax":
         import jax
 

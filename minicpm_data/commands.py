@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import chain
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -188,7 +189,7 @@ def run_generate(backend: Callable[[], Backend], prog: str, options: type[Genera
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something.")
         running = backend()
-        model, tokenizer = load_model(running, options)
+        model, tokenizer = load_model(running, options, decoding=not options.report_sparsity)
         if options.report_sparsity:
             sparsity.checked_threshold(model.config)
         for token in chain(*options.extra_eos_token):
@@ -201,7 +202,8 @@ def run_generate(backend: Callable[[], Backend], prog: str, options: type[Genera
             stops = options.stops(*tokenizer.turn_markers)
         if options.draft_model is not None:
             source = replace(options, model=options.draft_model, revision=None, adapter_path=None)
-            speculation = options.speculation(running.device.for_decoding(load_model(running, source)[0]))
+            draft, _ = load_model(running, source, decoding=True)
+            speculation = options.speculation(running.device.for_decoding(draft))
         if not options.report_sparsity:  # which looks into the layers
             model = running.device.for_decoding(model)
         meter = Meter(running.device)
@@ -228,7 +230,7 @@ def run_chat(backend: Callable[[], Backend], prog: str, options: type[ChatOption
         """Talk with a MiniCPM (or Llama) model; /help lists what can be typed besides questions."""
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         running = backend()
-        model, tokenizer = load_model(running, options)
+        model, tokenizer = load_model(running, options, decoding=True)
         model = running.device.for_decoding(model)
         stops = options.stops(*tokenizer.turn_markers)
         conversation = Conversation(options.system_prompt)
@@ -297,10 +299,11 @@ class Meter:
         return "\n".join(lines)
 
 
-def load_model(backend: Backend, options: SourceOptions) -> "tuple[Any, Tokenizer]":
-    """Model and tokenizer, where the options want them."""
+def load_model(backend: Backend, options: SourceOptions, decoding: bool = False) -> "tuple[Any, Tokenizer]":
+    """Model and tokenizer, where the options want them. ``decoding``: for `device.for_decoding`."""
     placement = options.placement()  # first: it may have to come before the first use of a device
-    dtype = options.dtype or backend.device.preferred_dtype
+    preferred = partial(backend.device.preferred_dtype, decoding=decoding and not placement)
+    dtype = options.dtype or preferred
     source = {"revision": options.revision, "hub": options.hub}
     model, tokenizer = backend.load(options.model, dtype, **source, **options.loading(), **placement)
     if tokenizer is None:

@@ -25,7 +25,7 @@ from minicpm_jax.sharding import row_axes
 from weights_io.config import ModelConfig
 
 BLOCK = 512  # tokens, or cache slots, that XLA's form of attention looks at together; of one new token half as many
-LANES = 256  # most numbers of a cache slot whose heads it takes together for one new token
+TOGETHER = 256  # most numbers of a cache slot whose heads it takes together for one new token
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "segments"], meta_fields=[])
@@ -251,22 +251,30 @@ def attend_parts(
     return jnp.moveaxis(mixed, 0, 1).reshape(batch, blocks * size, -1)[:, :width]
 
 
+def _at_once(part: Callable, given: Any) -> Array:
+    return jax.vmap(part)(given)
+
+
 def attend_blocks(
     q: Float[Array, "B T N H"],
     cache: Cache,
     layer: ArrayLike,
     index: Int[Array, "B T"],
-    each: Callable[[Callable, Any], Array] = lambda f, xs: jax.vmap(f)(xs),
+    each: Callable[[Callable, Any], Array] = _at_once,
 ) -> Float[Array, "B T NH"]:
     """`attend` over the filled slots of a cache, a block of them at a time with a running softmax (arXiv 2205.14135):
     no [T, S] array is made. A token sees the slots up to its own, ``index``.
 
-    The work is cut into rows and C key/value heads of one row. Where those are several, a query is zero in the lanes of
-    the other heads, so that keys are multiplied as they lie: a product for each head would turn them. ``each``: runs
-    the parts. A CPU takes one after the other, whose keys and scores stay in its cache, up to a row's own end."""
+    The work is cut into rows and C of the K key/value heads of one row. Where those are several, a query is zero in the
+    lanes of the other heads, so that keys are multiplied as they lie: a product for each head would turn them.
+    ``each``: runs the parts. A CPU takes one after the other, whose keys and scores stay in its cache, up to a row's
+    own end."""
     batch, width, heads, head_dim = q.shape
+    dtype = q.dtype
+    if cache.k.dtype != jnp.int8:
+        q = q.astype(cache.k.dtype)
     kv_heads, block = cache.k.shape[3] // head_dim, min(BLOCK if width > 1 else BLOCK // 2, cache.slots)
-    together = max(c for c in range(1, max(1, LANES // head_dim) + 1) if kv_heads % c == 0) if width == 1 else 1
+    together = max(c for c in range(1, max(1, TOGETHER // head_dim) + 1) if kv_heads % c == 0) if width == 1 else 1
     lanes, parts = together * head_dim, kv_heads // together
     own = jnp.eye(together, dtype=q.dtype)[:, None, None, :, None]
     highest, lowest = jax.lax.Precision.HIGHEST, jnp.finfo(jnp.float32).min
@@ -305,9 +313,6 @@ def attend_blocks(
         mixed = (mixed / total[..., None]).reshape(*q.shape[:-1], together, head_dim)
         return jnp.sum(mixed * own, axis=-2).astype(dtype)  # [C, G, T, H]
 
-    dtype = q.dtype
-    if cache.k.dtype != jnp.int8:
-        q = q.astype(cache.k.dtype)
     q = q.reshape(batch, width, parts, together, -1, head_dim).transpose(0, 2, 3, 4, 1, 5)
     row, head = jnp.repeat(jnp.arange(batch), parts), jnp.tile(jnp.arange(parts) * together, batch)
     mixed = each(part, (q.reshape(batch * parts, *q.shape[2:]), row, head))

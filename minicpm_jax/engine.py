@@ -58,8 +58,8 @@ def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: in
         if stored is None:
             return None
         more = slots - stored.shape[axis]
-        row = jnp.take(stored, slot[None], axis=1, mode="clip")  # sliced out of a mesh all rows would travel
-        row = jax.lax.slice_in_dim(row, 0, min(slots, stored.shape[axis]), axis=axis)
+        begun = jax.lax.slice_in_dim(stored, 0, min(slots, stored.shape[axis]), axis=axis)
+        row = jnp.take(begun, slot[None], axis=1, mode="clip")  # sliced out of a mesh all rows would travel
         return jnp.pad(row, [(0, max(more, 0) if i == axis else 0) for i in range(4)])
 
     arrays = {name: part(getattr(cache, name), axis) for name, axis in STORED.items()}

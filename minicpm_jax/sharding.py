@@ -129,8 +129,10 @@ def scattered_tokens(x: Any, mesh: Mesh | None) -> Any:
 
 
 def splits_tokens(x: Any, mesh: Mesh | None) -> bool:
-    """Whether the mesh has an axis tensor, and it divides the T of [B, T, ...]."""
-    return mesh is not None and splits("tensor", x.shape[1], mesh)
+    """Whether the mesh has an axis tensor that divides the T of [B, T, ...], while its other axes divide the rows."""
+    if mesh is None or not splits("tensor", x.shape[1], mesh):
+        return False
+    return row_axes(mesh, len(x)) == tuple(name for name in BATCH if name in mesh.shape)
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ def is_first() -> bool:
     return True
 
 
-def preferred_dtype(checkpoint: Checkpoint) -> str:
+def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False) -> str:
     """What to compute in unless told otherwise: the checkpoint's own."""
     return checkpoint.dtype
 

@@ -7,8 +7,8 @@
 
 import asyncio
 import errno
+import os
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -62,7 +62,7 @@ def main(options: Options) -> None:
         raise InputError("the server needs fastapi and uvicorn: pip install 'minicpm-jax-mlx[serve]'.")
     with bound(options.host, options.port) as listening:  # before the model is read: it may fail at once
         backend = backends.get(options.backend)
-        model, tokenizer = load_model(backend, options)
+        model, tokenizer = load_model(backend, options, decoding=True)
         memory = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
         engine = Engine(options.backend, model, tokenizer, options.slots, options.context, memory)
         try:
@@ -117,7 +117,8 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
             self.should_exit = True
             if engine.open and not self.hurry:
                 many = f"{engine.open} answer{'s' * (engine.open > 1)}"
-                print(f"waiting up to {GRACE:g} s for {many}; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+                said = f"waiting up to {GRACE:g} s for {many}; Ctrl-C again ends at once\n"
+                os.write(2, said.encode())  # a print may be going on: this interrupts anything
 
         async def shutdown(self, sockets: Any = None) -> None:
             ending = asyncio.create_task(super().shutdown(sockets))

@@ -41,7 +41,7 @@ class Parrot:
 
     def backend(self):
         device = types.SimpleNamespace(
-            preferred_dtype=lambda checkpoint: checkpoint.dtype,
+            preferred_dtype=lambda checkpoint, decoding: checkpoint.dtype,
             compile_seconds=lambda: 0.0,
             peak_memory=lambda: 0,
             for_decoding=lambda model: model,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
 from minicpm_data.generation import Sampling  # noqa: E402
 from minicpm_jax import attention, load  # noqa: E402
-from minicpm_jax.attention import attend, attend_cache, through_cache  # noqa: E402
+from minicpm_jax.attention import attend, attend_blocks, attend_cache, through_cache  # noqa: E402
 from minicpm_jax.cache import Cache  # noqa: E402
 from minicpm_jax.chips import Topology  # noqa: E402
 from minicpm_jax.decoding import State, decode, prefill  # noqa: E402
@@ -101,6 +101,18 @@ def test_every_fill_of_a_block(bits):
     assert [tiling.size(part) for part in tiling.parts] == [128, 64, 32, 16, 8, 8]
     out = cache_attention(q, cache, LAYER, jnp.asarray(first), interpret=True)
     np.testing.assert_allclose(out, reference(q, cache, first), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("case", ["decode, of unequal rows", "later piece", "heads that fill no lanes"])
+def test_blocks_one_by_one_and_at_once(case, bits):
+    """XLA's forms: a CPU's, and any other device's."""
+    first, *rest = CASES[case]
+    q, cache = filled(first, *rest, bits=bits)
+    index = jnp.asarray(first)[:, None] + jnp.arange(q.shape[1])
+    for each in ({}, {"each": jax.lax.map}):
+        out = jax.jit(functools.partial(attend_blocks, **each))(q, cache, LAYER, index)
+        np.testing.assert_allclose(out, reference(q, cache, first), rtol=0, atol=1e-5)
 
 
 def test_what_lies_behind_a_row_is_not_seen():

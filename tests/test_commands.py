@@ -193,6 +193,8 @@ def test_fields_are_named_as_they_are_typed():
     assert as_typed("top_p is 2; it must be below max_tokens.", Few) == "--top-p is 2; it must be below --max-tokens."
     for sentence in ("seed is -1.", "a/top_p has a line without 'max_tokens'.", "top_p.txt, my_top_p, --max-tokens"):
         assert as_typed(sentence, Few) == sentence
+    for sentence in ("m/config.json: top_p is 3.", "config.json is of top_p 3."):  # not what was typed
+        assert as_typed(sentence, Few) == sentence
 
 
 def test_a_folder_that_is_gone_is_not_called_none(tmp_path, monkeypatch, capsys):

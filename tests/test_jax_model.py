@@ -315,7 +315,8 @@ def test_what_a_cpu_computes_in(dense, monkeypatch, own, experts, matrix_unit, f
     monkeypatch.setattr(device, "_has_matrix_unit", lambda: matrix_unit)
     config = dataclasses.replace(SMALL, num_experts=experts)
     checkpoint = dataclasses.replace(open_checkpoint(dense.folder), dtype=own, config=config)
-    assert checkpoint.target(device.preferred_dtype) == found
+    assert checkpoint.target(functools.partial(device.preferred_dtype, decoding=True)) == found
+    assert checkpoint.target(device.preferred_dtype) == "float32"  # in the form that is trained
     assert checkpoint.target("float16") == "float16"
     assert checkpoint.target(None) == own
 

@@ -48,10 +48,11 @@ def run(
 
 def as_typed(sentence: str, options: type) -> str:
     """With the options' fields that it names as they are typed: ``--top-p`` for ``top_p``, the name in Python. Fields
-    of one word may be words, and what is quoted, or part of a path, is none of ours."""
+    of one word may be words, what is quoted is none of ours, and in a sentence on a file a name may be the file's."""
     names = "|".join(field.name for field in dataclasses.fields(options) if "_" in field.name)
-    flag = lambda found: "--" + found[1].replace("_", "-")  # noqa: E731
-    return re.sub(rf"(?<![\w/.'\"-])({names})(?![\w/'\"-]|\.\w)", flag, sentence) if names else sentence
+    if not names or re.search(r"\w/\w|\w\.(json|safetensors|gguf|bin|py)", sentence):
+        return sentence
+    return re.sub(rf"(?<![\w.'\"-])({names})(?![\w'\"-]|\.\w)", lambda m: "--" + m[1].replace("_", "-"), sentence)
 
 
 @contextlib.contextmanager
