@@ -72,8 +72,8 @@ class Sampling:
 class CacheOptions:
     """What is kept of the tokens so far. ``kv_bits``: keys and values in so many bits (JAX: 8; MLX: 4 or 8, in groups
     of ``kv_group_size`` numbers, None: 64, or 32 where 64 does not divide a head); None: in the model's dtype (in
-    float32 where JAX decodes on a CPU). ``max_kv_size`` (MLX): only the first 4 and the latest so many; None: all. ``prefill_step_size``: tokens of a prompt
-    that are run together, a matter of memory alone."""
+    float32 where JAX decodes on a CPU). ``max_kv_size`` (MLX): only the first 4 and the latest so many; None: all.
+    ``prefill_step_size``: tokens of a prompt that are run together, a matter of memory alone."""
 
     kv_bits: int | None = None
     max_kv_size: int | None = None
