@@ -109,7 +109,7 @@ def test_the_command_says_how_many_tokens_were_guessed(parrot, typed):
     assert bird.speculation.num_draft_tokens == 5
     assert typed(commands.run_generate, bird, "--prompt-lookup")[1] == out and bird.speculation.prompt_lookup
     code, out, error = typed(commands.run_generate, bird, "--prompt-lookup", "--num-draft-tokens", "0")
-    assert (code, out, error) == (2, "", "error: num_draft_tokens is 0; it must be a whole number from 1 to 64.\n")
+    assert (code, out, error) == (2, "", "error: --num-draft-tokens is 0; it must be a whole number from 1 to 64.\n")
 
 
 def test_the_terminal_chat_ends_at_a_marker_and_remembers_what_it_showed(parrot, typed, monkeypatch):

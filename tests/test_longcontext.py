@@ -240,7 +240,7 @@ def test_rope_scaling_on_the_command_line(backend, tmp_path):
         (["--depth", 0.5, 1.5], "--depth is 1.5"),
         (["--task", "book"], "book"),
         (["--backend", "torch"], "torch"),
-        (["--prefill-step-size", 0], "prefill_step_size is 0"),
+        (["--prefill-step-size", 0], "--prefill-step-size is 0"),
         (["--rope-scaling", "{"], "--rope-scaling is not JSON"),
         (["--rope-scaling", '{"type": "sideways", "factor": 2}'], "--rope-scaling: rope_scaling"),
         (["--rope-scaling", "4"], "--rope-scaling: rope_scaling is 4"),

@@ -48,11 +48,15 @@ def run(
 
 def as_typed(sentence: str, options: type) -> str:
     """With the options' fields that it names as they are typed: ``--top-p`` for ``top_p``, the name in Python. Fields
-    of one word may be words, what is quoted is none of ours, and in a sentence on a file a name may be the file's."""
-    names = "|".join(field.name for field in dataclasses.fields(options) if "_" in field.name)
-    if not names or re.search(r"\w/\w|\w\.(json|safetensors|gguf|bin|py)", sentence):
+    of one word may be words, what is quoted is none of ours, and in a sentence on a file, or one that names the flag,
+    a name may be that of a setting of a model."""
+    if re.search(r"\w/\w|\w\.(json|safetensors|gguf|bin|py)", sentence):
         return sentence
-    return re.sub(rf"(?<![\w.'\"-])({names})(?![\w'\"-]|\.\w)", lambda m: "--" + m[1].replace("_", "-"), sentence)
+    for name in (field.name for field in dataclasses.fields(options) if "_" in field.name):
+        flag = "--" + name.replace("_", "-")
+        if flag not in sentence:
+            sentence = re.sub(rf"(?<![\w.'\"-]){name}(?![\w'\"-]|\.\w)", flag, sentence)
+    return sentence
 
 
 @contextlib.contextmanager

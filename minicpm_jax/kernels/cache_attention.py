@@ -27,7 +27,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_jax.arithmetic import precision
-from minicpm_jax.cache import Cache
+
+if TYPE_CHECKING:
+    from minicpm_jax.cache import Cache
 
 LANES = 128  # of a TPU's registers and tiles
 GRAIN = 8  # slots of a tile in HBM: fewer are not fetched
@@ -322,7 +324,7 @@ def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Fl
 @functools.partial(jax.jit, static_argnames="interpret")
 def cache_attention(
     q: Float[Array, "B T N H"],
-    cache: Cache,
+    cache: "Cache",
     layer: ArrayLike,
     first: Int[Array, "B"],
     interpret: bool = False,
