@@ -24,7 +24,9 @@ from minicpm_jax.kernels.causal_attention import causal_attention
 from minicpm_jax.sharding import row_axes
 from weights_io.config import ModelConfig
 
-BLOCK = 512  # tokens, or cache slots, that XLA's form of attention looks at together; of one new token half as many
+BLOCK = (
+    512  # most tokens, or cache slots, that XLA's form of attention looks at together; of one new token half as many
+)
 TOGETHER = 256  # most numbers of a cache slot whose heads it takes together for one new token
 
 
@@ -270,10 +272,9 @@ def attend_blocks(
     ``each``: runs the parts. A CPU takes one after the other, whose keys and scores stay in its cache, up to a row's
     own end."""
     batch, width, heads, head_dim = q.shape
-    dtype = q.dtype
-    if cache.k.dtype != jnp.int8:
-        q = q.astype(cache.k.dtype)
-    kv_heads, block = cache.k.shape[3] // head_dim, min(BLOCK if width > 1 else BLOCK // 2, cache.slots)
+    kv_heads = cache.k.shape[3] // head_dim
+    # Most prompts are shorter than a cache: of blocks as long as a piece the first is all that the first piece sees.
+    block = min(BLOCK // 2 if width == 1 else max(width, BLOCK // 4), BLOCK, cache.slots)
     together = max(c for c in range(1, max(1, TOGETHER // head_dim) + 1) if kv_heads % c == 0) if width == 1 else 1
     lanes, parts = together * head_dim, kv_heads // together
     own = jnp.eye(together, dtype=q.dtype)[:, None, None, :, None]
@@ -311,7 +312,7 @@ def attend_blocks(
         start = jnp.full(shape, lowest), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, lanes), jnp.float32)
         _, total, mixed = jax.lax.fori_loop(0, (index[row, -1] + block) // block, step, start)
         mixed = (mixed / total[..., None]).reshape(*q.shape[:-1], together, head_dim)
-        return jnp.sum(mixed * own, axis=-2).astype(dtype)  # [C, G, T, H]
+        return jnp.sum(mixed * own, axis=-2).astype(q.dtype)  # [C, G, T, H]
 
     q = q.reshape(batch, width, parts, together, -1, head_dim).transpose(0, 2, 3, 4, 1, 5)
     row, head = jnp.repeat(jnp.arange(batch), parts), jnp.tile(jnp.arange(parts) * together, batch)

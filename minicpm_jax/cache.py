@@ -98,7 +98,7 @@ class Cache:
             block = jax.lax.dynamic_slice(stored, (layer, row, slot, head * head_dim), (1, 1, size, heads * head_dim))
             block = block.reshape(like.shape)
             if scale is None:
-                return block
+                return block.astype(like.dtype)
             scale = jax.lax.dynamic_slice(scale, (layer, row, head, slot), (1, 1, heads, size))[0, 0]
             return (block * scale.T[..., None]).astype(like.dtype)
 
