@@ -151,6 +151,8 @@ class Decoder(nnx.Module):
         if cache is None:
             x = gathered_rows(x, self.mesh)  # the table of words is split along D
         if isinstance(self.layers, nnx.List):
+            # Without the barrier XLA would work out sines and cosines in each layer, for each of its heads.
+            positions = jax.lax.optimization_barrier(positions)
             carry, each = (x, cache), []
             for index, layer in enumerate(self.layers):
                 carry, imbalance = step(carry, (layer, index))
