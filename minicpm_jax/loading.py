@@ -81,6 +81,7 @@ def load_weights(
 ) -> Model:
     """The model of an opened checkpoint, each array placed where the mesh wants it; the rest as in `load`."""
     target = jnp.dtype(checkpoint.target(dtype))
+    device.check_dtype(target.name)
     mesh = None if mesh is None else automatic(mesh)
     config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
     if quantize is None:
