@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minicpm_jax.kernels.cache_attention import LANES
+from weights_io.casting import GROUPS
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.memory import GROUP
 from weights_io.parameters import parameters
 
 AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
@@ -168,7 +168,7 @@ def padded_over(config: ModelConfig, parts: int, lanes: int = LANES, packed: boo
     whole groups besides: of 720 neurons of the 2B a device XLA would copy all layers in each step."""
     if parts == 1:
         return config
-    neurons = parts * math.lcm(lanes, GROUP) if packed else parts
+    neurons = parts * math.lcm(lanes, GROUPS[0]) if packed else parts
     heads = _multiple(config.num_key_value_heads, parts * lanes // math.gcd(lanes, config.head_dim))
     return dataclasses.replace(
         config,
