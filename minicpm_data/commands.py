@@ -190,6 +190,7 @@ def run_generate(backend: Callable[[], Backend], prog: str, options: type[Genera
             raise InputError("the prompt is empty; ask something.")
         running = backend()
         model, tokenizer = load_model(running, options, decoding=not options.report_sparsity)
+        running.device.note_mesh(model, 1)
         if options.report_sparsity:
             sparsity.checked_threshold(model.config)
         for token in chain(*options.extra_eos_token):
@@ -231,6 +232,7 @@ def run_chat(backend: Callable[[], Backend], prog: str, options: type[ChatOption
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
+        running.device.note_mesh(model, 1)
         model = running.device.for_decoding(model)
         stops = options.stops(*tokenizer.turn_markers)
         conversation = Conversation(options.system_prompt)

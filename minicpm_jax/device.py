@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from minicpm_jax.chips import Chip, chip_of
+from minicpm_jax.sharding import note_idle
 from weights_io.checkpoint import Checkpoint
 from weights_io.errors import InputError
 from weights_io.memory import host_free
@@ -88,6 +89,11 @@ def for_decoding(model: "Model") -> "Model":
 
     alone = model.model.layers.self_attn.mesh is None
     return unstack(model, give_up=True) if alone and jax.default_backend() == "cpu" else model
+
+
+def note_mesh(model: "Model", rows: int) -> None:
+    """`note_idle` of the model's mesh, for so many prompts together."""
+    note_idle(model.config, model.model.mesh, rows)
 
 
 def peak_memory() -> int:

@@ -106,7 +106,7 @@ def pretrain(options: Options) -> None:
     from minicpm_data.runs import Interrupt, check_settings
     from minicpm_jax import device, hosts, train
     from minicpm_jax.checkpoints import Checkpoints
-    from minicpm_jax.sharding import own_rows, placed_rows
+    from minicpm_jax.sharding import note_idle, own_rows, placed_rows
 
     mesh = options.placement()["mesh"]
     processes, own = hosts.processes(), functools.partial(own_rows, mesh)
@@ -130,6 +130,7 @@ def pretrain(options: Options) -> None:
     notes = {"config.json": raw, "tokenizer": str(options.tokenizer.resolve()), "save_dtype": options.save_dtype}
     processes.check_same(json.dumps(settings, sort_keys=True))
     processes.once(lambda: check_settings(options.out, settings, options.resume, notes))
+    note_idle(config, mesh, options.batch_size)
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(options.out / "checkpoints")))

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -147,6 +148,27 @@ def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
 def rows_split(mesh: Mesh | None) -> int:
     """Over how many parts a batch's rows are split."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
+
+
+def note_idle(config: ModelConfig, mesh: Mesh | None, rows: int) -> None:
+    """Say on standard error which axes of a mesh have devices that all do the same while so many rows run together.
+    Over fsdp a single row may run on all devices, each of which holds a part of the weights."""
+    if mesh is None or jax.process_index() > 0:
+        return
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1}
+    of_weights = {name for sharding in shardings(padded(config, mesh), mesh).values() for name in sharding.spec}
+    of_rows = row_axes(mesh, rows)
+    whole = [n for n in BATCH if n in sizes and n not in of_rows and (rows > 1 or n not in of_weights)]
+    if whole:
+        over, what = (
+            ",".join(f"{name}={sizes[name]}" for name in whole),
+            "1 row" if rows == 1 else f"{rows} rows together",
+        )
+        remedy = f"a multiple of {rows_split(mesh)} rows would be split"
+        print(f"note: {what} cannot be split over {over}, whose devices all run the same; {remedy}", file=sys.stderr)
+    for name in [n for n in sizes if n not in BATCH and n not in of_weights]:
+        what = f"{name}={sizes[name]} splits none of this model's weights"
+        print(f"note: {what}, and its devices all run the same; take another axis", file=sys.stderr)
 
 
 def padded(config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> ModelConfig:

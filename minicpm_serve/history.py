@@ -135,6 +135,7 @@ def evaluated(options: Options, checkpoint: Checkpoint, documents: Sequence[str]
     backend = backends.get(options.backend)
     here = dataclasses.replace(options, model=checkpoint.model, revision=checkpoint.revision)
     model, tokenizer = load_model(backend, here)
+    backend.device.note_mesh(model, options.batch_size)
     if options.evaluation == "loss":
         return loss_of(options, model, tokenizer, documents)
     if options.evaluation == "passkey":

@@ -66,6 +66,7 @@ def main(options: Options) -> None:
         memory = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
         engine = Engine(options.backend, model, tokenizer, options.slots, options.context, memory)
         try:
+            backend.device.note_mesh(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --context")
             engine.warm_up()
             name = options.model or "pico"

@@ -45,6 +45,7 @@ class Parrot:
             compile_seconds=lambda: 0.0,
             peak_memory=lambda: 0,
             for_decoding=lambda model: model,
+            note_mesh=lambda model, rows: None,
             description=lambda: "a perch",
             is_first=lambda: True,
         )
