@@ -160,10 +160,8 @@ def note_idle(config: ModelConfig, mesh: Mesh | None, rows: int) -> None:
     of_rows = row_axes(mesh, rows)
     whole = [n for n in BATCH if n in sizes and n not in of_rows and (rows > 1 or n not in of_weights)]
     if whole:
-        over, what = (
-            ",".join(f"{name}={sizes[name]}" for name in whole),
-            "1 row" if rows == 1 else f"{rows} rows together",
-        )
+        over = ",".join(f"{name}={sizes[name]}" for name in whole)
+        what = "1 row" if rows == 1 else f"{rows} rows together"
         remedy = f"a multiple of {rows_split(mesh)} rows would be split"
         print(f"note: {what} cannot be split over {over}, whose devices all run the same; {remedy}", file=sys.stderr)
     for name in [n for n in sizes if n not in BATCH and n not in of_weights]:
