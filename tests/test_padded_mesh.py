@@ -14,7 +14,7 @@ from minicpm_jax import activation_sparsity, adapters, load, parity, stream_gene
 from minicpm_jax.generate import Options, backend  # noqa: E402
 from minicpm_jax.losses import packed_loss  # noqa: E402
 from minicpm_jax.quantised import quantised  # noqa: E402
-from minicpm_jax.sharding import make_mesh, note_idle, padded, padded_over, resized, share  # noqa: E402
+from minicpm_jax.sharding import make_mesh, note_idle, padded, padded_over, resized, share, splits_tokens  # noqa: E402
 from minicpm_jax.train import weights_of  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
@@ -62,10 +62,13 @@ def test_logits_tokens_and_weights_are_those_of_one_device(folder, alone, text, 
         np.testing.assert_array_equal(weight, weights_of(alone)[name], err_msg=name)
 
 
-def test_gradients_are_those_of_one_device_and_zero_where_there_is_nothing(folder, alone):
-    """So that nothing grows there, whoever takes a step."""
+@pytest.mark.parametrize(("width", "split"), [(8, True), (9, False)])
+def test_gradients_are_those_of_one_device_and_zero_where_there_is_nothing(folder, alone, width, split):
+    """So that nothing grows there, whoever takes a step; of tokens that tensor splits between the blocks, or cannot."""
+    model, ids = on(folder, "fsdp=2,tensor=4"), IDS[:, :width]
+    assert splits_tokens(ids, model.model.mesh) == split
     gradients_of = jax.jit(jax.grad(packed_loss), static_argnums=2)
-    found, expected = gradients_of(on(folder, "fsdp=2,tensor=4"), IDS, 1), weights_of(gradients_of(alone, IDS, 1))
+    found, expected = gradients_of(model, ids, 1), weights_of(gradients_of(alone, ids, 1))
     for name, gradient in weights_of(found).items():
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-4 * scale, err_msg=name)
