@@ -134,7 +134,6 @@ def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[Evalua
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
         running.device.note_mesh(model, options.batch_size)
-        model = running.device.for_decoding(model)
         numbers = options.limit, options.batch_size, options.max_tokens, options.seed, options.data
         answers = ask_questions(running, model, tokenizer, *numbers)
         scores: dict[str, list[bool]] = defaultdict(list)
