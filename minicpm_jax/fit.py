@@ -244,8 +244,8 @@ def main(options: CommandOptions) -> None:
 
     Topology.parse(options.topology).devices()  # first what costs nothing
     job = job_of(options)
-    note_idle(job.config, job.placed, job.batch)
     found = report(job)
+    note_idle(job.config, job.placed, job.batch)
     if options.json:
         import json
 
