@@ -24,9 +24,7 @@ from minicpm_jax.kernels.causal_attention import causal_attention
 from minicpm_jax.sharding import row_axes
 from weights_io.config import ModelConfig
 
-BLOCK = (
-    512  # most tokens, or cache slots, that XLA's form of attention looks at together; of one new token half as many
-)
+BLOCK = 512  # most tokens, or cache slots, that XLA's form of attention takes together; half as many for one new token
 TOGETHER = 256  # most numbers of a cache slot whose heads it takes together for one new token
 SCORES = 1 << 19  # most scores that it makes together for several
 

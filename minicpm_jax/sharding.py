@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minicpm_jax.kernels.cache_attention import LANES
+from weights_io.casting import GROUPS
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.memory import GROUP
 from weights_io.parameters import parameters
 
 AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
@@ -149,6 +150,25 @@ def rows_split(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
 
 
+def note_idle(config: ModelConfig, mesh: Mesh | None, rows: int) -> None:
+    """Say on standard error which axes of a mesh have devices that all do the same while so many rows run together.
+    Over fsdp a single row may run on all devices, each of which holds a part of the weights."""
+    if mesh is None or jax.process_index() > 0:
+        return
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1}
+    of_weights = {name for sharding in shardings(padded(config, mesh), mesh).values() for name in sharding.spec}
+    of_rows = row_axes(mesh, rows)
+    whole = [n for n in BATCH if n in sizes and n not in of_rows and (rows > 1 or n not in of_weights)]
+    if whole:
+        over = ",".join(f"{name}={sizes[name]}" for name in whole)
+        what = "1 row" if rows == 1 else f"{rows} rows together"
+        remedy = f"a multiple of {rows_split(mesh)} rows would be split"
+        print(f"note: {what} cannot be split over {over}, whose devices all run the same; {remedy}", file=sys.stderr)
+    for name in [n for n in sizes if n not in BATCH and n not in of_weights]:
+        what = f"{name}={sizes[name]} splits none of this model's weights"
+        print(f"note: {what}, and its devices all run the same; take another axis", file=sys.stderr)
+
+
 def padded(config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> ModelConfig:
     """The shape in which a model lies on a mesh: what is split over tensor is filled up, with zeros at its end, to what
     tensor divides. ``packed``: its matrices are in few bits.
@@ -168,7 +188,7 @@ def padded_over(config: ModelConfig, parts: int, lanes: int = LANES, packed: boo
     whole groups besides: of 720 neurons of the 2B a device XLA would copy all layers in each step."""
     if parts == 1:
         return config
-    neurons = parts * math.lcm(lanes, GROUP) if packed else parts
+    neurons = parts * math.lcm(lanes, GROUPS[0]) if packed else parts
     heads = _multiple(config.num_key_value_heads, parts * lanes // math.gcd(lanes, config.head_dim))
     return dataclasses.replace(
         config,

@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
 from minicpm_jax import fit, hlo  # noqa: E402
-from minicpm_jax.chips import CHIPS, Topology  # noqa: E402
+from minicpm_jax.chips import CHIPS, Topology, chip_of  # noqa: E402
 from minicpm_jax.flops import flops  # noqa: E402
 from minicpm_jax.jobs import config_of, default_mesh  # noqa: E402
 from weights_io import catalog  # noqa: E402
@@ -266,6 +266,12 @@ def test_a_v4_is_one_device_and_older_chips_are_two():
     for topology, dtype, devices, hbm in (("v4:2x2x1", "bfloat16", 4, 32), ("v3:2x2", "float32", 8, 16)):
         job = fit.job_of(fit.Options("pico", topology, batch=8, seq=64, dtype=dtype))
         assert len(job.devices) == devices and fit.report(job).hbm == hbm * 2**30
+
+
+@pytest.mark.tpu
+def test_jax_names_the_chips_as_the_table_does():
+    for chip in CHIPS.values():
+        assert {chip_of(each.device_kind) for each in Topology.parse(chip.example).devices()} == {chip}
 
 
 @pytest.mark.tpu
