@@ -122,7 +122,8 @@ ENTRY %main (a: f32[8,64]) -> f32[8,64] {
 
 
 def test_a_collective_beside_a_loop_counts_once():
-    """What it is doing stands in the loop's fusions too, under its channel; the loop's own count each turn."""
+    """What it is doing stands in the loop's fusions too, under its channel, which pass on its arrays; the loop's own
+    count each turn, sums of several arrays too, which XLA gives a channel that others have."""
     text = """HloModule m
 
 %began (a: f32[8]) -> f32[64] {
@@ -135,22 +136,34 @@ def test_a_collective_beside_a_loop_counts_once():
   ROOT %h = f32[64]{0} all-gather(%b), channel_id=5, dimensions={0}
 }
 
+%sums (c: f32[8], d: f32[8]) -> (f32[4], f32[4]) {
+  %c = f32[8]{0} parameter(0)
+  %d = f32[8]{0} parameter(1)
+  %both = (f32[8]{0}, f32[8]{0}) all-reduce(%c, %d), channel_id=5
+  %one = f32[8]{0} get-tuple-element(%both), index=0
+  %other = f32[8]{0} get-tuple-element(%both), index=1
+  %k = f32[4]{0} dynamic-slice(%one), dynamic_slice_sizes={4}
+  %l = f32[4]{0} dynamic-slice(%other), dynamic_slice_sizes={4}
+  ROOT %t = (f32[4]{0}, f32[4]{0}) tuple(%k, %l)
+}
+
 %body (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
-  %f = f32[64]{0} fusion(%p), kind=kLoop, calls=%goes_on
+  %f = f32[64]{0} fusion(%p), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%goes_on
+  %u = (f32[4]{0}, f32[4]{0}) fusion(%p, %p), kind=kCustom, calls=%sums
   ROOT %r = f32[8]{0} all-reduce(%p), channel_id=6
 }
 
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
-  %s = f32[64]{0} fusion(%x), kind=kLoop, calls=%began
+  %s = f32[64]{0} fusion(%x), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%began
   ROOT %w = f32[8]{0} while(%x), condition=%end, body=%body, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
     found = hlo.traffic(text)
     assert (found.counts, found.bytes) == (
-        {"all-gather": 1, "all-reduce": 5},
-        {"all-gather": 64 * 4, "all-reduce": 5 * 8 * 4},
+        {"all-gather": 1, "all-reduce": 5, "reduce-scatter": 5},
+        {"all-gather": 64 * 4, "all-reduce": 5 * 8 * 4, "reduce-scatter": 5 * 2 * 8 * 4},
     )
 
 
