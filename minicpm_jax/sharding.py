@@ -141,8 +141,7 @@ def scattered_tokens(x: Any, mesh: Mesh | None) -> Any:
 
 def copies(weight: Any, x: Any, mesh: Mesh) -> Any:
     """[L, D] as [L, P, Q, D]: a copy for each device that `by_tokens` gives rows and tokens of ``x`` [B, T, D] of its
-    own. A gradient then stays on its device until the layers are done, and all are added up at once: in float32, but
-    XLA has a TPU send the bfloat16 that is kept of it."""
+    own. A gradient then stays on its device until the layers are done, and all are added up at once, in float32."""
     names, tokens = row_axes(mesh, len(x)), splits_tokens(x, mesh)
     parts = math.prod(mesh.shape[name] for name in names), mesh.shape["tensor"] if tokens else 1
     depth, width = weight.shape
