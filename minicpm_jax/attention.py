@@ -21,7 +21,7 @@ from minicpm_jax.arithmetic import precision
 from minicpm_jax.cache import Cache, placement
 from minicpm_jax.kernels.cache_attention import cache_attention
 from minicpm_jax.kernels.causal_attention import causal_attention
-from minicpm_jax.sharding import row_axes
+from minicpm_jax.sharding import by_heads, row_axes
 from weights_io.config import ModelConfig
 
 BLOCK = 512  # most tokens, or cache slots, that XLA's form of attention takes together; half as many for one new token
@@ -114,9 +114,11 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         batch, width, _ = x.shape
         with jax.named_scope("attention"):
-            q = rotate(self.q_proj(x).reshape(batch, width, -1, self.head_dim), positions)
-            k = rotate(self.k_proj(x).reshape(batch, width, -1, self.head_dim), positions)
-            v = self.v_proj(x).reshape(k.shape)
+            mesh = self.mesh if cache is None else None
+            q, k, v = (by_heads(project(x), mesh) for project in (self.q_proj, self.k_proj, self.v_proj))
+            q = rotate(q.reshape(batch, width, -1, self.head_dim), positions)
+            k = rotate(k.reshape(batch, width, -1, self.head_dim), positions)
+            v = v.reshape(k.shape)
             if cache is not None:
                 mixed, cache = through_cache(q, k, v, cache, layer, positions.index, self.mesh)
                 return self.o_proj(mixed), cache
