@@ -74,11 +74,18 @@ def step(model: Any, call: Callable[[Any, list[Any]], Any]) -> tuple[Any, int]:
     cache = make_prompt_cache(model)
     mx.eval(call(mx.array([[1, 7, 9, 4]]), cache), [layer.state for layer in cache])
     logits = call(mx.array([[5]]), cache)
-    results = [mx.argmax(logits[:, -1], axis=-1), *(x for layer in cache for x in (layer.keys, layer.values))]
+    return logits, nodes(mx.argmax(logits[:, -1], axis=-1), [(layer.keys, layer.values) for layer in cache])
+
+
+def nodes(*results: Any) -> int:
+    """In the graph of arrays, or trees of them, that are not yet computed."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.dot"
-        mx.export_to_dot(str(path), *results)
-        return logits, len(re.findall("shape=rectangle", path.read_text()))
+        mx.export_to_dot(str(path), *(array for _, array in tree_flatten(results)))
+        return len(re.findall("shape=rectangle", path.read_text()))
 
 
 if __name__ == "__main__":
