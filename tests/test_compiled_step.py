@@ -76,5 +76,5 @@ def test_compiled_or_not_a_run_is_the_same(worlds, batches, tmp_path, monkeypatc
     resumed = worker()
     losses += run(resumed, resumed.restore(), 4)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert losses[-1] < losses[0]
+    assert min(np.abs(np.array(w)).max() for name, w in plain.weights.items() if name.endswith(".b")) > 0.01  # moved
     tiny.same(*({name: np.array(w) for name, w in each.weights.items()} for each in (resumed, plain)), 1e-4)
