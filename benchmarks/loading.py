@@ -44,7 +44,7 @@ def main(options: Options) -> None:
     raw = shape_of(options.model) | THEIRS | {"eos_token_id": None}
     if options.layers is not None:
         raw["num_hidden_layers"] = options.layers
-    contest = Contest(("minicpm_jax",), "bfloat16", raw["num_hidden_layers"], raw["vocab_size"], 1, 1)
+    contest = Contest(("minicpm_jax",), "bfloat16", raw["num_hidden_layers"], raw["vocab_size"], 1, 1, "bfloat16")
     runs: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_noise(Path(folder), raw, "bfloat16")

@@ -51,21 +51,22 @@ def of_stream(stream: Callable[[list[int], int], Any]) -> Run:
     return run
 
 
-def minicpm_jax(folder: Path, _: str) -> Run:
-    return ours("jax", folder)
+def minicpm_jax(folder: Path, precision: str) -> Run:
+    return ours("jax", folder, precision)
 
 
-def minicpm_mlx(folder: Path, _: str) -> Run:
-    return ours("mlx", folder)
+def minicpm_mlx(folder: Path, precision: str) -> Run:
+    return ours("mlx", folder, precision)
 
 
-def ours(backend: Any, folder: Path) -> Run:
-    """In what its commands would choose for the file."""
+def ours(backend: Any, folder: Path, precision: str) -> Run:
+    """In float32 where all are to compute in it, else in what the commands would choose for the file."""
     from minicpm_serve import backends
 
     running = backends.get(backend)
-    dtype = functools.partial(running.device.preferred_dtype, decoding=True)
-    model = running.device.for_decoding(running.load(str(folder / "model"), dtype)[0])
+    preferred = functools.partial(running.device.preferred_dtype, decoding=True)
+    dtype = precision if precision == "float32" else preferred
+    model, _ = running.load(str(folder / "model"), dtype, decoding=True)
     if backend == "jax":
         import jax
 

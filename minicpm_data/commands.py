@@ -189,6 +189,7 @@ def run_generate(backend: Callable[[], Backend], prog: str, options: type[Genera
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something.")
         running = backend()
+        # The sparsity is found by looking into the layers.
         model, tokenizer = load_model(running, options, decoding=not options.report_sparsity)
         if options.report_sparsity:
             sparsity.checked_threshold(model.config)
@@ -202,10 +203,7 @@ def run_generate(backend: Callable[[], Backend], prog: str, options: type[Genera
             stops = options.stops(*tokenizer.turn_markers)
         if options.draft_model is not None:
             source = replace(options, model=options.draft_model, revision=None, adapter_path=None)
-            draft, _ = load_model(running, source, decoding=True)
-            speculation = options.speculation(running.device.for_decoding(draft))
-        if not options.report_sparsity:  # which looks into the layers
-            model = running.device.for_decoding(model)
+            speculation = options.speculation(load_model(running, source, decoding=True)[0])
         meter = Meter(running.device)
         kept = sampling | memory | speculation
         answer = running.generator.stream_generate(model, tokenizer, ids, max_tokens, stop=stops, **kept)
@@ -231,7 +229,6 @@ def run_chat(backend: Callable[[], Backend], prog: str, options: type[ChatOption
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
-        model = running.device.for_decoding(model)
         stops = options.stops(*tokenizer.turn_markers)
         conversation = Conversation(options.system_prompt)
         for query in typed_lines():
@@ -300,12 +297,12 @@ class Meter:
 
 
 def load_model(backend: Backend, options: SourceOptions, decoding: bool = False) -> "tuple[Any, Tokenizer]":
-    """Model and tokenizer, where the options want them. ``decoding``: for `device.for_decoding`."""
+    """Model and tokenizer, where the options want them. ``decoding``: in the form that generates fastest."""
     placement = options.placement()  # first: it may have to come before the first use of a device
     preferred = partial(backend.device.preferred_dtype, decoding=decoding and not placement)
     dtype = options.dtype or preferred
     source = {"revision": options.revision, "hub": options.hub}
-    model, tokenizer = backend.load(options.model, dtype, **source, **options.loading(), **placement)
+    model, tokenizer = backend.load(options.model, dtype, decoding=decoding, **source, **options.loading(), **placement)
     if tokenizer is None:
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."

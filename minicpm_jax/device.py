@@ -71,8 +71,15 @@ def for_decoding(model: "Model") -> "Model":
     """The model in the form that decodes fastest here; the one that was given is used up."""
     from minicpm_jax.model import unstack
 
-    alone = model.model.layers.self_attn.mesh is None
-    return unstack(model, give_up=True) if alone and jax.default_backend() == "cpu" else model
+    return unstack(model, give_up=True) if model.model.mesh is None and jax.default_backend() == "cpu" else model
+
+
+def matrices_dtype(checkpoint: Checkpoint, dtype: str) -> str:
+    """In what a model for decoding in ``dtype`` keeps its matrices on a CPU: in the file's bfloat16 those of a model in
+    float32, where `arithmetic.product_on_cpu` loses nothing by it and a matrix unit makes it the faster one."""
+    exact = all(tensor.dtype.name == "bfloat16" for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1)
+    kept = dtype == "float32" and exact and not checkpoint.config.num_experts and _has_matrix_unit()
+    return "bfloat16" if kept else dtype
 
 
 def peak_memory() -> int:

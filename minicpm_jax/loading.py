@@ -43,6 +43,7 @@ def load(
     hub: str = "huggingface",
     quantize: int | None = None,
     *,
+    decoding: bool = False,
     quantize_head: bool = True,
     remedy: str | None = None,
     mesh: Mesh | None = None,
@@ -56,6 +57,7 @@ def load(
     ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less; the
     head as it is without ``quantize_head``, to train adapters. ``remedy``: what to do where there is no room for the
     weights (None: fewer bits, or a smaller model).
+    ``decoding``: in the form that generates fastest here, and cannot be trained: on a CPU one array for each layer.
     ``mesh``: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert. Returns the model and its tokenizer
     (None where the folder holds no tokenizer files). Raises `InputError` with one sentence where something cannot be
     used.
@@ -64,10 +66,11 @@ def load(
     checkpoint = open_checkpoint(path)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    model = load_weights(checkpoint, dtype, mesh, quantize=quantize, quantize_head=quantize_head, remedy=remedy)
+    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "remedy": remedy}
+    model = load_weights(checkpoint, dtype, mesh, decoding=decoding, **how)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
-    return model, tokenizer
+    return device.for_decoding(model) if decoding else model, tokenizer
 
 
 def load_weights(
@@ -75,24 +78,28 @@ def load_weights(
     dtype: str | Callable[[Checkpoint], str] | None = None,
     mesh: Mesh | None = None,
     *,
+    decoding: bool = False,
     quantize: int | None = None,
     quantize_head: bool = True,
     remedy: str | None = None,
 ) -> Model:
-    """The model of an opened checkpoint, each array placed where the mesh wants it; the rest as in `load`."""
+    """The model of an opened checkpoint, each array placed where the mesh wants it; the rest as in `load`.
+    ``decoding``: one for `device.for_decoding`."""
     target = jnp.dtype(checkpoint.target(dtype))
     mesh = None if mesh is None else automatic(mesh)
     config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
+    as_read = mesh is None and quantize is None and jax.default_backend() == "cpu"
     if quantize is None:
-        kind, needed, packs = target.name, weight_bytes(shape, target.name), {}
+        kind = device.matrices_dtype(checkpoint, target.name) if as_read and decoding else target.name
+        needed, packs = weight_bytes(shape, kind), {}
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(shape, target.name, quantize, quantize_head)
         packs = packing(config, quantize, quantize_head)
     check_weights(kind, int(needed * share(shape, mesh)), device.free_memory(mesh), remedy)
     with reading(checkpoint) as checkpoint:
-        if mesh is None and quantize is None and jax.default_backend() == "cpu":
-            first = jax.devices()[0]
-            leaves = {name: jax.device_put(x, first) for name, x in read_stacked(checkpoint, target.name).items()}
+        if as_read:
+            arrays, first = read_stacked(checkpoint, target.name, matrices=kind), jax.devices()[0]
+            leaves = {name: jax.device_put(x, first) for name, x in arrays.items()}
         else:
             leaves = {p.name: _place(checkpoint, p, shape, target, mesh, packs.get(p.name)) for p in parameters(config)}
     model = Model(nested(leaves), config, checkpoint.eos_token_ids)

@@ -130,7 +130,8 @@ class Decoder(nnx.Module):
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         with jax.named_scope("embed"):
-            return scaled(self.embed_tokens(ids), self.embedding_scale)
+            words = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # the model's, whatever the table's
+            return scaled(words, self.embedding_scale)
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, remat: bool = False
@@ -261,7 +262,10 @@ def initialise(config: ModelConfig, key: Array, dtype: str = "float32") -> Model
 def unstack(model: Model, give_up: bool = False) -> Model:
     """The same weights with one array for each layer: the faster form for decoding on a CPU, which reads such three
     times as fast. There they lie where the stacked ones do; only layers that do not begin at a multiple of 64 bytes are
-    copied. ``give_up``: the model that was given loses its layers, one stacked array after the other."""
+    copied. ``give_up``: the model that was given loses its layers, one stacked array after the other. One that is
+    unstacked already is given back."""
+    if isinstance(model.model.layers, nnx.List):
+        return model
     leaves, form = jax.tree.flatten(model.model.layers)
     depth = model.config.num_hidden_layers
     each: list[list[Array]] = [[] for _ in range(depth)]

@@ -41,6 +41,7 @@ def load(
     hub: str = "huggingface",
     quantize: int | None = None,
     *,
+    decoding: bool = False,
     quantize_head: bool = True,
     remedy: str | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
@@ -53,6 +54,7 @@ def load(
     ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less; the
     head as it is without ``quantize_head``, to train adapters. ``remedy``: what to do where there is no room for the
     weights (None: fewer bits, or a smaller model).
+    ``decoding``: in the form that generates fastest, and is not to be trained: layers that read the same are joined.
     Returns the model and its tokenizer (None where the folder holds no tokenizer files). Raises `InputError` with one
     sentence where something cannot be used.
     """
@@ -63,7 +65,7 @@ def load(
     model = load_weights(checkpoint, dtype, quantize=quantize, quantize_head=quantize_head, remedy=remedy)
     if found is not None:
         model = settle(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
-    return model, tokenizer
+    return device.for_decoding(model) if decoding else model, tokenizer
 
 
 def load_weights(

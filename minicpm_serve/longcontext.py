@@ -76,7 +76,6 @@ def main(options: Options) -> None:
     most = answer_tokens(options.task, encode)
     note_context(config, max(len(sample.ids) for sample in samples) + most, "; --rope-scaling stretches them")
     model, tokenizer = load_model(backend, options, decoding=True)
-    model = backend.device.for_decoding(model)
     model.config = config
     memory["stop"] = tokenizer.turn_markers if options.chat else ()
     prompts = [sample.ids for sample in samples]

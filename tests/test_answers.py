@@ -44,7 +44,6 @@ class Parrot:
             preferred_dtype=lambda checkpoint, decoding: checkpoint.dtype,
             compile_seconds=lambda: 0.0,
             peak_memory=lambda: 0,
-            for_decoding=lambda model: model,
             description=lambda: "a perch",
             is_first=lambda: True,
         )

@@ -13,6 +13,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 from minicpm_jax import device  # noqa: E402
+from minicpm_jax.arithmetic import bfloat16_parts  # noqa: E402
 from minicpm_jax.attention import BLOCK, attend, attend_rows, positions_of, rotate  # noqa: E402
 from minicpm_jax.cache import Cache  # noqa: E402
 from minicpm_jax.decoding import empty  # noqa: E402
@@ -254,7 +255,9 @@ def test_unstacked_layers_give_the_same_numbers(dense):
     assert greedy(listed, dense["prompt_ids"], 24)[0].tolist() == dense["greedy_ids"][8:].tolist()
     close(dense.model(dense["input_ids"]), dense["logits"])  # the model that was given is as it was
     given, _ = load(dense.folder, dtype="float32")
-    close(for_decoding(given)(dense["input_ids"]), dense["logits"])
+    ready = for_decoding(given)
+    close(ready(dense["input_ids"]), dense["logits"])
+    assert for_decoding(ready) is ready
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.model.layers))
 
 
@@ -280,6 +283,27 @@ def test_bfloat16_in_the_form_for_a_cpu(dense):
     assert 0 < far(step_by_step(listed, 5)) < 1.2 * given
     one_row = decoded(listed, ids[:1, :1], empty(listed, 1, 64, None)[0], 1)[0]
     assert 0 < np.sqrt(np.mean((np.asarray(one_row)[0, 0] - dense["logits"][0, 0]) ** 2)) < 1.5 * given
+
+
+@pytest.mark.parametrize("matrix_unit", [True, False])
+def test_float32_of_a_bfloat16_file_on_a_cpu(reference, monkeypatch, matrix_unit):
+    """With a matrix unit the matrices stay as the file has them, and the numbers are those of float32 all the same."""
+    monkeypatch.setattr(device, "_has_matrix_unit", lambda: matrix_unit)
+    known = Reference(reference("dense_bf16"), functools.partial(load_weights, decoding=True))
+    model = unstack(known.model)
+    kept = jnp.bfloat16 if matrix_unit else jnp.float32
+    assert {leaf.ndim: leaf.dtype for leaf in jax.tree.leaves(model)} == {1: jnp.float32, 2: kept}
+    close(model(known["input_ids"]), known["logits"])
+    assert empty(model, 1, 32, None)[0].k.dtype == jnp.float32
+    assert greedy(model, known["prompt_ids"], 24)[0].tolist() == known["greedy_ids"][8:].tolist()
+
+
+def test_a_float32_is_three_bfloat16():
+    random = np.random.default_rng(0)
+    exact = (random.standard_normal(10_000) * 10.0 ** random.integers(-20, 20, 10_000)).astype(np.float32)
+    parts = jax.jit(bfloat16_parts)(exact)
+    assert {part.dtype for part in parts} == {jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(sum(np.asarray(part, np.float64) for part in parts), exact)
 
 
 def test_decoding_in_bfloat16_on_a_cpu_copies_neither_words_nor_cache():
@@ -322,6 +346,7 @@ def test_what_a_cpu_computes_in(dense, monkeypatch, own, experts, matrix_unit, f
 
 
 def test_load(dense):
+    assert len(load(dense.folder, decoding=True)[0].model.layers) == 3  # one for each layer
     model, tokenizer = load(dense.folder, dtype="float16")
     assert tokenizer is None
     assert model.model.norm.weight.dtype == jnp.float16

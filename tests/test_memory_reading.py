@@ -26,6 +26,14 @@ def test_arrays_are_the_tensors_stacked(reference, monkeypatch, name, dtype, pie
     assert not arrays
 
 
+def test_matrices_in_another_dtype(reference):
+    checkpoint = open_checkpoint(reference("dense_bf16"))
+    mixed = memory_reading.read_stacked(checkpoint, "float32", matrices="bfloat16")
+    for name, array in memory_reading.read_stacked(checkpoint, "float32").items():
+        assert mixed[name].dtype.name == ("float32" if name.endswith("norm.weight") else "bfloat16")
+        np.testing.assert_array_equal(mixed[name], array.astype(mixed[name].dtype))
+
+
 def test_rows_that_lie_otherwise_in_the_file_are_not_read_as_they_lie(tmp_path):
     numbers = np.arange(12, dtype=np.float32)
     numbers.tofile(tmp_path / "numbers")

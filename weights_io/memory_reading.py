@@ -21,15 +21,17 @@ PIECE = 1 << 20  # numbers
 THREADS = 4  # at most: more do not copy faster, and each holds a piece
 
 
-def read_stacked(checkpoint: Checkpoint, dtype: str) -> dict[str, np.ndarray]:
-    """Arrays in ``dtype`` by their names in the parameter table, each of a `Parameter.shape`, all aligned. Raises
-    `InputError` as `Checkpoint.read` does. Peak memory is the arrays and a piece for each thread."""
+def read_stacked(checkpoint: Checkpoint, dtype: str, matrices: str | None = None) -> dict[str, np.ndarray]:
+    """Arrays in ``dtype`` by their names in the parameter table, each of a `Parameter.shape`, all aligned; ``matrices``
+    may be in another. Raises `InputError` as `Checkpoint.read` does. Peak memory is the arrays and a piece for each
+    thread."""
     arrays: dict[str, np.ndarray] = {}
     places: dict[str, np.ndarray] = {}
     for parameter in parameters(checkpoint.config):
-        shape = parameter.shape(checkpoint.config)
-        arrays[parameter.name] = array = aligned(shape, numpy_dtype(dtype))
-        rows = array.reshape(-1, *parameter.tensor_shape(checkpoint.config))
+        shape, stored = parameter.shape(checkpoint.config), parameter.tensor_shape(checkpoint.config)
+        own = matrices if matrices is not None and len(stored) > 1 else dtype
+        arrays[parameter.name] = array = aligned(shape, numpy_dtype(own))
+        rows = array.reshape(-1, *stored)
         places |= zip(parameter.tensors(checkpoint.config), rows, strict=True)
 
     def read(name: str) -> None:
