@@ -14,9 +14,8 @@ FEW = 32
 
 def gated(gate: Array, up: Array, threshold: float | None = None) -> Array:
     """silu(gate) * up; with a ``threshold`` FATReLU in place of SiLU: gate where gate >= threshold, else 0."""
-    if threshold is not None:
-        return jnp.where(gate >= threshold, gate, 0) * up
-    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up  # rounded once, as PyTorch does
+    active = jax.nn.silu(gate) if threshold is None else jnp.where(gate >= threshold, gate, 0)
+    return active * up
 
 
 def scaled(x: Array, factor: float) -> Array:

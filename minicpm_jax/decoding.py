@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
@@ -30,6 +30,7 @@ from minicpm_jax.hosts import fetched, from_first
 from minicpm_jax.model import Model
 from minicpm_jax.sampling import Knobs, sample
 from weights_io import memory as memory_of
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
 STEPS = 32  # most tokens of one call of the decode loop
@@ -74,8 +75,12 @@ def cache_dtype(model: Model) -> Any:
 
 def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
     """Of a cache of so many slots, on each device."""
-    mesh = model.model.mesh
-    cache = jax.eval_shape(lambda: Cache.empty(model.config, batch, slots, cache_dtype(model), bits, mesh))
+    return _cache_bytes(model.config, batch, slots, cache_dtype(model), bits, model.model.mesh)
+
+
+@functools.lru_cache  # tracing takes 2 ms, as long as a head of MiniCPM-1B
+def _cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None, mesh: Mesh | None) -> int:
+    cache = jax.eval_shape(lambda: Cache.empty(config, batch, slots, dtype, bits, mesh))
     specs = placement(cache, mesh) if mesh is not None else cache
 
     def bytes_of(x, spec):
