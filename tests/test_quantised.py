@@ -98,7 +98,6 @@ def test_a_model_on_a_cpu_keeps_its_weights_packed(tmp_path, bits):
     one = jnp.zeros((1, 1), int)
     step = jax.jit(lambda model: model.hidden_states(one, positions_of(model.config, one.shape)))
     compiled = step.lower(listed).compile()
-    print(compiled.memory_analysis().temp_size_in_bytes)
     assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2048 * 2  # of 9 such matrices
 
 
