@@ -35,7 +35,7 @@ class Options:
     """Only programs whose line, as it begins, contains this; the other lines of the file stay."""
 
 
-Row = tuple[str, str, str, int, int, dict[str, int]]  # model, topology, job, batch, seq, other flags
+Row = tuple[str, str, str, int, int, dict[str, int | str]]  # model, topology, job, batch, seq, other flags
 ROWS: tuple[Row, ...] = (
     ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {}),
     ("minicpm-2b", "v5e:1x1", "generate", 4, 4096, {}),
@@ -60,6 +60,7 @@ ROWS: tuple[Row, ...] = (
     ("minicpm-1b", "v5e:1x1", "lora", 8, 2048, {}),
     ("minicpm-moe-8x2b", "v5e:2x4", "lora", 8, 2048, {}),
     ("minicpm-2b", "v5e:2x4", "finetune", 8, 4096, {}),
+    ("minicpm-2b", "v5e:2x4", "finetune", 8, 4096, {"mesh": "fsdp=4,tensor=2"}),
 )
 
 

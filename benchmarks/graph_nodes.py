@@ -1,22 +1,26 @@
-"""Nodes in the graph of a decode step: ours in MLX, layers apart and joined, and the minicpm of `mlx_lm`.
+"""Nodes in the graphs of a decode step and of a training step: ours in MLX, and those of the minicpm of `mlx_lm`.
 
     python -m benchmarks.graph_nodes --layers 40
 
 One node is at least one kernel to be launched. Counted in the graph that MLX exports for this device: on a CPU the
-norms, the rotation and attention are many nodes each, on a GPU one.
+norms, the rotation and attention are many nodes each, on a GPU one. Training is LoRA of rank 8 on q_proj and v_proj of
+all layers, with AdamW; it is compiled here as it is on a GPU.
 """
 
+import functools
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.models import random_model, wide
 from weights_io import command_line
 from weights_io.config import ModelConfig
 
+RANK, ALPHA, TARGETS = 8, 32.0, ("q_proj", "v_proj")
 OF_THEIRS: tuple[str, ...] = (
     "vocab_size",
     "hidden_size",
@@ -37,11 +41,15 @@ def main(options: Options) -> None:
     """Count, and print a table."""
     narrow = {"hidden_size": 96, "intermediate_size": 240, "tie_word_embeddings": False}
     _, model = random_model("mlx", wide(options.layers, 256, **narrow), join=False)
-    print("| decode step of | nodes | of mlx_lm's | a layer |\n|---|---|---|---|")
-    counts = dict(steps(model))
-    for name, (_, nodes) in counts.items():
-        share = nodes / counts["mlx_lm"][1]
-        print(f"| {name} | {nodes:,} | {share:.2f} | {nodes / options.layers:.1f} |")
+    table("decode", {name: nodes for name, (_, nodes) in steps(model)}, options.layers)
+    table("training", dict(training_steps(model.config)), options.layers)
+
+
+def table(kind: str, counts: dict[str, int], layers: int) -> None:
+    print(f"| {kind} step of | nodes | of mlx_lm's | a layer |\n|---|---|---|---|")
+    for name, nodes in counts.items():
+        print(f"| {name} | {nodes:,} | {nodes / counts['mlx_lm']:.2f} | {nodes / layers:.1f} |")
+    print()
 
 
 def steps(model: Any) -> Iterator[tuple[str, tuple[Any, int]]]:
@@ -59,6 +67,53 @@ def steps(model: Any) -> Iterator[tuple[str, tuple[Any, int]]]:
     yield "ours", step(model, lambda ids, cache: model(ids, cache=cache))
 
 
+def training_steps(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Nodes of a LoRA step on two rows of 64 tokens: of `mlx_lm`, and ours as it is on a CPU and as on a GPU."""
+    import mlx.core as mx
+
+    from minicpm_data.finetune_options import LoraOptions
+    from minicpm_mlx import train
+    from minicpm_mlx.model import initialise
+    from minicpm_mlx.trainer import Trainer
+
+    ids = mx.random.randint(3, config.vocab_size, (2, 64))
+    batch = {"ids": ids, "labels": ids, "segments": mx.ones_like(ids)}
+    options = LoraOptions(rank=RANK, alpha=ALPHA, dropout=0.0, num_layers=-1, targets=TARGETS)
+    yield "mlx_lm", peer_training(config, ids)
+    for name, compiled in (("ours", lambda function: function), ("ours, compiled", mx.compile)):
+        with mock.patch.object(train, "compiled", compiled):
+            worker = Trainer(initialise(config, mx.random.key(0)), options)
+        mx.eval(worker.weights, worker.optimiser.state)
+        weights, figures = worker.train_step(worker.weights, [batch], 1e-5, mx.random.key(0))
+        yield name, nodes(weights, worker.optimiser.state, figures)
+
+
+def peer_training(config: ModelConfig, ids: Any) -> int:
+    """Nodes of the step that `mlx_lm.tuner.trainer` makes and compiles."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.trainer import default_loss
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model, optimizer = peer(config), optim.AdamW(1e-5)
+    model.freeze()
+    keys = [f"self_attn.{target}" for target in TARGETS]
+    numbers = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, config.num_hidden_layers, numbers)
+    optimizer.init(model.trainable_parameters())
+    state = [model.state, optimizer.state, mx.random.state]
+    mx.eval(state)
+
+    @functools.partial(mx.compile, inputs=state, outputs=state)
+    def step(batch, lengths):
+        (loss, count), gradients = nn.value_and_grad(model, default_loss)(model, batch, lengths)
+        optimizer.update(model, gradients)
+        return loss, count
+
+    return nodes(step(ids, mx.array([[0, 64]] * 2)), model.trainable_parameters(), optimizer.state)
+
+
 def peer(config: ModelConfig) -> Any:
     """`mlx_lm`'s model of a config without a tied head, which it does not divide."""
     from mlx_lm.models import minicpm
@@ -74,11 +129,18 @@ def step(model: Any, call: Callable[[Any, list[Any]], Any]) -> tuple[Any, int]:
     cache = make_prompt_cache(model)
     mx.eval(call(mx.array([[1, 7, 9, 4]]), cache), [layer.state for layer in cache])
     logits = call(mx.array([[5]]), cache)
-    results = [mx.argmax(logits[:, -1], axis=-1), *(x for layer in cache for x in (layer.keys, layer.values))]
+    return logits, nodes(mx.argmax(logits[:, -1], axis=-1), [(layer.keys, layer.values) for layer in cache])
+
+
+def nodes(*results: Any) -> int:
+    """In the graph of arrays, or trees of them, that are not yet computed."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.dot"
-        mx.export_to_dot(str(path), *results)
-        return logits, len(re.findall("shape=rectangle", path.read_text()))
+        mx.export_to_dot(str(path), *(array for _, array in tree_flatten(results)))
+        return len(re.findall("shape=rectangle", path.read_text()))
 
 
 if __name__ == "__main__":

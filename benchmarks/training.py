@@ -3,19 +3,23 @@
     python -m benchmarks.training --part loss --backend jax
     python -m benchmarks.training --part loss --backend mlx
     python -m benchmarks.training --part packing --backend jax --shape wide
+    python -m benchmarks.training --part step --tokens 16
 
 `loss`: memory and numbers of the loss in chunks beside those of all logits at once. In JAX the whole LoRA step of a
 released shape is compiled for a TPU, which needs none; in MLX loss and gradient run. `packing`: tokens a second of LoRA
-steps on examples whose lengths are skewed, each in a row of its own or packed.
+steps on examples whose lengths are skewed, each in a row of its own or packed. `step`: time and memory of a step of all
+weights in MLX, as it is on a CPU and compiled as on a GPU.
 Dims: B rows, T tokens, V vocabulary, D hidden.
 """
 
 import functools
 import importlib
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 
@@ -35,7 +39,7 @@ VOCABULARY = 32768  # of the loss in MLX, whose head is 32 wide
 
 @dataclass(frozen=True)
 class Options:
-    part: Literal["loss", "packing"]
+    part: Literal["loss", "packing", "step"]
     """What is measured."""
     backend: Literal["jax", "mlx"] = "jax"
     """Which of the two runs."""
@@ -54,15 +58,50 @@ class Options:
     examples: int = 32
     """Of packing: how many there are, an epoch."""
     rounds: int = 5
-    """Of packing: timed runs, of which the median counts."""
+    """Of packing and of the step: timed runs, of which the median counts."""
 
 
 def main(options: Options) -> None:
     """Measure what fine-tuning takes in memory and time."""
-    if options.part == "loss":
+    if options.part == "step":
+        mlx_step(options)
+    elif options.part == "loss":
         (jax_loss if options.backend == "jax" else mlx_loss)(options)
     else:
         packing(options)
+
+
+# The step in MLX
+
+
+def mlx_step(options: Options) -> None:
+    """80 narrow layers: MLX on a CPU holds what the next hundred kernels write, which must be few of all."""
+    import mlx.core as mx
+
+    from benchmarks.models import wide
+    from minicpm_data.finetune_options import FullOptions
+    from minicpm_mlx import train
+    from minicpm_mlx.model import initialise
+    from minicpm_mlx.trainer import Trainer
+
+    config = ModelConfig.from_dict(wide(80, 500, hidden_size=192, intermediate_size=480))
+    ids = np.random.default_rng(0).integers(3, 500, (1, options.tokens), np.int32)
+    batch = {"ids": ids, "labels": ids, "segments": np.ones_like(ids)}
+    print("| step | peak, of the masters | s a step |\n|---|---|---|")
+    for name, compiled in (("as on a CPU", lambda function: function), ("compiled", mx.compile)):
+        with mock.patch.object(train, "compiled", compiled):
+            worker = Trainer(initialise(config, mx.random.key(0)), FullOptions())
+        seconds = []
+        for number in range(options.rounds + 1):
+            began = time.perf_counter()
+            worker.step([batch], 1e-5, number)
+            mx.eval(worker.weights)
+            seconds.append(time.perf_counter() - began)
+            if number == 0:  # traced and compiled
+                mx.reset_peak_memory()
+        masters = sum(weight.nbytes for weight in worker.weights.values())
+        print(f"| {name} | {mx.get_peak_memory() / masters:.2f} | {statistics.median(seconds[1:]):.2f} |")
+        del worker
 
 
 # The loss over the vocabulary

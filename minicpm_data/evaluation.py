@@ -133,6 +133,7 @@ def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[Evalua
             raise InputError("--require-sums is about pico's questions; leave out --data.")
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
+        running.device.note_mesh(model, options.batch_size)
         numbers = options.limit, options.batch_size, options.max_tokens, options.seed, options.data
         answers = ask_questions(running, model, tokenizer, *numbers)
         scores: dict[str, list[bool]] = defaultdict(list)

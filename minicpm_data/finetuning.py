@@ -121,7 +121,8 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     train = split("train", True) if options.training else None
     valid = split("valid", False) if options.training else None
     test = split("test", True) if options.test else None
-    worker = trainer(model, options)
+    worker = trainer(model, options)  # which refuses a batch that a mesh does not divide
+    running.device.note_mesh(model, options.batch_size)
     del model  # which a trainer of all weights does not keep
     with contextlib.closing(worker):
         if train is not None:  # nothing is written before all is known to fit

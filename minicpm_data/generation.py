@@ -229,7 +229,7 @@ class Backend:
 
     load: Callable[..., tuple[Any, "Tokenizer | None"]]
     generator: Generator
-    device: ModuleType  # description, preferred_dtype, for_decoding, peak_memory, compile_seconds
+    device: ModuleType  # description, is_first, preferred_dtype, for_decoding, note_mesh, peak_memory, compile_seconds
     activation_sparsity: "Callable[[Any, Sequence[int]], np.ndarray]"
 
 

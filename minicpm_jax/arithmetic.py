@@ -14,8 +14,9 @@ FEW = 32
 
 def gated(gate: Array, up: Array, threshold: float | None = None) -> Array:
     """silu(gate) * up; with a ``threshold`` FATReLU in place of SiLU: gate where gate >= threshold, else 0."""
-    active = jax.nn.silu(gate) if threshold is None else jnp.where(gate >= threshold, gate, 0)
-    return active * up
+    if threshold is not None:
+        return jnp.where(gate >= threshold, gate, 0) * up
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up  # rounded once, as PyTorch does
 
 
 def scaled(x: Array, factor: float) -> Array:

@@ -21,13 +21,12 @@ from minicpm_jax.arithmetic import precision
 from minicpm_jax.cache import Cache, placement
 from minicpm_jax.kernels.cache_attention import cache_attention
 from minicpm_jax.kernels.causal_attention import causal_attention
-from minicpm_jax.sharding import row_axes
+from minicpm_jax.sharding import by_heads, row_axes
 from weights_io.config import ModelConfig
 
-BLOCK = (
-    512  # most tokens, or cache slots, that XLA's form of attention looks at together; of one new token half as many
-)
+BLOCK = 512  # most tokens, or cache slots, that XLA's form of attention takes together; half as many for one new token
 TOGETHER = 256  # most numbers of a cache slot whose heads it takes together for one new token
+SCORES = 1 << 19  # most scores that it makes together for several
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "segments"], meta_fields=[])
@@ -115,9 +114,11 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         batch, width, _ = x.shape
         with jax.named_scope("attention"):
-            q = rotate(self.q_proj(x).reshape(batch, width, -1, self.head_dim), positions)
-            k = rotate(self.k_proj(x).reshape(batch, width, -1, self.head_dim), positions)
-            v = self.v_proj(x).reshape(k.shape)
+            mesh = self.mesh if cache is None else None
+            q, k, v = (by_heads(project(x), mesh) for project in (self.q_proj, self.k_proj, self.v_proj))
+            q = rotate(q.reshape(batch, width, -1, self.head_dim), positions)
+            k = rotate(k.reshape(batch, width, -1, self.head_dim), positions)
+            v = v.reshape(k.shape)
             if cache is not None:
                 mixed, cache = through_cache(q, k, v, cache, layer, positions.index, self.mesh)
                 return self.o_proj(mixed), cache
@@ -275,15 +276,17 @@ def attend_blocks(
     kv_heads = cache.k.shape[3] // head_dim
     # Most prompts are shorter than a cache: of blocks as long as a piece the first is all that the first piece sees.
     block = min(BLOCK // 2 if width == 1 else max(width, BLOCK // 4), BLOCK, cache.slots)
-    together = max(c for c in range(1, max(1, TOGETHER // head_dim) + 1) if kv_heads % c == 0) if width == 1 else 1
-    lanes, parts = together * head_dim, kv_heads // together
+    room = TOGETHER // head_dim if width == 1 else SCORES // (heads // kv_heads * width * block)
+    together = max(c for c in range(1, max(1, room) + 1) if kv_heads % c == 0)
+    wide, parts = width == 1, kv_heads // together
+    lanes = together * head_dim if wide else head_dim
     own = jnp.eye(together, dtype=q.dtype)[:, None, None, :, None]
     highest, lowest = jax.lax.Precision.HIGHEST, jnp.finfo(jnp.float32).min
 
     def part(given):
         q, row, head = given
         shape = (together * q.shape[1], width)  # of the queries: those of a head, then of a token
-        wide = (q[..., None, :] * own).reshape(-1, lanes)
+        queries = (q[..., None, :] * own).reshape(1, -1, lanes) if wide else q.reshape(together, -1, lanes)
 
         def step(i, carry):
             top, total, mixed = carry
@@ -291,28 +294,30 @@ def attend_blocks(
             # Without the barrier XLA:CPU makes a copy of the whole cache in float32 before the loop.
             held, slot = jax.lax.optimization_barrier((cache, first))
             like = jax.ShapeDtypeStruct((block, together, head_dim), q.dtype)
-            k, v = (x.reshape(block, lanes) for x in held.read(layer, row, slot, head, like))
+            k, v = (x.reshape(block, -1, lanes) for x in held.read(layer, row, slot, head, like))
             slots = first + jnp.arange(block)
             visible = (slots >= i * block) & (slots <= index[row][:, None])  # [T, S]
-            scores = jnp.einsum("rc,sc->rs", wide, k, precision=highest, preferred_element_type=jnp.float32)
+            scores = jnp.einsum("crh,sch->crs", queries, k, precision=highest, preferred_element_type=jnp.float32)
             scores = jnp.where(visible, scores.reshape(*shape, block) * head_dim**-0.5, lowest)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0)
             fade = jnp.exp(top - higher)
             added = jnp.einsum(
-                "rs,sc->rc",
-                weights.astype(v.dtype).reshape(-1, block),
+                "crs,sch->crh",
+                weights.astype(v.dtype).reshape(*queries.shape[:2], block),
                 v,
                 precision=highest,
                 preferred_element_type=jnp.float32,
             )
-            mixed = mixed * fade[..., None] + added.reshape(*shape, lanes)
+            mixed = mixed * fade.reshape(*queries.shape[:2], 1) + added
             return higher, total * fade + jnp.sum(weights, axis=-1), mixed
 
-        start = jnp.full(shape, lowest), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, lanes), jnp.float32)
+        start = jnp.full(shape, lowest), jnp.zeros(shape, jnp.float32), jnp.zeros(queries.shape, jnp.float32)
         _, total, mixed = jax.lax.fori_loop(0, (index[row, -1] + block) // block, step, start)
-        mixed = (mixed / total[..., None]).reshape(*q.shape[:-1], together, head_dim)
-        return jnp.sum(mixed * own, axis=-2).astype(q.dtype)  # [C, G, T, H]
+        mixed = mixed / total.reshape(*queries.shape[:2], 1)
+        if wide:
+            mixed = jnp.sum(mixed.reshape(*q.shape[:-1], together, head_dim) * own, axis=-2)
+        return mixed.reshape(q.shape).astype(q.dtype)  # [C, G, T, H]
 
     q = q.reshape(batch, width, parts, together, -1, head_dim).transpose(0, 2, 3, 4, 1, 5)
     row, head = jnp.repeat(jnp.arange(batch), parts), jnp.tile(jnp.arange(parts) * together, batch)

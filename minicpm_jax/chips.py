@@ -15,15 +15,22 @@ class Chip:
     """One chip; where a program sees its two cores as devices (v2, v3), each has half."""
 
     name: str
+    kinds: tuple[str, ...]  # how JAX names it: `jax.Device.device_kind`
     flops: float  # a second, bfloat16
     bandwidth: float  # bytes a second, of HBM
     hbm: int  # bytes
     axes: int  # of a topology: 2x4, or 2x2x1
+    bfloat16_kernels: bool = True  # whether those of attention compile for it in bfloat16
 
     @property
     def example(self) -> str:
         """A topology that there is."""
         return f"{self.name}:{'x'.join(('2', '2', '1')[: self.axes])}"
+
+    def check_dtype(self, dtype: str) -> None:
+        """`InputError` where the model cannot be computed in it."""
+        if dtype == "bfloat16" and not self.bfloat16_kernels:
+            raise InputError(f"attention's kernels do not compile for {self.name} in bfloat16; take --dtype float32.")
 
 
 GIB = 2**30
@@ -31,14 +38,19 @@ GIB = 2**30
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v2", 46e12, 0.7e12, 16 * GIB, 2),
-        Chip("v3", 123e12, 0.9e12, 32 * GIB, 2),
-        Chip("v4", 275e12, 1.23e12, 32 * GIB, 3),
-        Chip("v5e", 197e12, 0.82e12, 16 * GIB, 2),
-        Chip("v5p", 459e12, 2.77e12, 95 * GIB, 3),
-        Chip("v6e", 918e12, 1.64e12, 32 * GIB, 2),
+        Chip("v2", ("TPU v2",), 46e12, 0.7e12, 16 * GIB, 2, bfloat16_kernels=False),
+        Chip("v3", ("TPU v3",), 123e12, 0.9e12, 32 * GIB, 2, bfloat16_kernels=False),
+        Chip("v4", ("TPU v4",), 275e12, 1.23e12, 32 * GIB, 3),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 0.82e12, 16 * GIB, 2),
+        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 2.77e12, 95 * GIB, 3),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 1.64e12, 32 * GIB, 2),
     )
 }
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`; None: no TPU, or one that is not in the table."""
+    return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from minicpm_jax.chips import Chip, chip_of
+from minicpm_jax.sharding import note_idle
 from weights_io.checkpoint import Checkpoint
 from weights_io.errors import InputError
 from weights_io.memory import host_free
@@ -39,14 +41,28 @@ def is_first() -> bool:
 
 
 def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False) -> str:
-    """What to compute in unless told otherwise: the checkpoint's own, but float32 where the kernels of attention are
-    for no other (v2, v3) and on a CPU, where XLA's bfloat16 is up to ten times slower. ``decoding``: in the form of
+    """What to compute in unless told otherwise: `usual_dtype` of the checkpoint's own. ``decoding``: in the form of
     `for_decoding`, which in bfloat16 gives 1.7 times as many tokens a second on a CPU with a matrix unit for it (AMX),
     and reads prompts 2.5 times as fast; but not with experts, whose weights XLA would copy for each token."""
-    if platform() != "cpu":
-        return "float32" if jax.devices()[0].device_kind in ("TPU v2", "TPU v3") else checkpoint.dtype
     fast = decoding and checkpoint.dtype == "bfloat16" and not checkpoint.config.num_experts and _has_matrix_unit()
-    return "bfloat16" if fast else "float32"
+    return "bfloat16" if platform() == "cpu" and fast else usual_dtype(checkpoint.dtype)
+
+
+def usual_dtype(dtype: str) -> str:
+    """``dtype``, but float32 where the kernels of attention are for no other (v2, v3) and on a CPU, where XLA's
+    bfloat16 is up to ten times slower."""
+    chip = _chip()
+    return "float32" if platform() == "cpu" or (chip and not chip.bfloat16_kernels) else dtype
+
+
+def check_dtype(dtype: str) -> None:
+    """`InputError` where the device cannot compute in it."""
+    if chip := _chip():
+        chip.check_dtype(dtype)
+
+
+def _chip() -> Chip | None:
+    return chip_of(jax.devices()[0].device_kind) if platform() == "tpu" else None
 
 
 def _has_matrix_unit() -> bool:
@@ -80,6 +96,11 @@ def matrices_dtype(checkpoint: Checkpoint, dtype: str) -> str:
     exact = all(tensor.dtype.name == "bfloat16" for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1)
     kept = dtype == "float32" and exact and not checkpoint.config.num_experts and _has_matrix_unit()
     return "bfloat16" if kept else dtype
+
+
+def note_mesh(model: "Model", rows: int) -> None:
+    """`note_idle` of the model's mesh, for so many prompts together."""
+    note_idle(model.config, model.model.mesh, rows)
 
 
 def peak_memory() -> int:

@@ -136,7 +136,6 @@ class Engine(engine.Engine):
 
     def _source(self, prompt: Sequence[int]) -> tuple[int, int]:
         """The slot whose text begins most like the prompt, and how many tokens of it can be copied."""
-
         lengths = [0 if old is None else shared(self.model.config, prompt, old) for old in self.rows]
         return int(np.argmax(lengths)), max(lengths)
 

@@ -30,6 +30,7 @@ PASSING = ("bitcast", "convert", "copy", "reshape", "transpose")  # within a fus
 NAMING = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 SLICING = ("dynamic-slice", "slice", "gather")
 UPDATING = ("dynamic-update-slice", "scatter")
+PASSED_ON = "output_to_operand_aliasing"  # of a fusion: operands that come out as they went in
 BITS = {"pred": 8, "token": 0, "opaque": 0}  # of types whose name does not end in their width
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
@@ -151,7 +152,8 @@ class Program:
 
     def _count(self, total: Traffic, instruction: Instruction, computation: Computation, channels: set[str]) -> None:
         """``channels``: the collectives that have been counted. One that runs beside the arithmetic stands in the
-        fusion that starts it, in those that it runs beside, of loops too, and in the one that waits for it."""
+        fusion that starts it, in those that it runs beside, of loops too, and in the one that waits for it; all of
+        them pass its arrays on. Others that XLA has put together may share a channel."""
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith(("-done", "-update")):
             return
@@ -165,9 +167,10 @@ class Program:
             )
         else:
             total.hbm += self.bytes_of(instruction, computation)
+            beside = PASSED_ON in instruction.rest
             for kind, channel, size in self._collectives(instruction, computation):
-                if channel not in channels:
-                    channels.update([channel] if channel else [])
+                if not beside or not channel or channel not in channels:
+                    channels.update([channel] if beside else [])
                     total.counts[kind] += 1
                     total.bytes[kind] += size
 
@@ -316,7 +319,7 @@ def _begins(value: Instruction, inside: Computation) -> Instruction:
 def _passed(fusion: Instruction) -> tuple[set[int], set[int]]:
     """Operands that come out as they went in, and the results that they are: a collective's arrays, on their way
     through the fusions that it runs beside."""
-    found = re.search(r"output_to_operand_aliasing=\{(.*?)\}, [a-z]", fusion.rest)
+    found = re.search(PASSED_ON + r"=\{(.*?)\}, [a-z]", fusion.rest)
     pairs = re.findall(r"\{(\d*)\}: \((\d+)", found[1]) if found else []
     return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
 

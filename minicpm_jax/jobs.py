@@ -102,9 +102,7 @@ class Job:
         """Raises `InputError` for a mesh, a batch or a model that cannot be."""
         if self.batch < 1 or self.seq < 2 or self.prefill_step_size < 1:
             raise InputError("--batch, --seq and --prefill-step-size are at least 1, 2 and 1.")
-        if self.dtype == "bfloat16" and self.topology.chip.name in ("v2", "v3"):
-            name = self.topology.chip.name
-            raise InputError(f"attention's kernels do not compile for {name} in bfloat16; take --dtype float32.")
+        self.topology.chip.check_dtype(self.dtype)
         if self.quantize is not None and self.job in ("finetune", "pretrain"):
             raise InputError(f"--quantize is for a base that is not trained; leave it out of --job {self.job}.")
         match self.job:

@@ -86,6 +86,7 @@ def load_weights(
     """The model of an opened checkpoint, each array placed where the mesh wants it; the rest as in `load`.
     ``decoding``: one for `device.for_decoding`."""
     target = jnp.dtype(checkpoint.target(dtype))
+    device.check_dtype(target.name)
     mesh = None if mesh is None else automatic(mesh)
     config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
     as_read = mesh is None and quantize is None and jax.default_backend() == "cpu"

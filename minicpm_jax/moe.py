@@ -47,11 +47,14 @@ class ExpertLinear(nnx.Module):
             x, lambda weight, x: block_products(weight, x, experts), lambda ratio: ratio[experts][:, None]
         )
 
-    def all(self, x: Float[Array, "R E I"]) -> Float[Array, "R E O"]:
-        """One row for each expert."""
-        return self._adapted(
-            x, lambda weight, x: jnp.einsum("rei,eoi->reo", x, weight, precision=precision(x)), lambda ratio: ratio
-        )
+    def all(self, x: Float[Array, "R I"] | Float[Array, "R E I"]) -> Float[Array, "R E O"]:
+        """One row for all experts, or for each its own. Where it is one row, its gradient is summed over experts and
+        outputs at once: of the same row given to each expert, devices would send every expert's."""
+
+        def product(weight: Array, x: Array) -> Array:
+            return jnp.einsum("ri,eoi->reo" if x.ndim == 2 else "rei,eoi->reo", x, weight, precision=precision(x))
+
+        return self._adapted(x, product, lambda ratio: ratio)
 
     def _adapted(self, x: Array, product: Product, ratio: Callable[[Array], Array]) -> Array:
         y = product(self.weight[...], x)
@@ -106,8 +109,7 @@ class Experts(nnx.Module):
         self, x: Float[Array, "R D"], weights: Float[Array, "R C"], chosen: Int[Array, "R C"]
     ) -> Float[Array, "R D"]:
         """Every expert on every row, those that are not chosen with the weight 0."""
-        rows = jnp.broadcast_to(x[:, None], (len(x), self.count, x.shape[1]))
-        y = self.w2.all(gated(self.w1.all(rows), self.w3.all(rows), self.threshold))
+        y = self.w2.all(gated(self.w1.all(x), self.w3.all(x), self.threshold))
         shares = jnp.sum(jax.nn.one_hot(chosen, self.count, dtype=x.dtype) * weights[..., None], axis=1)  # [R, E]
         return jnp.sum(y * shares[..., None], axis=1)
 

@@ -17,19 +17,6 @@ if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
     from minicpm_jax.model import Model
 
-# How JAX names the chips of `minicpm_jax.chips`.
-KINDS = {
-    "TPU v2": "v2",
-    "TPU v3": "v3",
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-}
-
 
 def check_runtime() -> None:
     """Print what JAX runs on. Raises `InputError` where that is a CPU that nobody asked for."""
@@ -93,7 +80,7 @@ def decoding_speed(model: "Model", rows: int = 1, prompt_tokens: int = 32, new_t
     import numpy as np
 
     from minicpm_data.generation import CacheOptions, Sampling
-    from minicpm_jax.chips import CHIPS
+    from minicpm_jax.chips import chip_of
     from minicpm_jax.decoding import stream_tokens
 
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, prompt_tokens)).tolist()
@@ -104,9 +91,10 @@ def decoding_speed(model: "Model", rows: int = 1, prompt_tokens: int = 32, new_t
         began = time.perf_counter()
         count = sum(1 for _ in steps)
         seconds = time.perf_counter() - began
-    kind, read = KINDS.get(jax.devices()[0].device_kind), bytes_read(model, rows)
-    chips = len(model.model.embed_tokens.weight[...].sharding.device_set)
-    floor = None if kind is None else read / (CHIPS[kind].bandwidth * chips)
+    chip, read = chip_of(jax.devices()[0].device_kind), bytes_read(model, rows)
+    here = model.model.embed_tokens.weight[...].sharding.device_set
+    # A chip's cores have one place.
+    floor = None if chip is None else read / (chip.bandwidth * len({tuple(device.coords) for device in here}))
     return Speed(rows, rows * count / seconds, read, floor)
 
 

@@ -77,7 +77,7 @@ class Options(Placement):
     clip: float = 1.0
     """Largest norm of the gradient."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute in this; masters and moments are float32. Default: bfloat16 on a TPU or GPU, float32 on a CPU."""
+    """Compute in this; masters and moments are float32. Default: bfloat16, and float32 on a CPU and TPU v2 or v3."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the finished model."""
     remat: bool = False
@@ -99,18 +99,19 @@ class Options(Placement):
 def pretrain(options: Options) -> None:
     """Train a MiniCPM from nothing (or go on with an interrupted run)."""
     check(options)
-    import jax
     from tqdm import tqdm
 
     from minicpm_data.finetuning import line
     from minicpm_data.metrics import Metrics
     from minicpm_data.runs import Interrupt, check_settings
-    from minicpm_jax import hosts, train
+    from minicpm_jax import device, hosts, train
     from minicpm_jax.checkpoints import Checkpoints
-    from minicpm_jax.sharding import own_rows, placed_rows
+    from minicpm_jax.sharding import note_idle, own_rows, placed_rows
 
     mesh = options.placement()["mesh"]
     processes, own = hosts.processes(), functools.partial(own_rows, mesh)
+    dtype = options.dtype or device.usual_dtype("bfloat16")
+    device.check_dtype(dtype)
     own(options.batch_size)  # refused before anything is written
     config, raw, weights = beginning(options, mesh)
     schedule = WarmupStableDecay(
@@ -123,13 +124,13 @@ def pretrain(options: Options) -> None:
     )
     stages, bos_token_id, fingerprint = read_data(options, config.vocab_size)
     optimiser = train.mup_optimizer(config, options.beta1, options.beta2, options.weight_decay, options.clip)
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     fixed: dict[str, Any] = {"trained": train.AllWeights(config, dtype, mesh), "bos_token_id": bos_token_id}
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     settings |= {"config": config.to_dict(), "data": fingerprint}
     notes = {"config.json": raw, "tokenizer": str(options.tokenizer.resolve()), "save_dtype": options.save_dtype}
     processes.check_same(json.dumps(settings, sort_keys=True))
     processes.once(lambda: check_settings(options.out, settings, options.resume, notes))
+    note_idle(config, mesh, options.batch_size)
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(options.out / "checkpoints")))

@@ -12,16 +12,12 @@ from jaxtyping import Array, Float, Int8
 
 from minicpm_jax.adapters import linear
 from weights_io.adapters import target_parameters
-from weights_io.casting import check_bits
+from weights_io.casting import check_bits, check_groups, group_of
 from weights_io.config import ModelConfig
-from weights_io.errors import InputError
-from weights_io.memory import GROUP
 from weights_io.parameters import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from minicpm_jax.model import Model
-
-LEAST = 32  # numbers of a row that share a scale where `GROUP` does not divide it
 
 
 class Packed(nnx.Module):
@@ -72,7 +68,7 @@ def quantise_rows(weight: Float[Array, "V D"]) -> Rows:
     return Rows(numbers.astype(jnp.int8), scale)
 
 
-def quantise(weight: Float[Array, "... O I"], bits: int, group: int = GROUP) -> Packed:
+def quantise(weight: Float[Array, "... O I"], bits: int, group: int) -> Packed:
     """Nearest numbers of a grid in which the largest of each ``group`` is exact: its sign takes the end that has one
     number more (-8 of -8 to 7)."""
     groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, group)
@@ -93,10 +89,9 @@ def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Cal
     bits, pack = check_bits(bits), jax.jit(quantise, static_argnums=(1, 2))
 
     def packed(name: str, width: int, weight: Array) -> Packed:
-        group = math.gcd(width, weight.shape[-1], GROUP)  # a mesh may have filled the rows up
-        if group < LEAST:
-            raise InputError(f"rows of {weight.shape[-1]} in {name} have no groups of {LEAST}; leave out --quantize.")
-        return pack(weight, bits, group)
+        width = math.gcd(width, weight.shape[-1])  # a mesh may have filled the rows up
+        check_groups(name, width)
+        return pack(weight, bits, group_of(width))
 
     found: dict[str, Callable[[Array], Any]] = {}
     for parameter in target_parameters(config, ("all-linear",)):

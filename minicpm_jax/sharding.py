@@ -3,22 +3,26 @@
 import bisect
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from minicpm_jax.kernels.cache_attention import LANES
+from weights_io.casting import GROUPS
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.memory import GROUP
 from weights_io.parameters import parameters
 
 AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
 BATCH = ("data", "fsdp")  # what a batch's rows are split over
+
+ADDED_UP = "added up over tensor"  # the name of what is kept of a layer that the backward pass runs again
 
 # Logical axis -> mesh axis. Matrices are split over fsdp along the hidden size and over tensor along the other one;
 # the router is small and every device sends its own tokens; of norms' few numbers the gathering took longer.
@@ -96,17 +100,24 @@ def by_rows(x: Any, mesh: Mesh | None) -> Any:
     XLA splits the hidden state as the weights are, every device then runs all rows, and sums travel in place of
     weights: 15 times the bytes of a step of MiniCPM-2B over 8 devices."""
     names = () if mesh is None else row_axes(mesh, x.shape[0])
+    return x if mesh is None or not names else _split(x, mesh, names)
+
+
+def by_heads(x: Any, mesh: Mesh | None) -> Any:
+    """[B, T, NH] as `by_rows`, and its heads over tensor. XLA would make the heads an axis of the projection, and
+    gather [N, H, D] anew in the backward pass, where an H of 64 fills 128 lanes: 0.4 GB of 6 of MiniCPM-1B over 8."""
+    names = () if mesh is None else row_axes(mesh, x.shape[0])
     if mesh is None or not names:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(names)))
+    return _split(x, mesh, names, None, "tensor" if splits("tensor", x.shape[-1], mesh) else None)
 
 
 def gathered_rows(x: Any, mesh: Mesh | None) -> Any:
-    """`by_rows` by way of the whole array on every device: what is split along its last axis comes by an all-gather,
-    which runs beside arithmetic; from the one split to the other it would be an all-to-all."""
+    """`by_tokens` by way of all rows on every device: what is split along its last axis comes by an all-gather, which
+    runs beside arithmetic; from the one split to the other it would be an all-to-all."""
     if mesh is None:
         return x
-    return by_rows(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec())), mesh)
+    return by_tokens(_split(x, mesh, None, "tensor" if splits_tokens(x, mesh) else None), mesh)
 
 
 def by_tokens(x: Any, mesh: Mesh | None) -> Any:
@@ -114,7 +125,7 @@ def by_tokens(x: Any, mesh: Mesh | None) -> Any:
     device of tensor would hold, and add up, the same (Megatron's sequence parallelism, arXiv 2205.05198)."""
     if mesh is None or not splits_tokens(x, mesh):
         return by_rows(x, mesh)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(row_axes(mesh, len(x)), "tensor")))
+    return _split(x, mesh, row_axes(mesh, len(x)), "tensor")
 
 
 def gathered_tokens(x: Any, mesh: Mesh | None) -> Any:
@@ -124,8 +135,24 @@ def gathered_tokens(x: Any, mesh: Mesh | None) -> Any:
 
 
 def scattered_tokens(x: Any, mesh: Mesh | None) -> Any:
-    """From `by_rows` to `by_tokens`, where a block ends: its sums over tensor by a reduce-scatter."""
-    return by_tokens(by_rows(x, mesh), mesh) if splits_tokens(x, mesh) else x
+    """From `by_rows` to `by_tokens`, where a block ends: its sums over tensor by a reduce-scatter, which has the name
+    by which a backward pass that runs the block again finds what came of it."""
+    return checkpoint_name(by_tokens(by_rows(x, mesh), mesh), ADDED_UP) if splits_tokens(x, mesh) else x
+
+
+def copies(weight: Any, x: Any, mesh: Mesh) -> Any:
+    """[L, D] as [L, P, Q, D]: a copy for each device that `by_tokens` gives rows and tokens of ``x`` [B, T, D] of its
+    own. A gradient then stays on its device until the layers are done, and all are added up at once, in float32."""
+    names, tokens = row_axes(mesh, len(x)), splits_tokens(x, mesh)
+    parts = math.prod(mesh.shape[name] for name in names), mesh.shape["tensor"] if tokens else 1
+    depth, width = weight.shape
+    wide = jnp.broadcast_to(weight.astype(jnp.float32)[:, None, None], (depth, *parts, width))
+    return _split(wide, mesh, None, names, "tensor" if tokens else None).astype(weight.dtype)
+
+
+def _split(x: Any, mesh: Mesh, *axes: Any) -> Any:
+    """Its first axes over these of the mesh, whole otherwise."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def splits_tokens(x: Any, mesh: Mesh | None) -> bool:
@@ -149,6 +176,25 @@ def rows_split(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
 
 
+def note_idle(config: ModelConfig, mesh: Mesh | None, rows: int) -> None:
+    """Say on standard error which axes of a mesh have devices that all do the same while so many rows run together.
+    Over fsdp a single row may run on all devices, each of which holds a part of the weights."""
+    if mesh is None or jax.process_index() > 0:
+        return
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1}
+    of_weights = {name for sharding in shardings(padded(config, mesh), mesh).values() for name in sharding.spec}
+    of_rows = row_axes(mesh, rows)
+    whole = [n for n in BATCH if n in sizes and n not in of_rows and (rows > 1 or n not in of_weights)]
+    if whole:
+        over = ",".join(f"{name}={sizes[name]}" for name in whole)
+        what = "1 row" if rows == 1 else f"{rows} rows together"
+        remedy = f"a multiple of {rows_split(mesh)} rows would be split"
+        print(f"note: {what} cannot be split over {over}, whose devices all run the same; {remedy}", file=sys.stderr)
+    for name in [n for n in sizes if n not in BATCH and n not in of_weights]:
+        what = f"{name}={sizes[name]} splits none of this model's weights"
+        print(f"note: {what}, and its devices all run the same; take another axis", file=sys.stderr)
+
+
 def padded(config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> ModelConfig:
     """The shape in which a model lies on a mesh: what is split over tensor is filled up, with zeros at its end, to what
     tensor divides. ``packed``: its matrices are in few bits.
@@ -168,7 +214,7 @@ def padded_over(config: ModelConfig, parts: int, lanes: int = LANES, packed: boo
     whole groups besides: of 720 neurons of the 2B a device XLA would copy all layers in each step."""
     if parts == 1:
         return config
-    neurons = parts * math.lcm(lanes, GROUP) if packed else parts
+    neurons = parts * math.lcm(lanes, GROUPS[0]) if packed else parts
     heads = _multiple(config.num_key_value_heads, parts * lanes // math.gcd(lanes, config.head_dim))
     return dataclasses.replace(
         config,

@@ -18,7 +18,7 @@ from minicpm_jax.attention import positions_of
 from minicpm_jax.loading import spread
 from minicpm_jax.losses import Batch, Objective, packed_loss, token_losses
 from minicpm_jax.model import Linear, Model, nested
-from minicpm_jax.sharding import padded, partition_spec, replicated, reshaped
+from minicpm_jax.sharding import padded, partition_spec, replicated, reshaped, shardings
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -84,6 +84,8 @@ class AllWeights:
         weights = {name: w.astype(self.dtype) for name, w in weights.items()}
         if self.mesh is None:
             return Model(nested(weights), self.config)
+        # Of words that tensor does not divide XLA would split the optimiser's work, and gather what comes of it.
+        weights = jax.lax.with_sharding_constraint(weights, shardings(self.config, self.mesh))
         model = Model(nested(reshaped(weights, padded(self.config, self.mesh), self.mesh)), self.config)
         spread(model, self.mesh)
         _turn(model, self.mesh)

@@ -1,13 +1,21 @@
 """Elementwise pieces that every part of the model shares."""
 
+import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import mlx.core as mx
 
+T = TypeVar("T")
 
-def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """One Metal kernel for a chain of elementwise operations. On a CPU, MLX would start a C++ compiler: left alone."""
-    return mx.compile(function, shapeless=True) if mx.default_device() == mx.gpu else function
+
+def compiled(function: Callable[..., T], shapeless: bool = False) -> Callable[..., T]:
+    """The same with fewer Metal kernels: one for a chain of elementwise operations. On a CPU, MLX would start a C++
+    compiler: left alone."""
+    return mx.compile(function, shapeless=shapeless) if mx.default_device() == mx.gpu else function
+
+
+fused = functools.partial(compiled, shapeless=True)
 
 
 @fused

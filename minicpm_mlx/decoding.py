@@ -18,9 +18,9 @@ from minicpm_data.generation import CacheOptions, Sampling, seen_tokens
 from minicpm_mlx import device
 from minicpm_mlx.joined import join
 from minicpm_mlx.model import Model
-from minicpm_mlx.quantised import GROUPS
 from minicpm_mlx.sampling import sample
 from weights_io import memory as memory_of
+from weights_io.casting import group_of
 from weights_io.errors import InputError
 
 ROOM = 1024  # tokens of an answer for which there must be room before it begins
@@ -58,7 +58,7 @@ def empty(model: Model, padding: Sequence[int], memory: CacheOptions) -> list[An
 
 def group_size(model: Model, memory: CacheOptions) -> int:
     """Numbers of a head that share a scale and an offset in a cache of few bits."""
-    return memory.kv_group_size or next((size for size in GROUPS if model.config.head_dim % size == 0), GROUPS[-1])
+    return memory.kv_group_size or group_of(model.config.head_dim)
 
 
 def cache_bytes(model: Model, tokens: int, memory: CacheOptions) -> int:

@@ -31,6 +31,10 @@ def for_decoding(model: Model) -> Model:
     return model
 
 
+def note_mesh(model: Model, rows: int) -> None:
+    """Nothing: MLX has one device."""
+
+
 def peak_memory() -> int:
     """Bytes: the most that MLX held."""
     return mx.get_peak_memory()

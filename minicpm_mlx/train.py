@@ -1,15 +1,16 @@
 """One optimiser step on a dictionary of arrays."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from minicpm_data.finetune_options import is_decayed
 from minicpm_mlx.adapters import use_keys
+from minicpm_mlx.arithmetic import compiled
 from minicpm_mlx.attention import positions_of
 from minicpm_mlx.losses import Batch, Objective, token_losses
 from minicpm_mlx.model import Model
@@ -76,41 +77,72 @@ def use_weights(model: Model, weights: Weights, dtypes: Mapping[str, Any]) -> No
     model.update(tree_unflatten([(name, w.astype(dtypes[name])) for name, w in weights.items()]))
 
 
-def train_step(
-    model: Model,
-    weights: Weights,
-    batches: Sequence[Batch],
-    learning_rate: float,
-    key: mx.array,
-    *,
-    dtypes: Mapping[str, Any],
-    objective: Objective,
-    optimiser: Any,
-    decay: float,
-    clip: float,
-) -> tuple[Weights, dict[str, mx.array]]:
-    """One step on micro-batches [B, T], whose tokens all weigh the same. Returns the weights, which the model then has,
-    and figures: means of the objective's sums, ``weight`` the sum itself. ``decay``: share of a weight that a learning
-    rate of 1 would take away."""
-    gradients_of = nn.value_and_grad(model, lambda batch: objective(model, batch))
-    totals: Any = None
-    for batch, subkey in zip(batches, mx.random.split(key, max(len(batches), 2)), strict=False):
-        use_keys(model, subkey)
-        (_, sums), gradients = gradients_of(batch)
-        part = sums, {name: g.astype(mx.float32) for name, g in tree_flatten(gradients)}
-        totals = part if totals is None else tree_map(mx.add, totals, part)
-        mx.eval(totals)  # gives up what the backward pass of this batch needed
+def gradients(
+    model: Model, objective: Objective, weights: Weights, batch: Batch, key: mx.array, before: Any = None
+) -> tuple[dict[str, mx.array], Weights]:
+    """The objective's sums over a batch [B, T] and their gradients in float32, added to those ``before``. ``weights``:
+    what is trained, in the model's dtypes, of which the model then has tracers."""
+    use_keys(model, key)
+
+    def total(weights: Weights) -> Any:
+        model.update(tree_unflatten(list(weights.items())))
+        return objective(model, batch)
+
+    (_, sums), found = mx.value_and_grad(total)(weights)
     use_keys(model, None)
-    sums, gradients = totals
+    totals = sums, {name: g.astype(mx.float32) for name, g in found.items()}
+    return totals if before is None else tree_map(mx.add, before, totals)
+
+
+def update(
+    optimiser: Any, decay: float, clip: float, weights: Weights, moments: Any, totals: Any, learning_rate: mx.array
+) -> tuple[Weights, Any, dict[str, mx.array]]:
+    """Weights and moments after a step with the `gradients`, and its figures."""
+    sums, found = totals
     weight = mx.maximum(sums["weight"], 1)
-    gradients, norm = optim.clip_grad_norm({name: g / weight for name, g in gradients.items()}, clip)
-    optimiser.learning_rate = learning_rate
+    found, norm = optim.clip_grad_norm({name: g / weight for name, g in found.items()}, clip)
+    optimiser.state, optimiser.learning_rate = moments, learning_rate
     weights = {name: w * (1 - learning_rate * decay) if is_decayed(name) else w for name, w in weights.items()}
-    weights = optimiser.apply_gradients(gradients, weights)
-    use_weights(model, weights, dtypes)
-    mx.async_eval(weights, optimiser.state)
+    weights = optimiser.apply_gradients(found, weights)
     figures = {name: value / weight for name, value in sums.items()}
-    return weights, figures | {"weight": sums["weight"], "gradient_norm": norm}
+    return weights, optimiser.state, figures | {"weight": sums["weight"], "gradient_norm": norm}
+
+
+class Step:
+    """One step of an optimiser: a program for the `gradients` of a batch, traced for each width of its rows, and one
+    for the `update`. What the model does not train is a constant of the first: it must be computed, and stay.
+    ``decay``: share of a weight that a learning rate of 1 would take away."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        dtypes: Mapping[str, Any],
+        objective: Objective,
+        optimiser: Any,
+        decay: float,
+        clip: float,
+    ):
+        mx.eval(model.parameters())  # of a file that is mapped, a program would read them with each step
+        self.model, self.dtypes, self.optimiser = model, dtypes, optimiser
+        self.gradients = compiled(functools.partial(gradients, model, objective))
+        self.update = compiled(functools.partial(update, optimiser, decay, clip))
+
+    def __call__(
+        self, weights: Weights, batches: Sequence[Batch], learning_rate: float, key: mx.array
+    ) -> tuple[Weights, dict[str, mx.array]]:
+        """A step on micro-batches [B, T], whose tokens all weigh the same. Returns the weights, which the model then
+        has, and figures: means of the objective's sums, ``weight`` the sum itself. Both are still to be computed: by
+        then nobody should hold the weights of before, which lie where the new ones can."""
+        trained, totals = dict(tree_flatten(self.model.trainable_parameters())), None
+        for batch, subkey in zip(batches, mx.random.split(key, max(len(batches), 2)), strict=False):
+            if totals is not None:
+                mx.async_eval(totals)  # gives up what the backward pass of the batch before needed
+            totals = self.gradients(trained, batch, subkey, totals)
+        weights, moments, figures = self.update(weights, self.optimiser.state, totals, mx.array(learning_rate))
+        self.optimiser.state = moments
+        use_weights(self.model, weights, self.dtypes)
+        return weights, figures
 
 
 def log_probabilities(model: Model, batch: Batch) -> mx.array:

@@ -30,7 +30,6 @@ class Trainer:
         self.options, self.config, self.adapter, self.model = options, model.config, options.adapter, model
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
         self.optimiser = train.OPTIMISERS[options.optimizer]()
-        self.decay = options.weight_decay if options.optimizer in ("adamw", "muon") else 0.0
         self.key = mx.random.key(options.seed)
         self.processes = Alone()
         if self.adapter is None:
@@ -46,6 +45,14 @@ class Trainer:
         self.weights = train.weights_of(model)
         self.before = self.weights if options.loss == "dpo" else None
         self.optimiser.init(self.weights)
+        self.train_step = train.Step(
+            model,
+            dtypes=self.dtypes,
+            objective=self.objective,
+            optimiser=self.optimiser,
+            decay=options.weight_decay if options.optimizer in ("adamw", "muon") else 0.0,
+            clip=options.clip,
+        )
         self.checkpoints = Checkpoints(options.out / "checkpoints")
         model.train()
 
@@ -56,18 +63,9 @@ class Trainer:
         return multiple(length)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
-        self.weights, figures = train.train_step(
-            self.model,
-            self.weights,
-            [_arrays(batch) for batch in batches],
-            rate,
-            mx.random.key(self.options.seed * 1_000_003 + number),
-            dtypes=self.dtypes,
-            objective=self.objective,
-            optimiser=self.optimiser,
-            decay=self.decay,
-            clip=self.options.clip,
-        )
+        key = mx.random.key(self.options.seed * 1_000_003 + number)
+        self.weights, figures = self.train_step(self.weights, [_arrays(batch) for batch in batches], rate, key)
+        mx.async_eval(self.weights, self.optimiser.state, figures)
         return figures
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:

@@ -89,8 +89,6 @@ class Engine:
     def warm_up(self) -> None:
         """Begin a short chat and a completion, so that in JAX their programs are compiled before anybody waits."""
         ids = [0] * min(WARM, self.context - 1)  # a chat template may take no message of ours
-        if not ids:
-            return
         for most, temperature in ((CHAT_TOKENS, CHAT_TEMPERATURE), (ANSWER_TOKENS, 0.0)):
             answer = self.stream_generate(ids, min(most, self.context - len(ids)), temperature=temperature)
             for _ in zip(range(2), answer, strict=False):  # the first token is the prompt's; then it is cancelled

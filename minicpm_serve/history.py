@@ -7,7 +7,6 @@ Checkpoints are revisions of ``--model``, or folders in it (on the hub or on thi
 ``history.jsonl`` in ``--out`` as soon as it is there, and the same command goes on where it was stopped.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -25,6 +24,7 @@ from minicpm_serve import backends
 from minicpm_serve.retrieval import answer_tokens, evaluation_samples, is_right
 from weights_io import catalog
 from weights_io.errors import InputError
+from weights_io.write import folder_to_fill
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,8 +78,6 @@ class Checkpoint:
 
 def main(options: Options) -> None:
     """Evaluate the checkpoints of a training run one after the other, and draw the curve."""
-    from tqdm import tqdm
-
     options.check_placement()
     require_positive(options, "length", "samples", "limit", "batch_size")
     if (options.evaluation == "loss") != (options.data is not None):
@@ -88,8 +86,14 @@ def main(options: Options) -> None:
         raise InputError("--length is 1, and a window of one token predicts none; give at least 2.")
     listed = checkpoints(options)
     documents = [] if options.data is None else read_texts(options.data)
-    ours = not options.out.exists()
-    options.out.mkdir(parents=True, exist_ok=True)
+    with folder_to_fill(options.out):
+        evaluate_all(options, listed, documents)
+
+
+def evaluate_all(options: Options, listed: Sequence[Checkpoint], documents: Sequence[str]) -> None:
+    """What is not in the folder yet; the curve is drawn anew after each."""
+    from tqdm import tqdm
+
     kept, settings = options.out / "history.jsonl", options.settings()
     earlier = read_records(kept) if kept.exists() else []
     if kept.exists():
@@ -102,9 +106,6 @@ def main(options: Options) -> None:
             try:
                 result = evaluated(options, checkpoint, documents)
             except InputError as error:
-                if ours:
-                    with contextlib.suppress(OSError):  # not empty if there is a result
-                        options.out.rmdir()
                 raise InputError(f"{checkpoint.name}: {error}") from None
             done[checkpoint.name] = {"name": checkpoint.name, **settings, **result}
             with kept.open("a", encoding="utf-8") as file:
@@ -134,6 +135,7 @@ def evaluated(options: Options, checkpoint: Checkpoint, documents: Sequence[str]
     backend = backends.get(options.backend)
     here = dataclasses.replace(options, model=checkpoint.model, revision=checkpoint.revision)
     model, tokenizer = load_model(backend, here)
+    backend.device.note_mesh(model, options.batch_size)
     if options.evaluation == "loss":
         return loss_of(options, model, tokenizer, documents)
     if options.evaluation == "passkey":

@@ -76,6 +76,7 @@ def main(options: Options) -> None:
     most = answer_tokens(options.task, encode)
     note_context(config, max(len(sample.ids) for sample in samples) + most, "; --rope-scaling stretches them")
     model, tokenizer = load_model(backend, options, decoding=True)
+    backend.device.note_mesh(model, options.batch_size)
     model.config = config
     memory["stop"] = tokenizer.turn_markers if options.chat else ()
     prompts = [sample.ids for sample in samples]

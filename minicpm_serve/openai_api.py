@@ -7,6 +7,7 @@
 
 import asyncio
 import errno
+import math
 import os
 import socket
 import time
@@ -66,6 +67,7 @@ def main(options: Options) -> None:
         memory = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
         engine = Engine(options.backend, model, tokenizer, options.slots, options.context, memory)
         try:
+            backend.device.note_mesh(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --context")
             engine.warm_up()
             name = options.model or "pico"
@@ -97,7 +99,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 def server(engine: Engine, name: str, api_key: str | None = None, waiting: int = 256) -> "uvicorn.Server":
     """One that ends without fail or fuss when a signal comes: open answers then have `GRACE` seconds, and at a second
-    signal none."""
+    signal none; nor is a step waited for then that takes longer than `GOODBYE`."""
     import uvicorn
 
     from minicpm_serve.openai_app import application
@@ -120,13 +122,22 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
                 said = f"waiting up to {GRACE:g} s for {many}; Ctrl-C again ends at once\n"
                 os.write(2, said.encode())  # a print may be going on: this interrupts anything
 
+        async def patience(self, task: asyncio.Task, seconds: float) -> None:
+            """Wait until it is over, but no longer than that, nor beyond a second signal."""
+            last = time.monotonic() + seconds
+            while not task.done() and not self.hurry and time.monotonic() < last:
+                await asyncio.wait([task], timeout=0.1)
+
         async def shutdown(self, sockets: Any = None) -> None:
             ending = asyncio.create_task(super().shutdown(sockets))
-            last = time.monotonic() + GRACE
-            while not ending.done() and not self.hurry and time.monotonic() < last:
-                await asyncio.wait([ending], timeout=0.1)
+            await self.patience(ending, GRACE)
             if not ending.done():
-                await asyncio.to_thread(engine.close)  # which waits for the step that is computed
+                closing = asyncio.create_task(asyncio.to_thread(engine.close))  # waits for the step that is computed
+                await self.patience(closing, math.inf)
+                await asyncio.wait([closing], timeout=GOODBYE)
+                if not closing.done():
+                    os.write(2, b"ended in the middle of a step\n")
+                    os._exit(130)  # an exit that unwinds would wait for the device, or abort
                 await asyncio.wait([ending], timeout=GOODBYE)
             for connection in list(self.server_state.connections):  # of a client that sends or reads no further
                 connection.transport.abort()

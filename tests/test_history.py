@@ -155,9 +155,9 @@ def test_wrong_calls_leave_nothing(run_folder, tmp_path, monkeypatch, changes, s
     if "data" in filled:
         filled["data"] = run_folder / filled["data"].format(text="text")
     with pytest.raises(InputError) as caught:
-        history.main(options(tmp_path / "out", **filled))
+        history.main(options(tmp_path / "new" / "out", **filled))
     assert said in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "new").exists()
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError):
         history.main(options(tmp_path / "out", **filled))

@@ -16,6 +16,7 @@ from minicpm_jax import device  # noqa: E402
 from minicpm_jax.arithmetic import bfloat16_parts  # noqa: E402
 from minicpm_jax.attention import BLOCK, attend, attend_rows, positions_of, rotate  # noqa: E402
 from minicpm_jax.cache import Cache  # noqa: E402
+from minicpm_jax.chips import CHIPS  # noqa: E402
 from minicpm_jax.decoding import empty  # noqa: E402
 from minicpm_jax.device import for_decoding  # noqa: E402
 from minicpm_jax.loading import load, load_weights  # noqa: E402
@@ -343,6 +344,18 @@ def test_what_a_cpu_computes_in(dense, monkeypatch, own, experts, matrix_unit, f
     assert checkpoint.target(device.preferred_dtype) == "float32"  # in the form that is trained
     assert checkpoint.target("float16") == "float16"
     assert checkpoint.target(None) == own
+
+
+def test_what_a_tpu_without_bfloat16_kernels_computes_in(dense, monkeypatch):
+    monkeypatch.setattr(device, "_chip", lambda: CHIPS["v3"])
+    monkeypatch.setattr(device, "platform", lambda: "tpu")
+    checkpoint = dataclasses.replace(open_checkpoint(dense.folder), dtype="bfloat16")
+    assert checkpoint.target(device.preferred_dtype) == "float32"
+    with pytest.raises(InputError, match="do not compile for v3 in bfloat16; take --dtype float32"):
+        load(dense.folder, dtype="bfloat16")
+    monkeypatch.setattr(device, "_chip", lambda: CHIPS["v4"])
+    assert checkpoint.target(device.preferred_dtype) == "bfloat16"
+    device.check_dtype("bfloat16")
 
 
 def test_load(dense):

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -321,6 +322,23 @@ def test_a_client_that_sends_half_a_body_keeps_no_server_from_its_end(monkeypatc
         server.thread.join(10)
         assert not server.thread.is_alive()
     assert capfd.readouterr().err == f"waiting up to {openai_api.GRACE:g} s for 1 answer; Ctrl-C again ends at once\n"
+
+
+def test_a_second_signal_waits_for_no_step(monkeypatch, capfd):
+    left = threading.Event()
+    monkeypatch.setattr(openai_api, "GRACE", 60)
+    monkeypatch.setattr(os, "_exit", lambda status: status == 130 and left.set())
+    with listening(played := Played()) as server:
+        body = {"prompt": [1], "max_tokens": 3}
+        reader = threading.Thread(target=lambda: list(events(server.port, "/v1/completions", body)))
+        reader.start()
+        wait_until(lambda: played.delivers)
+        played.close = lambda: left.wait() and Played.close(played)  # as with a step that takes for ever
+        for _ in range(2):
+            server.server.handle_exit(signal.SIGINT, None)
+        server.thread.join(10)
+        reader.join()
+    assert capfd.readouterr().err == "ended in the middle of a step\n"
 
 
 def test_a_warm_engine_answers_as_a_cold_one(api):

@@ -1,6 +1,7 @@
 """A model whose heads and words no axis of the mesh divides: filled up inside, and seen by nobody."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import tiny_model
 
 jax = pytest.importorskip("jax")
 
+from minicpm_data.commands import run_generate  # noqa: E402
 from minicpm_jax import activation_sparsity, adapters, load, parity, stream_generate  # noqa: E402
+from minicpm_jax.generate import Options, backend  # noqa: E402
 from minicpm_jax.losses import packed_loss  # noqa: E402
 from minicpm_jax.quantised import quantised  # noqa: E402
-from minicpm_jax.sharding import make_mesh, padded, padded_over, resized, share  # noqa: E402
+from minicpm_jax.sharding import make_mesh, note_idle, padded, padded_over, resized, share, splits_tokens  # noqa: E402
 from minicpm_jax.train import weights_of  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
@@ -59,10 +62,13 @@ def test_logits_tokens_and_weights_are_those_of_one_device(folder, alone, text, 
         np.testing.assert_array_equal(weight, weights_of(alone)[name], err_msg=name)
 
 
-def test_gradients_are_those_of_one_device_and_zero_where_there_is_nothing(folder, alone):
-    """So that nothing grows there, whoever takes a step."""
+@pytest.mark.parametrize(("width", "split"), [(8, True), (9, False)])
+def test_gradients_are_those_of_one_device_and_zero_where_there_is_nothing(folder, alone, width, split):
+    """So that nothing grows there, whoever takes a step; of tokens that tensor splits between the blocks, or cannot."""
+    model, ids = on(folder, "fsdp=2,tensor=4"), IDS[:, :width]
+    assert splits_tokens(ids, model.model.mesh) == split
     gradients_of = jax.jit(jax.grad(packed_loss), static_argnums=2)
-    found, expected = gradients_of(on(folder, "fsdp=2,tensor=4"), IDS, 1), weights_of(gradients_of(alone, IDS, 1))
+    found, expected = gradients_of(model, ids, 1), weights_of(gradients_of(alone, ids, 1))
     for name, gradient in weights_of(found).items():
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-4 * scale, err_msg=name)
@@ -132,3 +138,27 @@ def test_the_shapes_of_the_2b():
     assert padded_over(config, 8).intermediate_size == 5760 and padded_over(config, 1, packed=True) == config
     neurons = [padded_over(config, parts, packed=True).intermediate_size // parts for parts in (2, 4, 8)]
     assert neurons == [2944, 1536, 768]
+
+
+@pytest.mark.parametrize(
+    ("text", "experts", "rows", "said"),
+    [
+        ("data=8", 0, 3, "3 rows together cannot be split over data=8, .* a multiple of 8 rows would be split\n"),
+        ("data=8", 0, 1, "1 row cannot be split over data=8, .*\n"),
+        ("data=2,fsdp=2,tensor=2", 0, 6, "6 rows together cannot be split over fsdp=2, .* a multiple of 4 .*\n"),
+        ("data=2,fsdp=2,tensor=2", 0, 4, ""),
+        ("fsdp=8", 0, 1, ""),
+        ("tensor=4,expert=2", 0, 1, "expert=2 splits none of this model's weights, .*\n"),
+        ("tensor=4,expert=2", 8, 1, ""),
+        ("data=1,tensor=8", 0, 3, ""),
+    ],
+)
+def test_axes_without_a_use_are_named(text, experts, rows, said, capsys):
+    note_idle(ModelConfig(num_experts=experts, num_experts_per_tok=experts // 4), make_mesh(text), rows)
+    assert re.fullmatch(said and f"note: {said}", capsys.readouterr().err)
+
+
+def test_generating_says_which_axes_have_no_use(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["prog", "--mesh", "data=8", "--max-tokens", "1", "--verbose", "False"])
+    run_generate(backend, "prog", Options)
+    assert capsys.readouterr().err.startswith("note: 1 row cannot be split over data=8, ")

@@ -8,6 +8,7 @@ from weights_io.config import DTYPES
 from weights_io.errors import InputError
 
 BLOCK = 1 << 20  # elements worked on at a time, so that a 1 GB embedding needs no second copy in float32
+GROUPS = (64, 32)  # numbers of a row in few bits that share a scale: the first that divides the row
 CACHED = 1 << 16  # elements looked at together: their bits stay in the processor's cache
 
 
@@ -110,6 +111,17 @@ def check_bits(bits: int) -> int:
     if bits not in (4, 8):
         raise InputError(f"quantize is {bits}; it must be 4 or 8.")
     return bits
+
+
+def group_of(width: int) -> int:
+    """The one of `GROUPS` for rows of so many numbers; the last where none divides them."""
+    return next((group for group in GROUPS if width % group == 0), GROUPS[-1])
+
+
+def check_groups(name: str, width: int) -> None:
+    """Raises `InputError` where rows of so many numbers have no groups."""
+    if width % group_of(width):
+        raise InputError(f"rows of {width} in {name} have no groups of {GROUPS[-1]}; leave out --quantize.")
 
 
 def numpy_dtype(dtype: np.dtype | str) -> np.dtype:

@@ -6,7 +6,7 @@ python -m weights_io.inspect --model openbmb/MiniCPM-2B-sft-bf16
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from weights_io.memory import cache_bytes, packed_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 
 UNKNOWN = "unknown"
-COMPUTED, CACHED = ("bfloat16", "int8", "int4"), ("bfloat16", "int8")  # that memory is told for; int: --quantize
 DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
 
 
@@ -163,7 +162,7 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
             "bfloat16": weight_bytes(config, "bfloat16"),
             **{f"int{bits}": packed_bytes(config, "bfloat16", bits, head=True) for bits in (8, 4)},
         },
-        cache={kind: cache_bytes(config, 1000, kind) for kind in CACHED},
+        cache={kind: cache_bytes(config, 1000, kind) for kind in ("bfloat16", "int8")},
         context_length=config.max_position_embeddings,
         config=dataclasses.asdict(config),
         derived={
@@ -204,6 +203,7 @@ def lines(report: Report) -> list[str]:
     activation = config["hidden_act"]
     if config["hidden_act_param"] is not None:
         activation += f" from {config['hidden_act_param']:g} up"
+    computed = {kind: held for kind, held in report.memory.items() if kind != "stored"}
     whole = {kind: count * report.context_length // 1000 for kind, count in report.cache.items()}
     table = {
         "model": report.source,
@@ -211,7 +211,7 @@ def lines(report: Report) -> list[str]:
         "parameters": parameters,
         "dtype": f"{report.dtype}; tensors stored as {stored}" if stored else report.dtype,
         "size": f"{report.bytes:,} bytes" if report.files else "unknown",
-        "weights": f"{size(report.memory['stored'])} as stored; {_sizes(report.memory, COMPUTED)}",
+        "weights": f"{size(report.memory['stored'])} as stored; {_sizes(computed)}",
         "cache": f"{_sizes(report.cache)} for 1,000 tokens; {_sizes(whole)} for {report.context_length:,}",
         "context": f"{report.context_length:,} tokens, {rope}",
         "shape": f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, MLP "
@@ -230,8 +230,8 @@ def lines(report: Report) -> list[str]:
     return text + [f"{'unusual':14} {note}" for note in report.unusual]
 
 
-def _sizes(sizes: Mapping[str, int | None], kinds: Sequence[str] = CACHED) -> str:
-    return ", ".join(f"{size(sizes[kind])} in {kind}" for kind in kinds)
+def _sizes(sizes: Mapping[str, int | None]) -> str:
+    return ", ".join(f"{size(held)} in {kind}" for kind, held in sizes.items())
 
 
 def _absent_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:

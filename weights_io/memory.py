@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from weights_io.adapters import target_parameters
+from weights_io.casting import group_of
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.parameters import EMBEDDING, HEAD, parameters
@@ -14,7 +15,6 @@ ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 MOMENTS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 0, "adafactor": 0}  # an optimiser's, of each weight's size
 SMALLER = "take a smaller model, or in JAX more devices"  # what to do where there is no room
 ADAPTERS = "train adapters (the command lora), a smaller model, or in JAX on more devices"
-GROUP = 64  # numbers of a row in few bits that share a scale; half as many where 64 does not divide the row
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
@@ -33,7 +33,7 @@ def packed_bytes(config: ModelConfig, dtype: str, bits: int, head: bool) -> int:
     for parameter in parameters(config):
         shape, size = parameter.shape(config), float(ITEM[dtype])
         if parameter.name in packed:
-            size = packed[parameter.name] / 8 + 2 * size / (GROUP if shape[-1] % GROUP == 0 else GROUP // 2)
+            size = packed[parameter.name] / 8 + 2 * size / group_of(shape[-1])
         total += math.prod(shape) * size
     return int(total)
 

@@ -5,7 +5,7 @@ import errno
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,30 +67,38 @@ def save_checkpoint(
     )
     shards = _shards(sizes, max_shard_bytes)
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    new = [folder for folder in out.parents if not folder.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(out, sum(sizes.values()))
-        partial.mkdir()
-        with progress_bar(out.name, sum(sizes.values())) as bar:
-            for shard, names in shards.items():
-                write_file(
-                    partial / shard,
-                    {name: _cast_tensor(name, tensors[name], dtypes[name], rounding, bar.update) for name in names},
-                )
-        if len(shards) > 1:
-            files["model.safetensors.index.json"] = _index(shards, sizes)
-        for name, content in files.items():
-            (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        partial.rename(out)
+        with folder_to_fill(out.parent), contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)  # not there any more if all went well
+            _check_space(out, sum(sizes.values()))
+            partial.mkdir()
+            with progress_bar(out.name, sum(sizes.values())) as bar:
+                for shard, names in shards.items():
+                    write_file(
+                        partial / shard,
+                        {name: _cast_tensor(name, tensors[name], dtypes[name], rounding, bar.update) for name in names},
+                    )
+            if len(shards) > 1:
+                files["model.safetensors.index.json"] = _index(shards, sizes)
+            for name, content in files.items():
+                (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+            partial.rename(out)
     except OSError as error:
         raise _unwritable(out, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # not there any more if all went well
-        with contextlib.suppress(OSError):  # not empty if all went well
-            for folder in new:
-                folder.rmdir()
     return [out / name for name in (*shards, *sorted(files))]
+
+
+@contextlib.contextmanager
+def folder_to_fill(folder: Path) -> Iterator[None]:
+    """Make the folder and those above it that are missing; of these, what is still empty at the end is removed."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for each in new:
+            with contextlib.suppress(OSError):  # not empty, or not made
+                each.rmdir()
 
 
 def check_output(out: Path, source: Path | None = None) -> Path:
