@@ -40,12 +40,16 @@ def product(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Arra
     return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x))
 
 
-def product_on_cpu(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    """`product` with a weight in bfloat16 in the form in which XLA:CPU gives it to a processor's matrix unit (AMX):
+def product_on_cpu(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """`product` with an array [O, I], or with what is multiplied in a way of its own (`quantised_on_cpu`).
+
+    With a weight in bfloat16 in the form in which XLA:CPU gives it to a processor's matrix unit (AMX):
     summed up in float32, and of two rows or more. One row alone would read the weight at 2 GB/s, two read it at 28.
 
     An x in float32 goes in as the three bfloat16 that it is the sum of, each a row: a product of float32 that reads
     half as much (measured: nearer to the exact one than that of float32 weights, and twice as fast for one token)."""
+    if not isinstance(weight, jax.Array):
+        return weight.times(x)
     if weight.dtype != jnp.bfloat16:
         return product(weight, x)
     flat = x.reshape(-1, x.shape[-1])

@@ -24,6 +24,7 @@ from minicpm_jax.arithmetic import divided, gated, product, product_on_cpu, rows
 from minicpm_jax.attention import Attention, Positions, positions_of
 from minicpm_jax.cache import Cache
 from minicpm_jax.moe import ExpertLinear, MoE
+from minicpm_jax.quantised_on_cpu import on_cpu
 from minicpm_jax.sharding import (
     ADDED_UP,
     by_tokens,
@@ -306,9 +307,11 @@ def unstack(model: Model, give_up: bool = False) -> Model:
             leaf.delete()
     copy = jax.tree.map(lambda x: x, model)
     copy.model.layers = nnx.List([jax.tree.unflatten(form, layer) for layer in each])
-    for _, node in nnx.iter_graph(copy):
+    for _, node in list(nnx.iter_graph(copy)):
         if isinstance(node, Linear | Embedding | ExpertLinear):
             node.product = product_on_cpu
+        if isinstance(node, Linear | Embedding):
+            node.weight = on_cpu(node.weight)
         if isinstance(node, Embedding):
             node.rows = rows_on_cpu
     return copy

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int8
 
 from minicpm_jax.adapters import linear
-from minicpm_jax.model import Model
 from weights_io.adapters import target_parameters
 from weights_io.casting import check_bits, check_groups, group_of
 from weights_io.config import ModelConfig
 from weights_io.parameters import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from minicpm_jax.model import Model
 
 
 class Packed(nnx.Module):
@@ -110,7 +112,7 @@ def _given_up(pack: Callable[[Array], Any], weight: Array) -> Any:
     return packed
 
 
-def quantised(model: Model, bits: int, head: bool = False) -> Model:
+def quantised(model: "Model", bits: int, head: bool = False) -> "Model":
     """The model with the weights of `packing` packed; its arrays are given up."""
     model = jax.tree.map(lambda x: x, model)
     for name, pack in packing(model.config, bits, head).items():
