@@ -9,6 +9,7 @@ that is not installed is left out, with a line that says so. ``--peer-python``: 
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ Precision = Literal["float32", "bfloat16"]
 @dataclass(frozen=True)
 class Options:
     rounds: int = 5
-    """Runs of each program, and of each one's loading."""
+    """Loadings of each program, and half of its runs."""
     layers: int = 8
     """Of the model that JAX, transformers and llama.cpp run; 52 are the whole one."""
     words: int = 16384
@@ -126,8 +127,10 @@ def measured(contest: Contest, options: Options) -> tuple[dict[str, dict[str, fl
         workers = {name: worker(name, world, contest, options) for name in present}
         for process in workers.values():
             process.stdout.readline()  # it has loaded
-        for turn in range(options.rounds + 1):
-            for name, process in workers.items():
+        order = random.Random(0)  # by chance: the threads of the one before may still be awake
+        for turn in range(2 * options.rounds + 1):
+            for name in order.sample(present, len(present)):
+                process = workers[name]
                 process.stdin.write("go\n")
                 process.stdin.flush()
                 run = json.loads(process.stdout.readline())

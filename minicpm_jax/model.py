@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from minicpm_data.token_ids import checked_ids
 from minicpm_jax.adapters import LowRank
 from minicpm_jax.arithmetic import divided, gated, product, product_on_cpu, rows, rows_on_cpu, scaled
-from minicpm_jax.attention import Attention, Positions, positions_of
+from minicpm_jax.attention import Attention, Positions, positions_of, worked_out
 from minicpm_jax.cache import Cache
 from minicpm_jax.moe import ExpertLinear, MoE
 from minicpm_jax.quantised_on_cpu import on_cpu
@@ -166,8 +166,7 @@ class Decoder(nnx.Module):
         if cache is None:
             x = gathered_rows(x, self.mesh)  # the table of words is split along D
         if isinstance(self.layers, nnx.List):
-            # Without the barrier XLA would work out sines and cosines in each layer, for each of its heads.
-            positions = jax.lax.optimization_barrier(positions)
+            positions = worked_out(positions)
             carry, each = (x, cache), []
             for index, layer in enumerate(self.layers):
                 carry, imbalance = step(carry, (layer, index))
