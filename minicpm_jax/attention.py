@@ -277,8 +277,8 @@ def attend_blocks(
     """`attend` over the filled slots of a cache, a block of them at a time with a running softmax (arXiv 2205.14135):
     no [T, S] array is made. A token sees the slots up to its own, ``index``.
 
-    The work is cut into rows and C of the K key/value heads of one row. Where those are several, a query is zero in the
-    lanes of the other heads, so that keys are multiplied as they lie: a product for each head would turn them.
+    The work is cut into rows and C of the K key/value heads of one row. One new token's query is zero in the lanes of
+    the other heads, so that keys are multiplied as they lie: a product for each head, as of many tokens, turns them.
     ``each``: runs the parts. A CPU takes one after the other, whose keys and scores stay in its cache, up to a row's
     own end."""
     batch, width, heads, head_dim = q.shape
@@ -289,8 +289,11 @@ def attend_blocks(
     together = max(c for c in range(1, max(1, room) + 1) if kv_heads % c == 0)
     wide, parts = width == 1, kv_heads // together
     lanes = together * head_dim if wide else head_dim
-    own = jnp.eye(together, dtype=q.dtype)[:, None, None, :, None]
-    highest, lowest = jax.lax.Precision.HIGHEST, jnp.finfo(jnp.float32).min
+    # Of keys and values in float32 one token's products are made in it: they take less time than the rounding.
+    dtype = cache.k.dtype if wide and cache.k.dtype == jnp.float32 else q.dtype
+    own = jnp.eye(together, dtype=dtype)[:, None, None, :, None]
+    exact: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    lowest = jnp.finfo(jnp.float32).min
 
     def part(given):
         q, row, head = given
@@ -302,22 +305,20 @@ def attend_blocks(
             first = jnp.minimum(i * block, cache.slots - block)  # the last block may reach back into the one before
             # Without the barrier XLA:CPU makes a copy of the whole cache in float32 before the loop.
             held, slot = jax.lax.optimization_barrier((cache, first))
-            like = jax.ShapeDtypeStruct((block, together, head_dim), q.dtype)
+            like = jax.ShapeDtypeStruct((block, together, head_dim), dtype)
             k, v = (x.reshape(block, -1, lanes) for x in held.read(layer, row, slot, head, like))
             slots = first + jnp.arange(block)
             visible = (slots >= i * block) & (slots <= index[row][:, None])  # [T, S]
-            scores = jnp.einsum("crh,sch->crs", queries, k, precision=highest, preferred_element_type=jnp.float32)
-            scores = jnp.where(visible, scores.reshape(*shape, block) * head_dim**-0.5, lowest)
+            if wide:  # scaled before they are turned: else XLA would turn the keys, and not what comes of them
+                scores = (jnp.einsum("sch,crh->csr", k, queries, **exact) * head_dim**-0.5).swapaxes(1, 2)
+            else:
+                scores = jnp.einsum("crh,sch->crs", queries, k, **exact) * head_dim**-0.5
+            scores = jnp.where(visible, scores.reshape(*shape, block), lowest)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0)
             fade = jnp.exp(top - higher)
-            added = jnp.einsum(
-                "crs,sch->crh",
-                weights.astype(v.dtype).reshape(*queries.shape[:2], block),
-                v,
-                precision=highest,
-                preferred_element_type=jnp.float32,
-            )
+            shares = weights.astype(v.dtype).reshape(*queries.shape[:2], block)
+            added = jnp.einsum("crs,sch->crh", shares, v, **exact)
             mixed = mixed * fade.reshape(*queries.shape[:2], 1) + added
             return higher, total * fade + jnp.sum(weights, axis=-1), mixed
 
