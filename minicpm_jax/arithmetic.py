@@ -65,7 +65,7 @@ def product_on_cpu(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O
     found = jnp.split(y, len(parts), axis=1 if few else 0)
     y = found[2] + found[1] + found[0] if x.dtype == jnp.float32 else found[0].astype(x.dtype)
     # Turned at the end: a product that is turned at once XLA would write the other way round.
-    return (y.T if few else y).reshape(*x.shape[:-1], -1)
+    return (y.T if few else y).reshape(*x.shape[:-1], len(weight))
 
 
 def bfloat16_parts(x: Float[Array, "..."]) -> list[Float[Array, "..."]]:

@@ -30,7 +30,9 @@ class Chip:
     def check_dtype(self, dtype: str) -> None:
         """`InputError` where the model cannot be computed in it."""
         if dtype == "bfloat16" and not self.bfloat16_kernels:
-            raise InputError(f"attention's kernels do not compile for {self.name} in bfloat16; take --dtype float32.")
+            raise InputError(
+                f"attention's kernels do not compile for {self.name} in bfloat16; compute in float32 (--dtype float32)."
+            )
 
 
 GIB = 2**30

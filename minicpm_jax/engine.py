@@ -132,7 +132,7 @@ class Engine(engine.Engine):
         self.first.append((request.number, int(row.token[0])))
 
     def _nothing(self) -> Array:
-        return jnp.zeros((1, 1, self.model.config.hidden_size), self.model.model.embed_tokens.weight.dtype)
+        return jnp.zeros((1, 1, self.model.config.hidden_size), self.model.model.norm.weight.dtype)
 
     def _source(self, prompt: Sequence[int]) -> tuple[int, int]:
         """The slot whose text begins most like the prompt, and how many tokens of it can be copied."""

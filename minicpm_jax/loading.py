@@ -20,6 +20,7 @@ from minicpm_jax import device
 from minicpm_jax.adapters import attach, from_adapter, linear
 from minicpm_jax.model import Model, nested
 from minicpm_jax.quantised import axes_of, packing
+from minicpm_jax.quantised_on_cpu import on_cpu
 from minicpm_jax.sharding import automatic, padded, partition_spec, resized, share, splits
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
@@ -67,7 +68,9 @@ def load(
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
     how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "remedy": remedy}
-    model = load_weights(checkpoint, dtype, mesh, decoding=decoding, **how)
+    # An adapter may ask a packed weight for its numbers, which that for decoding on a CPU no longer gives.
+    early = decoding and (quantize is None or found is None)
+    model = load_weights(checkpoint, dtype, mesh, decoding=early, **how)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
     return device.for_decoding(model) if decoding else model, tokenizer
@@ -91,15 +94,18 @@ def load_weights(
     config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
     as_read = mesh is None and quantize is None and jax.default_backend() == "cpu"
     if quantize is None:
-        kind = device.matrices_dtype(checkpoint, target.name) if as_read and decoding else target.name
-        needed, packs = weight_bytes(shape, kind), {}
+        matrices = device.matrices_dtype(checkpoint, target.name) if as_read and decoding else target.name
+        kind, needed, packs = target.name, weight_bytes(shape, matrices), {}
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(shape, target.name, quantize, quantize_head)
         packs = packing(config, quantize, quantize_head)
+        if decoding and mesh is None and jax.default_backend() == "cpu":
+            alone = [p.name for p in parameters(config) if p.name in packs and not p.of_expert]
+            packs |= {name: functools.partial(_packed_for_cpu, packs[name]) for name in alone}
     check_weights(kind, int(needed * share(shape, mesh)), device.free_memory(mesh), remedy)
     with reading(checkpoint) as checkpoint:
         if as_read:
-            arrays, first = read_stacked(checkpoint, target.name, matrices=kind), jax.devices()[0]
+            arrays, first = read_stacked(checkpoint, target.name, matrices), jax.devices()[0]
             leaves = {name: jax.device_put(x, first) for name, x in arrays.items()}
         else:
             leaves = {p.name: _place(checkpoint, p, shape, target, mesh, packs.get(p.name)) for p in parameters(config)}
@@ -117,6 +123,11 @@ def spread(model: Model, mesh: Mesh) -> None:
     if model.config.num_experts:
         model.model.layers.mlp.mesh = mesh
         model.model.layers.mlp.experts.spread = splits("expert", model.config.num_experts, mesh)
+
+
+def _packed_for_cpu(pack: Callable[[jax.Array], Any], weight: jax.Array) -> Any:
+    """In the form of `unstack`, before the layers are stacked: a number of 4 bits would lie there as a byte."""
+    return on_cpu(pack(weight))
 
 
 def _place(

@@ -89,9 +89,8 @@ def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Cal
     bits, pack = check_bits(bits), jax.jit(quantise, static_argnums=(1, 2))
 
     def packed(name: str, width: int, weight: Array) -> Packed:
-        width = math.gcd(width, weight.shape[-1])  # a mesh may have filled the rows up
         check_groups(name, width)
-        return pack(weight, bits, group_of(width))
+        return pack(weight, bits, group_of(math.gcd(width, weight.shape[-1])))  # a mesh may have filled the rows up
 
     found: dict[str, Callable[[Array], Any]] = {}
     for parameter in target_parameters(config, ("all-linear",)):

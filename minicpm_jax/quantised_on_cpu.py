@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int8
 from minicpm_jax.arithmetic import precision, product_on_cpu
 from minicpm_jax.quantised import Packed, Rows
 
-FEW = 4  # rows up to which whole numbers are the faster ones; a head, that has no groups: 32
-FEW_OF_HEAD = 32
+FEW_OF_GROUPS = 4  # rows up to which whole numbers are the faster ones
+FEW_OF_HEAD = 32  # which has no groups
 PART = 2**20  # numbers that are unpacked at a time: as float32 they fill a cache of 4 MB
 
 
@@ -45,7 +45,7 @@ class PackedOnCpu(nnx.Module):
         groups, out = scales.shape
         numbers = self.numbers[...].reshape(groups, -1, self.numbers.shape[-1])
         rows = x.reshape(-1, groups, numbers.shape[1]).swapaxes(0, 1)
-        few, whole = rows.shape[1] <= FEW, numbers.shape[-1] == out
+        few, whole = rows.shape[1] <= FEW_OF_GROUPS, numbers.shape[-1] == out
         product = functools.partial(_unpacked, _of_few if few else _of_many)
         if few and whole:
             y = product(numbers, scales, rows)

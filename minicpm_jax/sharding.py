@@ -99,17 +99,17 @@ def by_rows(x: Any, mesh: Mesh | None) -> Any:
     """[B, ...] with its rows over the axes of batches, whole otherwise; as it is where none divides it. Without this
     XLA splits the hidden state as the weights are, every device then runs all rows, and sums travel in place of
     weights: 15 times the bytes of a step of MiniCPM-2B over 8 devices."""
-    names = () if mesh is None else row_axes(mesh, x.shape[0])
-    return x if mesh is None or not names else _split(x, mesh, names)
+    if mesh is None or not row_axes(mesh, len(x)):
+        return x
+    return _split(x, mesh, row_axes(mesh, len(x)))
 
 
 def by_heads(x: Any, mesh: Mesh | None) -> Any:
     """[B, T, NH] as `by_rows`, and its heads over tensor. XLA would make the heads an axis of the projection, and
     gather [N, H, D] anew in the backward pass, where an H of 64 fills 128 lanes: 0.4 GB of 6 of MiniCPM-1B over 8."""
-    names = () if mesh is None else row_axes(mesh, x.shape[0])
-    if mesh is None or not names:
+    if mesh is None or not row_axes(mesh, len(x)):
         return x
-    return _split(x, mesh, names, None, "tensor" if splits("tensor", x.shape[-1], mesh) else None)
+    return _split(x, mesh, row_axes(mesh, len(x)), None, "tensor" if splits("tensor", x.shape[-1], mesh) else None)
 
 
 def gathered_rows(x: Any, mesh: Mesh | None) -> Any:
@@ -178,13 +178,13 @@ def rows_split(mesh: Mesh | None) -> int:
 
 def note_idle(config: ModelConfig, mesh: Mesh | None, rows: int) -> None:
     """Say on standard error which axes of a mesh have devices that all do the same while so many rows run together.
-    Over fsdp a single row may run on all devices, each of which holds a part of the weights."""
+    Over an axis that splits weights rows that it does not divide run on all devices, each with its part of those."""
     if mesh is None or jax.process_index() > 0:
         return
     sizes = {name: size for name, size in mesh.shape.items() if size > 1}
     of_weights = {name for sharding in shardings(padded(config, mesh), mesh).values() for name in sharding.spec}
     of_rows = row_axes(mesh, rows)
-    whole = [n for n in BATCH if n in sizes and n not in of_rows and (rows > 1 or n not in of_weights)]
+    whole = [n for n in BATCH if n in sizes and n not in of_rows and n not in of_weights]
     if whole:
         over = ",".join(f"{name}={sizes[name]}" for name in whole)
         what = "1 row" if rows == 1 else f"{rows} rows together"

@@ -113,8 +113,10 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
             print(f"{name}: http://{host}:{port}/v1 ({room}; Ctrl-C ends it)", flush=True)
 
         hurry = False
+        last_signal = 0
 
         def handle_exit(self, sig: int, frame: Any) -> None:
+            self.last_signal = sig
             self.hurry = self.should_exit
             self.should_exit = True
             if engine.open and not self.hurry:
@@ -137,7 +139,8 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
                 await asyncio.wait([closing], timeout=GOODBYE)
                 if not closing.done():
                     os.write(2, b"ended in the middle of a step\n")
-                    os._exit(130)  # an exit that unwinds would wait for the device, or abort
+                    os._exit(128 + self.last_signal)  # an exit that unwinds would wait for the device, or abort
+                await closing
                 await asyncio.wait([ending], timeout=GOODBYE)
             for connection in list(self.server_state.connections):  # of a client that sends or reads no further
                 connection.transport.abort()

@@ -270,7 +270,8 @@ def test_training_over_chips_gathers_weights_and_scatters_gradients(
     found = hlo.traffic(text)
     assert set(found.counts) == {"all-gather", "reduce-scatter", "all-reduce"}
     assert found.counts["all-reduce"] <= reductions and found.bytes["all-reduce"] < 100_000
-    assert found.bytes["reduce-scatter"] < scattered and found.bytes["all-gather"] < gathered
+    assert 0.98 * scattered < found.bytes["reduce-scatter"] < scattered
+    assert 0.98 * gathered < found.bytes["all-gather"] < gathered
     assert re.search(rf"f32\[{words}\]", text) and not re.search(r"f32\[8,\d+,(122753|61377)\]", text)
 
 
@@ -324,7 +325,7 @@ def test_what_does_not_fit_and_what_would():
         (["--topology", "v5e:0x2"], "v5e comes as v5e:2x2"),
         pytest.param(["--topology", "v5e:3x1"], "cannot be", marks=pytest.mark.tpu),
         pytest.param(["--topology", "v4:3x2x1"], "try v4:2x2x1.", marks=pytest.mark.tpu),
-        pytest.param(["--topology", "v3:2x2"], "v3 in bfloat16; take --dtype float32", marks=pytest.mark.tpu),
+        pytest.param(["--topology", "v3:2x2"], "v3 in bfloat16; compute in float32", marks=pytest.mark.tpu),
         pytest.param(["--mesh", "fsdp=3"], "--mesh fsdp=3 is for 3 devices; there are 1", marks=pytest.mark.tpu),
         pytest.param(["--mesh", "rows=1"], "the axes are data, fsdp", marks=pytest.mark.tpu),
         pytest.param(["--model", "minicpm-3b"], "did you mean", marks=pytest.mark.tpu),

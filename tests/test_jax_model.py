@@ -293,7 +293,10 @@ def test_float32_of_a_bfloat16_file_on_a_cpu(reference, monkeypatch, matrix_unit
     known = Reference(reference("dense_bf16"), functools.partial(load_weights, decoding=True))
     model = unstack(known.model)
     kept = jnp.bfloat16 if matrix_unit else jnp.float32
-    assert {leaf.ndim: leaf.dtype for leaf in jax.tree.leaves(model)} == {1: jnp.float32, 2: kept}
+    assert {(leaf.ndim, leaf.dtype) for leaf in jax.tree.leaves(model)} == {
+        (1, jnp.dtype("float32")),
+        (2, jnp.dtype(kept)),
+    }
     close(model(known["input_ids"]), known["logits"])
     assert empty(model, 1, 32, None)[0].k.dtype == jnp.float32
     assert greedy(model, known["prompt_ids"], 24)[0].tolist() == known["greedy_ids"][8:].tolist()
@@ -351,7 +354,7 @@ def test_what_a_tpu_without_bfloat16_kernels_computes_in(dense, monkeypatch):
     monkeypatch.setattr(device, "platform", lambda: "tpu")
     checkpoint = dataclasses.replace(open_checkpoint(dense.folder), dtype="bfloat16")
     assert checkpoint.target(device.preferred_dtype) == "float32"
-    with pytest.raises(InputError, match="do not compile for v3 in bfloat16; take --dtype float32"):
+    with pytest.raises(InputError, match="do not compile for v3 in bfloat16; compute in float32"):
         load(dense.folder, dtype="bfloat16")
     monkeypatch.setattr(device, "_chip", lambda: CHIPS["v4"])
     assert checkpoint.target(device.preferred_dtype) == "bfloat16"

@@ -333,7 +333,7 @@ def test_a_second_signal_waits_for_no_step(monkeypatch, capfd):
         reader = threading.Thread(target=lambda: list(events(server.port, "/v1/completions", body)))
         reader.start()
         wait_until(lambda: played.delivers)
-        played.close = lambda: left.wait() and Played.close(played)  # as with a step that takes for ever
+        played.close = lambda: left.wait(20) and Played.close(played)  # as with a step that takes for ever
         for _ in range(2):
             server.server.handle_exit(signal.SIGINT, None)
         server.thread.join(10)

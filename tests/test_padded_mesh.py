@@ -145,9 +145,11 @@ def test_the_shapes_of_the_2b():
     [
         ("data=8", 0, 3, "3 rows together cannot be split over data=8, .* a multiple of 8 rows would be split\n"),
         ("data=8", 0, 1, "1 row cannot be split over data=8, .*\n"),
-        ("data=2,fsdp=2,tensor=2", 0, 6, "6 rows together cannot be split over fsdp=2, .* a multiple of 4 .*\n"),
+        ("data=2,fsdp=2,tensor=2", 0, 3, "3 rows together cannot be split over data=2, .* a multiple of 4 .*\n"),
+        ("data=2,fsdp=2,tensor=2", 0, 6, ""),
         ("data=2,fsdp=2,tensor=2", 0, 4, ""),
         ("fsdp=8", 0, 1, ""),
+        ("fsdp=8", 0, 3, ""),
         ("tensor=4,expert=2", 0, 1, "expert=2 splits none of this model's weights, .*\n"),
         ("tensor=4,expert=2", 8, 1, ""),
         ("data=1,tensor=8", 0, 3, ""),

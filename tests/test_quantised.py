@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_adapter
 import tiny_model
 
 jax = pytest.importorskip("jax")
@@ -13,12 +14,14 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from minicpm_jax import fit, hlo, load  # noqa: E402
+from minicpm_jax import device, fit, hlo, load  # noqa: E402
 from minicpm_jax.attention import positions_of  # noqa: E402
 from minicpm_jax.model import unstack  # noqa: E402
 from minicpm_jax.quantised import quantise, quantise_rows, quantised  # noqa: E402
-from minicpm_jax.quantised_on_cpu import FEW, FEW_OF_HEAD, fixed_point, on_cpu  # noqa: E402
+from minicpm_jax.quantised_on_cpu import FEW_OF_GROUPS, FEW_OF_HEAD, fixed_point, on_cpu  # noqa: E402
 from minicpm_jax.sharding import resized  # noqa: E402
+from weights_io.adapters import save_adapter  # noqa: E402
+from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
@@ -63,7 +66,7 @@ def test_products_on_a_cpu_are_those_of_float32(pack, out):
     assert turned[...] is turned
     most = 0.6 if pack == "4 bits" and out % 2 == 0 else 1.1  # bytes, with the scales
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(turned)) < most * weight.size
-    for rows in (1, FEW, FEW + 1, FEW_OF_HEAD + 1):
+    for rows in (1, FEW_OF_GROUPS, FEW_OF_GROUPS + 1, FEW_OF_HEAD + 1):
         x = random(rows, 1920) * jnp.exp(random(1920))
         wanted = np.asarray(x, np.float64) @ exact.T
         for shape in ((rows, 1920), (rows, 1, 1920)):
@@ -92,6 +95,9 @@ def test_a_model_on_a_cpu_keeps_its_weights_packed(tmp_path, bits):
     shape = {"hidden_size": 128, "intermediate_size": 2048, "num_hidden_layers": 3}
     model = load(tiny_model.write(tmp_path, **shape), quantize=bits, dtype="float32")[0]
     listed = unstack(model)
+    loaded = load(tmp_path / "model", quantize=bits, dtype="float32", decoding=True)[0]
+    for path, leaf in weights(listed).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(weights(loaded)[path]), err_msg=path)
     for ids in (np.arange(3)[None], np.arange(24).reshape(2, 12)):
         expected = np.asarray(model(ids))
         np.testing.assert_allclose(listed(ids), expected, atol=1e-5 * np.abs(expected).max())
@@ -99,6 +105,26 @@ def test_a_model_on_a_cpu_keeps_its_weights_packed(tmp_path, bits):
     step = jax.jit(lambda model: model.hidden_states(one, positions_of(model.config, one.shape)))
     compiled = step.lower(listed).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2048 * 2  # of 9 such matrices
+
+
+@pytest.mark.parametrize(
+    ("bits", "experts", "dora"), [(8, 0, False), (4, 0, True), (4, 4, False), (None, 0, True), (None, 4, False)]
+)
+def test_loaded_for_decoding_with_an_adapter(reference, tmp_path, monkeypatch, bits, experts, dora):
+    """The logits of the model that is not for decoding, in float32; whole weights of a file in bfloat16."""
+    monkeypatch.setattr(device, "_has_matrix_unit", lambda: True)
+    folder = reference("dense_bf16")
+    if bits is not None or experts:
+        more = {"num_experts": experts, "num_experts_per_tok": 2} if experts else {}
+        folder = tiny_model.write(tmp_path, hidden_size=64, intermediate_size=64, **more)
+    checkpoint = open_checkpoint(folder)
+    save_adapter(tmp_path / "adapter", tiny_adapter.make(checkpoint, dora=dora), checkpoint.config)
+    how = {"dtype": "float32", "adapter": tmp_path / "adapter", "quantize": bits}
+    stacked, ready = (load(folder, **how, decoding=decoding)[0] for decoding in (False, True))
+    assert len(ready.model.layers) == checkpoint.config.num_hidden_layers
+    for ids in (np.arange(3)[None], np.arange(24).reshape(2, 12)):
+        expected = np.asarray(stacked(ids))
+        np.testing.assert_allclose(ready(ids), expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
