@@ -232,10 +232,13 @@ def test_eight_chips_decode_with_their_heads_of_the_2b_and_copy_no_cache():
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("mesh", "counts"), [(None, {"all-reduce": 81}), ("fsdp=8", {"all-reduce": 162})])
+@pytest.mark.parametrize(
+    ("mesh", "counts"), [(None, {"all-reduce": 81}), ("fsdp=8", {"all-reduce": 162, "collective-permute": 80})]
+)
 def test_rows_of_a_cache_lie_on_chips_of_their_own(mesh, counts):
     """8 rows of the 2B, in int8. Over tensor a step adds up the words, and twice in each layer; over fsdp a chip has
-    one row, and each layer gathers and scatters once besides. Measured: at most 0.5 MB of temporaries."""
+    one row, and each layer gathers and scatters once besides, and passes heads on to the next chips, 0.6 MB in all.
+    Measured: at most 0.5 MB of temporaries."""
     found = fit.report(fit.job_of(fit.Options("minicpm-2b", "v5e:2x4", batch=8, kv_bits=8, mesh=mesh)))
     assert found.temporaries < MIB and found.hbm_traffic < 1.01 * found.arguments < 2.1e9
     assert {kind: of["count"] for kind, of in found.collectives.items() if of["count"] > 40} == counts
