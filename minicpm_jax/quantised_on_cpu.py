@@ -2,9 +2,9 @@
 
 To make floats of a weight costs XLA:CPU five times what it costs to read float32 ones. So a few rows of x become whole
 numbers too: in each group the largest is 127 units, what is missing then is a number of units 128 times as small, and
-so on. Three such digits are off by 2^-22 of the largest, which is float32's rounding; products of int8 are exact in
-int32, and processors have an instruction for them. Many rows meet the weight as floats, of which there is never more
-than a cache holds.
+so on. Three such digits are off by 2^-22 of the largest, four times float32's rounding of it; products of int8 are
+exact in int32, and processors have an instruction for them. Many rows meet a layer's weight as floats, of which there
+are never more than a cache holds; more than `FEW_OF_HEAD` rows meet a head's all at once.
 
 Dims: N digits, R rows of x, I in, O out, G groups of K numbers of a row of the weight (I = G K), V words, D hidden.
 """
