@@ -36,12 +36,13 @@ class Parrot:
             yield int(ids[0]), True
 
     def load(self, path, dtype, **options):
-        self.loaded = {"path": path, **options}
+        chosen = dtype if isinstance(dtype, str) else dtype(types.SimpleNamespace(dtype="float16"))
+        self.loaded = {"path": path, "dtype": chosen, **options}
         return self.model, self.tokenizer
 
     def backend(self):
         device = types.SimpleNamespace(
-            preferred_dtype=lambda checkpoint, decoding: checkpoint.dtype,
+            preferred_dtype=lambda checkpoint, decoding=False: checkpoint.dtype,
             compile_seconds=lambda: 0.0,
             peak_memory=lambda: 0,
             note_mesh=lambda model, rows: None,
@@ -245,7 +246,7 @@ def test_the_adapter_is_handed_to_load(parrot, typed, monkeypatch):
     assert bird.loaded.pop("adapter") == "some/adapter"
     monkeypatch.setattr(terminal, "asker", lambda: lambda: "/quit")
     assert typed(commands.run_chat, bird, "--adapter-path", "some/adapter")[0] == 0
-    assert bird.loaded["adapter"] == "some/adapter"
+    assert (bird.loaded["adapter"], bird.loaded["dtype"]) == ("some/adapter", "float16")
 
 
 def test_prefill_response(parrot, typed):
