@@ -115,13 +115,14 @@ def check_room(
     dtype = computed(own)
     written = sum(_copy_bytes(report, copy or own) for copy in copies)
     weights = report.parameters * ITEM[dtype]
-    cache = report.cache["bfloat16"] * CONVERSATION // 1000 * ITEM[dtype] // ITEM["bfloat16"]
+    tokens = min(CONVERSATION, report.context_length)
+    cache = report.cache["bfloat16"] * tokens // 1000 * ITEM[dtype] // ITEM["bfloat16"]
     coming = download.missing_bytes if download else 0
     print(f"{'download':14} {_of_the_hub(download)}")
     print(f"{'disk':14} {_disks(model, download, written)}")
     free = "" if memory is None else f"; {size(memory)} are free"
     print(f"{'memory':14} {size(weights)} of weights in {dtype}, {size(cache)} of keys and values for ", end="")
-    print(f"{CONVERSATION:,} tokens{free}")
+    print(f"{tokens:,} tokens{free}")
     refuse_without_room(f"the weights of {model} in {dtype}", weights, memory, SMALLER)
     if coming is not None:
         print(f"{'first answer':14} {_first_answer(coming, report.memory['stored'] or weights, compiling, device)}")
@@ -141,7 +142,8 @@ def _of_the_hub(download: "Download | None") -> str:
         return "nothing: the model is on this disk"
     if not download.missing:
         return f"nothing: {download.repo} is in the cache, {download.cache}"
-    return f"{size(download.missing_bytes)} in {len(download.missing)} files of {download.repo}"
+    count = len(download.missing)
+    return f"{size(download.missing_bytes)} in {count} file{'s' * (count > 1)} of {download.repo}"
 
 
 def _disks(model: str, download: "Download | None", written: int) -> str:
