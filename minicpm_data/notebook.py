@@ -1,7 +1,6 @@
 """What a notebook needs, whichever backend it runs on: its first cell's check, what a model takes before it is
 downloaded, commands in its own process, and what Colab has: secrets, and Google Drive, which outlives a machine."""
 
-import importlib
 import os
 import runpy
 import shlex
@@ -69,21 +68,34 @@ def take_token(model: str) -> None:
 
     if os.environ.get(TOKEN) or isinstance(locate(model), Path):
         return
-    for where, module in (("Kaggle", "kaggle_secrets"), ("Colab", "google.colab.userdata")):
-        try:
-            secrets = importlib.import_module(module)
-        except ImportError:
-            continue
-        try:
-            get = secrets.UserSecretsClient().get_secret if where == "Kaggle" else secrets.get
-            token = (get(TOKEN) or "").strip()
-        except Exception as error:  # of classes that only they have: no such secret, no access to it, no answer
-            print(f"no {TOKEN} from the secrets of {where} ({type(error).__name__}); public models need none")
-            return
-        if token:
-            os.environ[TOKEN] = token
-            print(f"{TOKEN} is that of the secrets of {where}")
+    found = _secrets()
+    if found is None:
         return
+    where, get = found
+    try:
+        token = (get(TOKEN) or "").strip()
+    except Exception as error:  # of classes that only they have: no such secret, no access to it, no answer
+        print(f"no {TOKEN} from the secrets of {where} ({type(error).__name__}); public models need none")
+        return
+    if token:
+        os.environ[TOKEN] = token
+        print(f"{TOKEN} is that of the secrets of {where}")
+
+
+def _secrets() -> tuple[str, Callable[[str], str | None]] | None:
+    """Whose secrets there are, and what reads one; None: neither Kaggle's nor Colab's."""
+    try:
+        from kaggle_secrets import UserSecretsClient
+
+        return "Kaggle", lambda name: UserSecretsClient().get_secret(name)
+    except ImportError:
+        pass
+    try:
+        from google.colab import userdata
+
+        return "Colab", userdata.get
+    except ImportError:
+        return None
 
 
 def check_room(
@@ -229,7 +241,7 @@ def of_a_clone(path: str) -> Path | None:
 def _drive() -> Path:
     """The user's folder of Google Drive, mounted where Colab has it. Raises `InputError`."""
     try:
-        drive = importlib.import_module("google.colab.drive")
+        from google.colab import drive
     except ImportError:
         raise InputError(
             "DRIVE is for Google Drive, which only Colab mounts; set DRIVE = False to keep the run beside the notebook."
