@@ -92,7 +92,7 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     """Train, and test, as the options say. Raises `InputError` for options, data or a run that cannot be used."""
     from minicpm_data.examples import load_split
     from minicpm_data.metrics import check_reporter
-    from minicpm_data.runs import check_folder, check_settings
+    from minicpm_data.run_folder import check_folder, using
 
     check(options)
     if options.training:
@@ -131,9 +131,10 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
             settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
             notes = {"source": _lasting(options.model), "hub": options.hub}
             notes["save_dtype"] = getattr(options, "save_dtype", None)
+            notes["valid"] = None if valid is None else _fingerprint(valid)
             worker.processes.check_same(json.dumps([settings, planned.steps], sort_keys=True))
-            worker.processes.once(lambda: check_settings(options.out, settings, options.resume, notes))
-            fit(options, worker, planned, train, valid)
+            with using(options.out, settings, options.resume, notes, worker.processes):
+                fit(options, worker, planned, train, valid)
         else:
             worker.load_export()
         if test is not None:
