@@ -7,6 +7,7 @@ of a checkpoint are read in several.
 
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,8 @@ class CheckpointFolder:
             if not (self.path(self.latest) / SUMS).exists():
                 print(
                     f"note: the checkpoint of step {self.latest} was saved by an earlier version, without checksums; "
-                    "damage in it may not be found."
+                    "damage in it may not be found",
+                    file=sys.stderr,
                 )
 
         self._processes.once(look)

@@ -48,7 +48,7 @@ def using(
     """Hold the folder of a run, which no other run may use within the context; the first of ``processes`` locks it.
 
     The ``settings`` (as JSON has them) of a new run are written there, those of a run that is there are compared.
-    ``notes`` are written beside them; of these ``valid`` alone is compared, and a difference is only printed. What a
+    ``notes`` are written beside them; of these ``base`` is compared too, and another ``valid`` only printed. What a
     killed run left half written is removed.
 
     Raises:
@@ -58,11 +58,11 @@ def using(
 
         def begin() -> None:
             if check_folder(folder, resume):
-                _compare(folder, settings)
+                _compare(folder, settings, notes or {})
             folder.mkdir(parents=True, exist_ok=True)
             sign = held.enter_context(_locked(folder))
             if begun := _is_begun(folder, resume):  # by now it may be another run
-                _compare(folder, settings)
+                _compare(folder, settings, notes or {})
                 _note_valid(folder, notes or {})
             _clear(folder)
             if not begun:
@@ -139,19 +139,28 @@ def _near_run(folder: Path) -> Path | None:
     return folder.parent / near[0] if near else None
 
 
-def _compare(folder: Path, settings: dict[str, Any]) -> None:
+def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any]) -> None:
     before = read_json(folder / SETTINGS)
     changed = [name for name in settings if before.get(name) != settings[name]]
+    if _noted(before, "base") not in (None, notes.get("base")):
+        changed.append("model")
     if changed:
         named = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
         raise InputError(f"{folder} holds a run with another {named}; choose another folder, or delete this one.")
 
 
 def _note_valid(folder: Path, notes: dict[str, Any]) -> None:
-    noted = read_json(folder / SETTINGS).get("notes")
-    valid = noted.get("valid") if isinstance(noted, dict) else None
-    if valid is not None and valid != notes.get("valid"):
-        print("note: the valid examples are others than when the run began; losses on them do not compare")
+    if _noted(read_json(folder / SETTINGS), "valid") not in (None, notes.get("valid")):
+        print(
+            "note: the valid examples are others than when the run began; losses on them do not compare",
+            file=sys.stderr,
+        )
+
+
+def _noted(settings: dict[str, Any], name: str) -> Any:
+    """One of a run's notes; None where it has none, as runs of earlier versions."""
+    notes = settings.get("notes")
+    return notes.get(name) if isinstance(notes, dict) else None
 
 
 @contextlib.contextmanager

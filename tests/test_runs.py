@@ -351,4 +351,4 @@ def test_other_valid_examples_are_noted(tmp_path, capsys):
     for valid, notes in (("one", 0), ("other", 1)):
         with using(tmp_path, {}, resume=True, notes={"valid": valid}):
             pass
-        assert capsys.readouterr().out.count("note: the valid examples are others") == notes
+        assert capsys.readouterr().err.count("note: the valid examples are others") == notes

@@ -23,11 +23,14 @@ OLD = 24 * 3600  # seconds without a write, after which a file is left over wher
 def partial(target: Path, folder: bool = False) -> Iterator[Path]:
     """A new file (or ``folder``) beside ``target``, to be written within the context. It replaces ``target`` (a folder:
     only where that is missing or empty) if the context ends without an exception, and is removed if not. What killed
-    processes left of the same target is removed first.
+    processes left of the same target is removed first. A device or a pipe is written to as it is.
 
     Raises:
         OSError: it cannot be made, or ``target`` cannot be replaced.
     """
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        yield target
+        return
     clear(target)
     path, held = _made(target, folder)
     try:
