@@ -117,6 +117,8 @@ def test_where_several_are_damaged_all_are_named(backend, saved, tmp_path):
         restored(backend, tmp_path / "run")
 
 
+# orbax leaves an event loop behind when it fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_state_of_another_run_is_refused(backend, saved):
     other = state_of(backend, 0)
     other["weights"]["a.b"] = other["weights"]["a.b"][:5]
@@ -140,6 +142,7 @@ def save_as_before(backend, folder, step):
         mx.save_safetensors(str(folder / str(step) / "state.safetensors"), dict(tree_flatten(state)))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_note(backend, tmp_path, capsys):
     for step in (1, 2):
         save_as_before(backend, tmp_path, step)
@@ -148,9 +151,8 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_note(backend, tmp_pa
     found = checkpoints_of(backend, tmp_path).restore(state)
     weights = found[0] if backend == "minicpm_jax" else found["weights"]
     np.testing.assert_array_equal(np.array(weights["a.b"]), np.array(state_of(backend, 2)["weights"]["a.b"]))
-    assert (
-        "note: the checkpoint of step 2 was saved by an earlier version, without checksums" in capsys.readouterr().out
-    )
+    said = "note: the checkpoint of step 2 was saved by an earlier version, without checksums"
+    assert said in capsys.readouterr().err
     for path in (tmp_path / "2").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
