@@ -262,19 +262,15 @@ def given_adapter(options: Any, config: "ModelConfig") -> "Adapter":
 
 def export_model(options: FullOptions, tensors: "Mapping[str, Any]") -> None:
     """The finished model in Hugging Face layout, in place of one that an earlier run of the same folder wrote."""
-    import shutil
-
+    from minicpm_data.run_folder import replace_model
     from weights_io.casting import Rounding
     from weights_io.checkpoint import open_checkpoint
     from weights_io.convert import write_model
     from weights_io.hub import resolve
 
     checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
-    out, new = options.out / "model", options.out / "model.new"
-    shutil.rmtree(new, ignore_errors=True)
-    write_model(new, checkpoint, checkpoint.config, tensors, options.save_dtype or checkpoint.dtype, Rounding())
-    shutil.rmtree(out, ignore_errors=True)
-    new.rename(out)
+    dtype = options.save_dtype or checkpoint.dtype
+    replace_model(options.out, lambda new: write_model(new, checkpoint, checkpoint.config, tensors, dtype, Rounding()))
 
 
 def is_decayed(name: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from minicpm_data.chat import MINICPM_TEMPLATE, check_messages
 from minicpm_data.documents import read_documents
 from weights_io.errors import InputError
+from weights_io.partial import partial
 from weights_io.write import check_output
 
 CONFIG = {
@@ -105,9 +106,8 @@ def train(lines: Iterable[str], size: int) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with partial(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @dataclass

@@ -99,11 +99,18 @@ class Options(Placement):
 def pretrain(options: Options) -> None:
     """Train a MiniCPM from nothing (or go on with an interrupted run)."""
     check(options)
+    with contextlib.ExitStack() as held:
+        train_and_save(options, held)
+
+
+def train_and_save(options: Options, held: contextlib.ExitStack) -> None:
+    """``held`` gets the lock of the run's folder, which stays to the end."""
     from tqdm import tqdm
 
     from minicpm_data.finetuning import line
     from minicpm_data.metrics import Metrics
-    from minicpm_data.runs import Interrupt, check_settings
+    from minicpm_data.run_folder import using
+    from minicpm_data.runs import Interrupt
     from minicpm_jax import device, hosts, train
     from minicpm_jax.checkpoints import Checkpoints
     from minicpm_jax.sharding import note_idle, own_rows, placed_rows
@@ -129,7 +136,7 @@ def pretrain(options: Options) -> None:
     settings |= {"config": config.to_dict(), "data": fingerprint}
     notes = {"config.json": raw, "tokenizer": str(options.tokenizer.resolve()), "save_dtype": options.save_dtype}
     processes.check_same(json.dumps(settings, sort_keys=True))
-    processes.once(lambda: check_settings(options.out, settings, options.resume, notes))
+    held.enter_context(using(options.out, settings, options.resume, notes, processes))
     note_idle(config, mesh, options.batch_size)
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -253,7 +260,7 @@ FREE = frozenset(
 def check(options: Options) -> None:
     """Refuse what cannot work before anything heavy is imported or anything is written."""
     from minicpm_data.metrics import check_reporter
-    from minicpm_data.runs import check_folder
+    from minicpm_data.run_folder import check_folder
 
     options.check_placement()
     check_reporter(options.report_to)
@@ -303,21 +310,13 @@ def valid_loss(weights: dict[str, Any], windows: "np.ndarray", batch_size: int, 
 
 def save_model(options: Options, config: "ModelConfig", raw: dict[str, Any], step: int) -> None:
     """The model of the checkpoint of that step in Hugging Face layout, with its tokenizer."""
-    import shutil
-
+    from minicpm_data.run_folder import replace_model
     from minicpm_jax.checkpoints import Saved
     from weights_io.write import save_checkpoint
 
-    if (options.out / "model").exists():
-        shutil.rmtree(options.out / "model")
-    save_checkpoint(
-        options.out / "model",
-        config,
-        Saved(options.out / "checkpoints", step).tensors(config),
-        raw_config=raw,
-        copy_from=options.tokenizer,
-        dtype=options.save_dtype,
-    )
+    tensors = Saved(options.out / "checkpoints", step).tensors(config)
+    further: dict[str, Any] = {"raw_config": raw, "copy_from": options.tokenizer, "dtype": options.save_dtype}
+    replace_model(options.out, lambda new: save_checkpoint(new, config, tensors, **further))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where an answer begins and ends, with a backend that says what it is told to: the calls and their command lines."""
 
 import json
+import os
 import re
 import types
 
@@ -176,6 +177,39 @@ def test_what_begins_with_a_slash(parrot, typed, monkeypatch, tmp_path):
     assert roles == ["system", "user", "assistant"]
     said = ["(begun anew with this system message)", "(the conversation is forgotten)", "(begun anew with no system"]
     assert all(line in out for line in said)
+
+
+@pytest.mark.parametrize(("answer", "person"), [("y", True), ("n", True), ("Hello", True), (None, False)])
+def test_a_file_of_somebody_else_is_added_to_only_if_the_user_says_so(
+    parrot, typed, monkeypatch, tmp_path, answer, person
+):
+    """Asked once a file; what is in it stays, and its last line gets its end. Nobody can be asked through a pipe."""
+    bird, kept = parrot("The fox."), tmp_path / "kept.jsonl"
+    kept.write_text('{"mine": 1}')
+    again = [] if answer == "y" else [answer]
+    lines = iter(["Hello", f"/save {kept}", answer, f"/save {kept}", *again, f"/save {tmp_path / 'new.jsonl'}"])
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: person, raising=False)
+    code, out, error = typed(commands.run_chat, bird)
+    found = kept.read_text(encoding="utf-8").splitlines()
+    if not person:
+        assert code == 2 and "kept.jsonl is there already, and this conversation did not write it; choose" in error
+    else:
+        assert code == 0 and out.count("kept.jsonl is there already") == (1 if answer == "y" else 2)
+        assert "2 messages added to" in out and (tmp_path / "new.jsonl").exists()
+    assert found[0] == '{"mine": 1}' and len(found) == (3 if answer == "y" else 1)
+    assert all(json.loads(line)["messages"] for line in found[1:])
+
+
+def test_no_conversation_goes_into_what_is_no_file(tmp_path):
+    conversation = terminal.Conversation(None)
+    conversation.messages = [{"role": "assistant", "content": "Hello"}]
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (("pipe", "is no file"), (".", "is no file"), ("none/kept.jsonl", "cannot be written")):
+        with pytest.raises(InputError, match=said):
+            conversation.save(tmp_path / name)
+    (tmp_path / "empty").touch()
+    assert "1 messages added" in conversation.save(tmp_path / "empty")
 
 
 def test_a_terminal_sees_no_control_characters(monkeypatch, capsys):

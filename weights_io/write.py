@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from weights_io.files.folder import SIDE_FILES
 from weights_io.files.safetensors import Computed, write_file
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import EMBEDDING, HEAD, parameters, tensor_shapes
+from weights_io.partial import partial
 from weights_io.progress import progress_bar
 
 Tensor = LazyTensor | Computed
@@ -66,23 +66,19 @@ def save_checkpoint(
         extra_files or {}
     )
     shards = _shards(sizes, max_shard_bytes)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
-        with folder_to_fill(out.parent), contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, partial, ignore_errors=True)  # not there any more if all went well
+        with folder_to_fill(out.parent), partial(out, folder=True) as unfinished:
             _check_space(out, sum(sizes.values()))
-            partial.mkdir()
             with progress_bar(out.name, sum(sizes.values())) as bar:
                 for shard, names in shards.items():
                     write_file(
-                        partial / shard,
+                        unfinished / shard,
                         {name: _cast_tensor(name, tensors[name], dtypes[name], rounding, bar.update) for name in names},
                     )
             if len(shards) > 1:
                 files["model.safetensors.index.json"] = _index(shards, sizes)
             for name, content in files.items():
-                (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-            partial.rename(out)
+                (unfinished / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise _unwritable(out, error) from error
     return [out / name for name in (*shards, *sorted(files))]
