@@ -1,9 +1,8 @@
 """Chat prompts: the checkpoint's Jinja template, and message contents that cannot forge its special tokens."""
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from weights_io.errors import InputError
@@ -40,17 +39,12 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def render(template: str, messages: Sequence[Message], add_generation_prompt: bool = True, /, **variables: Any) -> str:
-    """The prompt text. ``variables`` are ``bos_token`` and the like. InputError where the template fails or refuses."""
-    import jinja2
+    """The prompt text, rendered in a process with limits of time and memory. ``variables`` are ``bos_token`` and the
+    like, values of JSON. InputError where the template fails, refuses or goes beyond the limits."""
+    from minicpm_data import template_process
 
     given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    try:
-        return _compiled(template).render({"tools": None, "documents": None, **variables, **given})
-    # A template is a program: besides Jinja's own errors it can fail as any expression can.
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise InputError(f"the chat template cannot be applied to these messages: {error}") from error
-    except (RecursionError, MemoryError) as error:
-        raise InputError("the chat template needs more memory than is reasonable.") from error
+    return template_process.render(template, {"tools": None, "documents": None, **variables, **given})
 
 
 def cut_at_answers(prompt: str, marked: str, contents: Sequence[str], mark: str) -> list[str]:
@@ -75,40 +69,6 @@ def cut_at_answers(prompt: str, marked: str, contents: Sequence[str], mark: str)
     return pieces
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str):
-    """``template`` in a sandbox: it reaches no attribute that leads out of the values it is given, and changes none."""
-    import json
-
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """``{% generation %}...{% endgeneration %}`` marks an assistant's turn for training; prints what is inside."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return env.from_string(template)
-
-
 class Disguise:
     """Hides special tokens that are spelled out in ``texts``, so that only the template's own are seen as such.
 
@@ -121,9 +81,11 @@ class Disguise:
     def __init__(self, specials: Sequence[str], texts: Sequence[str]):
         used = set().union(*texts)
         firsts = sorted({special[0] for special in specials})
-        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        self.end = next(unused)
-        self._hide = dict(zip(firsts, unused, strict=False))
+        unused = [*islice((chr(code) for code in PRIVATE_USE if chr(code) not in used), len(firsts) + 1)]
+        if len(unused) <= len(firsts):
+            raise InputError("the messages have every private-use character of Unicode in them; leave some out.")
+        self.end = unused.pop()
+        self._hide = dict(zip(firsts, unused, strict=True))
         self._show = str.maketrans({hidden: first for first, hidden in self._hide.items()})
         whole = [re.escape(special) for special in specials]
         begun = {re.escape(special[:n]) + r"\s*\Z" for special in specials for n in range(1, len(special))}

@@ -111,7 +111,13 @@ def bpe_merges(pieces: Sequence[str], scores: Sequence[float]) -> list[tuple[str
     return merges
 
 
-def fast_spec(model: SpmModel, space_prefix: bool, added: dict[int, dict] | None = None) -> dict:
+def fast_spec(
+    model: SpmModel,
+    space_prefix: bool,
+    added: dict[int, dict] | None = None,
+    legacy: bool = True,
+    add_prefix_space: bool = True,
+) -> dict:
     """``model`` as the contents of a ``tokenizer.json``.
 
     Arguments:
@@ -122,6 +128,9 @@ def fast_spec(model: SpmModel, space_prefix: bool, added: dict[int, dict] | None
             that only SentencePiece can merge).
         added: more added tokens by id, each ``{"content": str, "special": bool, ...}``. One whose id is that of a
             piece renames the piece.
+        legacy: False is what that tokenizer does so configured: only the beginning of a text gets a "▁", unless it
+            begins with a space.
+        add_prefix_space: False is what it does so configured: nothing in front.
     """
     pieces = list(model.pieces)
     tokens = {i: added_token(i, pieces[i], True) for i, kind in enumerate(model.types) if kind in (UNKNOWN, CONTROL)}
@@ -134,19 +143,22 @@ def fast_spec(model: SpmModel, space_prefix: bool, added: dict[int, dict] | None
             pieces[i] = token["content"]
 
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prepend = [{"type": "Prepend", "prepend": SPACE}] if space_prefix else []
+    prefixed = space_prefix and add_prefix_space
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if prefixed else []
+    scheme = "first" if prefixed else "never"
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
     decoders = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if space_prefix:
+    if prefixed:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "added_tokens": [tokens[i] for i in sorted(tokens)],
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]},
-        "pre_tokenizer": None,
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]} if legacy else None,
+        "pre_tokenizer": None if legacy else metaspace,
         "post_processor": None if model.bos_id is None else _bos_first(pieces[model.bos_id], model.bos_id),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {

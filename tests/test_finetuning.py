@@ -18,7 +18,7 @@ from minicpm_data import finetuning
 from minicpm_data.batches import Batches
 from minicpm_data.examples import load_split
 from minicpm_data.finetune_options import LoraOptions
-from minicpm_data.tokenizer import load_tokenizer
+from minicpm_data import load_tokenizer
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
