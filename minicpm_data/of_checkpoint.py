@@ -36,14 +36,14 @@ def tokenizer_in(
     """
     from minicpm_data.tokenizer_folder import has_tokenizer, load_tokenizer
 
-    if metadata is not None:
+    if not has_tokenizer(folder) if metadata is None else not any(key.startswith("tokenizer.") for key in metadata):
+        return None, None
+    if metadata is None:
+        tokenizer = load_tokenizer(folder)
+    else:
         from minicpm_data.gguf_tokenizer import tokenizer_from_gguf
 
         tokenizer = tokenizer_from_gguf(dict(metadata))
-    elif has_tokenizer(folder):
-        tokenizer = load_tokenizer(folder)
-    else:
-        return None, None
     return tokenizer, check_vocab(tokenizer, vocab_size)
 
 

@@ -21,6 +21,7 @@ class Tokenizer:
         bos_token_id, pad_token_id: None where there is none.
         eos_token_ids: the ids that end an answer, the tokenizer's own EOS first.
         chat_template: Jinja source; MiniCPM's own where the checkpoint has none.
+        chat_template_given: whether the checkpoint has it.
         tool_template: the one that the checkpoint has for chats with tools, where it has two.
         rows: of the model's table, where some added tokens have no row in it; None where all have one.
         turn_markers: the texts with which the template begins a turn, where these are no special tokens. A model may
@@ -49,6 +50,7 @@ class Tokenizer:
         self._fast = fast
         self._decoder = Decoder(fast.decoder, fast.id_to_token)
         self.chat_template = chat.MINICPM_TEMPLATE if chat_template is None else chat_template
+        self.chat_template_given = chat_template is not None
         self.tool_template = tool_template
         self.rows: int | None = None
         self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)

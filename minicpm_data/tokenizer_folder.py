@@ -45,12 +45,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         config = {"add_bos_token": True, "add_eos_token": False, **config}
     else:
         source, spec = fast_file, _of_json(fast_file, config, added)
+    listed = {token["content"]: token.get("id") for token in spec["added_tokens"]}
+    listed |= {token["content"]: i for i, token in added.items()}
     fast = FastTokenizer(_with_special_tokens(spec, config, source), source)
-    for i, token in added.items():
-        if (found := fast.token_to_id(token["content"])) != i:
+    for token, i in listed.items():
+        if (found := fast.token_to_id(token)) != i:
             raise InputError(
-                f"{folder} gives the token {token['content']!r} the id {i}, but {source.name} has it at {found}; "
-                "the tokenizer files are not of one checkpoint."
+                f"{folder} gives the token {_short(token)} the id {i}, but in the vocabulary of {source.name} it is at "
+                f"{found}; the tokenizer files are not of one checkpoint."
             )
 
     def special(name: str) -> int | None:
