@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.fast_tokenizer import FastTokenizer
+from minicpm_data.fast_tokenizer import FastTokenizer, check_growth
+from minicpm_data.plain_spec import without_prefix
 from minicpm_data.spm_model import added_token, fast_spec, read_spm
 from minicpm_data.tokenizer import Tokenizer
 from weights_io import json_text
@@ -12,6 +13,7 @@ from weights_io.errors import InputError
 
 # MiniCPM-V's tokenizer classes are slow ones: SentencePiece itself, with no "▁" put in front of a text.
 SLOW_CLASSES = ("LlamaTokenizerWrapper", "MiniCPMVTokenizer")
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
 # What would change ids if it were used, and the values with which it changes none. Other keys change no id in
 # transformers either (lengths, padding sides, class names, ...).
@@ -144,7 +146,24 @@ def _of_json(path: Path, config: Mapping[str, Any], added: Mapping[int, dict]) -
         raise InputError(f"{path} has a dropout, which cuts a text by chance; remove it or set it to null.")
     known = {token["content"] for token in listed}
     missing = [{**token, "id": i} for i, token in sorted(added.items()) if token["content"] not in known]
-    return {**spec, "added_tokens": [*listed, *missing]}
+    check_growth(spec, path)
+    return _prefixed({**spec, "added_tokens": [*listed, *missing]}, config)
+
+
+def _prefixed(spec: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """``spec`` with the space in front of a text that ``add_prefix_space`` asks for, where transformers heeds it: for a
+    byte-level vocabulary, and where it rebuilds a Llama's tokenizer without one."""
+    wanted, step = config.get("add_prefix_space"), spec.get("pre_tokenizer")
+    if wanted is not None and step is not None and step["type"] == "ByteLevel":
+        return {**spec, "pre_tokenizer": {**step, "add_prefix_space": wanted}}
+    if wanted is False and config.get("tokenizer_class") in LLAMA_CLASSES:
+        bare = without_prefix({"normalizer": None, "pre_tokenizer": None, **spec})
+        decoder = spec.get("decoder")
+        if decoder is not None and decoder["type"] == "Sequence":
+            kept = [step for step in decoder["decoders"] if step["type"] != "Strip"]
+            bare["decoder"] = {**decoder, "decoders": kept}
+        return bare
+    return spec
 
 
 def _with_special_tokens(spec: dict[str, Any], config: Mapping[str, Any], source: Path) -> dict[str, Any]:
