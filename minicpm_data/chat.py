@@ -1,7 +1,7 @@
 """Chat prompts: the checkpoint's Jinja template, and message contents that cannot forge its special tokens."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,8 @@ PLAIN_TEMPLATE = (
 )
 TURN_MARKERS = ("<用户>", "<AI>")  # plain text, not special tokens: a model may write them and so begin a turn
 ROLES = ("system", "user", "assistant")
+LONGEST_MARKERS = 200_000  # characters of all special tokens together; Gemma's 6,400 have 80,000
+END = ""  # no character
 PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # code points that mean nothing by themselves
 
 Message = Mapping[str, str]
@@ -69,6 +71,40 @@ def cut_at_answers(prompt: str, marked: str, contents: Sequence[str], mark: str)
     return pieces
 
 
+class Markers:
+    """The special tokens of a vocabulary, to be looked for in texts."""
+
+    def __init__(self, specials: Iterable[str]):
+        """InputError where they are too many for any vocabulary: a chat would take the memory that they ask for."""
+        specials = [special for special in specials if special]
+        if (length := sum(map(len, specials))) > LONGEST_MARKERS:
+            raise InputError(f"the vocabulary has special tokens of {length:,} characters in all; they are too many.")
+        self.firsts = sorted({special[0] for special in specials})
+        self._candidate = re.compile(f"[{''.join(map(re.escape, self.firsts))}]" if specials else "(?!)")
+        self._tree: dict[str, dict] = {}  # character -> the characters that may follow; END where a token ends
+        for special in specials:
+            node = self._tree
+            for char in special:
+                node = node.setdefault(char, {})
+            node[END] = {}
+
+    def hide(self, text: str, hidden: Mapping[str, str]) -> str:
+        """``text``, in which the first character of each special token is replaced by that of ``hidden``."""
+        solid = len(text.rstrip())
+        return self._candidate.sub(
+            lambda match: hidden[match[0]] if self._begins(text, match.start(), solid) else match[0], text
+        )
+
+    def _begins(self, text: str, at: int, solid: int) -> bool:
+        """Whether a special token stands at ``at``, or one begins there and only spaces follow, from ``solid`` on."""
+        node = self._tree
+        while at < len(text) and text[at] in node:
+            node, at = node[text[at]], at + 1
+            if END in node or at >= solid:
+                return True
+        return False
+
+
 class Disguise:
     """Hides special tokens that are spelled out in ``texts``, so that only the template's own are seen as such.
 
@@ -78,22 +114,19 @@ class Disguise:
     ``end`` is one more character that occurs in none of ``texts``.
     """
 
-    def __init__(self, specials: Sequence[str], texts: Sequence[str]):
+    def __init__(self, markers: Markers, texts: Sequence[str]):
         used = set().union(*texts)
-        firsts = sorted({special[0] for special in specials})
+        firsts = markers.firsts
         unused = [*islice((chr(code) for code in PRIVATE_USE if chr(code) not in used), len(firsts) + 1)]
         if len(unused) <= len(firsts):
             raise InputError("the messages have every private-use character of Unicode in them; leave some out.")
         self.end = unused.pop()
-        self._hide = dict(zip(firsts, unused, strict=True))
-        self._show = str.maketrans({hidden: first for first, hidden in self._hide.items()})
-        whole = [re.escape(special) for special in specials]
-        begun = {re.escape(special[:n]) + r"\s*\Z" for special in specials for n in range(1, len(special))}
-        # Zero-width, so that overlapping ones are found too. No special tokens: a pattern that never matches.
-        self._pattern = re.compile(f"(?=(?:{'|'.join([*whole, *sorted(begun)]) or '(?!)'})).", re.DOTALL)
+        self._markers = markers
+        self._hidden = dict(zip(firsts, unused, strict=True))
+        self._show = str.maketrans({hidden: first for first, hidden in self._hidden.items()})
 
     def hide(self, text: str) -> str:
-        return self._pattern.sub(lambda match: self._hide[match[0]], text)
+        return self._markers.hide(text, self._hidden)
 
     def hide_all(self, value: Any) -> Any:
         """A JSON value with every string in it hidden."""

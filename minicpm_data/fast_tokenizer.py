@@ -55,8 +55,8 @@ class FastTokenizer:
             probe = self._fast.encode("", add_special_tokens=False)
             probe.pad(1)  # one token, whatever the vocabulary can spell
             full = self._fast.post_process(probe)
-        if full.sequence_ids.count(0) != 1:
-            raise InputError(f"{self.source} has a post_processor that does not write the text once; get it again.")
+        if 0 not in full.sequence_ids:
+            raise InputError(f"{self.source} has a post_processor that leaves out the text; get it again.")
         at = full.sequence_ids.index(0)
         return full.ids[:at], full.ids[at + 1 :]
 
@@ -99,7 +99,7 @@ def check_growth(spec: Mapping[str, Any], source: str | Path) -> None:
     try:
         longest = max(_growth([spec.get(name) for name in names]) for names in (TEXT_STEPS, ("decoder",)))
         around = _ids_around(spec.get("post_processor"))
-    except (AttributeError, KeyError, TypeError, RecursionError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{source} does not describe a tokenizer; download it again.") from None
     if longest > LONGEST or around > LONGEST:
         raise InputError(f"{source} has steps that make a text more than {LONGEST} times longer; get another file.")
@@ -138,6 +138,8 @@ def _ids_around(step: Any) -> int:
         return sum(map(_ids_around, step["processors"]))
     if step["type"] != "TemplateProcessing":
         return 2
+    if sum("Sequence" in piece for piece in step["single"]) != 1:
+        raise ValueError("the text is written several times")
     written = [piece["SpecialToken"]["id"] for piece in step["single"] if "SpecialToken" in piece]
     return sum(len(step["special_tokens"].get(name, {"ids": ()})["ids"]) for name in written)
 

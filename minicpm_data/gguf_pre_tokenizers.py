@@ -82,7 +82,8 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
         PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
     ),
-    ("dbrx smaug-bpe glm4 chatglm-bpe", PreTokenizer((_LLAMA3,))),
+    ("dbrx smaug-bpe chatglm-bpe", PreTokenizer((_LLAMA3,))),
+    ("glm4", PreTokenizer((_LLAMA3,), ignore_merges=True)),
     (
         "jais-2",
         PreTokenizer(

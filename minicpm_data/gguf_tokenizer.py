@@ -15,6 +15,7 @@ from minicpm_data.spm_model import (
 from minicpm_data.tokenizer import Tokenizer
 from weights_io.errors import InputError
 
+
 def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
     """The tokenizer of a GGUF file.
 
@@ -36,8 +37,8 @@ def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
             raise InputError("tokenizer.ggml.pre of the GGUF file must be a string.")
         if pre not in PRE_TOKENIZERS:
             raise InputError(
-                f"the GGUF file has the pre-tokenizer {pre[:60]!r}, which is none of the {len(PRE_TOKENIZERS)} supported; "
-                "take the model's folder with its tokenizer.json."
+                f"the GGUF file has the pre-tokenizer {pre[:60]!r}, which is none of the {len(PRE_TOKENIZERS)} "
+                "supported; take the model's folder with its tokenizer.json."
             )
         spec = _byte_level_spec(metadata, tokens, kinds, pre)
         add_bos = PRE_TOKENIZERS[pre].add_bos

@@ -12,6 +12,9 @@ from weights_io.errors import InputError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how a SentencePiece vocabulary writes a space
 BPE_MODEL = 2  # TrainerSpec.ModelType
+LARGEST_FILE = 256 << 20  # bytes; those of vocabularies of 260,000 have 35 million
+LONGEST_PIECE = 512  # characters; the merges of a piece take its length squared
+VARINT_BYTES = 10  # of a number of 64 bits
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def read_spm(path: Path) -> SpmModel:
     trainer: dict[int, Any] = {}
     normaliser: dict[int, Any] = {}
     try:
-        for field, value in _fields(path.read_bytes()):
+        for field, value in _fields(read_bytes(path)):
             if field == 1:
                 piece = dict(_fields(value))
                 pieces.append(piece[1].decode())
@@ -56,6 +59,16 @@ def read_spm(path: Path) -> SpmModel:
     return SpmModel(pieces, scores, types, bool(normaliser.get(3, True)), unk, bos, eos, pad)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The contents of a tokenizer's file. InputError where it cannot be read or is larger than any tokenizer's."""
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise InputError(f"{path} has more than {LARGEST_FILE >> 20} MB, as no tokenizer has; download it again.")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
+
+
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a protobuf message: varints as int, the rest as bytes.
 
@@ -65,14 +78,14 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
     def varint() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 7 * VARINT_BYTES, 7):
             byte = data[at]  # IndexError past the end
             at += 1
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-            shift += 7
+        raise ValueError("a number of more than 64 bits")
 
     while at < end:
         key = varint()
@@ -102,6 +115,8 @@ def bpe_merges(pieces: Sequence[str], scores: Sequence[float]) -> list[tuple[str
     files that OpenBMB released, made from the ``tokenizer.model`` beside them.
     """
     ids = {piece: i for i, piece in enumerate(pieces)}
+    if (longest := max(map(len, pieces), default=0)) > LONGEST_PIECE:
+        raise InputError(f"the vocabulary has a piece of {longest:,} characters; get the tokenizer files again.")
     merges = []
     for i in sorted(range(len(pieces)), key=lambda i: -scores[i]):
         piece = pieces[i]

@@ -18,9 +18,7 @@ START_SECONDS = 60.0  # on a machine that is very busy
 WALL_SECONDS = 30.0  # for one prompt; the process itself counts its own seconds, which are fewer
 LOOK_SECONDS = 0.05  # between looks at the memory of a process that no limit holds
 
-TOO_MUCH = (
-    "the chat template needs more time or memory than is reasonable; give fewer or shorter messages or another template."
-)
+TOO_MUCH = "the chat template needs more time or memory than is reasonable; give shorter messages or another template."
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:

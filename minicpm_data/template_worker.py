@@ -1,7 +1,7 @@
 """Renders chat templates in a process of its own, with limits: a template is a program that a stranger wrote.
 
-One expression can take any time and memory (``'x' * 10**10``, a list of lists that is printed, a regular expression), so
-no check from outside will do, and in the caller's process no limit can be set. `template_process` starts this one.
+One expression can take any time and memory (``'x' * 10**10``, a list of lists that is printed), so no check from
+outside would do, and in the caller's process no limit can be set. `template_process` starts this one.
 """
 
 import json

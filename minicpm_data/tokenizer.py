@@ -3,7 +3,6 @@
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from minicpm_data import chat
@@ -55,7 +54,7 @@ class Tokenizer:
         self.rows: int | None = None
         self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
         self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
-        ends = [*eos_token_ids]
+        ends: list[int | None] = [*eos_token_ids]
         if "<|im_end|>" in self.chat_template + (tool_template or ""):
             ends.append(self._fast.token_to_id("<|im_end|>"))
         self.eos_token_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
@@ -73,6 +72,7 @@ class Tokenizer:
             for i, token in added.items()
             if token.special or i in self.eos_token_ids or (token.content[:2] == "<|" and token.content[-2:] == "|>")
         }
+        self._spelled = chat.Markers(self._markers.values())
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Ids of ``text``; special tokens that it spells out become their ids.
@@ -119,10 +119,10 @@ class Tokenizer:
 
         ``messages`` are ``{"role": "system" | "user" | "assistant", "content": str}``. With ``continue_final_message``
         the prompt ends with the last of them, unfinished, and nothing after it; spaces at its end go where the template
-        strips them. ``variables`` are more variables of the template, as values of JSON; with ``tools`` among them it is
-        the checkpoint's template for tools, where it has one. A special token spelled out in a content or a variable
-        stays text; only the template makes special tokens. InputError for messages, variables or a template that cannot
-        be used.
+        strips them. ``variables`` are more variables of the template, as values of JSON; with ``tools`` among them,
+        the checkpoint's template for tools is used, if it has one. A special token spelled out in a content or a
+        variable stays text; only the template makes special tokens. InputError for messages, variables or a template
+        that cannot be used.
         """
         messages, variables = chat.check_messages(messages), _checked_variables(variables or {})
         hidden, disguise = self._hidden(messages, variables)
@@ -182,7 +182,7 @@ class Tokenizer:
     def _hidden(self, messages: list[dict], variables: Mapping[str, Any]) -> tuple[list[dict], chat.Disguise]:
         """``messages`` in which no content spells a special token."""
         texts = [*(_checked(m["content"]) for m in messages), self._template(variables)]
-        disguise = chat.Disguise(list(self._markers.values()), [*texts, json.dumps(variables, ensure_ascii=False)])
+        disguise = chat.Disguise(self._spelled, [*texts, json.dumps(variables, ensure_ascii=False)])
         return [{**m, "content": disguise.hide(m["content"])} for m in messages], disguise
 
     def _rendered(self, hidden: list[dict], disguise: chat.Disguise, prompted: bool, variables: Mapping) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from minicpm_data.fast_tokenizer import FastTokenizer, check_growth
 from minicpm_data.plain_spec import without_prefix
-from minicpm_data.spm_model import added_token, fast_spec, read_spm
+from minicpm_data.spm_model import added_token, fast_spec, read_bytes, read_spm
 from minicpm_data.tokenizer import Tokenizer
 from weights_io import json_text
 from weights_io.errors import InputError
@@ -85,17 +85,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The object in ``path``; {} where there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        value = json_text.loads(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
+    value = json_text.loads(read_bytes(path), str(path))
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object; download it again.")
     return value
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """``tokenizer_config.json`` over ``special_tokens_map.json``, checked."""
+    """``tokenizer_config.json`` over ``special_tokens_map.json``, checked; ``special`` holds all special tokens that
+    they name, by their texts."""
     config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
     for name in FLAGS:
         if not isinstance(config.get(name), bool | None):
@@ -110,7 +108,16 @@ def _config(folder: Path) -> dict[str, Any]:
         token = config.get(f"{name}_token")
         if token is not None and not isinstance(_content(token), str):
             raise InputError(f"the {name}_token of {folder} is {_short(token)}; it must be the text of a token.")
-    return config
+    more = config.get("additional_special_tokens") or []
+    extra = config.get("extra_special_tokens") or []
+    extra = list(extra.values()) if isinstance(extra, dict) else extra
+    if not isinstance(more, list) or not isinstance(extra, list):
+        raise InputError(f"{folder} has a list of special tokens that cannot be read; download it again.")
+    tokens = [config.get(f"{name}_token") for name in NAMED] + more + extra
+    for token in more + extra:
+        if not isinstance(_content(token), str):
+            raise InputError(f"{folder} has the special token {_short(token)}; it must be the text of a token.")
+    return {**config, "special": {_content(token): token for token in tokens if _content(token)}}
 
 
 def _of_sentencepiece(
@@ -169,24 +176,15 @@ def _prefixed(spec: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
 def _with_special_tokens(spec: dict[str, Any], config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """``spec`` with all tokens that the config calls special among its added ones, as transformers has them; a missing
     BOS or EOS is not made up."""
-    more = config.get("additional_special_tokens") or []
-    extra = config.get("extra_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else extra
-    if not isinstance(more, list) or not isinstance(extra, list):
-        raise InputError(f"{source.parent} has a list of special tokens that cannot be read; download it again.")
-    wanted = [config.get(f"{name}_token") for name in NAMED] + more + extra
     vocab = spec["model"]["vocab"]
     listed = spec.get("added_tokens") or []
     known = {token["content"] for token in listed}
     following = 1 + max([_highest(vocab), *(_number(token.get("id")) for token in listed)])
-    for token, name in zip(wanted, [*NAMED, *[None] * (len(wanted) - len(NAMED))], strict=True):
-        text = _content(token)
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"{source.parent} has the special token {_short(token)}; it must be the text of a token.")
-        if not text or text in known or not isinstance(vocab, dict):
+    for text, token in config["special"].items():
+        if text in known or not isinstance(vocab, dict):
             continue
         if text not in vocab:
-            if name in ("bos", "eos"):
+            if text in {_content(config.get(f"{name}_token")) for name in ("bos", "eos")}:
                 continue
             following, i = following + 1, following
         else:
@@ -219,7 +217,8 @@ def _short(value: Any) -> str:
 def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, dict]:
     """Added tokens by id, of ``tokenizer_config.json`` and of the older ``added_tokens.json`` (content -> id)."""
     try:
-        older = {int(i): {"content": token} for token, i in _read_json(folder / "added_tokens.json").items()}
+        listed = _read_json(folder / "added_tokens.json")
+        older = {int(i): {"content": token, "special": token in config["special"]} for token, i in listed.items()}
         newer = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
         added = {**older, **newer}
         if not all(isinstance(token["content"], str) for token in added.values()):
@@ -256,8 +255,6 @@ def _chat_templates(config: Mapping[str, Any], folder: Path) -> tuple[str | None
 
 def _template_text(file: Path) -> str:
     try:
-        return file.read_text("utf-8-sig")
+        return read_bytes(file).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text; download it again.") from error
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); check its permissions.") from None

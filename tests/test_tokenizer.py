@@ -156,42 +156,6 @@ def test_check_vocab(tokenizer):
         check_vocab(tokenizer, tokenizer.vocab_size - 1)
 
 
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"tokenizer.json": "version https://git-lfs.github.com/spec/v1"},
-        {"tokenizer.json": b""},
-        {"tokenizer.json": "[]"},
-        {"tokenizer.json": "{}"},
-        {
-            "tokenizer.json": {
-                "model": {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1, "<s>": 2, "<unk>": 3}, "unk_token": "a"}
-            }
-        },
-        {"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}},
-        {"tokenizer.model": b""},
-        {"tokenizer.model": b"<html>not found</html>"},
-        {"tokenizer_config.json": "{"},
-        {"tokenizer_config.json": {"eos_token": "<nothing>"}},
-        {"tokenizer_config.json": {"added_tokens_decoder": {"x": {}}}},
-        {"tokenizer_config.json": {"chat_template": 3}},
-        {"tokenizer_config.json": {"bos_token": 5}},
-        {"tokenizer_config.json": {"eos_token": ["a"]}},
-        {"tokenizer_config.json": {"pad_token": {"content": 5}}},
-        {"tokenizer_config.json": {"added_tokens_decoder": {"1": {"content": 5}}}},
-        {"tokenizer_config.json": {"added_tokens_decoder": {"1": 5}}},
-        {"tokenizer.json": {**tiny.as_json(), "added_tokens": [{}]}},
-        {"tokenizer.json": {**tiny.as_json(), "added_tokens": [{"content": []}]}},
-        {"tokenizer.json": {**tiny.as_json(), "added_tokens": 5}},
-        {"chat_template.jinja": b"\xff\xfe"},
-    ],
-)
-def test_broken_files_are_one_sentence(tmp_path, files):
-    with pytest.raises(InputError) as caught:
-        load_tokenizer(tiny.write(tmp_path, files))
-    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
-
-
 def test_truncated_model(tmp_path):
     for size in range(1, len(tiny.spm_bytes()) - 40, 371):
         (tmp_path / "tokenizer.model").write_bytes(tiny.spm_bytes()[:size])
@@ -283,19 +247,6 @@ def test_gguf_byte_level(pre, digits):
 def test_gguf_refusals(change, message):
     with pytest.raises(InputError, match=message):
         tokenizer_from_gguf({**gguf_gpt2("smollm"), **change})
-
-
-def test_chat_template_sources(tmp_path):
-    def template(name, **kwargs):
-        return load_tokenizer(tiny.write(tmp_path / name, **kwargs)).chat_template
-
-    assert "<用户>" in template("none")
-    assert template("string", chat_template="a") == "a"
-    named = [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]
-    assert template("list", chat_template=named) == "d"
-    assert template("file", files={"chat_template.jinja": "f"}, chat_template="a") == "f"
-    with pytest.raises(InputError, match="none is named default"):
-        template("ambiguous", chat_template=[{"name": "a", "template": "a"}, {"name": "b", "template": "b"}])
 
 
 def test_older_added_tokens_file(tmp_path):

@@ -289,7 +289,9 @@ def _describe_tokenizer(report: Report, path: Path, metadata: Mapping[str, Any] 
     rows = report.config["vocab_size"]
     if tokenizer.vocab_size < rows:
         spare = rows - tokenizer.vocab_size
-        report.unusual.append(f"the embedding has {spare} more rows than the tokenizer has ids ({tokenizer.vocab_size})")
+        report.unusual.append(
+            f"the embedding has {spare} more rows than the tokenizer has ids ({tokenizer.vocab_size})"
+        )
     if tokenizer.chat_template_given:
         where = "the GGUF file" if metadata is not None else "tokenizer_config.json"
         report.chat_template = f"its own, in {'chat_template.jinja' if (path / CHAT_TEMPLATE).is_file() else where}"

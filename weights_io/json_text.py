@@ -26,6 +26,8 @@ def loads(text: str | bytes, what: str) -> Any:
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         return json.loads(decoded, object_pairs_hook=unique)
+    except InputError:  # a ValueError too
+        raise
     except RecursionError:
         raise InputError(f"{what} is JSON that is nested too deeply; give a flatter one.") from None
     except ValueError as error:  # no UTF-8, no JSON, a number of 5,000 digits
