@@ -1,9 +1,8 @@
 """Chat prompts: the checkpoint's Jinja template, and message contents that cannot forge its special tokens."""
 
-import functools
 import re
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from weights_io.errors import InputError
@@ -19,6 +18,8 @@ PLAIN_TEMPLATE = (
 )
 TURN_MARKERS = ("<用户>", "<AI>")  # plain text, not special tokens: a model may write them and so begin a turn
 ROLES = ("system", "user", "assistant")
+LONGEST_MARKERS = 200_000  # characters of all special tokens together; Gemma's 6,400 have 80,000
+END = ""  # no character
 PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # code points that mean nothing by themselves
 
 Message = Mapping[str, str]
@@ -40,17 +41,12 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def render(template: str, messages: Sequence[Message], add_generation_prompt: bool = True, /, **variables: Any) -> str:
-    """The prompt text. ``variables`` are ``bos_token`` and the like. InputError where the template fails or refuses."""
-    import jinja2
+    """The prompt text, rendered in a process with limits of time and memory. ``variables`` are ``bos_token`` and the
+    like, values of JSON. InputError where the template fails, refuses or goes beyond the limits."""
+    from minicpm_data import template_process
 
     given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    try:
-        return _compiled(template).render({"tools": None, "documents": None, **variables, **given})
-    # A template is a program: besides Jinja's own errors it can fail as any expression can.
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise InputError(f"the chat template cannot be applied to these messages: {error}") from error
-    except (RecursionError, MemoryError) as error:
-        raise InputError("the chat template needs more memory than is reasonable.") from error
+    return template_process.render(template, {"tools": None, "documents": None, **variables, **given})
 
 
 def cut_at_answers(prompt: str, marked: str, contents: Sequence[str], mark: str) -> list[str]:
@@ -75,38 +71,38 @@ def cut_at_answers(prompt: str, marked: str, contents: Sequence[str], mark: str)
     return pieces
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str):
-    """``template`` in a sandbox: it reaches no attribute that leads out of the values it is given, and changes none."""
-    import json
+class Markers:
+    """The special tokens of a vocabulary, to be looked for in texts."""
 
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def __init__(self, specials: Iterable[str]):
+        """InputError where they are too many for any vocabulary: a chat would take the memory that they ask for."""
+        specials = [special for special in specials if special]
+        if (length := sum(map(len, specials))) > LONGEST_MARKERS:
+            raise InputError(f"the vocabulary has special tokens of {length:,} characters in all; they are too many.")
+        self.firsts = sorted({special[0] for special in specials})
+        self._candidate = re.compile(f"[{''.join(map(re.escape, self.firsts))}]" if specials else "(?!)")
+        self._tree: dict[str, dict] = {}  # character -> the characters that may follow; END where a token ends
+        for special in specials:
+            node = self._tree
+            for char in special:
+                node = node.setdefault(char, {})
+            node[END] = {}
 
-    class Generation(Extension):
-        """``{% generation %}...{% endgeneration %}`` marks an assistant's turn for training; prints what is inside."""
+    def hide(self, text: str, hidden: Mapping[str, str]) -> str:
+        """``text``, in which the first character of each special token is replaced by that of ``hidden``."""
+        solid = len(text.rstrip())
+        return self._candidate.sub(
+            lambda match: hidden[match[0]] if self._begins(text, match.start(), solid) else match[0], text
+        )
 
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return env.from_string(template)
+    def _begins(self, text: str, at: int, solid: int) -> bool:
+        """Whether a special token stands at ``at``, or one begins there and only spaces follow, from ``solid`` on."""
+        node = self._tree
+        while at < len(text) and text[at] in node:
+            node, at = node[text[at]], at + 1
+            if END in node or at >= solid:
+                return True
+        return False
 
 
 class Disguise:
@@ -118,20 +114,19 @@ class Disguise:
     ``end`` is one more character that occurs in none of ``texts``.
     """
 
-    def __init__(self, specials: Sequence[str], texts: Sequence[str]):
+    def __init__(self, markers: Markers, texts: Sequence[str]):
         used = set().union(*texts)
-        firsts = sorted({special[0] for special in specials})
-        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        self.end = next(unused)
-        self._hide = dict(zip(firsts, unused, strict=False))
-        self._show = str.maketrans({hidden: first for first, hidden in self._hide.items()})
-        whole = [re.escape(special) for special in specials]
-        begun = {re.escape(special[:n]) + r"\s*\Z" for special in specials for n in range(1, len(special))}
-        # Zero-width, so that overlapping ones are found too. No special tokens: a pattern that never matches.
-        self._pattern = re.compile(f"(?=(?:{'|'.join([*whole, *sorted(begun)]) or '(?!)'})).", re.DOTALL)
+        firsts = markers.firsts
+        unused = [*islice((chr(code) for code in PRIVATE_USE if chr(code) not in used), len(firsts) + 1)]
+        if len(unused) <= len(firsts):
+            raise InputError("the messages have every private-use character of Unicode in them; leave some out.")
+        self.end = unused.pop()
+        self._markers = markers
+        self._hidden = dict(zip(firsts, unused, strict=True))
+        self._show = str.maketrans({hidden: first for first, hidden in self._hidden.items()})
 
     def hide(self, text: str) -> str:
-        return self._pattern.sub(lambda match: self._hide[match[0]], text)
+        return self._markers.hide(text, self._hidden)
 
     def hide_all(self, value: Any) -> Any:
         """A JSON value with every string in it hidden."""

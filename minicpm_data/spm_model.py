@@ -12,6 +12,9 @@ from weights_io.errors import InputError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how a SentencePiece vocabulary writes a space
 BPE_MODEL = 2  # TrainerSpec.ModelType
+LARGEST_FILE = 256 << 20  # bytes; those of vocabularies of 260,000 have 35 million
+LONGEST_PIECE = 512  # characters; the merges of a piece take its length squared
+VARINT_BYTES = 10  # of a number of 64 bits
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def read_spm(path: Path) -> SpmModel:
     trainer: dict[int, Any] = {}
     normaliser: dict[int, Any] = {}
     try:
-        for field, value in _fields(path.read_bytes()):
+        for field, value in _fields(read_bytes(path)):
             if field == 1:
                 piece = dict(_fields(value))
                 pieces.append(piece[1].decode())
@@ -56,6 +59,16 @@ def read_spm(path: Path) -> SpmModel:
     return SpmModel(pieces, scores, types, bool(normaliser.get(3, True)), unk, bos, eos, pad)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The contents of a tokenizer's file. InputError where it cannot be read or is larger than any tokenizer's."""
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise InputError(f"{path} has more than {LARGEST_FILE >> 20} MB, as no tokenizer has; download it again.")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
+
+
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a protobuf message: varints as int, the rest as bytes.
 
@@ -65,14 +78,14 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
     def varint() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 7 * VARINT_BYTES, 7):
             byte = data[at]  # IndexError past the end
             at += 1
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-            shift += 7
+        raise ValueError("a number of more than 64 bits")
 
     while at < end:
         key = varint()
@@ -102,6 +115,8 @@ def bpe_merges(pieces: Sequence[str], scores: Sequence[float]) -> list[tuple[str
     files that OpenBMB released, made from the ``tokenizer.model`` beside them.
     """
     ids = {piece: i for i, piece in enumerate(pieces)}
+    if (longest := max(map(len, pieces), default=0)) > LONGEST_PIECE:
+        raise InputError(f"the vocabulary has a piece of {longest:,} characters; get the tokenizer files again.")
     merges = []
     for i in sorted(range(len(pieces)), key=lambda i: -scores[i]):
         piece = pieces[i]
@@ -111,7 +126,13 @@ def bpe_merges(pieces: Sequence[str], scores: Sequence[float]) -> list[tuple[str
     return merges
 
 
-def fast_spec(model: SpmModel, space_prefix: bool, added: dict[int, dict] | None = None) -> dict:
+def fast_spec(
+    model: SpmModel,
+    space_prefix: bool,
+    added: dict[int, dict] | None = None,
+    legacy: bool = True,
+    add_prefix_space: bool = True,
+) -> dict:
     """``model`` as the contents of a ``tokenizer.json``.
 
     Arguments:
@@ -122,6 +143,9 @@ def fast_spec(model: SpmModel, space_prefix: bool, added: dict[int, dict] | None
             that only SentencePiece can merge).
         added: more added tokens by id, each ``{"content": str, "special": bool, ...}``. One whose id is that of a
             piece renames the piece.
+        legacy: False is what that tokenizer does so configured: only the beginning of a text gets a "▁", unless it
+            begins with a space.
+        add_prefix_space: False is what it does so configured: nothing in front.
     """
     pieces = list(model.pieces)
     tokens = {i: added_token(i, pieces[i], True) for i, kind in enumerate(model.types) if kind in (UNKNOWN, CONTROL)}
@@ -134,19 +158,22 @@ def fast_spec(model: SpmModel, space_prefix: bool, added: dict[int, dict] | None
             pieces[i] = token["content"]
 
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prepend = [{"type": "Prepend", "prepend": SPACE}] if space_prefix else []
+    prefixed = space_prefix and add_prefix_space
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if prefixed else []
+    scheme = "first" if prefixed else "never"
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
     decoders = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if space_prefix:
+    if prefixed:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "added_tokens": [tokens[i] for i in sorted(tokens)],
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]},
-        "pre_tokenizer": None,
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]} if legacy else None,
+        "pre_tokenizer": None if legacy else metaspace,
         "post_processor": None if model.bos_id is None else _bos_first(pieces[model.bos_id], model.bos_id),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {

@@ -232,8 +232,9 @@ class Stage(NamedTuple):
 
 def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int, str]:
     """The windows of both stages, the id that begins a document, and a hash of all the windows."""
+    from minicpm_data.of_checkpoint import check_vocab
     from minicpm_data.packing import WindowBatches, pack
-    from minicpm_data.tokenizer import check_vocab, load_tokenizer
+    from minicpm_data.tokenizer_folder import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
     check_vocab(tokenizer, vocab_size)

@@ -233,7 +233,7 @@ def main(options: Options) -> None:
 
 def _tokenizer(path_or_repo: str | None) -> "Tokenizer":
     from minicpm_data.of_checkpoint import tokenizer_of
-    from minicpm_data.tokenizer import load_tokenizer
+    from minicpm_data.tokenizer_folder import load_tokenizer
     from weights_io.checkpoint import open_checkpoint
     from weights_io.hub import resolve
 

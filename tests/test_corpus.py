@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_data import corpus, corpus_facts, vocabulary
+from minicpm_data import corpus, corpus_facts, load_tokenizer, vocabulary
 from minicpm_data.chat import MINICPM_TEMPLATE
 from minicpm_data.corpus_skills import held_out, reversed_row
-from minicpm_data.tokenizer import load_tokenizer
 from weights_io.errors import InputError
 
 N = r"(\d+)"

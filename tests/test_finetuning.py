@@ -15,12 +15,11 @@ import tiny_adapter
 import tiny_training as tiny
 from tiny_training import BACKENDS, part
 
-from minicpm_data import finetuning
+from minicpm_data import finetuning, load_tokenizer
 from minicpm_data.batches import Batches
 from minicpm_data.examples import load_split
 from minicpm_data.finetune_options import LoraOptions
 from minicpm_data.metrics import read_records
-from minicpm_data.tokenizer import load_tokenizer
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError

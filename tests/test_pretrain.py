@@ -23,10 +23,10 @@ pytest.importorskip("jax")
 import jax
 import jax.numpy as jnp
 
+from minicpm_data import load_tokenizer
 from minicpm_data.metrics import Metrics, check_reporter
 from minicpm_data.packing import WindowBatches, pack
 from minicpm_data.schedules import WarmupStableDecay
-from minicpm_data.tokenizer import load_tokenizer
 from minicpm_jax import train
 from minicpm_jax.export import Options, main
 from minicpm_jax.losses import packed_loss

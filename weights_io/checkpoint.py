@@ -121,15 +121,6 @@ def special_ids(path: Path, raw: Mapping[str, Any]) -> tuple[tuple[int, ...], tu
     return config_module.token_ids(raw, "bos_token_id", source), tuple(dict.fromkeys(ends))
 
 
-def check_vocabulary(ids: int, rows: int) -> None:
-    """`InputError` where a tokenizer of that many ids has some for which the embedding has no row."""
-    if ids > rows:
-        raise InputError(
-            f"wrong tokenizer size: the tokenizer has {ids} ids, and the embedding {rows} rows; use the tokenizer "
-            "files that were released with the model."
-        )
-
-
 def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
     """The tensors of the table, in its order; missing, unexpected and misshapen ones are all in one `InputError`."""
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
