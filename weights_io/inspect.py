@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weights_io.checkpoint import BUFFERS, check_tensors, check_vocabulary, special_ids
-from weights_io.config import COMMON_DEFAULTS, ModelConfig, read_json, stored_dtype
+from weights_io.config import COMMON_DEFAULTS, ModelConfig, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor
+from weights_io.json_text import read_json
 from weights_io.memory import cache_bytes, packed_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 
@@ -108,7 +109,7 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
         tensors: Mapping[str, LazyTensor] = {}
         missing = None
         try:
-            tensors = open_folder(path)
+            tensors = open_folder(path, compare=False)
         except InputError as error:
             missing = str(error)
         report = describe(str(path), raw, tensors)
@@ -117,7 +118,7 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
         elif missing:
             report.problems.append(missing)
         _describe_tokenizer(report, path)
-    _collect(report, special_ids, path, raw)
+    _collect(report, special_ids, path, raw, report.config["vocab_size"])
     rows, ids = report.config["vocab_size"], report.tokenizer_ids
     if ids is not None:
         _collect(report, check_vocabulary, ids, rows)
@@ -126,10 +127,10 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
     return report
 
 
-def _collect(report: Report, check: Callable[..., object], *arguments: Any) -> None:
+def _collect(report: Report, check: Callable[..., object], *arguments: Any, **options: Any) -> None:
     """Call ``check``; what it refuses becomes one of the report's problems."""
     try:
-        check(*arguments)
+        check(*arguments, **options)
     except InputError as error:
         report.problems.append(str(error))
 
@@ -173,9 +174,7 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
         unusual=_absent_keys(raw, config) + _unusual_tensors(raw, config, tensors),
     )
     if tensors:
-        # A duplicate of a tied head is left out, since checking it means reading it.
-        compared = {n: t for n, t in tensors.items() if not (n == HEAD.tensor and config.tie_word_embeddings)}
-        _collect(report, check_tensors, config, compared, Path(source))
+        _collect(report, check_tensors, config, tensors, Path(source), compare=False)
     return report
 
 
