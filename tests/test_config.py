@@ -198,6 +198,43 @@ def test_what_would_change_the_numbers_is_refused_by_name(key, value):
     assert ModelConfig.from_dict({**TINY, key: None}) == ModelConfig.from_dict(TINY)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("attention_bias", 0),
+        ("attention_bias", "false"),
+        ("attention_bias", []),
+        ("partial_rotary_factor", True),
+        ("num_local_experts", False),
+        ("is_decoder", 1),
+        ("sliding_window", []),
+    ],
+)
+def test_a_value_of_another_kind_is_not_the_neutral_one(key, value):
+    refused({**TINY, key: value}, f"{key} = {re.escape(json.dumps(value))} changes the numbers")
+
+
+@pytest.mark.parametrize("value", [False, 0.0, "0", [], 2.0])
+def test_experts_are_whole_numbers(value):
+    refused({**TINY, "num_experts": value, "num_experts_per_tok": 2}, "num_experts is .*; it must be a positive whole")
+
+
+def test_what_is_said_twice_must_be_the_same():
+    rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
+    same = {"rope_theta": 1000000, "rope_scaling": {"type": "linear", "factor": 2}}
+    assert ModelConfig.from_dict({**TINY, "rope_parameters": rope, **same}).rope_theta == 1e6
+    refused(
+        {**TINY, "rope_parameters": rope, "rope_theta": 1e4}, "rope_theta is 10000.0 and rope_parameters say another"
+    )
+    refused({**TINY, "rope_parameters": rope, "rope_scaling": None}, "rope_scaling is null and rope_parameters say")
+    refused({**TINY, "rope_scaling": {"type": "dynamic", "rope_type": "linear", "factor": 2.0}}, "has two types")
+
+
+@pytest.mark.parametrize("key, value", [("architectures", ""), ("architectures", 0), ("model_type", "")])
+def test_what_is_empty_is_not_absent(key, value):
+    refused({**TINY, key: value}, f"{key} ")
+
+
 def test_a_long_value_is_quoted_in_part():
     refused({**TINY, "weights": ["x" * 50] * 1000}, r"weights = \[\"xxx.*\.\.\. is not understood")
     refused({**TINY, "k" * 5000: 1}, r"k\.\.\. = 1 is not understood")

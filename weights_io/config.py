@@ -261,7 +261,7 @@ class _Reader:
                 f"rope_parameters {shown(rope)} holds more than a default RoPE has; take a model without it."
             )
         new = {"rope_theta": theta, "rope_scaling": rope if scaled else None}
-        for key in new.keys() & self.raw.keys():
+        for key in [key for key in new if self.raw.get(key) is not None]:
             both = [self.rope_scaling(each[key]) if key == "rope_scaling" else each[key] for each in (self.raw, new)]
             if both[0] != both[1]:
                 raise self.refuse(f"{key} is {shown(self.raw[key])} and rope_parameters say another; remove one.")
