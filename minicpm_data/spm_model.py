@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from weights_io.errors import InputError
+from weights_io.files.regular import read_regular
+from weights_io.json_text import MAX_BYTES
 
 # Piece types of sentencepiece_model.proto; GGUF's tokenizer.ggml.token_type uses the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how a SentencePiece vocabulary writes a space
 BPE_MODEL = 2  # TrainerSpec.ModelType
-LARGEST_FILE = 256 << 20  # bytes; those of vocabularies of 260,000 have 35 million
 LONGEST_PIECE = 512  # characters; the merges of a piece take its length squared
 VARINT_BYTES = 10  # of a number of 64 bits
 
@@ -37,7 +38,7 @@ def read_spm(path: Path) -> SpmModel:
     trainer: dict[int, Any] = {}
     normaliser: dict[int, Any] = {}
     try:
-        for field, value in _fields(read_bytes(path)):
+        for field, value in _fields(read_regular(path, MAX_BYTES)):
             if field == 1:
                 piece = dict(_fields(value))
                 pieces.append(piece[1].decode())
@@ -57,16 +58,6 @@ def read_spm(path: Path) -> SpmModel:
         raise InputError(f"{path} is not a BPE model; only SentencePiece BPE vocabularies are supported.")
     unk, bos, eos, pad = (None if i >= len(pieces) else i for i in special)
     return SpmModel(pieces, scores, types, bool(normaliser.get(3, True)), unk, bos, eos, pad)
-
-
-def read_bytes(path: Path) -> bytes:
-    """The contents of a tokenizer's file. InputError where it cannot be read or is larger than any tokenizer's."""
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise InputError(f"{path} has more than {LARGEST_FILE >> 20} MB, as no tokenizer has; download it again.")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -1,15 +1,17 @@
 """The tokenizer files of a checkpoint folder."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minicpm_data.fast_tokenizer import FastTokenizer, check_growth
 from minicpm_data.plain_spec import without_prefix
-from minicpm_data.spm_model import added_token, fast_spec, read_bytes, read_spm
+from minicpm_data.spm_model import added_token, fast_spec, read_spm
 from minicpm_data.tokenizer import Tokenizer
-from weights_io import json_text
 from weights_io.errors import InputError
+from weights_io.files.regular import read_regular
+from weights_io.json_text import MAX_BYTES, MAX_CONFIG, read_json, read_optional_json
 
 # MiniCPM-V's tokenizer classes are slow ones: SentencePiece itself, with no "▁" put in front of a text.
 SLOW_CLASSES = ("LlamaTokenizerWrapper", "MiniCPMVTokenizer")
@@ -23,7 +25,7 @@ NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in the order in wh
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether ``folder`` holds a ``tokenizer.json`` or a ``tokenizer.model``."""
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return any(os.path.lexists(Path(folder) / name) for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -42,7 +44,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     added = _added_tokens(config, folder)
     fast_file, spm_file = folder / "tokenizer.json", folder / "tokenizer.model"
     named = {"bos": "<s>", "eos": "</s>", "pad": None, "unk": "<unk>"}
-    if spm_file.is_file() and (config.get("tokenizer_class") in SLOW_CLASSES or not fast_file.is_file()):
+    if os.path.lexists(spm_file) and (config.get("tokenizer_class") in SLOW_CLASSES or not os.path.lexists(fast_file)):
         source, spec, named = spm_file, *_of_sentencepiece(spm_file, config, added)
         config = {"add_bos_token": True, "add_eos_token": False, **config}
     else:
@@ -81,20 +83,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in ``path``; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    value = json_text.loads(read_bytes(path), str(path))
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object; download it again.")
-    return value
-
-
 def _config(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json`` over ``special_tokens_map.json``, checked; ``special`` holds all special tokens that
     they name, by their texts."""
-    config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+    config = {
+        **read_optional_json(folder / "special_tokens_map.json"),
+        **read_optional_json(folder / "tokenizer_config.json"),
+    }
     for name in FLAGS:
         if not isinstance(config.get(name), bool | None):
             raise InputError(f"{folder} has the {name} {_short(config[name])}; it must be true or false.")
@@ -140,7 +135,7 @@ def _of_sentencepiece(
 
 def _of_json(path: Path, config: Mapping[str, Any], added: Mapping[int, dict]) -> dict[str, Any]:
     """A ``tokenizer.json`` with the added tokens that only other files list."""
-    spec = _read_json(path)
+    spec = read_json(path, MAX_BYTES)
     listed = spec.get("added_tokens") or []
     if not isinstance(listed, list) or not all(
         isinstance(t, dict) and isinstance(t.get("content"), str) for t in listed
@@ -217,7 +212,7 @@ def _short(value: Any) -> str:
 def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, dict]:
     """Added tokens by id, of ``tokenizer_config.json`` and of the older ``added_tokens.json`` (content -> id)."""
     try:
-        listed = _read_json(folder / "added_tokens.json")
+        listed = read_optional_json(folder / "added_tokens.json")
         older = {int(i): {"content": token, "special": token in config["special"]} for token, i in listed.items()}
         newer = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
         added = {**older, **newer}
@@ -233,8 +228,8 @@ def _chat_templates(config: Mapping[str, Any], folder: Path) -> tuple[str | None
     ``additional_chat_templates``), else of the config: a string, or a list of named ones."""
     file = folder / "chat_template.jinja"
     tools = folder / "additional_chat_templates" / "tool_use.jinja"
-    if file.is_file():
-        return _template_text(file), _template_text(tools) if tools.is_file() else None
+    if os.path.lexists(file):
+        return _template_text(file), _template_text(tools) if os.path.lexists(tools) else None
     template = config.get("chat_template")
     if not isinstance(template, list):
         if not isinstance(template, str | None):
@@ -255,6 +250,6 @@ def _chat_templates(config: Mapping[str, Any], folder: Path) -> tuple[str | None
 
 def _template_text(file: Path) -> str:
     try:
-        return read_bytes(file).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return read_regular(file, MAX_CONFIG).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text; download it again.") from error

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weights_io import mlx_lm_format, peft_format
-from weights_io.config import ModelConfig, read_json
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import write_file
 from weights_io.files.tensor import LazyTensor
+from weights_io.json_text import read_json
 from weights_io.lora import (
     Adapter,
     AdapterConfig,

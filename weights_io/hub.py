@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from weights_io import catalog
-from weights_io.config import read_json, shown
-from weights_io.errors import InputError
-from weights_io.files.folder import SIDE_FILES, USUAL
+from weights_io.config import shown
+from weights_io.errors import InputError, short
+from weights_io.files.folder import KINDS, SIDE_FILES, USUAL, read_weight_map
+from weights_io.json_text import read_json
 
 # Beside the weights; code (*.py) and other frameworks' copies of the weights are never fetched. quantize_config.json is
 # AutoGPTQ's, which says how the weights are packed.
@@ -151,17 +152,14 @@ def built_in() -> Path:
     )
 
 
-def weight_files(names: Collection[str], fetch: Callable[[Collection[str]], Path], repo: str) -> list[str]:
+def weight_files(names: Collection[str], fetch: Callable[[Collection[str]], Path]) -> list[str]:
     """Which of a repository's top-level files ``names`` are its weights: one kind only, as `open_folder` takes.
 
     Empty where there are none. `InputError` where its index is no index.
     """
     for name in USUAL:
         if name in names and name.endswith(".json"):
-            shards = read_json(fetch([name]) / name).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                raise InputError(f"{name} of {repo} holds no weight_map: choose another revision or repository.")
-            return sorted({name, *shards.values()})
+            return sorted({name, *read_weight_map(fetch([name]) / name).values()})
         if name in names:
             return [name]
     others = [name for name in names if fnmatch(name, "*.safetensors") and not name.startswith("adapter")]
@@ -200,14 +198,14 @@ def _wanted(
     names = {path.name for path in folder.iterdir()} if listed is None else set(listed)
     wanted = [name for name in FETCHED if name in names]
     if weights:
-        found = weight_files(names, source.fetch, repo)
+        found = weight_files(names, source.fetch)
         if listed is None and (not found or not names.issuperset(found)):
             raise InputError(_unreachable(repo))
         if not found:
-            raise InputError(f"{repo} holds none of {', '.join(USUAL)}: choose another repository.")
+            raise InputError(f"{repo} holds none of {KINDS}: choose another repository.")
         if missing := sorted(set(found) - names):
             raise InputError(
-                f"{repo} lacks {missing[0]}, which its index lists: choose another revision or repository."
+                f"{repo} lacks {short(missing[0])}, which its index lists: choose another revision or repository."
             )
         wanted += found
     return wanted

@@ -1,5 +1,7 @@
 """Say what a model is, from its config and the headers of its files, without reading a weight.
 
+Only what is stored twice (the head of a tied model, a tensor in two shards) is read, to compare the two as a load does.
+
 python -m weights_io.inspect --model openbmb/MiniCPM-2B-sft-bf16
 """
 
@@ -12,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weights_io.checkpoint import BUFFERS, check_tensors, special_ids
-from weights_io.config import COMMON_DEFAULTS, ModelConfig, read_json, stored_dtype
+from weights_io.config import COMMON_DEFAULTS, ModelConfig, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor
+from weights_io.json_text import read_json
 from weights_io.memory import cache_bytes, packed_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 
@@ -118,7 +121,7 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
             report.unusual.append("the weights are not (or not wholly) downloaded; sizes and stored dtypes are unknown")
         elif missing:
             report.problems.append(missing)
-    _collect(report, special_ids, path, raw)
+    _collect(report, special_ids, path, raw, report.config["vocab_size"])
     _describe_tokenizer(report, path, metadata)
     return report
 
@@ -170,9 +173,7 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
         unusual=_absent_keys(raw, config) + _unusual_tensors(raw, config, tensors),
     )
     if tensors:
-        # A duplicate of a tied head is left out, since checking it means reading it.
-        compared = {n: t for n, t in tensors.items() if not (n == HEAD.tensor and config.tie_word_embeddings)}
-        _collect(report, check_tensors, config, compared, Path(source))
+        _collect(report, check_tensors, config, tensors, Path(source))
     return report
 
 
