@@ -24,7 +24,9 @@ def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
                 if isinstance(document, InputError):
                     raise document
                 items.append(make(document))
-            except InputError as error:
+            except (InputError, RecursionError) as error:
+                if isinstance(error, RecursionError):
+                    error = InputError("it is nested too deeply; mend or delete it.")
                 why = why or (f"{error}" if error is document else f"{unit} {number}: {error}")
                 wrong.append(number)
     if wrong:

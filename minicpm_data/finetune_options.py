@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 FREE = frozenset(
     """train test iters epochs mask_prompt learning_rate lr_schedule warmup_steps clip steps_per_report steps_per_eval
     val_batches test_batches save_every resume report_to project_name hub data config grad_checkpoint adapter_path
-    ignore_keys special_tokens_as_text save_path save_dtype mesh distributed coordinator_address num_processes process_id
-    join_timeout""".split()
+    ignore_keys special_tokens_as_text save_path save_dtype mesh distributed coordinator_address num_processes
+    process_id join_timeout""".split()
 )
 
 

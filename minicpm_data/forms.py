@@ -38,8 +38,8 @@ def _of(question: str, answer: str, *context: str) -> Form:
 
 def _prompted(document: Document, rules: KeyRules) -> list[Turn]:
     """``prompt`` and ``completion``, texts or TRL's lists of messages; answers within the prompt are not trained."""
-    prompt = [replace(turn, asked=True) for turn in response(document["prompt"], "user", rules)]
-    return [*prompt, *response(document["completion"], "assistant", rules)]
+    prompt = [replace(turn, asked=True) for turn in response(document, "prompt", "user", rules)]
+    return [*prompt, *response(document, "completion", "assistant", rules)]
 
 
 def _mlx_advertise_gen(document: Document, rules: KeyRules) -> list[Turn]:
@@ -68,7 +68,7 @@ FORMS = (
 ANSWERS = ("chosen", "rejected")
 # What is read of a pair is its prompt; where it has none, both answers repeat it.
 PAIRS = (
-    Form(("prompt", *ANSWERS), lambda document, rules: response(document["prompt"], "user", rules)),
+    Form(("prompt", *ANSWERS), lambda document, rules: response(document, "prompt", "user", rules)),
     Form(("conversations", *ANSWERS), lambda document, rules: read_turns(document["conversations"], rules)),
     Form(
         ("instruction", *ANSWERS),
@@ -98,7 +98,7 @@ class Reader:
     def pair(self, document: Document) -> tuple[list[Turn], list[Turn]]:
         """Two conversations that differ in their last turn, an answer: the chosen and the rejected one."""
         form, used = self._form(self._kept(document), PAIRS, "prompt, chosen and rejected", PAIR_NOTES)
-        chosen, rejected = ([*response(used[key], "assistant", self.rules)] for key in ANSWERS)
+        chosen, rejected = ([*response(used, key, "assistant", self.rules)] for key in ANSWERS)
         prompt = form.read(used, self.rules)
         if form.keys == ANSWERS:
             prompt = chosen[:-1]
@@ -132,8 +132,9 @@ class Reader:
         if len(found) != 1:
             why = "more than one form" if found else "no known form"
             remedy = "name what is to be passed over with --ignore-keys" if found else f"give {usual}"
+            keys = dict.fromkeys(key for form in found for key in form.keys) or sorted(document, key=NOTES.__contains__)
             raise InputError(
-                f"it has the keys {few([*document], '')}, which are {why}; {remedy} (forms: docs/finetune-mac.md)."
+                f"it has the keys {few([*keys], '')}, which are {why}; {remedy} (forms: docs/finetune-mac.md)."
             )
         form = found[0]
         known = (*form.keys, *form.optional)

@@ -82,9 +82,15 @@ def few(names: Collection[str], quote: str = '"') -> str:
 
 def short(value: Any) -> str:
     """A text as it is, another value as JSON; on one line, its end left out where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    text = text[1:-1] if isinstance(value, str) else text
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return as_json(value)[1:-1] if isinstance(value, str) else as_json(value)
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON, of which the end is left out where it is long, and all of a list or an object."""
+    if isinstance(value, list | dict):
+        return "[...]" if isinstance(value, list) else "{...}"
+    text = json.dumps(value[: SHOWN + 1] if isinstance(value, str) else value, ensure_ascii=False, default=str)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..." + '"' * isinstance(value, str)
 
 
 def _refusal(names: list[str]) -> str:

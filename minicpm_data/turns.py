@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minicpm_data.chat import check_messages
-from minicpm_data.keys import TURN_NOTES, KeyRules, few, short
+from minicpm_data.keys import TURN_NOTES, KeyRules, as_json, few, short
 from weights_io.errors import InputError
 
 ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -87,13 +87,13 @@ def _weight(found: Mapping[str, Any], role: Any, what: str) -> bool | None:
     given = {key: found[key] for key in WEIGHTS if found.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise InputError(f'{what} has "{key}": {short(value)}; a message is trained (1, true) or not (0, false).')
+            raise InputError(f'{what} has "{key}": {as_json(value)}; a message is trained (1, true) or not (0, false).')
     if len({bool(value) for value in given.values()}) > 1:
         raise InputError(f"{what} has {few([*given])}, which say different things; keep one of them.")
     weight = next((bool(value) for value in given.values()), None)
     if weight and role != "assistant":
         raise InputError(
-            f'{what} has "{next(iter(given))}": {short(next(iter(given.values())))}, and is no answer; only the '
+            f'{what} has "{next(iter(given))}": {as_json(next(iter(given.values())))}, and is no answer; only the '
             "assistant's messages are trained (all are with --train-on-prompt): remove the key."
         )
     return weight
@@ -115,8 +115,12 @@ def asked(question: str, answer: str) -> list[Turn]:
     return [Turn("user", question), Turn("assistant", answer)]
 
 
-def response(value: Any, role: str, rules: KeyRules) -> list[Turn]:
-    """Turns out of a text, a message or a list of messages."""
+def response(document: Mapping[str, Any], key: str, role: str, rules: KeyRules) -> list[Turn]:
+    """Turns out of the text, the message or the list of messages that ``key`` holds."""
+    value = document[key]
     if isinstance(value, str):
         return [Turn(role, value)]
+    if not isinstance(value, list | Mapping):
+        kind = type(value).__name__
+        raise InputError(f'it has a "{key}" of type {kind}; it must be a string or a list of messages.')
     return read_turns([value] if isinstance(value, Mapping) else value, rules)
