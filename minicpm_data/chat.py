@@ -121,6 +121,7 @@ def _ends(prompt: str, start: int, content: str, last: bool) -> Iterator[int]:
             if prompt.startswith(spaces, end):
                 yield end + len(spaces)
             yield end
+            yield len(prompt) - len(prompt[end:].lstrip())  # a thought with nothing behind it
 
 
 @functools.lru_cache(maxsize=16)
