@@ -26,7 +26,7 @@ SHOWN = 5  # wrong answers
 class EvaluateOptions(DataOptions, ModelOptions):
     data: Path | None = None
     """Ask what is in this file (conversations in any form that lora takes), and count the replies that are, to the
-    letter, its answers; by default the questions of pico."""
+    letter but for special tokens, its answers; by default the questions of pico."""
     limit: int | None = None
     """Only so many questions, spread over all kinds; by default all."""
     batch_size: int = 50
@@ -88,10 +88,18 @@ def ask_questions(
     everything = list(questions(seed)) if data is None else questions_of(data, ignore_keys)
     count = min(limit or len(everything), len(everything))
     asked = [everything[i * len(everything) // count] for i in range(count)]
+    if trusted:
+        asked = [{**q, "answer": _without_tokens(q["answer"], tokenizer)} for q in asked]
     messages = [q.get("messages", [{"role": "user", "content": q["prompt"]}]) for q in asked]
     prompts = [tokenizer.apply_chat(turns, trusted=trusted) for turns in messages]
     said = replies(backend, model, tokenizer, prompts, batch_size, max_tokens, stop=tokenizer.turn_markers)
     return [Answered(q, reply, is_right(q, reply)) for q, reply in zip(asked, said, strict=True)]
+
+
+def _without_tokens(answer: str, tokenizer: "Tokenizer") -> str:
+    """The answer as a reply would show it, of which special tokens are no text."""
+    ids = tokenizer.encode(answer, add_bos=False)
+    return tokenizer.decode(ids) if tokenizer.added_tokens.keys() & set(ids) else answer
 
 
 def questions_of(path: Path, ignore_keys: Collection[str] = ()) -> list[dict[str, Any]]:
