@@ -15,10 +15,12 @@ BOM = json_text.BOM.encode()
 def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
     """``make`` of each document of a file. InputError where the file is empty or ``make`` raises one: the first is told
     and the others are counted."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist, or is no file; it should hold one JSON object a line.")
     array = path.suffix == ".json" and is_array(path)
     unit = "item" if array else "line"
     items, wrong, why = [], [], ""
-    with progress_bar(f"tokenising {path.name}", path.stat().st_size if path.is_file() else 0) as bar:
+    with progress_bar(f"tokenising {path.name}", path.stat().st_size) as bar:
         for number, document in (scan_array if array else scan_lines)(path, bar.update):
             try:
                 if isinstance(document, InputError):
