@@ -1,15 +1,16 @@
 """Files of JSON objects: one a line, or in one array."""
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.keys import NAMED
-from weights_io import json_text
+from minicpm_data.keys import NAMED, as_json
 from weights_io.errors import InputError
 from weights_io.progress import progress_bar
 
-BOM = json_text.BOM.encode()
+BOM = "\ufeff".encode()
 
 
 def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
@@ -68,7 +69,7 @@ def scan_array(
 ) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
     """The same for the items of a JSON array, the first of which is "item 1"."""
     content = path.read_bytes()
-    items = json_text.loads(content, str(path))
+    items = _json(content.removeprefix(BOM), str(path))
     for number, item in enumerate(items, 1):
         on_read(len(content) // len(items))
         yield number, _object(item, f"item {number}")
@@ -83,9 +84,31 @@ def is_array(path: Path) -> bool:
 
 def _parsed(line: bytes, what: str) -> dict[str, Any] | InputError:
     try:
-        return _object(json_text.loads(line, what), what)
+        return _object(_json(line, what), what)
     except InputError as error:
         return error
+
+
+def _json(text: bytes, what: str) -> Any:
+    """The value of a JSON text, of any size: the user's own data is as large as it is."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise InputError(f"{what} has the key {as_json(twice)} twice; keep one of them.")
+        return found
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} is not UTF-8 text (byte {error.start}); convert the file first.") from None
+    except RecursionError:
+        raise InputError(f"{what} is not JSON (it is nested too deeply); mend or delete it.") from None
+    except ValueError as error:  # besides wrong JSON, numbers of 4300 digits
+        raise InputError(f"{what} is not JSON ({getattr(error, 'msg', error)}); mend or delete it.") from None
 
 
 def _object(value: Any, what: str) -> dict[str, Any] | InputError:
