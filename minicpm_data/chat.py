@@ -1,10 +1,11 @@
 """Chat prompts: the checkpoint's Jinja template, and message contents that cannot forge its special tokens."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from minicpm_data.keys import KeyRules, short
 from weights_io.errors import InputError
 
 # The prompt of MiniCPM-2B, -1B, -S and -MoE (2024): no newline, no EOS between turns; a system message has no tag.
@@ -20,20 +21,23 @@ TURN_MARKERS = ("<用户>", "<AI>")  # plain text, not special tokens: a model m
 ROLES = ("system", "user", "assistant")
 LONGEST_MARKERS = 200_000  # characters of all special tokens together; Gemma's 6,400 have 80,000
 END = ""  # no character
+THINK, THOUGHT = "<think>", "</think>"  # around the thought with which an answer may begin
 PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # code points that mean nothing by themselves
 
 Message = Mapping[str, str]
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The role and content of each message (other keys are dropped). InputError where one is missing or no text."""
+    """The role and content of each message. InputError where one is missing or no text, and for another key that says
+    something, which no template here is given."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise InputError('messages must be a list such as [{"role": "user", "content": "Hello"}], with one or more.')
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise InputError(f'message {i} must have a "role" and a "content".')
         if message["role"] not in ROLES:
-            raise InputError(f"message {i} has the role {message['role']!r}; the roles are {', '.join(ROLES)}.")
+            raise InputError(f"message {i} has the role '{short(message['role'])}'; the roles are {', '.join(ROLES)}.")
+        KeyRules().used(message, ("role", "content"), (), f"message {i}")
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__
             raise InputError(f"the content of message {i} is of type {kind}; it must be a string.")
@@ -49,26 +53,71 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
     return template_process.render(template, {"tools": None, "documents": None, **variables, **given})
 
 
-def cut_at_answers(prompt: str, marked: str, contents: Sequence[str], mark: str) -> list[str]:
+def cut_at_answers(prompt: str, outside: Sequence[str], contents: Sequence[str]) -> list[str]:
     """``prompt`` in pieces: what stands before the first answer, the answer, what stands between it and the next, ...
 
-    ``marked`` is the same prompt with ``mark`` on either side of each content of ``contents``, the answers; the
-    template may have stripped them in ``prompt``. InputError where it changed them otherwise.
+    ``outside`` is what the template writes around the answers where these are plain texts; ``contents`` are the answers
+    of ``prompt``. The template may have stripped them there, have put other spaces around the ``<think>`` and
+    ``</think>`` of their thoughts, and have left out the thoughts of all but the last. InputError where it changed them
+    otherwise.
     """
-    outside = marked.split(mark)[::2]
-    pieces, at = outside[:1], len(outside[0])
-    if marked.count(mark) == 2 * len(contents):
-        for content, after in zip(contents, outside[1:], strict=True):
-            forms = (content, content.lstrip(), content.rstrip(), content.strip())  # the longest that fits
-            answer = next((form for form in forms if prompt.startswith(form + after, at)), content)
-            pieces += [answer, after]
-            at += len(answer + after)
-    if "".join(pieces) != prompt or len(pieces) != 2 * len(contents) + 1:
+    pieces: list[str] = []
+    at, last = 0, len(contents) - 1
+
+    def befores(k: int) -> list[str]:
+        """What may stand before answer k: a thought takes the place of the empty one that a template writes."""
+        whole = outside[k]
+        opened = whole.rfind(THINK) if k <= last and _has_thought(contents[k]) else -1
+        return [whole] if opened < 0 else [whole, whole[:opened]]
+
+    for k, content in enumerate(contents if len(outside) == last + 2 else ()):
+        starts = [at + len(before) for before in befores(k) if prompt.startswith(before, at)]
+        spans = [(start, end) for start in starts for end in _ends(prompt, start, content, k == last)]
+        fitting = ((s, e) for s, e in spans if any(prompt.startswith(after, e) for after in befores(k + 1)))
+        start, end = next(fitting, (-1, -1))
+        if start < 0:
+            break
+        pieces += [prompt[at:start], prompt[start:end]]
+        at = end
+    if len(pieces) != 2 * len(contents) or prompt[at:] != outside[-1]:
         raise InputError(
             "the chat template leaves out, reorders or rewrites assistant turns, so that they cannot be told apart "
             "from the rest; train conversations with one such turn, or give the model a plainer template."
         )
-    return pieces
+    return [*pieces, prompt[at:]]
+
+
+def _has_thought(content: str) -> bool:
+    return THINK in content or THOUGHT in content
+
+
+def _ends(prompt: str, start: int, content: str, last: bool) -> Iterator[int]:
+    """Where an answer that begins at ``start`` may end, the longest form first."""
+    for form in (content, content.lstrip("\n"), content.lstrip(), content.rstrip(), content.strip()):
+        if prompt.startswith(form, start):
+            yield start + len(form)
+    if not _has_thought(content):
+        return
+    parts = [part.strip() for part in re.split(f"({THINK}|{THOUGHT})", content)]
+    forms = [parts if THINK in content else [THINK, *parts]]
+    thought, _, answer = content.partition(THOUGHT)
+    thought = thought.strip().removeprefix(THINK)
+    if THOUGHT not in answer and THINK not in thought and (not last or not thought.strip()):
+        forms.append([answer.strip()])
+    spaces = content[len(content.rstrip()) :]
+    for wanted in forms:
+        end = start
+        for part in filter(None, wanted):
+            while prompt[end : end + 1].isspace():
+                end += 1
+            if not prompt.startswith(part, end):
+                break
+            end += len(part)
+        else:
+            if prompt.startswith(spaces, end):
+                yield end + len(spaces)
+            yield end
+            yield len(prompt) - len(prompt[end:].lstrip())  # a thought with nothing behind it
 
 
 class Markers:

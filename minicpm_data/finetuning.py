@@ -90,7 +90,7 @@ def run(
 
 def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Callable[[Any, Any], Trainer]) -> None:
     """Train, and test, as the options say. Raises `InputError` for options, data or a run that cannot be used."""
-    from minicpm_data.examples import load_split
+    from minicpm_data.examples import load_split, show_first
     from minicpm_data.metrics import check_reporter
     from minicpm_data.run_folder import check_folder, using
 
@@ -113,9 +113,13 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
             pairs=options.loss != "sft",
             mask_prompt=not options.train_on_prompt,
             required=required,
+            ignore_keys=options.ignore_keys,
+            trusted=not options.special_tokens_as_text,
         )
         if found is not None:
             print(f"{name}: {found.summary()}")
+            if name == "train":
+                show_first(found, tokenizer)
         return found
 
     train = split("train", True) if options.training else None

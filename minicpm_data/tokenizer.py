@@ -23,6 +23,7 @@ class Tokenizer:
         chat_template_given: whether the checkpoint has it.
         tool_template: the one that the checkpoint has for chats with tools, where it has two.
         rows: of the model's table, where some added tokens have no row in it; None where all have one.
+        added_tokens: id -> text of those beside the model's own pieces, special or not.
         turn_markers: the texts with which the template begins a turn, where these are no special tokens. A model may
             write one after its answer, so that a chat's answer ends there.
     """
@@ -66,6 +67,7 @@ class Tokenizer:
             self._after = [*eos_token_ids[:1]] if add_eos else []
 
         added = fast.added_tokens()
+        self.added_tokens = {i: token.content for i, token in added.items()}
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._markers = {
             i: token.content
@@ -74,13 +76,14 @@ class Tokenizer:
         }
         self._spelled = chat.Markers(self._markers.values())
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Ids of ``text``; special tokens that it spells out become their ids.
+    def encode(self, text: str, add_bos: bool = True, trusted: bool = True) -> list[int]:
+        """Ids of ``text``; special tokens that it spells out become their ids, unless it is not ``trusted``.
 
         With ``add_bos`` BOS (and EOS) come as the checkpoint's tokenizer adds them: BOS never twice.
         InputError for a lone surrogate, which is no Unicode text, and for a token for which the model has no row.
         """
-        ids = self._in_table(self._fast.encode(_checked(text)).ids)
+        encoder = self._fast if trusted else self._plain
+        ids = self._in_table(encoder.encode(_checked(text)).ids)
         return self._with_bos(ids) + self._after if add_bos else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -114,6 +117,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        trusted: bool = False,
     ) -> list[int]:
         """Ids of the chat prompt, BOS included once where the checkpoint's tokenizer adds it.
 
@@ -121,11 +125,11 @@ class Tokenizer:
         the prompt ends with the last of them, unfinished, and nothing after it; spaces at its end go where the template
         strips them. ``variables`` are more variables of the template, as values of JSON; with ``tools`` among them,
         the checkpoint's template for tools is used, if it has one. A special token spelled out in a content or a
-        variable stays text; only the template makes special tokens. InputError for messages, variables or a template
-        that cannot be used.
+        variable stays text; only the template makes special tokens, unless the messages are ``trusted``. InputError for
+        messages, variables or a template that cannot be used.
         """
         messages, variables = chat.check_messages(messages), _checked_variables(variables or {})
-        hidden, disguise = self._hidden(messages, variables)
+        hidden, disguise = self._hidden(messages, variables, trusted)
         end = disguise.end + " "  # the space shows whether the template strips the content
         if continue_final_message:
             hidden[-1]["content"] += end
@@ -140,29 +144,38 @@ class Tokenizer:
             prompt = final if after.startswith(" ") else final.removesuffix(spaces)
         return self._in_table(self._with_bos(self._undisguised(prompt, disguise)))
 
-    def chat_example(self, messages: Sequence[chat.Message], only_last: bool = False) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation up to the end of its last answer, and which of them are trained: the answers (or
-        ``only_last`` one), and the EOS with which the template ends an answer. The last one ends with the tokenizer's
-        own EOS where the template writes none.
+    def chat_example(
+        self,
+        messages: Sequence[chat.Message],
+        trained: Sequence[bool] | None = None,
+        prompts: bool = False,
+        trusted: bool = True,
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation up to the end of its last answer, and which of them are targets: of each answer that is
+        ``trained`` (a bool for each message; by default all) its tokens, and the EOS with which the template ends it;
+        with ``prompts`` also all that is of no answer. The last answer ends with the tokenizer's own EOS where the
+        template writes none. A special token that a content spells out becomes its id, unless it is not ``trusted``.
 
         The ids in front of an answer are those of `apply_chat` for that turn's prompt, as far as the template writes
         the same text: where a token would span the seam, the answer is encoded by itself. InputError as there, and
-        where there is no answer or the template changes answers beyond the spaces around them.
+        where there is no answer or the template changes answers beyond what `chat.cut_at_answers` allows.
         """
         messages = chat.check_messages(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers or not self.eos_token_ids:
             missing = "the messages have no assistant turn" if not answers else "the tokenizer has no EOS token"
             raise InputError(f"{missing}, without which there is no answer to train; add one.")
-        hidden, disguise = self._hidden(messages[: answers[-1] + 1], {})
+        hidden, disguise = self._hidden(messages[: answers[-1] + 1], {}, trusted)
         prompt = self._rendered(hidden, disguise, False, {})
         contents = [hidden[i]["content"] for i in answers]
         for i in answers:
-            hidden[i]["content"] = disguise.end + hidden[i]["content"] + disguise.end
-        pieces = chat.cut_at_answers(prompt, self._rendered(hidden, disguise, False, {}), contents, disguise.end)
+            hidden[i]["content"] = disguise.end
+        outside = self._rendered(hidden, disguise, False, {}).split(disguise.end)
+        pieces = chat.cut_at_answers(prompt, outside, contents)
+        wanted = [True if trained is None else trained[i] for i in answers]
 
         ids: list[int] = []
-        trained: list[bool] = []
+        targets: list[bool] = []
         text, before = "", list[int]()  # the pieces so far, as one text
         for k, piece in enumerate(pieces):
             text += piece
@@ -171,18 +184,22 @@ class Tokenizer:
             new = self._undisguised(piece, disguise, begun=True) if spans else whole[len(before) :]
             before = whole
             if k == len(pieces) - 1:
-                new = new[:1] if new and new[0] in self.eos_token_ids else [*self.eos_token_ids[:1]]
-            kept = k >= len(pieces) - 2 if only_last else k > 0
-            targets = len(new) if k % 2 else sum(i in self.eos_token_ids for i in new[:1])
+                ended = new[:1] if new and new[0] in self.eos_token_ids else [*self.eos_token_ids[:1]]
+                spelled = not new and pieces[-2] and ids[-1] in self.eos_token_ids  # by the answer itself
+                new = [] if spelled else ended
+            of_answer = len(new) if k % 2 else sum(i in self.eos_token_ids for i in new[:1]) if k else 0
             ids += new
-            trained += [kept and i < targets for i in range(len(new))]
+            targets += [wanted[(k - 1) // 2] if i < of_answer else prompts for i in range(len(new))]
         full = self._in_table(self._with_bos(ids))
-        return full, [False] * (len(full) - len(ids)) + trained
+        return full, [prompts] * (len(full) - len(ids)) + targets
 
-    def _hidden(self, messages: list[dict], variables: Mapping[str, Any]) -> tuple[list[dict], chat.Disguise]:
-        """``messages`` in which no content spells a special token."""
+    def _hidden(
+        self, messages: list[dict], variables: Mapping[str, Any], trusted: bool
+    ) -> tuple[list[dict], chat.Disguise]:
+        """``messages`` in which no content spells a special token, unless they are ``trusted``."""
         texts = [*(_checked(m["content"]) for m in messages), self._template(variables)]
-        disguise = chat.Disguise(self._spelled, [*texts, json.dumps(variables, ensure_ascii=False)])
+        markers = chat.Markers(()) if trusted else self._spelled
+        disguise = chat.Disguise(markers, [*texts, json.dumps(variables, ensure_ascii=False)])
         return [{**m, "content": disguise.hide(m["content"])} for m in messages], disguise
 
     def _rendered(self, hidden: list[dict], disguise: chat.Disguise, prompted: bool, variables: Mapping) -> str:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from minicpm_data.data_options import DataOptions
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from minicpm_jax.placement import Placement
 from weights_io import command_line
@@ -39,7 +40,7 @@ REPORT_EVERY = 10  # steps between lines of metrics.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Placement):
+class Options(DataOptions, Placement):
     tokenizer: Path
     """Folder of the tokenizer."""
     data: Path
@@ -234,6 +235,7 @@ def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int,
     """The windows of both stages, the id that begins a document, and a hash of all the windows."""
     from minicpm_data.of_checkpoint import check_vocab
     from minicpm_data.packing import WindowBatches, pack
+    from minicpm_data.preview import show
     from minicpm_data.tokenizer_folder import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
@@ -241,20 +243,24 @@ def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int,
     if tokenizer.bos_token_id is None or not tokenizer.eos_token_ids:
         raise InputError(f"the tokenizer of {options.tokenizer} has no BOS or no EOS, which part the documents.")
     stages, fingerprint = {}, hashlib.sha256()
+    reading = options.seq_length, options.ignore_keys, not options.special_tokens_as_text
     for name in ("stable", "decay"):
         windows, valid = (
-            pack(options.data / name / f"{split}.jsonl", tokenizer, options.seq_length) for split in ("train", "valid")
+            pack(options.data / name / f"{split}.jsonl", tokenizer, *reading) for split in ("train", "valid")
         )
         stages[name] = Stage(WindowBatches(windows, options.batch_size, options.seed), valid)
         fingerprint.update(windows.tobytes() + valid.tobytes())
         print(f"{name}: {windows.size:,} tokens in windows of {options.seq_length}")
+        first = windows[0]
+        show("the first window", first, first != tokenizer.bos_token_id, tokenizer)
     return stages, tokenizer.bos_token_id, fingerprint.hexdigest()
 
 
 # A resumed run must agree on the model, on the data and on all options but these.
 FREE = frozenset(
     """config init_from tokenizer data out learning_rate clip save_dtype save_every valid_every remat resume report_to
-    project_name mesh distributed coordinator_address num_processes process_id join_timeout""".split()
+    ignore_keys special_tokens_as_text project_name mesh distributed coordinator_address num_processes process_id
+    join_timeout""".split()
 )
 
 

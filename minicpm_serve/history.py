@@ -187,14 +187,17 @@ def batches(rows: Sequence[list[int]], width: int, size: int) -> "Iterator[tuple
 
 def read_texts(path: Path) -> list[str]:
     """The documents of a text file (one) or of ``.jsonl``. `InputError` where it is neither."""
-    from minicpm_data.documents import read_documents
+    from minicpm_data.documents import read_items
+    from minicpm_data.forms import Reader
+
+    def text(document: dict[str, Any]) -> str:
+        found = Reader().conversation(document)
+        if not isinstance(found, str):
+            raise InputError('it is no "text"; give texts alone.')
+        return found
 
     if path.suffix == ".jsonl":
-        texts = [document.get("text") for _, document in read_documents(path)]
-        strings = [text for text in texts if isinstance(text, str)]
-        if len(strings) < len(texts):
-            raise InputError(f'{path} has a line without "text", a string; give it one or delete it.')
-        return strings
+        return read_items(path, text)
     try:
         return [path.read_text(encoding="utf-8")]
     except FileNotFoundError:

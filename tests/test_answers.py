@@ -372,3 +372,22 @@ def test_a_share_of_the_sums_can_be_required(parrot, typed, required, code):
     assert ended == code
     assert error.count("\n") == (code > 0)
     assert code == 2 or "sum             1 of    2 right, 50.0%" in out
+
+
+def test_questions_of_a_file_are_read_as_training_data_is(parrot, typed, tmp_path):
+    """The tokens that they spell are the vocabulary's, unless the user says otherwise; a key is used or refused."""
+    n = tiny.sentencepiece_model().get_piece_size()
+    bird = parrot("<vul>x", added_tokens_decoder={str(n): tiny.special("<vul>")})
+    path, line = tmp_path / "test.jsonl", {"prompt": "<vul>", "completion": "<vul>x", "score": 1, "source": "here"}
+    path.write_text(json.dumps(line) + "\n")
+    ended, _, error = typed(evaluation.run_evaluate, bird, "--data", str(path))
+    assert ended == 2 and 'test.jsonl, line 1: it has "score", which is not understood' in error
+    ended, out, _ = typed(evaluation.run_evaluate, bird, "--data", str(path), "--ignore-keys", "score")
+    assert ended == 0 and "not read: score and source" in out and "1 of    1 right" in out
+    assert n in bird.asked[-1]
+    flags = ("--ignore-keys", "score", "--special-tokens-as-text")
+    ended, _, _ = typed(evaluation.run_evaluate, bird, "--data", str(path), *flags)
+    assert ended == 0 and n not in bird.asked[-1]
+    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}) + "\n")
+    ended, _, error = typed(evaluation.run_evaluate, bird, "--data", str(path))
+    assert ended == 2 and "its last answer is not to be trained" in error

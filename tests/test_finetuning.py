@@ -347,7 +347,7 @@ def test_a_preference_on_the_test_examples(preferred, world, pairs, capsys):
         ({"warmup_steps": 9}, "--warmup-steps 9 is more than the 4 steps"),
         ({"data": "nowhere"}, "--data nowhere does not exist"),
         ({"data": "{world}/model"}, "holds no train.jsonl or train.json"),
-        ({"loss": "dpo"}, "train.jsonl, line 1: it has the keys prompt, completion"),
+        ({"loss": "dpo"}, "train.jsonl, line 1: it has the keys prompt and completion"),
         ({"data": "{pairs}"}, "these are preference pairs"),
         ({"adapter_path": "{world}/model"}, "is not empty and holds no run"),
         ({"learning_rate": 0.0}, "--learning-rate is 0.0; it must be above 0"),

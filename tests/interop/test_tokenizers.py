@@ -201,6 +201,32 @@ def test_chat_templates(pair, name, prompted):
         assert ours.apply_chat(messages, add_generation_prompt=prompted) == expected, text
 
 
+@pytest.mark.parametrize("name", ["minicpm5_1b", "minicpm5_2b"])
+def test_training_examples_of_thinking_templates(pair, name):
+    """Ids of the rendered conversation as theirs, up to the end of its last answer; the contents spell tokens. Answers
+    begin with no space, which would be one token with the prompt's line end in some vocabularies."""
+    ours, theirs = pair
+    template = (Path(__file__).parents[1] / "reference" / "chat" / name / "chat_template.jinja").read_text("utf-8")
+    theirs.chat_template = ours.chat_template = template
+    rng = random.Random(0)
+    words = ["Hello", " world", "你好", "\n", "  ", "a b", "<|im_end|>", "</s>", "42", "👍"]
+    for _ in range(100):
+        messages = [{"role": "system", "content": "Be kind."}] * rng.randrange(2)
+        for _ in range(rng.randrange(1, 4)):
+            question, thought, answer = ("".join(rng.choices(words, k=rng.randrange(6))) for _ in range(3))
+            thought = f"<think>\n{thought}\n</think>\n\n" * rng.randrange(2)
+            messages += [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": thought + answer.lstrip()},
+            ]
+        ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        before = ours.encode("")
+        expected = ids if ids[: len(before)] == before else before + ids
+        assert ours.apply_chat(messages, add_generation_prompt=False, trusted=True) == expected
+        found, trained = ours.chat_example(messages)
+        assert found[:-1] == expected[: len(found) - 1] and trained[-1]  # the last is the EOS, of either
+
+
 @pytest.mark.parametrize("name", ["minicpm", "chatml", "chatml with a system message of its own", "llama 2"])
 @pytest.mark.parametrize("begun", ["It is", "In 1998 ", "你好，", "e\u0301"])
 def test_the_final_message_goes_on(pair, name, begun):
