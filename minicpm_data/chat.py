@@ -53,6 +53,18 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
         raise InputError("the chat template needs more memory than is reasonable.") from error
 
 
+def variables_of(template: str) -> frozenset[str]:
+    """The names that ``template`` may be given values for. InputError where it cannot be read."""
+    import jinja2
+    from jinja2.meta import find_undeclared_variables
+
+    try:
+        environment = _compiled(template).environment
+        return frozenset(find_undeclared_variables(environment.parse(template)))
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise InputError(f"the chat template cannot be read: {error}") from error
+
+
 def cut_at_answers(prompt: str, marked: str, contents: Sequence[str], mark: str) -> list[str]:
     """``prompt`` in pieces: what stands before the first answer, the answer, what stands between it and the next, ...
 

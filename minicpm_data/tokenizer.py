@@ -84,7 +84,7 @@ class Tokenizer:
         With ``add_bos`` BOS (and EOS) come as the checkpoint's tokenizer adds them: BOS never twice.
         InputError for a lone surrogate, which is no Unicode text.
         """
-        ids = self._fast.encode(_checked(text), add_special_tokens=False).ids
+        ids = _ids(self._fast, _checked(text))
         return self._with_bos(ids) + self._after if add_bos else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -98,6 +98,15 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         return self._fast.token_to_id(token)
+
+    @property
+    def fast(self) -> Any:
+        """The `tokenizers.Tokenizer`, for those who look into it."""
+        return self._fast
+
+    def warm_up(self) -> None:
+        """Make what the first text that spells a special token would wait for: 1 s for 122,753 tokens."""
+        _ = self._plain
 
     def add_eos_token(self, token: str) -> None:
         """Let ``token`` end answers too. InputError where the vocabulary has no such token."""
@@ -195,7 +204,7 @@ class Tokenizer:
     def _undisguised(self, prompt: str, disguise: chat.Disguise, begun: bool = False) -> list[int]:
         """Ids of ``prompt``, in which what was disguised is text. ``begun``: it goes on from other text, so that no
         space is put in front of it."""
-        encoded = self._fast.encode(prompt, add_special_tokens=False)
+        (encoded,) = self._fast.encode_batch([prompt], add_special_tokens=False)
         if not begun and disguise.show(prompt) == prompt:
             return encoded.ids
         # Between two special tokens the ids stand, unless something was disguised there.
@@ -206,9 +215,9 @@ class Tokenizer:
             if i is None or i in self._markers:
                 text = disguise.show(prompt[start:first])
                 if begun and start == 0:
-                    ids += self._inner.encode(text, add_special_tokens=False).ids
+                    ids += _ids(self._inner, text)
                 elif text != prompt[start:first]:
-                    ids += self._plain.encode(text, add_special_tokens=False).ids
+                    ids += _ids(self._plain, text)
                 else:
                     ids += stretch
                 ids += [] if i is None else [i]
@@ -231,6 +240,13 @@ class Tokenizer:
         """`_plain` for the inside of a text: it puts no space in front."""
         spec = plain_spec(json.loads(self._fast.to_str()), set(self._markers.values()))
         return build(without_prefix(spec), "tokenizer.json")
+
+
+def _ids(fast: Any, text: str) -> list[int]:
+    """Those of a batch of one, for which the library lets other threads run: `encode` would keep Python's lock, 1 s for
+    a million characters."""
+    (encoded,) = fast.encode_batch_fast([text], add_special_tokens=False)
+    return encoded.ids
 
 
 def has_tokenizer(folder: str | Path) -> bool:
