@@ -26,6 +26,7 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     import uvicorn
 
+QUEUED = 1024  # connections that the system keeps until they are taken
 GRACE = 5.0  # seconds that answers have to come to their end once the server is told to
 GOODBYE = 0.5  # seconds more, for the word that they did not
 
@@ -130,6 +131,8 @@ def server(
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
+            for listening in sockets or ():
+                listening.listen(QUEUED)
             host, port, *_ = self.servers[0].sockets[0].getsockname()
             host = f"[{host}]" if ":" in host else host
             room = f"--slots {engine.slots} --context {engine.context}"

@@ -205,9 +205,8 @@ class Answers:
         try:
             for index, choice in enumerate(choices):
                 asked = (choice.prompt, choice.max_tokens, choice.stop)
-                self._numbers.append(
-                    engine.submit(functools.partial(deliver, index), *asked, group=group, **choice.sampling)
-                )
+                sampling = {"group": group, **choice.sampling}
+                self._numbers.append(engine.submit(functools.partial(deliver, index), *asked, **sampling))
         except Exception:
             self.close()
             raise
