@@ -7,6 +7,7 @@
 
 import asyncio
 import errno
+import gc
 import math
 import os
 import socket
@@ -83,6 +84,7 @@ def main(options: Options) -> None:
             backend.device.note_mesh(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --context")
             engine.warm_up()
+            gc.freeze()  # else reading a large body looks through all of this again: 4 times as long
             name = options.model or "pico"
             server(engine, name, key, options.waiting, hosts, origins).run(sockets=[listening])
         finally:

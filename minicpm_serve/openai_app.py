@@ -25,12 +25,12 @@ from minicpm_serve.engine import Answered, Engine
 from minicpm_serve.openai_bodies import ChatBody, CompletionBody
 from minicpm_serve.openai_errors import DEFECT, add_handlers, body_of, error_body, http_error
 from minicpm_serve.openai_gate import Access, add_gate
-from minicpm_serve.openai_json import JsonRoute
+from minicpm_serve.openai_json import JsonRoute, StrictRequest
 from minicpm_serve.openai_limits import Limits, Places
 from weights_io.errors import InputError
 
 CLIENT_LEFT = 499  # nginx's; nobody reads it
-LARGE = 64 << 10  # characters; prompts of more are encoded one after the other, for 2 million take 1 GB and 5 s
+LARGE = 64 << 10  # bytes of a body; larger ones are encoded one after the other: 2 million characters take 1 GB and 5 s
 NO_MODEL = "model_not_found"
 
 
@@ -106,22 +106,21 @@ def application(engine: Engine, name: str, waiting: int = 256, access: Access | 
         return model
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatBody, request: Request) -> Response:
+    async def chat_completions(body: ChatBody, request: StrictRequest) -> Response:
         return await answered(body, request, CHAT, chat_choices)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionBody, request: Request) -> Response:
+    async def completions(body: CompletionBody, request: StrictRequest) -> Response:
         return await answered(body, request, TEXT, text_choices)
 
-    async def answered(body: Any, request: Request, kind: Kind, of_body: Callable) -> Response:
+    async def answered(body: Any, request: StrictRequest, kind: Kind, of_body: Callable) -> Response:
         _require_model(name, body.model)
         _require_engine(engine)
         body.check()
         limits.check_choices(body.answers)
         with places.kept(body.answers):
-            texts = of_body(engine, body, limits)
-            async with one_by_one if texts.characters > LARGE else contextlib.nullcontext():
-                prompts: list[Choice] = await run_in_threadpool(texts.encoded)
+            async with one_by_one if request.size > LARGE else contextlib.nullcontext():
+                prompts: list[Choice] = await run_in_threadpool(of_body, engine, body, limits)
             _require_engine(engine)
             asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
             answers = Answers(engine, asked, sum(len(choice.prompt) for choice in prompts))
@@ -134,52 +133,35 @@ def application(engine: Engine, name: str, waiting: int = 256, access: Access | 
     return app
 
 
-@dataclass(frozen=True)
-class Texts:
-    """What is still to be encoded: ``characters`` of it."""
-
-    characters: int
-    encoded: Callable[[], list[Choice]]
-
-
-def chat_choices(engine: Engine, body: ChatBody, limits: Limits) -> Texts:
+def chat_choices(engine: Engine, body: ChatBody, limits: Limits) -> list[Choice]:
     """The answer to the messages."""
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
     if len(body.messages) > limits.context:
         raise InputError(f"there are {len(body.messages):,} messages; send at most {limits.context:,}.")
-    messages = [message.plain() for message in body.messages]
-    contents = [message["content"] for message in messages]
-    limits.check_texts(contents)
+    messages = body.plain()
+    limits.check_texts(message["content"] for message in messages)
     variables = body.chat_template_kwargs or {}
     asking = [name for name, value in variables.items() if value not in (None, False)]
-    if unknown := [name for name in asking if name not in variables_of(tokenizer.chat_template)]:
-        raise InputError(f"the model's chat template knows no variable {unknown[0][:60]!r}; leave it out.")
+    if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
+        raise InputError(f"the model's chat template knows no variable {min(unknown)[:60]!r}; leave it out.")
+    ids = prompt_ids(None, tokenizer.apply_chat(messages, variables=variables), engine.model.config.vocab_size)
     sampling = {"temperature": CHAT_TEMPERATURE, "top_p": CHAT_TOP_P, **body.sampling()}
-
-    def encoded() -> list[Choice]:
-        ids = prompt_ids(None, tokenizer.apply_chat(messages, variables=variables), engine.model.config.vocab_size)
-        most = _room(engine, ids, body.most_tokens, CHAT_TOKENS)
-        return [Choice(ids, most, (*body.stops, *tokenizer.turn_markers), sampling)]
-
-    return Texts(sum(map(len, contents)), encoded)
+    most = _room(engine, ids, body.most_tokens, CHAT_TOKENS)
+    return [Choice(ids, most, (*body.stops, *tokenizer.turn_markers), sampling)]
 
 
-def text_choices(engine: Engine, body: CompletionBody, limits: Limits) -> Texts:
+def text_choices(engine: Engine, body: CompletionBody, limits: Limits) -> list[Choice]:
     """The continuation of each prompt."""
     for prompt in body.prompts:
         if isinstance(prompt, str):
             limits.check_texts([prompt])
         else:
             limits.check_ids(prompt)
-
-    def encoded() -> list[Choice]:
-        prompts = [prompt_ids(engine.tokenizer, prompt, engine.model.config.vocab_size) for prompt in body.prompts]
-        most = [_room(engine, ids, body.max_tokens, ANSWER_TOKENS) for ids in prompts]
-        return [Choice(ids, room, body.stops, body.sampling()) for ids, room in zip(prompts, most, strict=True)]
-
-    return Texts(sum(len(prompt) for prompt in body.prompts), encoded)
+    prompts = [prompt_ids(engine.tokenizer, prompt, engine.model.config.vocab_size) for prompt in body.prompts]
+    most = [_room(engine, ids, body.max_tokens, ANSWER_TOKENS) for ids in prompts]
+    return [Choice(ids, room, body.stops, body.sampling()) for ids, room in zip(prompts, most, strict=True)]
 
 
 def _room(engine: Engine, ids: list[int], most: int | None, usual: int) -> int:

@@ -1,13 +1,15 @@
 """What a request to the API may hold. Wrong types are pydantic's errors, which `sentence` puts into words.
 
-Lists end pydantic's work at their first error: of the million wrong items that a body has room for it would keep each.
+What can be long is checked item by item, in a thread: pydantic lets no other thread run, and keeps the errors of all
+the million items that a body has room for.
 """
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from minicpm_data.streaming import stop_strings
 from weights_io.errors import InputError
@@ -54,6 +56,9 @@ LONGEST_STOP = 1000  # characters; each token of an answer is compared with ever
 NAMED, LONGEST_NAME = 3, 60  # keys in a refusal, characters of each
 
 
+Model = TypeVar("Model", bound=BaseModel)
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
@@ -78,6 +83,7 @@ class Part(Strict):
     text: str | None = None
 
     def plain(self) -> str:
+        """Its text."""
         if self.type != "text":
             raise InputError(f"a message holds a part of type {self.type[:60]!r}; this model reads only text.")
         self.check_rest()
@@ -88,12 +94,14 @@ class Part(Strict):
 
 class Message(Strict):
     role: str
-    content: str | Annotated[list[Part], Field(fail_fast=True)]
+    content: str | list[Any]
 
     def plain(self) -> dict[str, str]:
         """As `minicpm_data.chat` has them; "developer" is OpenAI's newer name of "system"."""
         self.check_rest()
-        text = self.content if isinstance(self.content, str) else "".join(part.plain() for part in self.content)
+        text = self.content
+        if not isinstance(text, str):
+            text = "".join(_valid(Part, part, "content", i).plain() for i, part in enumerate(text))
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -151,7 +159,7 @@ class Body(Strict):
 
 
 class ChatBody(Body):
-    messages: Annotated[list[Message], Field(fail_fast=True)]
+    messages: list[Any]
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -159,6 +167,10 @@ class ChatBody(Body):
         super().check()
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InputError("max_tokens and max_completion_tokens are two names of one thing; give one of them.")
+
+    def plain(self) -> list[dict[str, str]]:
+        """The messages as `minicpm_data.chat` has them."""
+        return [_valid(Message, message, "messages", i).plain() for i, message in enumerate(self.messages)]
 
     @property
     def most_tokens(self) -> int | None:
@@ -206,6 +218,15 @@ def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
     if place[ends - 1] in SHAPES:
         return f"{path} must be {SHAPES[place[ends - 1]]}.", path
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}.", path
+
+
+def _valid(kind: type[Model], value: Any, *place: Any) -> Model:
+    """``value`` as a ``kind``; an error is one of the whole body."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RequestValidationError([{**first, "loc": ("body", *place, *first["loc"])}]) from None
 
 
 def _types(value: Any) -> set[type]:

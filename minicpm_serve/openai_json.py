@@ -25,8 +25,11 @@ class JsonRoute(APIRoute):
 
 
 class StrictRequest(Request):
+    size = 0  # bytes of the body
+
     async def json(self) -> Any:
-        value = parsed(await self.body())
+        body = await self.body()
+        self.size, value = len(body), parsed(body)
         self._body = b""  # an answer may take minutes
         return value
 
