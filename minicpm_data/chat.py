@@ -53,6 +53,19 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
     return template_process.render(template, {"tools": None, "documents": None, **variables, **given})
 
 
+def variables_of(template: str) -> frozenset[str]:
+    """The names that ``template`` may be given values for. InputError where it cannot be read."""
+    from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
+
+    from minicpm_data.template_worker import environment
+
+    try:
+        return frozenset(find_undeclared_variables(environment().parse(template)))
+    except (TemplateError, RecursionError, MemoryError) as error:
+        raise InputError(f"the chat template cannot be read ({error}); give another one.") from None
+
+
 def cut_at_answers(prompt: str, outside: Sequence[str], contents: Sequence[str]) -> list[str]:
     """``prompt`` in pieces: what stands before the first answer, the answer, what stands between it and the next, ...
 

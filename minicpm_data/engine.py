@@ -3,13 +3,16 @@
 An engine has slots. A request waits for one; its prompt is run piece by piece, and between the pieces the requests in
 the other slots go on decoding, all in one batch. What the prompt has in common with a text whose keys and values are
 still there is copied from it. Each request's tokens are those of a run by itself. A backend adds what computes.
+
+Requests may belong together, as several answers to one question do: such a group never has the last slot, and while
+others wait the slots go round among the groups.
 """
 
 import bisect
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,13 +41,16 @@ class TooMuch(InputError):
 
 @dataclass(eq=False)
 class Request:
-    """``made``: tokens so far. ``number``: by which its owner knows it."""
+    """``made``: tokens so far. ``number``: by which its owner knows it. ``group``: what it belongs to, its own number
+    where that is nothing. ``turn``: of those whose groups have as many slots the lowest one comes first."""
 
     number: int
     prompt: list[int]
     max_tokens: int
     sampling: Sampling
     end_ids: frozenset[int]
+    group: int
+    turn: int
     made: list[int] = field(default_factory=list)
 
     @property
@@ -107,16 +113,28 @@ class Engine(ABC):
         self.waiting.append(request)
         return request.number
 
-    def request(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, end_ids: frozenset[int]) -> Request:
-        """One that may be put into ``waiting``. `InputError` for what has no room, or is outside the vocabulary. The
-        one method that any thread may call at any time."""
+    def group(self) -> int:
+        """The number of a new one. Any thread may call this, and `request`, at any time."""
+        return next(self._numbers)
+
+    def request(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling,
+        end_ids: frozenset[int],
+        group: int | None = None,
+    ) -> Request:
+        """One that may be put into ``waiting``. `InputError` for what has no room, or is outside the vocabulary."""
         ids = prompt_ids(None, prompt, self.model.config.vocab_size)
         if max_tokens < 1:
             raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
         if len(ids) + max_tokens > self.context:
             asked = f"a prompt of {len(ids)} tokens and {max_tokens} more"
             raise NoRoom(f"{asked} are above the {self.context} that there is room for.")
-        return Request(next(self._numbers), ids, int(max_tokens), sampling, end_ids)
+        number = next(self._numbers)
+        belongs = number if group is None else group
+        return Request(number, ids, int(max_tokens), sampling, end_ids, belongs, number)
 
     def cancel(self, number: int) -> None:
         """No more tokens of a request; nothing if it is over."""
@@ -133,16 +151,19 @@ class Engine(ABC):
     def step(self) -> list[Made]:
         """Run a piece of a prompt that waits, if there is room, and decode; the tokens that came of it."""
         made: list[Made] = []
-        if self.coming is None and self.waiting and len(self.running) < self.slots:
-            request = self.waiting.popleft()
-            self.coming = request, self._run(request)
+        if self.coming is None and (chosen := self._next()) is not None:
+            self.waiting.remove(chosen)
+            for request in self.waiting:
+                if request.group == chosen.group:
+                    request.turn = next(self._numbers)
+            self.coming = chosen, self._run(chosen)
         if self.coming is not None:
             request, pieces = self.coming
             if next(pieces, self) is self:  # all of them
                 self.coming = None
                 self.running[request.number] = request
         if self.running:
-            hurry = self.coming is not None or (bool(self.waiting) and len(self.running) < self.slots)
+            hurry = self.coming is not None or self._next() is not None
             room = min(request.left for request in self.running.values())
             began = time.perf_counter()
             steps = max(1, min(1 if hurry else self._steps, room))
@@ -153,6 +174,14 @@ class Engine(ABC):
                 fast = time.perf_counter() - began < PATIENCE / 2
                 self._steps = 2 * steps if fast else max(1, steps // 2)
         return made
+
+    def _next(self) -> Request | None:
+        """Of those that wait the one that comes next, if a slot is free for it."""
+        if len(self.running) >= self.slots or not self.waiting:
+            return None
+        taken = Counter(request.group for request in self.running.values())
+        first = min(self.waiting, key=lambda request: (taken[request.group], request.turn))
+        return first if taken[first.group] < max(1, self.slots - 1) else None
 
     def _made(self, request: Request, token: int) -> Made:
         request.made.append(token)

@@ -37,8 +37,9 @@ class FastTokenizer:
             self._fast.no_truncation()
             self._fast.no_padding()
             self.kind = type(self._fast.model).__name__
-            decoder = self._fast.decoder
-            self.decoder: dict[str, Any] | None = json.loads(decoder.__getstate__()) if decoder else None
+            self.normalizer, self.pre_tokenizer, self.decoder = map(
+                _state, (self._fast.normalizer, self._fast.pre_tokenizer, self._fast.decoder)
+            )
             try:
                 self._fast.encode(PROBE, add_special_tokens=False)
             except Exception:  # of this text alone, such as a character that the vocabulary lacks; a panic goes on
@@ -47,7 +48,14 @@ class FastTokenizer:
     def encode(self, text: str):
         """The `Encoding` of ``text`` (``ids``, ``offsets``), with nothing put in front of it or behind."""
         with self._calling("cannot encode this text", "get the tokenizer files again"):
-            return self._fast.encode(text, add_special_tokens=False)
+            # Beside a batch, also of one, other threads run: `encode` keeps Python's lock, 1 s for a million characters.
+            (encoding,) = self._fast.encode_batch([text], add_special_tokens=False)
+            return encoding
+
+    @property
+    def model(self) -> Any:
+        """The library's model (``byte_fallback``, ``unk_token``, ``fuse_unk``)."""
+        return self._fast.model
 
     def around(self) -> tuple[list[int], list[int]]:
         """The ids that the post-processor writes before and after a text."""
@@ -89,6 +97,11 @@ class FastTokenizer:
                 raise
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise InputError(f"{self.source} {fault} ({reason}); {remedy}.") from None
+
+
+def _state(part: Any) -> dict[str, Any] | None:
+    """A step as ``tokenizer.json`` describes it; None where there is none."""
+    return json.loads(part.__getstate__()) if part else None
 
 
 TEXT_STEPS = ("normalizer", "pre_tokenizer")

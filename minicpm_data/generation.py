@@ -233,8 +233,18 @@ class Backend:
     activation_sparsity: "Callable[[Any, Sequence[int]], np.ndarray]"
 
 
-def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> list[int]:
+class PromptIds(list[int]):
+    """What `prompt_ids` returns. Several answers to one prompt share it: it is neither checked nor copied again."""
+
+    def __init__(self, ids: Sequence[int], vocab_size: int):
+        super().__init__(ids)
+        self.vocab_size = vocab_size
+
+
+def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> PromptIds:
     """The ids of a prompt: a text gets BOS once and no template; ids are taken as they are."""
+    if isinstance(prompt, PromptIds) and prompt.vocab_size == vocab_size:
+        return prompt
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InputError("a text prompt needs a tokenizer, and this checkpoint has none; give a list of token ids.")
@@ -246,7 +256,7 @@ def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -
     wrong = [i for i in ids if not 0 <= i < vocab_size]
     if wrong:
         raise InputError(f"token id {wrong[0]} of the prompt is outside the vocabulary of {vocab_size}.")
-    return ids
+    return PromptIds(ids, vocab_size)
 
 
 def end_ids(model: Any, tokenizer: "Tokenizer | None") -> frozenset[int]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minicpm_data.runs import check_folder
+from minicpm_data.run_folder import check_folder
 from weights_io.errors import InputError
 from weights_io.memory import ITEM, SMALLER, size
 from weights_io.memory import check_room as refuse_without_room

@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -66,7 +66,13 @@ def _limit_memory() -> None:
 
 @lru_cache(maxsize=16)
 def compiled(template: str):
-    """``template`` in a sandbox: it reaches no attribute that leads out of the values it is given, and changes none."""
+    """``template``, compiled in `environment`."""
+    return environment().from_string(template)
+
+
+@cache
+def environment():
+    """Jinja in a sandbox: a template reaches no attribute that leads out of its values, and changes none of them."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -93,7 +99,7 @@ def compiled(template: str):
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return env.from_string(template)
+    return env
 
 
 if __name__ == "__main__":

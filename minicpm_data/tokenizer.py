@@ -98,6 +98,15 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         return self._fast.token_to_id(token)
 
+    @property
+    def fast(self) -> FastTokenizer:
+        """The library's tokenizer, for those who look into it."""
+        return self._fast
+
+    def warm_up(self) -> None:
+        """Make what the first text that spells a special token would wait for: 1 s for 122,753 tokens."""
+        _ = self._plain
+
     def added_from(self, first: int) -> dict[int, str]:
         """The added tokens from an id on that are no entries of the model's own vocabulary, by id."""
         own = self._fast.vocabulary(added=False)

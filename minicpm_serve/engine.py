@@ -88,6 +88,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Begin a short chat and a completion, so that in JAX their programs are compiled before anybody waits."""
+        if self.tokenizer is not None:
+            self.tokenizer.warm_up()
         ids = [0] * min(WARM, self.context - 1)  # a chat template may take no message of ours
         for most, temperature in ((CHAT_TOKENS, CHAT_TEMPERATURE), (ANSWER_TOKENS, 0.0)):
             answer = self.stream_generate(ids, min(most, self.context - len(ids)), temperature=temperature)
@@ -111,13 +113,15 @@ class Engine:
         prompt: Prompt,
         max_tokens: int = ANSWER_TOKENS,
         stop: str | Sequence[str] = (),
+        group: int | None = None,
         **sampling: Any,
     ) -> int:
         """As `stream_generate`, but returns at once, with the number of the request. ``deliver`` is called on the
         engine's thread with each `Response` up to the one that has a ``finish_reason``, or with the error that ended
-        the engine; it must neither wait nor raise."""
+        the engine; it must neither wait nor raise. ``group``: a number of `group`, for requests that share a place
+        in the queue."""
         ids, chosen = prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size), Sampling(**sampling)
-        request = self._engine.request(ids, max_tokens, chosen, self._ends)
+        request = self._engine.request(ids, max_tokens, chosen, self._ends, group)
         answer = Answer(deliver, lambda tokens: stream_text(tokens, self.tokenizer, self._ends, stop, max_tokens))
         with self._lock:
             if self.error is not None:
@@ -125,6 +129,10 @@ class Engine:
             self._answers[request.number] = answer
         self._asked.put(lambda: self._engine.waiting.append(request))
         return request.number
+
+    def group(self) -> int:
+        """A number for requests that belong together: they never have all slots, and take turns with others."""
+        return self._engine.group()
 
     def cancel(self, number: int) -> None:
         """No more of a request; nothing if it is over."""

@@ -7,6 +7,7 @@
 
 import asyncio
 import errno
+import gc
 import math
 import os
 import socket
@@ -26,6 +27,7 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     import uvicorn
 
+QUEUED = 1024  # connections that the system keeps until they are taken
 GRACE = 5.0  # seconds that answers have to come to their end once the server is told to
 GOODBYE = 0.5  # seconds more, for the word that they did not
 
@@ -37,7 +39,13 @@ class Options(backends.BackendOptions):
     port: int = 8000
     """0: one that is free."""
     api_key: str | None = None
-    """Let nobody in who does not send this key."""
+    """Let nobody in who does not send this key; by default that of MINICPM_API_KEY, which, unlike this, no list of
+    processes shows."""
+    allowed_hosts: tuple[str, ...] = ()
+    """More names by which this server may be asked for, or * for any; by default localhost and --host, and any where
+    other machines are let in."""
+    allowed_origins: tuple[str, ...] = ()
+    """Pages in browsers that may ask this server, such as http://localhost:3000, or * for all."""
     slots: int | None = None
     """Answers that are decoded together; others wait. By default 8, or fewer where the memory has no room for them."""
     waiting: int = 256
@@ -61,7 +69,13 @@ def main(options: Options) -> None:
         raise InputError(f"--port is {options.port}; it must be from 0 to 65535.")
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise InputError("the server needs fastapi and uvicorn: pip install 'minicpm-jax-mlx[serve]'.")
+    from minicpm_serve.openai_connections import most_connections
+    from minicpm_serve.openai_gate import checked_hosts, checked_key, checked_origins
+
+    key, origins = checked_key(options.api_key), checked_origins(options.allowed_origins)
+    most_connections()
     with bound(options.host, options.port) as listening:  # before the model is read: it may fail at once
+        hosts = checked_hosts(options.host, listening.getsockname()[0], options.allowed_hosts)
         backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options, decoding=True)
         memory = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
@@ -70,8 +84,9 @@ def main(options: Options) -> None:
             backend.device.note_mesh(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --context")
             engine.warm_up()
+            gc.freeze()  # else reading a large body looks through all of this again: 4 times as long
             name = options.model or "pico"
-            server(engine, name, options.api_key, options.waiting).run(sockets=[listening])
+            server(engine, name, key, options.waiting, hosts, origins).run(sockets=[listening])
         finally:
             engine.close()
 
@@ -97,16 +112,29 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def server(engine: Engine, name: str, api_key: str | None = None, waiting: int = 256) -> "uvicorn.Server":
-    """One that ends without fail or fuss when a signal comes: open answers then have `GRACE` seconds, and at a second
+def server(
+    engine: Engine,
+    name: str,
+    api_key: str | None = None,
+    waiting: int = 256,
+    hosts: frozenset[str] | None = None,
+    origins: tuple[str, ...] = (),
+) -> "uvicorn.Server":
+    """``api_key``, ``hosts`` and ``origins`` as in `openai_gate.Access`, ``waiting`` as in `openai_app.application`.
+
+    One that ends without fail or fuss when a signal comes: open answers then have `GRACE` seconds, and at a second
     signal none; nor is a step waited for then that takes longer than `GOODBYE`."""
     import uvicorn
 
     from minicpm_serve.openai_app import application
+    from minicpm_serve.openai_connections import ACCEPTED, connection_class
+    from minicpm_serve.openai_gate import Access
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
+            for listening in sockets or ():
+                listening.listen(QUEUED)
             host, port, *_ = self.servers[0].sockets[0].getsockname()
             host = f"[{host}]" if ":" in host else host
             room = f"--slots {engine.slots} --context {engine.context}"
@@ -146,8 +174,18 @@ def server(engine: Engine, name: str, api_key: str | None = None, waiting: int =
                 connection.transport.abort()
             await ending
 
-    app = application(engine, name, api_key, waiting)
-    return Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="off"))
+    app = application(engine, name, waiting, Access(api_key, hosts, origins))
+    config = uvicorn.Config(
+        app,
+        http=connection_class(),
+        backlog=ACCEPTED,
+        log_level="error",  # warnings are of what strangers send
+        access_log=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="off",
+    )
+    return Server(config)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,18 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from minicpm_data import streaming
-from minicpm_data.generation import ANSWER_TOKENS, CHAT_TEMPERATURE, CHAT_TOKENS, CHAT_TOP_P, prompt_ids
+from minicpm_data.chat import variables_of
+from minicpm_data.generation import ANSWER_TOKENS, CHAT_TEMPERATURE, CHAT_TOKENS, CHAT_TOP_P, PromptIds, prompt_ids
 from minicpm_serve.engine import Answered, Engine
 from minicpm_serve.openai_bodies import ChatBody, CompletionBody
 from minicpm_serve.openai_errors import DEFECT, add_handlers, body_of, error_body, http_error
+from minicpm_serve.openai_gate import Access, add_gate
+from minicpm_serve.openai_json import JsonRoute, StrictRequest
+from minicpm_serve.openai_limits import Limits, Places
 from weights_io.errors import InputError
 
 CLIENT_LEFT = 499  # nginx's; nobody reads it
+LARGE = 64 << 10  # bytes of a body; larger ones are encoded one after the other: 2 million characters take 1 GB and 5 s
 NO_MODEL = "model_not_found"
 
 
@@ -33,7 +38,7 @@ NO_MODEL = "model_not_found"
 class Choice:
     """One answer that is asked for."""
 
-    prompt: list[int]
+    prompt: PromptIds
     max_tokens: int
     stop: tuple[str, ...]
     sampling: dict[str, Any]
@@ -76,12 +81,15 @@ CHAT = Kind("chat.completion", "chat.completion.chunk", "chatcmpl-", message_cho
 TEXT = Kind("text_completion", "text_completion", "cmpl-", text_choice, text_choice)
 
 
-def application(engine: Engine, name: str, api_key: str | None = None, waiting: int = 256) -> FastAPI:
+def application(engine: Engine, name: str, waiting: int = 256, access: Access | None = None) -> FastAPI:
     """``name``: what requests call the model. ``waiting``: answers that may be open besides those in the slots."""
     app = FastAPI(title=f"{name} with OpenAI's API")
-    add_handlers(app, api_key)
+    app.router.route_class = JsonRoute
+    limits = Limits.of(engine, waiting)
+    add_handlers(app)
+    add_gate(app, access or Access(), limits.body)
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minicpm-jax-mlx"}
-    most = engine.slots + waiting
+    places, one_by_one = Places(engine, limits.places), asyncio.Semaphore()
 
     @app.get("/health")
     async def health() -> dict:
@@ -98,24 +106,24 @@ def application(engine: Engine, name: str, api_key: str | None = None, waiting: 
         return model
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatBody, request: Request) -> Response:
+    async def chat_completions(body: ChatBody, request: StrictRequest) -> Response:
         return await answered(body, request, CHAT, chat_choices)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionBody, request: Request) -> Response:
+    async def completions(body: CompletionBody, request: StrictRequest) -> Response:
         return await answered(body, request, TEXT, text_choices)
 
-    async def answered(body: Any, request: Request, kind: Kind, of_body: Callable) -> Response:
+    async def answered(body: Any, request: StrictRequest, kind: Kind, of_body: Callable) -> Response:
         _require_model(name, body.model)
-        body.check()
-        prompts: list[Choice] = await run_in_threadpool(of_body, engine, body)  # a long text takes its time
-        asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
-        if len(asked) > most:
-            raise InputError(f"{len(asked)} answers are asked for; ask for at most {most} at once.")
         _require_engine(engine)
-        if engine.open + len(asked) > most:
-            raise http_error(503, f"{engine.open} answers are being made or wait; try again later.", code="overloaded")
-        answers = Answers(engine, asked, sum(len(choice.prompt) for choice in prompts))
+        body.check()
+        limits.check_choices(body.answers)
+        with places.kept(body.answers):
+            async with one_by_one if request.size > LARGE else contextlib.nullcontext():
+                prompts: list[Choice] = await run_in_threadpool(of_body, engine, body, limits)
+            _require_engine(engine)
+            asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
+            answers = Answers(engine, asked, sum(len(choice.prompt) for choice in prompts))
         frame = {"id": kind.prefix + secrets.token_hex(12), "created": int(time.time()), "model": name}
         if body.stream:
             return Events(answers, events(answers, {**frame, "object": kind.piece_name}, kind, body.with_usage))
@@ -125,24 +133,35 @@ def application(engine: Engine, name: str, api_key: str | None = None, waiting: 
     return app
 
 
-def chat_choices(engine: Engine, body: ChatBody) -> list[Choice]:
+def chat_choices(engine: Engine, body: ChatBody, limits: Limits) -> list[Choice]:
     """The answer to the messages."""
-    if engine.tokenizer is None:
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
         raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
-    messages = [message.plain() for message in body.messages]
-    ids = engine.tokenizer.apply_chat(messages, variables=body.chat_template_kwargs)
-    most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if len(body.messages) > limits.context:
+        raise InputError(f"there are {len(body.messages):,} messages; send at most {limits.context:,}.")
+    messages = body.plain()
+    limits.check_texts(message["content"] for message in messages)
+    variables = body.chat_template_kwargs or {}
+    asking = [name for name, value in variables.items() if value not in (None, False)]
+    if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
+        raise InputError(f"the model's chat template knows no variable {min(unknown)[:60]!r}; leave it out.")
+    ids = prompt_ids(None, tokenizer.apply_chat(messages, variables=variables), engine.model.config.vocab_size)
     sampling = {"temperature": CHAT_TEMPERATURE, "top_p": CHAT_TOP_P, **body.sampling()}
-    return [Choice(ids, _room(engine, ids, most, CHAT_TOKENS), (*body.stops, *engine.tokenizer.turn_markers), sampling)]
+    most = _room(engine, ids, body.most_tokens, CHAT_TOKENS)
+    return [Choice(ids, most, (*body.stops, *tokenizer.turn_markers), sampling)]
 
 
-def text_choices(engine: Engine, body: CompletionBody) -> list[Choice]:
+def text_choices(engine: Engine, body: CompletionBody, limits: Limits) -> list[Choice]:
     """The continuation of each prompt."""
-    vocabulary = engine.model.config.vocab_size
-    prompts = [prompt_ids(engine.tokenizer, prompt, vocabulary) for prompt in body.prompts]
-    return [
-        Choice(ids, _room(engine, ids, body.max_tokens, ANSWER_TOKENS), body.stops, body.sampling()) for ids in prompts
-    ]
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            limits.check_texts([prompt])
+        else:
+            limits.check_ids(prompt)
+    prompts = [prompt_ids(engine.tokenizer, prompt, engine.model.config.vocab_size) for prompt in body.prompts]
+    most = [_room(engine, ids, body.max_tokens, ANSWER_TOKENS) for ids in prompts]
+    return [Choice(ids, room, body.stops, body.sampling()) for ids, room in zip(prompts, most, strict=True)]
 
 
 def _room(engine: Engine, ids: list[int], most: int | None, usual: int) -> int:
@@ -157,6 +176,7 @@ class Answers:
         self.count = self._left = len(choices)
         self._usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
         self._engine, self._numbers = engine, list[int]()
+        group = engine.group() if len(choices) > 1 else None
         self._made: asyncio.Queue[tuple[int, Answered]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -167,7 +187,8 @@ class Answers:
         try:
             for index, choice in enumerate(choices):
                 asked = (choice.prompt, choice.max_tokens, choice.stop)
-                self._numbers.append(engine.submit(functools.partial(deliver, index), *asked, **choice.sampling))
+                sampling = {"group": group, **choice.sampling}
+                self._numbers.append(engine.submit(functools.partial(deliver, index), *asked, **sampling))
         except Exception:
             self.close()
             raise

@@ -1,10 +1,15 @@
-"""What a request to the API may hold. Wrong types are pydantic's errors, which `sentence` puts into words."""
+"""What a request to the API may hold. Wrong types are pydantic's errors, which `sentence` puts into words.
+
+What can be long is checked item by item, in a thread: pydantic lets no other thread run, and keeps the errors of all
+the million items that a body has room for.
+"""
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from minicpm_data.streaming import stop_strings
 from weights_io.errors import InputError
@@ -26,6 +31,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
+    "annotations": ([],),
 }
 WITHOUT_EFFECT = {  # on the answer
     "user",
@@ -37,6 +43,7 @@ WITHOUT_EFFECT = {  # on the answer
     "prompt_cache_key",
     "parallel_tool_calls",
     "include_obfuscation",
+    "cache_control",
 }
 SHAPES = {  # of fields that may be one thing or another
     "prompt": "a text, a list of texts, a list of token ids or a list of such lists",
@@ -45,6 +52,11 @@ SHAPES = {  # of fields that may be one thing or another
 }
 MOST_CHOICES = 128
 MOST_STOPS = 16
+LONGEST_STOP = 1000  # characters; each token of an answer is compared with every beginning of it
+NAMED, LONGEST_NAME = 3, 60  # keys in a refusal, characters of each
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -52,31 +64,44 @@ class Strict(BaseModel):
 
     def check_rest(self) -> None:
         """`InputError` for what is not supported and asks for something."""
-        for name, value in (self.model_extra or {}).items():
-            allowed = NEUTRAL.get(name, ())
-            if value is None or name in WITHOUT_EFFECT or any(_same(value, neutral) for neutral in allowed):
-                continue
-            remedy = f"leave it out or give {json.dumps(allowed[0])}" if allowed else "leave it out"
-            raise InputError(f"{name} is not supported; {remedy}.")
+        wrong = [
+            name
+            for name, value in (self.model_extra or {}).items()
+            if not (value is None or name in WITHOUT_EFFECT or any(_same(value, n) for n in NEUTRAL.get(name, ())))
+        ]
+        if len(wrong) > 1:
+            named = ", ".join(name[:LONGEST_NAME] for name in wrong[:NAMED])
+            more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+            raise InputError(f"{named}{more} are not supported; leave them out.")
+        for name in wrong:
+            remedy = f" or give {json.dumps(NEUTRAL[name][0])}" if name in NEUTRAL else ""
+            raise InputError(f"{name[:LONGEST_NAME]} is not supported; leave it out{remedy}.")
 
 
 class Part(Strict):
     type: str
-    text: str = ""
+    text: str | None = None
+
+    def plain(self) -> str:
+        """Its text."""
+        if self.type != "text":
+            raise InputError(f"a message holds a part of type {self.type[:60]!r}; this model reads only text.")
+        self.check_rest()
+        if self.text is None:
+            raise InputError('a part of type "text" has no text; give it one.')
+        return self.text
 
 
 class Message(Strict):
     role: str
-    content: str | list[Part]
+    content: str | list[Any]
 
     def plain(self) -> dict[str, str]:
         """As `minicpm_data.chat` has them; "developer" is OpenAI's newer name of "system"."""
         self.check_rest()
-        parts = [] if isinstance(self.content, str) else self.content
-        for part in parts:
-            if part.type != "text":
-                raise InputError(f"a message holds a part of type {part.type!r}; this model reads only text.")
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        text = self.content
+        if not isinstance(text, str):
+            text = "".join(_valid(Part, part, "content", i).plain() for i, part in enumerate(text))
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -94,7 +119,7 @@ class Body(Strict):
     repetition_penalty: float | None = None
     seed: int | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -105,12 +130,19 @@ class Body(Strict):
             raise InputError(f"n is {self.n}; it must be from 1 to {MOST_CHOICES}.")
         if len(self.stops) > MOST_STOPS:
             raise InputError(f"stop holds {len(self.stops)} texts; give at most {MOST_STOPS}.")
+        if (longest := max(map(len, self.stops), default=0)) > LONGEST_STOP:
+            raise InputError(f"stop holds a text of {longest:,} characters; give at most {LONGEST_STOP:,}.")
         if self.stream_options is not None:
             self.stream_options.check_rest()
 
     @property
     def choices(self) -> int:
         return 1 if self.n is None else self.n
+
+    @property
+    def answers(self) -> int:
+        """All that the request asks for."""
+        return self.choices
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -127,19 +159,47 @@ class Body(Strict):
 
 
 class ChatBody(Body):
-    messages: list[Message]
+    messages: list[Any]
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    def check(self) -> None:
+        super().check()
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise InputError("max_tokens and max_completion_tokens are two names of one thing; give one of them.")
+
+    def plain(self) -> list[dict[str, str]]:
+        """The messages as `minicpm_data.chat` has them."""
+        return [_valid(Message, message, "messages", i).plain() for i, message in enumerate(self.messages)]
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
 
 class CompletionBody(Body):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Any
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _one_shape(cls, prompt: Any) -> Any:
+        """Four types in one would be tried one after the other, over millions of items."""
+        kinds = {str} if isinstance(prompt, str) else _types(prompt)
+        if kinds not in (set(), {str}, {int}, {list}):
+            raise ValueError
+        if kinds == {list} and not all(_types(ids) <= {int} for ids in prompt):
+            raise ValueError
+        return prompt
 
     @property
     def prompts(self) -> list[Any]:
         """One or more, each a text or token ids."""
         one = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else list(self.prompt)
+        return [self.prompt] if one else self.prompt
+
+    @property
+    def answers(self) -> int:
+        return self.choices * len(self.prompts)
 
 
 def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
@@ -158,6 +218,20 @@ def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
     if place[ends - 1] in SHAPES:
         return f"{path} must be {SHAPES[place[ends - 1]]}.", path
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}.", path
+
+
+def _valid(kind: type[Model], value: Any, *place: Any) -> Model:
+    """``value`` as a ``kind``; an error is one of the whole body."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RequestValidationError([{**first, "loc": ("body", *place, *first["loc"])}]) from None
+
+
+def _types(value: Any) -> set[type]:
+    """Of the items of a list; another value is of none that would do."""
+    return set(map(type, value)) if isinstance(value, list) else {type(None)}
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -193,7 +193,7 @@ def user(content="a", **more):
         (b"\xff", 400, "the body"),
         (b"[" * 100_000, 400, "the body cannot be read"),
         (b'{"\\ud800": 1}', 400, "the body"),
-        (b" " * (17 << 20), 413, "larger than 16 MiB"),
+        (b" " * (17 << 20), 413, "larger than 1,179,648 bytes"),
         ([], 400, "the body must be a JSON object"),
         ({}, 400, "messages is missing"),
         ({"messages": []}, 400, "messages must be a list such as"),
@@ -205,13 +205,36 @@ def user(content="a", **more):
         ({"messages": [{"role": "\ud800", "content": "a"}]}, 400, "has the role"),
         ({**user(), "model": "gpt-4"}, 404, "no model 'gpt-4' here; the one that is loaded is 'tiny'"),
         ({**user(), "temperature": -1}, 400, "temperature is -1"),
-        ({**user(), "temperature": float("nan")}, 400, "temperature is nan"),
+        ({**user(), "temperature": float("nan")}, 400, "NaN is no number of JSON"),
+        (b'{"temperature": -Infinity}', 400, "-Infinity is no number of JSON"),
+        (b'{"temperature": 1e999, "messages": [{"role": "user", "content": "a"}]}', 400, "temperature is inf"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "a number in it is too long"),
+        (b'{"seed": 1, "messages": [], "seed": 2}', 400, "'seed' twice"),
+        (b'{"messages": [{"role": "user", "role": "system", "content": "a"}]}', 400, "'role' twice"),
+        ({**user(), "temperature": 10**400}, 400, "temperature"),
+        ({**user(), "seed": 2**70, "n": 2}, 400, "seed is 1180591620717411303424"),
         ({**user(), "temperature": "hot"}, 400, "temperature: input should be a valid number"),
         ({**user(), "seed": -1, "stream": True}, 400, "seed is -1"),
         ({**user(), "max_tokens": 0}, 400, "max_tokens is 0"),
         ({**user(), "max_tokens": 10**30}, 400, "more are above the 4096"),
         ({**user(), "n": 0}, 400, "n is 0"),
-        ({**user(), "n": 9}, 400, "9 answers are asked for; ask for at most 8"),
+        ({**user(), "n": 5}, 400, "5 answers are asked for; ask for at most 4"),
+        ({"prompt": [[1], [1], [1]], "n": 2}, 400, "6 answers are asked for; ask for at most 4"),
+        ({"prompt": [[1]] * 200_000}, 400, "200000 answers are asked for"),
+        ({"prompt": ["a"] * 200_000, "n": 10**4}, 400, "n is 10000"),
+        ({"prompt": [1] * 4096}, 400, "the prompt has 4,096 tokens, and there is room for 4,096"),
+        ({"prompt": "ab" * 400_000}, 400, "and there is room for 4,096 with the answer; send less text"),
+        ({"messages": [{"role": "user", "content": "ab" * 9000}] * 40}, 400, "send less text"),
+        ({"messages": [{"role": "user", "content": ""}] * 5000}, 400, "there are 5,000 messages"),
+        ({"messages": [5] * 3000}, 400, "messages.0: "),
+        ({"messages": [5] * 300_000}, 400, "there are 300,000 messages"),
+        ({"prompt": [{}] * 200_000}, 400, "prompt must be a text, a list"),
+        ({**user(), "max_tokens": 3, "max_completion_tokens": 4}, 400, "two names of one thing"),
+        ({**user(), "stop": "a" * 1001}, 400, "a text of 1,001 characters; give at most 1,000"),
+        ({**user(), "chat_template_kwargs": {"enable_thinking": True}}, 400, "knows no variable 'enable_thinking'"),
+        (user([{"type": "text"}]), 400, "has no text"),
+        (user([{"type": "text", "text": "a", "weight": 0}]), 400, "weight is not supported"),
+        ({"messages": [{"role": "x" * 5000, "content": "a"}]}, 400, " ... "),
         ({**user(), "stop": [1]}, 400, "stop must be a text or a list of texts"),
         ({**user(), "stop": [""]}, 400, "must not be empty"),
         ({**user(), "stop": ["a"] * 17}, 400, "17 texts"),
@@ -219,6 +242,7 @@ def user(content="a", **more):
         ({**user(), "logprobs": 0}, 400, "logprobs is not supported; leave it out or give false"),
         ({**user(), "tools": [{}]}, 400, "tools is not supported"),
         ({**user(), "no_such_thing": 1}, 400, "no_such_thing is not supported; leave it out"),
+        ({**user(), "echo": True, "a": 1, "b": 1, "c": 1, "d": 1}, 400, "echo, a, b and 2 more are not supported"),
         ({**user(), "stream_options": {"no_such_thing": 1}}, 400, "no_such_thing is not supported"),
         ({**user(), "chat_template_kwargs": {"messages": 1}}, 400, "template variable messages cannot be given"),
         ({"prompt": []}, 400, "the prompt is empty"),
@@ -240,6 +264,7 @@ def test_what_is_refused(api, body, status, said, capfd):
 def test_what_asks_for_nothing_is_no_matter(api):
     more = {"n": None, "stop": None, "presence_penalty": 0, "logit_bias": {}, "tools": [], "logprobs": False}
     more |= {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}}
+    more |= {"chat_template_kwargs": {"enable_thinking": False}, "temperature": 1e308, "top_k": 10**30}
     assert ask(api.port, "/v1/chat/completions", {**user(refusal=None), **more, "max_tokens": 1})[0] == 200
 
 
@@ -264,7 +289,7 @@ def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd):
         )
         if streamed:
             assert b" 200 OK" in client.recv(100)
-        wait_until(lambda: len(running) == SLOTS)
+        wait_until(lambda: len(running) == SLOTS - 1)
         requests = list(running.values())
     wait_until(lambda: api.engine.open == 0)
     assert all(request.left > 0 for request in requests)
@@ -272,11 +297,14 @@ def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd):
 
 
 def test_more_than_may_wait_are_refused_until_there_is_room(api):
-    pieces = events(api.port, "/v1/completions", {**LONG, "n": SLOTS + WAITING})
-    next(pieces)
+    half = {**LONG, "n": (SLOTS + WAITING) // 2}
+    several = [events(api.port, "/v1/completions", half) for _ in range(2)]
+    for pieces in several:
+        next(pieces)
     status, answer = ask(api.port, "/v1/completions", LONG)
     assert (status, answer["error"]["type"], answer["error"]["code"]) == (503, "server_error", "overloaded")
-    pieces.close()
+    for pieces in several:
+        pieces.close()
     wait_until(lambda: api.engine.open == 0)
     assert ask(api.port, "/v1/completions", {**LONG, "max_tokens": 1})[0] == 200
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -12,6 +13,8 @@ from typing import TypeVar
 from weights_io.errors import InputError
 
 Options = TypeVar("Options")
+MANY_FILES = 10240  # where there is no limit; more than that macOS does not take
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 def run(
@@ -37,6 +40,7 @@ def run(
         )
 
     with exit_codes():
+        allow_open_files()
         given = parsed(sys.argv[1:])
         if more_flags is not None and (more := more_flags(given)):
             given = parsed(more + sys.argv[1:])
@@ -44,6 +48,23 @@ def run(
             main(given)
         except InputError as error:
             raise InputError(as_typed(str(error), options)) from error
+
+
+def allow_open_files() -> int:
+    """Let this process have as many files open as it may; how many that is."""
+    try:
+        import resource
+    except ImportError:  # Windows, which knows no such limit
+        return 1 << 16
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MANY_FILES if hard == resource.RLIM_INFINITY else hard
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return MANY_FILES if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (ValueError, OSError):  # of a system that allows fewer still
+        return soft
+    return most
 
 
 def as_typed(sentence: str, options: type) -> str:
@@ -78,6 +99,10 @@ def exit_codes() -> Iterator[None]:
         print(f"error: {what} does not exist; check its name and its folder.", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
+        if error.errno in TOO_MANY_FILES:
+            said = f"this process may have only {allow_open_files()} files open; allow more with ulimit -n 1024"
+            print(f"error: {said}.", file=sys.stderr)
+            sys.exit(2)
         if sys.stdout is not None:  # else the exit would fail on what is still to be written
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
