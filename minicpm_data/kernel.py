@@ -21,7 +21,8 @@ from weights_io.errors import InputError
 PROJECT = "minicpm-jax-mlx"
 UPGRADED = frozenset(("jax", "jaxlib", "libtpu", "flax", "mlx", "mlx-lm"))  # also where the kernel has imported them
 KEPT = frozenset(("numpy",))  # also where it has not: most of an image is compiled for it
-PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
+# Not --quiet, with which it does not say what is in conflict.
+PIP = (sys.executable, "-m", "pip", "install", "--progress-bar", "off", "--no-input", "--disable-pip-version-check")
 RESTART = "restart the runtime (in Colab: Runtime > Restart session), then run this cell again"
 
 
@@ -41,7 +42,7 @@ def install(backend: str) -> None:
         print(", ".join(changes(before, versions())) + ".")
     after = versions()
     if stale := sorted({name for name in imported if after.get(name) != before.get(name)} | replaced(after)):
-        raise InputError(f"an earlier {', '.join(stale)} is imported here; {RESTART}.")
+        raise InputError(f"what is imported here of {', '.join(stale)} was replaced since; {RESTART}.")
 
 
 def has_tpu() -> bool:
@@ -109,7 +110,7 @@ def run_pip(wanted: list[Requirement], kept: dict[str, str]) -> None:
                 break
             for name in stuck:
                 del kept[name]
-    print("no.", ran.stdout + ran.stderr, sep="\n")
+    print(f"it failed.\n{ran.stderr}")
     raise InputError(f"pip could not install what {PROJECT} needs; what it printed says why.")
 
 
