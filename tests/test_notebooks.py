@@ -4,7 +4,6 @@ The kernels have the CPU alone, with eight devices that are not there (`conftest
 this is meant.
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -107,10 +106,14 @@ def text(notebook):
     return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
 
-def execute(name, variables, folder):
-    """The notebook, run in ``folder`` with other variables at its top; what it printed, and its outputs."""
+def execute(name, variables, folder, before="", kernel="python3", timeout=120):
+    """The notebook, run in ``folder`` with other variables at its top and, ``before`` it, a cell that a user might have
+    run; what it printed, and its outputs."""
     notebook = set_variables(read(name), variables)
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    if before:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(before))
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=timeout, kernel_name=kernel, resources=resources).execute()
     if kept := os.environ.get("KEEP_NOTEBOOKS"):  # a folder, to look at them
         nbformat.write(notebook, Path(kept) / f"{name}.ipynb")
     return printed(notebook), [output for cell in code(notebook) for output in cell.outputs]
@@ -150,9 +153,11 @@ def test_runs_whole(run, tmp_path, kernels):
 
 @pytest.mark.parametrize("name", ["colab_tpu_chat", "mac_mlx"])
 def test_a_cpu_that_nobody_asked_for_is_refused(name, tmp_path, kernels, monkeypatch):
+    """In a sentence, without a traceback."""
     monkeypatch.delenv("MINICPM_NOTEBOOK_CPU")
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="wants a .*, and there is only a CPU;"):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="wants a .*, and there is only a CPU;") as stopped:
         execute(name, {}, tmp_path)
+    assert "Traceback" not in str(stopped.value) and "check_runtime" not in str(stopped.value).rpartition("-----")[2]
 
 
 @pytest.mark.parametrize("name", sorted({run.notebook for run in RUNS}))
@@ -183,36 +188,56 @@ def test_these_are_the_notebooks():
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == {run.notebook for run in RUNS}
 
 
+def first_cell(name):
+    """Without its variables."""
+    return code(read(name))[0].source.partition("\n\n")[2]
+
+
 def test_the_first_cells_are_the_same():
-    """Below their variables; the Mac has no jax to spare."""
-    cells = {code(read(run.notebook))[0].source.partition("\n\n")[2] for run in RUNS if run.notebook != "mac_mlx"}
-    assert len(cells) == 1
+    """Below their variables, but for the backend and what is said of it."""
+    cells = {re.sub(r"mlx|jax|  # .*", "", first_cell(run.notebook)) for run in RUNS}
+    assert len(cells) == 1 and len({first_cell(run.notebook) for run in RUNS}) == 2
 
 
-ELSEWHERE = "minicpm-jax-mlx[{extra}] @ git+https://github.com/someone/minicpm-jax-mlx"
+def sourced(name, source):
+    """What the first cell would give to pip; it is imported from where the test stands."""
+    defined = {"SOURCE": source}
+    exec(first_cell(name).partition("\n\nif not any(")[0], defined)
+    return defined["source"]()
+
+
+GITHUB = "git+https://github.com/someone/minicpm-jax-mlx"
+
+
+@pytest.mark.parametrize("name", ["colab_tpu_chat", "mac_mlx"])
+def test_a_clone_that_is_there_is_installed(name, tmp_path, monkeypatch):
+    """In it, around the notebook, or beside it; whatever SOURCE says."""
+    for clone, place in (("beside/minicpm-jax-mlx", ".."), ("in", "."), ("around", "notebooks")):
+        for folder in ("notebooks", "minicpm_jax", "minicpm_mlx"):
+            (tmp_path / clone / folder).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / clone / place)
+        assert sourced(name, GITHUB) == str(tmp_path / clone)
 
 
 @pytest.mark.parametrize("name", sorted({run.notebook for run in RUNS}))
-@pytest.mark.parametrize("place", [None, ".", "notebooks", "beside"])
-def test_the_first_cell_installs_from_the_clone_that_is_there(name, place, tmp_path, monkeypatch):
-    """Else from the account that it names, and where it names none it says so."""
-    extra = "mlx" if name == "mac_mlx" else "jax"
-    clone = tmp_path / ("minicpm-jax-mlx" if place == "beside" else "clone")
-    for folder in ("notebooks", "minicpm_jax", "minicpm_mlx") if place else ():
-        (clone / folder).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path if place in (None, "beside") else clone / place)
-    monkeypatch.setattr(f"minicpm_{extra}.notebook.check_runtime", lambda: None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    source = re.sub(r"%pip install (.*)", r"installed.append(f'\1')", code(read(name))[0].source)
-    installed = []
-    if place is None:
-        with pytest.raises(SystemExit, match="account"):
-            exec(re.sub("github.com/[^/]+", "github.com/OWNER", source), {"installed": installed})
-        exec(re.sub("github.com/[^/]+", "github.com/someone", source), {"installed": installed})
-    else:
-        exec(source, {"installed": installed})
-    (options,) = installed
-    assert options.endswith(f'"{ELSEWHERE.format(extra=extra) if place is None else f"{clone}[{extra}]"}"')
+def test_what_source_may_be(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a clone").mkdir()
+    (tmp_path / "a.whl").touch()
+    for given, taken in {
+        GITHUB: GITHUB,
+        "someone": GITHUB,
+        "https://github.com/someone/minicpm-jax-mlx": GITHUB,
+        "git+https://elsewhere.org/x@branch": "git+https://elsewhere.org/x@branch",
+        "https://elsewhere.org/a.whl": "https://elsewhere.org/a.whl",
+        "a clone": str(tmp_path / "a clone"),
+        str(tmp_path / "a.whl"): str(tmp_path / "a.whl"),
+    }.items():
+        assert sourced(name, given) == taken
+    for given, said in (("git+https://github.com/OWNER/minicpm-jax-mlx", "account"), ("dist/no.whl", "is not here")):
+        with pytest.raises(Exception, match=said) as stopped:
+            sourced(name, given)
+        assert stopped.value._render_traceback_() == [str(stopped.value)]  # what a notebook shows
 
 
 def test_the_account_is_written_into_copies(tmp_path):

@@ -14,13 +14,18 @@ class InputError(ValueError):
     """A file, flag, request or data line of the user's that cannot be used.
 
     The message is one sentence. Command lines print it after ``error:`` and exit with status 2, without a traceback;
-    library callers catch it as a ``ValueError``. Whatever it quotes, it stays one line of bounded length.
+    library callers catch it as a ``ValueError``, and a notebook shows the sentence alone. Whatever it quotes, it stays
+    one line of bounded length.
     """
 
     def __init__(self, message: str) -> None:
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
         super().__init__(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", message))
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints in place of a traceback."""
+        return [f"error: {self}"]
 
 
 def short(name: object) -> str:
