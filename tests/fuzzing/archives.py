@@ -171,6 +171,7 @@ CALLS = {
 BOMBS = {
     "a memo of 2**31": b"K\1r" + HUGE,
     "a memo of 2 billion": b"K\1p2000000000\n",
+    "a memo of 300 million": b"K\1r" + struct.pack("<I", 300_000_000),
     "GET of 2**31": b"j" + HUGE,
     "a string of 4 GB": b"X\xff\xff\xff\xff",
     "a string of 2**62": b"\x8d" + struct.pack("<Q", 2**62),

@@ -1,6 +1,7 @@
 """Readers that compute: the folders of training runs, a server over its socket, the numbers of a comparison."""
 
 import contextlib
+import http.client
 import io
 import json
 import socket
@@ -152,13 +153,24 @@ def served(folder: Path) -> Any:
         raise RuntimeError(f"the server is not well: {health[:200]!r}")
     if not answer:
         raise NoAnswer("no answer.")
-    head, _, content = answer.partition(b"\r\n\r\n")
-    status = int(head.split()[1])
+    status, content = parsed(answer)
     if status >= 500 and status != 503:
         raise RuntimeError(f"status {status}: {content[:300]!r}")
     if status >= 400:
         raise InputError(_message(content))
     return {"status": status, "text": [_text(choice) for choice in _choices(content)]}
+
+
+def parsed(answer: bytes) -> tuple[int, bytes]:
+    """Status and content of the first answer in what was received."""
+
+    class Received:
+        def makefile(self, *_: Any) -> io.BytesIO:
+            return io.BytesIO(answer)
+
+    response = http.client.HTTPResponse(Received())  # type: ignore[arg-type]
+    response.begin()
+    return response.status, response.read()
 
 
 def _message(content: bytes) -> str:
