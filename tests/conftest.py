@@ -36,6 +36,13 @@ if find_spec("jax") is not None and version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = known
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("fuzz", "broken files and requests (-m fuzz)")
+    group.addoption("--mutants", type=int, default=200, help="how many, over all readers (2000 is all of a seed)")
+    group.addoption("--fuzz-seed", type=int, default=0, help="another number gives other mutants")
+    group.addoption("--mutant", metavar="READER:NUMBER", help="this one alone")
+
+
 def pytest_runtest_setup(item):
     for mark in item.iter_markers("tpu"):
         if find_spec("libtpu") is None:

@@ -231,8 +231,8 @@ def test_a_piece_of_a_prompt_reads_what_is_filled(name):
     assert cost(tiling, 2, 2).bytes_accessed == bytes_read(tiling, [3584] * 4, 2) + queries
 
 
-# Compiled for a TPU, which needs none: libtpu does it. Before 0.0.52 it tiles the int8 of a kernel otherwise than XLA, and
-# copies the whole cache in each layer.
+# Compiled for a TPU, which needs none: libtpu does it. Before 0.0.52 it tiles the int8 of a kernel otherwise than XLA,
+# and copies the whole cache in each layer.
 NEWER = pytest.mark.tpu(since="0.0.52")
 
 
