@@ -1,7 +1,7 @@
 """How a byte-level vocabulary of a GGUF file cuts text before its merges, by llama.cpp's names for it.
 
-The patterns are those of the models' own ``tokenizer.json``, in the order of llama.cpp's table (llama-vocab.cpp). One is
-applied to the pieces of the one before; what it matches and what lies between are pieces of their own.
+The patterns are those of the models' own ``tokenizer.json``, in the order of llama.cpp's table (llama-vocab.cpp). Each
+is applied to the pieces of the one before; what it matches and what lies between are pieces of their own.
 """
 
 from dataclasses import dataclass

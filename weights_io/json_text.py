@@ -20,7 +20,7 @@ def loads(text: str | bytes, what: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise InputError(f"{what} has two values of the key {_twice(pairs)}; remove one of them.")
+            raise InputError(f"{what} has the key {_twice(pairs)!r} twice; keep the one that is meant.")
         return found
 
     try:
@@ -28,10 +28,8 @@ def loads(text: str | bytes, what: str) -> Any:
         return json.loads(decoded, object_pairs_hook=unique)
     except InputError:  # a ValueError too
         raise
-    except RecursionError:
-        raise InputError(f"{what} is JSON that is nested too deeply; give a flatter one.") from None
-    except ValueError as error:  # no UTF-8, no JSON, a number of 5,000 digits
-        raise InputError(f"{what} is not a JSON text ({error}); get it again.") from None
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5,000 digits
+        raise InputError(f"{what} is not JSON ({error}); download it again.") from None
 
 
 def _twice(pairs: list[tuple[str, Any]]) -> str:
@@ -39,6 +37,6 @@ def _twice(pairs: list[tuple[str, Any]]) -> str:
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:
-            return json.dumps(key[:60], ensure_ascii=False)
+            return key[:60]
         seen.add(key)
     raise ValueError("no key comes twice")
