@@ -157,6 +157,9 @@ def _ids_around(step: Any) -> int:
     return sum(len(step["special_tokens"].get(name, {"ids": ()})["ids"]) for name in written)
 
 
+_holding = threading.Lock()
+
+
 @functools.cache
 def _sink() -> BinaryIO:
     return cast(BinaryIO, tempfile.TemporaryFile(buffering=0))
@@ -166,12 +169,21 @@ def _sink() -> BinaryIO:
 def panics_unprinted() -> Iterator[None]:
     """What is written to file descriptor 2 meanwhile is written afterwards; after a panic it is not.
 
-    The panic's message is the library's own, and ends up in the one sentence of the error. Where there are more threads
-    than this one, nothing is held back: they may be writing too.
+    The panic's message is the library's own, and ends up in the one sentence of the error. One thread at a time holds
+    back; others go on without.
     """
-    if threading.active_count() > 1:
+    if not _holding.acquire(blocking=False):
         yield
         return
+    try:
+        with _held_back():
+            yield
+    finally:
+        _holding.release()
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
     try:
         sink, kept = _sink(), os.dup(2)
     except OSError:  # no stderr, or no place for a temporary file

@@ -145,7 +145,7 @@ def test_json_texts():
     assert json_text.loads('\ufeff{"a": [1, {"b": null}]}', "x") == {"a": [1, {"b": None}]}
     assert json_text.loads(b"\xef\xbb\xbf3", "x") == 3
     for text in ('{"a": 1, "a": 1}', '[{"b": {"a": 1, "a": 2}}]'):
-        with pytest.raises(InputError, match='^x has two values of the key "a"; remove one of them.$'):
+        with pytest.raises(InputError, match="^x has the key 'a' twice"):
             json_text.loads(text, "x")
     for wrong in ("{", b"\xff", "[" * 100_000, "9" * 5_000, ""):
         with pytest.raises(InputError, match="^x is "):

@@ -14,7 +14,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minicpm_data import chat, load_tokenizer, tokenizer_from_gguf
-from minicpm_data.gguf_tokenizer import PRE_TOKENIZERS
+from minicpm_data.gguf_pre_tokenizers import PRE_TOKENIZERS
 from minicpm_data.tokenizer_files import tokenizer_files
 from weights_io.checkpoint import open_checkpoint
 
@@ -40,7 +40,7 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 def byte_level(pre: str) -> dict:
     """A byte-level vocabulary trained in a moment, cut as llama.cpp's pre-tokenizer of that name."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=pre == "llama-bpe"))
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=PRE_TOKENIZERS[pre].ignore_merges))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=500,
@@ -51,7 +51,7 @@ def byte_level(pre: str) -> dict:
     made.train_from_iterator(tiny.SENTENCES * 3, trainer)
     made.decoder = tokenizers.decoders.ByteLevel()
     spec = json.loads(made.to_str())
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]}
+    spec["pre_tokenizer"] = PRE_TOKENIZERS[pre].spec()
     return spec
 
 
@@ -78,6 +78,7 @@ FILES = {
     "sentencepiece with chatml": lambda: with_chatml(tiny.as_json()),
     "gpt2": lambda: byte_level("gpt-2"),
     "smollm": lambda: byte_level("smollm"),
+    "minicpm5": lambda: byte_level("minicpm5"),
     "llama 3 with bos": lambda: with_bos(byte_level("llama-bpe")),
 }
 
