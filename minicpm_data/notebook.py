@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minicpm_data.run_folder import check_folder
+from minicpm_data.run_folder import holds_run
 from weights_io.errors import InputError
 from weights_io.memory import ITEM, SMALLER, size
 from weights_io.memory import check_room as refuse_without_room
@@ -212,7 +212,7 @@ def run_folder(name: str, model: str, drive: bool | str = False) -> str:
 
 def resume(folder: str) -> str:
     """``--resume`` where the folder holds a run to go on with, else nothing: the end of a training command."""
-    return "--resume" if check_folder(Path(folder)) else ""
+    return "--resume" if holds_run(Path(folder)) else ""
 
 
 def fresh(*names: str, keep: str = "") -> None:

@@ -23,6 +23,11 @@ NEW_MODEL = "model.new"
 EXPORTS = ("adapter_model.safetensors", "model")  # what is left of a run whose checkpoints were deleted
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether there is a run to go on with."""
+    return (folder / SETTINGS).exists() and _has_checkpoints(folder)
+
+
 def check_folder(folder: Path, resume: bool = False) -> bool:
     """Whether the folder holds a run to go on with; one that ended before it saved anything is none. Nothing is
     written.

@@ -234,7 +234,7 @@ def user(content="a", **more):
         ({**user(), "chat_template_kwargs": {"enable_thinking": True}}, 400, "knows no variable 'enable_thinking'"),
         (user([{"type": "text"}]), 400, "has no text"),
         (user([{"type": "text", "text": "a", "weight": 0}]), 400, "weight is not supported"),
-        ({"messages": [{"role": "x" * 5000, "content": "a"}]}, 400, " ... "),
+        ({"messages": [{"role": "x" * 5000, "content": "a"}]}, 400, "xxx..."),
         ({**user(), "stop": [1]}, 400, "stop must be a text or a list of texts"),
         ({**user(), "stop": [""]}, 400, "must not be empty"),
         ({**user(), "stop": ["a"] * 17}, 400, "17 texts"),
