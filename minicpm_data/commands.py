@@ -46,7 +46,8 @@ class SourceOptions:
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of weights and computation; by default the checkpoint's own, and float32 where JAX runs on a CPU without AMX."""
+    """Of weights and computation; by default the checkpoint's own. On a CPU JAX takes float32, unless it only generates
+    and the CPU has AMX."""
 
     def check_placement(self) -> None:
         """`InputError` where `placement` could not be."""
@@ -301,8 +302,7 @@ class Meter:
 def load_model(backend: Backend, options: SourceOptions, decoding: bool = False) -> "tuple[Any, Tokenizer]":
     """Model and tokenizer, where the options want them. ``decoding``: in the form that generates fastest."""
     placement = options.placement()  # first: it may have to come before the first use of a device
-    preferred = partial(backend.device.preferred_dtype, decoding=decoding and not placement)
-    dtype = options.dtype or preferred
+    dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **placement)
     source = {"revision": options.revision, "hub": options.hub}
     model, tokenizer = backend.load(options.model, dtype, decoding=decoding, **source, **options.loading(), **placement)
     if tokenizer is None:

@@ -17,6 +17,8 @@ from minicpm_data import corpus_facts as facts
 from minicpm_data import corpus_skills as skills
 from minicpm_data import corpus_stories as stories
 from weights_io.errors import InputError
+from weights_io.partial import partial
+from weights_io.write import folder_to_fill
 
 STAGES = ("stable", "decay")
 SPLITS = ("train", "valid")
@@ -130,21 +132,21 @@ def main(options: Options) -> None:
         raise InputError(f"--documents {options.documents} is not a number of documents; give 1 or more.")
     if options.out.is_file() or options.out.is_dir() and any(options.out.iterdir()):
         raise InputError(f"--out {options.out} exists and is not an empty folder; name a new one or remove it first.")
-    partial = options.out.with_name(options.out.name + ".partial")  # renamed when complete
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        with folder_to_fill(options.out.absolute().parent), partial(options.out.absolute(), folder=True) as folder:
+            write(folder, options)
     except OSError as error:
-        raise InputError(f"--out {options.out} cannot be made ({error.strerror}); name another folder.") from None
+        raise InputError(f"--out {options.out} cannot be written ({error.strerror}); name another folder.") from None
+
+
+def write(folder: Path, options: Options) -> None:
     for stage, share in zip(STAGES, (1.0, 0.64), strict=True):
         train = max(1, int(options.documents * share))
         for split, count in zip(SPLITS, (train, max(1, train // 100)), strict=True):
             rows = (document(index, options.seed, stage, split) for index in range(count))
-            _write(partial / stage / f"{split}.jsonl", rows)
+            _write(folder / stage / f"{split}.jsonl", rows)
             print(f"{stage}/{split}.jsonl: {count} documents", file=sys.stderr)
-    _write(partial / "questions.jsonl", questions(options.seed))
-    if options.out.is_dir():
-        options.out.rmdir()
-    partial.rename(options.out)
+    _write(folder / "questions.jsonl", questions(options.seed))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,59 @@
 """Files of JSON objects: one a line, or in one array."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from minicpm_data.keys import NAMED, as_json
 from weights_io.errors import InputError
+from weights_io.progress import progress_bar
 
 BOM = "\ufeff".encode()
+
+
+def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
+    """``make`` of each document of a file. InputError where the file is empty or ``make`` raises one: the first is told
+    and the others are counted."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist, or is no file; it should hold one JSON object a line.")
+    array = path.suffix == ".json" and is_array(path)
+    unit = "item" if array else "line"
+    items, wrong, why = [], [], ""
+    with progress_bar(f"tokenising {path.name}", path.stat().st_size) as bar:
+        for number, document in (scan_array if array else scan_lines)(path, bar.update):
+            try:
+                if isinstance(document, InputError):
+                    raise document
+                items.append(make(document))
+            except (InputError, RecursionError) as error:
+                if isinstance(error, RecursionError):
+                    error = InputError("it is nested too deeply; mend or delete it.")
+                why = why or (f"{error}" if error is document else f"{unit} {number}: {error}")
+                wrong.append(number)
+    if wrong:
+        others = ", ".join(map(str, wrong[1 : NAMED + 1])) + (", ..." if len(wrong) > NAMED + 1 else "")
+        more = f" ({len(wrong) - 1} more {unit}s are wrong: {others})" if wrong[1:] else ""
+        raise InputError(f"{path}, {why.removesuffix('.')}{more}.")
+    if not items:
+        raise InputError(f"{path} is empty; give it one example a line.")
+    return items
 
 
 def read_documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of each line of a ``.jsonl`` file; a wrong line is an `InputError` that names it."""
     for number, document in scan_lines(path):
         if isinstance(document, InputError):
-            raise InputError(f"{path}, line {number} {document}")
+            raise InputError(f"{path}, {document}")
         yield number, document
 
 
 def scan_lines(
     path: Path, on_read: Callable[[int], Any] = lambda nbytes: None
 ) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """Line number and object of each line that is not blank; for a wrong one the error, whose text goes on from the
-    name of the line. ``on_read`` is told the bytes of each."""
+    """Line number and object of each line that is not blank; for a wrong one the error, whose text begins with "line"
+    and its number. ``on_read`` is told the bytes of each."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; it should hold one JSON object a line.")
     with path.open("rb") as file:
@@ -30,23 +61,18 @@ def scan_lines(
             on_read(len(line))
             line = line.removeprefix(BOM) if number == 1 else line
             if line.strip():
-                yield number, _parsed(line)
+                yield number, _parsed(line, f"line {number}")
 
 
 def scan_array(
     path: Path, on_read: Callable[[int], Any] = lambda nbytes: None
 ) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """The same for the items of a JSON array, the first of which is number 1."""
-    content = path.read_bytes().removeprefix(BOM)
-    try:
-        items = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a JSON array ({error}); mend it.") from None
+    """The same for the items of a JSON array, the first of which is "item 1"."""
+    content = path.read_bytes()
+    items = _json(content.removeprefix(BOM), str(path))
     for number, item in enumerate(items, 1):
         on_read(len(content) // len(items))
-        yield number, item if isinstance(item, dict) else _no_object()
+        yield number, _object(item, f"item {number}")
 
 
 def is_array(path: Path) -> bool:
@@ -56,15 +82,34 @@ def is_array(path: Path) -> bool:
         return next(filter(None, lines), b"").startswith(b"[")
 
 
-def _parsed(line: bytes) -> dict[str, Any] | InputError:
+def _parsed(line: bytes, what: str) -> dict[str, Any] | InputError:
     try:
-        document = json.loads(line.decode("utf-8"))
+        return _object(_json(line, what), what)
+    except InputError as error:
+        return error
+
+
+def _json(text: bytes, what: str) -> Any:
+    """The value of a JSON text, of any size: the user's own data is as large as it is."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise InputError(f"{what} has the key {as_json(twice)} twice; keep one of them.")
+        return found
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
-        return InputError(f"is not UTF-8 text (byte {error.start}); convert the file first.")
-    except (ValueError, RecursionError) as error:  # ValueError: besides wrong JSON, numbers of 4300 digits
-        return InputError(f"is not JSON ({getattr(error, 'msg', error)}); mend or delete the line.")
-    return document if isinstance(document, dict) else _no_object()
+        raise InputError(f"{what} is not UTF-8 text (byte {error.start}); convert the file first.") from None
+    except RecursionError:
+        raise InputError(f"{what} is not JSON (it is nested too deeply); mend or delete it.") from None
+    except ValueError as error:  # besides wrong JSON, numbers of 4300 digits
+        raise InputError(f"{what} is not JSON ({getattr(error, 'msg', error)}); mend or delete it.") from None
 
 
-def _no_object() -> InputError:
-    return InputError('is not an object such as {"text": "..."}.')
+def _object(value: Any, what: str) -> dict[str, Any] | InputError:
+    return value if isinstance(value, dict) else InputError(f'{what} is not an object such as {{"text": "..."}}.')

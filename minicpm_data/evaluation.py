@@ -2,14 +2,17 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpm_data.commands import ModelOptions, load_model
-from minicpm_data.forms import conversation
+from minicpm_data.data_options import DataOptions
+from minicpm_data.forms import Reader
 from minicpm_data.generation import Backend
+from minicpm_data.keys import KeyRules, few
+from minicpm_data.turns import messages_of
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -20,10 +23,10 @@ SHOWN = 5  # wrong answers
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(ModelOptions):
+class EvaluateOptions(DataOptions, ModelOptions):
     data: Path | None = None
     """Ask what is in this file (conversations in any form that lora takes), and count the replies that are, to the
-    letter, its answers; by default the questions of pico."""
+    letter but for special tokens, its answers; by default the questions of pico."""
     limit: int | None = None
     """Only so many questions, spread over all kinds; by default all."""
     batch_size: int = 50
@@ -75,32 +78,50 @@ def ask_questions(
     max_tokens: int = 48,
     seed: int = 0,
     data: Path | None = None,
+    ignore_keys: Collection[str] = (),
+    trusted: bool = True,
 ) -> list[Answered]:
     """The model's answers to ``limit`` of the held-out questions of pico, or of those in a file, evenly spread (None:
-    all of them)."""
+    all of them). ``ignore_keys`` and ``trusted`` as in `load_split`."""
     from minicpm_data.corpus import questions
 
-    everything = list(questions(seed)) if data is None else questions_of(data)
+    everything = list(questions(seed)) if data is None else questions_of(data, ignore_keys)
     count = min(limit or len(everything), len(everything))
     asked = [everything[i * len(everything) // count] for i in range(count)]
-    prompts = [tokenizer.apply_chat(q.get("messages", [{"role": "user", "content": q["prompt"]}])) for q in asked]
+    if trusted:
+        asked = [{**q, "answer": _without_tokens(q["answer"], tokenizer)} for q in asked]
+    messages = [q.get("messages", [{"role": "user", "content": q["prompt"]}]) for q in asked]
+    prompts = [tokenizer.apply_chat(turns, trusted=trusted) for turns in messages]
     said = replies(backend, model, tokenizer, prompts, batch_size, max_tokens, stop=tokenizer.turn_markers)
     return [Answered(q, reply, is_right(q, reply)) for q, reply in zip(asked, said, strict=True)]
 
 
-def questions_of(path: Path) -> list[dict[str, Any]]:
+def _without_tokens(answer: str, tokenizer: "Tokenizer") -> str:
+    """The answer as a reply would show it, of which special tokens are no text."""
+    ids = tokenizer.encode(answer, add_bos=False)
+    return tokenizer.decode(ids) if tokenizer.added_tokens.keys() & set(ids) else answer
+
+
+def questions_of(path: Path, ignore_keys: Collection[str] = ()) -> list[dict[str, Any]]:
     """The last question of each conversation in a file, with those before it as "messages"."""
-    from minicpm_data.examples import read_items
+    from minicpm_data.documents import read_items
+
+    rules = KeyRules(ignore_keys)
 
     def question(document: dict[str, Any]) -> dict[str, Any]:
-        turns = conversation(document)
-        if isinstance(turns, str) or turns[-1]["role"] != "assistant":
+        turns = Reader(rules).conversation(document)
+        if isinstance(turns, str) or turns[-1].role != "assistant":
             raise InputError("it ends with no answer, to which a reply could be compared.")
-        *before, answer = turns
+        if turns[-1].weight is False:
+            raise InputError("its last answer is not to be trained, so no reply is compared to it; delete the answer.")
+        *before, answer = messages_of(turns)
         last = before[-1]["content"] if before else ""
         return {"prompt": last, "answer": answer["content"], "kind": "exact", "messages": before}
 
-    return read_items(path, question)
+    found = read_items(path, question)
+    if rules.unused:
+        print(f"{path}: not read: {few(rules.unused, '')}")
+    return found
 
 
 def is_right(question: dict[str, Any], reply: str) -> bool:
@@ -135,7 +156,8 @@ def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[Evalua
         model, tokenizer = load_model(running, options, decoding=True)
         running.device.note_mesh(model, options.batch_size)
         numbers = options.limit, options.batch_size, options.max_tokens, options.seed, options.data
-        answers = ask_questions(running, model, tokenizer, *numbers)
+        reading = options.ignore_keys, not options.special_tokens_as_text
+        answers = ask_questions(running, model, tokenizer, *numbers, *reading)
         scores: dict[str, list[bool]] = defaultdict(list)
         for answer in answers:
             scores[answer.question["kind"]].append(answer.right)

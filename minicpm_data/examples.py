@@ -1,17 +1,19 @@
 """Fine-tuning data: a file of any known form to token ids, and which of them are trained."""
 
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from minicpm_data import forms
-from minicpm_data.documents import is_array, scan_array, scan_lines
+from minicpm_data.documents import read_items
+from minicpm_data.forms import Reader
+from minicpm_data.keys import KeyRules, few
 from minicpm_data.packing import ended
+from minicpm_data.preview import show
+from minicpm_data.turns import Turn, messages_of
 from weights_io.errors import InputError
-from weights_io.progress import progress_bar
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
@@ -63,6 +65,7 @@ class Split:
     examples: list[Any]  # of Example, or of Pair
     dropped: int  # examples of whose trained tokens none lies within the window
     cut: int  # examples cut at the window's end
+    unused: tuple[str, ...] = ()  # keys that were passed over
 
     def summary(self) -> str:
         """One line for the user: how many examples and tokens, and what the window cost."""
@@ -71,7 +74,8 @@ class Split:
         kind = "pairs" if isinstance(self.examples[0], Pair) else "examples"
         line = f"{self.path.name}: {len(self.examples):,} {kind}, {tokens:,} tokens, {trained:,} of them trained"
         line += f"; {self.cut:,} cut at the window's end" if self.cut else ""
-        return line + (f"; {self.dropped:,} dropped, nothing trained in the window" if self.dropped else "")
+        line += f"; {self.dropped:,} dropped, nothing trained in the window" if self.dropped else ""
+        return line + (f"; not read: {few(self.unused, '')}" if self.unused else "")
 
 
 def load_split(
@@ -83,18 +87,23 @@ def load_split(
     pairs: bool = False,
     mask_prompt: bool = True,
     required: bool = True,
+    ignore_keys: Collection[str] = (),
+    trusted: bool = True,
 ) -> Split | None:
     """The examples of one split (with ``pairs``: `Pair`), none longer than ``max_seq_length`` tokens.
 
     ``data`` is a folder with ``train``, ``valid`` (or ``dev``) and ``test`` as ``.jsonl`` or ``.json``, or one file,
     which then is the training split. None where the split is not there and not ``required``. InputError, before
-    anything trains, for missing or empty data and for wrong lines, of which all are found and the first is explained.
+    anything trains, for missing or empty data and for wrong lines, of which all are found and the first is explained:
+    a key that is not understood makes one, unless it is one of ``ignore_keys``. ``trusted``: tokens of the vocabulary
+    that the data spells out become their ids.
     """
     path = find_split(data, split, required)
     if path is None:
         return None
     make = make_pair if pairs else make_example
-    items = read_items(path, lambda document: make(document, tokenizer, mask_prompt))
+    rules = KeyRules(ignore_keys)
+    items = read_items(path, lambda document: make(document, tokenizer, mask_prompt, Reader(rules), trusted))
     lengths = [item.length for item in items]
     within = [_within(item, max_seq_length) for item in items]
     kept = [item for item in within if any(part.trained.any() for part in item.parts)]
@@ -105,7 +114,15 @@ def load_split(
         )
     beyond = sum(length > max_seq_length for length in lengths)
     dropped = len(items) - len(kept)
-    return Split(path, kept, dropped, beyond - dropped)
+    return Split(path, kept, dropped, beyond - dropped, tuple(rules.unused))
+
+
+def show_first(split: Split, tokenizer: "Tokenizer") -> None:
+    """Print the first example, or both answers of the first pair."""
+    first = split.examples[0]
+    names = ("example",) if len(first.parts) == 1 else ("chosen answer", "rejected answer")
+    for name, part in zip(names, first.parts, strict=True):
+        show(f"the first {name} of {split.path.name}", part.ids, part.trained, tokenizer)
 
 
 def find_split(data: Path, split: SplitName, required: bool = True) -> Path | None:
@@ -124,47 +141,51 @@ def find_split(data: Path, split: SplitName, required: bool = True) -> Path | No
     raise InputError(f"{data} {'holds no' if data.is_dir() else 'does not exist; it should hold'} {looked}.")
 
 
-def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
-    """``make`` of each document of a file. InputError where the file is empty or ``make`` raises one: the first is told
-    and the others are counted."""
-    array = path.suffix == ".json" and is_array(path)
-    unit = "item" if array else "line"
-    items, wrong, why = [], [], ""
-    with progress_bar(f"tokenising {path.name}", path.stat().st_size) as bar:
-        for number, document in (scan_array if array else scan_lines)(path, bar.update):
-            try:
-                if isinstance(document, InputError):
-                    raise document
-                items.append(make(document))
-            except InputError as error:
-                why = why or f"{' ' if error is document else ': '}{error}"
-                wrong.append(number)
-    if wrong:
-        others = ", ".join(map(str, wrong[1:11])) + (", ..." if len(wrong) > 11 else "")
-        more = f" ({len(wrong) - 1} more {unit}s are wrong: {others})" if wrong[1:] else ""
-        raise InputError(f"{path}, {unit} {wrong[0]}{why.removesuffix('.')}{more}.")
-    if not items:
-        raise InputError(f"{path} is empty; give it one example a line.")
-    return items
-
-
-def make_example(document: dict[str, Any], tokenizer: "Tokenizer", mask_prompt: bool = True) -> Example:
+def make_example(
+    document: dict[str, Any],
+    tokenizer: "Tokenizer",
+    mask_prompt: bool = True,
+    reader: Reader | None = None,
+    trusted: bool = True,
+) -> Example:
     """A text is trained from its second token to its EOS, a conversation in its answers; without ``mask_prompt`` it is
-    trained as a text is."""
-    turns = forms.conversation(document)
+    trained as a text is. What the data says not to train is not. ``trusted``: tokens of the vocabulary that it spells
+    out become their ids."""
+    turns = (reader or Reader()).conversation(document)
     if isinstance(turns, str):
         if not turns:
             raise InputError("its text is empty; delete it.")
-        ids = ended(tokenizer.encode(turns), tokenizer)
+        ids = ended(tokenizer.encode(turns, trusted=trusted), tokenizer)
         return _example(ids, [True] * len(ids))
-    ids, trained = tokenizer.chat_example(turns)
-    return _example(ids, trained if mask_prompt else [True] * len(ids))
+    if not mask_prompt and any(turn.weight is False and turn.role != "assistant" for turn in turns):
+        raise InputError(
+            "it has a message of no assistant that is not to be trained, and --train-on-prompt trains them all; leave "
+            "one of them out."
+        )
+    trained = [turn.trained(mask_prompt) for turn in turns]
+    answers = [flag for flag, turn in zip(trained, turns, strict=True) if turn.role == "assistant"]
+    if answers and not any(answers) and mask_prompt:
+        raise InputError("it has no answer that is to be trained; delete it, or the weights of its messages.")
+    return _example(*tokenizer.chat_example(messages_of(turns), trained, not mask_prompt, trusted))
 
 
-def make_pair(document: dict[str, Any], tokenizer: "Tokenizer", mask_prompt: bool = True) -> Pair:
+def make_pair(
+    document: dict[str, Any],
+    tokenizer: "Tokenizer",
+    mask_prompt: bool = True,
+    reader: Reader | None = None,
+    trusted: bool = True,
+) -> Pair:
     """Of both conversations the last answer is trained, whatever ``mask_prompt`` is."""
-    chosen, rejected = (_example(*tokenizer.chat_example(m, only_last=True)) for m in forms.pair(document))
+    chosen, rejected = (
+        _example(*tokenizer.chat_example(messages_of(turns), _only_last(turns), trusted=trusted))
+        for turns in (reader or Reader()).pair(document)
+    )
     return Pair(chosen, rejected)
+
+
+def _only_last(turns: Sequence[Turn]) -> list[bool]:
+    return [False] * (len(turns) - 1) + [True]
 
 
 def _example(ids: list[int], trained: list[bool]) -> Example:

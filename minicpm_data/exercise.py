@@ -15,7 +15,8 @@ from random import Random
 from minicpm_data import corpus_skills as skills
 from weights_io import command_line
 from weights_io.errors import InputError
-from weights_io.write import check_output
+from weights_io.partial import partial
+from weights_io.write import check_output, folder_to_fill
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,18 @@ def exercise(options: Options) -> None:
     """Write a small fine-tuning task: sums, answered in a whole sentence."""
     if not 20 <= options.examples <= 5000:
         raise InputError(f"--examples is {options.examples}; it must be from 20 to 5000.")
-    check_output(options.out).mkdir(parents=True, exist_ok=True)
+    out = check_output(options.out)
     random = Random(f"{options.seed} exercise")
     training, held = (list(_pairs(out)) for out in (False, True))
     random.shuffle(training)
     random.shuffle(held)
     test, valid = options.examples // 10, options.examples // 20
     splits = {"train": training[: options.examples], "test": held[:test], "valid": held[test : test + valid]}
-    for name, pairs in splits.items():
-        lines = [json.dumps(_example(*pair, random), ensure_ascii=False) + "\n" for pair in pairs]
-        (options.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"{options.out / name}.jsonl: {len(lines)} sums")
+    with folder_to_fill(out.parent), partial(out, folder=True) as folder:
+        for name, pairs in splits.items():
+            lines = [json.dumps(_example(*pair, random), ensure_ascii=False) + "\n" for pair in pairs]
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            print(f"{options.out / name}.jsonl: {len(lines)} sums")
 
 
 def _pairs(held_out: bool) -> Iterator[tuple[str, int, int]]:

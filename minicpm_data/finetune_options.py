@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minicpm_data.commands import SourceOptions
+from minicpm_data.data_options import DataOptions
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io.adapters import AdapterConfig
 from weights_io.catalog import find
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 FREE = frozenset(
     """train test iters epochs mask_prompt learning_rate lr_schedule warmup_steps clip steps_per_report steps_per_eval
     val_batches test_batches save_every resume report_to project_name hub data config grad_checkpoint adapter_path
-    save_path save_dtype mesh distributed coordinator_address num_processes process_id join_timeout""".split()
+    ignore_keys special_tokens_as_text save_path save_dtype mesh distributed coordinator_address num_processes
+    process_id join_timeout""".split()
 )
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(SourceOptions):
+class FinetuneOptions(DataOptions, SourceOptions):
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"])] = None
     """YAML file of options, as mlx_lm has it; flags go before it."""
     data: Path = Path("data")
@@ -262,19 +264,15 @@ def given_adapter(options: Any, config: "ModelConfig") -> "Adapter":
 
 def export_model(options: FullOptions, tensors: "Mapping[str, Any]") -> None:
     """The finished model in Hugging Face layout, in place of one that an earlier run of the same folder wrote."""
-    import shutil
-
+    from minicpm_data.run_folder import replace_model
     from weights_io.casting import Rounding
     from weights_io.checkpoint import open_checkpoint
     from weights_io.convert import write_model
     from weights_io.hub import resolve
 
     checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
-    out, new = options.out / "model", options.out / "model.new"
-    shutil.rmtree(new, ignore_errors=True)
-    write_model(new, checkpoint, checkpoint.config, tensors, options.save_dtype or checkpoint.dtype, Rounding())
-    shutil.rmtree(out, ignore_errors=True)
-    new.rename(out)
+    dtype = options.save_dtype or checkpoint.dtype
+    replace_model(options.out, lambda new: write_model(new, checkpoint, checkpoint.config, tensors, dtype, Rounding()))
 
 
 def is_decayed(name: str) -> bool:

@@ -90,9 +90,9 @@ def run(
 
 def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Callable[[Any, Any], Trainer]) -> None:
     """Train, and test, as the options say. Raises `InputError` for options, data or a run that cannot be used."""
-    from minicpm_data.examples import load_split
+    from minicpm_data.examples import load_split, show_first
     from minicpm_data.metrics import check_reporter
-    from minicpm_data.runs import check_folder, check_settings
+    from minicpm_data.run_folder import check_folder, using
 
     check(options)
     if options.training:
@@ -113,9 +113,13 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
             pairs=options.loss != "sft",
             mask_prompt=not options.train_on_prompt,
             required=required,
+            ignore_keys=options.ignore_keys,
+            trusted=not options.special_tokens_as_text,
         )
         if found is not None:
             print(f"{name}: {found.summary()}")
+            if name == "train":
+                show_first(found, tokenizer)
         return found
 
     train = split("train", True) if options.training else None
@@ -131,9 +135,10 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
             settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
             notes = {"source": _lasting(options.model), "hub": options.hub}
             notes["save_dtype"] = getattr(options, "save_dtype", None)
-            worker.processes.check_same(json.dumps([settings, planned.steps], sort_keys=True))
-            worker.processes.once(lambda: check_settings(options.out, settings, options.resume, notes))
-            fit(options, worker, planned, train, valid)
+            notes |= {"base": _base(options), "valid": None if valid is None else _fingerprint(valid)}
+            worker.processes.check_same(json.dumps([settings, planned.steps, notes["base"]], sort_keys=True))
+            with using(options.out, settings, options.resume, notes, worker.processes):
+                fit(options, worker, planned, train, valid)
         else:
             worker.load_export()
         if test is not None:
@@ -332,6 +337,20 @@ def _lasting(model: str | None) -> str | None:
     """What names the model from any folder."""
     here = Path(model or "pico").expanduser()
     return str(here.resolve()) if model and here.exists() else model
+
+
+def _base(options: FinetuneOptions) -> str:
+    """A hash of some rows of the model that is trained: the same name may stand for another one when a run is gone on
+    with."""
+    from weights_io.checkpoint import open_checkpoint
+    from weights_io.hub import resolve
+
+    checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
+    ends = (f"model.layers.{layer}." for layer in (0, checkpoint.config.num_hidden_layers - 1))
+    read, digest = (*ends, "model.norm."), hashlib.sha256()
+    for name in sorted(name for name in checkpoint.tensors if name.startswith(read)):
+        digest.update(checkpoint.tensors[name].read((slice(0, 4),)).tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(split: "Split") -> str:

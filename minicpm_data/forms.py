@@ -1,111 +1,185 @@
-"""The forms that fine-tuning data comes in, told apart by their keys: each to a conversation, a text or a pair."""
+"""The forms that training data comes in, told apart by their keys: each to turns, a text or a pair of answers."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from minicpm_data.chat import check_messages
+from minicpm_data.keys import NOTES, KeyRules, few, says_nothing
+from minicpm_data.turns import Turn, asked, messages_of, read_history, read_turns, response
 from weights_io.errors import InputError
 
 Document = Mapping[str, Any]
 Keys = tuple[str, ...]
-Messages = list[dict[str, str]]
 
-ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # The question with which OpenBMB tunes on OCNLI (finetune/lora_finetune_ocnli.ipynb): one colon is ASCII, one is not.
 OCNLI_QUESTION = "请判断下边两个句子的关系属于 [entailment, neutral, contradiction]中的哪一种？\n句子1: {}\n句子2：{}\n"
+OCNLI_NOTES = ("label0", "label1", "label2", "label3", "label4", "prem_id")  # what each of its annotators said
+PAIR_NOTES = ("score_chosen", "score_rejected")  # UltraFeedback's
+BESIDE = ("system", "history")  # what may stand before the turns of a conversation
 
 
-def _asked(question: str, answer: str) -> Messages:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+class Form(NamedTuple):
+    """A line that has all of ``keys`` and may have ``optional`` ones; of ``notes`` nothing is made."""
+
+    keys: Keys
+    read: Callable[[Document, KeyRules], list[Turn]]
+    optional: Keys = BESIDE
+    notes: Keys = ()
 
 
-def _messages(document: Document) -> Messages:
-    return check_messages(_turns(document["messages"]))
+def _of(question: str, answer: str, *context: str) -> Form:
+    """Texts of a question and an answer; what a key of ``context`` holds goes below the question, as in Alpaca."""
+
+    def read(document: Document, rules: KeyRules) -> list[Turn]:
+        return asked(_joined(document, question, *context), _text(document, answer))
+
+    return Form((question, answer), read, (*BESIDE, *context))
 
 
-def _conversations(document: Document) -> Messages:
-    """``system`` beside the turns is the system message, as LLaMA-Factory has it."""
-    turns = check_messages(_turns(document["conversations"]))
-    system = _text(document, "system") if document.get("system") else ""
-    return [{"role": "system", "content": system}, *turns] if system else turns
+def _prompted(document: Document, rules: KeyRules) -> list[Turn]:
+    """``prompt`` and ``completion``, texts or TRL's lists of messages; answers within the prompt are not trained."""
+    prompt = [replace(turn, asked=True) for turn in response(document, "prompt", "user", rules)]
+    return [*prompt, *response(document, "completion", "assistant", rules)]
 
 
-# keys -> conversation. Other keys than these may stand beside them (an id, a source).
-CONVERSATIONS: dict[Keys, Callable[[Document], Messages]] = {
-    ("messages",): _messages,
-    ("conversations",): _conversations,
-    ("prompt", "completion"): lambda d: _asked(_text(d, "prompt"), _text(d, "completion")),
-    ("content", "summary"): lambda d: _asked(_text(d, "content"), _text(d, "summary")),  # AdvertiseGen
-    # OpenBMB's mlx_AdvertiseGen, in which the input comes first
-    ("input", "prompt", "output"): lambda d: _asked(_text(d, "input") + _text(d, "prompt"), _text(d, "output")),
-    ("sentence1", "sentence2", "label"): lambda d: _asked(  # OCNLI
-        OCNLI_QUESTION.format(_text(d, "sentence1"), _text(d, "sentence2")), _text(d, "label")
+def _mlx_advertise_gen(document: Document, rules: KeyRules) -> list[Turn]:
+    """OpenBMB's mlx_AdvertiseGen, in which the input comes first."""
+    return asked(_text(document, "input") + _text(document, "prompt"), _text(document, "output"))
+
+
+def _ocnli(document: Document, rules: KeyRules) -> list[Turn]:
+    question = OCNLI_QUESTION.format(_text(document, "sentence1"), _text(document, "sentence2"))
+    return asked(question, _text(document, "label"))
+
+
+FORMS = (
+    Form(("messages",), lambda document, rules: read_turns(document["messages"], rules)),
+    Form(("conversations",), lambda document, rules: read_turns(document["conversations"], rules)),
+    Form(("prompt", "completion"), _prompted),
+    _of("prompt", "response"),
+    _of("query", "response"),
+    _of("instruction", "output", "input"),
+    _of("instruction", "response", "input", "context"),
+    _of("content", "summary"),  # AdvertiseGen
+    Form(("input", "prompt", "output"), _mlx_advertise_gen),
+    Form(("sentence1", "sentence2", "label"), _ocnli, notes=OCNLI_NOTES),
+    Form(("text",), lambda document, rules: [], optional=()),
+)
+ANSWERS = ("chosen", "rejected")
+# What is read of a pair is its prompt; where it has none, both answers repeat it.
+PAIRS = (
+    Form(("prompt", *ANSWERS), lambda document, rules: response(document, "prompt", "user", rules)),
+    Form(("conversations", *ANSWERS), lambda document, rules: read_turns(document["conversations"], rules)),
+    Form(
+        ("instruction", *ANSWERS),
+        lambda document, rules: [Turn("user", _joined(document, "instruction", "input"))],
+        (*BESIDE, "input"),
     ),
-}
-PAIRS: dict[Keys, Callable[[Document], Messages]] = {
-    ("conversations", "chosen", "rejected"): _conversations,
-    ("prompt", "chosen", "rejected"): lambda d: check_messages(_response(d["prompt"], "user")),
-}
+    Form(ANSWERS, lambda document, rules: []),
+)
 
 
-def conversation(document: Document) -> Messages | str:
-    """The messages of a document of any form, or its text. InputError where the form is not known."""
-    keys = _form(document, [*CONVERSATIONS, ("text",)], [*PAIRS], "these are preference pairs, for --loss dpo or orpo")
-    return _text(document, "text") if keys == ("text",) else CONVERSATIONS[keys](document)
+@dataclass(frozen=True)
+class Reader:
+    """Reads lines by the ``rules`` for their keys."""
+
+    rules: KeyRules = field(default_factory=KeyRules)
+
+    def conversation(self, document: Document) -> list[Turn] | str:
+        """The turns of a document of any form, or its text. InputError where the form or a key is not known."""
+        document = self._kept(document)
+        if all(key in document for key in ANSWERS):
+            raise InputError('it has "chosen" and "rejected": these are preference pairs, for --loss dpo or orpo.')
+        form, used = self._form(document, FORMS, "messages, prompt and completion, text")
+        if form.keys == ("text",):
+            return _text(used, "text")
+        return [*self._before(used), *self._rest(used, form.read(used, self.rules))]
+
+    def pair(self, document: Document) -> tuple[list[Turn], list[Turn]]:
+        """Two conversations that differ in their last turn, an answer: the chosen and the rejected one."""
+        form, used = self._form(self._kept(document), PAIRS, "prompt, chosen and rejected", PAIR_NOTES)
+        chosen, rejected = ([*response(used, key, "assistant", self.rules)] for key in ANSWERS)
+        prompt = form.read(used, self.rules)
+        if form.keys == ANSWERS:
+            prompt = chosen[:-1]
+            if not prompt or messages_of(prompt) != messages_of(rejected[:-1]):
+                raise InputError(
+                    'its "chosen" and "rejected" do not begin with the same messages; give what comes before both '
+                    'answers as "prompt".'
+                )
+        whole = [*self._before(used), *self._rest(used, prompt)]
+        return _answered(whole, prompt, chosen, "chosen"), _answered(whole, prompt, rejected, "rejected")
+
+    def _kept(self, document: Document) -> Document:
+        """Less what the user wants passed over, and less what only repeats: UltraChat has the first question, and
+        UltraFeedback the chosen answer, once more."""
+        kept = self.rules.without_ignored(document)
+        messages = kept.get("messages")
+        if isinstance(messages, list) and messages:
+            questions = [m.get("content") for m in messages if isinstance(m, Mapping) and m.get("role") == "user"]
+            copy = "messages" if messages == kept.get("chosen") else "prompt"
+            if copy == "messages" or ("chosen" not in kept and kept.get("prompt") in questions[:1]):
+                kept.pop(copy, None)
+        return kept
+
+    def _form(
+        self, document: Document, forms: Sequence[Form], usual: str, notes: Keys = ()
+    ) -> tuple[Form, dict[str, Any]]:
+        """The form whose keys the document has, and what is used of it. Keys that say nothing count only where no form
+        is found without them."""
+        said = {key for key in document if not says_nothing(document[key])}
+        found = _fitting(said, forms) or _fitting(document.keys(), forms)
+        if len(found) != 1:
+            why = "more than one form" if found else "no known form"
+            remedy = "name what is to be passed over with --ignore-keys" if found else f"give {usual}"
+            keys = dict.fromkeys(key for form in found for key in form.keys) or sorted(document, key=NOTES.__contains__)
+            raise InputError(
+                f"it has the keys {few([*keys], '')}, which are {why}; {remedy} (forms: docs/finetune-mac.md)."
+            )
+        form = found[0]
+        known = (*form.keys, *form.optional)
+        return form, self.rules.used(document, known, (*NOTES, *form.notes, *notes), "it")
+
+    def _before(self, used: Document) -> list[Turn]:
+        """The system message beside the turns."""
+        return [] if says_nothing(used.get("system")) else [Turn("system", _text(used, "system"))]
+
+    def _rest(self, used: Document, turns: list[Turn]) -> list[Turn]:
+        """The turns, with the earlier ones of ``history`` behind a system message of their own."""
+        system = turns[:1] if turns and turns[0].role == "system" else []
+        if system and not says_nothing(used.get("system")):
+            raise InputError('it has "system" and a system message; keep one of them.')
+        history = [] if says_nothing(used.get("history")) else read_history(used["history"], self.rules)
+        return [*system, *history, *turns[len(system) :]]
 
 
-def pair(document: Document) -> tuple[Messages, Messages]:
-    """Two conversations that differ in their last message, an answer: the chosen and the rejected one."""
-    keys = _form(document, [*PAIRS], [], "")
-    prompt = PAIRS[keys](document)
-    return _answered(prompt, document, "chosen"), _answered(prompt, document, "rejected")
+def _fitting(keys: Any, forms: Sequence[Form]) -> list[Form]:
+    """The forms of which all keys are there, less those that are part of another such."""
+    found = [form for form in forms if set(form.keys) <= set(keys)]
+    return [form for form in found if not any(set(form.keys) < set(other.keys) for other in found)]
 
 
-def _form(document: Document, known: list[Keys], others: list[Keys], what: str) -> Keys:
-    """The one of ``known`` whose keys the document has; ``others`` are forms of another use, which is ``what``."""
-    if document.get("tools"):
-        raise InputError('it has "tools", which cannot be trained; write them out in a system message.')
-    found = [keys for keys in known if all(key in document for key in keys)]
-    other = any(all(key in document for key in keys) for keys in others)
-    if len(found) == 1 and not other:
-        return found[0]
-    keys = ", ".join(map(str, document)) or "none"
-    forms = "; ".join(" + ".join(form) for form in known)
-    why = what if other else "that is none of the known forms" if not found else "that is more than one form"
-    raise InputError(f"it has the keys {keys}: {why}; the forms are: {forms}.")
-
-
-def _answered(prompt: Messages, document: Document, key: str) -> Messages:
-    """``prompt`` and the answer ``key``, whose messages may repeat the prompt."""
-    answer = check_messages(_response(document[key], "assistant"))
-    if answer[: len(prompt)] == prompt:
-        answer = answer[len(prompt) :]
-    if [message["role"] for message in answer] != ["assistant"]:
+def _answered(whole: list[Turn], prompt: list[Turn], answer: list[Turn], key: str) -> list[Turn]:
+    """``whole``, the prompt with all that comes before it, and the answer, whose messages may repeat either."""
+    for begun in (whole, prompt):
+        if begun and messages_of(answer[: len(begun)]) == messages_of(begun):
+            answer = answer[len(begun) :]
+            break
+    if [turn.role for turn in answer] != ["assistant"]:
         raise InputError(f'it has a "{key}" that is not one answer; make it a string or one message of the assistant.')
-    return [*prompt, *answer]
+    turns = [*whole, *answer]
+    for i, turn in enumerate(turns):
+        if turn.weight is not None and turn.weight != (i == len(turns) - 1):
+            raise InputError(
+                f'it has a weight of {int(turn.weight)} on message {i} of "{key}"; of a pair the last answer is '
+                "trained and nothing else: remove it."
+            )
+    return turns
 
 
-def _response(value: Any, role: str) -> Any:
-    """Messages out of a string, a message or a list of messages."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return _turns([value] if isinstance(value, Mapping) else value)
-
-
-def _turns(value: Any) -> Any:
-    """A list of messages, in which those of ``from`` and ``value`` (sharegpt) are renamed; others stay as they are."""
-    if not isinstance(value, list):
-        return value
-    return [_renamed(turn) if isinstance(turn, Mapping) and "from" in turn else turn for turn in value]
-
-
-def _renamed(turn: Mapping[str, Any]) -> dict[str, Any]:
-    speaker = turn["from"]
-    if not isinstance(speaker, str) or speaker not in ROLE_OF:
-        raise InputError(f"it has a turn from {speaker!r}; known are {', '.join(ROLE_OF)}.")
-    if "value" not in turn:
-        raise InputError('it has a turn with "from" but no "value"; add it.')
-    return {"role": ROLE_OF[speaker], "content": turn["value"]}
+def _joined(document: Document, first: str, *others: str) -> str:
+    """The texts of the keys that say something, one below the other."""
+    return "\n".join([_text(document, first), *(_text(document, key) for key in others if document.get(key))])
 
 
 def _text(document: Document, key: str) -> str:

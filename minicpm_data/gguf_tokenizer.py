@@ -1,5 +1,7 @@
 """The tokenizer that a GGUF file carries in its metadata (llama.cpp's ``tokenizer.*`` keys)."""
 
+from minicpm_data.fast_tokenizer import FastTokenizer
+from minicpm_data.gguf_pre_tokenizers import BYTES, PRE_TOKENIZERS
 from minicpm_data.spm_model import (
     CONTROL,
     NORMAL,
@@ -10,22 +12,8 @@ from minicpm_data.spm_model import (
     fast_spec,
     unique_ids,
 )
-from minicpm_data.tokenizer import Tokenizer, build
+from minicpm_data.tokenizer import Tokenizer
 from weights_io.errors import InputError
-
-# How text is cut before byte-level merges, by tokenizer.ggml.pre.
-GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-LLAMA3_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-LLAMA3 = {"type": "Split", "pattern": {"Regex": LLAMA3_REGEX}, "behavior": "Isolated", "invert": False}
-PRE_TOKENIZERS = {
-    "default": [GPT2],
-    "gpt-2": [GPT2],
-    "smollm": [{"type": "Digits", "individual_digits": True}, GPT2],
-    "llama-bpe": [LLAMA3, {**GPT2, "use_regex": False}],
-}
 
 
 def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
@@ -47,21 +35,26 @@ def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
         pre = metadata.get("tokenizer.ggml.pre", "default")
         if not isinstance(pre, str):
             raise InputError("tokenizer.ggml.pre of the GGUF file must be a string.")
+        if pre not in PRE_TOKENIZERS:
+            raise InputError(
+                f"the GGUF file has the pre-tokenizer {pre[:60]!r}, which is none of the {len(PRE_TOKENIZERS)} "
+                "supported; take the model's folder with its tokenizer.json."
+            )
         spec = _byte_level_spec(metadata, tokens, kinds, pre)
-        add_bos = pre == "llama-bpe"
+        add_bos = PRE_TOKENIZERS[pre].add_bos
     else:
         raise InputError(f"the GGUF file has a tokenizer of the kind {model!r}; llama and gpt2 are supported.")
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise InputError("tokenizer.chat_template of the GGUF file must be a string.")
     return Tokenizer(
-        build(spec, "the tokenizer of the GGUF file"),
+        FastTokenizer(spec, "the tokenizer of the GGUF file"),
         bos_token_id=ids["bos"],
         eos_token_ids=[i for i in (ids["eos"], ids["eot"]) if i is not None],
         pad_token_id=ids["padding"],
         unk_token_id=ids["unknown"],
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
-        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+        add_bos=_flag(metadata, "add_bos_token", add_bos),
+        add_eos=_flag(metadata, "add_eos_token", False),
         chat_template=template,
     )
 
@@ -70,13 +63,10 @@ def _spm_spec(metadata: dict, tokens: list[str], kinds: list[int], unk_id: int |
     scores = [float(score) for score in _list(metadata, "scores", (int, float), length=len(tokens))]
     unk_id = tokens.index("<unk>") if unk_id is None and "<unk>" in tokens else unk_id
     model = SpmModel(tokens, scores, kinds, unk_id=unk_id, bos_id=None)
-    return fast_spec(model, space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)))
+    return fast_spec(model, space_prefix=_flag(metadata, "add_space_prefix", True))
 
 
 def _byte_level_spec(metadata: dict, tokens: list[str], kinds: list[int], pre: str) -> dict:
-    if pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise InputError(f"the GGUF file has the pre-tokenizer {pre!r}; those supported are {known}.")
     vocab = unique_ids(tokens)
     merges = [tuple(merge.split(" ")) for merge in _list(metadata, "merges", str)]
     wrong = next((pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()), None)
@@ -91,11 +81,15 @@ def _byte_level_spec(metadata: dict, tokens: list[str], kinds: list[int], pre: s
         "version": "1.0",
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+        "pre_tokenizer": PRE_TOKENIZERS[pre].spec(),
         "post_processor": None,
-        "decoder": GPT2,
-        # Llama 3 takes a word that is a token as it stands, without merges.
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": pre == "llama-bpe"},
+        "decoder": BYTES,
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": merges,
+            "ignore_merges": PRE_TOKENIZERS[pre].ignore_merges,
+        },
     }
 
 
@@ -112,6 +106,14 @@ def _list(
     if length is not None and len(values) != length:
         raise InputError(f"tokenizer.ggml.{name} of the GGUF file has {len(values)} entries for {length} tokens.")
     return values
+
+
+def _flag(metadata: dict, name: str, default: bool) -> bool:
+    """``tokenizer.ggml.<name>``, checked to be true or false."""
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise InputError(f"tokenizer.ggml.{name} of the GGUF file is {str(value)[:60]!r}; it must be true or false.")
+    return value
 
 
 def _id(metadata: dict, name: str, size: int) -> int | None:

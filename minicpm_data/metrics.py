@@ -1,11 +1,13 @@
 """What a training run writes down: ``metrics.jsonl``, one JSON object a line, and the picture of it."""
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from weights_io.errors import InputError
+from weights_io.partial import partial, write_whole
 
 
 class Metrics:
@@ -23,19 +25,17 @@ class Metrics:
         `check_reporter`. Not ``writing``: what is written goes nowhere, as another process writes it."""
         self.path, self._writing = path, writing
         check_reporter(report_to)
-        self._also = REPORTERS[report_to if writing else None](path.parent, project_name)
+        self._also = REPORTERS[report_to if writing else None](path.parent, project_name, start)
         if writing:
-            self.records = [r for r in read_records(path) if r["step"] <= start] if path.exists() else []
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-            partial.replace(path)
+            self.records = _until(start, read_records(path)) if path.exists() else []
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def write(self, record: dict[str, Any]) -> None:
         if not self._writing:
             return
         self.records.append(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")  # one write to the disk
         self._also.log(record)
 
     def close(self) -> None:
@@ -73,18 +73,40 @@ class Metrics:
         rates.set_ylabel("learning rate", color="tab:red")
         rates.set_ylim(bottom=0)
         figure.legend(loc="outside lower center", ncols=3)
-        figure.savefig(picture, dpi=120)
+        with partial(picture) as path:
+            figure.savefig(path, dpi=120, format="png")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``.jsonl`` file that were written whole."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    """The lines of a ``.jsonl`` file that were written whole. A last one that a killed process left without its end is
+    left out in silence, others that are damaged with a note."""
+    records, damaged = [], []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif line and number < len(lines):
+            damaged.append(number)
+    if damaged:
+        named = ", ".join(map(str, damaged[:3])) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
+        print(f"note: {path} is damaged in line {named}, which is left out", file=sys.stderr)
+    return records
+
+
+def _until(start: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a run up to a step, each step once, in order."""
+    steps = {r["step"]: r for r in records if type(r.get("step")) is int and r["step"] <= start}
+    return [steps[step] for step in sorted(steps)]
 
 
 class _Reporter:
     """Where records go besides the file: nowhere."""
 
-    def __init__(self, folder: Path, project_name: str | None):
+    def __init__(self, folder: Path, project_name: str | None, start: int):
         pass
 
     def log(self, record: dict[str, Any]) -> None:
@@ -95,7 +117,7 @@ class _Reporter:
 
 
 class _Wandb(_Reporter):
-    def __init__(self, folder: Path, project_name: str | None):
+    def __init__(self, folder: Path, project_name: str | None, start: int):
         import wandb
 
         self._run = wandb.init(project=project_name or folder.resolve().name, dir=str(folder), resume="allow")
@@ -108,10 +130,10 @@ class _Wandb(_Reporter):
 
 
 class _TensorBoard(_Reporter):
-    def __init__(self, folder: Path, project_name: str | None):
+    def __init__(self, folder: Path, project_name: str | None, start: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def log(self, record: dict[str, Any]) -> None:
         for name, value in record.items():

@@ -1,26 +1,32 @@
 """Documents to full windows of token ids, and windows to batches in an order that a step number alone decides."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minicpm_data.documents import read_documents
+from minicpm_data.documents import read_items
+from minicpm_data.forms import Reader
+from minicpm_data.keys import KeyRules, few
 from minicpm_data.runs import Own
+from minicpm_data.turns import messages_of
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
 
 
-def pretraining_ids(tokenizer: "Tokenizer", document: dict[str, Any], where: str) -> list[int]:
-    """Token ids of ``{"text": ...}`` or ``{"messages": [...]}``, from BOS to EOS; chat is text in the chat format."""
-    if isinstance(document.get("text"), str):
-        ids = tokenizer.encode(document["text"])
-    elif isinstance(document.get("messages"), list):
-        ids = tokenizer.apply_chat(document["messages"], add_generation_prompt=False)
-    else:
-        raise InputError(f'{where} has neither "text" (a string) nor "messages" (a list).')
+def pretraining_ids(
+    tokenizer: "Tokenizer", document: dict[str, Any], reader: Reader | None = None, trusted: bool = True
+) -> list[int]:
+    """Token ids of a text or a conversation of any form, from BOS to EOS; chat is text in the chat format."""
+    turns = (reader or Reader()).conversation(document)
+    if isinstance(turns, str):
+        return ended(tokenizer.encode(turns, trusted=trusted), tokenizer)
+    if any(turn.weight is False for turn in turns):
+        raise InputError("it has a message that is not to be trained, and pretraining trains all; remove its weight.")
+    ids = tokenizer.apply_chat(messages_of(turns), add_generation_prompt=False, trusted=trusted)
     return ended(ids, tokenizer)
 
 
@@ -31,10 +37,15 @@ def ended(ids: list[int], tokenizer: "Tokenizer") -> list[int]:
     return ids if ids and ids[-1] in tokenizer.eos_token_ids else [*ids, tokenizer.eos_token_ids[0]]
 
 
-def pack(path: Path, tokenizer: "Tokenizer", width: int) -> np.ndarray:
+def pack(
+    path: Path, tokenizer: "Tokenizer", width: int, ignore_keys: Collection[str] = (), trusted: bool = True
+) -> np.ndarray:
     """All documents of a ``.jsonl`` file, one after the other, cut into windows: [n, width] int32. The last, partial
     window is dropped."""
-    ids = [pretraining_ids(tokenizer, document, f"{path}, line {n}") for n, document in read_documents(path)]
+    rules = KeyRules(ignore_keys)
+    ids = read_items(path, lambda document: pretraining_ids(tokenizer, document, Reader(rules), trusted))
+    if rules.unused:
+        print(f"{path}: not read: {few(rules.unused, '')}")
     flat = np.fromiter((i for document in ids for i in document), np.int32)
     count = len(flat) // width
     if count == 0:

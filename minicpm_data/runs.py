@@ -1,68 +1,13 @@
-"""A training run's folder: the settings that a resumed run must share, Ctrl-C that waits for the end of a step, and
-what is done once where several processes train together."""
+"""A training run's processes: what is done once where several train together, and Ctrl-C that waits for the end of a
+step."""
 
 import contextlib
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
-from weights_io.config import read_json
-from weights_io.errors import InputError
-
-SETTINGS = "settings.json"
 Own = Callable[[int], Sequence[int]]  # which of so many rows this process makes, in order; the others make the rest
-
-
-def check_folder(folder: Path, resume: bool = True) -> bool:
-    """Whether the folder holds a run to go on with; one that ended before it saved anything is none.
-
-    ``resume``: a run that is there is gone on with. Raises `InputError` where it is not to be, or where the folder
-    holds something else.
-    """
-    if folder.is_file():
-        raise InputError(f"{folder} is a file; choose a folder.")
-    if not (folder / SETTINGS).exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} is not empty and holds no run to go on with; choose another folder.")
-        return False
-    begun = any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
-    if begun and not resume:
-        raise InputError(f"{folder} holds a run; --resume goes on with it, or choose another folder.")
-    return begun
-
-
-def check_settings(
-    folder: Path, settings: dict[str, Any], resume: bool = True, notes: dict[str, Any] | None = None
-) -> None:
-    """Write the settings of a new run into its folder, or compare them with those of the run that is there. ``notes``
-    are written beside them and not compared.
-
-    Raises `InputError` as `check_folder` does, and where the settings are others.
-    """
-    path = folder / SETTINGS
-    if check_folder(folder, resume):
-        before = read_json(path)
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
-            raise InputError(
-                f"{folder} holds a run with another {', '.join(changed)}; choose another folder, or delete this one."
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(settings | {"notes": notes or {}}, indent=1), encoding="utf-8")
-    partial.replace(path)
-
-
-def damaged(checkpoints: Path, steps: Sequence[int], reason: object) -> str:
-    """The sentence for a last checkpoint (of ``steps``) that cannot be read."""
-    *earlier, last = sorted(steps)
-    remedy = f"--resume goes on from step {earlier[-1]}" if earlier else "begin anew"
-    return f"the checkpoint of step {last} cannot be read ({reason}); delete {checkpoints / str(last)} and {remedy}."
 
 
 class Alone:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from weights_io.errors import InputError
+from weights_io.files.regular import read_regular
+from weights_io.json_text import MAX_BYTES
 
 # Piece types of sentencepiece_model.proto; GGUF's tokenizer.ggml.token_type uses the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how a SentencePiece vocabulary writes a space
 BPE_MODEL = 2  # TrainerSpec.ModelType
+LONGEST_PIECE = 512  # characters; the merges of a piece take its length squared
+VARINT_BYTES = 10  # of a number of 64 bits
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ def read_spm(path: Path) -> SpmModel:
     trainer: dict[int, Any] = {}
     normaliser: dict[int, Any] = {}
     try:
-        for field, value in _fields(path.read_bytes()):
+        for field, value in _fields(read_regular(path, MAX_BYTES)):
             if field == 1:
                 piece = dict(_fields(value))
                 pieces.append(piece[1].decode())
@@ -65,14 +69,14 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
     def varint() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 7 * VARINT_BYTES, 7):
             byte = data[at]  # IndexError past the end
             at += 1
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-            shift += 7
+        raise ValueError("a number of more than 64 bits")
 
     while at < end:
         key = varint()
@@ -102,6 +106,8 @@ def bpe_merges(pieces: Sequence[str], scores: Sequence[float]) -> list[tuple[str
     files that OpenBMB released, made from the ``tokenizer.model`` beside them.
     """
     ids = {piece: i for i, piece in enumerate(pieces)}
+    if (longest := max(map(len, pieces), default=0)) > LONGEST_PIECE:
+        raise InputError(f"the vocabulary has a piece of {longest:,} characters; get the tokenizer files again.")
     merges = []
     for i in sorted(range(len(pieces)), key=lambda i: -scores[i]):
         piece = pieces[i]
@@ -111,7 +117,13 @@ def bpe_merges(pieces: Sequence[str], scores: Sequence[float]) -> list[tuple[str
     return merges
 
 
-def fast_spec(model: SpmModel, space_prefix: bool, added: dict[int, dict] | None = None) -> dict:
+def fast_spec(
+    model: SpmModel,
+    space_prefix: bool,
+    added: dict[int, dict] | None = None,
+    legacy: bool = True,
+    add_prefix_space: bool = True,
+) -> dict:
     """``model`` as the contents of a ``tokenizer.json``.
 
     Arguments:
@@ -122,6 +134,9 @@ def fast_spec(model: SpmModel, space_prefix: bool, added: dict[int, dict] | None
             that only SentencePiece can merge).
         added: more added tokens by id, each ``{"content": str, "special": bool, ...}``. One whose id is that of a
             piece renames the piece.
+        legacy: False is what that tokenizer does so configured: only the beginning of a text gets a "▁", unless it
+            begins with a space.
+        add_prefix_space: False is what it does so configured: nothing in front.
     """
     pieces = list(model.pieces)
     tokens = {i: added_token(i, pieces[i], True) for i, kind in enumerate(model.types) if kind in (UNKNOWN, CONTROL)}
@@ -134,19 +149,22 @@ def fast_spec(model: SpmModel, space_prefix: bool, added: dict[int, dict] | None
             pieces[i] = token["content"]
 
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prepend = [{"type": "Prepend", "prepend": SPACE}] if space_prefix else []
+    prefixed = space_prefix and add_prefix_space
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if prefixed else []
+    scheme = "first" if prefixed else "never"
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
     decoders = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if space_prefix:
+    if prefixed:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "added_tokens": [tokens[i] for i in sorted(tokens)],
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]},
-        "pre_tokenizer": None,
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]} if legacy else None,
+        "pre_tokenizer": None if legacy else metaspace,
         "post_processor": None if model.bos_id is None else _bos_first(pieces[model.bos_id], model.bos_id),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {

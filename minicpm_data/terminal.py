@@ -31,6 +31,7 @@ class Conversation:
     def __init__(self, system: str | None):
         self.system = system
         self.messages = self._beginning()
+        self._saved: set[Path] = set()  # files of this conversation's own
 
     def _beginning(self) -> list[Message]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -60,15 +61,39 @@ class Conversation:
         return True
 
     def save(self, path: Path) -> str:
-        """Add the conversation to a file; the line that says so."""
+        """Add the conversation to a file; the line that says so. A file that was there before is added to only if the
+        user says so. Raises `InputError` where nobody can be asked, or the file cannot be written."""
         if not any(message["role"] == "assistant" for message in self.messages):
             raise InputError("there is no answer to save yet; ask something first.")
+        line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}); choose another file.") from error
+            path = path.resolve()
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path} is no file that a conversation could be added to; choose another.")
+            if path not in self._saved and path.exists() and path.stat().st_size and not may_add_to(path):
+                return f"nothing is added to {path}"
+            with path.open("ab+") as file:
+                if file.tell():  # a last line without its end would go on with this one
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else "\n" + line
+                file.write(line.encode(errors="replace"))
+        except (OSError, RuntimeError) as error:  # the second: a loop of links
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path} cannot be written ({reason}); choose another file.") from error
+        self._saved.add(path)
         return f"{len(self.messages)} messages added to {path}"
+
+
+def may_add_to(path: Path) -> bool:
+    """Whether the user wants that of a file that this conversation did not write. `InputError` where the input is no
+    terminal."""
+    if not sys.stdin.isatty():
+        raise InputError(f"{path} is there already, and this conversation did not write it; choose another file.")
+    print(f"{path} is there already, and this conversation did not write it. Add to it? (y / n)")
+    try:
+        return asker()().strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        return False
 
 
 def typed_lines() -> Iterator[str]:

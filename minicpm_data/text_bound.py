@@ -1,12 +1,12 @@
 """How few tokens a text can have, found without making them: so that one that is far too long is refused at no cost."""
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minicpm_data.streaming import BYTE_OF_CHAR, BYTE_TOKENS
 
 if TYPE_CHECKING:
+    from minicpm_data.fast_tokenizer import FastTokenizer
     from minicpm_data.tokenizer import Tokenizer
 
 # Characters of a text that a normalizer makes one of, at most: U+1F82 is composed of 4.
@@ -26,13 +26,14 @@ class TextBound:
     @staticmethod
     def of(tokenizer: "Tokenizer") -> "TextBound":
         fast = tokenizer.fast
-        byte_level = '"ByteLevel"' in (_spec(fast.pre_tokenizer) or "")
-        added = fast.get_added_tokens_decoder().values()
-        own = max((_characters(piece, byte_level) for piece in fast.get_vocab(with_added_tokens=False)), default=1)
+        pre_tokenizers = _steps(fast.pre_tokenizer, "pretokenizers")
+        byte_level = any(step["type"] == "ByteLevel" for step in pre_tokenizers)
+        added = fast.added_tokens().values()
+        own = max((_characters(piece, byte_level) for piece in fast.vocabulary(added=False)), default=1)
         longest = max([own, 1, *(len(token.content) for token in added)])
         spaces = not any(token.lstrip or token.rstrip for token in added)
         shrinks = [_shrinks(step) for step in _steps(fast.normalizer, "normalizers")]
-        dropping = [step for step in _steps(fast.pre_tokenizer, "pretokenizers") if not _keeps(step)]
+        dropping = [step for step in pre_tokenizers if not _keeps(step)]
         if None in shrinks or dropping or not _spells_everything(fast, byte_level):
             return TextBound(max(longest, LOSSY), False)
         for factor in shrinks:
@@ -52,16 +53,11 @@ def _characters(piece: str, byte_level: bool) -> int:
     return sum(BYTE_OF_CHAR.get(char, 0) & 0xC0 != 0x80 for char in piece)
 
 
-def _spec(part: Any) -> str | None:
-    return part and part.__getstate__().decode()
-
-
-def _steps(part: Any, several: str) -> list[dict]:
-    """Of a normalizer or pre-tokenizer, those that it consists of."""
-    spec = json.loads(_spec(part) or "null")
+def _steps(spec: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
+    """Of a normalizer or pre-tokenizer, those that it consists of, also within each other."""
     if spec is None:
         return []
-    return spec[several] if spec["type"] == "Sequence" else [spec]
+    return [step for part in spec[several] for step in _steps(part, several)] if spec["type"] == "Sequence" else [spec]
 
 
 def _shrinks(step: dict) -> int | None:
@@ -78,7 +74,7 @@ def _keeps(step: dict) -> bool:
     return step["type"] in KEEPS and step.get("behavior") != "Removed"
 
 
-def _spells_everything(fast: Any, byte_level: bool) -> bool:
+def _spells_everything(fast: "FastTokenizer", byte_level: bool) -> bool:
     """Whether each character is in some token: else a run of unknown ones can be one token, or none."""
     if byte_level or fast.model.byte_fallback:
         pieces = BYTE_OF_CHAR if byte_level else BYTE_TOKENS

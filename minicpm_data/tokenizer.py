@@ -3,18 +3,13 @@
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from minicpm_data import chat
+from minicpm_data.fast_tokenizer import FastTokenizer
 from minicpm_data.plain_spec import plain_spec, without_prefix
-from minicpm_data.spm_model import added_token, fast_spec, read_spm
 from minicpm_data.streaming import Decoder, Detokenizer
-from weights_io.checkpoint import check_vocabulary
 from weights_io.errors import InputError
-
-# MiniCPM-V's tokenizer classes are slow ones: SentencePiece itself, with no "▁" put in front of a text.
-SLOW_CLASSES = ("LlamaTokenizerWrapper", "MiniCPMVTokenizer")
 
 
 class Tokenizer:
@@ -25,13 +20,17 @@ class Tokenizer:
         bos_token_id, pad_token_id: None where there is none.
         eos_token_ids: the ids that end an answer, the tokenizer's own EOS first.
         chat_template: Jinja source; MiniCPM's own where the checkpoint has none.
+        chat_template_given: whether the checkpoint has it.
+        tool_template: the one that the checkpoint has for chats with tools, where it has two.
+        rows: of the model's table, where some added tokens have no row in it; None where all have one.
+        added_tokens: id -> text of those beside the model's own pieces, special or not.
         turn_markers: the texts with which the template begins a turn, where these are no special tokens. A model may
             write one after its answer, so that a chat's answer ends there.
     """
 
     def __init__(
         self,
-        fast,
+        fast: FastTokenizer,
         *,
         bos_token_id: int | None = None,
         eos_token_ids: Sequence[int] = (),
@@ -40,51 +39,51 @@ class Tokenizer:
         add_bos: bool | None = None,
         add_eos: bool | None = None,
         chat_template: str | None = None,
+        tool_template: str | None = None,
     ):
-        """``fast``: a `tokenizers.Tokenizer` (see `build`). ``add_bos``, ``add_eos``: None leaves it to ``fast``.
+        """``add_bos``, ``add_eos``: None leaves it to ``fast``.
 
         InputError where ``fast`` is not BPE, or decodes in a way that is not supported.
         """
-        if (kind := type(fast.model).__name__) != "BPE":
-            raise InputError(f"tokenizer.json holds a {kind} model; only BPE tokenizers are supported.")
+        if fast.kind != "BPE":
+            raise InputError(f"{fast.source} holds a {fast.kind} model; only BPE tokenizers are supported.")
         self._fast = fast
-        decoder = json.loads(fast.decoder.__getstate__()) if fast.decoder else None
-        self._decoder = Decoder(decoder, fast.id_to_token)
+        self._decoder = Decoder(fast.decoder, fast.id_to_token)
         self.chat_template = chat.MINICPM_TEMPLATE if chat_template is None else chat_template
+        self.chat_template_given = chat_template is not None
+        self.tool_template = tool_template
+        self.rows: int | None = None
         self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
         self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
-        ends = [*eos_token_ids]
-        if "<|im_end|>" in self.chat_template:
+        ends: list[int | None] = [*eos_token_ids]
+        if "<|im_end|>" in self.chat_template + (tool_template or ""):
             ends.append(self._fast.token_to_id("<|im_end|>"))
         self.eos_token_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
-        self.vocab_size = 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
-
-        # What the post-processor writes before and after a text.
-        probe = fast.encode("", add_special_tokens=False)
-        probe.pad(1)  # one token, whatever the vocabulary can spell
-        full = fast.post_process(probe)
-        at = full.sequence_ids.index(0)
-        self._before, self._after = full.ids[:at], full.ids[at + 1 :]
+        self.vocab_size = 1 + max(fast.vocabulary().values(), default=-1)
+        self._before, self._after = fast.around()
         if add_bos is not None:
             self._before = [bos_token_id] if add_bos and bos_token_id is not None else []
         if add_eos is not None:
             self._after = [*eos_token_ids[:1]] if add_eos else []
 
-        added = self._fast.get_added_tokens_decoder()
+        added = fast.added_tokens()
+        self.added_tokens = {i: token.content for i, token in added.items()}
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._markers = {
             i: token.content
             for i, token in added.items()
             if token.special or i in self.eos_token_ids or (token.content[:2] == "<|" and token.content[-2:] == "|>")
         }
+        self._spelled = chat.Markers(self._markers.values())
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Ids of ``text``; special tokens that it spells out become their ids.
+    def encode(self, text: str, add_bos: bool = True, trusted: bool = True) -> list[int]:
+        """Ids of ``text``; special tokens that it spells out become their ids, unless it is not ``trusted``.
 
         With ``add_bos`` BOS (and EOS) come as the checkpoint's tokenizer adds them: BOS never twice.
-        InputError for a lone surrogate, which is no Unicode text.
+        InputError for a lone surrogate, which is no Unicode text, and for a token for which the model has no row.
         """
-        ids = _ids(self._fast, _checked(text))
+        encoder = self._fast if trusted else self._plain
+        ids = self._in_table(encoder.encode(_checked(text)).ids)
         return self._with_bos(ids) + self._after if add_bos else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -100,13 +99,19 @@ class Tokenizer:
         return self._fast.token_to_id(token)
 
     @property
-    def fast(self) -> Any:
-        """The `tokenizers.Tokenizer`, for those who look into it."""
+    def fast(self) -> FastTokenizer:
+        """The library's tokenizer, for those who look into it."""
         return self._fast
 
     def warm_up(self) -> None:
         """Make what the first text that spells a special token would wait for: 1 s for 122,753 tokens."""
         _ = self._plain
+
+    def added_from(self, first: int) -> dict[int, str]:
+        """The added tokens from an id on that are no entries of the model's own vocabulary, by id."""
+        own = self._fast.vocabulary(added=False)
+        added = sorted(self._fast.added_tokens().items())
+        return {i: token.content for i, token in added if i >= first and token.content not in own}
 
     def add_eos_token(self, token: str) -> None:
         """Let ``token`` end answers too. InputError where the vocabulary has no such token."""
@@ -121,17 +126,19 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        trusted: bool = False,
     ) -> list[int]:
         """Ids of the chat prompt, BOS included once where the checkpoint's tokenizer adds it.
 
         ``messages`` are ``{"role": "system" | "user" | "assistant", "content": str}``. With ``continue_final_message``
         the prompt ends with the last of them, unfinished, and nothing after it; spaces at its end go where the template
-        strips them. ``variables`` are more variables of the template, as values of JSON. A special token spelled out in
-        a content or a variable stays text; only the template makes special tokens. InputError for messages, variables
-        or a template that cannot be used.
+        strips them. ``variables`` are more variables of the template, as values of JSON; with ``tools`` among them,
+        the checkpoint's template for tools is used, if it has one. A special token spelled out in a content or a
+        variable stays text; only the template makes special tokens, unless the messages are ``trusted``. InputError for
+        messages, variables or a template that cannot be used.
         """
         messages, variables = chat.check_messages(messages), _checked_variables(variables or {})
-        hidden, disguise = self._hidden(messages, variables)
+        hidden, disguise = self._hidden(messages, variables, trusted)
         end = disguise.end + " "  # the space shows whether the template strips the content
         if continue_final_message:
             hidden[-1]["content"] += end
@@ -144,31 +151,40 @@ class Tokenizer:
             text = messages[-1]["content"]
             spaces = text[len(text.rstrip()) :]
             prompt = final if after.startswith(" ") else final.removesuffix(spaces)
-        return self._with_bos(self._undisguised(prompt, disguise))
+        return self._in_table(self._with_bos(self._undisguised(prompt, disguise)))
 
-    def chat_example(self, messages: Sequence[chat.Message], only_last: bool = False) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation up to the end of its last answer, and which of them are trained: the answers (or
-        ``only_last`` one), and the EOS with which the template ends an answer. The last one ends with the tokenizer's
-        own EOS where the template writes none.
+    def chat_example(
+        self,
+        messages: Sequence[chat.Message],
+        trained: Sequence[bool] | None = None,
+        prompts: bool = False,
+        trusted: bool = True,
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation up to the end of its last answer, and which of them are targets: of each answer that is
+        ``trained`` (a bool for each message; by default all) its tokens, and the EOS with which the template ends it;
+        with ``prompts`` also all that is of no answer. The last answer ends with the tokenizer's own EOS where the
+        template writes none. A special token that a content spells out becomes its id, unless it is not ``trusted``.
 
         The ids in front of an answer are those of `apply_chat` for that turn's prompt, as far as the template writes
         the same text: where a token would span the seam, the answer is encoded by itself. InputError as there, and
-        where there is no answer or the template changes answers beyond the spaces around them.
+        where there is no answer or the template changes answers beyond what `chat.cut_at_answers` allows.
         """
         messages = chat.check_messages(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers or not self.eos_token_ids:
             missing = "the messages have no assistant turn" if not answers else "the tokenizer has no EOS token"
             raise InputError(f"{missing}, without which there is no answer to train; add one.")
-        hidden, disguise = self._hidden(messages[: answers[-1] + 1], {})
+        hidden, disguise = self._hidden(messages[: answers[-1] + 1], {}, trusted)
         prompt = self._rendered(hidden, disguise, False, {})
         contents = [hidden[i]["content"] for i in answers]
         for i in answers:
-            hidden[i]["content"] = disguise.end + hidden[i]["content"] + disguise.end
-        pieces = chat.cut_at_answers(prompt, self._rendered(hidden, disguise, False, {}), contents, disguise.end)
+            hidden[i]["content"] = disguise.end
+        outside = self._rendered(hidden, disguise, False, {}).split(disguise.end)
+        pieces = chat.cut_at_answers(prompt, outside, contents)
+        wanted = [True if trained is None else trained[i] for i in answers]
 
         ids: list[int] = []
-        trained: list[bool] = []
+        targets: list[bool] = []
         text, before = "", list[int]()  # the pieces so far, as one text
         for k, piece in enumerate(pieces):
             text += piece
@@ -177,18 +193,22 @@ class Tokenizer:
             new = self._undisguised(piece, disguise, begun=True) if spans else whole[len(before) :]
             before = whole
             if k == len(pieces) - 1:
-                new = new[:1] if new and new[0] in self.eos_token_ids else [*self.eos_token_ids[:1]]
-            kept = k >= len(pieces) - 2 if only_last else k > 0
-            targets = len(new) if k % 2 else sum(i in self.eos_token_ids for i in new[:1])
+                ended = new[:1] if new and new[0] in self.eos_token_ids else [*self.eos_token_ids[:1]]
+                spelled = not new and pieces[-2] and ids[-1] in self.eos_token_ids  # by the answer itself
+                new = [] if spelled else ended
+            of_answer = len(new) if k % 2 else sum(i in self.eos_token_ids for i in new[:1]) if k else 0
             ids += new
-            trained += [kept and i < targets for i in range(len(new))]
-        full = self._with_bos(ids)
-        return full, [False] * (len(full) - len(ids)) + trained
+            targets += [wanted[(k - 1) // 2] if i < of_answer else prompts for i in range(len(new))]
+        full = self._in_table(self._with_bos(ids))
+        return full, [prompts] * (len(full) - len(ids)) + targets
 
-    def _hidden(self, messages: list[dict], variables: Mapping[str, Any]) -> tuple[list[dict], chat.Disguise]:
-        """``messages`` in which no content spells a special token."""
-        texts = [*(_checked(m["content"]) for m in messages), self.chat_template]
-        disguise = chat.Disguise(list(self._markers.values()), [*texts, json.dumps(variables, ensure_ascii=False)])
+    def _hidden(
+        self, messages: list[dict], variables: Mapping[str, Any], trusted: bool
+    ) -> tuple[list[dict], chat.Disguise]:
+        """``messages`` in which no content spells a special token, unless they are ``trusted``."""
+        texts = [*(_checked(m["content"]) for m in messages), self._template(variables)]
+        markers = chat.Markers(()) if trusted else self._spelled
+        disguise = chat.Disguise(markers, [*texts, json.dumps(variables, ensure_ascii=False)])
         return [{**m, "content": disguise.hide(m["content"])} for m in messages], disguise
 
     def _rendered(self, hidden: list[dict], disguise: chat.Disguise, prompted: bool, variables: Mapping) -> str:
@@ -199,12 +219,17 @@ class Tokenizer:
             context: dict[str, Any] = {**names, **disguise.hide_all(variables)}
         except RecursionError:
             raise InputError("the template variables are nested too deeply; give flatter ones.") from None
-        return _checked(chat.render(self.chat_template, hidden, prompted, **context))
+        return _checked(chat.render(self._template(variables), hidden, prompted, **context))
+
+    def _template(self, variables: Mapping[str, Any]) -> str:
+        if self.tool_template is None or variables.get("tools") is None:
+            return self.chat_template
+        return self.tool_template
 
     def _undisguised(self, prompt: str, disguise: chat.Disguise, begun: bool = False) -> list[int]:
         """Ids of ``prompt``, in which what was disguised is text. ``begun``: it goes on from other text, so that no
         space is put in front of it."""
-        (encoded,) = self._fast.encode_batch([prompt], add_special_tokens=False)
+        encoded = self._fast.encode(prompt)
         if not begun and disguise.show(prompt) == prompt:
             return encoded.ids
         # Between two special tokens the ids stand, unless something was disguised there.
@@ -215,9 +240,9 @@ class Tokenizer:
             if i is None or i in self._markers:
                 text = disguise.show(prompt[start:first])
                 if begun and start == 0:
-                    ids += _ids(self._inner, text)
+                    ids += self._inner.encode(text).ids
                 elif text != prompt[start:first]:
-                    ids += _ids(self._plain, text)
+                    ids += self._plain.encode(text).ids
                 else:
                     ids += stretch
                 ids += [] if i is None else [i]
@@ -226,160 +251,29 @@ class Tokenizer:
                 stretch.append(i)
         return ids
 
+    def _in_table(self, ids: list[int]) -> list[int]:
+        """``ids``, unless one has no row in the model's table."""
+        if self.rows is not None and (wrong := next((i for i in ids if i >= self.rows), None)) is not None:
+            raise InputError(
+                f"the text has the token {self._fast.id_to_token(wrong)!r} (id {wrong}), for which the model of "
+                f"{self.rows} rows has none; leave it out."
+            )
+        return ids
+
     def _with_bos(self, ids: list[int]) -> list[int]:
         present = ids[: len(self._before)] == self._before
         return ids if present else self._before + ids
 
     @functools.cached_property
-    def _plain(self):
+    def _plain(self) -> FastTokenizer:
         """The same tokenizer with no way to a special token."""
-        return build(plain_spec(json.loads(self._fast.to_str()), set(self._markers.values())), "tokenizer.json")
+        return FastTokenizer(plain_spec(self._fast.spec(), set(self._markers.values())), self._fast.source)
 
     @functools.cached_property
-    def _inner(self):
+    def _inner(self) -> FastTokenizer:
         """`_plain` for the inside of a text: it puts no space in front."""
-        spec = plain_spec(json.loads(self._fast.to_str()), set(self._markers.values()))
-        return build(without_prefix(spec), "tokenizer.json")
-
-
-def _ids(fast: Any, text: str) -> list[int]:
-    """Those of a batch of one, for which the library lets other threads run: `encode` would keep Python's lock, 1 s for
-    a million characters."""
-    (encoded,) = fast.encode_batch_fast([text], add_special_tokens=False)
-    return encoded.ids
-
-
-def has_tokenizer(folder: str | Path) -> bool:
-    """Whether ``folder`` holds a ``tokenizer.json`` or a ``tokenizer.model``."""
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder.
-
-    ``tokenizer.json`` is read as it stands. Where there is only a ``tokenizer.model``, it is converted as transformers
-    4 did for its fast Llama tokenizer; MiniCPM-V's own classes, which are slow, always use the ``tokenizer.model``.
-    BOS, EOS and the chat template come from ``tokenizer_config.json``, ``special_tokens_map.json`` and
-    ``chat_template.jinja``. InputError where a file cannot be used.
-    """
-    folder = Path(folder)
-    fast_file, spm_file = folder / "tokenizer.json", folder / "tokenizer.model"
-    if not has_tokenizer(folder):
-        raise InputError(f"{folder} holds neither a tokenizer.json nor a tokenizer.model.")
-    config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
-    added = _added_tokens(config, folder)
-    slow = config.get("tokenizer_class") in SLOW_CLASSES
-    named = {"bos": "<s>", "eos": "</s>", "pad": None, "unk": "<unk>"}
-    if spm_file.is_file() and (slow or not fast_file.is_file()):
-        source, model = spm_file, read_spm(spm_file)
-        spec = fast_spec(model, space_prefix=not slow or model.add_dummy_prefix, added=added)
-        spm_ids = {"bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id, "unk": model.unk_id}
-        named = {name: None if i is None else model.pieces[i] for name, i in spm_ids.items()}
-        config = {"add_bos_token": True, "add_eos_token": False, **config}
-    else:
-        source, spec = fast_file, _read_json(fast_file)
-        listed = spec.get("added_tokens") or []
-        if not isinstance(listed, list) or not all(
-            isinstance(t, dict) and isinstance(t.get("content"), str) for t in listed
-        ):
-            raise InputError(f"{fast_file} has a list of added tokens that cannot be read; download it again.")
-        known = {token["content"] for token in listed}
-        missing = [{**token, "id": i} for i, token in sorted(added.items()) if token["content"] not in known]
-        spec["added_tokens"] = [*listed, *(added_token(**token) for token in missing)]
-    fast = build(spec, source)
-    for i, token in added.items():
-        if (found := fast.token_to_id(token["content"])) != i:
-            raise InputError(
-                f"{folder} gives the token {token['content']!r} the id {i}, but {source.name} has it at {found}; "
-                "the tokenizer files are not of one checkpoint."
-            )
-
-    def special(name: str) -> int | None:
-        token = config.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if f"{name}_token" in config and token is None:
-            return None
-        if not isinstance(token, str | None):
-            raise InputError(f"the {name}_token of {folder} is {token!r}; it must be the text of a token.")
-        i = fast.token_to_id(token or named[name] or "")
-        if token is not None and i is None:
-            raise InputError(f"{folder} names {token!r} as its {name}_token, which {source.name} does not have.")
-        return i
-
-    eos = special("eos")
-    return Tokenizer(
-        fast,
-        bos_token_id=special("bos"),
-        eos_token_ids=() if eos is None else (eos,),
-        pad_token_id=special("pad"),
-        unk_token_id=special("unk"),
-        add_bos=config.get("add_bos_token"),
-        add_eos=config.get("add_eos_token"),
-        chat_template=_chat_template(config, folder),
-    )
-
-
-def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """InputError where the tokenizer has ids for which a model of ``vocab_size`` rows has no embedding."""
-    check_vocabulary(tokenizer.vocab_size, vocab_size)
-
-
-def build(spec: dict, source: str | Path):
-    """``spec``, the contents of a ``tokenizer.json``, as a `tokenizers.Tokenizer`. InputError, naming ``source``."""
-    import tokenizers
-
-    try:
-        fast = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
-    except Exception as error:  # the library raises nothing more specific
-        raise InputError(f"{source} does not describe a tokenizer ({error}); download it again.") from error
-    fast.no_truncation()
-    fast.no_padding()
-    return fast
-
-
-def _read_json(path: Path) -> dict:
-    """The object in ``path``; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a JSON file ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object; download it again.")
-    return value
-
-
-def _added_tokens(config: dict, folder: Path) -> dict[int, dict]:
-    """Added tokens by id, of ``tokenizer_config.json`` and of the older ``added_tokens.json`` (content -> id)."""
-    try:
-        older = {int(i): {"content": token} for token, i in _read_json(folder / "added_tokens.json").items()}
-        newer = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
-        added = {**older, **newer}
-        if not all(isinstance(token["content"], str) for token in added.values()):
-            raise TypeError
-        return {i: added_token(**{"special": False, **token, "id": i}) for i, token in added.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise InputError(f"{folder} has a list of added tokens that cannot be read; download it again.") from error
-
-
-def _chat_template(config: dict, folder: Path) -> str | None:
-    """``chat_template.jinja``, else the ``chat_template`` of the config: a string, or a list of named ones."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8 text; download it again.") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default") if len(named) != 1 else next(iter(named.values()))
-        if template is None:
-            raise InputError(f"{folder} has several chat templates and none is named default.")
-    if not isinstance(template, str | None):
-        raise InputError(f"the chat_template of {folder} must be a string.")
-    return template
+        spec = plain_spec(self._fast.spec(), set(self._markers.values()))
+        return FastTokenizer(without_prefix(spec), self._fast.source)
 
 
 def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         "pad_token": tokenizer.pad_token_id,
         "unk_token": tokenizer.unk_token_id,
     }
-    spec = json.loads(tokenizer._fast.to_str())
+    spec = tokenizer._fast.spec()
     spec["post_processor"] = _around_text(tokenizer, tokenizer._before, tokenizer._after)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -10,9 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.chat import MINICPM_TEMPLATE, check_messages
+from minicpm_data.chat import MINICPM_TEMPLATE
 from minicpm_data.documents import read_documents
+from minicpm_data.forms import Reader
 from weights_io.errors import InputError
+from weights_io.partial import partial
 from weights_io.write import check_output
 
 CONFIG = {
@@ -33,19 +35,17 @@ def parts_of(document: dict[str, Any], where: str = "the document") -> list[str]
     """The texts a document is made of; a chat's are ``<用户>``, question, ``<AI>``, answer (MiniCPM's own form).
 
     Apart, so that no piece spans a marker and what stands beside it. The space in front is the one with which the
-    fast tokenizer begins every text. InputError, naming ``where``, for a document of neither kind.
+    fast tokenizer begins every text. InputError, naming ``where``, for a document of no known form.
     """
-    if isinstance(document.get("text"), str):
-        return (" " + document["text"]).split("\n")
-    if "messages" not in document:
-        raise InputError(f'{where} has neither "text" (a string) nor "messages" (a list).')
-    markers = {"user": ["<用户>"], "assistant": ["<AI>"], "system": []}
     try:
-        messages = check_messages(document["messages"])
+        turns = Reader().conversation(document)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    turns = [part for message in messages for part in (*markers[message["role"]], message["content"])]
-    return [" " + turns[0], *turns[1:]]
+    if isinstance(turns, str):
+        return (" " + turns).split("\n")
+    markers = {"user": ["<用户>"], "assistant": ["<AI>"], "system": []}
+    parts = [part for turn in turns for part in (*markers[turn.role], turn.content)]
+    return [" " + parts[0], *parts[1:]]
 
 
 def texts(data: Path, limit: int) -> Iterator[str]:
@@ -105,9 +105,8 @@ def train(lines: Iterable[str], size: int) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with partial(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,57 +13,94 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.options import MultiprocessingOptions
 
-from minicpm_data.runs import damaged
+from minicpm_data.checkpoints import CheckpointFolder
+from minicpm_jax.hosts import processes
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.parameters import parameters
 from weights_io.write import unstacked
 
-KEPT = 2
+ITEM = "default"  # folder of the state in that of its step
+STATE, STEP = "state", "step"  # what is saved; earlier versions saved the state alone
 
 
 class Checkpoints:
-    """The states of a run by step, in ``folder``; the latest `KEPT` of them stay."""
+    """The states of a run by step, in ``folder``; see `CheckpointFolder`."""
 
     def __init__(self, folder: Path):
-        self._folder = folder.resolve()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._folder = CheckpointFolder(folder.resolve(), processes())
+        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
     @property
     def latest(self) -> int:
         """Step of the latest; 0 where there is none."""
-        return self._manager.latest_step() or 0
+        return self._folder.latest
 
     def restore(self, state: Any) -> Any:
-        """The latest state, on the devices on which ``state`` is; ``state`` itself where there is none."""
-        if not self.latest:
+        """The latest state, on the devices on which ``state`` is; ``state`` itself where there is none. `InputError`
+        where it is damaged."""
+        step = self.latest
+        if not step:
             return state
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        has_sums = self._folder.check(is_old)
+        wanted = {STATE: state, STEP: _number(step)} if has_sums else state
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
         try:
-            return self._manager.restore(self.latest, args=ocp.args.StandardRestore(shapes))
-        except (OSError, ValueError, KeyError) as error:  # tensorstore's errors, of a damaged file too, are ValueErrors
-            raise InputError(damaged(self._folder, self._manager.all_steps(), _reason(error))) from error
+            found = self._orbax.restore(self._folder.path(step) / ITEM, args=ocp.args.StandardRestore(shapes))
+        except jax.errors.JaxRuntimeError:  # no room
+            raise
+        except Exception as error:  # orbax raises bare ones for damaged files
+            if has_sums:
+                raise InputError(
+                    f"{self._folder.folder} holds the state of another run ({_reason(error)}); choose another folder."
+                ) from error
+            raise self._folder.damaged(_reason(error), is_old) from error
+        if not has_sums:
+            return found
+        if int(found[STEP][0]) != step:
+            raise self._folder.damaged(f"its state is that of step {found[STEP][0]}", is_old)
+        return found[STATE]
 
     def save(self, step: int, state: Any) -> None:
-        logging.disable(logging.ERROR)  # orbax logs a traceback of what it raises
-        try:
-            self._manager.save(step, args=ocp.args.StandardSave(state))
-        except (OSError, ValueError) as error:  # tensorstore's errors, of a full disk too, are ValueErrors
-            for partial in self._folder.glob(f"{step}.*"):
-                shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(
-                f"the checkpoint of step {step} cannot be written ({_reason(error)}); the last one, of step "
-                f"{self.latest}, is whole: make room, and --resume."
-            ) from error
-        finally:
-            logging.disable(logging.NOTSET)
+        """Raises `InputError` where it cannot be written; what was saved before is then left."""
+
+        def write(folder: Path) -> None:
+            logging.disable(logging.ERROR)  # orbax logs a traceback of what it raises
+            try:
+                self._orbax.save(folder / ITEM, args=ocp.args.StandardSave({STATE: state, STEP: _number(step)}))
+            except (OSError, ValueError) as error:  # tensorstore's errors, of a full disk too, are ValueErrors
+                raise OSError(_reason(error)) from error
+            finally:
+                logging.disable(logging.NOTSET)
+
+        self._folder.save(step, write)
 
     def close(self) -> None:
-        self._manager.close()
+        self._orbax.close()
+
+
+def check(folder: Path, step: int) -> None:
+    """`InputError` where the checkpoint of a step is damaged."""
+    if wrong := CheckpointFolder(folder).wrong(step, is_old):
+        raise InputError(f"{folder / str(step)} is damaged ({wrong}); take another step.")
+
+
+def is_old(folder: Path) -> bool:
+    """Whether an earlier version wrote it."""
+    return not isinstance(_alone().metadata(folder.resolve() / ITEM).tree, dict)
+
+
+def _alone() -> ocp.PyTreeCheckpointHandler:
+    """What reads in this process, whatever the others do."""
+    me = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="saved")
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+
+
+def _number(step: int) -> np.ndarray:
+    """[1]: orbax keeps arrays alone."""
+    return np.array([step], np.int64)
 
 
 class Saved:
@@ -72,16 +108,14 @@ class Saved:
     one is kept: the tensors of one parameter follow each other."""
 
     def __init__(self, folder: Path, step: int):
-        self._folder = folder.resolve() / str(step) / "default"
-        me = jax.process_index()
-        alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="saved")
-        self._handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        self._folder = folder.resolve() / str(step) / ITEM
+        self._handler = _alone()
         self._read = functools.lru_cache(maxsize=1)(self._restored)
 
     def tensors(self, config: ModelConfig) -> dict[str, Computed]:
         """By Hugging Face names. `InputError` where they are not those of a model of this config."""
         with self._said():
-            weights = self._described[0]
+            weights = self._state(self._described)[0]
         for parameter in parameters(config):
             found = tuple(weights[parameter.name].shape) if parameter.name in weights else None
             if found != parameter.shape(config):
@@ -93,23 +127,27 @@ class Saved:
 
     @functools.cached_property
     def _described(self) -> Any:
-        """The state, weights first, with what is known of each array."""
+        """What was saved, with what is known of each array."""
         return self._handler.metadata(self._folder).tree
 
+    @staticmethod
+    def _state(saved: Any) -> Any:
+        """The state in it, weights first."""
+        return saved[STATE] if isinstance(saved, dict) else saved
+
     def _restored(self, name: str) -> np.ndarray:
-        weights, *others = jax.tree.map(lambda _: ocp.PLACEHOLDER, self._described)
-        tree = ({**weights, name: 0}, *others)
+        tree = jax.tree.map(lambda _: ocp.PLACEHOLDER, self._described)
+        self._state(tree)[0][name] = 0
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         with self._said():
-            return self._handler.restore(self._folder, args=ocp.args.PyTreeRestore(item=tree, restore_args=how))[0][
-                name
-            ]
+            args = ocp.args.PyTreeRestore(item=tree, restore_args=how)
+            return self._state(self._handler.restore(self._folder, args=args))[0][name]
 
     @contextlib.contextmanager
     def _said(self) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, KeyError, ValueError) as error:
+        except Exception as error:  # orbax raises bare ones for damaged files
             raise InputError(f"{self._folder.parent} is damaged ({_reason(error)}); take another step.") from error
 
 

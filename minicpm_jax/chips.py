@@ -95,8 +95,11 @@ class Topology:
             )
         from jax.experimental import topologies
 
-        # A v4's cores are one device to JAX, which makes no mesh of two; libtpu has to be told.
-        chosen = {"chip_config_name": "megacore"} if self.chip.name == "v4" else {}
+        # Of a host, along each axis. libtpu 0.0.50 and later assume this too; earlier ones assume 2x2x1 whatever the
+        # shape, and so refuse a single chip.
+        chosen: dict[str, Any] = {"chips_per_host_bounds": (min(2, self.shape[0]), min(2, self.shape[1]), 1)}
+        if self.chip.name == "v4":  # whose cores are one device to JAX, which makes no mesh of two
+            chosen["chip_config_name"] = "megacore"
         try:
             return topologies.get_topology_desc(platform="tpu", topology_name=str(self), **chosen).devices
         except Exception as error:  # libtpu's own kinds, which it does not export

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from minicpm_data.checkpoints import CheckpointFolder
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -53,11 +54,12 @@ def main(options: Options) -> None:
 
     import jax
 
-    from minicpm_jax.checkpoints import Saved
+    from minicpm_jax.checkpoints import Saved, check
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run itself
     start = (pretrained if "config" in settings else finetuned)(settings, options.source)
     notes = settings.get("notes", {})
+    check(run / "checkpoints", step)
     tensors: Any = Saved(run / "checkpoints", step).tensors(start.config)
     checkpoint = dataclasses.replace(start, tensors=tensors)
     dtype: Any = options.dtype or notes.get("save_dtype") or start.dtype
@@ -73,7 +75,7 @@ def find(folder: Path, step: int | None) -> tuple[Path, int]:
         folder, step = folder.parent.parent, int(folder.name)
     if not (folder / "settings.json").is_file():
         raise InputError(f"{folder} is no training run: it has no settings.json; give its --save-path, or --out.")
-    there = sorted(int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdecimal())
+    there = CheckpointFolder(folder / "checkpoints").steps
     if not there:
         raise InputError(f"{folder} holds no checkpoint yet.")
     if step is not None and step not in there:

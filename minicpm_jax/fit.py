@@ -8,6 +8,7 @@ No weight is allocated or downloaded. Memory is what XLA planned, bytes and coll
 """
 
 import dataclasses
+import importlib.metadata
 import os
 import re
 import time
@@ -279,7 +280,7 @@ def lines(job: "Job", found: Report) -> Iterator[str]:
         return
     parts = ("arguments", "outputs", "aliased", "temporaries", "program")
     yield "                 " + ", ".join(f"{name} {size(getattr(found, name))}" for name in parts)
-    yield f"compiling        {found.compile_seconds:.1f} s here"
+    yield f"compiling        {found.compile_seconds:.1f} s here, by libtpu {importlib.metadata.version('libtpu')}"
     reading, computing = found.seconds_to_read * 1e3, found.seconds_to_compute * 1e3
     if found.hbm_traffic:
         yield f"HBM traffic      {size(found.hbm_traffic)} a chip: {reading:,.2f} ms at its bandwidth"

@@ -1,5 +1,6 @@
 """What the notebooks for TPUs have in common: the check of the runtime, loading over all devices, and speed."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import time
@@ -7,15 +8,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from minicpm_data import notebook as shared
 from minicpm_data.notebook import accept_cpu
 from minicpm_data.notebook import fresh as fresh  # for the notebooks
 from minicpm_data.notebook import of_a_clone as of_a_clone
+from minicpm_data.notebook import resume as resume
 from minicpm_data.notebook import run as run
+from minicpm_data.notebook import run_folder as run_folder
+from minicpm_data.notebook import take_token as take_token
 from weights_io.memory import size
+from weights_io.parameters import parameters
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
     from minicpm_jax.model import Model
+
+# Seconds: two programs, which `minicpm_jax.fit` compiles for a v5e in 4 s and 2 s (docs/fit.md), and some small ones.
+COMPILING = 10
 
 
 def check_runtime() -> None:
@@ -42,6 +51,17 @@ def runtime() -> Iterator[str]:
         yield f"{size(stats['bytes_limit'])} of memory on each"
 
 
+def check_room(model: str, *copies: str | None) -> None:
+    """`minicpm_data.notebook.check_room` over all devices."""
+    import jax
+
+    from minicpm_jax import device
+
+    free = device.free_memory()
+    devices = 1 if device.platform() == "cpu" else jax.device_count()  # those of a CPU share its memory
+    shared.check_room(model, copies, device.usual_dtype, None if free is None else free * devices, COMPILING)
+
+
 def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None]":
     """A model over all devices, arranged as `minicpm_jax.fit` compiles it (`jobs.default_mesh`): heads are split,
     then experts or the weights."""
@@ -55,6 +75,15 @@ def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None
     mesh = serving_mesh(path)
     print(f"{model} on {device.description()}" + ("" if mesh is None else f", {dict(mesh.shape)}"))
     return load_model(path, dtype or device.preferred_dtype, mesh=mesh)
+
+
+def shares(model: "Model") -> Iterator[str]:
+    """Of each array of a model: its name, its shape, and what a device holds of it."""
+    for parameter in parameters(model.config):
+        weight = functools.reduce(getattr, parameter.name.split("."), model)[...]
+        devices, part = len(weight.sharding.device_set), weight.sharding.shard_shape(weight.shape)
+        held = "whole" if part == weight.shape else str(part)
+        yield f"{parameter.name:44} {weight.dtype.name} {weight.shape!s:20} {held} on each of {devices}"
 
 
 @dataclass(frozen=True)

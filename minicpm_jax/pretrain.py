@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from minicpm_data.data_options import DataOptions
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from minicpm_jax.placement import Placement
 from weights_io import command_line
@@ -39,7 +40,7 @@ REPORT_EVERY = 10  # steps between lines of metrics.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Placement):
+class Options(DataOptions, Placement):
     tokenizer: Path
     """Folder of the tokenizer."""
     data: Path
@@ -99,11 +100,18 @@ class Options(Placement):
 def pretrain(options: Options) -> None:
     """Train a MiniCPM from nothing (or go on with an interrupted run)."""
     check(options)
+    with contextlib.ExitStack() as held:
+        train_and_save(options, held)
+
+
+def train_and_save(options: Options, held: contextlib.ExitStack) -> None:
+    """``held`` gets the lock of the run's folder, which stays to the end."""
     from tqdm import tqdm
 
     from minicpm_data.finetuning import line
     from minicpm_data.metrics import Metrics
-    from minicpm_data.runs import Interrupt, check_settings
+    from minicpm_data.run_folder import using
+    from minicpm_data.runs import Interrupt
     from minicpm_jax import device, hosts, train
     from minicpm_jax.checkpoints import Checkpoints
     from minicpm_jax.sharding import note_idle, own_rows, placed_rows
@@ -129,7 +137,7 @@ def pretrain(options: Options) -> None:
     settings |= {"config": config.to_dict(), "data": fingerprint}
     notes = {"config.json": raw, "tokenizer": str(options.tokenizer.resolve()), "save_dtype": options.save_dtype}
     processes.check_same(json.dumps(settings, sort_keys=True))
-    processes.once(lambda: check_settings(options.out, settings, options.resume, notes))
+    held.enter_context(using(options.out, settings, options.resume, notes, processes))
     note_idle(config, mesh, options.batch_size)
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -225,35 +233,41 @@ class Stage(NamedTuple):
 
 def read_data(options: Options, vocab_size: int) -> tuple[dict[str, Stage], int, str]:
     """The windows of both stages, the id that begins a document, and a hash of all the windows."""
+    from minicpm_data.of_checkpoint import check_vocab
     from minicpm_data.packing import WindowBatches, pack
-    from minicpm_data.tokenizer import check_vocab, load_tokenizer
+    from minicpm_data.preview import show
+    from minicpm_data.tokenizer_folder import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
     check_vocab(tokenizer, vocab_size)
     if tokenizer.bos_token_id is None or not tokenizer.eos_token_ids:
         raise InputError(f"the tokenizer of {options.tokenizer} has no BOS or no EOS, which part the documents.")
     stages, fingerprint = {}, hashlib.sha256()
+    reading = options.seq_length, options.ignore_keys, not options.special_tokens_as_text
     for name in ("stable", "decay"):
         windows, valid = (
-            pack(options.data / name / f"{split}.jsonl", tokenizer, options.seq_length) for split in ("train", "valid")
+            pack(options.data / name / f"{split}.jsonl", tokenizer, *reading) for split in ("train", "valid")
         )
         stages[name] = Stage(WindowBatches(windows, options.batch_size, options.seed), valid)
         fingerprint.update(windows.tobytes() + valid.tobytes())
         print(f"{name}: {windows.size:,} tokens in windows of {options.seq_length}")
+        first = windows[0]
+        show("the first window", first, first != tokenizer.bos_token_id, tokenizer)
     return stages, tokenizer.bos_token_id, fingerprint.hexdigest()
 
 
 # A resumed run must agree on the model, on the data and on all options but these.
 FREE = frozenset(
     """config init_from tokenizer data out learning_rate clip save_dtype save_every valid_every remat resume report_to
-    project_name mesh distributed coordinator_address num_processes process_id join_timeout""".split()
+    ignore_keys special_tokens_as_text project_name mesh distributed coordinator_address num_processes process_id
+    join_timeout""".split()
 )
 
 
 def check(options: Options) -> None:
     """Refuse what cannot work before anything heavy is imported or anything is written."""
     from minicpm_data.metrics import check_reporter
-    from minicpm_data.runs import check_folder
+    from minicpm_data.run_folder import check_folder
 
     options.check_placement()
     check_reporter(options.report_to)
@@ -303,21 +317,13 @@ def valid_loss(weights: dict[str, Any], windows: "np.ndarray", batch_size: int, 
 
 def save_model(options: Options, config: "ModelConfig", raw: dict[str, Any], step: int) -> None:
     """The model of the checkpoint of that step in Hugging Face layout, with its tokenizer."""
-    import shutil
-
+    from minicpm_data.run_folder import replace_model
     from minicpm_jax.checkpoints import Saved
     from weights_io.write import save_checkpoint
 
-    if (options.out / "model").exists():
-        shutil.rmtree(options.out / "model")
-    save_checkpoint(
-        options.out / "model",
-        config,
-        Saved(options.out / "checkpoints", step).tensors(config),
-        raw_config=raw,
-        copy_from=options.tokenizer,
-        dtype=options.save_dtype,
-    )
+    tensors = Saved(options.out / "checkpoints", step).tensors(config)
+    further: dict[str, Any] = {"raw_config": raw, "copy_from": options.tokenizer, "dtype": options.save_dtype}
+    replace_model(options.out, lambda new: save_checkpoint(new, config, tensors, **further))
 
 
 if __name__ == "__main__":

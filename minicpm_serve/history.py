@@ -24,6 +24,7 @@ from minicpm_serve import backends
 from minicpm_serve.retrieval import answer_tokens, evaluation_samples, is_right
 from weights_io import catalog
 from weights_io.errors import InputError
+from weights_io.partial import partial, write_whole
 from weights_io.write import folder_to_fill
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def evaluate_all(options: Options, listed: Sequence[Checkpoint], documents: Sequ
     kept, settings = options.out / "history.jsonl", options.settings()
     earlier = read_records(kept) if kept.exists() else []
     if kept.exists():
-        kept.write_text("".join(json.dumps(record) + "\n" for record in earlier))  # less a line that was cut
+        write_whole(kept, "".join(json.dumps(record) + "\n" for record in earlier))  # less a line that was cut
     done = {r["name"]: r for r in earlier if r.items() >= settings.items()}
     done = {c.name: done[c.name] for c in listed if c.name in done}
     key, label = VALUES[options.evaluation]
@@ -186,14 +187,17 @@ def batches(rows: Sequence[list[int]], width: int, size: int) -> "Iterator[tuple
 
 def read_texts(path: Path) -> list[str]:
     """The documents of a text file (one) or of ``.jsonl``. `InputError` where it is neither."""
-    from minicpm_data.documents import read_documents
+    from minicpm_data.documents import read_items
+    from minicpm_data.forms import Reader
+
+    def text(document: dict[str, Any]) -> str:
+        found = Reader().conversation(document)
+        if not isinstance(found, str):
+            raise InputError('it is no "text"; give texts alone.')
+        return found
 
     if path.suffix == ".jsonl":
-        texts = [document.get("text") for _, document in read_documents(path)]
-        strings = [text for text in texts if isinstance(text, str)]
-        if len(strings) < len(texts):
-            raise InputError(f'{path} has a line without "text", a string; give it one or delete it.')
-        return strings
+        return read_items(path, text)
     try:
         return [path.read_text(encoding="utf-8")]
     except FileNotFoundError:
@@ -225,7 +229,8 @@ def draw(picture: Path, values: dict[str, float], label: str) -> None:
         axes.set_xticks(range(len(values)), list(values), rotation=30, ha="right")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
+    with partial(picture) as path:
+        figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
 

@@ -22,6 +22,7 @@ from minicpm_serve import backends
 from minicpm_serve.retrieval import Encode, Sample, TaskName, answer_tokens, evaluation_samples, is_right
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.partial import write_whole
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ def main(options: Options) -> None:
     print("\n".join(table(samples, right)))
     print(f"{options.task} at {options.length} tokens: {counted(right)}")
     if options.json is not None:
-        options.json.write_text(json.dumps(_report(options, config, samples, said, right), indent=1) + "\n")
+        write_whole(options.json, json.dumps(_report(options, config, samples, said, right), indent=1) + "\n")
 
 
 def opened(options: ModelOptions) -> "tuple[ModelConfig, Tokenizer]":

@@ -21,6 +21,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from weights_io.errors import InputError
+from weights_io.partial import partial
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
@@ -219,7 +220,7 @@ def main(options: Options) -> None:
     make_sample(options.task, encode, shortest, 0.0, "shortest", False)  # refused before the file is begun
     options.out.parent.mkdir(parents=True, exist_ok=True)
     tokens = 0
-    with options.out.open("w", encoding="utf-8") as file:
+    with partial(options.out) as path, path.open("w", encoding="utf-8") as file:
         for i in tqdm(range(options.samples), desc="writing", disable=None, delay=1):
             random = Random(f"{options.seed} {i}")
             length, depth = random.randint(shortest, longest), random.random()
@@ -232,7 +233,7 @@ def main(options: Options) -> None:
 
 def _tokenizer(path_or_repo: str | None) -> "Tokenizer":
     from minicpm_data.of_checkpoint import tokenizer_of
-    from minicpm_data.tokenizer import load_tokenizer
+    from minicpm_data.tokenizer_folder import load_tokenizer
     from weights_io.checkpoint import open_checkpoint
     from weights_io.hub import resolve
 

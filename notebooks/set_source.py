@@ -12,7 +12,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 ORIGIN = re.compile(r"(?:https://(?:[^/@]+@)?|(?:ssh://)?git@)github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?")
-NAMED = re.compile(r"((?:github\.com|/github)/)[\w.-]+/[\w.-]+?(?=/blob/main/notebooks/|\\\")")
+NAMED = re.compile(r"((?:github\.com|/github)/)[\w.-]+/[\w.-]+?(?=/blob/main/(?:notebooks|docs)/|\\\")")
 
 
 def main() -> None:

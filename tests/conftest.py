@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices for the sharding tests; work that names no device stays on the first.
@@ -35,9 +36,19 @@ if find_spec("jax") is not None and version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = known
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("fuzz", "broken files and requests (-m fuzz)")
+    group.addoption("--mutants", type=int, default=200, help="how many, over all readers (2000 is all of a seed)")
+    group.addoption("--fuzz-seed", type=int, default=0, help="another number gives other mutants")
+    group.addoption("--mutant", metavar="READER:NUMBER", help="this one alone")
+
+
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("tpu") and find_spec("libtpu") is None:
-        pytest.skip("libtpu, which compiles for TPUs, is not installed (it exists for Linux on x86-64)")
+    for mark in item.iter_markers("tpu"):
+        if find_spec("libtpu") is None:
+            pytest.skip("libtpu, which compiles for TPUs, is not installed (it exists for Linux on x86-64)")
+        if (since := mark.kwargs.get("since")) and Version(version("libtpu")) < Version(since):
+            pytest.skip(f"libtpu {version('libtpu')} is here; what is asked holds since {since}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -201,11 +201,37 @@ def test_bfloat16_and_old_names(dense, tmp_path):
         ("peft", {"alpha_pattern": {"q_proj": 0}}, "scales model.layers.0.self_attn.q_proj by 0"),
         ("peft", {"layers_to_transform": [1]}, r"layers_to_transform \[1\] and yet tensors for model.layers.0"),
         ("peft", {"target_modules": ["v_proj"]}, "target_modules .* and yet tensors for model.layers.0"),
+        ("peft", {"use_dora": "false"}, 'use_dora "false"; it must be true or false'),
+        ("peft", {"use_rslora": 1}, "use_rslora 1; it must be true or false"),
+        ("peft", {"fan_in_fan_out": "false"}, 'fan_in_fan_out "false"; it must be true or false'),
+        ("peft", {"inference_mode": 0}, "inference_mode 0; it must be true or false"),
+        ("peft", {"layers_to_transform": "0"}, "must be a list of whole numbers"),
+        ("peft", {"layers_to_transform": [True]}, "must be a list of whole numbers"),
+        ("peft", {"target_modules": ".*v_proj"}, "target_modules .* and yet tensors for model.layers.0"),
+        ("peft", {"target_modules": {"q_proj": 1}}, "must be a list of names or one pattern"),
+        ("peft", {"target_modules": "(.+)+x"}, "which may take for ever"),
+        ("peft", {"exclude_modules": ["q_proj"]}, "exclude_modules .* and yet tensors for model.layers.0"),
+        ("peft", {"alpha_pattern": {"(.*)*x": 2}}, "which may take for ever"),
+        ("peft", {"rank_pattern": {".*.*.*.*x": 2}}, "which may take for ever"),
+        ("peft", {"rank_pattern": {f".*{i}.*x": 4 for i in range(50)}}, "which may take for ever"),
+        ("peft", {"rank_pattern": {f"x{i}": 4 for i in range(5001)}}, "5001 patterns in rank_pattern"),
+        ("peft", {"r": 10**400}, "it must be a positive whole number"),
+        ("peft", {"lora_alpha": 10**400}, "it must be a number that float32 holds"),
+        ("peft", {"base_model_name_or_path": ["a"]}, "it must be a name"),
+        ("mlx_lm", {"use_dora": 1}, "use_dora 1; it must be true or false"),
+        ("mlx_lm", {"use_dora": True}, 'use_dora true and fine_tune_type "lora"; correct one'),
+        ("mlx_lm", {"a_key_of_tomorrow": 1}, "a_key_of_tomorrow = 1, which is not understood"),
+        ("mlx_lm", {"lora_parameters": {"rank": 4, "scale": 2.0, "alpha": 8}}, "lora_parameters.alpha = 8, which is"),
+        ("mlx_lm", {"lora_parameters": {"rank": 8, "scale": 2.0}}, "rank 8, not 4, and yet tensors for"),
+        ("mlx_lm", {"lora_parameters": {"scale": True}}, "scale true; it must be a number"),
+        ("mlx_lm", {"lora_parameters": {"scale": 2.0, "keys": ["self_attn.v_proj"]}}, "keys .* and yet tensors for"),
+        ("mlx_lm", {"num_layers": 1}, "num_layers 1 and yet tensors for model.layers.0"),
+        ("mlx_lm", {"num_layers": "all"}, 'num_layers "all"; it must be a whole number'),
         ("mlx_lm", {"fine_tune_type": "full"}, 'fine_tune_type "full"; only lora and dora'),
         ("mlx_lm", {"fine_tune_type": "dora"}, "lacks the magnitude"),
         ("mlx_lm", {"lora_parameters": {"rank": 4, "alpha": 8}}, "no lora_parameters with a scale"),
         ("mlx_lm", {"lora_parameters": {"rank": 4, "scale": -2.0}}, "alpha .* positive"),
-        ("mlx_lm", {"lora_parameters": {"scale": 2.0, "dropout": "a"}}, "dropout is a"),
+        ("mlx_lm", {"lora_parameters": {"scale": 2.0, "dropout": "a"}}, 'dropout "a"; it must be a number'),
     ],
 )
 def test_configs_that_are_refused(dense, tmp_path, form, config, said):
@@ -214,6 +240,34 @@ def test_configs_that_are_refused(dense, tmp_path, form, config, said):
     with pytest.raises(InputError, match=said) as caught:
         read_adapter(tmp_path, dense.config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "form, config",
+    [
+        ("peft", {"target_modules": "all-linear"}),
+        ("peft", {"target_modules": r".*\.self_attn\.(q|k|v)_proj"}),
+        ("peft", {"exclude_modules": ["lm_head"], "use_qalora": False, "corda_config": None, "lora_bias": False}),
+        ("peft", {"rank_pattern": {r"^model\.layers\.\d+\.self_attn\.(?:q|k)_proj": 4}}),
+        ("mlx_lm", {"train": True, "optimizer_config": {"adam": {}}, "lr_schedule": None, "num_layers": 16}),
+        ("mlx_lm", {"num_layers": -1, "lora_parameters": {"rank": 4, "alpha": 4, "scale": 2.0, "dropout": 0.0}}),
+    ],
+)
+def test_what_the_tools_write_beside_is_read(dense, tmp_path, form, config):
+    adapter = tiny_adapter.make(dense, ["q_proj"])
+    save_adapter(tmp_path, adapter, dense.config, form=form)
+    rewrite(tmp_path, form, config)
+    tiny_adapter.same(read_adapter(tmp_path, dense.config), adapter)
+
+
+def test_the_older_key_of_dora(dense, tmp_path):
+    adapter = tiny_adapter.make(dense, ["q_proj"], dora=True)
+    save_adapter(tmp_path, adapter, dense.config, form="mlx_lm")
+    path = tmp_path / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    del raw["fine_tune_type"]
+    path.write_text(json.dumps(raw | {"use_dora": True, "lora_layers": 3}))
+    tiny_adapter.same(read_adapter(tmp_path, dense.config), adapter)
 
 
 def holding(name, array):
@@ -237,6 +291,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ("peft", holding(f"{Q}.lora_magnitude_vector", np.ones(96, np.float32)), "has a magnitude, as only DoRA has"),
         ("peft", lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, "lacks the b of model.layers.0"),
         ("peft", lambda t: {}, "holds no tensors"),
+        ("peft", holding(f"{Q}.lora_A.default.weight", np.ones((4, 96), np.float32)), "two tensors for the a of model"),
         ("mlx_lm", holding("model.layers.0.self_attn.q_proj.lora_a", NAN), r"is \[4, 96\], .* \[96, r\]"),
         ("mlx_lm", holding("model.embed_tokens.lora_a", NAN), "for model.embed_tokens, which is none of"),
     ],

@@ -1,6 +1,7 @@
 """Where an answer begins and ends, with a backend that says what it is told to: the calls and their command lines."""
 
 import json
+import os
 import re
 import types
 
@@ -36,12 +37,13 @@ class Parrot:
             yield int(ids[0]), True
 
     def load(self, path, dtype, **options):
-        self.loaded = {"path": path, **options}
+        chosen = dtype if isinstance(dtype, str) else dtype(types.SimpleNamespace(dtype="float16"))
+        self.loaded = {"path": path, "dtype": chosen, **options}
         return self.model, self.tokenizer
 
     def backend(self):
         device = types.SimpleNamespace(
-            preferred_dtype=lambda checkpoint, decoding: checkpoint.dtype,
+            preferred_dtype=lambda checkpoint, decoding=False: checkpoint.dtype,
             compile_seconds=lambda: 0.0,
             peak_memory=lambda: 0,
             note_mesh=lambda model, rows: None,
@@ -177,6 +179,39 @@ def test_what_begins_with_a_slash(parrot, typed, monkeypatch, tmp_path):
     assert all(line in out for line in said)
 
 
+@pytest.mark.parametrize(("answer", "person"), [("y", True), ("n", True), ("Hello", True), (None, False)])
+def test_a_file_of_somebody_else_is_added_to_only_if_the_user_says_so(
+    parrot, typed, monkeypatch, tmp_path, answer, person
+):
+    """Asked once a file; what is in it stays, and its last line gets its end. Nobody can be asked through a pipe."""
+    bird, kept = parrot("The fox."), tmp_path / "kept.jsonl"
+    kept.write_text('{"mine": 1}')
+    again = [] if answer == "y" else [answer]
+    lines = iter(["Hello", f"/save {kept}", answer, f"/save {kept}", *again, f"/save {tmp_path / 'new.jsonl'}"])
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: person, raising=False)
+    code, out, error = typed(commands.run_chat, bird)
+    found = kept.read_text(encoding="utf-8").splitlines()
+    if not person:
+        assert code == 2 and "kept.jsonl is there already, and this conversation did not write it; choose" in error
+    else:
+        assert code == 0 and out.count("kept.jsonl is there already") == (1 if answer == "y" else 2)
+        assert "2 messages added to" in out and (tmp_path / "new.jsonl").exists()
+    assert found[0] == '{"mine": 1}' and len(found) == (3 if answer == "y" else 1)
+    assert all(json.loads(line)["messages"] for line in found[1:])
+
+
+def test_no_conversation_goes_into_what_is_no_file(tmp_path):
+    conversation = terminal.Conversation(None)
+    conversation.messages = [{"role": "assistant", "content": "Hello"}]
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (("pipe", "is no file"), (".", "is no file"), ("none/kept.jsonl", "cannot be written")):
+        with pytest.raises(InputError, match=said):
+            conversation.save(tmp_path / name)
+    (tmp_path / "empty").touch()
+    assert "1 messages added" in conversation.save(tmp_path / "empty")
+
+
 def test_a_terminal_sees_no_control_characters(monkeypatch, capsys):
     """Of an answer, which is kept as it is; the help fits a narrow terminal."""
     answer = [Response("a\x1b[2J\tb", 1), Response("\x07\x9b\n中", 2)]
@@ -245,7 +280,7 @@ def test_the_adapter_is_handed_to_load(parrot, typed, monkeypatch):
     assert bird.loaded.pop("adapter") == "some/adapter"
     monkeypatch.setattr(terminal, "asker", lambda: lambda: "/quit")
     assert typed(commands.run_chat, bird, "--adapter-path", "some/adapter")[0] == 0
-    assert bird.loaded["adapter"] == "some/adapter"
+    assert (bird.loaded["adapter"], bird.loaded["dtype"]) == ("some/adapter", "float16")
 
 
 def test_prefill_response(parrot, typed):
@@ -337,3 +372,22 @@ def test_a_share_of_the_sums_can_be_required(parrot, typed, required, code):
     assert ended == code
     assert error.count("\n") == (code > 0)
     assert code == 2 or "sum             1 of    2 right, 50.0%" in out
+
+
+def test_questions_of_a_file_are_read_as_training_data_is(parrot, typed, tmp_path):
+    """The tokens that they spell are the vocabulary's, unless the user says otherwise; a key is used or refused."""
+    n = tiny.sentencepiece_model().get_piece_size()
+    bird = parrot("<vul>x", added_tokens_decoder={str(n): tiny.special("<vul>")})
+    path, line = tmp_path / "test.jsonl", {"prompt": "<vul>", "completion": "<vul>x", "score": 1, "source": "here"}
+    path.write_text(json.dumps(line) + "\n")
+    ended, _, error = typed(evaluation.run_evaluate, bird, "--data", str(path))
+    assert ended == 2 and 'test.jsonl, line 1: it has "score", which is not understood' in error
+    ended, out, _ = typed(evaluation.run_evaluate, bird, "--data", str(path), "--ignore-keys", "score")
+    assert ended == 0 and "not read: score and source" in out and "1 of    1 right" in out
+    assert n in bird.asked[-1]
+    flags = ("--ignore-keys", "score", "--special-tokens-as-text")
+    ended, _, _ = typed(evaluation.run_evaluate, bird, "--data", str(path), *flags)
+    assert ended == 0 and n not in bird.asked[-1]
+    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}) + "\n")
+    ended, _, error = typed(evaluation.run_evaluate, bird, "--data", str(path))
+    assert ended == 2 and "its last answer is not to be trained" in error

@@ -231,7 +231,9 @@ def test_a_piece_of_a_prompt_reads_what_is_filled(name):
     assert cost(tiling, 2, 2).bytes_accessed == bytes_read(tiling, [3584] * 4, 2) + queries
 
 
-# Compiled for a TPU, which needs none: libtpu does it.
+# Compiled for a TPU, which needs none: libtpu does it. Before 0.0.52 it tiles the int8 of a kernel otherwise than XLA,
+# and copies the whole cache in each layer.
+NEWER = pytest.mark.tpu(since="0.0.52")
 
 
 @functools.cache
@@ -266,12 +268,12 @@ def compiled(job, slots, batch=1, bits=None, kind="v5e"):
     [
         ("prefill", 4096, 1, None, "v5e"),
         ("prefill", 32768, 1, None, "v5e"),
-        ("prefill", 32768, 1, 8, "v5e"),
+        pytest.param("prefill", 32768, 1, 8, "v5e", marks=NEWER),
         ("decode", 4096, 1, None, "v5e"),
         ("decode", 4096, 16, None, "v5e"),
-        ("decode", 4096, 16, None, "v6e"),
-        ("decode", 4096, 1, 8, "v5e"),
-        ("decode", 4096, 16, 8, "v5e"),
+        pytest.param("decode", 4096, 16, None, "v6e", marks=NEWER),  # 1.2 MB with the older ones
+        pytest.param("decode", 4096, 1, 8, "v5e", marks=NEWER),
+        pytest.param("decode", 4096, 16, 8, "v5e", marks=NEWER),
     ],
 )
 def test_programs_for_a_tpu_run_the_kernel_and_copy_no_cache(job, slots, batch, bits, kind):

@@ -1,11 +1,16 @@
 """Chat prompts: the templates, and contents that spell special tokens."""
 
 import random
+import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_tokenizer as tiny
 
-from minicpm_data import chat, load_tokenizer
+from minicpm_data import chat, load_tokenizer, template_process
 from weights_io.errors import InputError
 
 WORDS = ["Hello", " world", "你好", "\n", "  ", "<用户>", "<AI>", "<td>", "👍", "<", "|", "s", ">", "</", "42"]
@@ -138,23 +143,106 @@ def test_messages_that_cannot_be_used(tokenizer, messages):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for %}",
-        "{{ raise_exception('roles must alternate') }}",
-        "{{ messages[7].content.strip() }}",
-        "{{ 'a' + 1 }}",
-        "{{ 1 // 0 }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{% for i in range(10**9) %}{% endfor %}",
-        "{% include 'x' %}",
-    ],
-)
-def test_template_errors_are_input_errors(template):
-    with pytest.raises(InputError, match="chat template"):
+FAILING = {
+    "unfinished": "{% for %}",
+    "refusing": "{{ raise_exception('roles must alternate') }}",
+    "refusing in lines": "{{ raise_exception('a\nb' * 1000) }}",
+    "no such message": "{{ messages[7].content.strip() }}",
+    "types": "{{ 'a' + 1 }}",
+    "division": "{{ 1 // 0 }}",
+    "overflow": "{{ 2.0 ** 5000 }}",
+    "digits": "{{ 10 ** 5000 }}",
+    "sandbox": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "change": "{{ messages.append(1) }}",
+    "range": "{% for i in range(10**9) %}{% endfor %}",
+    "include": "{% include 'x' %}",
+    "break": "{% break %}",  # Python's compiler refuses it, as it does the next
+    "double argument": "{% macro f(a,a) %}{% endmacro %}{{ f(1) }}",
+    "deep": "{% if 1 %}" * 110 + "{% endif %}" * 110,
+    "deeper": "{% if 1 %}" * 20_000 + "{% endif %}" * 20_000,
+    "brackets": "{{ " + "[" * 3000 + "]" * 3000 + " }}",
+    "cycler": "{{ cycler() }}",
+    "truncate": "{{ 'abcdef'|truncate(1) }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "long prompt": "{% for a in range(9999) %}{{ 'x' * 1000 }}{% endfor %}",
+}
+SWELLING = {
+    "multiplication": "{{ 'x' * 10**9 }}",
+    "list": "{{ ([0] * 10**9)|length }}",
+    "indent": "{{ ('a\n' * 1000)|indent(10000000) }}",
+    "format": "{{ '%1000000000d' % 1 }}",
+    "str.format": "{{ '{:1000000000}'.format(1) }}",
+    "method": "{{ 'a'.ljust(10**10) }}",
+    "json": "{{ [[1]]|tojson(indent=10**9) }}",
+    "doubling": (
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x|length }}"
+    ),
+}
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "recursion": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "one operation": (  # a comparison of 2**60 parts
+        "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
+        "{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_template_errors_are_input_errors(name):
+    with pytest.raises(InputError, match="chat template cannot be applied") as caught:
+        chat.render(FAILING[name], user("Hello"))
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 400 and text.endswith(".")
+
+
+@pytest.mark.parametrize("template", [*SWELLING.values(), *ENDLESS.values()], ids=[*SWELLING, *ENDLESS])
+def test_templates_without_bounds(template):
+    """One sentence, in time and memory that have limits; the next template is rendered as ever."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.monotonic()
+    with pytest.raises(InputError, match="more time or memory than is reasonable"):
         chat.render(template, user("Hello"))
+    assert time.monotonic() - began < template_process.WALL_SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 50_000
+    assert chat.render("{{ messages[0].content }}", user("你好\ud83d")) == "你好\ud83d"
+
+
+def test_threads_render_at_once():
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def render(n: int) -> bool:
+        if n % 8 == 7:
+            with pytest.raises(InputError):
+                chat.render("{{ raise_exception('no') }}", user("x"))
+        return all(chat.render(template, user(f"{n} {k}")) == f"{n} {k}" for k in range(20))
+
+    with ThreadPoolExecutor(12) as threads:
+        assert all(threads.map(render, range(24)))
+    assert len(template_process._idle) <= template_process.PROCESSES
+
+
+def test_a_forked_process_renders_by_itself():
+    chat.render("x", user("x"))
+    code = (
+        "import os; from minicpm_data import chat; m = [{'role': 'user', 'content': 'x'}]; chat.render('a', m)\n"
+        "child = os.fork()\n"
+        "texts = [chat.render(f'{child > 0} {n}', m) for n in range(50)]\n"
+        "assert texts == [f'{child > 0} {n}' for n in range(50)]\n"
+        "os._exit(0) if child == 0 else print(os.waitpid(child, 0)[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_all_private_use_characters_in_a_message(tokenizer):
+    with pytest.raises(InputError, match="private-use"):
+        tokenizer.apply_chat(user("".join(map(chr, chat.PRIVATE_USE))))
+
+
+def test_special_tokens_without_end(tmp_path):
+    with pytest.raises(InputError, match="too many"):
+        chat.Markers(f"<{n}{'x' * 30}>" for n in range(20_000))
 
 
 def test_template_features():

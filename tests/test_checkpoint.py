@@ -1,6 +1,7 @@
 """A checkpoint opened: tensors against the table, the tied head, special ids, scales that are no numbers."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,84 @@ def test_buffers_are_passed_over(tmp_path):
     assert open_checkpoint(write(tmp_path, arrays() | buffer)).tensors.keys() == arrays().keys()
 
 
+def test_a_message_names_three_tensors_and_a_count(tmp_path):
+    tensors = {f"extra.{i}.{'x' * 60}": np.zeros(1, np.float32) for i in range(50)}
+    text = refused(write(tmp_path, tensors), "do not fit config.json")
+    assert "and 47 more" in text and text.count("extra.") == 3 and len(text) < 900
+
+
+@pytest.mark.parametrize(
+    "prefix, remedy",
+    [
+        ("_orig_mod.", "torch.compile put there; save the state_dict of the model before it was compiled"),
+        ("module.", "DataParallel or an engine put there; save the state_dict of model.module"),
+        ("module._orig_mod.", "DataParallel"),
+        ("base_model.model.", "PEFT put there; call merge_and_unload"),
+        ("language_model.", "a model with other parts puts there; save its language model alone"),
+        ("transformer.", "is none of the model; save the state_dict of the model inside"),
+    ],
+)
+def test_a_prefix_of_every_name_is_one_fault(tmp_path, prefix, remedy):
+    tensors = arrays() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    write(tmp_path, {prefix + name: array for name, array in tensors.items()})
+    text = refused(tmp_path, f"the names of the tensors begin with '{prefix}', which {remedy}")
+    assert len(text.removeprefix(str(tmp_path))) < 160
+
+
+def test_names_without_their_beginning(tmp_path):
+    write(tmp_path, {name.removeprefix("model."): array for name, array in arrays().items()})
+    refused(tmp_path, "the names of the tensors lack 'model.'")
+
+
+def test_shards_hold_what_the_index_leaves_out(tmp_path):
+    """As in a single file: buffers are passed over, a tied head is compared, the rest is unexpected."""
+    tensors = arrays()
+    names = list(tensors)
+    shards = {"model-1-of-2.safetensors": names[:5], "model-2-of-2.safetensors": names[5:]}
+    weight_map = {name: shard for shard, inside in shards.items() for name in inside}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    def write_shards(**more):
+        for shard, inside in shards.items():
+            held = {name: tensors[name] for name in inside} | (more if "2-of" in shard else {})
+            write_file(tmp_path / shard, {name: Computed.of(array) for name, array in held.items()})
+
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    write_shards(**buffer, **{HEAD: tensors[EMBEDDING], names[0]: tensors[names[0]]})
+    assert open_checkpoint(tmp_path).tensors.keys() == tensors.keys()
+    write_shards(**{HEAD: tensors[EMBEDDING] + 1})
+    refused(tmp_path, "lm_head.weight differs from the embedding")
+    write_shards(**{names[0]: tensors[names[0]] + 1})
+    with pytest.raises(InputError, match=f"{names[0]} is another one in .*model-1-of-2.* than in .*model-2-of-2"):
+        open_checkpoint(tmp_path)
+    write_shards(extra=np.ones(2, np.float32))
+    refused(tmp_path, "1 unexpected .extra.")
+
+
+def test_shards_are_opened_one_after_the_other(tmp_path):
+    """A process may have few files open at once."""
+    tensors, resource = arrays(), pytest.importorskip("resource")
+    shards = {f"model-{i}-of-{len(tensors)}.safetensors": name for i, name in enumerate(tensors)}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    weight_map = {name: shard for shard, name in shards.items()}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for shard, name in shards.items():
+        write_file(tmp_path / shard, {name: Computed.of(tensors[name])})
+    limits, probe = resource.getrlimit(resource.RLIMIT_NOFILE), os.open(os.devnull, os.O_RDONLY)
+    os.close(probe)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (probe + 2, limits[1]))
+        checkpoint = open_checkpoint(tmp_path)
+        for name, array in tensors.items():
+            np.testing.assert_array_equal(checkpoint.read(name, "float32"), array)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (probe, limits[1]))
+        with pytest.raises(InputError, match="cannot read .*Too many open files"):
+            open_checkpoint(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_whole_numbers_are_refused_with_a_remedy(tmp_path):
     tensors = arrays()
     tensors[UP] = np.ones(tensors[UP].shape, np.int8)
@@ -92,6 +171,14 @@ def test_a_thousand_million_layers_are_refused_at_once(tmp_path):
     refused(tmp_path, "config.json: num_hidden_layers is 1000000000; .* at most 1000")
 
 
+@pytest.mark.parametrize("experts", [2**31 - 1, 2**31, 1025])
+def test_experts_without_end_are_refused_before_they_are_written_out(tmp_path, experts):
+    write(tmp_path, arrays(), num_experts=experts, num_experts_per_tok=2)
+    refused(tmp_path, f"config.json: num_experts is {experts}; .* at most 1024")
+    write(tmp_path, arrays(), num_experts=1024, num_experts_per_tok=2, num_hidden_layers=1000)
+    refused(tmp_path, "config.json: num_experts 1024 in 1000 layers are more than the 100000 experts")
+
+
 def test_eos_is_the_union_of_both_configs(tmp_path):
     write(tmp_path, arrays(), eos_token_id=2, bos_token_id=1)
     assert open_checkpoint(tmp_path).eos_token_ids == (2,)
@@ -100,6 +187,16 @@ def test_eos_is_the_union_of_both_configs(tmp_path):
         generation.write_text(json.dumps({"eos_token_id": value}))
         opened = open_checkpoint(tmp_path)
         assert (opened.bos_token_ids, opened.eos_token_ids) == ((1,), expected)
+    for value in (11, 2**70, [2, 11]):
+        generation.write_text(json.dumps({"eos_token_id": value}))
+        refused(tmp_path, "generation_config.json: eos_token_id is .*, and the vocabulary has the ids 0 to 10; write")
+    for slip in ("eos_token_ids", "eos_token_ie", "eos_tokem_id"):
+        generation.write_text(json.dumps({slip: 7}))
+        refused(tmp_path, f"generation_config.json has {slip}, which is no key; write eos_token_id")
+    generation.write_text(
+        '{"bos_token_id": 1, "pad_token_id": 0, "forced_eos_token_id": 3, "_from_model_config": true}'
+    )
+    assert open_checkpoint(tmp_path).eos_token_ids == (2,)
     generation.write_text('{"eos_token_id": "2"}')
     refused(tmp_path, 'generation_config.json: eos_token_id is "2"; it must be a token id')
     generation.write_text("[]")

@@ -97,27 +97,70 @@ PLACED |= {"minicpm_serve.history": {"backend": "jax", "model": "pico", "out": P
 PLACED |= {"minicpm_jax.parity": {"model": "pico", "reference": Path("x.npz")}}
 
 
-@pytest.mark.parametrize("name", PLACED)
-def test_a_mesh_of_one_process(name, monkeypatch):
-    """``--mesh`` as given; without it none on CPUs, and on TPUs, to generate, the one for the checkpoint's heads."""
-    from minicpm_jax import jobs, sharding
+@pytest.fixture
+def eight(monkeypatch):
+    """As on eight TPUs: a command that names no mesh gets one over all devices."""
+    from minicpm_jax import sharding
 
+    mesh = sharding.make_mesh("fsdp=8")
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda text: mesh if text is None else make_mesh(text))
+    return mesh
+
+
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    folder = tmp_path_factory.mktemp("four_heads")
+    return tiny_model.write(folder, dtype="bfloat16", hidden_size=512, num_hidden_layers=1, **heads)
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_mesh_of_one_process(name):
+    """``--mesh`` as given; without it none on CPUs."""
     options, needed = importlib.import_module(name).Options, PLACED[name]
     assert options(**needed).placement() == {"mesh": None}
     assert options(mesh="fsdp=2,tensor=4", **needed).placement()["mesh"].shape == {"fsdp": 2, "tensor": 4}
     with pytest.raises(InputError, match="--mesh tensor=3 is for 3 devices; there are 8"):
         options(mesh="tensor=3", **needed).placement()
-    if name != "minicpm_jax.parity":  # as on eight TPUs
-        eight = sharding.make_mesh("fsdp=8")
-        monkeypatch.setattr(sharding, "make_mesh", lambda text: eight)
-        monkeypatch.setattr(jobs, "serving_mesh", lambda path: f"heads of {path.name}")
-        assert options(**needed).placement() == {"mesh": "heads of pico"}
-        assert options(mesh="fsdp=8", **needed).placement() == {"mesh": eight}
     if "backend" in needed:
         mlx = needed | {"backend": "mlx"}
         assert options(**mlx).placement() == {}
         with pytest.raises(InputError, match="leave it out with --backend mlx"):
             importlib.import_module(name).main(options(mesh="fsdp=8", **mlx))
+
+
+@pytest.mark.parametrize("name", [name for name in PLACED if name != "minicpm_jax.parity"])
+def test_a_mesh_of_eight_tpus(name, eight, four_heads):
+    """Without ``--mesh``, the one for the heads of the checkpoint."""
+    options, needed = importlib.import_module(name).Options, PLACED[name] | {"model": str(four_heads)}
+    assert options(**needed).placement()["mesh"].shape == {"fsdp": 2, "tensor": 4}
+    assert options(mesh="fsdp=8", **needed).placement()["mesh"].shape == {"fsdp": 8}
+
+
+NOT_GENERATING = ("minicpm_serve.history", "minicpm_jax.parity", "minicpm_jax.kv_error")
+
+
+@pytest.mark.parametrize("name", [name for name in PLACED if name not in NOT_GENERATING])
+@pytest.mark.parametrize("matrix_unit", [True, False])
+def test_what_a_command_that_generates_computes_in(name, matrix_unit, eight, four_heads, monkeypatch):
+    """On a CPU: bfloat16 where a matrix unit makes it fast, in the form for decoding, which a mesh does not take."""
+    from minicpm_data.commands import load_model
+    from minicpm_jax import device, sharding
+    from minicpm_serve import backends
+
+    monkeypatch.setattr(device, "_has_matrix_unit", lambda: matrix_unit)
+    options, needed = importlib.import_module(name).Options, PLACED[name] | {"model": str(four_heads)}
+
+    def loaded(**more):
+        model, _ = load_model(backends.get("jax"), options(**needed, **more), decoding=True)
+        return model.model.norm.weight.dtype, model.model.mesh and dict(model.model.mesh.shape)
+
+    assert loaded() == ("float32", {"fsdp": 2, "tensor": 4})
+    assert loaded(mesh="tensor=8") == ("float32", {"tensor": 8})
+    monkeypatch.setattr(sharding, "make_mesh", lambda text: None)
+    assert loaded() == ("bfloat16" if matrix_unit else "float32", None)
+    assert loaded(dtype="float32") == ("float32", None)
 
 
 def test_generate(package, folder):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny_training as tiny
 
+from minicpm_data import load_tokenizer
 from minicpm_data.batches import Batches
 from minicpm_data.examples import load_split
 from minicpm_data.finetuning import arrays
-from minicpm_data.tokenizer import load_tokenizer
 
 mx = pytest.importorskip("mlx.core")
 

@@ -158,13 +158,20 @@ def test_transformers_5_writes_rope_parameters_and_dtype():
         ({"dtype": "float16"}, "float16"),
         ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"),
         ({"dtype": "float32", "torch_dtype": "bfloat16"}, "float32"),
-        ({"dtype": "int8"}, None),
-        ({"torch_dtype": ["float32"]}, None),
+        ({"torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "half"}, "float16"),
+        ({"torch_dtype": "auto"}, None),
         ({}, None),
     ],
 )
 def test_stored_dtype(raw, dtype):
     assert stored_dtype(raw) == dtype
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["int8", "bfloat15", "", ["float32"], {"": "float32"}, 16, True, "float64"])
+def test_a_dtype_that_is_none_of_ours(key, value):
+    refused({**TINY, key: value}, rf"{key} is {re.escape(json.dumps(value))}, which is none of float32, bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -191,9 +198,46 @@ def test_what_would_change_the_numbers_is_refused_by_name(key, value):
     assert ModelConfig.from_dict({**TINY, key: None}) == ModelConfig.from_dict(TINY)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("attention_bias", 0),
+        ("attention_bias", "false"),
+        ("attention_bias", []),
+        ("partial_rotary_factor", True),
+        ("num_local_experts", False),
+        ("is_decoder", 1),
+        ("sliding_window", []),
+    ],
+)
+def test_a_value_of_another_kind_is_not_the_neutral_one(key, value):
+    refused({**TINY, key: value}, f"{key} = {re.escape(json.dumps(value))} changes the numbers")
+
+
+@pytest.mark.parametrize("value", [False, 0.0, "0", [], 2.0])
+def test_experts_are_whole_numbers(value):
+    refused({**TINY, "num_experts": value, "num_experts_per_tok": 2}, "num_experts is .*; it must be a positive whole")
+
+
+def test_what_is_said_twice_must_be_the_same():
+    rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
+    same = {"rope_theta": 1000000, "rope_scaling": {"type": "linear", "factor": 2}}
+    assert ModelConfig.from_dict({**TINY, "rope_parameters": rope, **same}).rope_theta == 1e6
+    assert ModelConfig.from_dict({**TINY, "rope_parameters": rope, "rope_scaling": None}).rope_scaling.factor == 2
+    refused({**TINY, "rope_parameters": rope, "rope_theta": 1e4}, "rope_theta is 10000.0 and rope_parameters say")
+    other = {"type": "linear", "factor": 3}
+    refused({**TINY, "rope_parameters": rope, "rope_scaling": other}, "rope_scaling is .*3.* and rope_parameters say")
+    refused({**TINY, "rope_scaling": {"type": "dynamic", "rope_type": "linear", "factor": 2.0}}, "has two types")
+
+
+@pytest.mark.parametrize("key, value", [("architectures", ""), ("architectures", 0), ("model_type", "")])
+def test_what_is_empty_is_not_absent(key, value):
+    refused({**TINY, key: value}, f"{key} ")
+
+
 def test_a_long_value_is_quoted_in_part():
     refused({**TINY, "weights": ["x" * 50] * 1000}, r"weights = \[\"xxx.*\.\.\. is not understood")
-    refused({**TINY, "k" * 5000: 1}, "k = 1 is not understood")
+    refused({**TINY, "k" * 5000: 1}, r"k\.\.\. = 1 is not understood")
 
 
 @pytest.mark.parametrize(
@@ -250,17 +294,16 @@ def test_what_is_written_is_read_back(raw):
 def test_json_that_cannot_be_read(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=r"config.json (cannot be read as JSON|holds list).*; download it again\.$"):
+    with pytest.raises(InputError, match=r"config.json (is not JSON|holds list).*; download it again\.$"):
         read_json(path)
 
 
 def test_token_ids():
-    assert [token_ids({"eos_token_id": value}, "eos_token_id") for value in (None, 0, [2, 5], [])] == [
-        (),
-        (0,),
-        (2, 5),
-        (),
-    ]
+    found = [token_ids({"eos_token_id": value}, "eos_token_id", 6) for value in (None, 0, [2, 5], [])]
+    assert found == [(), (0,), (2, 5), ()]
     for value in ("2", -1, True, [2, None], {"id": 2}, 1.0):
         with pytest.raises(InputError, match="the file: eos_token_id is .*; it must be a token id or a list"):
-            token_ids({"eos_token_id": value}, "eos_token_id", "the file")
+            token_ids({"eos_token_id": value}, "eos_token_id", 6, "the file")
+    for value in (6, [2, 6], 2**70):
+        with pytest.raises(InputError, match="the file: eos_token_id is .*, and the vocabulary has the ids 0 to 5; "):
+            token_ids({"eos_token_id": value}, "eos_token_id", 6, "the file")

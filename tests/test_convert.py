@@ -224,7 +224,7 @@ def test_an_older_folder_above_the_output_stays(reference, tmp_path):
     [
         ({}, 100, r"wrong tokenizer size: the tokenizer has \d+ ids, and the embedding 100 rows; use the tokenizer"),
         ({"tokenizer.model": b"no SentencePiece"}, 600, "tokenizer.model"),
-        ({"tokenizer.json": '{"model": {'}, 600, "tokenizer.json is not a JSON file"),
+        ({"tokenizer.json": '{"model": {'}, 600, "tokenizer.json is not JSON"),
         ({"tokenizer_config.json": "[]"}, 600, "tokenizer_config.json must hold a JSON object"),
     ],
 )
@@ -243,7 +243,7 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(reference, tmp_path):
     (broken / "config.json").write_text("{")
     for options, message in (
         (Options(model=str(tmp_path / "nowhere"), to="hf", out=out), "nowhere"),
-        (Options(model=str(broken), to="hf", out=out), "cannot be read as JSON"),
+        (Options(model=str(broken), to="hf", out=out), "is not JSON"),
         (Options(model=model, to="hf", out=broken), "is not empty"),
         (Options(model=model, to="hf", out=reference("dense_2b") / "inside"), "lies in the model folder"),
         (Options(model=model, to="hf", out=out, scale_emb=3.0), "--scale-emb is only used with --unfold"),

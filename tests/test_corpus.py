@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_data import corpus, corpus_facts, vocabulary
+from minicpm_data import corpus, corpus_facts, load_tokenizer, vocabulary
 from minicpm_data.chat import MINICPM_TEMPLATE
 from minicpm_data.corpus_skills import held_out, reversed_row
-from minicpm_data.tokenizer import load_tokenizer
 from weights_io.errors import InputError
 
 N = r"(\d+)"
@@ -258,8 +257,10 @@ def test_the_vocabulary_refuses_a_wrong_size_and_a_missing_corpus(data, tmp_path
         (b"[" * 100_000, "line 2 is not JSON"),
         ('{"text": "é"}'.encode("latin-1"), "line 2 is not UTF-8 text"),
         (b"[]", "line 2 is not an object"),
-        (b'{"text": 5}', 'line 2 has neither "text"'),
-        (b"{}", 'line 2 has neither "text"'),
+        (b'{"text": 5}', 'line 2: it has a "text" of type int'),
+        (b"{}", "line 2: it has the keys none, which are no known form"),
+        (b'{"text": "a", "weight": 2}', 'line 2: it has "weight", which is not understood'),
+        (b'{"text": "a", "text": "b"}', 'line 2 has the key "text" twice'),
         (b'{"text": "\\ud83d"}', "line 2 has a lone surrogate"),
         (b'{"messages": []}', "line 2: messages must be a list"),
         (b'{"messages": [{"role": "user"}]}', "line 2: message 0 must have"),

@@ -90,11 +90,12 @@ def test_prompts_are_those_of_inference(name, request):
     for _ in range(200):
         contents = ["".join(rng.choices(words, k=rng.randrange(6))) for _ in range(2 * rng.randrange(1, 4))]
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-        ids, trained = tokenizer.chat_example(messages)
+        ids, trained = tokenizer.chat_example(messages, trusted=False)
         first = tokenizer.apply_chat(messages[:1])
         assert ids[: len(first)] == first and not any(trained[: len(first)])
         assert ids[-1] in tokenizer.eos_token_ids and trained[-1] and ids[-2] not in tokenizer.eos_token_ids
-        last, last_trained = tokenizer.chat_example(messages, only_last=True)
+        only_last = [i == len(messages) - 1 for i in range(len(messages))]
+        last, last_trained = tokenizer.chat_example(messages, only_last, trusted=False)
         assert last == ids
         asked = tokenizer.decode(tokenizer.apply_chat(messages[:-1]))
         assert tokenizer.decode(ids[: last_trained.index(True)]) == asked
@@ -109,7 +110,7 @@ def test_what_follows_the_last_answer_is_cut_off(minicpm, chatml):
 
 
 def test_only_the_last_answer(minicpm):
-    ids, trained = minicpm.chat_example(TWO_TURNS, only_last=True)
+    ids, trained = minicpm.chat_example(TWO_TURNS, [False] * 4 + [True])
     assert spans(minicpm, ids, trained) == ["<s>The fox.<用户>Hello<AI>你好<用户>42<AI>", ["dogs</s>"]]
 
 
@@ -175,7 +176,7 @@ def test_templates_that_change_answers(tmp_path, template):
 @pytest.mark.parametrize("form", [str, str.strip, str.lstrip, str.rstrip])
 def test_the_template_strips_as_it_does_without_marks(form):
     prompt = f"A: {form(' x ')} B: {form(' ')}."
-    assert chat.cut_at_answers(prompt, "A: ~ x ~ B: ~ ~.", [" x ", " "], "~") == [
+    assert chat.cut_at_answers(prompt, ["A: ", " B: ", "."], [" x ", " "]) == [
         "A: ",
         form(" x "),
         " B: ",
@@ -278,9 +279,9 @@ def test_a_pair_trains_its_last_answer_only(minicpm):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({}, "the keys none: that is none of the known forms; the forms are: messages; "),
-        ({"question": "a", "answer": "b"}, "the keys question, answer: that is none"),
-        ({"text": "a", "messages": ANSWER}, "the keys text, messages: that is more than one form"),
+        ({}, "the keys none, which are no known form; give messages, prompt and completion, text"),
+        ({"question": "a", "answer": "b"}, "the keys question and answer, which are no known form"),
+        ({"text": "a", "messages": ANSWER}, "the keys messages and text, which are more than one form"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "these are preference pairs"),
         ({"messages": ANSWER, "tools": [{}]}, '"tools"'),
         ({"text": 5}, '"text" of type int'),
@@ -291,9 +292,9 @@ def test_a_pair_trains_its_last_answer_only(minicpm):
         ({"messages": [{"role": "user", "content": None}]}, "the content of message 0"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "the role 'robot'"),
         ({"messages": ANSWER[:1]}, "no assistant turn"),
-        ({"conversations": [{"from": "bot", "value": "a"}]}, "a turn from 'bot'"),
-        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "a turn from"),
-        ({"conversations": [{"from": "gpt"}]}, 'no "value"'),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "0 is from 'bot'; known are human, user, gpt and 2 more"),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "message 0 is from"),
+        ({"conversations": [{"from": "gpt"}]}, '"value" is missing'),
         ({"text": "a\ud83d"}, "lone surrogate"),
     ],
 )
@@ -306,10 +307,10 @@ def test_documents_that_cannot_be_used(minicpm, document, message):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"messages": ANSWER}, "the forms are: conversations [+] chosen [+] rejected; prompt"),
+        ({"messages": ANSWER}, "the keys messages, which are no known form; give prompt, chosen and rejected"),
         ({"prompt": "a", "chosen": ANSWER, "rejected": "b"}, '"chosen" that is not one answer'),
         ({"prompt": "a", "chosen": "b", "rejected": []}, "with one or more"),
-        ({"prompt": 5, "chosen": "b", "rejected": "c"}, "messages must be a list"),
+        ({"prompt": 5, "chosen": "b", "rejected": "c"}, '"prompt" of type int'),
     ],
 )
 def test_pairs_that_cannot_be_used(minicpm, document, message):
@@ -373,17 +374,29 @@ def test_which_file(tmp_path):
             lines(FOX) + "{\n" + lines(FOX, {"a": 1}),
             r"line 2 is not JSON \(.*\(1 more .*: 4\)\.$",
         ),
-        ("train.jsonl", lines(FOX, {"a": 1}), r"train.jsonl, line 2: it has the keys a: .*text\.$"),
+        (
+            "train.jsonl",
+            lines(FOX, {"a": 1}),
+            r"train.jsonl, line 2: it has the keys a, which .*mac.md\)\.$",
+        ),
         (
             "train.jsonl",
             lines(*[{"a": 1}] * 14),
-            r"line 1: .*\(13 more .*wrong: 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, \.\.\.\)",
+            r"line 1: .*\(13 more .*wrong: 2, 3, 4, \.\.\.\)",
         ),
         ("train.jsonl", "[1]\n", "line 1 is not an object"),
         ("train.jsonl", b"\xff\n", "line 1 is not UTF-8"),
         ("train.json", json.dumps([FOX, 1, FOX, {"a": 1}]), r"item 2 is not an object .*\(1 more items? .*: 4\)\.$"),
         ("train.json", json.dumps([FOX, {"messages": ANSWER[:1]}]), "item 2: the messages have no assistant turn"),
-        ("train.json", "[{}", "is not a JSON array"),
+        ("train.json", "[{}", "is not JSON"),
+        (
+            "train.jsonl",
+            lines(FOX) + '{"text": "a", "text": "b"}',
+            r'line 2 has the key "text" twice; keep one of them\.$',
+        ),
+        ("train.json", '[{"messages": [{"role": "user", "role": "a"}]}]', r'train.json has the key "role" twice'),
+        ("train.jsonl", "[" * 100_000, r"line 1 is not JSON \(it is nested too deeply\)"),
+        ("train.json", "[" * 100_000, r"train.json is not JSON \(it is nested too deeply\)"),
         ("train.json", b'["\xff"]', "not UTF-8"),
         ("train.json", "[]", "is empty"),
         ("train.json", "", "is empty"),

@@ -73,8 +73,31 @@ def test_links_into_a_blob_store_are_followed(reference, tmp_path):
 def test_the_order_of_preference(folder):
     (folder / "pytorch_model.bin").write_bytes(b"never opened")
     assert open_folder(folder).keys() == {"a", "b"}
+    for k in (1, 2):
+        (folder / SHARD.format(k)).unlink()
     store(folder / "model.safetensors", "c")
     assert open_folder(folder).keys() == {"c"}
+
+
+@pytest.mark.parametrize("kept", [INDEX, SHARD.format(1)])
+def test_one_file_beside_shards(folder, kept):
+    """transformers would take the one file, whose shards may be those of a later model."""
+    store(folder / "model.safetensors", "c")
+    refused(folder, f"holds model.safetensors and the shards {SHARD.format(1)}, {SHARD.format(2)}, .* remove what")
+    for path in list(folder.glob("model-*")) + [folder / INDEX]:
+        if path.name != kept:
+            path.unlink()
+    if kept == INDEX:
+        assert open_folder(folder).keys() == {"c"}
+    else:
+        refused(folder, f"holds model.safetensors and the shards {SHARD.format(1)}, ")
+
+
+def test_one_file_and_its_own_index(tmp_path):
+    """As mlx_lm writes every model."""
+    store(tmp_path / "model.safetensors", "a")
+    index(tmp_path, {"a": "model.safetensors"})
+    assert open_folder(tmp_path).keys() == {"a"}
 
 
 def test_a_single_file_of_another_name(tmp_path):
@@ -97,6 +120,8 @@ def test_shards_without_an_index_are_refused(folder):
 def test_missing_shards_are_all_named(folder):
     index(folder, {"a": SHARD.format(1), "b": SHARD.format(3), "c": SHARD.format(4)})
     refused(folder, f"lacks {SHARD.format(3)}, {SHARD.format(4)}")
+    index(folder, {str(k): f"model-{k}-of-9.safetensors" for k in range(9)})
+    refused(folder, "lacks model-0-of-9.safetensors, .*, model-2-of-9.safetensors and 6 more, which")
 
 
 def test_shard_and_index_must_agree(folder):
@@ -104,7 +129,18 @@ def test_shard_and_index_must_agree(folder):
     refused(folder, f"{SHARD.format(2)} lacks c")
     store(folder / SHARD.format(1), "a", "d")
     index(folder, {"a": SHARD.format(1), "b": SHARD.format(2)})
-    refused(folder, f"{SHARD.format(1)} has d besides")
+    assert open_folder(folder).keys() == {"a", "b", "d"}  # as in a single file, for the parameter table to judge
+
+
+def test_a_tensor_in_two_shards(folder):
+    store(folder / SHARD.format(1), "a", "b")
+    found = open_folder(folder)
+    assert list(found) == ["a", "b"] and found["b"].source.name == SHARD.format(2)
+    other = np.arange(1, 5, dtype=np.float32)
+    safetensors.write_file(folder / SHARD.format(2), {"b": Computed.of(other)})
+    refused(folder, f"b is another one in .*{SHARD.format(1)} than in .*{SHARD.format(2)}; download both")
+    safetensors.write_file(folder / SHARD.format(2), {"b": Computed.of(other[:3])})
+    refused(folder, "b is another one")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +163,11 @@ def test_an_index_that_is_none_is_refused(folder, text):
 def test_a_file_name_too_long_for_the_system_is_missing(folder):
     index(folder, {"a": "x" * 1000 + ".safetensors"})
     refused(folder, "lacks xxx")
+
+
+def test_shards_without_end_are_refused(folder):
+    index(folder, {str(i): f"model-{i}.safetensors" for i in range(10_001)})
+    refused(folder, "names 10001 files, more than any model has")
 
 
 def test_a_git_lfs_pointer_is_called_by_its_name(folder):

@@ -22,6 +22,7 @@ NUMBERS = {
     "attention.head_count_kv": KV_HEADS,
     "attention.layer_norm_rms_epsilon": 1e-5,
 }
+SCALES = {"embedding_scale": 12.0, "residual_scale": 1.4, "logit_scale": HIDDEN / 16}
 RNG = np.random.default_rng(0)
 EMBEDDING = RNG.normal(size=(ROWS, HIDDEN)).astype(np.float32)
 QUERY = RNG.normal(size=(HIDDEN, HIDDEN)).astype(np.float32)
@@ -177,14 +178,78 @@ def test_llama_and_what_has_no_hugging_face_name(path):
         ({"attention.head_count": 0}, "head_count = 0 where"),
         ({"attention.head_count": 5}, "q_proj.weight in .* has 64 rows"),
         ({"attention.key_length": 16, "rope.dimension_count": 8}, "different attention.key_length and rope.dim"),
-        ({"logit_scale": 3.0}, "logit_scale that is not hidden_size / a whole number"),
-        ({"logit_scale": float("nan")}, "logit_scale = nan where"),
+        (SCALES | {"logit_scale": 3.0}, "logit_scale that is not hidden_size / a whole number"),
+        (SCALES | {"logit_scale": float("nan")}, "logit_scale = nan where"),
         ({"numbers": {k: v for k, v in NUMBERS.items() if k != "context_length"}}, "no minicpm.context_length"),
         ({"split.count": 2}, "one part of a split file"),
+        ({"general.type": "adapter"}, "is of general.type adapter, not a model"),
+        ({"expert_used_count": 2}, "minicpm.expert_used_count = 2, which is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0, which is not supported"),
+        ({"rope.freq_basf": 1e6}, "minicpm.rope.freq_basf = 1000000.0, which is not understood"),
+        ({"architecture": "llama", "embedding_scale": 12.0}, "llama.embedding_scale = 12.0, which is not understood"),
+        ({"rope.freq_base": 10000}, "rope.freq_base = 10000 where a positive number"),  # of the wrong type
+        ({"block_count": 1.0}, "block_count = 1.0 where a positive whole number"),
+        ({"residual_scale": 1.4}, "lacks minicpm.embedding_scale, minicpm.logit_scale and has others of the scales"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(path, change, message):
     refused(made(path, **change), message)
+
+
+@pytest.mark.parametrize("scale", [f"minicpm.{name}" for name in SCALES])
+def test_a_scale_whose_key_has_one_other_character(path, scale):
+    """All three or none: the file would be read with other scales."""
+    data = made(path, **SCALES).read_bytes()
+    assert gguf.open_file(path).config["scale_emb"] == 12
+    start = data.index(scale.encode())
+    for place in range(start, start + len(scale)):
+        for other in b"a", b".", b"\x00":
+            path.write_bytes(data[:place] + other + data[place + 1 :])
+            if other != data[place : place + 1]:
+                refused(path, "lacks minicpm.* scales|not understood|reads like a key")
+
+
+def test_keys_that_others_write_are_passed_over(path):
+    ours = {"vocab_size": ROWS, "expert_count": 0, "attention.layer_norm_epsilon": 1e-5, "pooling_type": 0}
+    made(path, **ours, **{"general.source.huggingface.repository": "a/b", "tokenizer.ggml.pre": "default"})
+    writer_free = {"general.base_model.0.name": "a", "general.tags": ["a"], "general.license": "x"}
+    assert gguf.open_file(made(path, **ours, **writer_free)).config["scale_emb"] == 12
+    data = path.read_bytes()
+    key = b"general.license"
+    for other in (b"mradermacher.qb", b"quantize.imatrx"):
+        path.write_bytes(data.replace(key, other))
+        assert gguf.open_file(path).config["scale_emb"] == 12
+
+
+def header(*numbers: bytes, version: int = 3, tensors: int = 0, keys: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + b"".join(numbers)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (header(keys=2**40), "promises 0 tensors and 1099511627776 keys, more than any model has"),
+        (header(tensors=2**40), "promises 1099511627776 tensors"),
+        (header(text(b"a"), struct.pack("<IIQ", 9, 8, 2**40), keys=1), "1099511627776 elements"),
+        (header(text(b"a"), struct.pack("<IIQ", 9, 0, 10**7), bytes(10**7), keys=1), "10000000 elements"),
+        (header(text(b"a"), struct.pack("<IIQ", 9, 9, 1), struct.pack("<IQ", 9, 1), keys=1), "array of the type 9"),
+        (header(text(b"a"), struct.pack("<IQ", 8, 2**63), keys=1), "truncated or damaged"),
+        (header(*2 * [text(b"a") + struct.pack("<II", 4, 1)], keys=2), "metadata key a twice"),
+        (header(text(b"k" * 10**6) * 2, keys=1), "metadata of the unknown type"),
+    ],
+)
+def test_a_header_is_bounded(path, data, message):
+    path.write_bytes(data)
+    refused(path, message)
+
+
+def test_bytes_behind_the_last_tensor_are_refused(path):
+    path.write_bytes(made(path).read_bytes() + bytes(4096))
+    refused(path, "4096 bytes behind its last tensor")
 
 
 def test_other_files_are_refused(path, tmp_path):

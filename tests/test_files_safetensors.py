@@ -115,7 +115,7 @@ def test_metadata_may_be_null(path):
         ({"a": 1}, "not described"),
         (with_a(extra=1), "not described"),
         (with_a(dtype=None), "not described"),
-        (with_a(dtype="F33"), "has the dtype F33; known are F64"),
+        (with_a(dtype="F33"), "has the dtype F33, which is none"),
         (with_a(shape=[-2, -3]), "shape"),
         (with_a(shape=[2.0, 3]), "shape"),
         (with_a(shape=[True, 6]), "shape"),

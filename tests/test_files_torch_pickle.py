@@ -48,6 +48,8 @@ def program(value: bytes) -> bytes:
 
 
 NONE, FALSE, TRUE = b"N", b"\x89", b"\x88"
+DOUBLED = b"h\x00h\x00\x86q\x000"  # memo 0 becomes a pair of itself
+COPIED = name("collections", "OrderedDict") + b"h\x00\x85R0"  # of the list in memo 0
 ORDERED = call(name("collections", "OrderedDict"))
 
 
@@ -165,7 +167,7 @@ def test_attributes_cannot_be_set(path, tmp_path):
     for state in (change, several(NONE, change)):
         refused(archive(path, program(mapping(w=tensor(storage()) + state + b"b"))), "damaged|no storage")
     function = name("torch._utils", "_rebuild_tensor_v2") + several(NONE, mapping(__defaults__=several(TRUE))) + b"b"
-    refused(archive(path, program(mapping(w=function))), "not a tensor")
+    refused(archive(path, program(mapping(w=function))), "sets attributes")
     good = archive(path, program(mapping(w=tensor(storage()))))
     assert torch_pickle.open_file(good)["w"].read().tolist() == [[0, 1, 2], [3, 4, 5]]
 
@@ -196,7 +198,19 @@ def test_attributes_cannot_be_set(path, tmp_path):
         (mapping(w=call(name("torch._utils", "_rebuild_tensor_v2"))), "damaged"),
         (mapping(w=b"\x96" + struct.pack("<Q", 2**62)), "damaged"),
         (b"(" * 50, "damaged"),
-        (b"}" + NONE + b"\x85" * 200_000 + NONE + b"s", "200000 parts"),  # hashing it would overflow the stack
+        (b"}" + NONE + b"\x85" * 200_000 + NONE + b"s", "a key that is a tuple"),  # hashing overflows the stack
+        (b"})q\x000" + DOUBLED * 60 + b"h\x00" + NONE + b"s", "a key that is a tuple"),  # hashing it takes 2**60 steps
+        (b"Nr" + struct.pack("<I", 2**31) + b"0}", "its number 2147483648 after 3 opcodes"),  # 17 GB in Python's
+        (b"N" * 1_000_001, "more than 1000000 parts"),
+        (mapping(w=b"\x8b" + struct.pack("<i", 2**31 - 1)), "damaged"),
+        (mapping(w=b"\x8b" + struct.pack("<i", 3) + b"abc"), "opcode LONG4"),
+        (mapping(w=b"\x8f"), "opcode EMPTY_SET"),
+        (mapping(w=b"\x82\x01"), "opcode EXT1"),
+        (mapping(w=call(name("collections", "OrderedDict"), whole(1))), "an OrderedDict of what is no list"),
+        (b"]q\x00(" + several(text("a"), NONE) * 1000 + b"e0}" + COPIED * 1000, "more than 1000000 parts"),
+        (b"a", "takes more than it has made"),
+        (b"h\x07", "damaged"),
+        (NONE + several(NONE) + b"R", "calls what is no function"),
     ],
 )
 def test_what_is_no_state_dict_of_tensors_is_refused(path, value, message):
@@ -217,6 +231,56 @@ def test_other_archives_are_refused(path):
     refused(path, "no torch file")
     path.unlink()
     refused(path, "cannot read")
+
+
+def test_two_entries_of_one_name_are_refused(path):
+    """The last one wins in zipfile, the first in others."""
+    archive(path, program(mapping(w=tensor(storage()))))
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as file:
+        file.writestr("archive/data/0", bytes(24))
+    refused(path, "two entries archive/data/0")
+
+
+def test_an_entry_must_be_the_one_that_the_directory_names(path):
+    two = {"0": np.arange(6, dtype=np.float32), "1": np.ones(6, np.float32)}
+    data = archive(path, program(mapping(w=tensor(storage()))), two).read_bytes()
+    offset = struct.pack("<I", data.index(b"archive/data/0") - 30)
+    assert data.count(offset) == 1
+    path.write_bytes(data.replace(offset, struct.pack("<I", data.index(b"archive/data/1") - 30)))
+    refused(path, "no local header for archive/data/0")
+
+
+def test_a_flipped_bit_is_found_by_its_checksum(path):
+    pickled = program(mapping(w=tensor(storage())))
+    data = archive(path, pickled, version=b"3").read_bytes()
+    numbers = np.arange(6, dtype=np.float32).tobytes()
+    spoiled = data.replace(numbers, numbers[:-1] + b"\x41")
+    path.write_bytes(spoiled)
+    opened = torch_pickle.open_file(path)["w"]
+    for read in (opened.read, lambda: opened.read_rows(0, np.empty((2, 3), np.float32))):
+        with pytest.raises(InputError, match="archive/data/0 in .* has a wrong checksum"):
+            read()
+    path.write_bytes(data.replace(pickled, pickled.replace(b"X\x01\x00\x00\x00w", b"X\x01\x00\x00\x00v")))
+    refused(path, "archive/data.pkl in .* has a wrong checksum")
+    with zipfile.ZipFile(path) as file:
+        sums = [struct.pack("<I", info.CRC) for info in file.infolist()]
+    for known in sums:
+        spoiled = spoiled.replace(known, bytes(4))  # as where torch is told to work none out
+    path.write_bytes(spoiled)
+    assert torch_pickle.open_file(path)["w"].read()[-1, -1] != 5
+
+
+def test_a_directory_without_end_is_not_read(path):
+    data = archive(path, program(mapping())).read_bytes()
+    end = data.rindex(b"PK\x05\x06")
+    path.write_bytes(
+        data[:end] + bytes(5_000_000) + data[end : end + 12] + struct.pack("<I", 5_000_000) + data[end + 16 :]
+    )
+    refused(path, "a directory of 5000000 bytes is more than any model needs")
+
+
+def test_numbers_repeated_without_end_are_refused(path):
+    refused(archive(path, program(mapping(w=tensor(storage(), 0, (2**22, 2), (0, 1))))), "repeats the numbers")
 
 
 def test_every_truncation_is_refused(path):

@@ -1,6 +1,7 @@
 """The training loop round both backends: runs that are stopped, preferences, all weights, and what cannot be."""
 
 import json
+import random
 import resource
 import shutil
 import signal
@@ -14,11 +15,11 @@ import tiny_adapter
 import tiny_training as tiny
 from tiny_training import BACKENDS, part
 
-from minicpm_data import finetuning
+from minicpm_data import finetuning, load_tokenizer
 from minicpm_data.batches import Batches
 from minicpm_data.examples import load_split
 from minicpm_data.finetune_options import LoraOptions
-from minicpm_data.tokenizer import load_tokenizer
+from minicpm_data.metrics import read_records
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
@@ -86,6 +87,55 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(backend, world, whole, tmp_p
     tiny.finetune(backend, tiny.lora(world, tmp_path / "out", **LONG, resume=True))
     assert figures(tmp_path / "out") == figures(whole)
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(whole)
+
+
+def test_a_run_killed_at_random_moments_is_the_run_that_was_not(backend, world, tmp_path):
+    """With a checkpoint after each step, so that the kills fall into saves too. Between them the figures are whole."""
+    options = {"iters": 40, "save_every": 1, "steps_per_eval": 7}
+    tiny.finetune(backend, tiny.lora(world, tmp_path / "whole", **options))
+    out, chance, resumed = tmp_path / "out", random.Random(7), 0
+    for kill in range(4):
+        given = tiny.lora(world, out, **options, resume=kill > 0)
+        command = [sys.executable, "-m", f"{backend}.lora", *tiny.flags(given)]
+        with (tmp_path / "said").open("w") as said:
+            process = subprocess.Popen(command, stdout=said, stderr=said)
+            deadline, before = time.monotonic() + 120, resumed
+            while process.poll() is None and last_step(out) <= before:
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.2))
+            process.kill()
+            process.wait(60)
+        assert process.returncode in (-signal.SIGKILL, 0), (tmp_path / "said").read_text()
+        resumed = last_step(out)
+        steps = [record["step"] for record in read_records(out / "metrics.jsonl")]
+        assert steps == list(range(1, len(steps) + 1)) and len(steps) >= resumed
+    tiny.finetune(backend, tiny.lora(world, out, **options, resume=True))
+    assert figures(out) == figures(tmp_path / "whole")
+    assert adapter_bytes(out) == adapter_bytes(tmp_path / "whole")
+    assert not [path for path in out.rglob("*") if "partial" in path.name or "tmp" in path.name]
+
+
+def last_step(out):
+    return max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdecimal()), default=0)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(backend, world, whole, tmp_path):
+    """By the command, while the first one runs; the first goes on."""
+    out = tmp_path / "out"
+    long = {**LONG, "iters": 2000}
+    command = [sys.executable, "-m", f"{backend}.lora", *tiny.flags(tiny.lora(world, out, **long))]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        try:
+            deadline = time.monotonic() + 120
+            while not last_step(out) and first.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            second = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+            assert second.returncode == 2 and f"in use by another run (process {first.pid} on" in second.stderr
+            assert second.stderr.count("error:") == 1 and first.poll() is None
+        finally:
+            first.kill()
 
 
 def command_line(monkeypatch, backend, *arguments):
@@ -297,7 +347,7 @@ def test_a_preference_on_the_test_examples(preferred, world, pairs, capsys):
         ({"warmup_steps": 9}, "--warmup-steps 9 is more than the 4 steps"),
         ({"data": "nowhere"}, "--data nowhere does not exist"),
         ({"data": "{world}/model"}, "holds no train.jsonl or train.json"),
-        ({"loss": "dpo"}, "train.jsonl, line 1: it has the keys prompt, completion"),
+        ({"loss": "dpo"}, "train.jsonl, line 1: it has the keys prompt and completion"),
         ({"data": "{pairs}"}, "these are preference pairs"),
         ({"adapter_path": "{world}/model"}, "is not empty and holds no run"),
         ({"learning_rate": 0.0}, "--learning-rate is 0.0; it must be above 0"),

@@ -168,7 +168,7 @@ def test_texts(run_folder, tmp_path):
     assert len(history.read_texts(run_folder / "text.jsonl")) == 3
     assert history.read_texts(run_folder / "text.txt")[0].startswith("The quick")
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(InputError, match='without "text"'):
+    with pytest.raises(InputError, match="line 1: it has the keys prompt"):
         history.read_texts(tmp_path / "wrong.jsonl")
     with pytest.raises(InputError, match="is not UTF-8 text"):
         history.read_texts(built_in() / "model.safetensors")

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[tuple[str, str], dict[str, bytes]] = {(REPO, "main"): FILES}
         self.fetched: list[str] = []  # names of the files whose bytes were asked for, in order
+        self.claimed: dict[str, int | None] = {}  # sizes of files that are none
         self.fault: str | None = None  # "cut" | "stall" | "gated" | "broken"
         self.released = threading.Event()  # ends a stall
 
@@ -108,12 +110,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not (found := self._find(repo, revision)):
             return
         commit, files = found
+        sizes = {name: len(data) for name, data in files.items()} | self.server.claimed
         listing: object = [
             {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for name, data in files.items()
         ]
         if what == "revision":
-            listing = {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+            listing = {"id": repo, "sha": commit, "siblings": [{"rfilename": n, "size": sizes[n]} for n in files]}
         self._reply(200, {"Content-Type": "application/json"}, json.dumps(listing).encode())
 
     def _file(self, repo: str, revision: str, name: str) -> None:
@@ -144,6 +147,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+# What a notebook prints before a download, with so many bytes of memory.
+ROOM = """
+import sys
+from minicpm_data.notebook import check_room
+from weights_io.errors import InputError
+
+try:
+    check_room(sys.argv[1], [None, "float32"], memory=int(sys.argv[2] or 10**9))
+except InputError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     with Server() as server:
@@ -155,11 +171,13 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def start(server: Server, home: Path, repo: str, revision: str = "", **environment: str) -> subprocess.Popen[str]:
+def start(
+    server: Server, home: Path, repo: str, revision: str = "", client: str = CLIENT, **environment: str
+) -> subprocess.Popen[str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home), **environment}
     return subprocess.Popen(
-        [sys.executable, "-c", CLIENT, repo, revision],
+        [sys.executable, "-c", client, repo, revision],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -228,6 +246,40 @@ def test_subfolder(server, tmp_path):
     assert f"{REPO}/steps/3 holds no config.json" in refusal(server, tmp_path, f"{REPO}/steps/3")
     whole = refusal(server, tmp_path, REPO)
     assert f"steps/1/onnx and steps/2 and more do, so name {REPO}/steps/1" in whole
+
+
+def test_what_a_download_takes_is_known_before_it(server, tmp_path):
+    """Of the files that a model is loaded from, those that are not in the cache yet; none of them is fetched for it."""
+    config = (Path(__file__).parent / "reference" / "dense_1b" / "config.json").read_bytes()
+    files = {**FILES, "config.json": config}
+    del files["tokenizer.model"], files["chat_template.jinja"]
+    server.repos[REPO, "main"] = files
+
+    def room(*arguments: str) -> tuple[str, str]:
+        return start(server, tmp_path, REPO, *arguments, client=ROOM).communicate(timeout=60)
+
+    out, err = room()
+    assert "error: " not in err and "download       1.0 MB in 1 file of openbmb/tiny\n" in out
+    assert (
+        f"disk           1.0 MB in {tmp_path}/hub and 2.7 MB at most for the copies that this notebook writes;" in out
+    )
+    assert (
+        "memory         1.2 MB of weights in float32, 4.2 MB of keys and values for 4,096 tokens; 1.00 GB are free"
+        in out
+    )
+    assert "first answer   in seconds; an estimate, not timed on a TPU\n" in out
+    assert "model.safetensors" not in server.fetched
+    assert "error: the weights of openbmb/tiny in float32 would take 1.2 MB, and 1.0 MB are free" in room("1000000")[1]
+    server.claimed = {"model.safetensors": 10**10, "tf_model.h5": 10**15}
+    assert "first answer   about 100 s from here (100 s to download at 100 MB/s)" in room()[0]
+    server.claimed = {"model.safetensors": 10**16}
+    assert re.search(r"\nerror: openbmb/tiny on the disk of /.* would take 10,000,000.* are free; make room", room()[1])
+    server.claimed = {"model.safetensors": None}  # a mirror that does not say
+    assert "download       unknown in 1 file " in (said := room()[0]) and "first answer" not in said
+    server.claimed = {}
+    unchecked = "import sys; from weights_io.hub import resolve; resolve(sys.argv[1])"
+    start(server, tmp_path, REPO, client=unchecked).communicate(timeout=60)
+    assert "download       nothing: openbmb/tiny is in the cache" in room()[0]
 
 
 def test_refusals_are_one_sentence(server, tmp_path):
@@ -364,7 +416,7 @@ def test_damaged_index(tmp_path, weight_map):
     name = "model.safetensors.index.json"
     (tmp_path / name).write_text(weight_map)
     with pytest.raises(InputError, match="holds no weight_map"):
-        hub.weight_files([name], lambda names: tmp_path, "a/b")
+        hub.weight_files([name], lambda names: tmp_path)
 
 
 def parameters(config: dict) -> int:

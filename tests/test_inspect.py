@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_model
 
+from minicpm_data.of_checkpoint import tokenizer_of
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed, write_file
@@ -89,21 +90,68 @@ def test_unusual_tensors_are_told(model, reference):
     assert not report.problems
 
 
+def bpe(vocab: dict[str, int] | int, *added: int) -> str:
+    vocab = {f"{i}": i for i in range(vocab)} if isinstance(vocab, int) else vocab
+    tokens = [{"id": i, "content": f"<{i}>", "special": True, **FLAGS} for i in added]
+    return json.dumps({"version": "1.0", "added_tokens": tokens, **STEPS, "model": {**BPE, "vocab": vocab}})
+
+
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+STEPS = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+BPE = {"type": "BPE", "merges": []}
+
+
 def test_tokenizer_and_chat_template(model):
-    spec = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 299}}, "added_tokens": [{"id": 310, "content": "<x>"}]}
-    (model / "tokenizer.json").write_text(json.dumps(spec))
+    (model / "tokenizer.json").write_text(bpe(300, 300))
     report = inspect(model)
-    assert (report.tokenizer, report.tokenizer_ids) == ("tokenizer.json (BPE)", 311)
+    assert (report.tokenizer, report.tokenizer_ids) == ("tokenizer.json (BPE)", 301)
     assert "<用户>{}<AI>" in report.chat_template
-    assert any("9 more rows than the tokenizer has ids (311)" in note for note in report.unusual)
-    (model / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": "x", "added_tokens_decoder": {"400": {"content": "<y>"}}})
-    )
+    assert any("19 more rows than the tokenizer has ids (301)" in note for note in report.unusual)
+    config = {"chat_template": "x", "added_tokens_decoder": {"400": {"content": "<y>"}}}
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
     report = inspect(model)
     assert "tokenizer_config.json" in report.chat_template
-    assert any("401 ids" in problem for problem in report.problems)
+    (model / "chat_template.jinja").write_text("x")
+    assert "chat_template.jinja" in inspect(model).chat_template
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    assert any("not of one checkpoint" in problem for problem in inspect(model).problems)
     (model / "tokenizer.json").write_text('{"model": []}')
-    assert any("do not describe a tokenizer" in problem for problem in inspect(model).problems)
+    assert any("does not describe a tokenizer" in problem for problem in inspect(model).problems)
+
+
+def test_a_token_beyond_the_table_is_told(model):
+    (model / "tokenizer.json").write_text(bpe(320, 320))
+    report = inspect(model)
+    assert not report.problems
+    assert any("'<320>' are beyond the model's 320 rows" in note for note in report.unusual)
+    (model / "tokenizer.json").write_text(bpe(321))
+    assert any("321 ids, and the embedding 320 rows" in problem for problem in inspect(model).problems)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": bpe({"a": 0})},
+        {"tokenizer.json": bpe({"a": 0}, 5)},  # the library would give it the id 1
+        {"tokenizer.json": bpe({"a": 0}).replace("null", '{"type": "FixedLength", "length": 0}', 2)},
+        {"tokenizer.json": bpe({"a": 999})},
+        {"tokenizer.json": bpe({"a": 0}).replace('"BPE"', '"WordLevel"')},
+        {"tokenizer.json": bpe({"a": 0}), "chat_template.jinja": b"\xff"},
+        {"tokenizer.json": bpe({"a": 0}), "tokenizer_config.json": '{"add_bos_token": "no"}'},
+        {"tokenizer.json": bpe({"a": 0}), "tokenizer_config.json": '{"legacy": false, "legacy": true}'},
+        {"tokenizer.json": "\ufeff" + bpe({"a": 0}), "tokenizer_config.json": '{"model_max_length": 1e30, "x": 1}'},
+        {"tokenizer.model": b"no"},
+    ],
+)
+def test_inspect_refuses_the_tokenizers_that_load_refuses(model, files):
+    for name, content in files.items():
+        (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        tokenizer_of(open_checkpoint(model))
+        refused = None
+    except InputError as error:
+        refused = str(error)
+    assert inspect(model).problems == ([] if refused is None else [refused])
 
 
 def test_faults_of_the_weights_are_told_beside_what_is_known(model, capsys):
@@ -241,9 +289,19 @@ def test_what_load_refuses_beside_the_weights_is_a_problem(model, file, key, val
         main(Options(model=str(model)))
 
 
+def test_a_head_that_is_not_the_tied_embedding_is_a_problem(reference, tmp_path):
+    model = shutil.copytree(reference("dense_untied"), tmp_path / "model", copy_function=shutil.copyfile)
+    raw = json.loads((model / "config.json").read_text())
+    assert raw.pop("tie_word_embeddings") is False and not inspect(model).problems
+    (model / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="differs from the embedding"):
+        open_checkpoint(model)
+    assert any("differs from the embedding" in problem for problem in inspect(model).problems)
+
+
 def test_several_problems_are_one_sentence_and_each_has_a_remedy(model):
     (model / "generation_config.json").write_text("[]")
-    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 999}}}))
+    (model / "tokenizer.json").write_text(bpe({"a": 999}))
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(InputError) as caught:

@@ -11,7 +11,7 @@ import pytest
     [
         "from minicpm_data import tokenizer; assert tokenizer.__name__ == 'minicpm_data.tokenizer'",
         "import minicpm_data.tokenizer; assert callable(minicpm_data.load_tokenizer)",
-        "from minicpm_data import load_tokenizer; assert load_tokenizer.__module__ == 'minicpm_data.tokenizer'",
+        "from minicpm_data import Tokenizer; assert Tokenizer.__module__ == 'minicpm_data.tokenizer'",
         "from minicpm_data import *; assert callable(stream_text) and callable(load_tokenizer)",
         "import minicpm_data; assert not hasattr(minicpm_data, 'nonsense')",
         "import minicpm_data; assert 'load_tokenizer' in dir(minicpm_data)",

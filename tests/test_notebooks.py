@@ -4,13 +4,14 @@ The kernels have the CPU alone, with eight devices that are not there (`conftest
 this is meant.
 """
 
-import importlib.util
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "tests" / "reference" / "s_1b"  # the original's numbers, and no tokenizer
+MIXTURE = ROOT / "tests" / "reference" / "moe_8x2b"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,20 @@ RUNS = [
         [
             r"dense_1b in float32: all \d\d cases hold",
             r"converted in float32: the one case holds",
-            r"on each of 8",
+            r"layers\.mlp\.up_proj\.weight +float32 \(6, 320, 128\) +\(6, 320, 16\) on each of 8",
+            r"layers\.input_layernorm\.weight +float32 \(6, 128\) +whole on each of 8",
+            r"the same numbers",
+        ],
+    ),
+    Run(
+        "checkpoints",
+        {"MODEL": str(MIXTURE), "REFERENCE": str(MIXTURE / "reference.npz")},
+        [
+            r"moe_8x2b in float32: all \d\d cases hold",
+            r"'expert': 8",
+            r"mlp\.experts\.w1\.weight +float32 \(3, 8, 40, 64\) +\(3, 1, 40, 64\) on each of 8",
+            r"mlp\.gate\.weight +float32 \(3, 8, 64\) +whole on each of 8",
+            r"self_attn\.q_proj\.weight .* whole on each of 8",
             r"the same numbers",
         ],
     ),
@@ -91,19 +106,31 @@ def text(notebook):
     return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
 
-def execute(name, variables, folder):
-    """The notebook, run in ``folder`` with other variables at its top; what it printed, and its outputs."""
-    notebook = read(name)
+def execute(name, variables, folder, before="", kernel="python3", timeout=120):
+    """The notebook, run in ``folder`` with other variables at its top and, ``before`` it, a cell that a user might have
+    run; what it printed, and its outputs."""
+    notebook = set_variables(read(name), variables)
+    if before:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(before))
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=timeout, kernel_name=kernel, resources=resources).execute()
+    if kept := os.environ.get("KEEP_NOTEBOOKS"):  # a folder, to look at them
+        nbformat.write(notebook, Path(kept) / f"{name}.ipynb")
+    return printed(notebook), [output for cell in code(notebook) for output in cell.outputs]
+
+
+def set_variables(notebook, variables):
     first = code(notebook)[0]
     for variable, value in variables.items():
         assignment = rf"^{variable} = .*?(?=  #|$)"
         first.source, count = re.subn(assignment, lambda _: f"{variable} = {value!r}", first.source, flags=re.M)  # noqa: B023
         assert count == 1, variable
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
-    if kept := os.environ.get("KEEP_NOTEBOOKS"):  # a folder, to look at them
-        nbformat.write(notebook, Path(kept) / f"{name}.ipynb")
+    return notebook
+
+
+def printed(notebook):
     outputs = [output for cell in code(notebook) for output in cell.outputs]
-    return "".join(output.text for output in outputs if output.output_type == "stream"), outputs
+    return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
 @pytest.fixture
@@ -117,18 +144,20 @@ def kernels(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.notebook}-{Path(str(run.variables.get('MODEL'))).name}")
 def test_runs_whole(run, tmp_path, kernels):
-    printed, outputs = execute(run.notebook, run.variables, tmp_path)
-    assert "because MINICPM_NOTEBOOK_CPU is set" in printed
+    said, outputs = execute(run.notebook, run.variables, tmp_path)
+    assert "because MINICPM_NOTEBOOK_CPU is set" in said
     for expected in run.printed:
-        assert re.search(expected, printed), (expected, printed)
+        assert re.search(expected, said), (expected, said)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == run.pictures
 
 
 @pytest.mark.parametrize("name", ["colab_tpu_chat", "mac_mlx"])
 def test_a_cpu_that_nobody_asked_for_is_refused(name, tmp_path, kernels, monkeypatch):
+    """In a sentence, without a traceback."""
     monkeypatch.delenv("MINICPM_NOTEBOOK_CPU")
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="wants a .*, and there is only a CPU;"):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="wants a .*, and there is only a CPU;") as stopped:
         execute(name, {}, tmp_path)
+    assert "Traceback" not in str(stopped.value) and "check_runtime" not in str(stopped.value).rpartition("-----")[2]
 
 
 @pytest.mark.parametrize("name", sorted({run.notebook for run in RUNS}))
@@ -138,8 +167,9 @@ def test_is_kept_as_a_reader_wants_it(name):
     assert title.startswith("# ") and f"/blob/main/notebooks/{name}.ipynb)" in badge and "**Runtime**" not in purpose
     assert "**Runtime**: a " in notebook.cells[0].source
     assert all(cell.execution_count is None and cell.outputs == [] for cell in code(notebook))
-    for link in re.findall(r"\]\((\.\./[^)]+)\)", text(notebook)):
-        assert (ROOT / "notebooks" / link).exists(), link
+    for link in re.findall(r"\]\(([^)]+)\)", text(notebook).replace(badge, "")):  # Colab opens the notebook alone
+        file = re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/blob/main/(docs/.+)", link)
+        assert file is not None and (ROOT / file[1]).exists(), link
 
 
 @pytest.mark.parametrize("name", sorted({run.notebook for run in RUNS}))
@@ -148,43 +178,66 @@ def test_no_cell_removes_what_is_worked_on(name):
     cells = [cell.source for cell in code(read(name))]
     for removed in re.findall(r"notebook\.fresh\((.*)\)", "\n".join(cells)):
         assert removed.endswith(", keep=MODEL")
-    assert not any("fresh(" in cell for cell in cells if re.search(r"minicpm_\w+\.(lora|finetune|pretrain) ", cell))
+    for folder in re.findall(r"notebook\.run_folder\((.*)\)", "\n".join(cells)):
+        assert re.fullmatch(r'"\w+", MODEL(, DRIVE)?', folder)
+    for cell in (cell for cell in cells if re.search(r"minicpm_\w+\.(lora|finetune|pretrain) ", cell)):
+        assert "fresh(" not in cell and "run_folder(" not in cell and "{notebook.resume(" in cell
 
 
 def test_these_are_the_notebooks():
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == {run.notebook for run in RUNS}
 
 
+def first_cell(name):
+    """Without its variables."""
+    return code(read(name))[0].source.partition("\n\n")[2]
+
+
 def test_the_first_cells_are_the_same():
-    """Below their variables; the Mac has no jax to spare."""
-    cells = {code(read(run.notebook))[0].source.partition("\n\n")[2] for run in RUNS if run.notebook != "mac_mlx"}
-    assert len(cells) == 1
+    """Below their variables, but for the backend and what is said of it."""
+    cells = {re.sub(r"mlx|jax|  # .*", "", first_cell(run.notebook)) for run in RUNS}
+    assert len(cells) == 1 and len({first_cell(run.notebook) for run in RUNS}) == 2
 
 
-ELSEWHERE = "minicpm-jax-mlx[{extra}] @ git+https://github.com/someone/minicpm-jax-mlx"
+def sourced(name, source):
+    """What the first cell would give to pip; it is imported from where the test stands."""
+    defined = {"SOURCE": source}
+    exec(first_cell(name).partition("\n\nif not any(")[0], defined)
+    return defined["source"]()
+
+
+GITHUB = "git+https://github.com/someone/minicpm-jax-mlx"
+
+
+@pytest.mark.parametrize("name", ["colab_tpu_chat", "mac_mlx"])
+def test_a_clone_that_is_there_is_installed(name, tmp_path, monkeypatch):
+    """In it, around the notebook, or beside it; whatever SOURCE says."""
+    for clone, place in (("beside/minicpm-jax-mlx", ".."), ("in", "."), ("around", "notebooks")):
+        for folder in ("notebooks", "minicpm_jax", "minicpm_mlx"):
+            (tmp_path / clone / folder).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / clone / place)
+        assert sourced(name, GITHUB) == str(tmp_path / clone)
 
 
 @pytest.mark.parametrize("name", sorted({run.notebook for run in RUNS}))
-@pytest.mark.parametrize("place", [None, ".", "notebooks", "beside"])
-def test_the_first_cell_installs_from_the_clone_that_is_there(name, place, tmp_path, monkeypatch):
-    """Else from the account that it names, and where it names none it says so."""
-    extra = "mlx" if name == "mac_mlx" else "jax"
-    clone = tmp_path / ("minicpm-jax-mlx" if place == "beside" else "clone")
-    for folder in ("notebooks", "minicpm_jax", "minicpm_mlx") if place else ():
-        (clone / folder).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path if place in (None, "beside") else clone / place)
-    monkeypatch.setattr(f"minicpm_{extra}.notebook.check_runtime", lambda: None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    source = re.sub(r"%pip install (.*)", r"installed.append(f'\1')", code(read(name))[0].source)
-    installed = []
-    if place is None:
-        with pytest.raises(SystemExit, match="account"):
-            exec(re.sub("github.com/[^/]+", "github.com/OWNER", source), {"installed": installed})
-        exec(re.sub("github.com/[^/]+", "github.com/someone", source), {"installed": installed})
-    else:
-        exec(source, {"installed": installed})
-    (options,) = installed
-    assert options.endswith(f'"{ELSEWHERE.format(extra=extra) if place is None else f"{clone}[{extra}]"}"')
+def test_what_source_may_be(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a clone").mkdir()
+    (tmp_path / "a.whl").touch()
+    for given, taken in {
+        GITHUB: GITHUB,
+        "someone": GITHUB,
+        "https://github.com/someone/minicpm-jax-mlx": GITHUB,
+        "git+https://elsewhere.org/x@branch": "git+https://elsewhere.org/x@branch",
+        "https://elsewhere.org/a.whl": "https://elsewhere.org/a.whl",
+        "a clone": str(tmp_path / "a clone"),
+        str(tmp_path / "a.whl"): str(tmp_path / "a.whl"),
+    }.items():
+        assert sourced(name, given) == taken
+    for given, said in (("git+https://github.com/OWNER/minicpm-jax-mlx", "account"), ("dist/no.whl", "is not here")):
+        with pytest.raises(Exception, match=said) as stopped:
+            sourced(name, given)
+        assert stopped.value._render_traceback_() == [str(stopped.value)]  # what a notebook shows
 
 
 def test_the_account_is_written_into_copies(tmp_path):
@@ -204,7 +257,8 @@ def test_the_account_is_written_into_copies(tmp_path):
         assert make(f"remote set-url origin {url}").returncode == 0
     for path in (tmp_path / "notebooks").glob("*.ipynb"):
         text = path.read_text(encoding="utf-8")
-        assert re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?=/blob/main/|\\\")", text) == 2 * ["second/an.other"]
+        named = re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?=/blob/main/|\\\")", text)
+        assert set(named) == {"second/an.other"} and len(named) == 2 + text.count("/blob/main/docs/")
         nbformat.validate(nbformat.read(path, as_version=4))
 
 
@@ -245,6 +299,122 @@ def test_what_an_earlier_run_wrote_is_removed(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="rename it"):
             notebook.fresh(*names, keep=model)
     assert (tmp_path / "fused").is_dir()
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    """Colab's own package, in this process and in those that it starts."""
+    if Path("/content").is_dir():
+        pytest.skip("this is Colab, whose Drive is its user's")
+    folder = str(ROOT / "tests" / "colab")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((folder, str(ROOT))))
+    before = set(sys.modules)
+    yield
+    for name in [name for name in set(sys.modules) - before if name.startswith("google.colab")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("model", "before", "secret", "printed", "after"),
+    [
+        ("minicpm-2b", None, " hf_secret\n", "HF_TOKEN is that of the secrets of Colab\n", "hf_secret"),
+        ("minicpm-2b", "hf_mine", "hf_secret", "", "hf_mine"),
+        ("pico", None, "hf_secret", "", None),
+        *(
+            (
+                "minicpm-2b",
+                None,
+                error,
+                f"no HF_TOKEN from the secrets of Colab ({error}); public models need none\n",
+                None,
+            )
+            for error in ("NotebookAccessError", "SecretNotFoundError", "TimeoutException")
+        ),
+    ],
+)
+def test_the_token_is_that_of_the_secrets(model, before, secret, printed, after, colab, monkeypatch, capsys):
+    """Where it is wanted and not there; what says so never shows it."""
+    from minicpm_data import notebook
+
+    monkeypatch.setenv("HF_TOKEN", before or "")  # restored at the end, whatever is written meanwhile
+    monkeypatch.setenv("COLAB_TOKEN", secret)
+    notebook.take_token(model)
+    assert capsys.readouterr().out == printed
+    assert (os.environ["HF_TOKEN"] or None) == after
+
+
+def test_a_run_in_drive_is_kept(tmp_path, colab, monkeypatch, capsys):
+    from minicpm_data import notebook
+    from weights_io.errors import InputError
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="mount failed.*set DRIVE = False"):
+        notebook.run_folder("adapters", "minicpm-1b", True)
+    (drive := tmp_path / "of-google" / "MyDrive").mkdir(parents=True)
+    monkeypatch.setenv("COLAB_DRIVE", str(drive.parent))
+    folder = Path(notebook.run_folder("adapters", "openbmb/MiniCPM-1B-sft-bf16", True))
+    assert folder.parent.resolve() == drive / "minicpm-jax-mlx" and folder.name == "adapters-MiniCPM-1B-sft-bf16"
+    assert "a new run" in capsys.readouterr().out and notebook.resume(str(folder)) == ""
+    (folder / "checkpoints" / "100").mkdir(parents=True)
+    (folder / "settings.json").write_text("{}")
+    assert notebook.run_folder("adapters", "openbmb/MiniCPM-1B-sft-bf16", True) == str(folder)
+    assert "which goes on" in capsys.readouterr().out and notebook.resume(str(folder)) == "--resume"
+    assert "other" in notebook.run_folder("adapters", "minicpm-1b", "other").split("/")
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(InputError, match="is in Google Drive, where nothing is removed"):
+        notebook.run_folder(folder.name, "minicpm-1b")
+    (tmp_path / "adapters").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is in Google Drive, where nothing is removed"):
+        notebook.fresh("adapters", keep="minicpm-1b")
+    assert (folder / "settings.json").exists()
+
+
+def test_drive_is_colabs(tmp_path, monkeypatch):
+    from minicpm_data import notebook
+    from weights_io.errors import InputError
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="only Colab mounts; set DRIVE = False"):
+        notebook.run_folder("adapters", "minicpm-1b", True)
+
+
+@pytest.mark.slow
+def test_a_training_in_drive_goes_on_after_a_disconnect(tmp_path, kernels, colab, monkeypatch):
+    """By the same cells on another machine."""
+    (drive := tmp_path / "drive" / "MyDrive").mkdir(parents=True)
+    monkeypatch.setenv("COLAB_DRIVE", str(drive.parent))
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
+    run = drive / "minicpm-jax-mlx" / "adapters-pico"
+
+    def run_all(machine, iters):
+        (tmp_path / machine).mkdir()
+        notebook = set_variables(read("colab_tpu_lora"), {"MODEL": "pico", "ITERS": iters, "DRIVE": True})
+        last = next(i for i, cell in enumerate(notebook.cells) if "minicpm_jax.lora " in cell.source)
+        notebook.cells = [cell for cell in notebook.cells[: last + 1] if "minicpm_jax.evaluate" not in cell.source]
+        client = nbclient.NotebookClient(
+            notebook, timeout=120, resources={"metadata": {"path": str(tmp_path / machine)}}
+        )
+        return notebook, client
+
+    _, client = run_all("first", 160)
+
+    def disconnect():
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not (run / "checkpoints" / "20").exists():
+            time.sleep(0.02)
+        os.kill(client.km.provisioner.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=disconnect, daemon=True)
+    thread.start()
+    with pytest.raises(nbclient.exceptions.DeadKernelError):
+        client.execute()
+    notebook, client = run_all("second", 24)
+    client.execute()
+    said = printed(notebook)
+    assert f"{run.name}: holds a run, which goes on" in said and "going on after step 20" in said
+    assert (run / "adapter_model.safetensors").exists() and not (tmp_path / "second" / "adapters").exists()
 
 
 def test_commands_run_in_this_process(tmp_path, capsys):

@@ -17,7 +17,7 @@ from shown import ROOT
 from test_openai_api import LONG, Played, ask, events, listening, wait_until
 
 from minicpm_data.text_bound import TextBound
-from minicpm_data.tokenizer import load_tokenizer
+from minicpm_data.tokenizer_folder import load_tokenizer
 from minicpm_serve import backends, openai_connections, openai_gate
 from minicpm_serve.engine import Engine
 from minicpm_serve.openai_gate import checked_hosts, checked_key, checked_origins

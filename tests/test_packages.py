@@ -17,7 +17,8 @@ ABOVE = {
     "minicpm_serve": {"minicpm_jax", "minicpm_mlx", "jax", "flax", "mlx", "mlx_lm"},  # the backends by name alone
 }
 NEVER = {"torch", "transformers", "peft"}  # only mlx-lm brings them along
-EXCEPTIONS = {("weights_io/convert.py", "minicpm_data")}  # which writes the tokenizer that a GGUF file carries
+# convert writes the tokenizer that a GGUF file carries; inspect refuses the tokenizers that a loader refuses.
+EXCEPTIONS = {("weights_io/convert.py", "minicpm_data"), ("weights_io/inspect.py", "minicpm_data")}
 
 
 def imported(path: Path) -> set[str]:

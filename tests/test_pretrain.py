@@ -23,10 +23,10 @@ pytest.importorskip("jax")
 import jax
 import jax.numpy as jnp
 
+from minicpm_data import load_tokenizer
 from minicpm_data.metrics import Metrics, check_reporter
 from minicpm_data.packing import WindowBatches, pack
 from minicpm_data.schedules import WarmupStableDecay
-from minicpm_data.tokenizer import load_tokenizer
 from minicpm_jax import train
 from minicpm_jax.export import Options, main
 from minicpm_jax.losses import packed_loss
@@ -139,7 +139,9 @@ def test_batches_are_addressed_by_number():
     [
         ("not json", "line 2 is not JSON"),
         ("[1]", "line 2 is not an object"),
-        ('{"words": 1}', 'line 2 has neither "text"'),
+        ('{"words": 1}', "line 2: it has the keys words, which are no known form"),
+        ('{"text": "a", "weight": 2}', 'line 2: it has "weight", which is not understood'),
+        ('{"messages": [{"role": "assistant", "content": "a", "train": 0}]}', "line 2: .* pretraining trains all"),
     ],
 )
 def test_a_wrong_line_is_named(corpus, tmp_path, line, said):

@@ -157,7 +157,7 @@ def test_logits_of_pico(bits, layers, all_of_it):
         assert 0.5 * measured < relative < 1.1 * measured
 
 
-@pytest.mark.tpu
+@pytest.mark.tpu(since="0.0.52")
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.52), (4, 0.295)])
 def test_a_step_of_the_2b_reads_the_weights_as_they_are_kept(bits, most):
     """Of the weights' 5,449,761,792 bytes in bfloat16, beside the cache; measured: 0.514 and 0.290, no copy of them."""
@@ -170,7 +170,7 @@ def test_a_step_of_the_2b_reads_the_weights_as_they_are_kept(bits, most):
     assert compiled.memory_analysis().temp_size_in_bytes < 2e6
 
 
-@pytest.mark.tpu
+@pytest.mark.tpu(since="0.0.52")
 def test_eight_chips_copy_no_packed_weight_of_the_2b():
     """6,144 neurons in place of 5,760, so that a chip has 768, whole registers and groups: 1.2 MB of temporaries and
     0.653 GB of traffic were measured; of 720 neurons 143 MB and 0.953 GB."""

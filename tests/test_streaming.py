@@ -56,11 +56,11 @@ def test_decode_agrees_with_the_library(tokenizer, byte_level):
     for skip in (True, False):
         for _ in range(200):
             ids = rng.choices(pieces, k=8)
-            assert tokenizer.decode(ids, skip) == tokenizer._fast.decode(ids, skip_special_tokens=skip)
+            assert tokenizer.decode(ids, skip) == tokenizer._fast._fast.decode(ids, skip_special_tokens=skip)
             ids = rng.choices(range(byte_level.vocab_size), k=8)
-            assert byte_level.decode(ids, skip) == byte_level._fast.decode(ids, skip_special_tokens=skip)
+            assert byte_level.decode(ids, skip) == byte_level._fast._fast.decode(ids, skip_special_tokens=skip)
     cut = tokenizer.encode("Hello 龘", add_bos=False)[:-1]
-    assert tokenizer.decode(cut) == tokenizer._fast.decode(cut) == "Hello \ufffd\ufffd"
+    assert tokenizer.decode(cut) == tokenizer._fast._fast.decode(cut) == "Hello \ufffd\ufffd"
 
 
 def test_incomplete_bytes_come_out_at_the_end(tokenizer):

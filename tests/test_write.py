@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.parameters import parameters, tensor_shapes
+from weights_io.partial import partial
 from weights_io.write import save_checkpoint, unstacked
 
 CONFIG = ModelConfig(
@@ -226,8 +228,39 @@ def test_a_killed_export_leaves_nothing_under_its_name(tmp_path):
     time.sleep(0.05)
     assert not out.exists()
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
-    save_checkpoint(out, CONFIG, random_tensors())  # the next one is not in the way of the leftover
+    save_checkpoint(out, CONFIG, random_tensors())  # the leftover is not in its way, and goes
     assert open_checkpoint(out).config == CONFIG
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_another_process_is_writing_is_left_to_it(tmp_path):
+    """Two exports to one place: the second one to end says that it is taken."""
+    out = tmp_path / "out"
+    here = Path(__file__).parent
+    script = KILLED.format(paths=[str(here), str(here.parent)], out=str(out))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "writing\n"
+        save_checkpoint(out, CONFIG, random_tensors())
+        assert len(list(tmp_path.glob(".*.partial"))) == 1
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode and re.search(r"InputError: cannot write \S+/out: .*not empty", error), error
+    assert open_checkpoint(out).config == CONFIG and list(tmp_path.iterdir()) == [out]
+
+
+def test_leftovers_of_other_targets_stay(tmp_path):
+    """A target whose name begins alike, and what only looks like a leftover."""
+    names = (".out.b.0123abcd.partial", ".out.partial", ".out.0123abcd.mine", ".out.0123abcde.partial")
+    for name in (*names, ".out.0123abcd.partial"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(KeyboardInterrupt), partial(tmp_path / "out") as path:
+        path.write_text("half")
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_missing_and_misshapen_tensors_are_a_defect_of_the_caller(tmp_path):

@@ -1,14 +1,15 @@
-"""The tensors of an adapter file, each checked against the model's table as it is read; shared by both forms."""
+"""What both forms of adapters share: tensors, each checked against the model's table as it is read, and numbers."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from weights_io.casting import check_finite
-from weights_io.config import ModelConfig
-from weights_io.errors import InputError
+from weights_io.config import LARGEST, MAX_COUNT, ModelConfig, shown
+from weights_io.errors import InputError, short
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.lora import Adapter, AdapterConfig, Matrices, modules, short_name
 from weights_io.parameters import Parameter
@@ -25,7 +26,10 @@ class Found:
     parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # module -> a | b | magnitude
 
     def add(self, module: str, part: str, array: np.ndarray) -> None:
-        self.parts.setdefault(module, {})[part] = array
+        parts = self.parts.setdefault(module, {})
+        if part in parts:
+            raise InputError(f"{self.source} has two tensors for the {part} of {module}; save the adapter again.")
+        parts[part] = array
 
     def adapter(self, config: AdapterConfig, model: ModelConfig, scale: Callable[[str], float]) -> Adapter:
         """All of them, in table order. ``scale``: of a module. `InputError` where a part is missing."""
@@ -62,8 +66,8 @@ def read_part(name: str, tensor: LazyTensor, shape: Shape) -> np.ndarray:
     )
     if not fits:
         raise InputError(
-            f"{located(name, tensor)} is {shown(tensor.shape)}, and the model has room for {shown(shape)} there; "
-            "take the adapter with the model that it was trained on."
+            f"{located(name, tensor)} is {shape_text(tensor.shape)}, and the model has room for {shape_text(shape)} "
+            "there; take the adapter with the model that it was trained on."
         )
     if tensor.dtype.kind not in "fV":  # bfloat16 is of kind V
         raise InputError(f"{located(name, tensor)} is of {tensor.dtype}, not of floats; save the adapter unquantised.")
@@ -83,5 +87,33 @@ def row_of_the_table(name: str, tensor: LazyTensor, module: str, table: Mapping[
     )
 
 
-def shown(shape: Shape) -> str:
+def read_number(raw: Mapping[str, Any], key: str, default: float, source: str) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+        raise InputError(f"{source} has {short(key)} {shown(value)}; it must be a number that float32 holds.")
+    return value
+
+
+def read_whole(raw: Mapping[str, Any], key: str, default: int, source: str) -> int:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
+        raise InputError(f"{source} has {key} {shown(value)}; it must be a positive whole number.")
+    return value
+
+
+def read_note(raw: Mapping[str, Any], key: str, source: str) -> str | None:
+    """A name that the config tells for the reader."""
+    if not isinstance(raw.get(key), str | None):
+        raise InputError(f"{source} has {key} {shown(raw[key])}; it must be a name.")
+    return raw.get(key)
+
+
+def check_booleans(raw: Mapping[str, Any], keys: Iterable[str], source: str) -> None:
+    """`InputError` where one of the keys is there and is neither true nor false (nor null)."""
+    for key in keys:
+        if not isinstance(raw.get(key), bool | None):
+            raise InputError(f"{source} has {key} {shown(raw[key])}; it must be true or false.")
+
+
+def shape_text(shape: Shape) -> str:
     return f"[{', '.join(map(str, shape))}]"

@@ -5,20 +5,19 @@
 What an adapter does to the weights is in `weights_io.lora`, whose names are here too.
 """
 
-import contextlib
 import errno
 import json
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from weights_io import mlx_lm_format, peft_format
-from weights_io.config import ModelConfig, read_json
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import write_file
 from weights_io.files.tensor import LazyTensor
+from weights_io.json_text import read_json
 from weights_io.lora import (
     Adapter,
     AdapterConfig,
@@ -31,6 +30,7 @@ from weights_io.lora import (
     target_parameters,
     unstacked,
 )
+from weights_io.partial import partial, write_whole
 
 __all__ = [
     "Adapter",
@@ -138,24 +138,14 @@ def save_adapter(
         if any((folder / name).exists() for name in others):
             raise InputError(f"{folder} holds an adapter of another form; choose another folder.")
         written = [folder / FORMS[form].WEIGHTS[0], folder / CONFIG]
-        _replace(written[0], lambda path: write_file(path, tensors))
-        _replace(written[1], lambda path: path.write_text(text, encoding="utf-8"))
+        with partial(written[0]) as path:
+            write_file(path, tensors)
+        write_whole(written[1], text)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"the disk of {folder} is full, and what was there is left; make room.") from error
         raise InputError(f"cannot write {folder} ({error.strerror or error}); choose another folder.") from error
     return written
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside ``path`` and rename, so that it is the old file or the new one and never a part."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):  # not there any more if all went well
-            partial.unlink()
 
 
 def _open(path: Path) -> Mapping[str, LazyTensor]:

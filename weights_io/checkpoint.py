@@ -1,5 +1,6 @@
 """A checkpoint opened: its config, and its tensors checked against the parameter table before one is read."""
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,13 +12,25 @@ import numpy as np
 from weights_io import config as config_module
 from weights_io.casting import check_dtype, check_finite, numpy_dtype
 from weights_io.config import ModelConfig
-from weights_io.errors import InputError
-from weights_io.files.tensor import FileTensor, LazyTensor, located
-from weights_io.parameters import HEAD, MOE, tensor_shapes
+from weights_io.errors import InputError, listed, short
+from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
+from weights_io.json_text import read_json, read_optional_json
+from weights_io.parameters import HEAD, MOE, NORM, tensor_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 # Buffers that old files carry and every forward pass computes for itself.
 BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
+OTHER_IDS = frozenset(
+    "bos_token_id pad_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id".split()
+)
+# What those that wrap a model put before its tensors' names -> what to do about it.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile put there; save the state_dict of the model before it was compiled",
+    "module.": "DataParallel or an engine put there; save the state_dict of model.module",
+    "base_model.": "PEFT put there; call merge_and_unload() and save its result",
+    "language_model.": "a model with other parts puts there; save its language model alone",
+    "model.language_": "a model with other parts puts there; save its language model alone",
+}
 
 
 @dataclass(frozen=True)
@@ -94,11 +107,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if not path.is_dir():
             raise InputError(f"{path} is neither a model folder nor a .gguf file.")
         source = str(path / "config.json")
-        raw = config_module.read_json(path / "config.json")
+        raw = read_json(path / "config.json")
         ModelConfig.from_dict(raw, source)  # refuse the model before looking for its weights
         tensors, metadata = open_folder(path), None
-    begin, end = special_ids(path, raw)
     config = ModelConfig.from_dict(raw, source)
+    begin, end = special_ids(path, raw, config.vocab_size)
     return Checkpoint(
         path=path,
         raw_config=raw,
@@ -111,37 +124,34 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def special_ids(path: Path, raw: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def special_ids(path: Path, raw: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """BOS ids of config.json, and EOS ids of config.json and generation_config.json together."""
     raw, source = dict(raw), str(path / "config.json") if path.is_dir() else str(path)
-    ends = config_module.token_ids(raw, "eos_token_id", source)
-    generation = path / "generation_config.json"
-    if generation.exists():
-        ends += config_module.token_ids(config_module.read_json(generation), "eos_token_id", str(generation))
-    return config_module.token_ids(raw, "bos_token_id", source), tuple(dict.fromkeys(ends))
-
-
-def check_vocabulary(ids: int, rows: int) -> None:
-    """`InputError` where a tokenizer of that many ids has some for which the embedding has no row."""
-    if ids > rows:
-        raise InputError(
-            f"wrong tokenizer size: the tokenizer has {ids} ids, and the embedding {rows} rows; use the tokenizer "
-            "files that were released with the model."
-        )
+    ends = config_module.token_ids(raw, "eos_token_id", vocab_size, source)
+    if path.is_dir():
+        generation = path / "generation_config.json"
+        settings = read_optional_json(generation)
+        # Of the many keys there this one alone is used; one that is nearly it is a slip.
+        if nearly := difflib.get_close_matches("eos_token_id", settings.keys() - OTHER_IDS, 1, 0.85):
+            if nearly[0] != "eos_token_id" and "eos_token_id" not in settings:
+                raise InputError(f"{generation} has {short(nearly[0])}, which is no key; write eos_token_id.")
+        ends += config_module.token_ids(settings, "eos_token_id", vocab_size, str(generation))
+    return config_module.token_ids(raw, "bos_token_id", vocab_size, source), tuple(dict.fromkeys(ends))
 
 
 def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
     """The tensors of the table, in its order; missing, unexpected and misshapen ones are all in one `InputError`."""
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     copied_head = found.pop(HEAD.tensor, None) if config.tie_word_embeddings else None
-    _check_experts(config, found, path)
     expected = dict(tensor_shapes(config))
+    _check_names(expected, found, path)
+    _check_experts(config, found, path)
     faults = _listed("missing", [name for name in expected if name not in found])
     faults += _listed("unexpected", [name for name in found if name not in expected])
     faults += _listed(
         "misshapen",
         [
-            f"{name} {list(found[name].shape)} for {list(shape)}"
+            f"{name} {short(list(found[name].shape))} for {list(shape)}"
             for name, shape in expected.items()
             if name in found and tuple(found[name].shape) != shape
         ],
@@ -153,12 +163,31 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
     not_float = [name for name in expected if not _is_float(found[name].dtype)]
     if not_float:
         raise InputError(
-            f"{path}: tensors that are not floating point ({', '.join(not_float)}); take the checkpoint before its "
+            f"{path}: tensors that are not floating point ({listed(not_float)}); take the checkpoint before its "
             "quantisation."
         )
     if copied_head is not None:
         _check_tied_head(found[EMBEDDING], copied_head, path)
     return {name: found[name] for name in expected}
+
+
+def _check_names(expected: Mapping[str, object], found: Mapping[str, object], path: Path) -> None:
+    """Names that are those of the table behind a wrapper's, or without their beginning, are all one fault."""
+    if NORM.tensor in found:
+        return
+    for name in found:
+        start = name.removesuffix(NORM.tensor)
+        if start != name and 2 * sum(f"{start}{each}" in found for each in expected) > len(expected):
+            remedy = next((text for known, text in WRAPPERS.items() if start.startswith(known)), None)
+            raise InputError(
+                f"{path}: the names of the tensors begin with {short(start)!r}, which "
+                f"{remedy or 'is none of the model; save the state_dict of the model inside'}."
+            )
+    if 2 * sum(each.removeprefix("model.") in found for each in expected) > len(expected):
+        raise InputError(
+            f"{path}: the names of the tensors lack 'model.', as those of a model without its head; save the "
+            "ForCausalLM model whole."
+        )
 
 
 def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: Path) -> None:
@@ -178,7 +207,7 @@ def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: P
 
 
 def _listed(word: str, names: list[str]) -> list[str]:
-    return [f"{len(names)} {word} ({', '.join(names)})"] if names else []
+    return [f"{len(names)} {word} ({listed(names)})"] if names else []
 
 
 def _is_float(dtype: np.dtype) -> bool:
@@ -187,11 +216,7 @@ def _is_float(dtype: np.dtype) -> bool:
 
 def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path) -> None:
     """A tied checkpoint may store its head a second time, but only the same numbers."""
-    equal = embedding.shape == head.shape and all(
-        np.array_equal(embedding.read((slice(i, i + 4096),)), head.read((slice(i, i + 4096),)), equal_nan=True)
-        for i in range(0, head.shape[0], 4096)
-    )
-    if not equal:
+    if not same_numbers(embedding, head):
         raise InputError(
             f"{path}: lm_head.weight differs from the embedding that config.json ties it to; "
             'write "tie_word_embeddings": false into config.json if the stored head is meant.'

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_io.errors import InputError
+from weights_io.config_keys import HARMLESS, NEUTRAL, PER_LAYER, among
+from weights_io.errors import LONGEST_NAME, InputError, short
+from weights_io.json_text import read_json
 
 
 @dataclass(frozen=True)
@@ -58,53 +60,15 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "rope_scaling": None,
 }
 ACTIVATIONS = ("silu", "relu", "fatrelu")
-# Keys that would change the numbers if they held anything but these values, where the family has no such number.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "pretraining_tp": (1, None),
-    "num_experts": (0, None),
-    "num_experts_per_tok": (0, None),
-    "num_local_experts": (0, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, 1.0, None),
-    "quantization_config": (None,),
-    "quantization": (None,),
-    "sparse_config": (None,),
-    "is_decoder": (None, False, True),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "use_qk_norm": (False, None),
-    "qk_norm": (False, None),
-    "layer_types": ("full_attention", None),  # one a layer
-    "use_sliding_window": (False, None),
-    "rope_interleaved": (False, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "pruned_heads": ({}, None),
-}
-# Keys that never reach the numbers of a forward pass: every other key that transformers writes (4 wrote its generation
-# settings here too), and notes of those who trained, converted or tuned a model. A key of no list is refused.
-HARMLESS = frozenset(
-    """architectures auto_map model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id
-    pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class model_max_length prefix
-    attention_dropout hidden_dropout residual_dropout embd_pdrop resid_pdrop initializer_range rope_parameters
-    output_attentions output_hidden_states return_dict gradient_checkpointing keys_to_ignore_at_inference
-    cross_attention_hidden_size tie_encoder_decoder chunk_size_feed_forward
-    finetuning_task task_specific_params problem_type id2label label2id num_labels loss_type
-    torchscript use_bfloat16 tf_legacy_loss use_flash_attn attn_implementation
-    name_or_path model_file unsloth_fixed unsloth_version is_llama_config transformers.js_config
-    _name_or_path _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _from_model_config
-    max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens""".split()
-)
 DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_NAMES = {name: name for name in DTYPES} | {"float": "float32", "half": "float16"}  # torch has two for some
 MAX_COUNT = 2**31 - 1  # sizes and positions are int32 in both backends
-MAX_LAYERS = 1000  # the table is written out layer by layer; the deepest released model has 62
+# The table is written out layer by layer and expert by expert; the deepest released MiniCPM has 62 layers, the widest
+# 40 times 8 experts.
+MAX_LAYERS = 1000
+MAX_EXPERTS = 1024  # of a layer
+MAX_EXPERT_LAYERS = 100_000  # experts of all layers
+MOST = {"num_hidden_layers": MAX_LAYERS, "num_experts": MAX_EXPERTS}
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the normal float32 numbers, in which the scales are applied
 
 
@@ -189,19 +153,6 @@ class ModelConfig:
         return {key: value for key, value in raw.items() if key not in absent}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `InputError` where it is missing, not UTF-8, not JSON or not an object."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; a model folder holds config.json beside its weights.") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5000 digits
-        raise InputError(f"{path} cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} holds {type(raw).__name__}, not a JSON object; download it again.")
-    return raw
-
-
 @dataclass
 class _Reader:
     raw: dict[str, Any]
@@ -213,6 +164,7 @@ class _Reader:
 
     def config(self) -> ModelConfig:
         family = self.family()
+        stored_dtype(self.raw, self.source)
         defaults = COMMON_DEFAULTS | FAMILIES[family].defaults
         values = {key: self.raw.get(key, default) for key, default in defaults.items()}
         self.refuse_unknown(set(defaults))
@@ -224,7 +176,7 @@ class _Reader:
                 values[key] = n if key == "num_key_value_heads" else d // n
         values["rope_scaling"] = self.rope_scaling(values["rope_scaling"])
         for key in {"num_experts", "num_experts_per_tok"} & values.keys():
-            values[key] = 0 if values[key] in (None, 0) else self.count(values, key)
+            values[key] = 0 if among(values[key], (None, 0)) else self.count(values, key)
         for key, value in values.items():
             if key.startswith("num_experts"):
                 continue  # may be 0
@@ -255,19 +207,24 @@ class _Reader:
         return config
 
     def family(self) -> str:
-        architectures = self.raw.get("architectures") or []
+        architectures = self.raw.get("architectures")
+        architectures = [] if architectures is None else architectures
         if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
             raise self.refuse(f"architectures is {shown(architectures)}; it must be a list of names.")
         known = {family.architecture: name for name, family in FAMILIES.items()}
         if not isinstance(self.raw.get("model_type"), str | None):
             raise self.refuse(f"model_type is {shown(self.raw['model_type'])}; it must be a name.")
-        model_type = self.raw.get("model_type") or (known.get(architectures[0]) if architectures else "minicpm")
+        model_type = self.raw.get("model_type")
+        if model_type is None:
+            model_type = known.get(architectures[0]) if architectures else "minicpm"
         unknown = [a for a in architectures if a not in known]
         if unknown or model_type not in FAMILIES:
-            name = unknown[0] if unknown else f"model_type {model_type!r}"
+            name = short(unknown[0]) if unknown else f"model_type {shown(model_type)}"
             raise self.refuse(f"{name} is not supported; supported are {', '.join(known)}.")
         if architectures and known[architectures[0]] != model_type:
-            raise self.refuse(f"model_type {model_type!r} contradicts architectures {architectures}; correct one.")
+            raise self.refuse(
+                f"model_type {model_type!r} contradicts architectures {shown(architectures)}; correct one."
+            )
         return model_type
 
     def refuse_unknown(self, understood: set[str]) -> None:
@@ -275,14 +232,14 @@ class _Reader:
             if key in understood | HARMLESS:
                 continue
             elif key in NEUTRAL:
-                items = value if isinstance(value, list) else [value]  # a list has one for each layer
-                if any(item not in NEUTRAL[key] for item in items):
+                items = value if key in PER_LAYER and isinstance(value, list) else [value]
+                if not all(among(item, NEUTRAL[key]) for item in items):
                     raise self.refuse(
                         f"{key} = {shown(value)} changes the numbers and is not supported; take a model without it."
                     )
             elif value is not None:
                 raise self.refuse(
-                    f"{key[:80]} = {shown(value)} is not understood and may change the numbers; "
+                    f"{short(key)} = {shown(value)} is not understood and may change the numbers; "
                     "remove the key if it is only a note."
                 )
 
@@ -294,13 +251,21 @@ class _Reader:
         if not isinstance(rope, dict):
             raise self.refuse(f"rope_parameters is {shown(rope)}; it must be an object.")
         rope = dict(rope)
-        values["rope_theta"] = rope.pop("rope_theta", values["rope_theta"])
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            values["rope_scaling"] = rope
-        elif set(rope) - {"rope_type", "type", "partial_rotary_factor"} or rope.get("partial_rotary_factor", 1) != 1:
+        theta = rope.pop("rope_theta", values["rope_theta"])
+        scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+        if not scaled and (
+            set(rope) - {"rope_type", "type", "partial_rotary_factor"}
+            or not among(rope.get("partial_rotary_factor"), (1, 1.0, None))
+        ):
             raise self.refuse(
                 f"rope_parameters {shown(rope)} holds more than a default RoPE has; take a model without it."
             )
+        new = {"rope_theta": theta, "rope_scaling": rope if scaled else None}
+        for key in [key for key in new if self.raw.get(key) is not None]:
+            both = [self.rope_scaling(each[key]) if key == "rope_scaling" else each[key] for each in (self.raw, new)]
+            if both[0] != both[1]:
+                raise self.refuse(f"{key} is {shown(self.raw[key])} and rope_parameters say another; remove one.")
+        values |= new
 
     def rope_scaling(self, raw: Any) -> RopeScaling | None:
         if raw is None:
@@ -308,8 +273,10 @@ class _Reader:
         if not isinstance(raw, dict):
             raise self.refuse(f"rope_scaling is {shown(raw)}; it must be null or an object with type and factor.")
         fields = dict(raw)
-        kind = fields.pop("rope_type", fields.pop("type", None))
-        fields.pop("type", None)
+        kinds = [fields.pop(key) for key in ("rope_type", "type") if key in fields]
+        kind = kinds[0] if kinds else None
+        if kinds[1:] and kinds[1] != kind:
+            raise self.refuse(f"rope_scaling {shown(raw)} has two types; remove the one that is not meant.")
         if kind == "default" and not fields:
             return None
         factor = fields.pop("factor", None)
@@ -354,6 +321,11 @@ class _Reader:
                 f"num_experts_per_tok is {chosen} and num_experts is 0 or missing; write how many experts there are "
                 "(8 in MiniCPM-MoE-8x2B), or remove both keys if the model is dense."
             )
+        if experts * config.num_hidden_layers > MAX_EXPERT_LAYERS:
+            raise self.refuse(
+                f"num_experts {experts} in {config.num_hidden_layers} layers are more than the {MAX_EXPERT_LAYERS} "
+                "experts that a model may have; correct one of the two."
+            )
         if chosen > experts:
             raise self.refuse(
                 f"num_experts_per_tok {chosen} is above num_experts {experts}; a token takes each expert at most once."
@@ -361,7 +333,7 @@ class _Reader:
 
     def count(self, values: dict[str, Any], key: str) -> int:
         value = values[key]
-        most = MAX_LAYERS if key == "num_hidden_layers" else MAX_COUNT
+        most = MOST.get(key, MAX_COUNT)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise self.refuse(f"{key} is {shown(value)}; it must be a positive whole number, at most {most}.")
         return value
@@ -374,20 +346,39 @@ class _Reader:
 
 def shown(value: Any) -> str:
     """A value of a JSON file as a message quotes it: short, whatever it is."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        text += part
+        if len(text) > LONGEST_NAME:
+            break
+    return short(text)
 
 
-def stored_dtype(raw: dict[str, Any]) -> str | None:
+def stored_dtype(raw: dict[str, Any], source: str = "config.json") -> str | None:
     """The dtype that ``config.json`` states (``torch_dtype``, or ``dtype`` as transformers 5 writes it), if any."""
-    name = raw.get("dtype") or raw.get("torch_dtype")
-    return name if name in DTYPES else None
+    found = None
+    for key in ("torch_dtype", "dtype"):
+        value = raw.get(key)
+        if value is None or value == "auto":
+            continue
+        found = DTYPE_NAMES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+        if found is None:
+            raise InputError(
+                f"{source}: {key} is {shown(value)}, which is none of {', '.join(DTYPES)}; write the one that the "
+                "weights are to be loaded in, or remove the key."
+            )
+    return found
 
 
-def token_ids(raw: dict[str, Any], key: str, source: str = "config.json") -> tuple[int, ...]:
+def token_ids(raw: dict[str, Any], key: str, vocab_size: int, source: str = "config.json") -> tuple[int, ...]:
     """``bos_token_id``/``eos_token_id`` of a config: absent, one id or a list; id 0 is an id."""
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise InputError(f"{source}: {key} is {shown(value)}; it must be a token id or a list of them.")
+    if any(i >= vocab_size for i in ids):
+        raise InputError(
+            f"{source}: {key} is {shown(value)}, and the vocabulary has the ids 0 to {vocab_size - 1}; write the id "
+            "that the tokenizer has for that token."
+        )
     return tuple(ids)

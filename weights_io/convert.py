@@ -154,14 +154,12 @@ def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, str]:
 
     Raises `InputError` for the tokenizers with which the written folder could not be loaded.
     """
-    if checkpoint.metadata is not None and "tokenizer.ggml.model" not in checkpoint.metadata:
-        return {}
-    # The one place where this package looks up to minicpm_data, which knows what tokenizers are made of.
+    # This package looks up to minicpm_data here and in inspect: it knows what tokenizers are made of.
     from minicpm_data.of_checkpoint import tokenizer_of
     from minicpm_data.tokenizer_files import tokenizer_files
 
     tokenizer = tokenizer_of(checkpoint)
-    return tokenizer_files(tokenizer) if checkpoint.metadata is not None else {}
+    return {} if tokenizer is None or checkpoint.metadata is None else tokenizer_files(tokenizer)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ import errno
 import os
 import re
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from weights_io import catalog
-from weights_io.config import read_json, shown
-from weights_io.errors import InputError
-from weights_io.files.folder import SIDE_FILES, USUAL
+from weights_io.config import shown
+from weights_io.errors import InputError, short
+from weights_io.files.folder import KINDS, SIDE_FILES, USUAL, read_weight_map
+from weights_io.json_text import read_json
 
 # Beside the weights; code (*.py) and other frameworks' copies of the weights are never fetched. quantize_config.json is
 # AutoGPTQ's, which says how the weights are packed.
@@ -25,12 +27,17 @@ SUBFOLDER = re.compile(f"({PART}/{PART})/({PART}(?:/{PART})*)")  # owner/name/su
 class Hub(Protocol):
     """One repository at one revision."""
 
-    def names(self) -> set[str] | None:
-        """All files, those of sub-folders as ``sub/file``; None where the hub cannot be reached."""
+    def sizes(self) -> dict[str, int | None] | None:
+        """All files, those of sub-folders as ``sub/file``, with their bytes (None: the hub does not say); None where
+        the hub cannot be reached."""
         ...
 
     def fetch(self, names: Collection[str]) -> Path:
         """The folder that holds ``names``, after downloading those that are not in the cache."""
+        ...
+
+    def cached(self, names: Collection[str]) -> set[str]:
+        """Which of ``names`` `fetch` would not download."""
         ...
 
 
@@ -54,6 +61,50 @@ def resolve(
 
     Raises `InputError`: no such thing, no access, no network and not in the cache, a full disk, `check` said no.
     """
+    found = locate(path_or_repo, revision, hub, check)
+    return found if isinstance(found, Path) else _download(*found, check, weights)
+
+
+def to_download(path_or_repo: str | os.PathLike[str] | None = None, revision: str | None = None) -> "Download | None":
+    """What `resolve` would bring from Hugging Face; None where ``path_or_repo`` is on this disk. Of the files only
+    config.json and an index are fetched. Raises `InputError` as `resolve` does."""
+    from huggingface_hub import constants
+
+    found = locate(path_or_repo, revision)
+    if isinstance(found, Path):
+        return None
+    source, repo = found
+    sizes = source.sizes()
+    wanted = _wanted(source, sizes, repo, None, weights=True)
+    files = {name: None if sizes is None else sizes[name] for name in wanted}
+    present = set(wanted) if sizes is None else source.cached(wanted)  # without the hub all are here, or it has raised
+    return Download(repo, Path(constants.HF_HUB_CACHE), files, {n: files[n] for n in wanted if n not in present})
+
+
+@dataclass(frozen=True)
+class Download:
+    """Files of a repository that a model is loaded from; a size of None is unknown."""
+
+    repo: str
+    cache: Path  # the folder that downloads go to
+    files: dict[str, int | None]  # all of them, with their bytes
+    missing: dict[str, int | None]  # those that are not in the cache yet
+
+    @property
+    def missing_bytes(self) -> int | None:
+        """To be downloaded."""
+        sizes = self.missing.values()
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def locate(
+    path_or_repo: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    hub: str = "huggingface",
+    check: Callable[[dict[str, Any], str], object] | None = None,
+) -> "Path | tuple[Hub, str]":
+    """The path on this disk, or where it is downloaded from, and what it is called there. No hub is asked. Arguments
+    and errors are those of `resolve`."""
     if hub not in ("huggingface", "modelscope"):
         raise InputError(f"The hub {hub!r} is not known: choose huggingface or modelscope.")
     given = "pico" if path_or_repo is None else os.fspath(path_or_repo)
@@ -87,7 +138,7 @@ def resolve(
     if subfolder and Path(whole).is_dir():
         raise InputError(f"The folder {whole} holds no {subfolder}: give the path of a model folder in it.")
     source: Hub = HuggingFace(whole, revision) if hub == "huggingface" else ModelScope(whole, revision)
-    return _download(Within(source, subfolder) if subfolder else source, repo or whole, check, weights)
+    return Within(source, subfolder) if subfolder else source, repo or whole
 
 
 def built_in() -> Path:
@@ -101,17 +152,14 @@ def built_in() -> Path:
     )
 
 
-def weight_files(names: Collection[str], fetch: Callable[[Collection[str]], Path], repo: str) -> list[str]:
+def weight_files(names: Collection[str], fetch: Callable[[Collection[str]], Path]) -> list[str]:
     """Which of a repository's top-level files ``names`` are its weights: one kind only, as `open_folder` takes.
 
     Empty where there are none. `InputError` where its index is no index.
     """
     for name in USUAL:
         if name in names and name.endswith(".json"):
-            shards = read_json(fetch([name]) / name).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                raise InputError(f"{name} of {repo} holds no weight_map: choose another revision or repository.")
-            return sorted({name, *shards.values()})
+            return sorted({name, *read_weight_map(fetch([name]) / name).values()})
         if name in names:
             return [name]
     others = [name for name in names if fnmatch(name, "*.safetensors") and not name.startswith("adapter")]
@@ -125,7 +173,17 @@ def _local(path: Path) -> Path:
 
 
 def _download(source: Hub, repo: str, check: Callable[[dict[str, Any], str], object] | None, weights: bool) -> Path:
-    listed = source.names()
+    return source.fetch(_wanted(source, source.sizes(), repo, check, weights))
+
+
+def _wanted(
+    source: Hub,
+    listed: Collection[str] | None,
+    repo: str,
+    check: Callable[[dict[str, Any], str], object] | None,
+    weights: bool,
+) -> list[str]:
+    """The files that a model is loaded from, of those that the hub ``listed``. config.json and an index are fetched."""
     if listed is not None and "config.json" not in listed:
         remedy = "choose another"
         if any(name.endswith(".gguf") for name in listed):
@@ -137,20 +195,20 @@ def _download(source: Hub, repo: str, check: Callable[[dict[str, Any], str], obj
     config = read_json(folder / "config.json")
     if check:
         check(config, f"config.json of {repo}")
-    names = {path.name for path in folder.iterdir()} if listed is None else listed
+    names = {path.name for path in folder.iterdir()} if listed is None else set(listed)
     wanted = [name for name in FETCHED if name in names]
     if weights:
-        found = weight_files(names, source.fetch, repo)
+        found = weight_files(names, source.fetch)
         if listed is None and (not found or not names.issuperset(found)):
             raise InputError(_unreachable(repo))
         if not found:
-            raise InputError(f"{repo} holds none of {', '.join(USUAL)}: choose another repository.")
+            raise InputError(f"{repo} holds none of {KINDS}: choose another repository.")
         if missing := sorted(set(found) - names):
             raise InputError(
-                f"{repo} lacks {missing[0]}, which its index lists: choose another revision or repository."
+                f"{repo} lacks {short(missing[0])}, which its index lists: choose another revision or repository."
             )
         wanted += found
-    return source.fetch(wanted)
+    return wanted
 
 
 class Within:
@@ -159,12 +217,18 @@ class Within:
     def __init__(self, source: Hub, folder: str) -> None:
         self.source, self.folder = source, folder
 
-    def names(self) -> set[str] | None:
-        listed, start = self.source.names(), f"{self.folder}/"
-        return None if listed is None else {name.removeprefix(start) for name in listed if name.startswith(start)}
+    def sizes(self) -> dict[str, int | None] | None:
+        listed, start = self.source.sizes(), f"{self.folder}/"
+        if listed is None:
+            return None
+        return {name.removeprefix(start): size for name, size in listed.items() if name.startswith(start)}
 
     def fetch(self, names: Collection[str]) -> Path:
         return self.source.fetch([f"{self.folder}/{name}" for name in names]) / self.folder
+
+    def cached(self, names: Collection[str]) -> set[str]:
+        found = self.source.cached([f"{self.folder}/{name}" for name in names])
+        return {name.removeprefix(f"{self.folder}/") for name in found}
 
 
 def _suggestion(given: str) -> str:
@@ -205,14 +269,14 @@ class HuggingFace:
         self.repo, self.revision = repo, revision
         self.asked = revision  # what the user typed; `revision` becomes the commit it stands for
 
-    def names(self) -> set[str] | None:
+    def sizes(self) -> dict[str, int | None] | None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
         try:
             # Not list_repo_files: without a network it tries for half a minute.
-            info = HfApi(endpoint=_endpoint()).model_info(self.repo, revision=self.revision)
-            return {file.rfilename for file in info.siblings or ()}
+            info = HfApi(endpoint=_endpoint()).model_info(self.repo, revision=self.revision, files_metadata=True)
+            return {file.rfilename: file.size for file in info.siblings or ()}
         except HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise self._explained(error) from None
@@ -237,6 +301,12 @@ class HuggingFace:
             raise InputError(_unreachable(self.repo))
         self.revision = Path(folder).name  # the commit: every later file is of the same one
         return Path(folder)
+
+    def cached(self, names: Collection[str]) -> set[str]:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = {name: try_to_load_from_cache(self.repo, name, revision=self.revision) for name in names}
+        return {name for name, path in found.items() if isinstance(path, str)}
 
     def _explained(self, error: Exception) -> InputError:
         from huggingface_hub import constants, errors
@@ -279,15 +349,18 @@ class ModelScope:
             raise InputError("ModelScope's client is missing: run `pip install 'minicpm-jax-mlx[modelscope]'`.")
         self.repo, self.revision = repo, revision
 
-    def names(self) -> set[str] | None:
+    def sizes(self) -> dict[str, int | None] | None:
         from modelscope.hub.api import HubApi
 
-        return {file["Path"] for file in self._ask(HubApi().get_model_files, recursive=True)}
+        return {file["Path"]: file.get("Size") for file in self._ask(HubApi().get_model_files, recursive=True)}
 
     def fetch(self, names: Collection[str]) -> Path:
         from modelscope.hub.snapshot_download import snapshot_download
 
         return Path(self._ask(snapshot_download, allow_patterns=list(names)))
+
+    def cached(self, names: Collection[str]) -> set[str]:
+        return set()  # its client does not say
 
     def _ask(self, request: Callable[..., Any], **options: Any) -> Any:
         from modelscope.hub.errors import HubError

@@ -1,5 +1,7 @@
 """Say what a model is, from its config and the headers of its files, without reading a weight.
 
+Only what is stored twice (the head of a tied model, a tensor in two shards) is read, to compare the two as a load does.
+
 python -m weights_io.inspect --model openbmb/MiniCPM-2B-sft-bf16
 """
 
@@ -11,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from weights_io.checkpoint import BUFFERS, check_tensors, check_vocabulary, special_ids
-from weights_io.config import COMMON_DEFAULTS, ModelConfig, read_json, stored_dtype
+from weights_io.checkpoint import BUFFERS, check_tensors, special_ids
+from weights_io.config import COMMON_DEFAULTS, ModelConfig, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor
+from weights_io.json_text import read_json
 from weights_io.memory import cache_bytes, packed_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 
 UNKNOWN = "unknown"
+CHAT_TEMPLATE = "chat_template.jinja"
 DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
 
 
@@ -99,10 +103,11 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
         file = gguf.open_file(path)
         raw = file.config
         report = describe(str(path), raw, file.tensors)
-        _describe_gguf_tokenizer(report, file.metadata)
+        metadata: Mapping[str, Any] | None = file.metadata
     else:
         from weights_io.files.folder import open_folder
 
+        metadata = None
         raw = read_json(path / "config.json")
         ModelConfig.from_dict(raw, str(path / "config.json"))
         tensors: Mapping[str, LazyTensor] = {}
@@ -116,13 +121,8 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
             report.unusual.append("the weights are not (or not wholly) downloaded; sizes and stored dtypes are unknown")
         elif missing:
             report.problems.append(missing)
-        _describe_tokenizer(report, path)
-    _collect(report, special_ids, path, raw)
-    rows, ids = report.config["vocab_size"], report.tokenizer_ids
-    if ids is not None:
-        _collect(report, check_vocabulary, ids, rows)
-        if ids < rows:
-            report.unusual.append(f"the embedding has {rows - ids} more rows than the tokenizer has ids ({ids})")
+    _collect(report, special_ids, path, raw, report.config["vocab_size"])
+    _describe_tokenizer(report, path, metadata)
     return report
 
 
@@ -173,9 +173,7 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
         unusual=_absent_keys(raw, config) + _unusual_tensors(raw, config, tensors),
     )
     if tensors:
-        # A duplicate of a tied head is left out, since checking it means reading it.
-        compared = {n: t for n, t in tensors.items() if not (n == HEAD.tensor and config.tie_word_embeddings)}
-        _collect(report, check_tensors, config, compared, Path(source))
+        _collect(report, check_tensors, config, tensors, Path(source))
     return report
 
 
@@ -272,55 +270,38 @@ def stored_as(tensor: LazyTensor) -> str:
     return tensor.kind if isinstance(tensor, BlockTensor) else tensor.dtype.name
 
 
-def _describe_tokenizer(report: Report, folder: Path) -> None:
-    """Fill in the tokenizer's kind, how many ids it has, and where its chat template is; never builds the tokenizer."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return
+def _describe_tokenizer(report: Report, path: Path, metadata: Mapping[str, Any] | None) -> None:
+    """Fill in the tokenizer's kind, how many ids it has, and where its chat template is. What a loader would refuse is
+    one of the report's problems: the tokenizer is built, as there."""
+    # This package looks up to minicpm_data here and in convert: it knows what tokenizers are made of.
+    from minicpm_data.of_checkpoint import tokenizer_in
+
+    kind = _tokenizer_kind(path, metadata)
     try:
-        config = _optional_json(folder / "tokenizer_config.json")
-        ids = [int(i) for i in config.get("added_tokens_decoder") or {}]
-        ids += _optional_json(folder / "added_tokens.json").values()
-        if (folder / "tokenizer.json").is_file():
-            spec = read_json(folder / "tokenizer.json")
-            model = spec["model"]
-            report.tokenizer = f"tokenizer.json ({model.get('type', 'BPE')})"
-            vocab = model["vocab"]  # {piece: id}, or Unigram's [[piece, score], ...]
-            ids += vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-            ids += [token["id"] for token in spec.get("added_tokens") or []]
-        else:
-            report.tokenizer = "tokenizer.model (SentencePiece)"
-            ids.append(_sentencepiece_ids(folder / "tokenizer.model") - 1)
-        report.tokenizer_ids = 1 + max(ids, default=-1)
+        tokenizer, note = tokenizer_in(path, metadata, report.config["vocab_size"])
     except InputError as error:
+        report.tokenizer = kind
         report.problems.append(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError):  # JSON of another make than a tokenizer's
-        report.problems.append(f"the tokenizer files of {folder} do not describe a tokenizer; download them again.")
-    else:
-        if (folder / "chat_template.jinja").is_file():
-            report.chat_template = "its own, in chat_template.jinja"
-        elif config.get("chat_template"):
-            report.chat_template = "its own, in tokenizer_config.json"
+        return
+    if tokenizer is None:
+        return
+    report.tokenizer, report.tokenizer_ids = kind, tokenizer.vocab_size
+    report.unusual += [note] if note else []
+    rows = report.config["vocab_size"]
+    if tokenizer.vocab_size < rows:
+        spare = rows - tokenizer.vocab_size
+        report.unusual.append(
+            f"the embedding has {spare} more rows than the tokenizer has ids ({tokenizer.vocab_size})"
+        )
+    if tokenizer.chat_template_given:
+        where = "the GGUF file" if metadata is not None else "tokenizer_config.json"
+        report.chat_template = f"its own, in {'chat_template.jinja' if (path / CHAT_TEMPLATE).is_file() else where}"
 
 
-def _describe_gguf_tokenizer(report: Report, metadata: Mapping[str, Any]) -> None:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if "tokenizer.ggml.model" in metadata and isinstance(tokens, list):
-        report.tokenizer, report.tokenizer_ids = f"GGUF ({metadata['tokenizer.ggml.model']})", len(tokens)
-    if metadata.get("tokenizer.chat_template"):
-        report.chat_template = "its own, in the GGUF file"
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _sentencepiece_ids(path: Path) -> int:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        return SentencePieceProcessor(model_file=str(path)).vocab_size()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path} is not a SentencePiece model; download it again.") from error
+def _tokenizer_kind(path: Path, metadata: Mapping[str, Any] | None) -> str:
+    if metadata is not None:
+        return f"GGUF ({metadata.get('tokenizer.ggml.model')})"
+    return "tokenizer.json (BPE)" if (path / "tokenizer.json").is_file() else "tokenizer.model (SentencePiece)"
 
 
 if __name__ == "__main__":

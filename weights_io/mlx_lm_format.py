@@ -10,9 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from weights_io.adapter_tensors import RANK, Found, Shape, read_part, row_of_the_table
+from weights_io.adapter_tensors import (
+    RANK,
+    Found,
+    Shape,
+    check_booleans,
+    read_note,
+    read_number,
+    read_part,
+    read_whole,
+    row_of_the_table,
+)
 from weights_io.config import ModelConfig, shown
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.lora import Adapter, AdapterConfig, by_layer, module_name, modules
@@ -22,6 +32,15 @@ WEIGHTS = ("adapters.safetensors",)
 PARTS = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 NAME = re.compile(rf"(.+)\.({'|'.join(PARTS)})")
 LAYER = "model.layers."
+# Keys that tell how the adapter was trained: the options of mlx_lm.lora, now and before. Any other is refused.
+TRAINING = frozenset(
+    """adapter_path batch_size clear_cache_threshold config data grad_accumulation_steps grad_checkpoint
+    hf_dataset iters learning_rate lr_schedule mask_prompt max_seq_length optimizer optimizer_config project_name
+    prompt_feature completion_feature report_to resume_adapter_file save_every seed steps_per_eval steps_per_report
+    test test_batches train trust_remote_code val_batches wandb""".split()
+)
+UNDERSTOOD = frozenset({"fine_tune_type", "lora_parameters", "num_layers", "lora_layers", "use_dora", "model"})
+NUMBERS = frozenset({"rank", "scale", "dropout", "keys"})
 
 
 def is_config(raw: Mapping[str, Any]) -> bool:
@@ -31,11 +50,8 @@ def is_config(raw: Mapping[str, Any]) -> bool:
 def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: ModelConfig, source: str) -> Adapter:
     """``raw``: adapter_config.json; ``source``: how messages call the adapter. Raises `InputError`, see
     `weights_io.adapters.read_adapter`."""
-    kind, numbers = raw.get("fine_tune_type", "lora"), raw.get("lora_parameters")
-    if kind not in ("lora", "dora"):
-        raise InputError(f"{source} is of fine_tune_type {shown(kind)}; only lora and dora are adapters.")
-    if not isinstance(numbers, dict) or not isinstance(numbers.get("scale"), int | float):
-        raise InputError(f"{source} has no lora_parameters with a scale; save the adapter again with its config.")
+    kind = raw.get("fine_tune_type", "dora" if raw.get("use_dora") else "lora")  # the older key
+    numbers = _numbers(raw, kind, source)
     table = {module_name(name): p for p in modules(model).values() for name in p.layers(model)}
     found = Found(source)
     for name, tensor in tensors.items():
@@ -53,16 +69,71 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
         each = values if parameter.of_expert else [np.ascontiguousarray(values.T)]
         for tensor_name, array in zip(parameter.layers(model)[f"{module}.weight"], each, strict=True):
             found.add(module_name(tensor_name), part, array)
-    scale, rank = float(numbers["scale"]), max(found.ranks().values(), default=1)
+    rank = max(found.ranks().values(), default=1)
+    _check_modules(raw, numbers, found, model, source)
+    scale = float(read_number(numbers, "scale", 0, source))
     config = AdapterConfig(
         rank=rank,
         alpha=scale * rank,
-        dropout=numbers.get("dropout") or 0.0,
+        dropout=0.0 if numbers.get("dropout") is None else read_number(numbers, "dropout", 0.0, source),
         dora=kind == "dora",
         targets=found.targets(model),
-        base_model=raw.get("model"),
+        base_model=read_note(raw, "model", source),
     )
     return found.adapter(config, model, lambda module: scale)
+
+
+def _numbers(raw: Mapping[str, Any], kind: Any, source: str) -> dict[str, Any]:
+    """``lora_parameters``. `InputError` for a key of them, or of the config, that is not understood."""
+    numbers = raw.get("lora_parameters")
+    if kind not in ("lora", "dora"):
+        raise InputError(f"{source} is of fine_tune_type {shown(kind)}; only lora and dora are adapters.")
+    check_booleans(raw, ("use_dora",), source)
+    if raw.get("use_dora") is not None and raw["use_dora"] != (kind == "dora"):
+        raise InputError(
+            f"{source} has use_dora {shown(raw['use_dora'])} and fine_tune_type {shown(kind)}; correct one."
+        )
+    if not isinstance(numbers, dict) or numbers.get("scale") is None:
+        raise InputError(f"{source} has no lora_parameters with a scale; save the adapter again with its config.")
+    unknown = {key: raw[key] for key in raw.keys() - TRAINING - UNDERSTOOD}
+    unknown |= {f"lora_parameters.{key}": numbers[key] for key in numbers.keys() - NUMBERS}
+    if unknown.get("lora_parameters.alpha") is not None and unknown["lora_parameters.alpha"] == numbers.get("rank"):
+        del unknown["lora_parameters.alpha"]  # a factor of alpha / rank, once
+    for key, value in unknown.items():
+        if value is not None:
+            raise InputError(
+                f"{source} has {short(key)} = {shown(value)}, which is not understood and may change the numbers; "
+                "remove the key if it only tells how the adapter was trained."
+            )
+    return numbers
+
+
+def _check_modules(
+    raw: Mapping[str, Any], numbers: Mapping[str, Any], found: Found, model: ModelConfig, source: str
+) -> None:
+    """mlx_lm makes an adapter of this rank in the last ``num_layers`` of the layers (0 and below: in all), wherever a
+    name is among ``keys``; it refuses tensors for others."""
+    layers = raw.get("num_layers", raw.get("lora_layers"))
+    if layers is not None and type(layers) is not int:
+        raise InputError(f"{source} has num_layers {shown(layers)}; it must be a whole number.")
+    first = 0 if layers is None or layers <= 0 else max(0, model.num_hidden_layers - layers)
+    keys = numbers.get("keys")
+    if keys is not None and (not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)):
+        raise InputError(f"{source} has keys {shown(keys)}; it must be a list of names.")
+    rank = None if numbers.get("rank") is None else read_whole(numbers, "rank", 1, source)
+    for module, actual in found.ranks().items():
+        layer, _, name = module.removeprefix(LAYER).partition(".")
+        name = re.sub(r"experts\.\d+\.", "experts.", name)
+        fault = f"num_layers {layers}" if int(layer) < first else None
+        if keys is not None and not {name, module} & set(keys):
+            fault = f"keys {shown(keys)}"
+        if rank is not None and actual != rank:
+            fault = f"rank {rank}, not {actual},"
+        if fault:
+            raise InputError(
+                f"{source} has {fault} and yet tensors for {module}; save the adapter again, config and tensors "
+                "together."
+            )
 
 
 def files(adapter: Adapter, model: ModelConfig, base_model: str | None) -> tuple[dict[str, Any], dict[str, Computed]]:

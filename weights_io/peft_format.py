@@ -6,12 +6,22 @@ of the config does what: peft 0.21, tuners/lora/config.py.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from weights_io.adapter_tensors import RANK, Found, Shape, read_part, row_of_the_table
+from weights_io.adapter_tensors import (
+    RANK,
+    Found,
+    Shape,
+    check_booleans,
+    read_note,
+    read_number,
+    read_part,
+    read_whole,
+    row_of_the_table,
+)
 from weights_io.config import ModelConfig, shown
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.lora import Adapter, AdapterConfig, modules, short_name
@@ -22,15 +32,21 @@ PARTS = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude"}
 NAME = re.compile(rf"(?:{re.escape(PREFIX)})?(.+?)\.({'|'.join(PARTS)})(?:\.default)?(?:\.weight)?")
 UNDERSTOOD = frozenset(
     """peft_type r lora_alpha lora_dropout bias use_rslora use_dora rank_pattern alpha_pattern layers_to_transform
-    target_modules init_lora_weights base_model_name_or_path""".split()
+    target_modules exclude_modules init_lora_weights base_model_name_or_path""".split()
 )
+BOOLEANS = ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "lora_bias", "use_qalora")
 # Keys that tell how the adapter was made or is kept. Any other that is set changes what it computes.
 HARMLESS = frozenset(
-    """task_type auto_mapping peft_version revision inference_mode exclude_modules layers_pattern megatron_config
+    """task_type auto_mapping peft_version revision inference_mode layers_pattern megatron_config
     megatron_core qalora_group_size loftq_config eva_config ensure_weight_tying""".split()
 )
 # The other ways to begin (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) take something out of the base model's weights.
 INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# A pattern of a file is matched as PEFT does, by Python's re, which can take for ever: refused are a repeated group,
+# and repetitions that could take more steps than these for a module's name.
+REPEAT = re.compile(r"(?<![\\(])[*+{?]")
+REPEATED_GROUP = re.compile(r"\)[*+{]")
+NAME_LENGTH, MAX_STEPS, MAX_PATTERNS = 45, 100_000, 5000
 
 
 def is_config(raw: Mapping[str, Any]) -> bool:
@@ -54,30 +70,31 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
         rows, columns = row_of_the_table(name, tensor, module, table).tensor_shape(model)
         shapes: dict[str, Shape] = {"a": (RANK, columns), "b": (rows, RANK), "magnitude": (rows,)}
         found.add(module, part, read_part(name, tensor, shapes[part]))
-    rank, ranks = _whole(raw, "r", 8, source), found.ranks()
+    rank, ranks = read_whole(raw, "r", 8, source), found.ranks()
+    rank_of = _by_pattern(raw, "rank_pattern", rank, source)
     for module, actual in ranks.items():
-        expected = _of_pattern(raw, "rank_pattern", module, rank, source)
+        expected = rank_of(module)
         if actual != expected:
             raise InputError(
                 f"{source} says rank {expected} for {module}, whose matrices have rank {actual}; save the adapter "
                 "again, config and tensors together."
             )
     _check_targets(raw, ranks, source)
-    root = bool(raw.get("use_rslora"))  # arXiv 2312.03732: alpha / sqrt(r)
-    alpha = _number(raw, "lora_alpha", 8, source)
+    root = raw.get("use_rslora") or False  # arXiv 2312.03732: alpha / sqrt(r)
+    alpha = read_number(raw, "lora_alpha", 8, source)
+    alpha_of = _by_pattern(raw, "alpha_pattern", alpha, source)
 
     def scale(module: str) -> float:
-        own = float(_of_pattern(raw, "alpha_pattern", module, alpha, source))
-        return own / (math.sqrt(ranks[module]) if root else ranks[module])
+        return alpha_of(module) / (math.sqrt(ranks[module]) if root else ranks[module])
 
     largest = max(ranks.values(), default=rank)
     config = AdapterConfig(
         rank=largest,
         alpha=alpha / (math.sqrt(rank) if root else rank) * largest,
-        dropout=_number(raw, "lora_dropout", 0.0, source),
-        dora=bool(raw.get("use_dora")),
+        dropout=read_number(raw, "lora_dropout", 0.0, source),
+        dora=raw.get("use_dora") or False,
         targets=found.targets(model),
-        base_model=raw.get("base_model_name_or_path"),
+        base_model=read_note(raw, "base_model_name_or_path", source),
     )
     return found.adapter(config, model, scale)
 
@@ -137,6 +154,7 @@ def layer_of(module: str) -> int:
 
 def _check(raw: Mapping[str, Any], source: str) -> None:
     """`InputError` for what changes the numbers and is not supported."""
+    check_booleans(raw, BOOLEANS, source)
     if raw["peft_type"] != "LORA":
         raise InputError(f"{source} is of peft_type {shown(raw['peft_type'])}; only LORA (with DoRA) is supported.")
     if raw.get("bias", "none") != "none":
@@ -149,52 +167,69 @@ def _check(raw: Mapping[str, Any], source: str) -> None:
     for key, value in raw.items():
         if key not in UNDERSTOOD | HARMLESS and value:
             raise InputError(
-                f"{source} has {key[:80]} = {shown(value)}, which may change the numbers and is not supported; merge "
+                f"{source} has {short(key)} = {shown(value)}, which may change the numbers and is not supported; merge "
                 "the adapter into its model with PEFT and load the result."
             )
 
 
 def _check_targets(raw: Mapping[str, Any], ranks: Mapping[str, int], source: str) -> None:
     """The config must not leave out a module that has tensors: PEFT would pass over them."""
-    layers, targets = raw.get("layers_to_transform"), raw.get("target_modules")
+    layers = raw.get("layers_to_transform")
+    chosen = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if not all(type(layer) is int for layer in chosen):
+        raise InputError(f"{source} has layers_to_transform {shown(layers)}; it must be a list of whole numbers.")
+    targets = raw.get("target_modules")
     for module in ranks:
-        listed = layers in (None, []) or layer_of(module) in (layers if isinstance(layers, list) else [layers])
-        named = not isinstance(targets, list) or any(f".{module}".endswith(f".{target}") for target in targets)
-        if not listed or not named:
-            key = "target_modules" if listed else "layers_to_transform"
+        left_out = "layers_to_transform" if chosen and layer_of(module) not in chosen else None
+        if targets is not None and targets != "all-linear" and not _named(raw, "target_modules", module, source):
+            left_out = left_out or "target_modules"
+        if raw.get("exclude_modules") and _named(raw, "exclude_modules", module, source):
+            left_out = left_out or "exclude_modules"
+        if left_out:
             raise InputError(
-                f"{source} has {key} {shown(raw[key])} and yet tensors for {module}; save the adapter again, config "
-                "and tensors together."
+                f"{source} has {left_out} {shown(raw[left_out])} and yet tensors for {module}; save the adapter "
+                "again, config and tensors together."
             )
 
 
-def _of_pattern(raw: Mapping[str, Any], key: str, module: str, default: float, source: str) -> float:
-    """The value of the first pattern that fits the end of the module's name, as PEFT looks it up."""
+def _named(raw: Mapping[str, Any], key: str, module: str, source: str) -> bool:
+    """Whether a list of the ends of names, or a pattern, takes a module."""
+    value = raw[key]
+    if isinstance(value, str):
+        _check_patterns((value,), key, source)
+        return re.fullmatch(value, module) is not None
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise InputError(f"{source} has {key} {shown(value)}; it must be a list of names or one pattern.")
+    return any(f".{module}".endswith(f".{name}") for name in value)
+
+
+def _by_pattern(raw: Mapping[str, Any], key: str, default: float, source: str) -> Callable[[str], float]:
+    """Of a module: the value of the first pattern that fits the end of its name, as PEFT looks it up."""
     patterns = raw.get(key) or {}
     if not isinstance(patterns, dict):
         raise InputError(f"{source} has {key} {shown(patterns)}; it must be an object of numbers by module name.")
+    _check_patterns(patterns, key, source)
+    numbers = {pattern: read_number(patterns, pattern, default, source) for pattern in patterns}
+    known = [(re.compile(rf"(.*\.)?({pattern})$"), number) for pattern, number in numbers.items()]
+    return lambda module: next((number for pattern, number in known if pattern.match(module)), default)
+
+
+def _check_patterns(patterns: Collection[str], key: str, source: str) -> None:
+    """`InputError` for a pattern that is none, or could take for ever."""
+    if len(patterns) > MAX_PATTERNS:
+        raise InputError(f"{source} has {len(patterns)} patterns in {key}, more than any model has modules.")
+    steps = 0
     for pattern in patterns:
         try:
-            fits = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{source} has the pattern {shown(pattern)} in {key} ({error}); correct it.") from None
-        if fits:
-            return _number(patterns, pattern, default, source)
-    return default
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float, source: str) -> float:
-    value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{source} has {key} {shown(value)}; it must be a number.")
-    return value
-
-
-def _whole(raw: Mapping[str, Any], key: str, default: int, source: str) -> int:
-    value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{source} has {key} {shown(value)}; it must be a positive whole number.")
-    return value
+        repeats = len(REPEAT.findall(pattern))
+        steps += NAME_LENGTH**repeats if repeats else 0
+        if steps > MAX_STEPS or REPEATED_GROUP.search(pattern):
+            raise InputError(
+                f"{source} has the pattern {shown(pattern)} in {key}, which may take for ever; name the modules."
+            )
 
 
 def _plain(number: float) -> float:

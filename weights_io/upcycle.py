@@ -16,7 +16,7 @@ import numpy as np
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint, open_checkpoint
-from weights_io.config import ModelConfig
+from weights_io.config import MAX_EXPERTS, ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor
@@ -25,7 +25,6 @@ from weights_io.write import Tensor, check_output
 
 ROUTER_STD = 0.1  # variance 0.01, arXiv 2404.06395
 COPIES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-MAX_EXPERTS = 1024  # far above any that is used; each is written out tensor by tensor
 
 
 @dataclass(frozen=True)

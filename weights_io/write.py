@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import json
-import secrets
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 
 from weights_io.casting import Rounding, cast, check_dtype, numpy_dtype
-from weights_io.config import DTYPES, HARMLESS, ModelConfig, stored_dtype
-from weights_io.errors import InputError
+from weights_io.config import DTYPES, ModelConfig, stored_dtype
+from weights_io.config_keys import HARMLESS
+from weights_io.errors import InputError, listed
 from weights_io.files.folder import SIDE_FILES
+from weights_io.files.regular import read_regular
 from weights_io.files.safetensors import Computed, write_file
 from weights_io.files.tensor import LazyTensor, located
+from weights_io.json_text import MAX_BYTES
 from weights_io.parameters import EMBEDDING, HEAD, parameters, tensor_shapes
+from weights_io.partial import partial
 from weights_io.progress import progress_bar
 
 Tensor = LazyTensor | Computed
@@ -66,23 +70,19 @@ def save_checkpoint(
         extra_files or {}
     )
     shards = _shards(sizes, max_shard_bytes)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
-        with folder_to_fill(out.parent), contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, partial, ignore_errors=True)  # not there any more if all went well
+        with folder_to_fill(out.parent), partial(out, folder=True) as unfinished:
             _check_space(out, sum(sizes.values()))
-            partial.mkdir()
             with progress_bar(out.name, sum(sizes.values())) as bar:
                 for shard, names in shards.items():
                     write_file(
-                        partial / shard,
+                        unfinished / shard,
                         {name: _cast_tensor(name, tensors[name], dtypes[name], rounding, bar.update) for name in names},
                     )
             if len(shards) > 1:
                 files["model.safetensors.index.json"] = _index(shards, sizes)
             for name, content in files.items():
-                (partial / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-            partial.rename(out)
+                (unfinished / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise _unwritable(out, error) from error
     return [out / name for name in (*shards, *sorted(files))]
@@ -152,7 +152,7 @@ def _of_the_table(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
     wrong = [name for name, shape in expected.items() if name not in tensors or tuple(tensors[name].shape) != shape]
     wrong += [name for name in tensors if name not in expected and name != HEAD.tensor]
     if wrong:
-        raise ValueError(f"tensors missing, misshapen or not of the model: {', '.join(wrong)}")
+        raise ValueError(f"tensors missing, misshapen or not of the model: {listed(wrong)}")
     return {name: tensors[name] for name in expected}
 
 
@@ -200,12 +200,8 @@ def _side_files(
         "config.json": _json(kept | config.to_dict() | {"torch_dtype": dtype} | dict(added_keys or {}))
     }
     for path in [copy_from / name for name in SIDE_FILES] if copy_from is not None else []:
-        try:
-            files[path.name] = path.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}.") from error
+        if os.path.lexists(path):
+            files[path.name] = read_regular(path, MAX_BYTES)
     return files
 
 

@@ -14,7 +14,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minicpm_data import chat, load_tokenizer, tokenizer_from_gguf
-from minicpm_data.gguf_tokenizer import PRE_TOKENIZERS
+from minicpm_data.gguf_pre_tokenizers import PRE_TOKENIZERS
 from minicpm_data.tokenizer_files import tokenizer_files
 from weights_io.checkpoint import open_checkpoint
 
@@ -40,7 +40,7 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 def byte_level(pre: str) -> dict:
     """A byte-level vocabulary trained in a moment, cut as llama.cpp's pre-tokenizer of that name."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=pre == "llama-bpe"))
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=PRE_TOKENIZERS[pre].ignore_merges))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=500,
@@ -51,7 +51,7 @@ def byte_level(pre: str) -> dict:
     made.train_from_iterator(tiny.SENTENCES * 3, trainer)
     made.decoder = tokenizers.decoders.ByteLevel()
     spec = json.loads(made.to_str())
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]}
+    spec["pre_tokenizer"] = PRE_TOKENIZERS[pre].spec()
     return spec
 
 
@@ -78,6 +78,7 @@ FILES = {
     "sentencepiece with chatml": lambda: with_chatml(tiny.as_json()),
     "gpt2": lambda: byte_level("gpt-2"),
     "smollm": lambda: byte_level("smollm"),
+    "minicpm5": lambda: byte_level("minicpm5"),
     "llama 3 with bos": lambda: with_bos(byte_level("llama-bpe")),
 }
 
@@ -199,6 +200,32 @@ def test_chat_templates(pair, name, prompted):
         before = ours.encode("")
         expected = ids if ids[: len(before)] == before else before + ids
         assert ours.apply_chat(messages, add_generation_prompt=prompted) == expected, text
+
+
+@pytest.mark.parametrize("name", ["minicpm5_1b", "minicpm5_2b"])
+def test_training_examples_of_thinking_templates(pair, name):
+    """Ids of the rendered conversation as theirs, up to the end of its last answer; the contents spell tokens. Answers
+    begin with no space, which would be one token with the prompt's line end in some vocabularies."""
+    ours, theirs = pair
+    template = (Path(__file__).parents[1] / "reference" / "chat" / name / "chat_template.jinja").read_text("utf-8")
+    theirs.chat_template = ours.chat_template = template
+    rng = random.Random(0)
+    words = ["Hello", " world", "你好", "\n", "  ", "a b", "<|im_end|>", "</s>", "42", "👍"]
+    for _ in range(100):
+        messages = [{"role": "system", "content": "Be kind."}] * rng.randrange(2)
+        for _ in range(rng.randrange(1, 4)):
+            question, thought, answer = ("".join(rng.choices(words, k=rng.randrange(6))) for _ in range(3))
+            thought = f"<think>\n{thought}\n</think>\n\n" * rng.randrange(2)
+            messages += [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": thought + answer.lstrip()},
+            ]
+        ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        before = ours.encode("")
+        expected = ids if ids[: len(before)] == before else before + ids
+        assert ours.apply_chat(messages, add_generation_prompt=False, trusted=True) == expected
+        found, trained = ours.chat_example(messages)
+        assert found[:-1] == expected[: len(found) - 1] and trained[-1]  # the last is the EOS, of either
 
 
 @pytest.mark.parametrize("name", ["minicpm", "chatml", "chatml with a system message of its own", "llama 2"])

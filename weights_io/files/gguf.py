@@ -16,7 +16,9 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
+from weights_io.files.gguf_config import config_of
+from weights_io.files.regular import open_regular
 from weights_io.files.tensor import FileTensor, LazyTensor, contiguous_strides
 
 ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
@@ -24,7 +26,9 @@ MAX_DIMS = 4  # of ggml
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct's names
 U32, U64 = SCALARS[4], SCALARS[10]
-MAX_ITEM = 2**27  # bytes of one string or array of metadata; a vocabulary of 128k has 0.5 MB of scores
+MAX_KEYS, MAX_TENSORS = 10_000, 100_000  # a file has about 40 of the ones, and 9 of the others for each layer
+MAX_HEADER = 2**26  # bytes; a vocabulary of 256k with its merges has 16 million
+MAX_ELEMENTS = 1_500_000  # of all arrays together; such a vocabulary has 1.3 million
 PLAIN = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -36,7 +40,6 @@ PLAIN = {
     "I8": np.dtype(np.int8),
 }
 
-ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM", "llama": "LlamaForCausalLM"}
 MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_MODULES = {
     "attn_norm": "input_layernorm",
@@ -49,10 +52,6 @@ LAYER_MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# llama.cpp's tables of per-frequency RoPE factors (Llama 3.1, LongRoPE).
-ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# Metadata (behind the architecture's name) that changes the numbers unless it is 0.
-UNSUPPORTED = ("expert_count", "attention.sliding_window", "attention.scale", "attention.clamp_kqv")
 
 
 @dataclass(frozen=True)
@@ -132,22 +131,21 @@ def open_file(path: Path) -> GGUFFile:
         InputError: the file is missing, damaged or truncated, not of the architectures minicpm and llama, or has
             something that would change the numbers and is not supported (experts, RoPE tables, YaRN, split files).
     """
-    try:
-        with open(path, "rb") as file:
-            metadata, stored = _Header(path, file).read()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}.") from error
-    config = _Metadata(path, metadata).config(stored)
+    with open_regular(path) as file:
+        metadata, stored = _Header(path, file).read()
+    config = config_of(path, metadata, stored)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in stored.items():
         name = _hugging_face_name(name)
         if name in tensors:
-            raise InputError(f"{path} has two tensors for {name}; convert the model anew.")
+            raise InputError(f"{path} has two tensors for {short(name)}; convert the model anew.")
         count = heads.get(name.split(".")[-2]) if name.startswith("model.layers.") else None
         if count is not None and tensor.shape:
             if tensor.shape[0] % (2 * count):
-                raise InputError(f"{name} in {path} has {tensor.shape[0]} rows, no pairs for {count} heads each.")
+                raise InputError(
+                    f"{short(name)} in {path} has {tensor.shape[0]} rows, no pairs for {count} heads each."
+                )
             tensor = UnpermutedTensor(tensor, tensor.shape[0] // count)
         tensors[name] = tensor
     return GGUFFile(metadata, tensors, config)
@@ -168,62 +166,71 @@ class _Header:
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self.file = path, file
         self.size = file.seek(0, 2)
-        file.seek(0)
+        self.position = file.seek(0)
+        self.elements = 0  # of the arrays so far
 
     def refuse(self, text: str) -> InputError:
         return InputError(f"{self.path} {text}; download it again or convert it anew.")
 
     def read(self) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         """Metadata, and the tensors under their own names."""
-        if self.size < 8 or self.file.read(4) != b"GGUF":
+        if self.size < 8 or self.take(4) != b"GGUF":
             raise self.refuse("is no GGUF file (it does not begin with GGUF)")
         version = self.number(U32)
         if version not in (2, 3):
             raise self.refuse(f"has GGUF version {version:#x}, and 2 and 3 (little-endian) are read here")
         tensor_count, key_count = self.number(U64), self.number(U64)
+        if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
+            raise self.refuse(f"promises {tensor_count} tensors and {key_count} keys, more than any model has")
         metadata: dict[str, Any] = {}
         for _ in range(key_count):
             key = self.string()
             if key in metadata:
-                raise self.refuse(f"has the metadata key {key} twice")
+                raise self.refuse(f"has the metadata key {short(key)} twice")
             metadata[key] = self.value(self.number(U32))
         entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(tensor_count):
             name = self.string()
             if name in entries:
-                raise self.refuse(f"has the tensor {name} twice")
+                raise self.refuse(f"has the tensor {short(name)} twice")
             entries[name] = self.tensor_entry(name)
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise self.refuse(f"has the alignment {alignment!r}, not a power of two")
+            raise self.refuse(f"has the alignment {short(alignment)}, not a power of two")
         return metadata, self.place(entries, alignment)
 
     def place(self, entries: dict[str, tuple[tuple[int, ...], int, int]], alignment: int) -> dict[str, LazyTensor]:
         """The tensors lie one after the other, each padded to the alignment."""
-        start = _padded(self.file.tell(), alignment)
+        start = _padded(self.position, alignment)
         position = 0
         tensors: dict[str, LazyTensor] = {}
         for name, (shape, kind, offset) in entries.items():
             if offset != position:
-                raise self.refuse(f"has {name} at byte {offset} of its data where {position} is due")
+                raise self.refuse(f"has {short(name)} at byte {offset} of its data where {position} is due")
             tensors[name], length = self.tensor(name, shape, kind, start + offset)
             if start + offset + length > self.size:
-                raise self.refuse(f"is truncated: {name} ends at byte {start + offset + length} of {self.size}")
+                raise self.refuse(f"is truncated: {short(name)} ends at byte {start + offset + length} of {self.size}")
             position = _padded(offset + length, alignment)
+        if entries and self.size > start + position:
+            raise self.refuse(f"has {self.size - start - position} bytes behind its last tensor")
         return tensors
 
     def tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> tuple[LazyTensor, int]:
         """A tensor at a place in the file, and its length in bytes."""
         block = _block(kind)
         if block is None:
-            raise InputError(f"{name} in {self.path} has the type number {kind}, which the gguf package cannot read.")
+            raise InputError(
+                f"{short(name)} in {self.path} has the type number {kind}, which the gguf package cannot read."
+            )
         label, elements, size = block
         if label in PLAIN:
             dtype = PLAIN[label]
             tensor = FileTensor(self.path, offset, dtype, shape, contiguous_strides(shape))
             return tensor, math.prod(shape) * dtype.itemsize
         if not shape or shape[-1] % elements:
-            raise self.refuse(f"has {name} of shape {list(shape)} in {label} blocks of {elements} along the last axis")
+            raise self.refuse(
+                f"has {short(name)} of shape {list(shape)} in {label} blocks of {elements} along the last axis"
+            )
         packed = (*shape[:-1], shape[-1] // elements * size)
         bytes_ = FileTensor(self.path, offset, np.dtype(np.uint8), packed, contiguous_strides(packed))
         return BlockTensor(bytes_, shape, label), math.prod(packed)
@@ -232,10 +239,10 @@ class _Header:
         """Shape (the file has it reversed), type number, offset (bytes into the data)."""
         dims = self.number(U32)
         if dims > MAX_DIMS:
-            raise self.refuse(f"gives {name} {dims} dimensions, more than ggml's {MAX_DIMS}")
+            raise self.refuse(f"gives {short(name)} {dims} dimensions, more than ggml's {MAX_DIMS}")
         shape = tuple(self.number(U64) for _ in range(dims))[::-1]
         if math.prod(max(n, 1) for n in shape) >= 2**60:
-            raise self.refuse(f"gives {name} the impossible shape {list(shape)}")
+            raise self.refuse(f"gives {short(name)} the impossible shape {list(shape)}")
         return shape, self.number(U32), self.number(U64)
 
     def value(self, kind: int) -> Any:
@@ -246,6 +253,9 @@ class _Header:
         if kind != ARRAY:
             raise self.refuse(f"has metadata of the unknown type {kind}")
         kind, count = self.number(U32), self.number(U64)
+        self.elements += count
+        if self.elements > MAX_ELEMENTS:
+            raise self.refuse(f"has metadata of {self.elements} elements, more than any model needs")
         if kind == STRING:
             return [self.string() for _ in range(count)]
         if kind not in SCALARS:
@@ -257,15 +267,17 @@ class _Header:
         try:
             return self.take(self.number(U64)).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.refuse(f"has a string that is not UTF-8 before byte {self.file.tell()}") from error
+            raise self.refuse(f"has a string that is not UTF-8 before byte {self.position}") from error
 
     def number(self, form: str) -> Any:
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
 
     def take(self, count: int) -> bytes:
-        position = self.file.tell()
-        if count > min(self.size - position, MAX_ITEM):
-            raise self.refuse(f"is truncated or damaged: {count} bytes are due at byte {position} of {self.size}")
+        start, self.position = self.position, self.position + count
+        if self.position > self.size:
+            raise self.refuse(f"is truncated or damaged: {count} bytes are due at byte {start} of {self.size}")
+        if self.position > MAX_HEADER:
+            raise self.refuse(f"has a header of more than {MAX_HEADER} bytes, more than any model needs")
         return self.file.read(count)
 
 
@@ -286,108 +298,3 @@ def _block(kind: int) -> tuple[str, int, int] | None:
     except (ValueError, NotImplementedError):
         return None
     return known.name, elements, size
-
-
-class _Metadata:
-    """The config.json that the metadata of a minicpm or llama file stands for."""
-
-    def __init__(self, path: Path, values: dict[str, Any]):
-        self.path, self.values = path, values
-        self.architecture: Any = values.get("general.architecture")
-
-    def config(self, stored: dict[str, LazyTensor]) -> dict[str, Any]:
-        self.refuse_unsupported(stored)
-        embedding = stored.get("token_embd.weight")
-        if embedding is None or len(embedding.shape) != 2:
-            raise InputError(f"{self.path} has no token_embd.weight of two dimensions; convert the model anew.")
-        heads = self.count("attention.head_count")
-        config: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[self.architecture]],
-            "model_type": self.architecture,
-            "vocab_size": embedding.shape[0],
-            "hidden_size": self.count("embedding_length"),
-            "intermediate_size": self.count("feed_forward_length"),
-            "num_hidden_layers": self.count("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self.count("attention.head_count_kv", heads),
-            "hidden_act": "silu",
-            "max_position_embeddings": self.count("context_length"),
-            "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self.number("rope.freq_base", 10000.0),
-            "rope_scaling": self.rope_scaling(),
-            "tie_word_embeddings": "output.weight" not in stored,
-        }
-        if (head_dim := self.head_dim()) is not None:
-            config["head_dim"] = head_dim
-        if self.architecture == "minicpm":
-            config |= self.scales(config["hidden_size"], config["num_hidden_layers"])
-        for key in ("bos_token_id", "eos_token_id"):
-            if (token := self.values.get(f"tokenizer.ggml.{key}")) is not None:
-                config[key] = token
-        return config
-
-    def refuse_unsupported(self, stored: dict[str, LazyTensor]) -> None:
-        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
-            raise InputError(
-                f"{self.path} has the architecture {self.architecture!r}; read here are {' and '.join(ARCHITECTURES)}."
-            )
-        if self.values.get("split.count", 0) not in (0, 1):
-            raise InputError(f"{self.path} is one part of a split file; join the parts with llama-gguf-split --merge.")
-        for key in UNSUPPORTED:
-            if self.get(key, 0) != 0:
-                raise InputError(f"{self.path} has {self._said(key, self.get(key))}, which is not supported in GGUF.")
-        for name in ROPE_TABLES:
-            if name in stored:
-                raise InputError(f"{self.path} has {name}, a RoPE scaling that is not supported; use another model.")
-
-    def scales(self, hidden_size: int, layers: int) -> dict[str, Any]:
-        """The file has residual_scale = scale_depth / sqrt(layers) and logit_scale = hidden_size / dim_model_base, the
-        divisor of the logits. Files of before these keys are MiniCPM-2B, whose constants llama.cpp hard-coded."""
-        scales: dict[str, Any] = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256}
-        if self.get("embedding_scale") is not None:
-            scales["scale_emb"] = self.number("embedding_scale")
-        if self.get("residual_scale") is not None:
-            depth = self.number("residual_scale") * math.sqrt(layers)
-            scales["scale_depth"] = float(f"{depth:.7g}")  # the digits that a float32 has
-        if self.get("logit_scale") is not None:
-            base = hidden_size / self.number("logit_scale")
-            scales["dim_model_base"] = round(base)
-            if abs(base - round(base)) > 1e-5 * base:
-                raise InputError(f"{self.path} has a minicpm.logit_scale that is not hidden_size / a whole number.")
-        return scales
-
-    def rope_scaling(self) -> dict[str, Any] | None:
-        kind = self.get("rope.scaling.type", "linear")
-        if kind == "none":
-            return None
-        if kind != "linear":
-            raise InputError(f"{self.path} has the RoPE scaling {kind!r}, which is not read from GGUF; only linear is.")
-        key = "rope.scaling.factor" if self.get("rope.scaling.factor") is not None else "rope.scale_linear"  # old name
-        factor = self.number(key, 1.0)
-        return None if factor == 1 else {"type": "linear", "factor": factor}
-
-    def head_dim(self) -> int | None:
-        keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-        given = {key: self.count(key) for key in keys if self.get(key) is not None}
-        if len(set(given.values())) > 1:
-            raise InputError(f"{self.path} has different {' and '.join(given)}, which is not supported.")
-        return next(iter(given.values()), None)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(f"{self.architecture}.{key}", default)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if type(value) is not int or value < 1:
-            raise InputError(f"{self.path} has {self._said(key, value)} where a positive whole number is needed.")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive number, with the digits that a float32 has: 1e-05, not 9.999999747378752e-06."""
-        value = self.get(key, default)
-        if type(value) in (int, float) and 1e-37 < value < 1e38:  # a float32's range
-            return float(str(np.float32(value)))
-        raise InputError(f"{self.path} has {self._said(key, value)} where a positive number is needed.")
-
-    def _said(self, key: str, value: Any) -> str:
-        return f"{self.architecture}.{key} = {str(value):.60}" if value is not None else f"no {self.architecture}.{key}"

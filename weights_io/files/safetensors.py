@@ -15,10 +15,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
+from weights_io.files.regular import open_regular
 from weights_io.files.tensor import FileTensor, LazyTensor, contiguous_strides
+from weights_io.json_text import MAX_CONFIG, parse_object
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+MAX_HEADER = MAX_CONFIG  # a model of 100 000 tensors has 15 MB
 MAX_DIMS = 64  # numpy's own limit
 LIMIT = 2**63  # numpy's sizes are signed 64 bit
 
@@ -112,46 +114,21 @@ def write_file(
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def parse_object(data: bytes, what: str) -> dict:
-    """JSON that must be an object without duplicate keys at any level; ``what`` names it in the InputError."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise InputError(f"{what} has the key {twice!r} twice; download the file again.")
-        return result
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{what} is not JSON ({error}); download the file again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{what} is not a JSON object; download the file again.")
-    return value
-
-
 def _read_header(path: Path) -> tuple[dict, int, int]:
     """Header without its metadata, where the data start, and the file's size (bytes)."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            if size < 8:
-                raise InputError(f"{path} has {size} bytes and is no safetensors file; download it again.")
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, MAX_HEADER):
-                raise InputError(
-                    f"{path} promises a header of {length} bytes, but has {size} bytes in all (and a header may have "
-                    f"{MAX_HEADER}): it is truncated or no safetensors file; download it again."
-                )
-            data = file.read(length)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}.") from error
-    header = parse_object(data, f"the header of {path}")
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        if size < 8:
+            raise InputError(f"{path} has {size} bytes and is no safetensors file; download it again.")
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_HEADER):
+            raise InputError(
+                f"{path} promises a header of {length} bytes, but has {size} bytes in all (and a header may have "
+                f"{MAX_HEADER}): it is truncated or no safetensors file; download it again."
+            )
+        data = file.read(length)
+    header = parse_object(data, f"the header of {path}", MAX_HEADER)
     metadata = header.pop("__metadata__", {})
     metadata = {} if metadata is None else metadata  # MLX writes null where there are none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -161,23 +138,24 @@ def _read_header(path: Path) -> tuple[dict, int, int]:
 
 def _entry(path: Path, name: str, entry: object) -> tuple[np.dtype, tuple[int, ...], int, int]:
     fields = {"dtype", "shape", "data_offsets"}
+
+    def fault(text: str) -> InputError:
+        return InputError(f"{short(name)} in {path} {text}; download it again.")
+
     if not isinstance(entry, dict) or entry.keys() != fields or not isinstance(entry["dtype"], str):
-        raise InputError(f"{name} in {path} is not described by dtype, shape and data_offsets; download it again.")
+        raise fault("is not described by dtype, shape and data_offsets")
     if entry["dtype"] not in DTYPES:
-        raise InputError(f"{name} in {path} has the dtype {entry['dtype']}; known are {', '.join(DTYPES)}.")
+        raise fault(f"has the dtype {short(entry['dtype'])}, which is none of safetensors' that are read here")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or len(shape) > MAX_DIMS:
-        raise InputError(
-            f"{name} in {path} has a shape with negative, fractional or too many sizes; download it again."
-        )
+        raise fault("has a shape with negative, fractional or too many sizes")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise InputError(f"{name} in {path} has data_offsets that are not two whole numbers; download it again.")
+        raise fault("has data_offsets that are not two whole numbers")
     dtype = DTYPES[entry["dtype"]]
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize or math.prod(max(n, 1) for n in shape) >= LIMIT:
-        raise InputError(
-            f"{name} in {path} is {entry['dtype']} {shape}, but has data_offsets {offsets}, "
-            "which is another number of bytes; download it again."
+        raise fault(
+            f"is {entry['dtype']} {short(shape)}, but has data_offsets {offsets}, which is another number of bytes"
         )
     return dtype, tuple(shape), begin, end
 
@@ -200,6 +178,6 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], start: int, size
         if begin != position:
             fault = "overlaps the tensor before it" if begin < position else "leaves unused bytes before it"
             raise InputError(
-                f"{name} in {path} starts at byte {begin}, not {position}, and {fault}; download it again."
+                f"{short(name)} in {path} starts at byte {begin}, not {position}, and {fault}; download it again."
             )
         position = end

@@ -7,8 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
+from weights_io.files.regular import open_regular
 
+ROWS = 4096  # read at a time to compare two tensors
 GAP = 1024  # bytes between the parts of two rows from which on they are read one by one
 
 Index = tuple[slice, ...] | slice | int
@@ -34,7 +36,7 @@ class LazyTensor(Protocol):
 def located(name: str, tensor: object) -> str:
     """``name`` as messages call it: with the file that holds it, where there is one."""
     source = getattr(tensor, "source", None)
-    return f"{name} in {source}" if source else name
+    return f"{short(name)} in {source}" if source else short(name)
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,12 @@ class FileTensor:
         gap = self.strides[-2] - shape[-1] if len(shape) > 1 and self.strides[-1] == 1 else 0
         if gap * self.dtype.itemsize >= GAP:
             return self._rows(first, shape)
-        with open(self.source, "rb") as file:
+        with open_regular(self.source) as file:
             file.seek(self.offset + first * self.dtype.itemsize)
             # fromfile does not know the dtypes of ml_dtypes; bytes do.
             data = np.fromfile(file, np.uint8, extent * self.dtype.itemsize)
-        # Checks that the bytes suffice, so that a file truncated since it was opened cannot be read beyond.
+        if data.nbytes < extent * self.dtype.itemsize:
+            raise self._became_shorter()
         return np.ndarray(shape, self.dtype, data, strides=[s * self.dtype.itemsize for s in self.strides])
 
     def read_rows(self, start: int, rows: np.ndarray) -> bool:
@@ -71,23 +74,28 @@ class FileTensor:
         if rows.dtype != self.dtype or not rows.flags.c_contiguous or self.strides != contiguous_strides(self.shape):
             return False
         wanted = rows.reshape(-1).view(np.uint8).data
-        with open(self.source, "rb", buffering=0) as file:
+        with open_regular(self.source, buffering=0) as file:
             file.seek(self.offset + start * rows[0].nbytes)
-            while wanted and (count := file.readinto(wanted)):
+            while wanted and (count := file.readinto(wanted)):  # type: ignore[attr-defined]
                 wanted = wanted[count:]
         if wanted:
-            raise InputError(f"{self.source} became shorter while it was read; load it again.")
+            raise self._became_shorter()
         return True
+
+    def _became_shorter(self) -> InputError:
+        return InputError(f"{self.source} became shorter while it was read; load it again.")
 
     def _rows(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
         """The parts of rows of a block that begins at element ``first``, without what lies between them."""
         parts = np.empty(shape, self.dtype)
-        with open(self.source, "rb") as file:
+        with open_regular(self.source) as file:
             for place in np.ndindex(*shape[:-1]):
                 element = first + sum(i * stride for i, stride in zip(place, self.strides, strict=False))
                 size = shape[-1] * self.dtype.itemsize
                 data = os.pread(file.fileno(), size, self.offset + element * self.dtype.itemsize)
-                parts[place] = np.ndarray(shape[-1:], self.dtype, data)  # checks that the bytes suffice
+                if len(data) < size:
+                    raise self._became_shorter()
+                parts[place] = np.ndarray(shape[-1:], self.dtype, data)
         return parts
 
 
@@ -99,3 +107,13 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= n
     return tuple(reversed(strides))
+
+
+def same_numbers(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors hold the same. Reads both, some rows at a time, unless they are one place in one file."""
+    if one == other or one.shape != other.shape:
+        return one == other
+    if not one.shape:
+        return np.array_equal(one.read(), other.read(), equal_nan=True)
+    parts = ((slice(i, i + ROWS),) for i in range(0, one.shape[0], ROWS))
+    return all(np.array_equal(one.read(part), other.read(part), equal_nan=True) for part in parts)

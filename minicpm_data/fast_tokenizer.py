@@ -1,0 +1,208 @@
+"""The library `tokenizers`, called at one place: what it refuses, and where it panics, is an `InputError`.
+
+A ``tokenizer.json`` is a small program. Rust panics come out of the library as exceptions that are no `Exception`, with
+a stack trace on file descriptor 2; steps that make a text many times longer would take all memory.
+"""
+
+import functools
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from weights_io.errors import InputError
+
+LONGEST = 1000  # characters that the steps may make of one, and ids around a text: released files reach 12 and 2
+PROBE = 'aA1 . \t\n你好é👍\u0301\u200b\x00"</s>'  # some of each kind: what cannot be encoded shows when it is loaded
+
+
+class FastTokenizer:
+    """A `tokenizers.Tokenizer` as this package uses it. Every method raises `InputError`, with ``source`` in it."""
+
+    def __init__(self, spec: Mapping[str, Any], source: str | Path):
+        """Arguments:
+        spec: the contents of a ``tokenizer.json``.
+        source: names them in an error.
+        """
+        import tokenizers
+
+        self.source = source
+        check_growth(spec, source)
+        with self._calling("does not describe a tokenizer", "download it again"):
+            self._fast = tokenizers.Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+            self._fast.no_truncation()
+            self._fast.no_padding()
+            self.kind = type(self._fast.model).__name__
+            self.normalizer, self.pre_tokenizer, self.decoder = map(
+                _state, (self._fast.normalizer, self._fast.pre_tokenizer, self._fast.decoder)
+            )
+            try:
+                self._fast.encode(PROBE, add_special_tokens=False)
+            except Exception:  # of this text alone, such as a character that the vocabulary lacks; a panic goes on
+                pass
+
+    def encode(self, text: str):
+        """The `Encoding` of ``text`` (``ids``, ``offsets``), with nothing put in front of it or behind."""
+        with self._calling("cannot encode this text", "get the tokenizer files again"):
+            # A batch lets other threads run: `encode` keeps Python's lock, 1 s for a million characters.
+            (encoding,) = self._fast.encode_batch([text], add_special_tokens=False)
+            return encoding
+
+    @property
+    def model(self) -> Any:
+        """The library's model (``byte_fallback``, ``unk_token``, ``fuse_unk``)."""
+        return self._fast.model
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """The ids that the post-processor writes before and after a text."""
+        with self._calling("has a post_processor that cannot be used", "get the tokenizer files again"):
+            probe = self._fast.encode("", add_special_tokens=False)
+            probe.pad(1)  # one token, whatever the vocabulary can spell
+            full = self._fast.post_process(probe)
+        if 0 not in full.sequence_ids:
+            raise InputError(f"{self.source} has a post_processor that leaves out the text; get it again.")
+        at = full.sequence_ids.index(0)
+        return full.ids[:at], full.ids[at + 1 :]
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._fast.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self._fast.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+
+    def vocabulary(self, added: bool = True) -> dict[str, int]:
+        """Token -> id, with the added tokens or without."""
+        return self._fast.get_vocab(with_added_tokens=added)
+
+    def added_tokens(self) -> dict[int, Any]:
+        """Id -> `AddedToken` (``content``, ``special``)."""
+        return self._fast.get_added_tokens_decoder()
+
+    def spec(self) -> dict[str, Any]:
+        """The contents of a ``tokenizer.json``."""
+        return json.loads(self._fast.to_str())
+
+    @contextmanager
+    def _calling(self, fault: str, remedy: str) -> Iterator[None]:
+        try:
+            with panics_unprinted():
+                yield
+        except BaseException as error:
+            # The library raises nothing more specific, and of a panic a class that cannot be imported.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise InputError(f"{self.source} {fault} ({reason}); {remedy}.") from None
+
+
+def _state(part: Any) -> dict[str, Any] | None:
+    """A step as ``tokenizer.json`` describes it; None where there is none."""
+    return json.loads(part.__getstate__()) if part else None
+
+
+TEXT_STEPS = ("normalizer", "pre_tokenizer")
+
+
+def check_growth(spec: Mapping[str, Any], source: str | Path) -> None:
+    """`InputError` where the steps of a ``tokenizer.json`` could make a text more than `LONGEST` times longer."""
+    try:
+        longest = max(_growth([spec.get(name) for name in names]) for names in (TEXT_STEPS, ("decoder",)))
+        around = _ids_around(spec.get("post_processor"))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise InputError(f"{source} does not describe a tokenizer; download it again.") from None
+    if longest > LONGEST or around > LONGEST:
+        raise InputError(f"{source} has steps that make a text more than {LONGEST} times longer; get another file.")
+
+
+def _growth(steps: list[Any]) -> float:
+    """How many characters the steps can make of one."""
+    growth = 1.0
+    for step in steps:
+        if step is None:
+            continue
+        match step["type"]:
+            case "Sequence":
+                for key in {"normalizers", "pretokenizers", "decoders"} & step.keys():
+                    growth *= _growth(step[key])
+            case "Replace":
+                pattern = step["pattern"].get("String") or ""  # a regex may match between any two characters
+                growth *= max(1.0, len(step["content"]) / len(pattern) if pattern else len(step["content"]) + 1.0)
+            case "Prepend":
+                growth += len(step["prepend"])
+            case "ByteLevel" | "Precompiled":
+                growth *= 4
+            case "Metaspace":
+                growth += 1
+            case "NFD" | "NFKD" | "NFKC":
+                growth *= 3
+        if growth > LONGEST:
+            break
+    return growth
+
+
+def _ids_around(step: Any) -> int:
+    if step is None:
+        return 0
+    if step["type"] == "Sequence":
+        return sum(map(_ids_around, step["processors"]))
+    if step["type"] != "TemplateProcessing":
+        return 2
+    if sum("Sequence" in piece for piece in step["single"]) != 1:
+        raise ValueError("the text is written several times")
+    written = [piece["SpecialToken"]["id"] for piece in step["single"] if "SpecialToken" in piece]
+    return sum(len(step["special_tokens"].get(name, {"ids": ()})["ids"]) for name in written)
+
+
+_holding = threading.Lock()
+
+
+@functools.cache
+def _sink() -> BinaryIO:
+    return cast(BinaryIO, tempfile.TemporaryFile(buffering=0))
+
+
+@contextmanager
+def panics_unprinted() -> Iterator[None]:
+    """What is written to file descriptor 2 meanwhile is written afterwards; after a panic it is not.
+
+    The panic's message is the library's own, and ends up in the one sentence of the error. One thread at a time holds
+    back; others go on without.
+    """
+    if not _holding.acquire(blocking=False):
+        yield
+        return
+    try:
+        with _held_back():
+            yield
+    finally:
+        _holding.release()
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    try:
+        sink, kept = _sink(), os.dup(2)
+    except OSError:  # no stderr, or no place for a temporary file
+        yield
+        return
+    os.dup2(sink.fileno(), 2)
+    panicked = False
+    try:
+        yield
+    except BaseException as error:
+        panicked = not isinstance(error, Exception)
+        raise
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        if os.fstat(sink.fileno()).st_size:
+            sink.seek(0)
+            held = b"" if panicked else sink.read()
+            sink.seek(0)
+            sink.truncate()
+            while held:
+                held = held[os.write(2, held) :]

@@ -1,0 +1,120 @@
+"""The processes that render chat templates, seen from the one that asks: started when first needed, ended with it."""
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from minicpm_data.template_worker import MEMORY
+from weights_io.errors import InputError
+
+PROCESSES = 4  # at most; more callers wait for one
+START_SECONDS = 60.0  # on a machine that is very busy
+WALL_SECONDS = 30.0  # for one prompt; the process itself counts its own seconds, which are fewer
+LOOK_SECONDS = 0.05  # between looks at the memory of a process that no limit holds
+
+TOO_MUCH = "the chat template needs more time or memory than is reasonable; give shorter messages or another template."
+
+
+def render(template: str, variables: Mapping[str, Any]) -> str:
+    """The text that ``template`` makes of ``variables``, which are values of JSON.
+
+    Raises `InputError` where the template fails or refuses, or takes more than its share of time, memory or text.
+    """
+    request = json.dumps({"template": template, "variables": variables}, ensure_ascii=False)
+    with _places:
+        worker = _taken()
+        try:
+            answer = worker.ask(request.encode("utf-8", "surrogatepass"))
+        except BaseException:
+            worker.end()
+            raise
+        if answer is None:
+            worker.end()
+            raise InputError(TOO_MUCH)
+        _idle.append(worker)
+    found = json.loads(answer)
+    if "error" in found:
+        raise InputError(f"the chat template cannot be applied to these messages: {found['error'].rstrip('.')}.")
+    return found["text"]
+
+
+class _Worker:
+    def __init__(self) -> None:
+        from multiprocessing.connection import Pipe
+
+        self.connection, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "minicpm_data.template_worker", str(theirs.fileno())],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        if self._answer(START_SECONDS) is None:
+            self.end()
+            raise InputError("the process that renders chat templates does not start; look at this Python's packages.")
+
+    def ask(self, request: bytes) -> bytes | None:
+        """Its answer; None where it ended without one or takes too much."""
+        try:
+            self.connection.send_bytes(request)
+        except OSError:
+            return None
+        return self._answer(WALL_SECONDS)
+
+    def _answer(self, seconds: float) -> bytes | None:
+        try:
+            if sys.platform == "linux":  # where the process has set itself a limit of memory that holds
+                return self.connection.recv_bytes() if self.connection.poll(seconds) else None
+            until = time.monotonic() + seconds
+            while not self.connection.poll(LOOK_SECONDS):
+                if time.monotonic() > until or _resident(self.process.pid) > MEMORY:
+                    return None
+            return self.connection.recv_bytes()
+        except (EOFError, OSError):
+            return None
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+_idle: list[_Worker] = []
+_places = threading.BoundedSemaphore(PROCESSES)
+
+
+def _taken() -> _Worker:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return _Worker()
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process holds; 0 where that cannot be told."""
+    done = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
+    return int(done.stdout) * 1024 if done.stdout.strip().isdecimal() else 0
+
+
+def _end_all() -> None:
+    while _idle:
+        _idle.pop().end()
+
+
+def _forget() -> None:
+    """After a fork: the processes answer the parent, and their connections are not to be shared with it."""
+    global _idle, _places
+    _idle, _places = [], threading.BoundedSemaphore(PROCESSES)
+
+
+atexit.register(_end_all)
+os.register_at_fork(after_in_child=_forget)

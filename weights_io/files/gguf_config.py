@@ -1,0 +1,185 @@
+"""The ``config.json`` that the metadata of a GGUF file of the minicpm and llama architectures stands for.
+
+What the numbers mean: llama.cpp, conversion and model code. As of config.json, each key of the architecture is used,
+passed over because it says nothing, or refused by name; the other keys (``general.``, ``tokenizer.``, a converter's
+own) are no numbers of the model.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weights_io.config_keys import among
+from weights_io.errors import InputError, listed, short
+from weights_io.files.tensor import LazyTensor
+
+ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM", "llama": "LlamaForCausalLM"}
+# llama.cpp's tables of per-frequency RoPE factors (Llama 3.1, LongRoPE).
+ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+SCALES = ("embedding_scale", "residual_scale", "logit_scale")
+# Keys behind the architecture's name and a dot.
+USED = frozenset(
+    """block_count context_length embedding_length feed_forward_length attention.head_count attention.head_count_kv
+    attention.layer_norm_rms_epsilon attention.key_length attention.value_length rope.dimension_count rope.freq_base
+    rope.scaling.type rope.scaling.factor rope.scale_linear""".split()
+)
+# Those that would change the numbers if they held anything else: what a file without them has.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "use_parallel_residual": (False,),
+    "swin_norm": (False,),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "rope.scaling.attn_factor": (1.0,),
+}
+# Those that llama.cpp reads for other architectures or other kinds of RoPE scaling alone, or for nothing.
+HARMLESS = frozenset(
+    """vocab_size tensor_data_layout pooling_type decoder_start_token_id attention.layer_norm_epsilon
+    rope.scaling.original_context_length rope.scaling.finetuned""".split()
+)
+
+
+def config_of(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """The contents of a config.json. ``stored``: the tensors under their GGUF names. Raises `InputError`."""
+    return _Metadata(path, metadata).config(stored)
+
+
+class _Metadata:
+    def __init__(self, path: Path, values: Mapping[str, Any]):
+        self.path, self.values = path, values
+        self.architecture: Any = values.get("general.architecture")
+
+    def config(self, stored: Mapping[str, LazyTensor]) -> dict[str, Any]:
+        self.refuse_unsupported(stored)
+        embedding = stored.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise InputError(f"{self.path} has no token_embd.weight of two dimensions; convert the model anew.")
+        heads = self.count("attention.head_count")
+        config: dict[str, Any] = {
+            "architectures": [ARCHITECTURES[self.architecture]],
+            "model_type": self.architecture,
+            "vocab_size": embedding.shape[0],
+            "hidden_size": self.count("embedding_length"),
+            "intermediate_size": self.count("feed_forward_length"),
+            "num_hidden_layers": self.count("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.count("attention.head_count_kv", heads),
+            "hidden_act": "silu",
+            "max_position_embeddings": self.count("context_length"),
+            "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self.number("rope.freq_base", 10000.0),
+            "rope_scaling": self.rope_scaling(),
+            "tie_word_embeddings": "output.weight" not in stored,
+        }
+        if (head_dim := self.head_dim()) is not None:
+            config["head_dim"] = head_dim
+        if self.architecture == "minicpm":
+            config |= self.scales(config["hidden_size"], config["num_hidden_layers"])
+        for key in ("bos_token_id", "eos_token_id"):
+            if (token := self.values.get(f"tokenizer.ggml.{key}")) is not None:
+                config[key] = token
+        return config
+
+    def refuse_unsupported(self, stored: Mapping[str, LazyTensor]) -> None:
+        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
+            raise InputError(
+                f"{self.path} has the architecture {short(repr(self.architecture))}; read here are "
+                f"{' and '.join(ARCHITECTURES)}."
+            )
+        if self.values.get("split.count", 0) not in (0, 1):
+            raise InputError(f"{self.path} is one part of a split file; join the parts with llama-gguf-split --merge.")
+        if self.values.get("general.type", "model") != "model":
+            raise InputError(
+                f"{self.path} is of general.type {short(self.values['general.type'])}, not a model; take the model."
+            )
+        self.refuse_unknown()
+        for name in ROPE_TABLES:
+            if name in stored:
+                raise InputError(f"{self.path} has {name}, a RoPE scaling that is not supported; use another model.")
+
+    def refuse_unknown(self) -> None:
+        start = f"{self.architecture}."
+        used = USED | set(SCALES if self.architecture == "minicpm" else ())
+        for name, value in self.values.items():
+            key = name.removeprefix(start)
+            if not name.startswith(start):
+                if not name.startswith(("general.", "tokenizer.")) and name.endswith(tuple(used)):
+                    raise InputError(
+                        f"{self.path} has {short(name)}, which reads like a key of {self.architecture} and is none; "
+                        "convert the model anew."
+                    )
+            elif key in NEUTRAL and not among(value, NEUTRAL[key]):
+                raise InputError(f"{self.path} has {self._said(key, value)}, which is not supported in GGUF.")
+            elif key not in used | NEUTRAL.keys() | HARMLESS:
+                raise InputError(
+                    f"{self.path} has {self._said(key, value)}, which is not understood and may change the numbers; "
+                    "convert the model anew."
+                )
+
+    def scales(self, hidden_size: int, layers: int) -> dict[str, Any]:
+        """The file has residual_scale = scale_depth / sqrt(layers) and logit_scale = hidden_size / dim_model_base, the
+        divisor of the logits. Files of before these keys are MiniCPM-2B, whose constants llama.cpp hard-coded."""
+        missing = [f"minicpm.{key}" for key in SCALES if self.get(key) is None]
+        if len(missing) == len(SCALES):
+            return {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256}
+        if missing:
+            raise InputError(f"{self.path} lacks {listed(missing)} and has others of the scales; convert it anew.")
+        depth = self.number("residual_scale") * math.sqrt(layers)
+        base = hidden_size / self.number("logit_scale")
+        if abs(base - round(base)) > 1e-5 * base:
+            raise InputError(f"{self.path} has a minicpm.logit_scale that is not hidden_size / a whole number.")
+        return {
+            "scale_emb": self.number("embedding_scale"),
+            "scale_depth": float(f"{depth:.7g}"),  # the digits that a float32 has
+            "dim_model_base": round(base),
+        }
+
+    def rope_scaling(self) -> dict[str, Any] | None:
+        kind = self.get("rope.scaling.type", "linear")
+        if kind == "none":
+            return None
+        if kind != "linear":
+            raise InputError(
+                f"{self.path} has the RoPE scaling {short(repr(kind))}, which is not read from GGUF; only linear is."
+            )
+        key = "rope.scaling.factor" if self.get("rope.scaling.factor") is not None else "rope.scale_linear"  # old name
+        factor = self.number(key, 1.0)
+        return None if factor == 1 else {"type": "linear", "factor": factor}
+
+    def head_dim(self) -> int | None:
+        keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+        given = {key: self.count(key) for key in keys if self.get(key) is not None}
+        if len(set(given.values())) > 1:
+            raise InputError(f"{self.path} has different {' and '.join(given)}, which is not supported.")
+        return next(iter(given.values()), None)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(f"{self.architecture}.{key}", default)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{self.path} has {self._said(key, value)} where a positive whole number is needed.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number, with the digits that a float32 has: 1e-05, not 9.999999747378752e-06."""
+        value = self.get(key, default)
+        if type(value) is float and 1e-37 < value < 1e38:  # a float32's range
+            return float(str(np.float32(value)))
+        raise InputError(f"{self.path} has {self._said(key, value)} where a positive number is needed.")
+
+    def _said(self, key: str, value: Any) -> str:
+        return f"{self.architecture}.{key} = {str(value):.60}" if value is not None else f"no {self.architecture}.{key}"
