@@ -44,7 +44,9 @@ class Sampling:
     def __post_init__(self) -> None:
         self._require("temperature", 0 <= self.temperature < math.inf, "a number from 0 on (0 is greedy)")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("top_k", 0 <= self.top_k < math.inf and self.top_k == int(self.top_k), "a whole number, 0 for no limit")
+        self._require(
+            "top_k", 0 <= self.top_k < math.inf and self.top_k == int(self.top_k), "a whole number, 0 for no limit"
+        )
         self._require("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         self._require("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 1e-6 to 1e6 (1 is none)")
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
