@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = dict[str, str]
+MOST = 2**31 - 1  # tokens, of anything
 ANSWER_TOKENS = 256  # at most, where nobody says how many
 CHAT_TOKENS, CHAT_TEMPERATURE, CHAT_TOP_P = 1024, 0.3, 0.8  # the original's temperature and top_p
 
@@ -43,7 +44,9 @@ class Sampling:
     def __post_init__(self) -> None:
         self._require("temperature", 0 <= self.temperature < math.inf, "a number from 0 on (0 is greedy)")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 for no limit")
+        self._require(
+            "top_k", 0 <= self.top_k < math.inf and self.top_k == int(self.top_k), "a whole number, 0 for no limit"
+        )
         self._require("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         self._require("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 1e-6 to 1e6 (1 is none)")
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
@@ -85,8 +88,8 @@ class CacheOptions:
             raise InputError(f"kv_bits is {self.kv_bits}; it must be 4 or 8.")
         for name, least in (("max_kv_size", 8), ("prefill_step_size", 1), ("kv_group_size", 1)):
             value = getattr(self, name)
-            if value is not None and (value != int(value) or value < least):
-                raise InputError(f"{name} is {value}; it must be a whole number, at least {least}.")
+            if value is not None and not (least <= value <= MOST and value == int(value)):
+                raise InputError(f"{name} is {value}; it must be a whole number, from {least} to {MOST}.")
         if self.kv_bits and self.max_kv_size:
             raise InputError("kv_bits and max_kv_size do not go together; leave one of them out.")
 
@@ -203,8 +206,8 @@ class Generator:
         self, model: Any, tokenizer: "Tokenizer | None", prompts: Sequence[Prompt], max_tokens: int
     ) -> list[list[int]]:
         """Their ids; what cannot work is refused before the first token."""
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
+        if not 1 <= max_tokens <= MOST:
+            raise InputError(f"max_tokens is {max_tokens}; it must be from 1 to {MOST}.")
         return [prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
 
 

@@ -2,11 +2,14 @@
 
 import importlib.util
 
+from minicpm_mlx import open_files
 from weights_io import lazy_exports
 
 # `mlx` is a namespace package: a leftover folder of that name is found without MLX in it.
 if importlib.util.find_spec("mlx") is None or importlib.util.find_spec("mlx.core") is None:
     raise ImportError("minicpm_mlx needs MLX: pip install 'minicpm-jax-mlx[mlx]'.")
+
+open_files.let_mlx_lm_ask()
 
 __getattr__ = lazy_exports.install(
     __name__,

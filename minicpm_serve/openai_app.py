@@ -27,7 +27,7 @@ from minicpm_serve.openai_errors import DEFECT, add_handlers, body_of, error_bod
 from minicpm_serve.openai_gate import Access, add_gate
 from minicpm_serve.openai_json import JsonRoute, StrictRequest
 from minicpm_serve.openai_limits import Limits, Places
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 CLIENT_LEFT = 499  # nginx's; nobody reads it
 LARGE = 64 << 10  # bytes of a body; larger ones are encoded one after the other: 2 million characters take 1 GB and 5 s
@@ -86,6 +86,7 @@ def application(engine: Engine, name: str, waiting: int = 256, access: Access | 
     app = FastAPI(title=f"{name} with OpenAI's API")
     app.router.route_class = JsonRoute
     limits = Limits.of(engine, waiting)
+    app.state.largest_body = limits.body
     add_handlers(app)
     add_gate(app, access or Access(), limits.body)
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minicpm-jax-mlx"}
@@ -145,7 +146,7 @@ def chat_choices(engine: Engine, body: ChatBody, limits: Limits) -> list[Choice]
     variables = body.chat_template_kwargs or {}
     asking = [name for name, value in variables.items() if value not in (None, False)]
     if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
-        raise InputError(f"the model's chat template knows no variable {min(unknown)[:60]!r}; leave it out.")
+        raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
     ids = prompt_ids(None, tokenizer.apply_chat(messages, variables=variables), engine.model.config.vocab_size)
     sampling = {"temperature": CHAT_TEMPERATURE, "top_p": CHAT_TOP_P, **body.sampling()}
     most = _room(engine, ids, body.most_tokens, CHAT_TOKENS)

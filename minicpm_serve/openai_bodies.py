@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from minicpm_data.streaming import stop_strings
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed, short
 
 # What is not supported, and the values with which it asks for nothing; null always does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -53,7 +53,6 @@ SHAPES = {  # of fields that may be one thing or another
 MOST_CHOICES = 128
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters; each token of an answer is compared with every beginning of it
-NAMED, LONGEST_NAME = 3, 60  # keys in a refusal, characters of each
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -70,12 +69,10 @@ class Strict(BaseModel):
             if not (value is None or name in WITHOUT_EFFECT or any(_same(value, n) for n in NEUTRAL.get(name, ())))
         ]
         if len(wrong) > 1:
-            named = ", ".join(name[:LONGEST_NAME] for name in wrong[:NAMED])
-            more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-            raise InputError(f"{named}{more} are not supported; leave them out.")
+            raise InputError(f"{listed(wrong)} are not supported; leave them out.")
         for name in wrong:
             remedy = f" or give {json.dumps(NEUTRAL[name][0])}" if name in NEUTRAL else ""
-            raise InputError(f"{name[:LONGEST_NAME]} is not supported; leave it out{remedy}.")
+            raise InputError(f"{short(name)} is not supported; leave it out{remedy}.")
 
 
 class Part(Strict):
@@ -85,7 +82,7 @@ class Part(Strict):
     def plain(self) -> str:
         """Its text."""
         if self.type != "text":
-            raise InputError(f"a message holds a part of type {self.type[:60]!r}; this model reads only text.")
+            raise InputError(f"a message holds a part of type {short(self.type)!r}; this model reads only text.")
         self.check_rest()
         if self.text is None:
             raise InputError('a part of type "text" has no text; give it one.')

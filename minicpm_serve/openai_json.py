@@ -1,19 +1,18 @@
-"""The JSON of a request: all of it, or a refusal. Python's own reader takes what is no JSON, and of two values of one
-name the last."""
+"""The JSON of a request: all of it, or a refusal."""
 
-import json
-from collections import Counter
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from minicpm_serve.openai_errors import http_error
+from weights_io import json_text
+from weights_io.errors import InputError
 
 
 class JsonRoute(APIRoute):
-    """Reads bodies with `parsed`."""
+    """Reads bodies strictly: Python's own reader keeps the last of two values of one name, and takes any depth."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         handle = super().get_route_handler()
@@ -29,33 +28,8 @@ class StrictRequest(Request):
 
     async def json(self) -> Any:
         body = await self.body()
-        self.size, value = len(body), parsed(body)
-        self._body = b""  # an answer may take minutes
-        return value
-
-
-def parsed(body: bytes) -> Any:
-    """The value. A refusal of 400 where it is no JSON, holds a name twice, or is nested too deeply to be read."""
-    try:
-        return json.loads(body, object_pairs_hook=_object, parse_constant=_constant)
-    except json.JSONDecodeError as error:
-        raise http_error(400, f"the body is not JSON ({error.msg}, at {error.pos}).") from None
-    except UnicodeDecodeError as error:
-        raise http_error(400, f"the body is not UTF-8 text (byte {error.start}).") from None
-    except RecursionError:
-        raise http_error(400, "the body cannot be read as JSON (it is nested too deeply).") from None
-    except ValueError:  # of a whole number with more than 4,300 digits
-        raise http_error(400, "the body cannot be read as JSON (a number in it is too long).") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = Counter(names).most_common(1)[0][0]
-        raise http_error(400, f"the body holds {twice!r} twice in one object; give it once.", twice[:100])
-    return value
-
-
-def _constant(name: str) -> NoReturn:
-    raise http_error(400, f"the body is not JSON ({name} is no number of JSON).")
+        self.size, self._body = len(body), b""  # an answer may take minutes
+        try:
+            return json_text.loads(body, "the body", self.app.state.largest_body, "send other JSON")
+        except InputError as error:
+            raise http_error(400, str(error)) from None

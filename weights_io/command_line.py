@@ -13,6 +13,11 @@ from typing import TypeVar
 from weights_io.errors import InputError
 
 Options = TypeVar("Options")
+NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # most of any whole number, and of a seed
+# Most of the options of these names, of which more would take memory or days without end.
+MOST = {"length": 2**21, "lengths": 2**21, "samples": 10**6, "examples": 10**6, "documents": 10**7}
+MOST |= dict.fromkeys(("max_seq_length", "seq_length", "seq", "context"), 2**24)
+MOST |= dict.fromkeys(("batch_size", "batch", "rank", "experts", "slots", "waiting"), 2**16)
 MANY_FILES = 10240  # where there is no limit; more than that macOS does not take
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
@@ -44,10 +49,25 @@ def run(
         given = parsed(sys.argv[1:])
         if more_flags is not None and (more := more_flags(given)):
             given = parsed(more + sys.argv[1:])
+        check_numbers(given)
         try:
             main(given)
         except InputError as error:
             raise InputError(as_typed(str(error), options)) from error
+
+
+def check_numbers(options: object) -> None:
+    """`InputError` where an option is a number beyond all use, which what computes with it would fail at or swell."""
+    for name, value in vars(options).items():
+        most = SEEDS if name == "seed" else MOST.get(name, NUMBERS)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            flag = "--" + name.replace("_", "-")
+            if isinstance(number, int) and abs(number) > most:
+                shown = str(number) if abs(number) < 10**40 else "a number of more than 40 digits"
+                bound = f"at most {most:,}" if number > 0 else f"at least {-most:,}"
+                raise InputError(f"{flag} is {shown}; it must be {bound}.")
+            if isinstance(number, float) and number != number:
+                raise InputError(f"{flag} is nan; give a number.")
 
 
 def allow_open_files() -> int:
@@ -94,6 +114,9 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+    except MemoryError:
+        print("error: there is not enough memory; give less, such as fewer or shorter rows at once.", file=sys.stderr)
+        sys.exit(2)
     except FileNotFoundError as error:
         what = error.filename or "a file, or the folder that this was started in,"  # which names no file
         print(f"error: {what} does not exist; check its name and its folder.", file=sys.stderr)
