@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 # Piece types of sentencepiece_model.proto; GGUF's tokenizer.ggml.token_type uses the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -234,5 +234,5 @@ def unique_ids(tokens: Sequence[str]) -> dict[str, int]:
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
-        raise InputError(f"the vocabulary lists the token {twice!r} twice; get the tokenizer files again.")
+        raise InputError(f"the vocabulary lists the token {short(twice)!r} twice; get the tokenizer files again.")
     return ids

@@ -94,7 +94,3 @@ def compiled(template: str):
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return env.from_string(template)
-
-
-if __name__ == "__main__":
-    main()

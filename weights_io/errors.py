@@ -1,9 +1,36 @@
 """The one error style: what the user gave cannot be used, said in one sentence that names the thing and the remedy."""
 
+import re
+from collections.abc import Iterable
+
+MOST_NAMES = 3  # that a message quotes; the rest is a count
+LONGEST_NAME = 80  # characters of a name that is quoted
+LONGEST_MESSAGE = 2000
+# What would break a line or turn a terminal's text around: control characters, line separators, halves of characters.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class InputError(ValueError):
     """A file, flag, request or data line of the user's that cannot be used.
 
     The message is one sentence. Command lines print it after ``error:`` and exit with status 2, without a traceback;
-    library callers catch it as a ``ValueError``.
+    library callers catch it as a ``ValueError``. Whatever it quotes, it stays one line of bounded length.
     """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", message))
+
+
+def short(name: object) -> str:
+    """A name that a file gives, as a message quotes it."""
+    text = str(name)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
+
+
+def listed(names: Iterable[object]) -> str:
+    """``a, b, c and 5 more``."""
+    every = list(names)
+    shown = ", ".join(short(name) for name in every[:MOST_NAMES])
+    return shown if len(every) <= MOST_NAMES else f"{shown} and {len(every) - MOST_NAMES} more"

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 
 def loads(text: str | bytes, what: str) -> Any:
@@ -37,6 +37,6 @@ def _twice(pairs: list[tuple[str, Any]]) -> str:
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:
-            return key[:60]
+            return short(key)
         seen.add(key)
     raise ValueError("no key comes twice")
