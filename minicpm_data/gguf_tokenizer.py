@@ -13,7 +13,7 @@ from minicpm_data.spm_model import (
     unique_ids,
 )
 from minicpm_data.tokenizer import Tokenizer
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 
 def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
@@ -37,13 +37,13 @@ def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
             raise InputError("tokenizer.ggml.pre of the GGUF file must be a string.")
         if pre not in PRE_TOKENIZERS:
             raise InputError(
-                f"the GGUF file has the pre-tokenizer {pre[:60]!r}, which is none of the {len(PRE_TOKENIZERS)} "
+                f"the GGUF file has the pre-tokenizer {short(pre)!r}, which is none of the {len(PRE_TOKENIZERS)} "
                 "supported; take the model's folder with its tokenizer.json."
             )
         spec = _byte_level_spec(metadata, tokens, kinds, pre)
         add_bos = PRE_TOKENIZERS[pre].add_bos
     else:
-        raise InputError(f"the GGUF file has a tokenizer of the kind {model!r}; llama and gpt2 are supported.")
+        raise InputError(f"the GGUF file has a tokenizer of the kind {short(model)!r}; llama and gpt2 are supported.")
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise InputError("tokenizer.chat_template of the GGUF file must be a string.")
@@ -71,7 +71,7 @@ def _byte_level_spec(metadata: dict, tokens: list[str], kinds: list[int], pre: s
     merges = [tuple(merge.split(" ")) for merge in _list(metadata, "merges", str)]
     wrong = next((pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()), None)
     if wrong:
-        raise InputError(f"the GGUF file has a merge, {' '.join(wrong)!r}, of tokens that it does not list.")
+        raise InputError(f"the GGUF file has a merge, {short(' '.join(wrong))!r}, of tokens that it does not list.")
     added = [
         added_token(i, token, special=kind != USER_DEFINED)
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
@@ -112,7 +112,7 @@ def _flag(metadata: dict, name: str, default: bool) -> bool:
     """``tokenizer.ggml.<name>``, checked to be true or false."""
     value = metadata.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(value, bool):
-        raise InputError(f"tokenizer.ggml.{name} of the GGUF file is {str(value)[:60]!r}; it must be true or false.")
+        raise InputError(f"tokenizer.ggml.{name} of the GGUF file is {short(value)!r}; it must be true or false.")
     return value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weights_io.checkpoint import Checkpoint
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer import Tokenizer
@@ -63,5 +63,5 @@ def check_vocab(tokenizer: "Tokenizer", vocab_size: int) -> str | None:
             "use the tokenizer files that were released with the model."
         )
     tokenizer.rows = vocab_size
-    named = ", ".join(map(repr, [*beyond.values()][:3])) + f" and {len(beyond) - 3} more" * (len(beyond) > 3)
+    named = listed(map(repr, beyond.values()))
     return f"the tokenizer's added {named} are beyond the model's {vocab_size} rows; texts with them are refused"

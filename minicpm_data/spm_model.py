@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 from weights_io.files.regular import read_regular
 from weights_io.json_text import MAX_BYTES
 
@@ -225,5 +225,5 @@ def unique_ids(tokens: Sequence[str]) -> dict[str, int]:
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
-        raise InputError(f"the vocabulary lists the token {twice!r} twice; get the tokenizer files again.")
+        raise InputError(f"the vocabulary lists the token {short(twice)!r} twice; get the tokenizer files again.")
     return ids

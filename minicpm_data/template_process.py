@@ -13,6 +13,7 @@ from typing import Any
 from minicpm_data.template_worker import MEMORY
 from weights_io.errors import InputError
 
+START = "from minicpm_data.template_worker import main; main()"
 PROCESSES = 4  # at most; more callers wait for one
 START_SECONDS = 60.0  # on a machine that is very busy
 WALL_SECONDS = 30.0  # for one prompt; the process itself counts its own seconds, which are fewer
@@ -51,7 +52,7 @@ class _Worker:
         self.connection, theirs = Pipe()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "minicpm_data.template_worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-c", START, str(theirs.fileno())],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -100,7 +100,3 @@ def environment():
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return env
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from minicpm_data import chat
 from minicpm_data.fast_tokenizer import FastTokenizer
 from minicpm_data.plain_spec import plain_spec, without_prefix
 from minicpm_data.streaming import Decoder, Detokenizer
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 
 class Tokenizer:
@@ -117,7 +117,9 @@ class Tokenizer:
         """Let ``token`` end answers too. InputError where the vocabulary has no such token."""
         i = self.token_to_id(token)
         if i is None:
-            raise InputError(f"the vocabulary has no token {token!r} that could end an answer; give one that it has.")
+            raise InputError(
+                f"the vocabulary has no token {short(token)!r} that could end an answer; give one that it has."
+            )
         self.eos_token_ids = tuple(dict.fromkeys((*self.eos_token_ids, i)))
 
     def apply_chat(
@@ -255,7 +257,7 @@ class Tokenizer:
         """``ids``, unless one has no row in the model's table."""
         if self.rows is not None and (wrong := next((i for i in ids if i >= self.rows), None)) is not None:
             raise InputError(
-                f"the text has the token {self._fast.id_to_token(wrong)!r} (id {wrong}), for which the model of "
+                f"the text has the token {short(self._fast.id_to_token(wrong))!r} (id {wrong}), for which the model of "
                 f"{self.rows} rows has none; leave it out."
             )
         return ids

@@ -9,7 +9,7 @@ from minicpm_data.fast_tokenizer import FastTokenizer, check_growth
 from minicpm_data.plain_spec import without_prefix
 from minicpm_data.spm_model import added_token, fast_spec, read_spm
 from minicpm_data.tokenizer import Tokenizer
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 from weights_io.files.regular import read_regular
 from weights_io.json_text import MAX_BYTES, MAX_CONFIG, read_json, read_optional_json
 
@@ -55,8 +55,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     for token, i in listed.items():
         if (found := fast.token_to_id(token)) != i:
             raise InputError(
-                f"{folder} gives the token {_short(token)} the id {i}, but in the vocabulary of {source.name} it is at "
-                f"{found}; the tokenizer files are not of one checkpoint."
+                f"{folder} gives the token {short(token)!r} the id {i}, but in the vocabulary of {source.name} it is "
+                f"at {found}; the tokenizer files are not of one checkpoint."
             )
 
     def special(name: str) -> int | None:
@@ -65,7 +65,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             return None
         i = fast.token_to_id(text or named[name] or "")
         if text is not None and i is None:
-            raise InputError(f"{folder} names {text!r} as its {name}_token, which {source.name} does not have.")
+            raise InputError(f"{folder} names {short(text)!r} as its {name}_token, which {source.name} does not have.")
         return i
 
     eos = special("eos")
@@ -92,17 +92,17 @@ def _config(folder: Path) -> dict[str, Any]:
     }
     for name in FLAGS:
         if not isinstance(config.get(name), bool | None):
-            raise InputError(f"{folder} has the {name} {_short(config[name])}; it must be true or false.")
+            raise InputError(f"{folder} has the {name} {short(config[name])!r}; it must be true or false.")
     for name, without in WITHOUT_EFFECT.items():
         if config.get(name) not in without:
             raise InputError(
-                f"{folder} has the {name} {_short(config[name])} in tokenizer_config.json, which is not supported; "
+                f"{folder} has the {name} {short(config[name])!r} in tokenizer_config.json, which is not supported; "
                 "get a tokenizer without it."
             )
     for name in NAMED:
         token = config.get(f"{name}_token")
         if token is not None and not isinstance(_content(token), str):
-            raise InputError(f"the {name}_token of {folder} is {_short(token)}; it must be the text of a token.")
+            raise InputError(f"the {name}_token of {folder} is {short(token)!r}; it must be the text of a token.")
     more = config.get("additional_special_tokens") or []
     extra = config.get("extra_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
@@ -111,7 +111,7 @@ def _config(folder: Path) -> dict[str, Any]:
     tokens = [config.get(f"{name}_token") for name in NAMED] + more + extra
     for token in more + extra:
         if not isinstance(_content(token), str):
-            raise InputError(f"{folder} has the special token {_short(token)}; it must be the text of a token.")
+            raise InputError(f"{folder} has the special token {short(token)!r}; it must be the text of a token.")
     return {**config, "special": {_content(token): token for token in tokens if _content(token)}}
 
 
@@ -204,11 +204,6 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."
-
-
 def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, dict]:
     """Added tokens by id, of ``tokenizer_config.json`` and of the older ``added_tokens.json`` (content -> id)."""
     try:
@@ -241,7 +236,7 @@ def _chat_templates(config: Mapping[str, Any], folder: Path) -> tuple[str | None
         if not isinstance(name, str) or not isinstance(text, str):
             raise InputError(f"{folder} has a list of chat templates in which one lacks its name or its text.")
         if name in named:
-            raise InputError(f"{folder} has two chat templates of the name {_short(name)}; remove one of them.")
+            raise InputError(f"{folder} has two chat templates of the name {short(name)!r}; remove one of them.")
         named[name] = text
     if "default" not in named and len(named) != 1:
         raise InputError(f"{folder} has several chat templates and none is named default.")
