@@ -231,9 +231,7 @@ def test_a_piece_of_a_prompt_reads_what_is_filled(name):
     assert cost(tiling, 2, 2).bytes_accessed == bytes_read(tiling, [3584] * 4, 2) + queries
 
 
-# Compiled for a TPU, which needs none: libtpu does it. Before 0.0.52 it tiles the int8 of a kernel otherwise than XLA,
-# and copies the whole cache in each layer.
-NEWER = pytest.mark.tpu(since="0.0.52")
+# Compiled for a TPU, which needs none: libtpu does it.
 
 
 @functools.cache
@@ -268,17 +266,17 @@ def compiled(job, slots, batch=1, bits=None, kind="v5e"):
     [
         ("prefill", 4096, 1, None, "v5e"),
         ("prefill", 32768, 1, None, "v5e"),
-        pytest.param("prefill", 32768, 1, 8, "v5e", marks=NEWER),
+        ("prefill", 32768, 1, 8, "v5e"),
         ("decode", 4096, 1, None, "v5e"),
         ("decode", 4096, 16, None, "v5e"),
-        pytest.param("decode", 4096, 16, None, "v6e", marks=NEWER),  # 1.2 MB with the older ones
-        pytest.param("decode", 4096, 1, 8, "v5e", marks=NEWER),
-        pytest.param("decode", 4096, 16, 8, "v5e", marks=NEWER),
+        ("decode", 4096, 16, None, "v6e"),
+        ("decode", 4096, 1, 8, "v5e"),
+        ("decode", 4096, 16, 8, "v5e"),
     ],
 )
 def test_programs_for_a_tpu_run_the_kernel_and_copy_no_cache(job, slots, batch, bits, kind):
-    """Temporaries: measured 0.3 to 0.6 MB. With XLA's form, which turns the cache and back, 76 MB for
-    a piece of a prompt at 4,096 slots and 605 MB at 32,768; 152 MB and 1,359 MB for decoding."""
+    """Temporaries: measured 0.3 to 0.6 MB, with libtpu 0.0.48 up to 1.2. With XLA's form, which turns the cache and
+    back, 76 MB for a piece of a prompt at 4,096 slots and 605 MB at 32,768; 152 MB and 1,359 MB for decoding."""
     program = compiled(job, slots, batch, bits, kind)
     text = program.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 1
@@ -286,7 +284,7 @@ def test_programs_for_a_tpu_run_the_kernel_and_copy_no_cache(job, slots, batch, 
     print(
         f"temporaries of {job}, {kind}, {batch} x {slots} slots, bits {bits}: {memory.temp_size_in_bytes / 1e6:.2f} MB"
     )
-    assert memory.temp_size_in_bytes < 2**20
+    assert memory.temp_size_in_bytes < 2**21
     cache = 2 * batch * WIDE.num_hidden_layers * slots * (2304 * (1 if bits else 2) + (160 if bits else 0))
     assert cache <= memory.alias_size_in_bytes < 1.01 * cache + 1e6  # it is written in place
     stacked = rf" = \(?(?:bf16|s8|f32)\[{WIDE.num_hidden_layers},{batch},(?:{slots},2304|40,{slots})\]"

@@ -1,7 +1,9 @@
 """Programs for TPUs that are not there: what is counted in them, and what the command says."""
 
+import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
-from minicpm_jax import fit, hlo  # noqa: E402
+from minicpm_jax import compiler, fit, hlo  # noqa: E402
 from minicpm_jax.chips import CHIPS, Topology, chip_of  # noqa: E402
 from minicpm_jax.flops import flops  # noqa: E402
 from minicpm_jax.jobs import config_of, default_mesh  # noqa: E402
@@ -220,27 +222,27 @@ def test_decoding_of_the_2b_reads_its_weights_and_its_cache_once():
     assert all(i.buffers[0].size < MIB for i in copies)
 
 
-@pytest.mark.tpu(since="0.0.52")
+@pytest.mark.tpu
 def test_eight_chips_decode_with_their_heads_of_the_2b_and_copy_no_cache():
     """36 heads as 6 on each chip, 4,096 slots of 2 x 40 x 384 numbers: 0.25 GB of cache. Measured: 0.8 MB of
-    temporaries."""
+    temporaries, with libtpu 0.0.48 1.5."""
     job = fit.job_of(fit.Options("minicpm-2b", "v5e:2x4", "generate", seq=4096))
     found = fit.report(job)
     assert found.mesh == "tensor=8" and found.aliased >= 4096 * 2 * 40 * 384 * 2
-    assert found.temporaries < MIB and found.hbm_traffic < 1.01e9
+    assert found.temporaries < 2 * MIB and found.hbm_traffic < 1.01e9
     assert set(found.collectives) == {"all-reduce"}
 
 
-@pytest.mark.tpu(since="0.0.52")
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("mesh", "counts"), [(None, {"all-reduce": 81}), ("fsdp=8", {"all-reduce": 162, "collective-permute": 80})]
 )
 def test_rows_of_a_cache_lie_on_chips_of_their_own(mesh, counts):
     """8 rows of the 2B, in int8. Over tensor a step adds up the words, and twice in each layer; over fsdp a chip has
     one row, and each layer gathers and scatters once besides, and passes heads on to the next chips, 0.6 MB in all.
-    Measured: at most 0.5 MB of temporaries."""
+    Measured: at most 0.5 MB of temporaries, with libtpu 0.0.48 1.1."""
     found = fit.report(fit.job_of(fit.Options("minicpm-2b", "v5e:2x4", batch=8, kv_bits=8, mesh=mesh)))
-    assert found.temporaries < MIB and found.hbm_traffic < 1.01 * found.arguments < 2.1e9
+    assert found.temporaries < 2 * MIB and found.hbm_traffic < 1.01 * found.arguments < 2.1e9
     assert {kind: of["count"] for kind, of in found.collectives.items() if of["count"] > 40} == counts
     assert sum(of["bytes"] for of in found.collectives.values()) < 21e6
 
@@ -283,6 +285,37 @@ def test_a_v4_is_one_device_and_older_chips_are_two():
     for topology, dtype, devices, hbm in (("v4:2x2x1", "bfloat16", 4, 32), ("v3:2x2", "float32", 8, 16)):
         job = fit.job_of(fit.Options("pico", topology, batch=8, seq=64, dtype=dtype))
         assert len(job.devices) == devices and fit.report(job).hbm == hbm * 2**30
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("shape", ["1x1", "1x2", "2x1", "2x4", "1x8"])
+def test_a_topology_may_be_smaller_than_a_host(shape):
+    """Which libtpu before 0.0.50 has to be told."""
+    for topology in (f"v5e:{shape}", f"v4:{shape}x1"):
+        assert len(Topology.parse(topology).devices()) == Topology.parse(topology).chips
+
+
+@pytest.mark.parametrize(
+    ("release", "given", "told"),
+    [
+        ("0.0.42", "", ["--WINDOWED=100000", "--TILES=false"]),
+        ("0.0.50.1", "--a=b", ["--a=b", "--WINDOWED=100000", "--TILES=false"]),
+        ("0.0.52", "--WINDOWED=1", ["--WINDOWED=1"]),
+        ("0.1.0", "", ["--WINDOWED=100000"]),
+    ],
+)
+def test_what_each_release_of_libtpu_is_told(release, given, told, monkeypatch):
+    """It ends the process at a flag that it does not know; what a user gave stands."""
+    flags = {"WINDOWED": compiler.WINDOWED, "TILES": compiler.TILES}
+
+    def spelled(text):
+        return re.sub("WINDOWED|TILES", lambda found: flags[found[0]], text)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: release)
+    monkeypatch.setattr(os, "environ", {"LIBTPU_INIT_ARGS": spelled(given)})
+    compiler.tell_libtpu()
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == [spelled(flag) for flag in told]
 
 
 @pytest.mark.tpu
