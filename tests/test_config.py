@@ -223,10 +223,10 @@ def test_what_is_said_twice_must_be_the_same():
     rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
     same = {"rope_theta": 1000000, "rope_scaling": {"type": "linear", "factor": 2}}
     assert ModelConfig.from_dict({**TINY, "rope_parameters": rope, **same}).rope_theta == 1e6
-    refused(
-        {**TINY, "rope_parameters": rope, "rope_theta": 1e4}, "rope_theta is 10000.0 and rope_parameters say another"
-    )
-    refused({**TINY, "rope_parameters": rope, "rope_scaling": None}, "rope_scaling is null and rope_parameters say")
+    assert ModelConfig.from_dict({**TINY, "rope_parameters": rope, "rope_scaling": None}).rope_scaling.factor == 2
+    refused({**TINY, "rope_parameters": rope, "rope_theta": 1e4}, "rope_theta is 10000.0 and rope_parameters say")
+    other = {"type": "linear", "factor": 3}
+    refused({**TINY, "rope_parameters": rope, "rope_scaling": other}, "rope_scaling is .*3.* and rope_parameters say")
     refused({**TINY, "rope_scaling": {"type": "dynamic", "rope_type": "linear", "factor": 2.0}}, "has two types")
 
 

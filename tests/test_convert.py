@@ -243,7 +243,7 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(reference, tmp_path):
     (broken / "config.json").write_text("{")
     for options, message in (
         (Options(model=str(tmp_path / "nowhere"), to="hf", out=out), "nowhere"),
-        (Options(model=str(broken), to="hf", out=out), "cannot be read as JSON"),
+        (Options(model=str(broken), to="hf", out=out), "is not JSON"),
         (Options(model=model, to="hf", out=broken), "is not empty"),
         (Options(model=model, to="hf", out=reference("dense_2b") / "inside"), "lies in the model folder"),
         (Options(model=model, to="hf", out=out, scale_emb=3.0), "--scale-emb is only used with --unfold"),
