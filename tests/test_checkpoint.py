@@ -190,6 +190,13 @@ def test_eos_is_the_union_of_both_configs(tmp_path):
     for value in (11, 2**70, [2, 11]):
         generation.write_text(json.dumps({"eos_token_id": value}))
         refused(tmp_path, "generation_config.json: eos_token_id is .*, and the vocabulary has the ids 0 to 10; write")
+    for slip in ("eos_token_ids", "eos_token_ie", "eos_tokem_id"):
+        generation.write_text(json.dumps({slip: 7}))
+        refused(tmp_path, f"generation_config.json has {slip}, which is no key; write eos_token_id")
+    generation.write_text(
+        '{"bos_token_id": 1, "pad_token_id": 0, "forced_eos_token_id": 3, "_from_model_config": true}'
+    )
+    assert open_checkpoint(tmp_path).eos_token_ids == (2,)
     generation.write_text('{"eos_token_id": "2"}')
     refused(tmp_path, 'generation_config.json: eos_token_id is "2"; it must be a token id')
     generation.write_text("[]")

@@ -241,6 +241,16 @@ def test_what_load_refuses_beside_the_weights_is_a_problem(model, file, key, val
         main(Options(model=str(model)))
 
 
+def test_a_head_that_is_not_the_tied_embedding_is_a_problem(reference, tmp_path):
+    model = shutil.copytree(reference("dense_untied"), tmp_path / "model", copy_function=shutil.copyfile)
+    raw = json.loads((model / "config.json").read_text())
+    assert raw.pop("tie_word_embeddings") is False and not inspect(model).problems
+    (model / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="differs from the embedding"):
+        open_checkpoint(model)
+    assert any("differs from the embedding" in problem for problem in inspect(model).problems)
+
+
 def test_several_problems_are_one_sentence_and_each_has_a_remedy(model):
     (model / "generation_config.json").write_text("[]")
     (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 999}}}))

@@ -46,7 +46,7 @@ def test_values(value):
         ('[{"x": [{"a": 1, "a": 2}]}]', "has the key 'a' twice"),
         ('{"' + "k" * 1000 + '": 1, "' + "k" * 1000 + '": 1}', r"has the key 'k+\.\.\.' twice"),
         (r'{"a\n\u0000": 1, "a\n\u0000": 1}', "twice"),
-        ("[" + "1," * 5_000_001 + "1]", "larger than any such JSON text"),
+        ("[" + "1," * 4_200_000 + "1]", "larger than any such JSON text"),
         (b"[" * 30 + b" " * 2**26, "larger than any such JSON text"),
     ],
 )
@@ -80,9 +80,13 @@ def test_objects_and_files(tmp_path):
         read_optional_json(path)
     path.unlink()
     with open(path, "wb") as file:
-        file.truncate(json_text.MAX_BYTES + 1)
-    with pytest.raises(InputError, match="config.json has 67108865 bytes, and such a file has at most 67108864"):
+        file.truncate(json_text.MAX_CONFIG + 1)
+    with pytest.raises(InputError, match="config.json has 16777217 bytes, and such a file has at most 16777216"):
         read_json(path)
+    path.write_text('{"a": [' + "1," * 1_100_000 + "1]}")
+    with pytest.raises(InputError, match="config.json is larger than any such JSON text"):
+        read_json(path)
+    assert len(read_json(path, json_text.MAX_BYTES)["a"]) == 1_100_001
 
 
 def unusual(folder: Path) -> dict[str, Path]:

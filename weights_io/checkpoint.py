@@ -1,5 +1,6 @@
 """A checkpoint opened: its config, and its tensors checked against the parameter table before one is read."""
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from weights_io.parameters import HEAD, MOE, NORM, tensor_shapes
 EMBEDDING = "model.embed_tokens.weight"
 # Buffers that old files carry and every forward pass computes for itself.
 BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
+OTHER_IDS = frozenset(
+    "bos_token_id pad_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id".split()
+)
 # What those that wrap a model put before its tensors' names -> what to do about it.
 WRAPPERS = {
     "_orig_mod.": "torch.compile put there; save the state_dict of the model before it was compiled",
@@ -126,7 +130,12 @@ def special_ids(path: Path, raw: Mapping[str, Any], vocab_size: int) -> tuple[tu
     ends = config_module.token_ids(raw, "eos_token_id", vocab_size, source)
     if path.is_dir():
         generation = path / "generation_config.json"
-        ends += config_module.token_ids(read_optional_json(generation), "eos_token_id", vocab_size, str(generation))
+        settings = read_optional_json(generation)
+        # Of the many keys there this one alone is used; one that is nearly it is a slip.
+        if nearly := difflib.get_close_matches("eos_token_id", settings.keys() - OTHER_IDS, 1, 0.85):
+            if nearly[0] != "eos_token_id" and "eos_token_id" not in settings:
+                raise InputError(f"{generation} has {short(nearly[0])}, which is no key; write eos_token_id.")
+        ends += config_module.token_ids(settings, "eos_token_id", vocab_size, str(generation))
     return config_module.token_ids(raw, "bos_token_id", vocab_size, source), tuple(dict.fromkeys(ends))
 
 
@@ -139,13 +148,8 @@ def check_vocabulary(ids: int, rows: int) -> None:
         )
 
 
-def check_tensors(
-    config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path, compare: bool = True
-) -> dict[str, LazyTensor]:
-    """The tensors of the table, in its order; missing, unexpected and misshapen ones are all in one `InputError`.
-
-    ``compare`` False: the numbers of a head that is tied and stored all the same are not read.
-    """
+def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+    """The tensors of the table, in its order; missing, unexpected and misshapen ones are all in one `InputError`."""
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     copied_head = found.pop(HEAD.tensor, None) if config.tie_word_embeddings else None
     expected = dict(tensor_shapes(config))
@@ -172,7 +176,7 @@ def check_tensors(
             "quantisation."
         )
     if copied_head is not None:
-        _check_tied_head(found[EMBEDDING], copied_head, path, compare)
+        _check_tied_head(found[EMBEDDING], copied_head, path)
     return {name: found[name] for name in expected}
 
 
@@ -219,12 +223,11 @@ def _is_float(dtype: np.dtype) -> bool:
     return dtype.name in ("float64", *config_module.DTYPES)
 
 
-def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path, compare: bool) -> None:
+def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path) -> None:
     """A tied checkpoint may store its head a second time, but only the same numbers."""
     from weights_io.files.folder import same_numbers
 
-    equal = embedding.shape == head.shape and (not compare or same_numbers(embedding, head))
-    if not equal:
+    if not same_numbers(embedding, head):
         raise InputError(
             f"{path}: lm_head.weight differs from the embedding that config.json ties it to; "
             'write "tie_word_embeddings": false into config.json if the stored head is meant.'

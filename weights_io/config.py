@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weights_io.config_keys import HARMLESS, NEUTRAL, PER_LAYER, among
-from weights_io.errors import InputError, short
+from weights_io.errors import LONGEST_NAME, InputError, short
 from weights_io.json_text import read_json
 
 
@@ -346,7 +346,12 @@ class _Reader:
 
 def shown(value: Any) -> str:
     """A value of a JSON file as a message quotes it: short, whatever it is."""
-    return short(json.dumps(value, ensure_ascii=False))
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        text += part
+        if len(text) > LONGEST_NAME:
+            break
+    return short(text)
 
 
 def stored_dtype(raw: dict[str, Any], source: str = "config.json") -> str | None:

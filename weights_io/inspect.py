@@ -1,5 +1,7 @@
 """Say what a model is, from its config and the headers of its files, without reading a weight.
 
+Only what is stored twice (the head of a tied model, a tensor in two shards) is read, to compare the two as a load does.
+
 python -m weights_io.inspect --model openbmb/MiniCPM-2B-sft-bf16
 """
 
@@ -15,7 +17,7 @@ from weights_io.checkpoint import BUFFERS, check_tensors, check_vocabulary, spec
 from weights_io.config import COMMON_DEFAULTS, ModelConfig, stored_dtype
 from weights_io.errors import InputError
 from weights_io.files.tensor import LazyTensor
-from weights_io.json_text import read_json
+from weights_io.json_text import MAX_BYTES, read_json
 from weights_io.memory import cache_bytes, packed_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 
@@ -109,7 +111,7 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
         tensors: Mapping[str, LazyTensor] = {}
         missing = None
         try:
-            tensors = open_folder(path, compare=False)
+            tensors = open_folder(path)
         except InputError as error:
             missing = str(error)
         report = describe(str(path), raw, tensors)
@@ -127,10 +129,10 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
     return report
 
 
-def _collect(report: Report, check: Callable[..., object], *arguments: Any, **options: Any) -> None:
+def _collect(report: Report, check: Callable[..., object], *arguments: Any) -> None:
     """Call ``check``; what it refuses becomes one of the report's problems."""
     try:
-        check(*arguments, **options)
+        check(*arguments)
     except InputError as error:
         report.problems.append(str(error))
 
@@ -174,7 +176,7 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
         unusual=_absent_keys(raw, config) + _unusual_tensors(raw, config, tensors),
     )
     if tensors:
-        _collect(report, check_tensors, config, tensors, Path(source), compare=False)
+        _collect(report, check_tensors, config, tensors, Path(source))
     return report
 
 
@@ -280,7 +282,7 @@ def _describe_tokenizer(report: Report, folder: Path) -> None:
         ids = [int(i) for i in config.get("added_tokens_decoder") or {}]
         ids += _optional_json(folder / "added_tokens.json").values()
         if (folder / "tokenizer.json").is_file():
-            spec = read_json(folder / "tokenizer.json")
+            spec = read_json(folder / "tokenizer.json", MAX_BYTES)
             model = spec["model"]
             report.tokenizer = f"tokenizer.json ({model.get('type', 'BPE')})"
             vocab = model["vocab"]  # {piece: id}, or Unigram's [[piece, score], ...]

@@ -15,15 +15,21 @@ from weights_io.errors import InputError, short
 from weights_io.files.regular import read_regular
 
 MAX_BYTES = 2**26  # the largest tokenizer.json of a released model has half of that
-MAX_PARTS = 5_000_000  # commas and brackets; a vocabulary of 256k and its merges make 2 million
+MAX_CONFIG = 2**24  # bytes of any other file; an index of 90,000 tensors has half of that
+BYTES_OF_PART = 16  # of those that a text may have, for each comma and bracket: a vocabulary of 256k makes 2 million
+SMALL = 2**20  # bytes of a text whose parts are not counted
 MAX_DEPTH = 100  # lists and objects in each other; a tokenizer.json has 8
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # may be half of a character, which has two of them
 
 
-def loads(text: str | bytes, what: str) -> Any:
-    """The value of a JSON text. `InputError`, naming ``what``, where it is none, too large, too deep or ambiguous."""
+def loads(text: str | bytes, what: str, most: int = MAX_BYTES) -> Any:
+    """The value of a JSON text of at most ``most`` bytes.
+
+    Raises `InputError`, naming ``what``, where it is none, too large, too deep or ambiguous.
+    """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    if len(data) > MAX_BYTES or sum(data.count(part) for part in (b",", b"[", b"{")) > MAX_PARTS:
+    parts = sum(data.count(part) for part in (b",", b"[", b"{")) if len(data) > SMALL else 0
+    if len(data) > most or parts > most // BYTES_OF_PART:
         raise InputError(f"{what} is larger than any such JSON text is ({len(data)} bytes); download it again.")
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, what))
@@ -38,19 +44,19 @@ def loads(text: str | bytes, what: str) -> Any:
     return value
 
 
-def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
+def parse_object(text: str | bytes, what: str, most: int = MAX_BYTES) -> dict[str, Any]:
     """The same for a text that must be a JSON object."""
-    value = loads(text, what)
+    value = loads(text, what, most)
     if not isinstance(value, dict):
         raise InputError(f"{what} holds {type(value).__name__}, not a JSON object; download it again.")
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = MAX_CONFIG) -> dict[str, Any]:
     """The JSON object in a file. `InputError` where there is none; see `loads` and `open_regular`."""
     if not os.path.lexists(path):
         raise InputError(f"{path} does not exist; a model folder holds config.json beside its weights.")
-    return parse_object(read_regular(path, MAX_BYTES), str(path))
+    return parse_object(read_regular(path, most), str(path), most)
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

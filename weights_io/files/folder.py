@@ -27,15 +27,16 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 LFS_POINTER = b"version https://git-lfs"
+MAX_SHARDS = 10_000
 ROWS = 4096  # read at a time to compare two tensors
 
 
-def open_folder(folder: Path, compare: bool = True) -> dict[str, LazyTensor]:
+def open_folder(folder: Path) -> dict[str, LazyTensor]:
     """The tensors of a model folder by name, none of them read yet.
 
     Taken is the first that exists of model.safetensors, model.safetensors.index.json, pytorch_model.bin and
     pytorch_model.bin.index.json, else the only ``*.safetensors`` file that is neither an adapter nor a shard. A tensor
-    that two shards hold is read from both, to see that they agree, unless ``compare`` is False.
+    that two shards hold is read from both, to see that they agree.
 
     Raises:
         InputError: there are no weights, shards are missing, shards and index contradict each other, or there are
@@ -44,7 +45,7 @@ def open_folder(folder: Path, compare: bool = True) -> dict[str, LazyTensor]:
     for name in USUAL:
         if os.path.lexists(folder / name):
             if name.endswith(".json"):
-                return _open_index(folder / name, compare)
+                return _open_index(folder / name)
             _check_alone(folder / name)
             return _open_weights(folder / name)
     others = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
@@ -63,8 +64,11 @@ def read_weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise InputError(f"{path} holds no weight_map of tensor names to file names; download it again.")
+    shards = set(weight_map.values())
+    if len(shards) > MAX_SHARDS:
+        raise InputError(f"{path} names {len(shards)} files, more than any model has; download it again.")
     suffix = Path(path.name.removesuffix(".index.json")).suffix
-    for shard in set(weight_map.values()):
+    for shard in shards:
         # A file name and nothing else, so that no index reads files outside its folder (links are the user's own).
         if re.search(r"[/\\:\0]", shard) or shard.startswith(".") or not shard.endswith(suffix):
             raise InputError(
@@ -99,7 +103,7 @@ def _open_weights(path: Path) -> dict[str, LazyTensor]:
     return reader(path)
 
 
-def _open_index(path: Path, compare: bool) -> dict[str, LazyTensor]:
+def _open_index(path: Path) -> dict[str, LazyTensor]:
     """All that the shards hold, those that the index names first: what it leaves out counts as in a single file."""
     weight_map = read_weight_map(path)
     shards = sorted(set(weight_map.values()))
@@ -114,22 +118,24 @@ def _open_index(path: Path, compare: bool) -> dict[str, LazyTensor]:
                 f"{path.parent / shard} lacks {listed(lacking)}, unlike {path.name} says; download both again."
             )
         for name in found.keys() & tensors.keys():
-            _check_twice(name, tensors[name], found[name], compare)
+            _check_twice(name, tensors[name], found[name])
             if weight_map.get(name) != shard:
                 del found[name]
         tensors |= found
     return {name: tensors[name] for name in [*weight_map, *(tensors.keys() - weight_map.keys())]}
 
 
-def _check_twice(name: str, one: LazyTensor, other: LazyTensor, compare: bool) -> None:
-    if one.shape != other.shape or one.dtype != other.dtype or (compare and not same_numbers(one, other)):
+def _check_twice(name: str, one: LazyTensor, other: LazyTensor) -> None:
+    if one.dtype != other.dtype or not same_numbers(one, other):
         raise InputError(
             f"{short(name)} is another one in {one.source} than in {other.source}; download both files again."
         )
 
 
 def same_numbers(one: LazyTensor, other: LazyTensor) -> bool:
-    """Whether two tensors of one shape hold the same; reads both, some rows at a time."""
+    """Whether two tensors hold the same. Reads both, some rows at a time, unless they are one place in one file."""
+    if one == other or one.shape != other.shape:
+        return one == other
     if not one.shape:
         return np.array_equal(one.read(), other.read(), equal_nan=True)
     parts = ((slice(i, i + ROWS),) for i in range(0, one.shape[0], ROWS))

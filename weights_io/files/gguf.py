@@ -28,7 +28,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 U32, U64 = SCALARS[4], SCALARS[10]
 MAX_KEYS, MAX_TENSORS = 10_000, 100_000  # a file has about 40 of the ones, and 9 of the others for each layer
 MAX_HEADER = 2**26  # bytes; a vocabulary of 256k with its merges has 16 million
-MAX_ELEMENTS = 3_000_000  # of all arrays together; such a vocabulary has 1.3 million
+MAX_ELEMENTS = 1_500_000  # of all arrays together; such a vocabulary has 1.3 million
 PLAIN = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),

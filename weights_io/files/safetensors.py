@@ -18,9 +18,9 @@ import numpy as np
 from weights_io.errors import InputError, short
 from weights_io.files.regular import open_regular
 from weights_io.files.tensor import FileTensor, LazyTensor, contiguous_strides
-from weights_io.json_text import MAX_BYTES, parse_object
+from weights_io.json_text import MAX_CONFIG, parse_object
 
-MAX_HEADER = MAX_BYTES  # a model of 100 000 tensors has 15 MB
+MAX_HEADER = MAX_CONFIG  # a model of 100 000 tensors has 15 MB
 MAX_DIMS = 64  # numpy's own limit
 LIMIT = 2**63  # numpy's sizes are signed 64 bit
 
@@ -128,7 +128,7 @@ def _read_header(path: Path) -> tuple[dict, int, int]:
                 f"{MAX_HEADER}): it is truncated or no safetensors file; download it again."
             )
         data = file.read(length)
-    header = parse_object(data, f"the header of {path}")
+    header = parse_object(data, f"the header of {path}", MAX_HEADER)
     metadata = header.pop("__metadata__", {})
     metadata = {} if metadata is None else metadata  # MLX writes null where there are none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -21,7 +21,7 @@ from weights_io.files.regular import open_regular
 from weights_io.files.tensor import FileTensor
 
 MAX_PICKLE = 10_000_000  # bytes; that of a model of 10 000 tensors has 2 million
-MAX_DIRECTORY = 8_000_000  # bytes; an entry has about 80
+MAX_DIRECTORY = 4_000_000  # bytes; an entry has about 80
 PIECE = 1 << 20  # bytes
 DAMAGED = (zipfile.BadZipFile, RuntimeError, ValueError, ArithmeticError, OSError, EOFError, struct.error)
 
