@@ -13,7 +13,7 @@ from weights_io import config as config_module
 from weights_io.casting import check_dtype, check_finite, numpy_dtype
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError, listed, short
-from weights_io.files.tensor import FileTensor, LazyTensor, located
+from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
 from weights_io.json_text import read_json, read_optional_json
 from weights_io.parameters import HEAD, MOE, NORM, tensor_shapes
 
@@ -225,8 +225,6 @@ def _is_float(dtype: np.dtype) -> bool:
 
 def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path) -> None:
     """A tied checkpoint may store its head a second time, but only the same numbers."""
-    from weights_io.files.folder import same_numbers
-
     if not same_numbers(embedding, head):
         raise InputError(
             f"{path}: lm_head.weight differs from the embedding that config.json ties it to; "

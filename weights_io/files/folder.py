@@ -5,12 +5,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from weights_io.errors import InputError, listed, short
 from weights_io.files import safetensors, torch_pickle
 from weights_io.files.regular import open_regular
-from weights_io.files.tensor import LazyTensor
+from weights_io.files.tensor import LazyTensor, same_numbers
 from weights_io.json_text import read_json
 
 # The best first.
@@ -28,7 +26,6 @@ SIDE_FILES = (
 )
 LFS_POINTER = b"version https://git-lfs"
 MAX_SHARDS = 10_000
-ROWS = 4096  # read at a time to compare two tensors
 
 
 def open_folder(folder: Path) -> dict[str, LazyTensor]:
@@ -130,13 +127,3 @@ def _check_twice(name: str, one: LazyTensor, other: LazyTensor) -> None:
         raise InputError(
             f"{short(name)} is another one in {one.source} than in {other.source}; download both files again."
         )
-
-
-def same_numbers(one: LazyTensor, other: LazyTensor) -> bool:
-    """Whether two tensors hold the same. Reads both, some rows at a time, unless they are one place in one file."""
-    if one == other or one.shape != other.shape:
-        return one == other
-    if not one.shape:
-        return np.array_equal(one.read(), other.read(), equal_nan=True)
-    parts = ((slice(i, i + ROWS),) for i in range(0, one.shape[0], ROWS))
-    return all(np.array_equal(one.read(part), other.read(part), equal_nan=True) for part in parts)
