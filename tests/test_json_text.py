@@ -102,7 +102,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the path of a socket may have 107 bytes
     for kind, path in unusual(Path()).items():
         for read in (open_regular, read_json, lambda path: read_regular(path, 10)):
-            with pytest.raises(InputError, match=f"cannot read {path}: it is a {kind}.*, not a file; put the file"):
+            with pytest.raises(InputError, match=f"^cannot read {path}: it is a {kind}.*, not a file; put the file"):
                 read(path)
     Path("loop").symlink_to("loop")
     for path in (Path("loop"), Path("none"), Path("x" * 5000), Path("nul\0")):
@@ -131,7 +131,7 @@ def test_a_model_whose_files_are_none(reference, tmp_path):
                 os.mkfifo(folder / name)
             else:
                 (folder / name).symlink_to("/dev/zero")
-            with pytest.raises(InputError, match=f"cannot read .*{name}: it is a"):
+            with pytest.raises(InputError, match=f"^cannot read [^ ]*{name}: it is a [^:]*$"):
                 open_checkpoint(folder)
             try:
                 assert any(f"{name}: it is a" in problem for problem in inspect(folder).problems)

@@ -25,15 +25,15 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     Raises `InputError` where it cannot be read, or is a folder, a FIFO, a device or a socket.
     """
     try:
-        _check(path, os.stat(path).st_mode)
-        file = open(path, "rb", buffering, opener=_not_waiting)  # noqa: SIM115
+        mode = os.stat(path).st_mode
+        file = open(path, "rb", buffering, opener=_not_waiting) if stat.S_ISREG(mode) else None  # noqa: SIM115
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise _unreadable(path, error) from error
-    try:
-        _check(path, os.fstat(file.fileno()).st_mode)  # it may be another one by now
-    except InputError:
+    if file is None:
+        raise _no_file(path, mode)
+    if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):  # it is another one by now
         file.close()
-        raise
+        raise _no_file(path, mode)
     return file
 
 
@@ -52,10 +52,9 @@ def read_regular(path: Path, most: int) -> bytes:
     return data
 
 
-def _check(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        kind = KINDS.get(stat.S_IFMT(mode), "of another kind")
-        raise InputError(f"cannot read {path}: it is {kind}, not a file; put the file itself there.")
+def _no_file(path: Path, mode: int) -> InputError:
+    kind = KINDS.get(stat.S_IFMT(mode), "of another kind")
+    return InputError(f"cannot read {path}: it is {kind}, not a file; put the file itself there.")
 
 
 def _not_waiting(path: str, flags: int) -> int:
