@@ -65,8 +65,10 @@ def read_archive(path: Path) -> tuple[bytes, dict[str, Stored]]:
     with open_regular(path) as file:
         _check_magic(path, file.read(4))
         try:
-            entries = _entries(path, file)
-            root = _root(path, entries)
+            size = os.fstat(file.fileno()).st_size
+            infos = zipfile.ZipFile(_Limited(file, size)).infolist()  # type: ignore[arg-type]
+            root = _root(path, [info.filename for info in infos])
+            entries = _entries(path, file, size, infos)
             pickle = entries[root + "data.pkl"]
             if pickle.size > MAX_PICKLE:
                 raise InputError(f"{path} has a pickle of more than {MAX_PICKLE} bytes, more than any model needs.")
@@ -96,10 +98,8 @@ def _check_magic(path: Path, magic: bytes) -> None:
         raise InputError(f"{path} is no torch file (a torch file is a zip archive); download it again.")
 
 
-def _entries(path: Path, file: BinaryIO) -> dict[str, Stored]:
-    """Every entry by its name."""
-    size = os.fstat(file.fileno()).st_size
-    infos = zipfile.ZipFile(_Limited(file, size)).infolist()  # type: ignore[arg-type]
+def _entries(path: Path, file: BinaryIO, size: int, infos: list[zipfile.ZipInfo]) -> dict[str, Stored]:
+    """Every entry by its name. ``size``: of the file."""
     if twice := [name for name, count in Counter(info.filename for info in infos).items() if count > 1]:
         raise InputError(f"{path} has two entries {short(twice[0])}, which may differ; save it again with torch.save.")
     entries = {}
@@ -115,13 +115,13 @@ def _entries(path: Path, file: BinaryIO) -> dict[str, Stored]:
     return entries
 
 
-def _root(path: Path, entries: dict[str, Stored]) -> str:
+def _root(path: Path, names: list[str]) -> str:
     """``NAME/``."""
-    roots = [name.removesuffix("data.pkl") for name in entries if name.split("/")[1:] == ["data.pkl"]]
+    roots = [name.removesuffix("data.pkl") for name in dict.fromkeys(names) if name.split("/")[1:] == ["data.pkl"]]
     if len(roots) != 1:
         raise InputError(f"{path} is a zip archive but not one of torch.save (no NAME/data.pkl); convert it.")
     root = roots[0]
-    if root + "constants.pkl" in entries or any(name.startswith(root + "code/") for name in entries):
+    if root + "constants.pkl" in names or any(name.startswith(root + "code/") for name in names):
         raise InputError(f"{path} is a TorchScript archive, i.e. a program; save the model's state_dict instead.")
     return root
 
