@@ -310,7 +310,7 @@ def test_an_adapter_of_another_model(dense, moe, tmp_path):
     with pytest.raises(InputError, match=r"model.layers.0.*lora_A.weight in .* \[4, 96\].* \[r, 128\]"):
         read_adapter(tmp_path, wide)
     save_adapter(tmp_path, tiny_adapter.make(dense, ["down_proj"]), dense.config)
-    with pytest.raises(InputError, match=r"down_proj, which is none of .*\(q_proj, .*, w3 of each layer\)"):
+    with pytest.raises(InputError, match="down_proj, which is none of the matrices"):
         read_adapter(tmp_path, moe.config)
 
 

@@ -211,9 +211,8 @@ def test_a_scale_whose_key_has_one_other_character(path, scale):
 
 def test_keys_that_others_write_are_passed_over(path):
     ours = {"vocab_size": ROWS, "expert_count": 0, "attention.layer_norm_epsilon": 1e-5, "pooling_type": 0}
-    made(path, **ours, **{"general.source.huggingface.repository": "a/b", "tokenizer.ggml.pre": "default"})
-    writer_free = {"general.base_model.0.name": "a", "general.tags": ["a"], "general.license": "x"}
-    assert gguf.open_file(made(path, **ours, **writer_free)).config["scale_emb"] == 12
+    others = {"general.source.huggingface.repository": "a/b", "general.tags": ["a"], "general.license": "x"}
+    assert gguf.open_file(made(path, **ours, **others)).config["scale_emb"] == 12
     data = path.read_bytes()
     key = b"general.license"
     for other in (b"mradermacher.qb", b"quantize.imatrx"):

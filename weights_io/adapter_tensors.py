@@ -81,9 +81,8 @@ def row_of_the_table(name: str, tensor: LazyTensor, module: str, table: Mapping[
     if module in table:
         return table[module]
     raise InputError(
-        f"{located(name, tensor)} is for {module}, which is none of the matrices that an adapter can change here "
-        f"({', '.join(dict.fromkeys(short_name(p) for p in table.values()))} of each layer); take the adapter with the "
-        "model that it was trained on."
+        f"{located(name, tensor)} is for {short(module)}, which is none of the matrices of the layers, and an adapter "
+        "can change these alone; take the adapter with the model that it was trained on."
     )
 
 

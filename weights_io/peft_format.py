@@ -34,7 +34,7 @@ UNDERSTOOD = frozenset(
     """peft_type r lora_alpha lora_dropout bias use_rslora use_dora rank_pattern alpha_pattern layers_to_transform
     target_modules exclude_modules init_lora_weights base_model_name_or_path""".split()
 )
-BOOLEANS = ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "lora_bias", "use_qalora")
+BOOLEANS = tuple("use_rslora use_dora fan_in_fan_out inference_mode lora_bias use_qalora ensure_weight_tying".split())
 # Keys that tell how the adapter was made or is kept. Any other that is set changes what it computes.
 HARMLESS = frozenset(
     """task_type auto_mapping peft_version revision inference_mode layers_pattern megatron_config
