@@ -48,7 +48,8 @@ def test_mutants_are_refused_with_a_sentence_or_read_as_they_should(name, reader
     if pytestconfig.getoption("--mutant"):
         print(outcomes[0].line())
     failed = [found.line() for found in outcomes if not found.fine]
-    assert not failed, f"{len(failed)} of {len(outcomes)} mutants:\n" + "\n".join(failed)
+    if failed:
+        pytest.fail(f"{len(failed)} of {len(outcomes)} mutants:\n" + "\n".join(failed), pytrace=False)
 
 
 def test_what_is_wrong_is_seen(tmp_path):

@@ -31,5 +31,5 @@ What a format can tell (`mutant.Expect` is what a mutator says of its own change
 - GGUF: keys, types, counts, lengths, tensor names, shapes, places. Not: the values of metadata, tensor data.
 - tokenizer.json and its companions: as JSON. tokenizer.model (protobuf) and a chat template: nothing.
 - YAML options: as JSON. A checkpoint of a training run: everything (check sums); metrics.jsonl: nothing.
-- A request: as JSON.
+- A request: as JSON, but a key twice is enough to be told where it changes the answer.
 """

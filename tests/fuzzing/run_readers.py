@@ -28,11 +28,10 @@ def train(backend: str, iters: int) -> None:
 
     from weights_io import command_line
 
+    # A constant rate: a step is the same however many follow, so that one may go on from any state that is whole.
+    steady = {"iters": iters, "lr_schedule": "constant", "save_every": 1, "steps_per_report": 1, "resume": True}
     with command_line.exit_codes():
-        tiny_training.finetune(
-            backend,
-            tiny_training.lora(Path(), RUN, model="model", iters=iters, save_every=1, steps_per_report=1, resume=True),
-        )
+        tiny_training.finetune(backend, tiny_training.lora(Path(), RUN, model="model", **steady))
 
 
 def begun(backend: str) -> Callable[[Path], None]:
@@ -82,7 +81,7 @@ def folders(random: Random, folder: Path) -> tuple[str, Expect]:
                 path.unlink()
     elif kind == "a step of no number":
         last.rename(states / "x3")
-        return f"{last.name}: renamed x3", FREE
+        return f"{last.name}: renamed x3", SAME
     elif kind == "leftovers":
         (states / "9.partial").mkdir()
         (states / "9.partial" / "state.safetensors").write_bytes(b"zq")

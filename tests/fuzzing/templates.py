@@ -125,6 +125,39 @@ def escaping(random: Random) -> tuple[str, str]:
     return f"an escape, {text:.60}", text
 
 
+def costly(random: Random) -> tuple[str, str]:
+    """What does not fail, and is long in time or as a text."""
+    first, second, third = (random.choice(["3", "99", "5000", "99999", "100000"]) for _ in range(3))
+    inner = random.choice(
+        ["", "x", "{{ a }}", "{{ messages[0].content * 1000 }}", "{% set c = 'a' * 99999 %}", "{{ 'a'|indent }}"]
+    )
+    wide = random.choice(
+        ["center(N)", "indent(N)", "replace('a', 'b' * N)", "wordwrap(1, wrapstring='x' * N)", "join('x' * N)"]
+    )
+    wide = wide.replace("N", random.choice(["100000", "10000000", "300000000"]))
+    text = random.choice(
+        [
+            f"{{% for a in range({first}) %}}{{% for b in range({second}) %}}{inner}{{% endfor %}}{{% endfor %}}",
+            f"{{% for a in range({first}) %}}{{% for b in range({second}) %}}{{% for c in range({third}) %}}"
+            + "{% endfor %}" * 3,
+            f"{{{{ ('a\n' * {first})|{wide} }}}}",
+            f"{{% set n = namespace(x='ab') %}}{{% for i in range({random.choice([20, 40, 99])}) %}}"
+            "{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x|length }}",
+            f"{{% set n = namespace(x=[1]) %}}{{% for i in range({random.choice([20, 40, 99])}) %}}"
+            "{% set n.x = n.x + n.x %}{% endfor %}{{ n.x|length }}",
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+            f"{{{{ f({random.choice([9, 20, 60])}) }}}}",
+            f"{{{{ range({first})|list|string }}}}{{{{ range({second})|map('string')|join('{'x' * 500}')|length }}}}",
+            f"{{% for a in range({first}) %}}{{{{ range({second})|sum }}}}{{{{ messages|tojson(indent=9999) }}}}"
+            "{% endfor %}",
+            f"{{{{ [[[1] * {first}] * {second}] * {third} }}}}",
+            f"{{{{ (('(' * {first})|urlize ~ ('<' * {second})|striptags ~ ('&' * {third})|escape)|length }}}}",
+            f"{{% set x %}}{{% for a in range({first}) %}}{'y' * 5000}{{% endfor %}}{{% endset %}}{{{{ x * 99 }}}}",
+        ]
+    )
+    return f"it costs, {text[:60]}", text
+
+
 def deep(random: Random) -> tuple[str, str]:
     count = random.choice([15, 25, 110, 1000, 20_000])
     form = random.choice(
@@ -161,7 +194,7 @@ def template_of() -> Mutator:
         text = path.read_text(encoding="utf-8")
         kinds: list[Callable[[], tuple[str, str]]] = [
             lambda: made(random),
-            lambda: made(random),
+            lambda: costly(random),
             lambda: escaping(random),
             lambda: deep(random),
             lambda: broken(random, text),

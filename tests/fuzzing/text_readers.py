@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fuzzing import binary, raw, templates, texts, trees
+from fuzzing import binary, parts, raw, templates, texts, trees
 from fuzzing.mutant import FREE, REFUSED, Mutator, Reader, always
 
 TEXTS = [
@@ -271,11 +271,12 @@ ARRAY: list[tuple[int, Mutator]] = [
 READERS = [
     Reader(
         "tokenizer-json",
-        16,
+        20,
         fast,
         tokenizer,
         [
-            (9, trees.json_of(JSON, JSON_JUDGE)),
+            (8, parts.parts_of(JSON)),
+            (7, trees.json_of(JSON, JSON_JUDGE)),
             (2, raw.bytes_of([JSON], JSON_JUDGE)),
             (3, trees.json_of(CONFIG, trees.json_judge())),
             (1, raw.spliced([JSON], JSON_JUDGE)),

@@ -213,7 +213,7 @@ def _split(data: bytes) -> tuple[str, bytes]:
     return first.split()[1].decode(), content
 
 
-BODY_JUDGE = trees.json_judge()
+BODY_JUDGE = trees.json_judge(twice=SAME)
 
 
 def body(random: Random, data: bytes) -> tuple[str, bytes, Expect]:
@@ -228,6 +228,8 @@ def large(random: Random, data: bytes) -> tuple[str, bytes, Expect]:
     found = random.choice(LARGE[name])
     path = {"prompt": PATHS[1], "messages": PATHS[0]}.get(name, path)
     changed_body = {**json.loads(content), name: found}
+    if name == "prompt" and isinstance(found, list):  # so many answers of each
+        changed_body["n"] = random.choice([1, 128])
     for other in {"prompt": ["messages"], "messages": ["prompt"]}.get(name, []):
         changed_body.pop(other, None)
     return f"{name} = {str(found)[:40]}", _request(path, json.dumps(changed_body).encode()), FREE

@@ -194,15 +194,21 @@ def json_of(name: str, judge: Judge) -> Mutator:
     return mutate
 
 
-def json_judge(added: Expect = SAME, positive: bool = False, free: Callable[[str], bool] | None = None) -> Judge:
-    """What JSON can tell (see the package's docstring). ``added``: of keys that are not known; ``positive``: numbers
-    above 0 have to stay so; ``free``: paths, such as ``model/vocab``, within which nothing can be told."""
+def json_judge(
+    added: Expect = SAME,
+    twice: Expect = REFUSED,
+    positive: bool = False,
+    free: Callable[[str], bool] | None = None,
+) -> Judge:
+    """What JSON can tell (see the package's docstring). ``added``: of keys that are not known; ``twice``: of a
+    key that is there already; ``positive``: numbers above 0 have to stay so; ``free``: paths, such as ``model/vocab``,
+    within which nothing can be told."""
 
     def judge(before: bytes, after: bytes) -> Expect:
         try:
             old, new = parse(before), parse(after)
             if any(len(dict(keyed)) < len(keyed) for keyed in containers(new) if isinstance(keyed, Pairs)):
-                return REFUSED
+                return twice
             told = list(_told(old, new, "", added, positive, free or (lambda path: False)))
         except (ValueError, RecursionError):
             return SAME
