@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 
 from minicpm_serve.openai_errors import http_error
@@ -30,6 +31,8 @@ class StrictRequest(Request):
         body = await self.body()
         self.size, self._body = len(body), b""  # an answer may take minutes
         try:
-            return json_text.loads(body, "the body", self.app.state.largest_body, "send other JSON")
+            return await run_in_threadpool(
+                json_text.loads, body, "the body", self.app.state.largest_body, "send other JSON"
+            )
         except InputError as error:
             raise http_error(400, str(error)) from None

@@ -1,6 +1,7 @@
 """The commands that both backends have, as a user types them."""
 
 import dataclasses
+import errno
 import importlib
 import os
 import re
@@ -8,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_adapter
 import tiny_model
 
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
-from weights_io.command_line import as_typed, exit_codes
+from weights_io.command_line import as_typed, check_numbers, exit_codes
 from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
@@ -230,6 +232,64 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit) as end, exit_codes():
         (tmp_path / "nothing.jsonl").read_text()
     assert (end.value.code, capsys.readouterr().err.count("nothing.jsonl does not exist; check its name")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("max_tokens", 10**30, "--max-tokens is 1000000000000000000000000000000; it must be at most 2,147,483,647."),
+        ("num_layers", -(10**30), "it must be at least -2,147,483,647."),
+        ("iters", 10**50, "--iters is a number of more than 40 digits; it must be at most 2,147,483,647."),
+        ("lengths", (1, 10**9), "--lengths is 1000000000; it must be at most 2,097,152."),
+        ("batch_size", 10**9, "--batch-size is 1000000000; it must be at most 65,536."),
+        ("seed", 2**63, "it must be at most 9,223,372,036,854,775,807."),
+        ("learning_rate", float("nan"), "--learning-rate is nan; give a number."),
+    ],
+)
+def test_numbers_beyond_all_use(name, value, said):
+    with pytest.raises(InputError) as error:
+        check_numbers(dataclasses.make_dataclass("Options", [name])(value))
+    assert said in str(error.value)
+    check_numbers(dataclasses.make_dataclass("Options", ["seed", "iters", "resume"])(2**63 - 1, 2**31 - 1, True))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "minicpm_jax.generate --max-tokens",
+        "minicpm_mlx.chat --max-tokens",
+        "minicpm_mlx.lora --iters",
+        "minicpm_serve.openai_api --backend mlx --context",
+        "minicpm_serve.longcontext --backend jax --length",
+        "minicpm_serve.history --backend jax --out {out} --batch-size",
+        "minicpm_serve.retrieval --out {out} --samples",
+        "minicpm_jax.fit --seq",
+        "minicpm_data.corpus --out {out} --documents",
+    ],
+)
+def test_a_command_takes_no_number_beyond_all_use(command, tmp_path):
+    module, *flags = command.format(out=tmp_path / "out").split()
+    ran = run(module, *flags, 10**30)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1) and not list(tmp_path.iterdir())
+    assert ran.stderr.startswith(f"error: {flags[-1]} is 1000000000000000000000000000000; it must be at most ")
+
+
+def test_a_command_that_may_open_hardly_any_file_says_so(folder):
+    """And MLX's, for which `mlx_lm` asks for thousands, runs with a hundred."""
+    pytest.importorskip("mlx_lm")
+    for files, code in ((8, 2), (100, 0)):
+        line = f"ulimit -n {files}; exec {sys.executable} -m minicpm_mlx.generate -m 2 --model {folder}"
+        ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert ran.returncode == code and "Traceback" not in ran.stderr, ran.stderr
+    with pytest.raises(SystemExit) as end, exit_codes():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    assert end.value.code == 2
+
+
+def test_more_memory_than_there_is(capsys):
+    with pytest.raises(SystemExit) as end, exit_codes():
+        np.zeros((2**60,), np.uint8)
+    assert (end.value.code, capsys.readouterr().err.startswith("error: there is not enough memory; ")) == (2, True)
 
 
 def test_fields_are_named_as_they_are_typed():

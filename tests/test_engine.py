@@ -89,6 +89,22 @@ def test_over_a_mesh(tmp_path_factory, alone, backend):
     assert [found[number] for number in numbers] == [alone[index] for index in (2, 1, 4)]
 
 
+def test_a_group_never_has_the_last_slot_and_takes_turns(backend, model):
+    """Ten requests of one group, then two others: these do not wait for them, in three slots or in one."""
+    for slots, before in ((3, 2), (1, 1)):
+        engine = make(backend, model, slots=slots)
+        group = engine.group()
+        for _ in range(10):
+            engine.waiting.append(engine.request([1, 7, 9], 12, Sampling(), frozenset(), group))
+        run(engine, lambda found: bool(found))
+        alone = [engine.add([1, 5], 3, Sampling()) for _ in range(2)]
+        over = []
+        while not engine.idle:
+            assert sum(request.group == group for request in engine.running.values()) <= max(1, slots - 1)
+            over += [made.number for made in engine.step() if made.last]
+        assert max(map(over.index, alone)) < 2 * before + 2 and len(over) == 12
+
+
 def test_a_cancelled_request_gives_up_its_slot(backend, model, alone):
     engine = make(backend, model, slots=2, memory=CacheOptions(prefill_step_size=16))
     first, second, third, never = add(engine, 1), add(engine, 1), add(engine, 0), add(engine, 2)
