@@ -347,6 +347,18 @@ def test_other_settings_are_named_by_three(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("content", ["", '{"a": 1', "[]", '{"a": 1, "a": 2}'])
+def test_damaged_settings_are_named(tmp_path, content):
+    with using(tmp_path, {"a": 1}):
+        CheckpointFolder(tmp_path / "checkpoints").save(1, lambda path: (path / "state").write_bytes(b"x"))
+    (tmp_path / "settings.json").write_text(content)
+    with (
+        pytest.raises(InputError, match="settings.json is damaged, .* choose another folder"),
+        using(tmp_path, {"a": 1}, resume=True),
+    ):
+        pass
+
+
 def test_other_valid_examples_are_noted(tmp_path, capsys):
     with using(tmp_path, {}, notes={"valid": "one"}):
         CheckpointFolder(tmp_path / "checkpoints").save(1, lambda path: (path / "state").write_bytes(b"x"))
