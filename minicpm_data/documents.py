@@ -20,18 +20,21 @@ def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
         raise InputError(f"{path} does not exist, or is no file; it should hold one JSON object a line.")
     array = is_array(path)
     unit = "item" if array else "line"
-    items, wrong, why = [], [], ""
+    items, wrong, why, is_json = [], [], "", False
     with progress_bar(f"tokenising {path.name}", path.stat().st_size) as bar:
         for number, document in (scan_array if array else scan_lines)(path, bar.update):
             try:
                 if isinstance(document, InputError):
                     raise document
+                is_json = True
                 items.append(make(document))
             except (InputError, RecursionError) as error:
                 if isinstance(error, RecursionError):
                     error = InputError("it is nested too deeply; mend or delete it.")
                 why = why or (f"{error}" if error is document else f"{unit} {number}: {error}")
                 wrong.append(number)
+    if wrong and not is_json and path.suffix not in (".jsonl", ".json"):
+        raise InputError(f"{path} holds no JSON; convert it to a .jsonl file, with one JSON object a line.")
     if wrong:
         others = ", ".join(map(str, wrong[1 : NAMED + 1])) + (", ..." if len(wrong) > NAMED + 1 else "")
         are = f"{unit}s are" if wrong[2:] else f"{unit} is"
@@ -101,12 +104,14 @@ def _json(text: bytes, what: str) -> Any:
             raise InputError(f"{what} has the key {as_json(twice)} twice; keep one of them.")
         return found
 
+    if not (encoding := json.detect_encoding(text)).startswith("utf-8"):
+        raise InputError(f"{what} is {encoding[:6].upper()} text; convert the file to UTF-8 first.")
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"{what} is not UTF-8 text (byte {error.start}); convert the file first.") from None
+        raise InputError(f"{what} is not UTF-8 text (byte {error.start}); convert the file to UTF-8 first.") from None
     except RecursionError:
         raise InputError(f"{what} is not JSON (it is nested too deeply); mend or delete it.") from None
     except json.JSONDecodeError as error:

@@ -73,7 +73,7 @@ class Split:
         """One line for the user: how many examples and tokens, and what the window cost."""
         parts = [part for item in self.examples for part in item.parts]
         tokens, trained = sum(part.length for part in parts), sum(int(part.trained.sum()) for part in parts)
-        kind = "pairs" if isinstance(self.examples[0], Pair) else "examples"
+        kind = ("pair" if isinstance(self.examples[0], Pair) else "example") + "s" * (len(self.examples) != 1)
         line = f"{self.path.name}: {len(self.examples):,} {kind}, {tokens:,} tokens, {trained:,} of them trained"
         line += f"; {self.cut:,} cut at the window's end" if self.cut else ""
         line += f"; {self.dropped:,} dropped, nothing trained in the window" if self.dropped else ""

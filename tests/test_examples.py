@@ -392,6 +392,9 @@ def test_which_file(tmp_path):
         ("train.jsonl", lines(FOX) + lines(FOX)[:-2], "line 2 ends before its JSON does"),
         ("train.jsonl", '{"text": 1' + "0" * 5000 + "}", r"line 1 is not JSON \(Exceeds[^;]*\); mend or delete it"),
         ("train.jsonl", b"\xff\n", "line 1 is not UTF-8"),
+        ("train.jsonl", lines(FOX).encode("utf-16"), "line 1 is UTF-16 text; convert the file to UTF-8 first"),
+        ("train.jsonl", lines(FOX).encode("utf-16-le"), "line 1 is UTF-16 text; convert the file to UTF-8 first"),
+        ("train.jsonl", "a,b\nc,d\n", r"line 1 is not JSON .*\(1 more line is wrong: 2\)"),
         ("train.json", json.dumps([FOX, 1, FOX, {"a": 1}]), r"item 2 is not an object .*\(1 more items? .*: 4\)\.$"),
         ("train.json", json.dumps([FOX, {"messages": ANSWER[:1]}]), "item 2: the messages have no assistant turn"),
         ("train.json", "[{}", "train.json ends before its JSON does"),
@@ -415,6 +418,15 @@ def test_files_that_are_wrong(tmp_path, minicpm, name, content, message):
     with pytest.raises(InputError, match=message) as caught:
         load_split(tmp_path, "train", minicpm, 64)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", b"a,b\nc,d\n"), ("a.parquet", b"PAR1\xff"), ("a.gz", b"\x1f")])
+def test_a_file_of_another_kind_is_told_as_one(tmp_path, minicpm, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} holds no JSON; convert it to a .jsonl file, with one JSON object a"):
+        load_split(tmp_path / name, "train", minicpm, 64)
+    (tmp_path / name).write_text(lines(FOX))
+    assert load_split(tmp_path / name, "train", minicpm, 64).summary().startswith(f"{name}: 1 example, ")
 
 
 def test_window(tmp_path, minicpm):
@@ -446,4 +458,4 @@ def test_window_of_pairs(tmp_path, minicpm):
     (tmp_path / "dev.json").write_text(json.dumps([documents[0], {**documents[1], "rejected": "c"}]))
     split = load_split(tmp_path, "valid", minicpm, 40, pairs=True)
     assert (len(split.examples), split.cut, split.dropped) == (1, 1, 1)
-    assert split.examples[0].length == 40 and split.summary().startswith("dev.json: 1 pairs, ")
+    assert split.examples[0].length == 40 and split.summary().startswith("dev.json: 1 pair, ")
