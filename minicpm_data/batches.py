@@ -86,8 +86,8 @@ class Batches:
         if len(self._rows) < batch_size:
             packed = f", packed into {len(self._rows)} rows," if pack else ""
             raise InputError(
-                f"{len(examples)} examples{packed} do not fill one batch of {batch_size}; "
-                f"give --batch-size {len(self._rows)} or less, or more examples."
+                f"{len(examples)} example{'s'[: len(examples) != 1]}{packed} do not fill one batch of {batch_size}; "
+                f"give --batch-size {len(self._rows)}{' or less' * (len(self._rows) > 1)}, or more examples."
             )
         self._order = grain.MapDataset.source(range(len(self._rows))).seed(seed).shuffle().repeat()
         self._bucket = functools.lru_cache(maxsize=2)(self._sorted)

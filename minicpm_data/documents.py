@@ -18,23 +18,27 @@ def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
     and the others are counted."""
     if not path.is_file():
         raise InputError(f"{path} does not exist, or is no file; it should hold one JSON object a line.")
-    array = path.suffix == ".json" and is_array(path)
+    array = is_array(path)
     unit = "item" if array else "line"
-    items, wrong, why = [], [], ""
+    items, wrong, why, is_json = [], [], "", False
     with progress_bar(f"tokenising {path.name}", path.stat().st_size) as bar:
         for number, document in (scan_array if array else scan_lines)(path, bar.update):
             try:
                 if isinstance(document, InputError):
                     raise document
+                is_json = True
                 items.append(make(document))
             except (InputError, RecursionError) as error:
                 if isinstance(error, RecursionError):
                     error = InputError("it is nested too deeply; mend or delete it.")
                 why = why or (f"{error}" if error is document else f"{unit} {number}: {error}")
                 wrong.append(number)
+    if wrong and not is_json and path.suffix not in (".jsonl", ".json"):
+        raise InputError(f"{path} holds no JSON; convert it to a .jsonl file, with one JSON object a line.")
     if wrong:
         others = ", ".join(map(str, wrong[1 : NAMED + 1])) + (", ..." if len(wrong) > NAMED + 1 else "")
-        more = f" ({len(wrong) - 1} more {unit}s are wrong: {others})" if wrong[1:] else ""
+        are = f"{unit}s are" if wrong[2:] else f"{unit} is"
+        more = f" ({len(wrong) - 1} more {are} wrong: {others})" if wrong[1:] else ""
         raise InputError(f"{path}, {why.removesuffix('.')}{more}.")
     if not items:
         raise InputError(f"{path} is empty; give it one example a line.")
@@ -76,10 +80,11 @@ def scan_array(
 
 
 def is_array(path: Path) -> bool:
-    """Whether a ``.json`` file holds one array; else it is read line by line."""
+    """Whether a file holds one array, and not one a line; else it is read line by line."""
     with path.open("rb") as file:
-        lines = (line.removeprefix(BOM).lstrip() for line in file)
-        return next(filter(None, lines), b"").startswith(b"[")
+        lines = filter(None, (line.removeprefix(BOM).strip() for line in file))
+        first = next(lines, b"")
+        return first.startswith(b"[") and not (first.endswith(b"]") and any(lines))
 
 
 def _parsed(line: bytes, what: str) -> dict[str, Any] | InputError:
@@ -99,16 +104,24 @@ def _json(text: bytes, what: str) -> Any:
             raise InputError(f"{what} has the key {as_json(twice)} twice; keep one of them.")
         return found
 
+    if not (encoding := json.detect_encoding(text)).startswith("utf-8"):
+        raise InputError(f"{what} is {encoding[:6].upper()} text; convert the file to UTF-8 first.")
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"{what} is not UTF-8 text (byte {error.start}); convert the file first.") from None
+        raise InputError(f"{what} is not UTF-8 text (byte {error.start}); convert the file to UTF-8 first.") from None
     except RecursionError:
         raise InputError(f"{what} is not JSON (it is nested too deeply); mend or delete it.") from None
-    except ValueError as error:  # besides wrong JSON, numbers of 4300 digits
-        raise InputError(f"{what} is not JSON ({getattr(error, 'msg', error)}); mend or delete it.") from None
+    except json.JSONDecodeError as error:
+        if error.doc[error.pos :].strip() or not error.pos:
+            raise InputError(f"{what} is not JSON ({error.msg}); mend or delete it.") from None
+        raise InputError(
+            f"{what} ends before its JSON does; put one whole object on each line, or all into one array."
+        ) from None
+    except ValueError as error:  # a number of 4300 digits
+        raise InputError(f"{what} is not JSON ({str(error).partition(';')[0]}); mend or delete it.") from None
 
 
 def _object(value: Any, what: str) -> dict[str, Any] | InputError:

@@ -1,7 +1,7 @@
 """Fine-tuning data: a file of any known form to token ids, and which of them are trained."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,8 @@ class Example:
 
     ids: np.ndarray  # [T] int32
     trained: np.ndarray  # [T] bool: which tokens are targets
+    empty: bool = False  # an answer without text is among what is trained
+    unanswered: bool = False  # it had messages after its last answer, which are left out
 
     @property
     def length(self) -> int:
@@ -71,10 +73,13 @@ class Split:
         """One line for the user: how many examples and tokens, and what the window cost."""
         parts = [part for item in self.examples for part in item.parts]
         tokens, trained = sum(part.length for part in parts), sum(int(part.trained.sum()) for part in parts)
-        kind = "pairs" if isinstance(self.examples[0], Pair) else "examples"
+        kind = ("pair" if isinstance(self.examples[0], Pair) else "example") + "s" * (len(self.examples) != 1)
         line = f"{self.path.name}: {len(self.examples):,} {kind}, {tokens:,} tokens, {trained:,} of them trained"
         line += f"; {self.cut:,} cut at the window's end" if self.cut else ""
         line += f"; {self.dropped:,} dropped, nothing trained in the window" if self.dropped else ""
+        empty, unanswered = sum(part.empty for part in parts), sum(part.unanswered for part in parts)
+        line += f"; {empty:,} with an empty answer, whose end alone is trained" if empty else ""
+        line += f"; {unanswered:,} with messages after the last answer, which are left out" if unanswered else ""
         return line + (f"; not read: {few(self.unused, '')}" if self.unused else "")
 
 
@@ -166,7 +171,8 @@ def make_example(
     answers = [flag for flag, turn in zip(trained, turns, strict=True) if turn.role == "assistant"]
     if answers and not any(answers) and mask_prompt:
         raise InputError("it has no answer that is to be trained; delete it, or the weights of its messages.")
-    return _example(*tokenizer.chat_example(messages_of(turns), trained, not mask_prompt, trusted))
+    example = _example(*tokenizer.chat_example(messages_of(turns), trained, not mask_prompt, trusted))
+    return replace(example, empty=_is_empty(turns, trained), unanswered=turns[-1].role != "assistant")
 
 
 def make_pair(
@@ -178,10 +184,19 @@ def make_pair(
 ) -> Pair:
     """Of both conversations the last answer is trained, whatever ``mask_prompt`` is."""
     chosen, rejected = (
-        _example(*tokenizer.chat_example(messages_of(turns), _only_last(turns), trusted=trusted))
+        replace(
+            _example(*tokenizer.chat_example(messages_of(turns), _only_last(turns), trusted=trusted)),
+            empty=_is_empty(turns, _only_last(turns)),
+        )
         for turns in (reader or Reader()).pair(document)
     )
     return Pair(chosen, rejected)
+
+
+def _is_empty(turns: Sequence[Turn], trained: Sequence[bool]) -> bool:
+    return any(
+        t and turn.role == "assistant" and not turn.content.strip() for turn, t in zip(turns, trained, strict=True)
+    )
 
 
 def _only_last(turns: Sequence[Turn]) -> list[bool]:
@@ -193,5 +208,5 @@ def _example(ids: list[int], trained: list[bool]) -> Example:
 
 
 def _within(item: Example | Pair, width: int) -> Example | Pair:
-    parts = [Example(part.ids[:width], part.trained[:width]) for part in item.parts]
+    parts = [replace(part, ids=part.ids[:width], trained=part.trained[:width]) for part in item.parts]
     return Pair(*parts) if isinstance(item, Pair) else parts[0]

@@ -14,8 +14,22 @@ Keys = tuple[str, ...]
 # The question with which OpenBMB tunes on OCNLI (finetune/lora_finetune_ocnli.ipynb): one colon is ASCII, one is not.
 OCNLI_QUESTION = "请判断下边两个句子的关系属于 [entailment, neutral, contradiction]中的哪一种？\n句子1: {}\n句子2：{}\n"
 OCNLI_NOTES = ("label0", "label1", "label2", "label3", "label4", "prem_id")  # what each of its annotators said
-PAIR_NOTES = ("score_chosen", "score_rejected")  # UltraFeedback's
-BESIDE = ("system", "history")  # what may stand before the turns of a conversation
+# What a pair says of its answers, as UltraFeedback's and Argilla's do.
+PAIR_NOTES = tuple(
+    name
+    for about in ("score", "rating", "model")
+    for kind in ("chosen", "rejected")
+    for name in (f"{about}_{kind}", f"{kind}_{about}", f"{kind}-{about}")
+)
+SHAREGPT_NOTES = ("views", "avatarUrl")  # OpenHermes'
+FLAGS = ("skip_prompt_formatting", "custom_instruction")  # OpenHermes': true or false of how a line was made
+WEB_NOTES = ("dump", "file_path", "language_score", "token_count")  # FineWeb's
+SYSTEM = ("system", "system_prompt")
+BESIDE = (*SYSTEM, "history")  # what may stand before the turns of a conversation
+# What may stand beside messages once more, and what of an instruction may stand together in one text.
+REPEATED = ("prompt", "query", "question", "instruction", "problem", "solution", "answer", "response")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+TOGETHER = ("instruction", "input", "context", "output", "response")
 
 
 class Form(NamedTuple):
@@ -27,13 +41,13 @@ class Form(NamedTuple):
     notes: Keys = ()
 
 
-def _of(question: str, answer: str, *context: str) -> Form:
+def _of(question: str, answer: str, *context: str, notes: Keys = ()) -> Form:
     """Texts of a question and an answer; what a key of ``context`` holds goes below the question, as in Alpaca."""
 
     def read(document: Document, rules: KeyRules) -> list[Turn]:
         return asked(_joined(document, question, *context), _text(document, answer))
 
-    return Form((question, answer), read, (*BESIDE, *context))
+    return Form((question, answer), read, (*BESIDE, *context), notes)
 
 
 def _prompted(document: Document, rules: KeyRules) -> list[Turn]:
@@ -54,16 +68,21 @@ def _ocnli(document: Document, rules: KeyRules) -> list[Turn]:
 
 FORMS = (
     Form(("messages",), lambda document, rules: read_turns(document["messages"], rules)),
-    Form(("conversations",), lambda document, rules: read_turns(document["conversations"], rules)),
+    Form(
+        ("conversations",), lambda document, rules: read_turns(document["conversations"], rules), notes=SHAREGPT_NOTES
+    ),
+    Form(("conversation",), lambda document, rules: read_turns(document["conversation"], rules)),  # LMSYS-Chat's
     Form(("prompt", "completion"), _prompted),
     _of("prompt", "response"),
-    _of("query", "response"),
+    _of("query", "response", notes=("type", "original_question")),  # MetaMathQA's
+    _of("question", "answer"),
+    _of("question", "response"),
     _of("instruction", "output", "input"),
     _of("instruction", "response", "input", "context"),
     _of("content", "summary"),  # AdvertiseGen
     Form(("input", "prompt", "output"), _mlx_advertise_gen),
     Form(("sentence1", "sentence2", "label"), _ocnli, notes=OCNLI_NOTES),
-    Form(("text",), lambda document, rules: [], optional=()),
+    Form(("text",), lambda document, rules: [], optional=(), notes=WEB_NOTES),
 )
 ANSWERS = ("chosen", "rejected")
 # What is read of a pair is its prompt; where it has none, both answers repeat it.
@@ -75,6 +94,7 @@ PAIRS = (
         lambda document, rules: [Turn("user", _joined(document, "instruction", "input"))],
         (*BESIDE, "input"),
     ),
+    Form(("question", *ANSWERS), lambda document, rules: [Turn("user", _text(document, "question"))]),
     Form(ANSWERS, lambda document, rules: []),
 )
 
@@ -93,7 +113,7 @@ class Reader:
         form, used = self._form(document, FORMS, "messages, prompt and completion, text")
         if form.keys == ("text",):
             return _text(used, "text")
-        return [*self._before(used), *self._rest(used, form.read(used, self.rules))]
+        return self._whole(used, form.read(used, self.rules))
 
     def pair(self, document: Document) -> tuple[list[Turn], list[Turn]]:
         """Two conversations that differ in their last turn, an answer: the chosen and the rejected one."""
@@ -107,20 +127,17 @@ class Reader:
                     'its "chosen" and "rejected" do not begin with the same messages; give what comes before both '
                     'answers as "prompt".'
                 )
-        whole = [*self._before(used), *self._rest(used, prompt)]
+        whole = self._whole(used, prompt)
         return _answered(whole, prompt, chosen, "chosen"), _answered(whole, prompt, rejected, "rejected")
 
     def _kept(self, document: Document) -> Document:
-        """Less what the user wants passed over, and less what only repeats: UltraChat has the first question, and
-        UltraFeedback the chosen answer, once more."""
+        """Less what the user wants passed over, and less what only repeats: UltraChat has the first question,
+        UltraFeedback the chosen answer, Alpaca all of the line as one text once more."""
         kept = self.rules.without_ignored(document)
-        messages = kept.get("messages")
-        if isinstance(messages, list) and messages:
-            questions = [m.get("content") for m in messages if isinstance(m, Mapping) and m.get("role") == "user"]
-            copy = "messages" if messages == kept.get("chosen") else "prompt"
-            if copy == "messages" or ("chosen" not in kept and kept.get("prompt") in questions[:1]):
-                kept.pop(copy, None)
-        return kept
+        copies = [key for key in _copies(kept) if not says_nothing(kept[key])]
+        copies += [key for key in FLAGS if isinstance(kept.get(key), bool)]
+        self.rules.unused.update(dict.fromkeys(copies))
+        return {key: value for key, value in kept.items() if key not in copies}
 
     def _form(
         self, document: Document, forms: Sequence[Form], usual: str, notes: Keys = ()
@@ -130,6 +147,8 @@ class Reader:
         said = {key for key in document if not says_nothing(document[key])}
         found = _fitting(said, forms) or _fitting(document.keys(), forms)
         if len(found) != 1:
+            if not document:
+                raise InputError(f"it has no keys; give {usual} (forms: docs/finetune-mac.md).")
             why = "more than one form" if found else "no known form"
             remedy = "name what is to be passed over with --ignore-keys" if found else f"give {usual}"
             keys = dict.fromkeys(key for form in found for key in form.keys) or sorted(document, key=NOTES.__contains__)
@@ -140,17 +159,37 @@ class Reader:
         known = (*form.keys, *form.optional)
         return form, self.rules.used(document, known, (*NOTES, *form.notes, *notes), "it")
 
-    def _before(self, used: Document) -> list[Turn]:
-        """The system message beside the turns."""
-        return [] if says_nothing(used.get("system")) else [Turn("system", _text(used, "system"))]
-
-    def _rest(self, used: Document, turns: list[Turn]) -> list[Turn]:
-        """The turns, with the earlier ones of ``history`` behind a system message of their own."""
-        system = turns[:1] if turns and turns[0].role == "system" else []
-        if system and not says_nothing(used.get("system")):
-            raise InputError('it has "system" and a system message; keep one of them.')
+    def _whole(self, used: Document, turns: list[Turn]) -> list[Turn]:
+        """The turns with what stands beside them: the earlier ones of ``history``, and in front the system message, of
+        which there may be copies."""
         history = [] if says_nothing(used.get("history")) else read_history(used["history"], self.rules)
-        return [*system, *history, *turns[len(system) :]]
+        beside = [Turn("system", _text(used, key)) for key in SYSTEM if not says_nothing(used.get(key))]
+        first = [part[:1] if part and part[0].role == "system" else [] for part in (history, turns)]
+        systems = [*beside, *first[0], *first[1]]
+        if (beside or first[0]) and len({turn.content for turn in systems}) > 1:
+            places = [f'"{key}"' for key in SYSTEM if not says_nothing(used.get(key))]
+            places += ["a system message"] * bool(first[1]) + ['a system message in "history"'] * bool(first[0])
+            raise InputError(f"it has {' and '.join(places)}, which differ; keep one of them.")
+        return [*systems[-1:], *history[len(first[0]) :], *turns[len(first[1]) :]]
+
+
+def _copies(document: Document) -> list[str]:
+    """The keys that only repeat what others say."""
+    turns = next((turns for key in CONVERSATIONS if isinstance(turns := document.get(key), list) and turns), None)
+    if turns is not None and "chosen" in document:
+        return ["messages"] if document.get("messages") == document["chosen"] else []
+    if turns is not None:
+        messages = [turn for turn in turns if isinstance(turn, Mapping)]
+        said = {m[key].strip() for m in messages for key in ("content", "value") if isinstance(m.get(key), str)}
+        return [key for key in REPEATED if isinstance(text := document.get(key), str) and text.strip() in said]
+    parts = [text for key in TOGETHER if isinstance(text := document.get(key), str)]
+    if "instruction" not in document or not ("output" in document or "response" in document):
+        return []
+    return [
+        key
+        for key in ("text", "prompt")
+        if isinstance(text := document.get(key), str) and all(p in text for p in parts)
+    ]
 
 
 def _fitting(keys: Any, forms: Sequence[Form]) -> list[Form]:

@@ -15,7 +15,7 @@ NOTES = frozenset(
     """id idx index uid uuid guid _id item_id line_id sample_id example_id doc_id document_id question_id prompt_id
     conversation_id dialog_id dialogue_id session_id message_id hash source dataset dataset_name data_source origin
     origins url license meta metadata category categories topic topics tags domain genre level difficulty language lang
-    date timestamp created created_at split""".split()
+    date timestamp created created_at split title model model_name""".split()
 )
 TURN_NOTES = frozenset("id uuid message_id hash timestamp created created_at".split())
 
@@ -67,7 +67,7 @@ class KeyRules:
 def says_nothing(value: Any) -> bool:
     """Whether a value is null or empty, be it as the text of a JSON value (``"tools": "[]"``)."""
     if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null")
+        return "".join(value[:SHOWN].split()) in ("", "[]", "{}", "null") and len(value.strip()) < SHOWN
     return value is None or (isinstance(value, list | dict) and not value)
 
 

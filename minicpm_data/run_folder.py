@@ -144,8 +144,18 @@ def _near_run(folder: Path) -> Path | None:
     return folder.parent / near[0] if near else None
 
 
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / SETTINGS)
+    except InputError as error:
+        raise InputError(
+            f"{folder / SETTINGS} is damaged, so that the run cannot be gone on with; put a copy of it back, or choose "
+            "another folder."
+        ) from error
+
+
 def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any]) -> None:
-    before = read_json(folder / SETTINGS)
+    before = _saved_settings(folder)
     changed = [name for name in settings if before.get(name) != settings[name]]
     if _noted(before, "base") not in (None, notes.get("base")):
         changed.append("model")
@@ -155,7 +165,7 @@ def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any]) -> N
 
 
 def _note_valid(folder: Path, notes: dict[str, Any]) -> None:
-    if _noted(read_json(folder / SETTINGS), "valid") not in (None, notes.get("valid")):
+    if _noted(_saved_settings(folder), "valid") not in (None, notes.get("valid")):
         print(
             "note: the valid examples are others than when the run began; losses on them do not compare",
             file=sys.stderr,

@@ -19,8 +19,9 @@ HELP = """/reset         forget the conversation
                that lora can train on
 /help          this text
 /quit          end, as Ctrl-D; Ctrl-C stops an answer"""
+BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # turn the text around that follows
 # What would move a terminal's cursor, or worse: all control characters but tab and newline.
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), *BIDI], "\ufffd")
 
 Message = dict[str, str]
 
@@ -31,7 +32,7 @@ class Conversation:
     def __init__(self, system: str | None):
         self.system = system
         self.messages = self._beginning()
-        self._saved: set[Path] = set()  # files of this conversation's own
+        self._saved: dict[Path, tuple[int, int]] = {}  # own files, as they were left: inode and bytes
 
     def _beginning(self) -> list[Message]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -55,7 +56,7 @@ class Conversation:
                 self.reset()
                 print(f"(begun anew with {'this' if rest else 'no'} system message)")
             case "/save" if rest:
-                print(self.save(Path(rest).expanduser()))
+                print(self.save(Path(rest)))
             case _:
                 print(HELP)
         return True
@@ -67,21 +68,30 @@ class Conversation:
             raise InputError("there is no answer to save yet; ask something first.")
         line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
         try:
-            path = path.resolve()
+            path = path.expanduser().resolve()
             if path.exists() and not path.is_file():
                 raise InputError(f"{path} is no file that a conversation could be added to; choose another.")
-            if path not in self._saved and path.exists() and path.stat().st_size and not may_add_to(path):
+            if path.exists() and self._saved.get(path) != _state(path) and path.stat().st_size and not may_add_to(path):
                 return f"nothing is added to {path}"
             with path.open("ab+") as file:
                 if file.tell():  # a last line without its end would go on with this one
                     file.seek(-1, os.SEEK_END)
                     line = line if file.read(1) == b"\n" else "\n" + line
                 file.write(line.encode(errors="replace"))
-        except (OSError, RuntimeError) as error:  # the second: a loop of links
+            state = _state(path)
+        except InputError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links or no such user; a NUL
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{path} cannot be written ({reason}); choose another file.") from error
-        self._saved.add(path)
+        self._saved[path] = state
         return f"{len(self.messages)} messages added to {path}"
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """By which a file that somebody has replaced or written to is known."""
+    found = path.stat()
+    return found.st_ino, found.st_size
 
 
 def may_add_to(path: Path) -> bool:

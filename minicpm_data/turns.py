@@ -8,7 +8,8 @@ from minicpm_data.chat import check_messages
 from minicpm_data.keys import TURN_NOTES, KeyRules, as_json, few, short
 from weights_io.errors import InputError
 
-ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+ROLE_OF |= {"chatgpt": "assistant"}  # of the first exports
 WEIGHTS = ("weight", "loss", "train")  # OpenAI's and mlx_lm's, and those of trainers: 0 or false, 1 or true
 
 
@@ -61,7 +62,7 @@ def _turn(item: Any, i: int, rules: KeyRules) -> tuple[Any, bool | None]:
     speaker = found[role]
     if role == "from":
         if not isinstance(speaker, str) or speaker not in ROLE_OF:
-            raise InputError(f"{what} is from {short(speaker)!r}; known are {few([*ROLE_OF], '')}.")
+            raise InputError(f"{what} is from {short(speaker)!r}; it must be from human, gpt or system.")
         speaker = ROLE_OF[speaker]
     return {"role": speaker, "content": _content(found[content], what, rules)}, _weight(found, speaker, what)
 

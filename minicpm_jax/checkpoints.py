@@ -1,5 +1,6 @@
 """Training states on disk, by orbax: sharded, and there whole or not at all."""
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -68,8 +69,11 @@ class Checkpoints:
         def write(folder: Path) -> None:
             logging.disable(logging.ERROR)  # orbax logs a traceback of what it raises
             try:
-                self._orbax.save(folder / ITEM, args=ocp.args.StandardSave({STATE: state, STEP: _number(step)}))
+                with _own_loops():
+                    self._orbax.save(folder / ITEM, args=ocp.args.StandardSave({STATE: state, STEP: _number(step)}))
             except (OSError, ValueError) as error:  # tensorstore's errors, of a full disk too, are ValueErrors
+                for name in ("absl", "asyncio"):  # which log tracebacks of the writes that are still under way
+                    logging.getLogger(name).setLevel(logging.CRITICAL)
                 raise OSError(_reason(error)) from error
             finally:
                 logging.disable(logging.NOTSET)
@@ -78,6 +82,34 @@ class Checkpoints:
 
     def close(self) -> None:
         self._orbax.close()
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Where a write fails, orbax closes the loop that others under way report to from tensorstore's threads; each would
+    print a traceback, which nobody can catch."""
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+
+
+class _Policy(asyncio.DefaultEventLoopPolicy):
+    """Makes such loops."""
+
+    _loop_factory = _Loop
+
+
+@contextlib.contextmanager
+def _own_loops() -> Iterator[None]:
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_Policy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
 
 
 def check(folder: Path, step: int) -> None:

@@ -208,18 +208,34 @@ def test_no_conversation_goes_into_what_is_no_file(tmp_path):
     for name, said in (("pipe", "is no file"), (".", "is no file"), ("none/kept.jsonl", "cannot be written")):
         with pytest.raises(InputError, match=said):
             conversation.save(tmp_path / name)
+    for name in ("~nobody-of-this-name/kept.jsonl", "a\0b"):
+        with pytest.raises(InputError, match="cannot be written .*; choose another file"):
+            conversation.command(f"/save {name}")
     (tmp_path / "empty").touch()
     assert "1 messages added" in conversation.save(tmp_path / "empty")
 
 
+def test_a_file_that_was_replaced_is_somebody_elses(tmp_path):
+    conversation = terminal.Conversation(None)
+    conversation.messages = [{"role": "assistant", "content": "Hello"}]
+    path = tmp_path / "kept.jsonl"
+    for _ in range(2):
+        conversation.save(path)
+    for content in (path.read_text() + "mine\n", "mine\n"):
+        path.write_text(content)
+        with pytest.raises(InputError, match="this conversation did not write it; choose another file"):
+            conversation.save(path)
+        assert path.read_text() == content
+
+
 def test_a_terminal_sees_no_control_characters(monkeypatch, capsys):
     """Of an answer, which is kept as it is; the help fits a narrow terminal."""
-    answer = [Response("a\x1b[2J\tb", 1), Response("\x07\x9b\n中", 2)]
-    assert terminal.printed(answer) == "a\x1b[2J\tb\x07\x9b\n中"
-    assert capsys.readouterr().out == "a\x1b[2J\tb\x07\x9b\n中\n"
+    answer = [Response("a\x1b[2J\tb", 1), Response("\x07\x9b\u202e\n中", 2)]
+    assert terminal.printed(answer) == "a\x1b[2J\tb\x07\x9b\u202e\n中"
+    assert capsys.readouterr().out == "a\x1b[2J\tb\x07\x9b\u202e\n中\n"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     terminal.printed(answer)
-    assert capsys.readouterr().out == "a\ufffd[2J\tb\ufffd\ufffd\n中\n"
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\ufffd\ufffd\ufffd\n中\n"
     assert max(map(len, terminal.HELP.splitlines())) <= 60
 
 

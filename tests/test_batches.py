@@ -238,7 +238,7 @@ def test_refusals():
     data = [example(8, n) for n in range(6)]
     with pytest.raises(InputError, match="6 examples do not fill one batch of 8; give --batch-size 6 or less"):
         Batches(data, 8, 64, seed=0)
-    with pytest.raises(InputError, match="6 examples, packed into 1 rows, do not fill .* --batch-size 1 or less"):
+    with pytest.raises(InputError, match="6 examples, packed into 1 rows, do not fill .* --batch-size 1, or more"):
         Batches(data, 2, 64, seed=0, pack=True)
     with pytest.raises(InputError, match="--seed -1"):
         Batches(data, 2, 64, seed=-1)

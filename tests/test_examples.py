@@ -279,8 +279,8 @@ def test_a_pair_trains_its_last_answer_only(minicpm):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({}, "the keys none, which are no known form; give messages, prompt and completion, text"),
-        ({"question": "a", "answer": "b"}, "the keys question and answer, which are no known form"),
+        ({}, "it has no keys; give messages, prompt and completion, text"),
+        ({"ask": "a", "answer": "b"}, "the keys ask and answer, which are no known form; give messages, prompt and"),
         ({"text": "a", "messages": ANSWER}, "the keys messages and text, which are more than one form"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "these are preference pairs"),
         ({"messages": ANSWER, "tools": [{}]}, '"tools"'),
@@ -292,7 +292,7 @@ def test_a_pair_trains_its_last_answer_only(minicpm):
         ({"messages": [{"role": "user", "content": None}]}, "the content of message 0"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "the role 'robot'"),
         ({"messages": ANSWER[:1]}, "no assistant turn"),
-        ({"conversations": [{"from": "bot", "value": "a"}]}, "0 is from 'bot'; known are human, user, gpt and 2 more"),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "0 is from 'bot'; it must be from human, gpt or system"),
         ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "message 0 is from"),
         ({"conversations": [{"from": "gpt"}]}, '"value" is missing'),
         ({"text": "a\ud83d"}, "lone surrogate"),
@@ -333,6 +333,8 @@ FOX, DOG = {"text": "The quick brown fox"}, {"prompt": "Hello", "completion": "d
         ("train.json", lines(FOX, DOG)),
         ("train.json", json.dumps([FOX, DOG], indent=4)),
         ("train.json", "\ufeff\n " + json.dumps([FOX, DOG])),
+        ("train.jsonl", json.dumps([FOX, DOG], indent=4)),
+        ("train.jsonl", json.dumps([FOX, DOG]) + "\n\n"),
     ],
 )
 def test_files(tmp_path, minicpm, name, content):
@@ -372,7 +374,7 @@ def test_which_file(tmp_path):
         (
             "train.jsonl",
             lines(FOX) + "{\n" + lines(FOX, {"a": 1}),
-            r"line 2 is not JSON \(.*\(1 more .*: 4\)\.$",
+            r"line 2 ends before its JSON does; put .* \(1 more line is wrong: 4\)\.$",
         ),
         (
             "train.jsonl",
@@ -384,18 +386,26 @@ def test_which_file(tmp_path):
             lines(*[{"a": 1}] * 14),
             r"line 1: .*\(13 more .*wrong: 2, 3, 4, \.\.\.\)",
         ),
-        ("train.jsonl", "[1]\n", "line 1 is not an object"),
+        ("train.jsonl", "[1]\n[2]\n", "line 1 is not an object"),
+        ("train.jsonl", "[1]\n", "item 1 is not an object"),
+        ("train.json", json.dumps({"data": [FOX]}, indent=1), "line 1 ends before its JSON does; put one whole object"),
+        ("train.jsonl", lines(FOX) + lines(FOX)[:-2], "line 2 ends before its JSON does"),
+        ("train.jsonl", '{"text": 1' + "0" * 5000 + "}", r"line 1 is not JSON \(Exceeds[^;]*\); mend or delete it"),
         ("train.jsonl", b"\xff\n", "line 1 is not UTF-8"),
+        ("train.jsonl", lines(FOX).encode("utf-16"), "line 1 is UTF-16 text; convert the file to UTF-8 first"),
+        ("train.jsonl", lines(FOX).encode("utf-16-le"), "line 1 is UTF-16 text; convert the file to UTF-8 first"),
+        ("train.jsonl", "a,b\nc,d\n", r"line 1 is not JSON .*\(1 more line is wrong: 2\)"),
         ("train.json", json.dumps([FOX, 1, FOX, {"a": 1}]), r"item 2 is not an object .*\(1 more items? .*: 4\)\.$"),
         ("train.json", json.dumps([FOX, {"messages": ANSWER[:1]}]), "item 2: the messages have no assistant turn"),
-        ("train.json", "[{}", "is not JSON"),
+        ("train.json", "[{}", "train.json ends before its JSON does"),
         (
             "train.jsonl",
             lines(FOX) + '{"text": "a", "text": "b"}',
             r'line 2 has the key "text" twice; keep one of them\.$',
         ),
         ("train.json", '[{"messages": [{"role": "user", "role": "a"}]}]', r'train.json has the key "role" twice'),
-        ("train.jsonl", "[" * 100_000, r"line 1 is not JSON \(it is nested too deeply\)"),
+        ("train.jsonl", "{}\n" + "[" * 100_000, r"2\)\.$"),
+        ("train.jsonl", "[" * 100_000, r"train.jsonl is not JSON \(it is nested too deeply\)"),
         ("train.json", "[" * 100_000, r"train.json is not JSON \(it is nested too deeply\)"),
         ("train.json", b'["\xff"]', "not UTF-8"),
         ("train.json", "[]", "is empty"),
@@ -408,6 +418,15 @@ def test_files_that_are_wrong(tmp_path, minicpm, name, content, message):
     with pytest.raises(InputError, match=message) as caught:
         load_split(tmp_path, "train", minicpm, 64)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", b"a,b\nc,d\n"), ("a.parquet", b"PAR1\xff"), ("a.gz", b"\x1f")])
+def test_a_file_of_another_kind_is_told_as_one(tmp_path, minicpm, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} holds no JSON; convert it to a .jsonl file, with one JSON object a"):
+        load_split(tmp_path / name, "train", minicpm, 64)
+    (tmp_path / name).write_text(lines(FOX))
+    assert load_split(tmp_path / name, "train", minicpm, 64).summary().startswith(f"{name}: 1 example, ")
 
 
 def test_window(tmp_path, minicpm):
@@ -439,4 +458,4 @@ def test_window_of_pairs(tmp_path, minicpm):
     (tmp_path / "dev.json").write_text(json.dumps([documents[0], {**documents[1], "rejected": "c"}]))
     split = load_split(tmp_path, "valid", minicpm, 40, pairs=True)
     assert (len(split.examples), split.cut, split.dropped) == (1, 1, 1)
-    assert split.examples[0].length == 40 and split.summary().startswith("dev.json: 1 pairs, ")
+    assert split.examples[0].length == 40 and split.summary().startswith("dev.json: 1 pair, ")

@@ -74,6 +74,9 @@ FORMS = [
     {"prompt": "1 + 1 = ?", "completion": "deux"},
     {"prompt": "1 + 1 = ?", "response": "deux"},
     {"query": "1 + 1 = ?", "response": "deux"},
+    {"question": "1 + 1 = ?", "answer": "deux"},
+    {"question": "1 + 1 = ?", "response": "deux"},
+    {"conversation": [user("1 + 1 = ?"), answer("deux")]},
     {"instruction": "1 + 1 = ?", "output": "deux"},
     {"instruction": "1 + 1 = ?", "input": "", "output": "deux"},
     {"instruction": "1 + 1 = ?", "context": "", "response": "deux", "category": "sums"},
@@ -100,6 +103,33 @@ def test_system_and_history_stand_before_every_form(form):
 def test_history_stands_behind_a_system_message_of_the_messages():
     document = {"messages": [{"role": "system", "content": "s"}, user("b")], "history": [["q", "a"]]}
     assert turns(document) == [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "b")]
+
+
+def test_a_system_message_that_is_there_twice_is_written_once():
+    message = {"role": "system", "content": "Kind."}
+    wanted = [("system", "Kind."), ("user", "a"), ("assistant", "b")]
+    for beside in ({"system": "Kind."}, {"system_prompt": "Kind."}, {"history": [message]}):
+        assert turns({**beside, "messages": [message, user("a"), answer("b")]}) == wanted
+        assert turns({**beside, "messages": [user("a"), answer("b")]}) == wanted
+    same = {"system": "a", "messages": [user("a"), answer("b")]}  # as the question, and no copy of it
+    assert turns(same) == [("system", "a"), *wanted[1:]]
+
+
+def test_what_is_left_out_or_has_no_text_is_counted(tmp_path, minicpm):
+    path = tmp_path / "train.jsonl"
+
+    def summary(*documents, **options):
+        path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+        return load_split(path, "train", minicpm, 64, **options).summary()
+
+    said = summary({"messages": [user("a"), answer("b"), user("c")]}, {"messages": [user("a"), answer("b")]})
+    assert "; 1 with messages after the last answer, which are left out" in said
+    said = summary({"instruction": "a", "output": ""}, {"messages": [user("a"), answer(" ")]}, {"text": "a"})
+    assert "; 2 with an empty answer, whose end alone is trained" in said
+    said = summary({"prompt": "a", "chosen": "b", "rejected": ""}, pairs=True)
+    assert "; 1 with an empty answer, whose end alone is trained" in said
+    said = summary({"messages": [user("a"), answer("", weight=0), user("c"), answer("d")]})
+    assert "empty" not in said and "left out" not in said
 
 
 def test_an_input_stands_below_its_instruction():
@@ -174,6 +204,8 @@ PAIR = [user("Hello"), answer("fox")], [user("Hello"), answer("a")]
         {"chosen": PAIR[0], "rejected": PAIR[1]},
         {"prompt": [user("Hello")], "chosen": [answer("fox")], "rejected": [answer("a", weight=1)]},
         {"instruction": "Hello", "input": "", "chosen": "fox", "rejected": "a"},
+        {"question": "Hello", "chosen": "fox", "rejected": "a"},  # Intel's
+        {"prompt": "Hello", "chosen": PAIR[0], "rejected": PAIR[1], "rating_chosen": 5, "rejected-model": "m"},
         {
             "prompt": "Hello",
             "prompt_id": "7",
@@ -237,6 +269,11 @@ def chat_with(**more):
         ({"prompt": "a", "completion": "b", "input": "c"}, 'it has "input"'),
         ({**CHAT, "system": ["a"]}, '"system" of type list'),
         ({**SYSTEM, "messages": [{"role": "system", "content": "b"}, user("a")]}, '"system" and a system message'),
+        ({**SYSTEM, "system_prompt": "b", **CHAT}, '"system" and "system_prompt", which differ'),
+        ({**SYSTEM, "history": [{"role": "system", "content": "b"}], **CHAT}, 'and a system message in "history"'),
+        ({**CHAT, "custom_instruction": "Be brief."}, 'it has "custom_instruction"'),
+        ({"instruction": "a", "output": "b", "text": "c"}, "more than one form"),
+        ({}, "it has no keys; give messages"),
         ({**CHAT, "history": [["a"]]}, '"history" whose item 0 is no pair'),
         ({**CHAT, "history": [["a", None]]}, '"history" whose item 0 is no pair'),
         ({**CHAT, "history": "a"}, "must be a list"),
@@ -281,7 +318,21 @@ def test_what_is_not_understood_is_refused_by_its_name(minicpm, document, said):
         {**CHAT, "id": 7, "source": "web", "metadata": {"a": 1}, "level": "easy"},
         {**CHAT, "tools": None, "images": [], "anything": {}, "unknown": ""},
         {**CHAT, "tools": " [] ", "functions": "null", "text": None},
-        {**CHAT, "prompt": "Hello", "prompt_id": "a"},  # UltraChat's
+        {**CHAT, "tools": "[ ]", "functions": " { }"},
+        {**CHAT, "prompt": "Hello ", "prompt_id": "a"},  # UltraChat's
+        {**CHAT, "problem": "Hello", "solution": "fox"},  # NuminaMath's
+        {"instruction": "Hello", "input": "", "output": "fox", "text": "### Instruction:\nHello\n### Response:\nfox"},
+        {"instruction": "Hello", "input": "a", "output": "fox", "prompt": "### Hello\na\n### fox"},
+        {
+            "conversations": [{"from": "human", "value": "Hello"}, {"from": "chatgpt", "value": "fox"}],
+            "custom_instruction": False,
+            "skip_prompt_formatting": True,
+            "title": "a",
+            "model_name": "b",
+            "system_prompt": None,
+            "views": 1,
+        },  # OpenHermes'
+        {"query": "Hello", "response": "fox", "type": "a", "original_question": "b"},  # MetaMathQA's
         chat_with(id=3, name=None, tool_calls=[], reasoning_content=None, weight=None),
     ],
 )

@@ -1,5 +1,6 @@
 """A run's folder through damage, kills and a second run: nothing is lost, and nothing that is damaged is taken."""
 
+import asyncio
 import errno
 import json
 import os
@@ -347,6 +348,18 @@ def test_other_settings_are_named_by_three(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("content", ["", '{"a": 1', "[]", '{"a": 1, "a": 2}'])
+def test_damaged_settings_are_named(tmp_path, content):
+    with using(tmp_path, {"a": 1}):
+        CheckpointFolder(tmp_path / "checkpoints").save(1, lambda path: (path / "state").write_bytes(b"x"))
+    (tmp_path / "settings.json").write_text(content)
+    with (
+        pytest.raises(InputError, match="settings.json is damaged, .* choose another folder"),
+        using(tmp_path, {"a": 1}, resume=True),
+    ):
+        pass
+
+
 def test_other_valid_examples_are_noted(tmp_path, capsys):
     with using(tmp_path, {}, notes={"valid": "one"}):
         CheckpointFolder(tmp_path / "checkpoints").save(1, lambda path: (path / "state").write_bytes(b"x"))
@@ -354,3 +367,17 @@ def test_other_valid_examples_are_noted(tmp_path, capsys):
         with using(tmp_path, {}, resume=True, notes={"valid": valid}):
             pass
         assert capsys.readouterr().err.count("note: the valid examples are others") == notes
+
+
+def test_a_write_that_ends_after_its_loop_prints_nothing():
+    """As tensorstore's do after the one that met a full disk: from a thread in which nobody can catch anything."""
+    checkpoints = pytest.importorskip("minicpm_jax.checkpoints")
+    with checkpoints._own_loops():
+        loop = asyncio.new_event_loop()
+    found = []
+    loop.call_soon_threadsafe(found.append, 1)
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    loop.close()
+    loop.call_soon_threadsafe(found.append, 2)
+    assert found == [1] and not isinstance(asyncio.get_event_loop_policy(), checkpoints._Policy)
