@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, cast
 from weights_io.errors import InputError
 
 LONGEST = 1000  # characters that the steps may make of one, and ids around a text: released files reach 12 and 2
+LONGEST_ADDED = 2**24  # characters of all added tokens, which are normalized too; Gemma's 6,400 have 80,000
+MOST_ADDED = 100_000  # of those; they take the library 5 s
 PROBE = 'aA1 . \t\n你好é👍\u0301\u200b\x00"</s>'  # some of each kind: what cannot be encoded shows when it is loaded
 
 
@@ -104,18 +106,28 @@ def _state(part: Any) -> dict[str, Any] | None:
     return json.loads(part.__getstate__()) if part else None
 
 
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # written beside characters of a word
 TEXT_STEPS = ("normalizer", "pre_tokenizer")
 
 
 def check_growth(spec: Mapping[str, Any], source: str | Path) -> None:
-    """`InputError` where the steps of a ``tokenizer.json`` could make a text more than `LONGEST` times longer."""
+    """`InputError` where the steps of a ``tokenizer.json`` could make a text more than `LONGEST` times longer, or its
+    added tokens longer than `LONGEST_ADDED`."""
     try:
+        added = [len(token["content"]) for token in spec.get("added_tokens") or ()]
+        characters = sum(added) * _growth([spec.get("normalizer")])
         longest = max(_growth([spec.get(name) for name in names]) for names in (TEXT_STEPS, ("decoder",)))
+        longest = max(longest, *(len(spec["model"].get(name) or "") for name in AFFIXES))
         around = _ids_around(spec.get("post_processor"))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{source} does not describe a tokenizer; download it again.") from None
     if longest > LONGEST or around > LONGEST:
         raise InputError(f"{source} has steps that make a text more than {LONGEST} times longer; get another file.")
+    if len(added) > MOST_ADDED or characters > LONGEST_ADDED:
+        raise InputError(
+            f"{source} has more than {MOST_ADDED:,} added tokens, or {LONGEST_ADDED:,} characters of them; get another "
+            "file."
+        )
 
 
 def _growth(steps: list[Any]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,14 @@ def test_a_prefix_of_every_name_is_one_fault(tmp_path, prefix, remedy):
     write(tmp_path, {prefix + name: array for name, array in tensors.items()})
     text = refused(tmp_path, f"the names of the tensors begin with '{prefix}', which {remedy}")
     assert len(text.removeprefix(str(tmp_path))) < 160
+
+
+def test_many_names_of_one_ending_are_no_prefixes(tmp_path):
+    """Each would be looked for with the whole table: 80 s."""
+    write(tmp_path, {f"{n}.{NORM}": np.zeros(0, np.float32) for n in range(3000)}, num_hidden_layers=1000)
+    began = time.monotonic()
+    assert "3000 unexpected" in refused(tmp_path, "do not fit config.json")
+    assert time.monotonic() - began < 20
 
 
 def test_names_without_their_beginning(tmp_path):
@@ -199,6 +208,8 @@ def test_eos_is_the_union_of_both_configs(tmp_path):
     assert open_checkpoint(tmp_path).eos_token_ids == (2,)
     generation.write_text('{"eos_token_id": "2"}')
     refused(tmp_path, 'generation_config.json: eos_token_id is "2"; it must be a token id')
+    generation.write_text(json.dumps(dict.fromkeys(map("eos_token_di{:04}".format, range(5000)))))
+    refused(tmp_path, "generation_config.json has 5000 keys, more than any model's")
     generation.write_text("[]")
     refused(tmp_path, "generation_config.json holds list, not a JSON object; download it again")
 
