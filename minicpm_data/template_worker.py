@@ -33,6 +33,7 @@ def main() -> None:
         except EOFError:
             return
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        answer: dict[str, Any]
         try:
             question = json.loads(request)
             if "variables" in question:

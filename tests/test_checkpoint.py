@@ -134,18 +134,22 @@ def test_shards_are_opened_one_after_the_other(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for shard, name in shards.items():
         write_file(tmp_path / shard, {name: Computed.of(tensors[name])})
-    limits, probe = resource.getrlimit(resource.RLIMIT_NOFILE), os.open(os.devnull, os.O_RDONLY)
-    os.close(probe)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    *held, first, second = (os.open(os.devnull, os.O_RDONLY) for _ in range(50))  # leaves no number below them free
+    os.close(first)
+    os.close(second)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (probe + 2, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (second + 1, limits[1]))
         checkpoint = open_checkpoint(tmp_path)
         for name, array in tensors.items():
             np.testing.assert_array_equal(checkpoint.read(name, "float32"), array)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (probe, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first, limits[1]))
         with pytest.raises(InputError, match="cannot read .*Too many open files"):
             open_checkpoint(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for number in held:
+            os.close(number)
 
 
 def test_whole_numbers_are_refused_with_a_remedy(tmp_path):

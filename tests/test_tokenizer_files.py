@@ -109,6 +109,8 @@ SWOLLEN = [
         "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 900},
         "added_tokens": [{**tiny.special("a" * 20_000), "id": 480, **FLAGS, "normalized": True}],
     },
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2000}},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Sequence", "pretokenizers": []}] * 2000}},
     {"model": {**tiny.as_json()["model"], "end_of_word_suffix": "x" * 2000}},
     {"added_tokens": [{**tiny.special(f"<{n}>"), "id": n, **FLAGS} for n in range(480, 100_500)]},
 ]
