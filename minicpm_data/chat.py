@@ -54,16 +54,10 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
 
 
 def variables_of(template: str) -> frozenset[str]:
-    """The names that ``template`` may be given values for. InputError where it cannot be read."""
-    from jinja2 import TemplateError
-    from jinja2.meta import find_undeclared_variables
+    """The names that ``template`` may be given values for. InputError where it cannot be read within the limits."""
+    from minicpm_data import template_process
 
-    from minicpm_data.template_worker import environment
-
-    try:
-        return frozenset(find_undeclared_variables(environment().parse(template)))
-    except (TemplateError, RecursionError, MemoryError) as error:
-        raise InputError(f"the chat template cannot be read ({error}); give another one.") from None
+    return template_process.variables_of(template)
 
 
 def cut_at_answers(prompt: str, outside: Sequence[str], contents: Sequence[str]) -> list[str]:

@@ -6,10 +6,11 @@ a stack trace on file descriptor 2; steps that make a text many times longer wou
 
 import functools
 import json
+import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,6 +18,9 @@ from typing import Any, BinaryIO, cast
 from weights_io.errors import InputError
 
 LONGEST = 1000  # characters that the steps may make of one, and ids around a text: released files reach 12 and 2
+MOST_STEPS = 1000  # each goes over the whole text: 200,000 take seconds for a word; released files have up to 20
+LONGEST_ADDED = 2**24  # characters of all added tokens, which are normalized too; Gemma's 6,400 have 80,000
+MOST_ADDED = 100_000  # of those; they take the library 5 s
 PROBE = 'aA1 . \t\n你好é👍\u0301\u200b\x00"</s>'  # some of each kind: what cannot be encoded shows when it is loaded
 
 
@@ -104,30 +108,38 @@ def _state(part: Any) -> dict[str, Any] | None:
     return json.loads(part.__getstate__()) if part else None
 
 
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # written beside characters of a word
 TEXT_STEPS = ("normalizer", "pre_tokenizer")
 
 
 def check_growth(spec: Mapping[str, Any], source: str | Path) -> None:
-    """`InputError` where the steps of a ``tokenizer.json`` could make a text more than `LONGEST` times longer."""
+    """`InputError` where the steps of a ``tokenizer.json`` could make a text more than `LONGEST` times longer, or its
+    added tokens longer than `LONGEST_ADDED`."""
     try:
+        added = [len(token["content"]) for token in spec.get("added_tokens") or ()]
+        characters = sum(added) * _growth([spec.get("normalizer")])
         longest = max(_growth([spec.get(name) for name in names]) for names in (TEXT_STEPS, ("decoder",)))
+        longest = max(longest, *(len(spec["model"].get(name) or "") for name in AFFIXES))
         around = _ids_around(spec.get("post_processor"))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{source} does not describe a tokenizer; download it again.") from None
     if longest > LONGEST or around > LONGEST:
-        raise InputError(f"{source} has steps that make a text more than {LONGEST} times longer; get another file.")
+        raise InputError(
+            f"{source} has more than {MOST_STEPS} steps, or some that make a text over {LONGEST} times longer; get "
+            "another file."
+        )
+    if len(added) > MOST_ADDED or characters > LONGEST_ADDED:
+        raise InputError(
+            f"{source} has more than {MOST_ADDED:,} added tokens, or {LONGEST_ADDED:,} characters of them; get another "
+            "file."
+        )
 
 
 def _growth(steps: list[Any]) -> float:
-    """How many characters the steps can make of one."""
+    """How many characters the steps can make of one; without end where they are too many."""
     growth = 1.0
-    for step in steps:
-        if step is None:
-            continue
+    for count, step in enumerate(_flat(steps)):
         match step["type"]:
-            case "Sequence":
-                for key in {"normalizers", "pretokenizers", "decoders"} & step.keys():
-                    growth *= _growth(step[key])
             case "Replace":
                 pattern = step["pattern"].get("String") or ""  # a regex may match between any two characters
                 growth *= max(1.0, len(step["content"]) / len(pattern) if pattern else len(step["content"]) + 1.0)
@@ -139,16 +151,26 @@ def _growth(steps: list[Any]) -> float:
                 growth += 1
             case "NFD" | "NFKD" | "NFKC":
                 growth *= 3
-        if growth > LONGEST:
-            break
+        if growth > LONGEST or count >= MOST_STEPS:
+            return math.inf
     return growth
+
+
+def _flat(steps: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The steps, each sequence in front of its own."""
+    for step in steps:
+        if step is not None:
+            yield step
+            if step["type"] == "Sequence":
+                for key in sorted({"normalizers", "pretokenizers", "decoders"} & step.keys()):
+                    yield from _flat(step[key])
 
 
 def _ids_around(step: Any) -> int:
     if step is None:
         return 0
     if step["type"] == "Sequence":
-        return sum(map(_ids_around, step["processors"]))
+        return sum(map(_ids_around, step["processors"]), start=1)
     if step["type"] != "TemplateProcessing":
         return 2
     if sum("Sequence" in piece for piece in step["single"]) != 1:

@@ -37,8 +37,9 @@ def read_spm(path: Path) -> SpmModel:
     pieces, scores, types = [], [], []
     trainer: dict[int, Any] = {}
     normaliser: dict[int, Any] = {}
+    data = read_regular(path, MAX_BYTES)
     try:
-        for field, value in _fields(read_regular(path, MAX_BYTES)):
+        for field, value in _fields(data):
             if field == 1:
                 piece = dict(_fields(value))
                 pieces.append(piece[1].decode())

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from minicpm_data.template_worker import MEMORY
@@ -27,7 +28,27 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
 
     Raises `InputError` where the template fails or refuses, or takes more than its share of time, memory or text.
     """
-    request = json.dumps({"template": template, "variables": variables}, ensure_ascii=False)
+    found = _answer({"template": template, "variables": variables})
+    if "error" in found:
+        raise InputError(f"the chat template cannot be applied to these messages: {found['error'].rstrip('.')}.")
+    return found["text"]
+
+
+@lru_cache(maxsize=16)
+def variables_of(template: str) -> frozenset[str]:
+    """The names that ``template`` reads and does not set. Raises `InputError` where it cannot be read within
+    the limits.
+
+    Jinja computes a template's constants to find them, of which one alone can take any time and memory.
+    """
+    found = _answer({"template": template})
+    if "error" in found:
+        raise InputError(f"the chat template cannot be read ({found['error'].rstrip('.')}); give another one.")
+    return frozenset(found["names"])
+
+
+def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
+    request = json.dumps(question, ensure_ascii=False)
     with _places:
         worker = _taken()
         try:
@@ -39,10 +60,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
             worker.end()
             raise InputError(TOO_MUCH)
         _idle.append(worker)
-    found = json.loads(answer)
-    if "error" in found:
-        raise InputError(f"the chat template cannot be applied to these messages: {found['error'].rstrip('.')}.")
-    return found["text"]
+    return json.loads(answer)
 
 
 class _Worker:
@@ -94,10 +112,14 @@ _places = threading.BoundedSemaphore(PROCESSES)
 
 
 def _taken() -> _Worker:
-    try:
-        return _idle.pop()
-    except IndexError:
-        return _Worker()
+    while True:
+        try:
+            worker = _idle.pop()
+        except IndexError:
+            return _Worker()
+        if worker.process.poll() is None:
+            return worker
+        worker.end()  # somebody else has ended it since
 
 
 def _resident(pid: int) -> int:

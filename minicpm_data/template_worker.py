@@ -33,8 +33,13 @@ def main() -> None:
         except EOFError:
             return
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        answer: dict[str, Any]
         try:
-            answer = {"text": _rendered(longest=OWN_TEXT + TIMES * len(request), **json.loads(request))}
+            question = json.loads(request)
+            if "variables" in question:
+                answer = {"text": _rendered(longest=OWN_TEXT + TIMES * len(request), **question)}
+            else:
+                answer = {"names": sorted(_names(question["template"]))}
         except MemoryError:
             sys.exit(OUT_OF_MEMORY)
         except Exception as error:  # a template can fail as any program can
@@ -52,6 +57,12 @@ def _rendered(template: str, variables: dict[str, Any], longest: int) -> str:
         if length > longest:
             raise ValueError(f"it makes a prompt of more than {longest:,} characters")
     return "".join(parts)
+
+
+def _names(template: str) -> set[str]:
+    from jinja2.meta import find_undeclared_variables
+
+    return find_undeclared_variables(environment().parse(template))
 
 
 def _limit_memory() -> None:

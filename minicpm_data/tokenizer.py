@@ -11,6 +11,8 @@ from minicpm_data.plain_spec import plain_spec, without_prefix
 from minicpm_data.streaming import Decoder, Detokenizer
 from weights_io.errors import InputError, short
 
+MOST_IDS = 2**24  # the library writes its file out by looking for every id from 0 on, present or not
+
 
 class Tokenizer:
     """Text to ids and back.
@@ -60,6 +62,8 @@ class Tokenizer:
             ends.append(self._fast.token_to_id("<|im_end|>"))
         self.eos_token_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         self.vocab_size = 1 + max(fast.vocabulary().values(), default=-1)
+        if self.vocab_size > MOST_IDS:
+            raise InputError(f"{fast.source} has the id {self.vocab_size - 1}, beyond any vocabulary; get it again.")
         self._before, self._after = fast.around()
         if add_bos is not None:
             self._before = [bos_token_id] if add_bos and bos_token_id is not None else []

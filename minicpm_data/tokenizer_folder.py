@@ -172,20 +172,21 @@ def _with_special_tokens(spec: dict[str, Any], config: Mapping[str, Any], source
     """``spec`` with all tokens that the config calls special among its added ones, as transformers has them; a missing
     BOS or EOS is not made up."""
     vocab = spec["model"]["vocab"]
-    listed = spec.get("added_tokens") or []
+    listed = [*(spec.get("added_tokens") or [])]
     known = {token["content"] for token in listed}
+    ends = {_content(config.get(f"{name}_token")) for name in ("bos", "eos")}
     following = 1 + max([_highest(vocab), *(_number(token.get("id")) for token in listed)])
     for text, token in config["special"].items():
         if text in known or not isinstance(vocab, dict):
             continue
         if text not in vocab:
-            if text in {_content(config.get(f"{name}_token")) for name in ("bos", "eos")}:
+            if text in ends:
                 continue
             following, i = following + 1, following
         else:
             i = vocab[text]
         flags = {key: value for key, value in token.items() if key != "id"} if isinstance(token, dict) else {}
-        listed = [*listed, added_token(**{**flags, "id": i, "content": text, "special": True})]
+        listed.append(added_token(**{**flags, "id": i, "content": text, "special": True}))
         known.add(text)
     return {**spec, "added_tokens": listed}
 
@@ -206,8 +207,8 @@ def _content(token: Any) -> Any:
 
 def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, dict]:
     """Added tokens by id, of ``tokenizer_config.json`` and of the older ``added_tokens.json`` (content -> id)."""
+    listed = read_optional_json(folder / "added_tokens.json")
     try:
-        listed = read_optional_json(folder / "added_tokens.json")
         older = {int(i): {"content": token, "special": token in config["special"]} for token, i in listed.items()}
         newer = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
         added = {**older, **newer}

@@ -208,6 +208,27 @@ def test_templates_without_bounds(template):
     assert chat.render("{{ messages[0].content }}", user("你好\ud83d")) == "你好\ud83d"
 
 
+@pytest.mark.parametrize("template", ["{{ 'x' * 10**10 }}{{ a }}", "{{ 9**(9**9) }}{{ a }}"])
+def test_names_of_a_template_without_bounds(template):
+    """Jinja works out the constants of a template whose names are asked for."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        assert chat.variables_of(template) == {"a"}
+    except InputError as error:
+        assert "more time or memory than is reasonable" in str(error)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 50_000
+    with pytest.raises(InputError, match="the chat template cannot be read"):
+        chat.variables_of("{% if %}")
+
+
+def test_a_process_that_somebody_ended_is_replaced():
+    chat.render("x", user("x"))
+    for worker in template_process._idle:
+        worker.process.kill()
+        worker.process.wait()
+    assert chat.render("{{ messages[0].content }}", user("y")) == "y"
+
+
 def test_threads_render_at_once():
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

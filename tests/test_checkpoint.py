@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,14 @@ def test_a_prefix_of_every_name_is_one_fault(tmp_path, prefix, remedy):
     assert len(text.removeprefix(str(tmp_path))) < 160
 
 
+def test_many_names_of_one_ending_are_no_prefixes(tmp_path):
+    """Each would be looked for with the whole table: 80 s."""
+    write(tmp_path, {f"{n}.{NORM}": np.zeros(0, np.float32) for n in range(3000)}, num_hidden_layers=1000)
+    began = time.monotonic()
+    assert "3000 unexpected" in refused(tmp_path, "do not fit config.json")
+    assert time.monotonic() - began < 20
+
+
 def test_names_without_their_beginning(tmp_path):
     write(tmp_path, {name.removeprefix("model."): array for name, array in arrays().items()})
     refused(tmp_path, "the names of the tensors lack 'model.'")
@@ -125,18 +134,22 @@ def test_shards_are_opened_one_after_the_other(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for shard, name in shards.items():
         write_file(tmp_path / shard, {name: Computed.of(tensors[name])})
-    limits, probe = resource.getrlimit(resource.RLIMIT_NOFILE), os.open(os.devnull, os.O_RDONLY)
-    os.close(probe)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    *held, first, second = (os.open(os.devnull, os.O_RDONLY) for _ in range(50))  # leaves no number below them free
+    os.close(first)
+    os.close(second)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (probe + 2, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (second + 1, limits[1]))
         checkpoint = open_checkpoint(tmp_path)
         for name, array in tensors.items():
             np.testing.assert_array_equal(checkpoint.read(name, "float32"), array)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (probe, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first, limits[1]))
         with pytest.raises(InputError, match="cannot read .*Too many open files"):
             open_checkpoint(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for number in held:
+            os.close(number)
 
 
 def test_whole_numbers_are_refused_with_a_remedy(tmp_path):
@@ -199,6 +212,8 @@ def test_eos_is_the_union_of_both_configs(tmp_path):
     assert open_checkpoint(tmp_path).eos_token_ids == (2,)
     generation.write_text('{"eos_token_id": "2"}')
     refused(tmp_path, 'generation_config.json: eos_token_id is "2"; it must be a token id')
+    generation.write_text(json.dumps(dict.fromkeys(map("eos_token_di{:04}".format, range(5000)))))
+    refused(tmp_path, "generation_config.json has 5000 keys, more than any model's")
     generation.write_text("[]")
     refused(tmp_path, "generation_config.json holds list, not a JSON object; download it again")
 

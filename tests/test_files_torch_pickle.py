@@ -201,6 +201,9 @@ def test_attributes_cannot_be_set(path, tmp_path):
         (b"}" + NONE + b"\x85" * 200_000 + NONE + b"s", "a key that is a tuple"),  # hashing overflows the stack
         (b"})q\x000" + DOUBLED * 60 + b"h\x00" + NONE + b"s", "a key that is a tuple"),  # hashing it takes 2**60 steps
         (b"Nr" + struct.pack("<I", 2**31) + b"0}", "its number 2147483648 after 3 opcodes"),  # 17 GB in Python's
+        (b"})q\x000" + DOUBLED * 60 + b"h\x00" + text("x") + b"\x93s", "names what is no function"),  # so does its text
+        (b"}(" + whole(2**61 - 1) + NONE + b"u", "a number beyond all use"),  # any number of ints hash to 0
+        (b"}(" + b"G\x3f\xf8" + bytes(6) + NONE + b"u", "a key that is a float"),
         (b"N" * 1_000_001, "more than 1000000 parts"),
         (mapping(w=b"\x8b" + struct.pack("<i", 2**31 - 1)), "damaged"),
         (mapping(w=b"\x8b" + struct.pack("<i", 3) + b"abc"), "opcode LONG4"),
@@ -248,6 +251,26 @@ def test_an_entry_must_be_the_one_that_the_directory_names(path):
     assert data.count(offset) == 1
     path.write_bytes(data.replace(offset, struct.pack("<I", data.index(b"archive/data/1") - 30)))
     refused(path, "no local header for archive/data/0")
+
+
+def test_entries_that_overlap_are_refused(path):
+    """Else a short file holds any number of bytes to work checksums out of."""
+    data = archive(path, program(mapping()), {}, outer=b"(local header of the inner entry, and its bytes)").read_bytes()
+    directory = data.index(b"PK\x01\x02")
+    entry = data[data.index(b"PK\x01\x02", directory + 4) : data.rindex(b"PK\x05\x06")]
+    begin, size = data.index(b"PK\x03\x04", 4), 20  # of the outer entry, and bytes of the inner one
+    header = data[begin : begin + 30 + len("archive/outer")].replace(b"outer", b"inner")
+    start = begin + len(header)
+    outer = header.replace(b"inner", b"outer") + header + data[start : start + size]
+    sizes = struct.pack("<II", len(header) + size, len(header) + size)
+    inner = entry.replace(b"outer", b"inner")
+    inner = inner[:20] + struct.pack("<II", size, size) + inner[28:42] + struct.pack("<I", start) + inner[46:]
+    entry = entry[:20] + sizes + entry[28:]
+    listed = data[directory : data.index(b"PK\x01\x02", directory + 4)] + entry + inner
+    body = data[:begin] + outer
+    end = struct.pack("<4s4xHHIIH", b"PK\x05\x06", 3, 3, len(listed), len(body), 0)
+    path.write_bytes(body + listed + end)
+    refused(path, "archive/inner in .* overlaps another entry")
 
 
 def test_a_flipped_bit_is_found_by_its_checksum(path):

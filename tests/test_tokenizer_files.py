@@ -87,6 +87,7 @@ PANICS = [
     {"post_processor": {**tiny.as_json()["post_processor"], "special_tokens": {}}},
     {"model": {**tiny.as_json()["model"], "continuing_subword_prefix": "##"}},
 ]
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 # Each would make a short text take all memory, or ids without end around it.
 TWICE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -104,6 +105,14 @@ SWOLLEN = [
         }
     },
     {"post_processor": {**tiny.as_json()["post_processor"], "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2}},
+    {
+        "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 900},
+        "added_tokens": [{**tiny.special("a" * 20_000), "id": 480, **FLAGS, "normalized": True}],
+    },
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2000}},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Sequence", "pretokenizers": []}] * 2000}},
+    {"model": {**tiny.as_json()["model"], "end_of_word_suffix": "x" * 2000}},
+    {"added_tokens": [{**tiny.special(f"<{n}>"), "id": n, **FLAGS} for n in range(480, 100_500)]},
 ]
 
 
@@ -113,6 +122,32 @@ def test_hostile_steps_are_one_sentence(tmp_path, part, capfd):
         load_tokenizer(tiny.write(tmp_path, {"tokenizer.json": {**tiny.as_json(), **part}}))
     assert "tokenizer.json" in sentence(caught)
     assert capfd.readouterr().err == ""
+
+
+def test_special_tokens_of_a_config_without_end(tmp_path):
+    """A list that is copied for each of them takes minutes."""
+    many = [f"<{n}>" for n in range(150_000)]
+    with pytest.raises(InputError, match="added tokens"):
+        load_tokenizer(tiny.write(tmp_path, additional_special_tokens=many))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "added_tokens.json"])
+def test_a_pipe_is_called_so(tmp_path, name):
+    folder = tiny.write(tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name}: it is a pipe"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("last, said", [(2**32 - 2, "beyond any vocabulary"), (2**24 - 1, "wrong tokenizer size")])
+def test_an_id_beyond_all_rows(tmp_path, last, said):
+    """What lies between is never written out; the library ends the process where it lacks the memory for it."""
+    spec = tiny.as_json()
+    spec["model"]["vocab"]["zz"] = last
+    folder = tiny.write(tmp_path, {"tokenizer.json": spec})
+    with pytest.raises(InputError, match=said):
+        check_vocab(load_tokenizer(folder), 480)
 
 
 def test_a_panic_at_a_text_is_one_sentence(capfd):
@@ -155,7 +190,7 @@ def test_json_texts():
 def test_a_file_without_end_is_refused(tmp_path):
     with open(tiny.write(tmp_path) / "tokenizer.json", "wb") as file:
         file.truncate(10 << 30)  # holes alone
-    with pytest.raises(InputError, match="more than 256 MB"):
+    with pytest.raises(InputError, match="such a file has at most"):
         load_tokenizer(tmp_path)
 
 

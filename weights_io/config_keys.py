@@ -16,6 +16,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "quantization": (None,),
     "sparse_config": (None,),
+    "mup_denominator": (None,),  # of MiniCPM4
     "is_decoder": (None, False, True),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),

@@ -17,7 +17,6 @@ VALUES = frozenset(
 )
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-KEYS = (str, int, float, bytes, type(None))  # what is hashed at once
 
 
 class OrderedState(dict):
@@ -129,9 +128,7 @@ class Program:
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError("it puts items into what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, KEYS):
-                raise ValueError(f"it has a key that is a {type(key).__name__.strip('_')}")
-            target[key] = value
+            target[_key(key)] = value
         return target
 
     def make(self, name: str, argument: Any) -> bool:
@@ -141,7 +138,9 @@ class Program:
                 self.stack.append(self.find(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 module, attribute = self.take(2)
-                self.stack.append(self.find(str(module), str(attribute)))
+                if not isinstance(module, str) or not isinstance(attribute, str):  # a tuple's text may have no end
+                    raise ValueError("it names what is no function")
+                self.stack.append(self.find(module, attribute))
             case "INST":
                 function = self.find(*argument.split(" ", 1))
                 self.stack.append(self.called(function, tuple(self.take_marked())))
@@ -171,6 +170,13 @@ class Program:
             pairs = [part for pair in items for part in _pair(pair)]
             return self.filled(OrderedState(), pairs)
         return function(*arguments)
+
+
+def _key(value: Any) -> Any:
+    """``value``, if it is hashed at once and no file can choose its hash: whoever can makes a dict take for ever."""
+    if isinstance(value, str | bytes | None) or (isinstance(value, int) and 0 <= value <= MAX_OPCODES):
+        return value
+    raise ValueError(f"it has a key that is a {type(value).__name__.strip('_')}, or a number beyond all use")
 
 
 def _pair(value: Any) -> Any:

@@ -112,6 +112,11 @@ def _entries(path: Path, file: BinaryIO, size: int, infos: list[zipfile.ZipInfo]
         if offset + info.file_size > size:
             raise InputError(f"{short(info.filename)} in {path} goes beyond the end of the file; download it again.")
         entries[info.filename] = Stored(path, info.filename, offset, info.file_size, info.CRC)
+    end = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry.offset):
+        if entry.offset < end:  # a short file could hold any length in all
+            raise InputError(f"{short(entry.name)} in {path} overlaps another entry; save it again with torch.save.")
+        end = entry.offset + entry.size
     return entries
 
 
