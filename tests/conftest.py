@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices for the sharding tests; work that names no device stays on the first.
@@ -43,8 +44,12 @@ def pytest_addoption(parser):
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("tpu") and find_spec("libtpu") is None:
+    if (mark := item.get_closest_marker("tpu")) is None:
+        return
+    if find_spec("libtpu") is None:
         pytest.skip("libtpu, which compiles for TPUs, is not installed (it exists for Linux on x86-64)")
+    if (since := mark.kwargs.get("since")) and Version(version("libtpu")) < Version(since):
+        pytest.skip(f"libtpu {version('libtpu')} is here, and what is measured holds since {since}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -222,7 +222,7 @@ def test_decoding_of_the_2b_reads_its_weights_and_its_cache_once():
     assert all(i.buffers[0].size < MIB for i in copies)
 
 
-@pytest.mark.tpu
+@pytest.mark.tpu(since="0.0.48")
 def test_eight_chips_decode_with_their_heads_of_the_2b_and_copy_no_cache():
     """36 heads as 6 on each chip, 4,096 slots of 2 x 40 x 384 numbers: 0.25 GB of cache. Measured: 0.8 MB of
     temporaries, with libtpu 0.0.48 1.5."""
@@ -233,7 +233,7 @@ def test_eight_chips_decode_with_their_heads_of_the_2b_and_copy_no_cache():
     assert set(found.collectives) == {"all-reduce"}
 
 
-@pytest.mark.tpu
+@pytest.mark.tpu(since="0.0.48")
 @pytest.mark.parametrize(
     ("mesh", "counts"), [(None, {"all-reduce": 81}), ("fsdp=8", {"all-reduce": 162, "collective-permute": 80})]
 )

@@ -157,7 +157,7 @@ def test_logits_of_pico(bits, layers, all_of_it):
         assert 0.5 * measured < relative < 1.1 * measured
 
 
-@pytest.mark.tpu
+@pytest.mark.tpu(since="0.0.48")
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.53), (4, 0.3)])
 def test_a_step_of_the_2b_reads_the_weights_as_they_are_kept(bits, most):
     """Of the weights' 5,449,761,792 bytes in bfloat16, beside the cache; measured: 0.514 and 0.290, with libtpu 0.0.48
