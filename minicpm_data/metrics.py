@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from weights_io.errors import InputError
+from weights_io.files.regular import read_regular
 from weights_io.partial import partial, write_whole
+
+MAX_BYTES = 2**28  # of a run of a million steps
 
 
 class Metrics:
@@ -81,7 +84,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``.jsonl`` file that were written whole. A last one that a killed process left without its end is
     left out in silence, others that are damaged with a note."""
     records, damaged = [], []
-    lines = path.read_bytes().split(b"\n")
+    lines = read_regular(path, MAX_BYTES).split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)

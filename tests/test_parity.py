@@ -196,7 +196,7 @@ def test_files_that_are_no_reference_are_refused(check, reference, saved, tmp_pa
         refused(error, message)
 
     bad("file.npz does not exist")
-    bad("cannot be read as .npz", tmp_path)
+    bad("it is a folder, not a file", tmp_path)
     bad("some.npz has no numbers to compare in float32; it needs input_ids with logits", saved({"other": np.ones(3)}))
     bad("has no numbers to compare", saved({"input_ids": np.ones((1, 3), int)}))
     for data in (b"", b"PK\x03\x04 damaged", b"plain text", pickle.dumps({"logits": 1})):

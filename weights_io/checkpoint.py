@@ -1,6 +1,5 @@
 """A checkpoint opened: its config, and its tensors checked against the parameter table before one is read."""
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError, listed, short
 from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
 from weights_io.json_text import read_json, read_optional_json
+from weights_io.near_keys import refuse_near_keys
 from weights_io.parameters import HEAD, MOE, NORM, tensor_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -131,10 +131,7 @@ def special_ids(path: Path, raw: Mapping[str, Any], vocab_size: int) -> tuple[tu
     if path.is_dir():
         generation = path / "generation_config.json"
         settings = read_optional_json(generation)
-        # Of the many keys there this one alone is used; one that is nearly it is a slip.
-        if nearly := difflib.get_close_matches("eos_token_id", settings.keys() - OTHER_IDS, 1, 0.85):
-            if nearly[0] != "eos_token_id" and "eos_token_id" not in settings:
-                raise InputError(f"{generation} has {short(nearly[0])}, which is no key; write eos_token_id.")
+        refuse_near_keys(settings, ("eos_token_id",), OTHER_IDS, generation)  # of the many keys there one is used
         ends += config_module.token_ids(settings, "eos_token_id", vocab_size, str(generation))
     return config_module.token_ids(raw, "bos_token_id", vocab_size, source), tuple(dict.fromkeys(ends))
 
