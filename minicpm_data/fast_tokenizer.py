@@ -158,7 +158,7 @@ def _ids_around(step: Any) -> int:
     return sum(len(step["special_tokens"].get(name, {"ids": ()})["ids"]) for name in written)
 
 
-PANIC = re.compile(rb"\n?thread '[^\n]*' (?:\(\d+\) )?panicked at .*?(?:\nnote: [^\n]*\n|\Z)", re.DOTALL)
+PANIC = re.compile(rb"(?:(?<![^\n])\n)?thread '[^\n]*' (?:\(\d+\) )?panicked at .*?(?:\nnote: [^\n]*\n|\Z)", re.DOTALL)
 _lock = threading.Lock()
 _within = 0  # threads that hold back
 _kept = -1  # a second descriptor of what descriptor 2 was

@@ -38,7 +38,8 @@ def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
 
     Raises InputError for metadata that describe no tokenizer, or a kind that is not supported (by its name).
     """
-    refuse_near_keys(metadata, USED, NEARLY_USED, "the GGUF file")
+    keys = [key for key in metadata if not key.startswith("tokenizer.chat_template.")]  # those have names of their own
+    refuse_near_keys(keys, USED, NEARLY_USED, "the GGUF file")
     model = metadata.get("tokenizer.ggml.model")
     tokens = _list(metadata, "tokens", str)
     kinds = _list(metadata, "token_type", int, default=[NORMAL] * len(tokens))

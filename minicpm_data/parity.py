@@ -336,7 +336,9 @@ def _check_entries(path: Path, file: BinaryIO) -> None:
             raise InputError(f"{path} has two entries {short(twice[0])}; save it again with numpy.savez.")
         unpacked = sum(info.file_size for info in infos)
         if unpacked > max(SMALL, MOST_PACKED * os.fstat(file.fileno()).st_size):
-            raise InputError(f"{path} unpacks to {unpacked} bytes, which no numbers do; save it again with numpy.savez.")
+            raise InputError(
+                f"{path} unpacks to {unpacked} bytes, which no numbers do; save it again with numpy.savez."
+            )
         for info in infos:
             with archive.open(info) as entry:
                 if not info.filename.endswith(".npy"):

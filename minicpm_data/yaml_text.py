@@ -19,7 +19,7 @@ def load(data: bytes, what: str) -> Any:
     try:
         text = data.decode("utf-8-sig")
         _check_size(text, what)
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except InputError:
         raise
     # Besides YAMLError, what Python's own readers of numbers, dates and the like raise.

@@ -11,7 +11,7 @@ import numpy as np
 from weights_io import config as config_module
 from weights_io.casting import check_dtype, check_finite, numpy_dtype
 from weights_io.config import ModelConfig
-from weights_io.errors import InputError, listed, short
+from weights_io.errors import MOST_NAMES, InputError, listed, short
 from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
 from weights_io.json_text import read_json, read_optional_json
 from weights_io.near_keys import refuse_near_keys
@@ -143,16 +143,13 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
     expected = dict(tensor_shapes(config))
     _check_names(expected, found, path)
     _check_experts(config, found, path)
-    faults = _listed("missing", [name for name in expected if name not in found])
-    faults += _listed("unexpected", [name for name in found if name not in expected])
-    faults += _listed(
-        "misshapen",
-        [
-            f"{name} {short(list(found[name].shape))} for {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and tuple(found[name].shape) != shape
-        ],
-    )
+    misshapen = [name for name in expected if name in found and tuple(found[name].shape) != expected[name]]
+    kinds = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "misshapen": [f"{name} {short(list(found[name].shape))} for {list(expected[name])}" for name in misshapen],
+    }
+    faults = _listed({kind: names for kind, names in kinds.items() if names})
     if faults:
         raise InputError(
             f"{path}: the tensors do not fit config.json; take both, whole, from one checkpoint: {'; '.join(faults)}."
@@ -203,8 +200,10 @@ def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: P
         )
 
 
-def _listed(word: str, names: list[str]) -> list[str]:
-    return [f"{len(names)} {word} ({listed(names)})"] if names else []
+def _listed(kinds: Mapping[str, list[str]]) -> list[str]:
+    """How many of each kind, with `MOST_NAMES` names of all kinds together."""
+    of_each = MOST_NAMES // max(1, len(kinds))
+    return [f"{len(names)} {kind} ({listed(names, of_each)})" for kind, names in kinds.items()]
 
 
 def _is_float(dtype: np.dtype) -> bool:

@@ -238,8 +238,9 @@ def _told(
                 yield "key", FREE
     elif isinstance(old, list) and isinstance(new, list) and isinstance(old, Pairs) == isinstance(new, Pairs):
         if len(old) != len(new):
-            yield "value", FREE
-        for first, second in zip(old, new, strict=False):
+            yield "value", FREE  # one item more or less: those behind it are others
+            return
+        for first, second in zip(old, new, strict=True):
             yield from _told(first, second, path, added, positive, free)
     elif _kind(old) != _kind(new):
         yield "value", FREE if old is None or new is None else SAME

@@ -10,6 +10,8 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
+from weights_io.errors import short
+
 MAX_OPCODES = 1_000_000  # a tensor has about 65
 VALUES = frozenset(
     """INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES
@@ -131,6 +133,8 @@ class Program:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, KEYS):
                 raise ValueError(f"it has a key that is a {type(key).__name__.strip('_')}")
+            if key in target:
+                raise ValueError(f"it has the key {short(key)} twice")
             target[key] = value
         return target
 
