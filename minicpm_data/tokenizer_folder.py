@@ -221,14 +221,20 @@ def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, dict]:
     """Added tokens by id, of ``tokenizer_config.json`` and of the older ``added_tokens.json`` (content -> id)."""
     try:
         listed = read_optional_json(folder / "added_tokens.json")
-        older = {int(i): {"content": token, "special": token in config["special"]} for token, i in listed.items()}
-        newer = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
+        older = {_id(i): {"content": token, "special": token in config["special"]} for token, i in listed.items()}
+        newer = {_id(int(i)): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
         added = {**older, **newer}
         if not all(isinstance(token["content"], str) for token in added.values()):
             raise TypeError
         return {i: added_token(**{"special": False, **token, "id": i}) for i, token in added.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{folder} has a list of added tokens that cannot be read; download it again.") from error
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no id")
+    return value
 
 
 def _chat_templates(config: Mapping[str, Any], folder: Path) -> tuple[str | None, str | None]:
