@@ -1,12 +1,14 @@
 """The YAML file of ``--config``, in mlx_lm's form, as the flags that it stands for."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from minicpm_data.finetune_options import LoraOptions
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
+from weights_io.files.regular import read_regular
 
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}  # mlx_lm's names of ours
 OF_ITS_MACHINE = ("clear_cache_threshold", "trust_remote_code")  # mlx_lm's; they change no number
@@ -16,22 +18,18 @@ OF_LORA = "lora_parameters: {rank, scale or alpha, dropout, keys}"
 def flags_of_file(path: Path, options: type) -> list[str]:
     """The flags of a YAML file whose keys are the fields of ``options``, or mlx_lm's ``lora_parameters`` and
     ``lr_schedule``. Raises `InputError` for a file that is no such mapping, and for keys that are not known."""
-    import yaml
+    from minicpm_data.yaml_text import MAX_BYTES, load  # only where there is such a file
 
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--config {path} does not exist.") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--config {path} is not YAML ({reason}).") from None
+    if not os.path.lexists(path):
+        raise InputError(f"--config {path} does not exist.")
+    found = load(read_regular(path, MAX_BYTES), f"--config {path}")
     if not isinstance(found, dict):
         raise InputError(f"--config {path} must hold lines of the form `learning_rate: 1e-4`.")
     known = {field.name for field in fields(options)} - {"config"}
     flags: list[str] = []
     for name, value in _flat(found, path):
         if name not in known:
-            raise InputError(f"--config {path} has {name}, which is no option of this command (see --help).")
+            raise InputError(f"--config {path} has {short(name)}, which is no option of this command (see --help).")
         flags += _flag(name, value, path)
     return flags
 
@@ -101,5 +99,5 @@ def _flag(name: str, value: Any, path: Path) -> list[str]:
     if isinstance(value, list):
         return [flag, *(str(item) for item in value)]
     if isinstance(value, dict):
-        raise InputError(f"--config {path} has {name}: {value}; it must be one value.")
+        raise InputError(f"--config {path} has {name}: {short(value)}; it must be one value.")
     return [flag, str(value)]

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from weights_io.errors import InputError
 from weights_io.progress import progress_bar
 
 BOM = "\ufeff".encode()
+LONGEST_LINE = 2**26  # bytes; the longest book has a tenth of that
+LONGEST_ARRAY = 2**30  # bytes of a file that is read as a whole
 
 
 def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
@@ -61,8 +64,11 @@ def scan_lines(
     if not path.is_file():
         raise InputError(f"{path} does not exist; it should hold one JSON object a line.")
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
             on_read(len(line))
+            if len(line) > LONGEST_LINE:
+                yield number, InputError(f"line {number} goes on for more than {LONGEST_LINE} bytes; end it before.")
+                return
             line = line.removeprefix(BOM) if number == 1 else line
             if line.strip():
                 yield number, _parsed(line, f"line {number}")
@@ -72,6 +78,11 @@ def scan_array(
     path: Path, on_read: Callable[[int], Any] = lambda nbytes: None
 ) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
     """The same for the items of a JSON array, the first of which is "item 1"."""
+    if (size := path.stat().st_size) > LONGEST_ARRAY:
+        raise InputError(
+            f"{path} is one array of {size} bytes, and at most {LONGEST_ARRAY} are read at once; write one object a "
+            "line into a .jsonl file."
+        )
     content = path.read_bytes()
     items = _json(content.removeprefix(BOM), str(path))
     for number, item in enumerate(items, 1):
@@ -82,9 +93,10 @@ def scan_array(
 def is_array(path: Path) -> bool:
     """Whether a file holds one array, and not one a line; else it is read line by line."""
     with path.open("rb") as file:
-        lines = filter(None, (line.removeprefix(BOM).strip() for line in file))
-        first = next(lines, b"")
-        return first.startswith(b"[") and not (first.endswith(b"]") and any(lines))
+        pieces = (piece.removeprefix(BOM).strip() for piece in iter(partial(file.readline, LONGEST_LINE), b""))
+        filled = filter(None, pieces)
+        first = next(filled, b"")
+        return first.startswith(b"[") and not (first.endswith(b"]") and any(filled))
 
 
 def _parsed(line: bytes, what: str) -> dict[str, Any] | InputError:

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -179,7 +180,10 @@ def _ids_around(step: Any) -> int:
     return sum(len(step["special_tokens"].get(name, {"ids": ()})["ids"]) for name in written)
 
 
-_holding = threading.Lock()
+PANIC = re.compile(rb"(?:(?<![^\n])\n)?thread '[^\n]*' (?:\(\d+\) )?panicked at .*?(?:\nnote: [^\n]*\n|\Z)", re.DOTALL)
+_lock = threading.Lock()
+_within = 0  # threads that hold back
+_kept = -1  # a second descriptor of what descriptor 2 was
 
 
 @functools.cache
@@ -189,42 +193,43 @@ def _sink() -> BinaryIO:
 
 @contextmanager
 def panics_unprinted() -> Iterator[None]:
-    """What is written to file descriptor 2 meanwhile is written afterwards; after a panic it is not.
+    """What is written to file descriptor 2 meanwhile is written afterwards, without the reports of Rust panics.
 
-    The panic's message is the library's own, and ends up in the one sentence of the error. One thread at a time holds
-    back; others go on without.
+    A panic's message ends up in the one sentence of the error. The first thread within holds back and the last lets go,
+    so that none of several that panic at once is heard.
     """
-    if not _holding.acquire(blocking=False):
-        yield
-        return
+    global _within, _kept
+    with _lock:
+        if not _within:
+            _kept = _hold_back()
+        _within += 1
     try:
-        with _held_back():
-            yield
+        yield
     finally:
-        _holding.release()
+        with _lock:
+            _within -= 1
+            if not _within and _kept >= 0:
+                _let_go(_kept)
 
 
-@contextmanager
-def _held_back() -> Iterator[None]:
+def _hold_back() -> int:
+    """What descriptor 2 was; -1 where there is none, or no place for a temporary file."""
     try:
         sink, kept = _sink(), os.dup(2)
-    except OSError:  # no stderr, or no place for a temporary file
-        yield
-        return
+    except OSError:
+        return -1
     os.dup2(sink.fileno(), 2)
-    panicked = False
-    try:
-        yield
-    except BaseException as error:
-        panicked = not isinstance(error, Exception)
-        raise
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        if os.fstat(sink.fileno()).st_size:
-            sink.seek(0)
-            held = b"" if panicked else sink.read()
-            sink.seek(0)
-            sink.truncate()
-            while held:
-                held = held[os.write(2, held) :]
+    return kept
+
+
+def _let_go(kept: int) -> None:
+    sink = _sink()
+    os.dup2(kept, 2)
+    os.close(kept)
+    if os.fstat(sink.fileno()).st_size:
+        sink.seek(0)
+        held = PANIC.sub(b"", sink.read())
+        sink.seek(0)
+        sink.truncate()
+        while held:
+            held = held[os.write(2, held) :]

@@ -14,6 +14,20 @@ from minicpm_data.spm_model import (
 )
 from minicpm_data.tokenizer import Tokenizer
 from weights_io.errors import InputError, short
+from weights_io.near_keys import refuse_near_keys
+
+IDS = ("bos", "eos", "eot", "unknown", "padding")
+OF_TOKENS = ("model", "pre", "tokens", "token_type", "scores", "merges")
+FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
+USED = (
+    *(f"tokenizer.ggml.{name}" for name in (*OF_TOKENS, *FLAGS, *(f"{name}_token_id" for name in IDS))),
+    "tokenizer.chat_template",
+)
+# Those of llama.cpp that are nearly one of these, and change no id of a text.
+NEARLY_USED = (
+    *(f"tokenizer.ggml.{name}_token_id" for name in ("eom", "eog", "eod", "seperator", "cls", "mask", "prefix")),
+    *("tokenizer.ggml.add_sep_token", "tokenizer.ggml.token_type_count", "tokenizer.chat_templates"),
+)
 
 
 def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
@@ -24,10 +38,12 @@ def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
 
     Raises InputError for metadata that describe no tokenizer, or a kind that is not supported (by its name).
     """
+    keys = [key for key in metadata if not key.startswith("tokenizer.chat_template.")]  # those have names of their own
+    refuse_near_keys(keys, USED, NEARLY_USED, "the GGUF file")
     model = metadata.get("tokenizer.ggml.model")
     tokens = _list(metadata, "tokens", str)
     kinds = _list(metadata, "token_type", int, default=[NORMAL] * len(tokens))
-    ids = {name: _id(metadata, name, len(tokens)) for name in ("bos", "eos", "eot", "unknown", "padding")}
+    ids = {name: _id(metadata, name, len(tokens)) for name in IDS}
     if model == "llama":
         spec = _spm_spec(metadata, tokens, kinds, ids["unknown"])
         add_bos = True

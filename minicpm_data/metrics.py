@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from weights_io.errors import InputError
+from weights_io.files.regular import read_regular
 from weights_io.partial import partial, write_whole
+
+MAX_BYTES = 2**28  # of a run of a million steps
 
 
 class Metrics:
@@ -47,13 +50,14 @@ class Metrics:
         from matplotlib.ticker import NullFormatter
 
         unit, axis = (1e6, "million tokens") if by == "tokens" else (1, "steps")
-        at = [r[by] / unit for r in self.records]
+        drawn = [r for r in self.records if all(_is_number(r.get(key)) for key in (by, "loss", "learning_rate"))]
+        at = [r[by] / unit for r in drawn]
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        axes.plot(at, [r["loss"] for r in self.records], lw=0.8, alpha=0.6, label="training loss")
+        axes.plot(at, [r["loss"] for r in drawn], lw=0.8, alpha=0.6, label="training loss")
         valid: dict[str, list[tuple[float, float]]] = {}
-        for record in self.records:
-            for name in [key for key in record if key.endswith("valid_loss")]:
+        for record in drawn:
+            for name in [key for key in record if key.endswith("valid_loss") and _is_number(record[key])]:
                 valid.setdefault(name, []).append((record[by] / unit, record[name]))
         for name, points in valid.items():
             axes.plot(*zip(*points, strict=True), "o-", ms=2.5, lw=1, label=name.replace("_", " "))
@@ -69,7 +73,7 @@ class Metrics:
         # Over several decades the labels between the powers of ten would lie on one another.
         axes.yaxis.set_minor_formatter((lambda value, _: f"{value:g}") if high < 30 * low else NullFormatter())
         rates = axes.twinx()
-        rates.plot(at, [r["learning_rate"] for r in self.records], color="tab:red", lw=0.8, alpha=0.5)
+        rates.plot(at, [r["learning_rate"] for r in drawn], color="tab:red", lw=0.8, alpha=0.5)
         rates.set_ylabel("learning rate", color="tab:red")
         rates.set_ylim(bottom=0)
         figure.legend(loc="outside lower center", ncols=3)
@@ -81,7 +85,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``.jsonl`` file that were written whole. A last one that a killed process left without its end is
     left out in silence, others that are damaged with a note."""
     records, damaged = [], []
-    lines = path.read_bytes().split(b"\n")
+    lines = read_regular(path, MAX_BYTES).split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -101,6 +105,11 @@ def _until(start: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of a run up to a step, each step once, in order."""
     steps = {r["step"]: r for r in records if type(r.get("step")) is int and r["step"] <= start}
     return [steps[step] for step in sorted(steps)]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a figure can be drawn: a file that is read again may hold anything."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 class _Reporter:

@@ -12,6 +12,7 @@ from minicpm_data.tokenizer import Tokenizer
 from weights_io.errors import InputError, short
 from weights_io.files.regular import read_regular
 from weights_io.json_text import MAX_BYTES, MAX_CONFIG, read_json, read_optional_json
+from weights_io.near_keys import refuse_near_keys
 
 # MiniCPM-V's tokenizer classes are slow ones: SentencePiece itself, with no "▁" put in front of a text.
 SLOW_CLASSES = ("LlamaTokenizerWrapper", "MiniCPMVTokenizer")
@@ -21,6 +22,17 @@ FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
 # transformers either (lengths, padding sides, class names, ...).
 WITHOUT_EFFECT = {"split_special_tokens": (None, False), "do_lower_case": (None, False), "sp_model_kwargs": (None, {})}
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in the order in which transformers adds the missing ones
+USED = (
+    *FLAGS,
+    *WITHOUT_EFFECT,
+    *("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens", "extra_special_tokens"),
+    *("added_tokens_decoder", "chat_template", "tokenizer_class"),
+)
+# Those that are nearly one of these: transformers and models' own classes have them.
+NEARLY_USED = (
+    *("sep_token", "cls_token", "mask_token", "bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"),
+    *("bod_token", "boi_token", "bot_token", "eod_token", "eoi_token", "eom_token", "eop_token", "eot_token"),
+)
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -86,10 +98,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def _config(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json`` over ``special_tokens_map.json``, checked; ``special`` holds all special tokens that
     they name, by their texts."""
-    config = {
-        **read_optional_json(folder / "special_tokens_map.json"),
-        **read_optional_json(folder / "tokenizer_config.json"),
-    }
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        found = read_optional_json(folder / name)
+        refuse_near_keys(found, USED, NEARLY_USED, folder / name)
+        config |= found
     for name in FLAGS:
         if not isinstance(config.get(name), bool | None):
             raise InputError(f"{folder} has the {name} {short(config[name])!r}; it must be true or false.")
@@ -209,14 +222,20 @@ def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, dict]:
     """Added tokens by id, of ``tokenizer_config.json`` and of the older ``added_tokens.json`` (content -> id)."""
     listed = read_optional_json(folder / "added_tokens.json")
     try:
-        older = {int(i): {"content": token, "special": token in config["special"]} for token, i in listed.items()}
-        newer = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
+        older = {_id(i): {"content": token, "special": token in config["special"]} for token, i in listed.items()}
+        newer = {_id(int(i)): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
         added = {**older, **newer}
         if not all(isinstance(token["content"], str) for token in added.values()):
             raise TypeError
         return {i: added_token(**{"special": False, **token, "id": i}) for i, token in added.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{folder} has a list of added tokens that cannot be read; download it again.") from error
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no id")
+    return value
 
 
 def _chat_templates(config: Mapping[str, Any], folder: Path) -> tuple[str | None, str | None]:

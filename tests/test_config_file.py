@@ -91,6 +91,18 @@ def test_the_fields_themselves_are_keys(tmp_path, monkeypatch):
         ("lr_schedule: {name: cosine_decay, arguments: [x, 10]}", "are no numbers"),
         ("lr_schedule: {name: cosine_decay, arguments: [1e-5, 100, 1e-6]}", "ends at 1e-06"),
         ("lr_schedule: {name: linear_schedule, arguments: [1e-5, 1e-6, 100]}", "ends at 1e-06"),
+        ("iters: 3\nrank: 4\niters: 4", "the key iters stands there twice"),
+        ("lora_parameters: {rank: 8, rank: 4}", "the key rank stands there twice"),
+        ("a: " + "{a: " * 2000 + "1" + "}" * 2000, "more than 2000 values, or 10 lists"),
+        ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 3)), "is not YAML"),
+        ("a0: &a0 [1]\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)), "2000"),
+        ("a0: &a0 {x: 1}\n" + "\n".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 20)), "2000"),
+        ("a: &a [*a]", "a list or mapping, .*, within itself"),
+        ("iters: 2001-99-99", "is not YAML"),
+        ("iters: !!timestamp x", "is not YAML"),
+        ("iters: !!python/object/apply:os.system [x]", "is not YAML"),
+        ("? [1]\n: 2", "is not YAML"),
+        ("x" * 100_000, "such a file has at most"),
         ("optimizer_config: adamw", "has an optimizer_config"),
         ("optimizer_config: {adamw: {eps: 1}}", "has an optimizer_config"),
     ],
@@ -100,6 +112,13 @@ def test_a_file_that_cannot_be_used(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(InputError, match=said):
         flags_of_file(path, LoraOptions)
+
+
+def test_anchors_and_merges(tmp_path):
+    path = tmp_path / "lora.yaml"
+    path.write_text("lora_parameters: &a {rank: 4, dropout: 0.5}\nlora-parameters: {<<: *a, rank: 8}\n")
+    flags = flags_of_file(path, LoraOptions)
+    assert flags == ["--rank", "4", "--dropout", "0.5", "--rank", "8", "--dropout", "0.5"]
 
 
 def test_no_file(tmp_path, monkeypatch, capsys):

@@ -429,6 +429,22 @@ def test_a_file_of_another_kind_is_told_as_one(tmp_path, minicpm, name, content)
     assert load_split(tmp_path / name, "train", minicpm, 64).summary().startswith(f"{name}: 1 example, ")
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_a_line_without_end_is_refused(tmp_path, minicpm, name):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(20 << 30)  # holes alone
+    with pytest.raises(InputError, match=f"{name}, line 1 goes on for more than 67108864 bytes; end it before"):
+        load_split(tmp_path, "train", minicpm, 64)
+
+
+def test_an_array_is_bounded(tmp_path, minicpm):
+    with open(tmp_path / "train.json", "wb") as file:
+        file.write(b"[")
+        file.truncate(20 << 30)
+    with pytest.raises(InputError, match="train.json is one array of 21474836480 bytes"):
+        load_split(tmp_path, "train", minicpm, 64)
+
+
 def test_window(tmp_path, minicpm):
     prompt = len(minicpm.apply_chat(ANSWER[:1]))
     documents = [

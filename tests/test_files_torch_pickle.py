@@ -50,6 +50,7 @@ def program(value: bytes) -> bytes:
 NONE, FALSE, TRUE = b"N", b"\x89", b"\x88"
 DOUBLED = b"h\x00h\x00\x86q\x000"  # memo 0 becomes a pair of itself
 COPIED = name("collections", "OrderedDict") + b"h\x00\x85R0"  # of the list in memo 0
+PAIRS = b"".join(several(text(f"{i}"), NONE) for i in range(1000))
 ORDERED = call(name("collections", "OrderedDict"))
 
 
@@ -210,7 +211,8 @@ def test_attributes_cannot_be_set(path, tmp_path):
         (mapping(w=b"\x8f"), "opcode EMPTY_SET"),
         (mapping(w=b"\x82\x01"), "opcode EXT1"),
         (mapping(w=call(name("collections", "OrderedDict"), whole(1))), "an OrderedDict of what is no list"),
-        (b"]q\x00(" + several(text("a"), NONE) * 1000 + b"e0}" + COPIED * 1000, "more than 1000000 parts"),
+        (b"]q\x00(" + PAIRS + b"e0}" + COPIED * 1000, "more than 1000000 parts"),
+        (b"}" + (text("w") + NONE + b"s") * 2, "it has the key w twice"),
         (b"a", "takes more than it has made"),
         (b"h\x07", "damaged"),
         (NONE + several(NONE) + b"R", "calls what is no function"),

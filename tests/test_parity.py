@@ -6,6 +6,7 @@ import pickle
 import re
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -196,7 +197,7 @@ def test_files_that_are_no_reference_are_refused(check, reference, saved, tmp_pa
         refused(error, message)
 
     bad("file.npz does not exist")
-    bad("cannot be read as .npz", tmp_path)
+    bad("it is a folder, not a file", tmp_path)
     bad("some.npz has no numbers to compare in float32; it needs input_ids with logits", saved({"other": np.ones(3)}))
     bad("has no numbers to compare", saved({"input_ids": np.ones((1, 3), int)}))
     for data in (b"", b"PK\x03\x04 damaged", b"plain text", pickle.dumps({"logits": 1})):
@@ -208,6 +209,22 @@ def test_files_that_are_no_reference_are_refused(check, reference, saved, tmp_pa
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("input_ids", "text")
     bad("input_ids in .* is no array")
+    for header, message in (
+        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 12,", "cannot be read as .npz"),
+        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,)}", "does not fit its 118 bytes"),
+        (b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}", "does not fit its 118 bytes|cannot be read"),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("logits.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 108) + header.ljust(107) + b"\n")
+        bad(message)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("logits.npy", "w") as entry:
+        for _ in range(80):
+            entry.write(bytes(2**20))
+    bad("unpacks to 83886080 bytes, which no numbers do")
+    with pytest.warns(UserWarning), zipfile.ZipFile(path, "w") as archive:
+        for _ in range(2):
+            archive.writestr("logits.npy", b"")
+    bad("has two entries logits.npy")
     np.save(tmp_path / "one.npy", np.ones(3))
     bad("holds a single array", tmp_path / "one.npy")
     bad("--tolerance is -1.0; it must be", saved({"other": np.ones(3)}), "--tolerance", "-1")

@@ -245,6 +245,25 @@ def test_metrics_are_cut_back_to_whole_steps(tmp_path, capsys, damaged, kept, sa
     assert said in capsys.readouterr().err and os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+def test_a_picture_leaves_out_what_is_no_number(tmp_path):
+    figures = {"loss": 3.0, "learning_rate": 0.1}
+    lines = [{"step": 1, **figures}, {"step": 2}, {"step": 3, **figures, "loss": "x"}, {"step": 4, **figures}]
+    lines += [{"step": 5, **figures, "valid_loss": [1]}, {"step": 6, **figures, "loss": 10**400}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Metrics(tmp_path / "metrics.jsonl", 9).draw(tmp_path / "loss.png", by="step")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_metrics_that_are_no_file_of_figures_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match="metrics.jsonl: it is a pipe"):
+        Metrics(tmp_path / "metrics.jsonl", 3)
+    (tmp_path / "large.jsonl").touch()
+    os.truncate(tmp_path / "large.jsonl", 20 << 30)  # holes alone
+    with pytest.raises(InputError, match="large.jsonl has 21474836480 bytes"):
+        Metrics(tmp_path / "large.jsonl", 3)
+
+
 def begun(folder, step=1):
     """A run that has saved something."""
     with using(folder, {"seed": 1}):

@@ -199,6 +199,28 @@ def test_gguf_llama_is_the_folder_tokenizer(tokenizer):
     assert bare.encode("Hello", add_bos=False) == tiny.sentencepiece_model().encode("Hello")
 
 
+@pytest.mark.parametrize("key", ["tokenizer.ggml.token_type", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.scores"])
+@pytest.mark.parametrize(
+    "change", [lambda key: key[:-1], lambda key: "T" + key[1:], lambda key: key.replace("o", "0", 1)]
+)
+def test_gguf_key_that_is_nearly_one(key, change):
+    metadata = gguf_llama()
+    metadata[change(key)] = metadata.pop(key)
+    with pytest.raises(InputError, match=f"the GGUF file has {change(key)}, which is no key; write {key}"):
+        tokenizer_from_gguf(metadata)
+
+
+def test_gguf_keys_of_llama_cpp_are_let_pass():
+    names = """add_sep_token remove_extra_whitespaces precompiled_charsmap token_type_count seperator_token_id
+    cls_token_id mask_token_id eom_token_id eog_token_id fim_pre_token_id fim_suf_token_id fim_mid_token_id
+    fim_pad_token_id fim_rep_token_id fim_sep_token_id prefix_token_id suffix_token_id middle_token_id""".split()
+    more = {f"tokenizer.ggml.{name}": 1 for name in names} | {"tokenizer.huggingface.json": "{}"}
+    more |= {"tokenizer.chat_templates": ["x"], "tokenizer.chat_template.x": "", "general.name": "x"}
+    assert tokenizer_from_gguf({**gguf_llama(), **more}).encode("Hello") == tokenizer_from_gguf(gguf_llama()).encode(
+        "Hello"
+    )
+
+
 def gguf_gpt2(pre: str) -> dict:
     from minicpm_data.streaming import BYTE_OF_CHAR
 

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import tiny_model
 import tiny_tokenizer as tiny
 
 from minicpm_data import check_vocab, load_tokenizer, tokenizer_from_gguf
-from minicpm_data.fast_tokenizer import FastTokenizer
+from minicpm_data.fast_tokenizer import FastTokenizer, panics_unprinted
 from minicpm_data.generation import prompt_ids
 from minicpm_data.of_checkpoint import tokenizer_of
 from weights_io import json_text
@@ -62,6 +64,10 @@ def sentence(caught: pytest.ExceptionInfo) -> str:
         {"tokenizer_config.json": '{"bos_token": "<s>", "bos_token": "<unk>"}'},
         {"special_tokens_map.json": '{"bos_token": {"content": "<s>", "content": "<unk>"}}'},
         {"added_tokens.json": '{"<x>": 480, "<x>": 481}'},
+        {"added_tokens.json": {"<x>": -1}},
+        {"added_tokens.json": {"<x>": -(2**63)}},
+        {"added_tokens.json": {"<x>": 480.5}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"-1": {"content": "<x>"}}}},
         {"tokenizer_config.json": {"add_bos_token": "yes"}},
         {"tokenizer_config.json": {"legacy": 0}},
         {"tokenizer_config.json": {"add_prefix_space": "no"}},
@@ -162,11 +168,32 @@ def test_a_panic_at_a_text_is_one_sentence(capfd):
 
 
 def test_what_others_write_to_stderr_is_kept(capfd):
-    from minicpm_data.fast_tokenizer import panics_unprinted
-
     with panics_unprinted():
         os.write(2, b"a warning\n")
     assert capfd.readouterr().err == "a warning\n"
+
+
+def test_panics_of_several_threads_at_once_are_not_printed(capfd):
+    import tokenizers
+
+    spec = {**tiny.as_json(), "normalizer": {"type": "Precompiled", "precompiled_charsmap": "A" * 4000}}
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    together = threading.Barrier(4)
+
+    def panic(_: int) -> str:
+        try:
+            with panics_unprinted():
+                together.wait()
+                library.encode_batch(["é"])
+        except BaseException as error:
+            return type(error).__name__
+        return ""
+
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(panic, range(4))] == ["PanicException"] * 4
+    with panics_unprinted():
+        os.write(2, b"before\nthread '<unnamed>' (7) panicked at x.rs:1:2:\nno\nnote: run with `R`\nafter\n")
+    assert capfd.readouterr().err == "before\nafter\n"
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path):
@@ -238,6 +265,37 @@ def test_keys_without_effect_are_let_pass(tmp_path):
     more |= {"legacy": None, "use_default_system_prompt": False, "extra_special_tokens": {}, "do_lower_case": False}
     plain = load_tokenizer(tiny.write(tmp_path / "plain"))
     assert load_tokenizer(tiny.write(tmp_path / "more", **more)).encode("Hello </s>") == plain.encode("Hello </s>")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("slip", "key"),
+    [("chat_templat", "chat_template"), ("eos_tokn", "eos_token"), ("lagacy", "legacy"), ("Unk_token", "unk_token")],
+)
+def test_a_key_that_is_nearly_one_that_is_used_is_refused(tmp_path, name, slip, key):
+    config = {given: value for given, value in tiny.CONFIG.items() if given != key} | {slip: "</s>"}
+    tiny.write(tmp_path, {name: config})
+    with pytest.raises(InputError, match=f"{name} has {slip}, which is no key; write {key}"):
+        load_tokenizer(tmp_path)
+
+
+def test_keys_of_other_tokenizers_are_not_taken_for_slips(tmp_path):
+    """The configs of MiniCPM, of transformers 5 and of models with images have these."""
+    keys = """spaces_between_special_tokens use_default_system_prompt clean_up_tokenization_spaces tokenizer_file
+    processor_class padding_side truncation_side name_or_path backend is_local local_files_only image_token video_token
+    audio_bos_token vision_eos_token boi_token eoi_token eot_token eos_token_id errors tokenizer_type
+    chat_template_kwargs max_length stride truncation_strategy model_input_names add_special_tokens fix_mistral_regex
+    slow_tokenizer_class response_schema""".split()
+    folder = tiny.write(
+        tmp_path, {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", **dict.fromkeys(keys, "x")}}
+    )
+    assert load_tokenizer(folder).encode("Hello") == load_tokenizer(tiny.write(tmp_path / "plain")).encode("Hello")
+
+
+def test_a_file_of_thousands_of_keys_is_refused(tmp_path):
+    folder = tiny.write(tmp_path, **{f"add_bos_token_{i}": 1 for i in range(5000)})
+    with pytest.raises(InputError, match="tokenizer_config.json has 5000 keys that are not known"):
+        load_tokenizer(folder)
 
 
 def test_special_tokens_that_only_the_config_names(tmp_path):

@@ -1,6 +1,5 @@
 """A checkpoint opened: its config, and its tensors checked against the parameter table before one is read."""
 
-import difflib
 import heapq
 import math
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from weights_io.config import ModelConfig
 from weights_io.errors import MOST_NAMES, InputError, listed, short
 from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
 from weights_io.json_text import read_json, read_optional_json
+from weights_io.near_keys import refuse_near_keys
 from weights_io.parameters import HEAD, MOE, NORM, tensor_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -133,12 +133,9 @@ def special_ids(path: Path, raw: Mapping[str, Any], vocab_size: int) -> tuple[tu
     if path.is_dir():
         generation = path / "generation_config.json"
         settings = read_optional_json(generation)
-        # Of the many keys there this one alone is used; one that is nearly it is a slip.
         if len(settings) > MAX_SETTINGS:
             raise InputError(f"{generation} has {len(settings)} keys, more than any model's; download it again.")
-        if nearly := difflib.get_close_matches("eos_token_id", settings.keys() - OTHER_IDS, 1, 0.85):
-            if nearly[0] != "eos_token_id" and "eos_token_id" not in settings:
-                raise InputError(f"{generation} has {short(nearly[0])}, which is no key; write eos_token_id.")
+        refuse_near_keys(settings, ("eos_token_id",), OTHER_IDS, generation)  # of the many keys there one is used
         ends += config_module.token_ids(settings, "eos_token_id", vocab_size, str(generation))
     return config_module.token_ids(raw, "bos_token_id", vocab_size, source), tuple(dict.fromkeys(ends))
 
@@ -150,16 +147,13 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
     expected = dict(tensor_shapes(config))
     _check_names(expected, found, path)
     _check_experts(config, found, path)
-    faults = _listed("missing", [name for name in expected if name not in found])
-    faults += _listed("unexpected", [name for name in found if name not in expected])
-    faults += _listed(
-        "misshapen",
-        [
-            f"{name} {short(list(found[name].shape))} for {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and tuple(found[name].shape) != shape
-        ],
-    )
+    misshapen = [name for name in expected if name in found and tuple(found[name].shape) != expected[name]]
+    kinds = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "misshapen": [f"{name} {short(list(found[name].shape))} for {list(expected[name])}" for name in misshapen],
+    }
+    faults = _listed({kind: names for kind, names in kinds.items() if names})
     if faults:
         raise InputError(
             f"{path}: the tensors do not fit config.json; take both, whole, from one checkpoint: {'; '.join(faults)}."
@@ -211,8 +205,10 @@ def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: P
         )
 
 
-def _listed(word: str, names: list[str]) -> list[str]:
-    return [f"{len(names)} {word} ({listed(names)})"] if names else []
+def _listed(kinds: Mapping[str, list[str]]) -> list[str]:
+    """How many of each kind, with `MOST_NAMES` names of all kinds together."""
+    of_each = MOST_NAMES // max(1, len(kinds))
+    return [f"{len(names)} {kind} ({listed(names, of_each)})" for kind, names in kinds.items()]
 
 
 def _is_float(dtype: np.dtype) -> bool:

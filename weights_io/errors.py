@@ -34,8 +34,8 @@ def short(name: object) -> str:
     return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
 
 
-def listed(names: Iterable[object]) -> str:
+def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:
     """``a, b, c and 5 more``."""
     every = list(names)
-    shown = ", ".join(short(name) for name in every[:MOST_NAMES])
-    return shown if len(every) <= MOST_NAMES else f"{shown} and {len(every) - MOST_NAMES} more"
+    shown = ", ".join(short(name) for name in every[:most])
+    return shown if len(every) <= most else f"{shown} and {len(every) - most} more"

@@ -125,7 +125,7 @@ def config() -> list[tuple[int, Mutator]]:
 
 def generation() -> list[tuple[int, Mutator]]:
     name = "model/generation_config.json"
-    return [*json_file(name, trees.json_judge()), (2, raw.special([name]))]
+    return [*json_file(name, trees.json_judge(passed_over=True)), (2, raw.special([name]))]
 
 
 def safetensors(name: str) -> list[tuple[int, Mutator]]:

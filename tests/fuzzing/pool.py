@@ -53,7 +53,8 @@ class Used:
 
     cpu: float
     memory: int
-    waiting: bool  # it neither computes nor waits for a disk
+    waiting: bool  # neither it nor a process that it started computes or waits for a disk
+    of_others: float  # seconds of CPU of the processes that it started, which have limits of their own
 
 
 class Ended(Exception):
@@ -109,7 +110,7 @@ class Worker:
             now = used(self.process.pid)
             if now is None or before is None or last is None:
                 raise Ended(f"died: the process ended with {self.process.wait()}, having said {self.said()[-200:]!r}")
-            asleep = asleep + POLL if now.waiting and now.cpu == last.cpu else 0.0
+            asleep = asleep + POLL if now.waiting and (now.cpu, now.of_others) == (last.cpu, last.of_others) else 0.0
             last = now
             if now.memory - before.memory > self.limits.memory:
                 raise Ended(f"swell: it took {(now.memory - before.memory) / 2**20:.0f} MB more than before")
@@ -151,13 +152,27 @@ class Worker:
 
 def used(pid: int) -> Used | None:
     """None where the process is gone."""
+    fields = _stat(pid)
+    if fields is None:
+        return None
+    cpu, memory = _cpu(fields), int(fields[21]) * PAGE
+    if fields[0] != "S":
+        return Used(cpu, memory, False, 0)
+    started = [found for path in Path("/proc").glob("[0-9]*") if (found := _stat(path.name)) and int(found[1]) == pid]
+    return Used(cpu, memory, all(found[0] == "S" for found in started), sum(map(_cpu, started)))
+
+
+def _stat(pid: int | str) -> list[str] | None:
+    """The fields of /proc/PID/stat from its state on; None where the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    if fields[0] == "Z":
-        return None
-    return Used((int(fields[11]) + int(fields[12])) * TICK, int(fields[21]) * PAGE, fields[0] == "S")
+    return None if fields[0] == "Z" else fields
+
+
+def _cpu(fields: list[str]) -> float:
+    return (int(fields[11]) + int(fields[12])) * TICK
 
 
 class Pool:

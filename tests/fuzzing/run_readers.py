@@ -22,14 +22,14 @@ from weights_io.errors import InputError
 RUN = Path("run")  # all paths of a run are relative: its settings hold them
 
 
-def train(backend: str, iters: int) -> None:
+def train(backend: str, iters: int, resume: bool = True) -> None:
     """Train an adapter, or go on with it, as ``python -m minicpm_BACKEND.lora`` does in this folder."""
     import tiny_training
 
     from weights_io import command_line
 
     # A constant rate: a step is the same however many follow, so that one may go on from any state that is whole.
-    steady = {"iters": iters, "lr_schedule": "constant", "save_every": 1, "steps_per_report": 1, "resume": True}
+    steady = {"iters": iters, "lr_schedule": "constant", "save_every": 1, "steps_per_report": 1, "resume": resume}
     with command_line.exit_codes():
         tiny_training.finetune(backend, tiny_training.lora(Path(), RUN, model="model", **steady))
 
@@ -42,7 +42,7 @@ def begun(backend: str) -> Callable[[Path], None]:
 
         tiny_training.write_world(folder)
         with contextlib.chdir(folder):
-            train(backend, 3)
+            train(backend, 3, resume=False)
 
     return make
 
@@ -145,7 +145,7 @@ def served(folder: Path) -> Any:
     except TimeoutError:
         answer = b""
     try:
-        health = exchange(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n", patience=9)
+        health = exchange(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n", patience=120)
     except TimeoutError:
         raise RuntimeError("the server does not answer any more") from None
     if b" 200 " not in health[:20]:

@@ -118,7 +118,7 @@ def tokenizer_files(folder: str = "") -> list[tuple[int, Mutator]]:
     return [
         (2, raw.bytes_of([model], always(FREE))),
         (2, binary.protobuf_of(model)),
-        (4, trees.json_of(config, trees.json_judge())),
+        (4, trees.json_of(config, trees.json_judge(passed_over=True))),
         (1, raw.special([model, config])),
     ]
 
@@ -132,7 +132,7 @@ def companions() -> list[tuple[int, Mutator]]:
     names = [CONFIG, "special_tokens_map.json", "added_tokens.json"]
 
     def judge(name: str) -> Any:
-        return trees.json_judge(free=lambda path: name == "added_tokens.json" and path != "")
+        return trees.json_judge(free=lambda path: name == "added_tokens.json" and path != "", passed_over=True)
 
     found: list[tuple[int, Mutator]] = [(6 - i, trees.json_of(name, judge(name))) for i, name in enumerate(names)]
     found += [(1, raw.bytes_of([name], judge(name))) for name in names]
@@ -278,7 +278,7 @@ READERS = [
             (8, parts.parts_of(JSON)),
             (7, trees.json_of(JSON, JSON_JUDGE)),
             (2, raw.bytes_of([JSON], JSON_JUDGE)),
-            (3, trees.json_of(CONFIG, trees.json_judge())),
+            (3, trees.json_of(CONFIG, trees.json_judge(passed_over=True))),
             (1, raw.spliced([JSON], JSON_JUDGE)),
             (1, raw.special([JSON, CONFIG])),
         ],

@@ -1,6 +1,7 @@
 """Mutators of JSON: an object's keys and values, in a file, in a header or in one line; what JSON can tell."""
 
 import copy
+import difflib
 import json
 import math
 from collections import deque
@@ -199,10 +200,12 @@ def json_judge(
     twice: Expect = REFUSED,
     positive: bool = False,
     free: Callable[[str], bool] | None = None,
+    passed_over: bool = False,
 ) -> Judge:
     """What JSON can tell (see the package's docstring). ``added``: of keys that are not known; ``twice``: of a
     key that is there already; ``positive``: numbers above 0 have to stay so; ``free``: paths, such as ``model/vocab``,
-    within which nothing can be told."""
+    within which nothing can be told; ``passed_over``: keys that are not known are, so that a key with another name is
+    as one that is missing, unless it differs by a character."""
 
     def judge(before: bytes, after: bytes) -> Expect:
         try:
@@ -210,6 +213,10 @@ def json_judge(
             if any(len(dict(keyed)) < len(keyed) for keyed in containers(new) if isinstance(keyed, Pairs)):
                 return twice
             told = list(_told(old, new, "", added, positive, free or (lambda path: False)))
+            if passed_over and isinstance(old, Pairs) and isinstance(new, Pairs):
+                gone, come = dict(old).keys() - dict(new).keys(), dict(new).keys() - dict(old).keys()
+                if gone and not any(_unlike(a, b) <= 2 for a in gone for b in come):
+                    return FREE
         except (ValueError, RecursionError):
             return SAME
         values = [expect for kind, expect in told if kind == "value"]
@@ -238,8 +245,9 @@ def _told(
                 yield "key", FREE
     elif isinstance(old, list) and isinstance(new, list) and isinstance(old, Pairs) == isinstance(new, Pairs):
         if len(old) != len(new):
-            yield "value", FREE
-        for first, second in zip(old, new, strict=False):
+            yield "value", FREE  # one item more or less: those behind it are others
+            return
+        for first, second in zip(old, new, strict=True):
             yield from _told(first, second, path, added, positive, free)
     elif _kind(old) != _kind(new):
         yield "value", FREE if old is None or new is None else SAME
@@ -248,6 +256,12 @@ def _told(
     elif old != new:
         numbers = _kind(old) == "number"
         yield "value", SAME if numbers and positive and old > 0 >= new else FREE
+
+
+def _unlike(first: str, second: str) -> int:
+    """How many characters only one of two keys has."""
+    alike = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+    return len(first) + len(second) - 2 * sum(block.size for block in alike)
 
 
 def _kind(value: Any) -> str:

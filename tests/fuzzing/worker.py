@@ -60,7 +60,7 @@ class Watch:
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.armed:
+        if not self.armed or (event == "subprocess.Popen" and renders(arguments)):
             return
         if event in EXECUTE or (event in NETWORK and not self.loopback):
             if event == "ctypes.dlopen" and not str(arguments[0]).startswith(str(self.work)):
@@ -94,6 +94,15 @@ class Watch:
 
 
 WATCH: Watch
+
+
+def renders(popen: tuple[Any, ...]) -> bool:
+    """Whether a process that is about to be started is the one that renders chat templates: a program of the project's
+    own, which gets nothing of the mutant but the text of the template."""
+    from minicpm_data.template_process import START
+
+    executable, command = popen[:2]
+    return executable == sys.executable and list(command[:4]) == [sys.executable, "-P", "-c", START]
 
 
 def touched() -> None:

@@ -10,6 +10,8 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
+from weights_io.errors import short
+
 MAX_OPCODES = 1_000_000  # a tensor has about 65
 VALUES = frozenset(
     """INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES
@@ -128,7 +130,10 @@ class Program:
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError("it puts items into what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+            key = _key(key)
+            if key in target:
+                raise ValueError(f"it has the key {short(key)} twice")
+            target[key] = value
         return target
 
     def make(self, name: str, argument: Any) -> bool:
