@@ -23,8 +23,6 @@ ACCEPTED = 64  # connections that are taken at once, before any of them is seen
 OTHER_FILES = 128
 UNREAD = 64 << 20  # bytes that may still come of a request that was refused, so that the refusal is read
 CROWD = 8  # connections beyond which none has a request read that it sent ahead: 600 in one packet take a second
-    64  # connections beyond which each has one request read at a time: 600 in one packet cost 30 kB and half a second
-)
 
 Timer = asyncio.TimerHandle | None
 
