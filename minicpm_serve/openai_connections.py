@@ -79,7 +79,8 @@ class Connection(H11Protocol):
         self._unread = 0  # bytes of a body that was refused
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(Lingering(transport, self._is_unread, self.loop))
+        lingering: Any = Lingering(transport, self._is_unread, self.loop)
+        super().connection_made(lingering)
         self._look()
         if len(self.connections) > self._most:
             next(iter(self._waiting)).evict()
