@@ -142,8 +142,9 @@ def chat_choices(engine: Engine, body: ChatBody, limits: Limits) -> list[Choice]
     if len(body.messages) > limits.context:
         raise InputError(f"there are {len(body.messages):,} messages; send at most {limits.context:,}.")
     messages = body.plain()
-    limits.check_texts(message["content"] for message in messages)
     variables = body.chat_template_kwargs or {}
+    given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are encoded as the messages are
+    limits.check_texts([message["content"] for message in messages] + given)
     asking = [name for name, value in variables.items() if value not in (None, False)]
     if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
         raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")

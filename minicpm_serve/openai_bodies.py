@@ -32,6 +32,25 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "annotations": ([],),
+    "refusal": ("",),
+    "reasoning_content": ("",),
+    "verbosity": ("medium",),
+    # vLLM's and llama.cpp's, which clients with a form for them send as they stand there.
+    "repeat_penalty": (1, 1.0),
+    "length_penalty": (1, 1.0),
+    "typical_p": (1, 1.0),
+    "mirostat": (0,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "ignore_eos": (False,),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "continue_final_message": (False,),
+    "return_token_ids": (False,),
+    "add_generation_prompt": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
 }
 WITHOUT_EFFECT = {  # on the answer
     "user",
@@ -41,6 +60,7 @@ WITHOUT_EFFECT = {  # on the answer
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_retention",
     "parallel_tool_calls",
     "include_obfuscation",
     "cache_control",
@@ -50,6 +70,7 @@ SHAPES = {  # of fields that may be one thing or another
     "stop": "a text or a list of texts",
     "content": 'a text or a list of {"type": "text", "text": "..."}',
 }
+NO_TOP_K = -1  # vLLM's default; 0 here
 MOST_CHOICES = 128
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters; each token of an answer is compared with every beginning of it
@@ -152,7 +173,10 @@ class Body(Strict):
     def sampling(self) -> dict[str, Any]:
         """What is given, under the names of `Sampling`."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.top_k == NO_TOP_K:
+            given["top_k"] = 0
+        return given
 
 
 class ChatBody(Body):

@@ -5,6 +5,7 @@ import asyncio
 import functools
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -20,7 +21,8 @@ CLOSING_SECONDS = 2
 MOST_CONNECTIONS = 1000
 ACCEPTED = 64  # connections that are taken at once, before any of them is seen
 OTHER_FILES = 128
-UNREAD = 64 << 20  # bytes that may still come of a body that was refused, so that the refusal is read
+UNREAD = 64 << 20  # bytes that may still come of a request that was refused, so that the refusal is read
+CROWD = 8  # connections beyond which none has a request read that it sent ahead: 600 in one packet take a second
 
 Timer = asyncio.TimerHandle | None
 
@@ -39,9 +41,35 @@ def most_connections() -> int:
     return most
 
 
+class Lingering:
+    """A transport that closes its own side alone while ``unread()``: where a connection is closed before all that
+    came is read, the system forgets the answer that is on its way."""
+
+    def __init__(self, transport: Any, unread: Callable[[], bool], loop: asyncio.AbstractEventLoop):
+        self._transport, self._unread, self._loop = transport, unread, loop
+        self.lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        if self._unread():
+            self.lingers = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+        else:
+            self._transport.close()
+        self._loop.call_later(CLOSING_SECONDS, self._transport.abort)  # even if the client reads nothing more
+
+
 class Connection(H11Protocol):
-    """``waiting``: the connections of which a request is still to come, or its body, in the order in which they began
-    to wait. ``most``: connections at once."""
+    """``waiting``: the connections of which a request is still to come, or its body, or that do not read, in the order
+    in which they began to wait. ``most``: connections at once."""
 
     def __init__(self, *given: Any, waiting: "dict[Connection, None]", most: int, **options: Any):
         super().__init__(*given, **options)
@@ -51,7 +79,8 @@ class Connection(H11Protocol):
         self._unread = 0  # bytes of a body that was refused
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        lingering: Any = Lingering(transport, self._is_unread, self.loop)
+        super().connection_made(lingering)
         self._look()
         if len(self.connections) > self._most:
             next(iter(self._waiting)).evict()
@@ -64,14 +93,20 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY:
+        refused = self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
+        if refused or self.transport.is_closing():
             self._unread += len(data)
             if self._unread > UNREAD:
-                return self.transport.abort()
+                self.transport.abort()
+            if self.transport.is_closing():
+                return
         super().data_received(data)
         self._look()
 
     def on_response_complete(self) -> None:
+        pipelined = self.conn.their_state is h11.DONE and self.conn.trailing_data[0].strip()
+        if pipelined and len(self.connections) > CROWD:
+            return self.transport.close()
         super().on_response_complete()
         self._look()
 
@@ -79,12 +114,14 @@ class Connection(H11Protocol):
         super().pause_writing()
         if self._reading is None:
             self._reading = self.loop.call_later(READING_SECONDS, self.transport.abort)
+            self._look()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
+            self._look()
 
     def send_400_response(self, msg: str) -> None:
         """Of what is no HTTP, or has headers of more than 16 KiB."""
@@ -96,7 +133,8 @@ class Connection(H11Protocol):
         """For another connection."""
         self._waiting.pop(self, None)
         self.connections.discard(self)
-        if self.cycle is None or self.cycle.response_complete:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._reading is None and not self.transport.is_closing():
             self._refuse(503, "there are too many connections; try again later.", "overloaded")
         else:
             self.transport.abort()
@@ -104,7 +142,7 @@ class Connection(H11Protocol):
     def _look(self) -> None:
         """See what is waited for, and for how long."""
         idle = self.cycle is None or self.cycle.response_complete
-        if idle or self.cycle.more_body:
+        if idle or self.cycle.more_body or self._reading is not None:
             self._waiting.setdefault(self)
         else:
             self._waiting.pop(self, None)
@@ -118,7 +156,11 @@ class Connection(H11Protocol):
         if self.conn.trailing_data[0]:  # a part of a request
             self._refuse(408, "the headers did not come in time; send them at once.", "timeout")
         else:
-            self._close()
+            self.transport.close()
+
+    def _is_unread(self) -> bool:
+        """Whether there may be more of a request that nobody wants."""
+        return self in self.connections and self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
     def _refuse(self, status: int, message: str, code: str | None = None) -> None:
         """As an answer to what is no request yet, if there is none on its way."""
@@ -134,9 +176,4 @@ class Connection(H11Protocol):
             response = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
             for event in (response, h11.Data(data=data), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self._close()
-
-    def _close(self) -> None:
-        """Even if the client reads nothing more."""
         self.transport.close()
-        self.loop.call_later(CLOSING_SECONDS, self.transport.abort)

@@ -56,7 +56,7 @@ class Hosts:
         if scope["type"] == "http" and (asked := Headers(scope=scope).get("host")):  # HTTP/1.0 needs none
             host = _host_of(asked)
             if host not in self._hosts and not host.endswith(".localhost"):
-                message = f"this server does not go by the name {host[:100]!r}; start it with --allowed-hosts NAME."
+                message = f"this server does not go by the name {asked[:100]!r}; start it with --allowed-hosts NAME."
                 return await refusal(403, message, code="host_not_allowed")(scope, receive, send)
         await self.app(scope, receive, send)
 
@@ -90,6 +90,12 @@ class Gate:
         if self._key is not None and scope["path"] not in OPEN_PATHS and not self._knows(headers):
             message = "the API key is missing or wrong; send it as Authorization: Bearer KEY."
             return await refusal(401, message, code="invalid_api_key")(scope, receive, send)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy in front may go by the other one, and take a part of this body for a request of somebody else.
+            message = "the request has both Transfer-Encoding and Content-Length; send one of them."
+            response = refusal(400, message)
+            response.headers["connection"] = "close"
+            return await response(scope, receive, send)
         if int(headers.get("content-length", 0)) > self._largest:  # whole numbers, says h11
             return await refusal(413, self._too_large(), code="body_too_large")(scope, receive, send)
         request = object()
@@ -100,7 +106,9 @@ class Gate:
 
     def _knows(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(key.strip().encode("latin-1"), self._key or b"")
+        return scheme.lower() == "bearer" and secrets.compare_digest(
+            key.strip(" \t").encode("latin-1"), self._key or b""
+        )
 
     def _too_large(self) -> str:
         return f"the body is larger than {self._largest:,} bytes, which is what the context allows; send less."
@@ -166,8 +174,9 @@ def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
 
 
 def _host_of(header: str) -> str:
-    """Without the port."""
-    return _plain(header.rpartition("]")[0] if header.startswith("[") else header.partition(":")[0])
+    """Without the port; nothing where it is not a host, with a port or not."""
+    found = re.fullmatch(r"(\[[^][]*\]|[^][:]*)(?::[0-9]*)?", header)
+    return _plain(found[1]) if found else ""
 
 
 def _plain(host: str) -> str:

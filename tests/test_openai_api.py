@@ -232,6 +232,11 @@ def user(content="a", **more):
         ({**user(), "max_tokens": 3, "max_completion_tokens": 4}, 400, "two names of one thing"),
         ({**user(), "stop": "a" * 1001}, 400, "a text of 1,001 characters; give at most 1,000"),
         ({**user(), "chat_template_kwargs": {"enable_thinking": True}}, 400, "knows no variable 'enable_thinking'"),
+        ({**user(), "chat_template_kwargs": {str(i): None for i in range(70_000)}}, 400, "send less text"),
+        ({**user(), "top_k": -2}, 400, "top_k is -2"),
+        ({**user(), "ignore_eos": True, "min_tokens": 3}, 400, "ignore_eos, min_tokens are not supported"),
+        ({**user(), "reasoning_effort": "none"}, 400, "reasoning_effort is not supported; leave it out"),
+        (user(reasoning_content="so"), 400, "reasoning_content is not supported"),
         (user([{"type": "text"}]), 400, "has no text"),
         (user([{"type": "text", "text": "a", "weight": 0}]), 400, "weight is not supported"),
         ({"messages": [{"role": "x" * 5000, "content": "a"}]}, 400, "xxx..."),
@@ -264,8 +269,22 @@ def test_what_is_refused(api, body, status, said, capfd):
 def test_what_asks_for_nothing_is_no_matter(api):
     more = {"n": None, "stop": None, "presence_penalty": 0, "logit_bias": {}, "tools": [], "logprobs": False}
     more |= {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}}
+    more |= {"reasoning_effort": None, "verbosity": "medium", "prompt_cache_retention": "24h", "store": False}
+    more |= {"top_logprobs": None, "tool_choice": "none", "parallel_tool_calls": True, "service_tier": "auto"}
+    more |= {
+        "ignore_eos": False,
+        "skip_special_tokens": True,
+        "min_tokens": 0,
+        "length_penalty": 1.0,
+        "stop_token_ids": [],
+    }
     more |= {"chat_template_kwargs": {"enable_thinking": False}, "temperature": 1e308, "top_k": 10**30}
-    assert ask(api.port, "/v1/chat/completions", {**user(refusal=None), **more, "max_tokens": 1})[0] == 200
+    for message in ({"refusal": None}, {"refusal": "", "reasoning_content": ""}):
+        status, answer = ask(api.port, "/v1/chat/completions", {**user(**message), **more, "max_tokens": 1})
+        assert status == 200, answer
+    greedy = {**user(), "temperature": 0.5, "seed": 3, "max_tokens": 4}
+    texts = [ask(api.port, "/v1/chat/completions", {**greedy, "top_k": k})[1]["choices"] for k in (0, -1)]
+    assert texts[0] == texts[1]  # -1: vLLM's word for no bound
 
 
 def test_paths_methods_and_kinds_of_body_that_there_are_not(api):

@@ -271,6 +271,59 @@ def test_the_key_of_the_flag_and_of_the_environment(monkeypatch):
             checked_key(None)
 
 
+@pytest.mark.parametrize(
+    "key", ["voil\u00e0", "\u0405", "sk-1"]
+)  # the last byte of the first two is a space in Latin-1
+def test_any_key_that_can_be_set_lets_in(key):
+    with listening(Played(), api_key=checked_key(key)) as server, connected(server.port) as client:
+        authorization = b"Authorization: Bearer " + key.encode()
+        client.sendall(b"GET /v1/models HTTP/1.0\r\n" + authorization + b" \r\n\r\n")
+        assert client.recv(1 << 16).split()[1] == b"200"
+
+
+def test_a_request_of_two_lengths_is_the_last_of_its_connection(played):
+    with connected(played.port) as client:
+        smuggled = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        client.sendall(HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + smuggled)
+        status, error = answer_of(client)
+    assert status == 400 and "both Transfer-Encoding and Content-Length" in error["message"]
+
+
+@pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
+def test_a_refusal_is_read_by_who_sends_on(played, close):
+    """A system that closes a connection with unread bytes forgets the answer that is on its way."""
+    for head, status in ((HEAD + close + b"Content-Length: 3000000\r\n\r\n", 413), (b"GET /" + b"a" * 40_000, 431)):
+        with connected(played.port) as client:
+            client.sendall(head)
+            time.sleep(0.2)
+            client.sendall(b"a" * 3_000_000)
+            assert client.recv(1 << 16).split()[1] == str(status).encode()
+
+
+def test_those_who_ask_ahead_and_read_nothing_shut_nobody_out(played):
+    """600 requests in one packet of each."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(openai_connections.MOST_CONNECTIONS + 50):
+            client = socket.socket()
+            stack.callback(client.close)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", played.port))
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.send(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 600)
+        assert ask(played.port, "/health") == (200, {"status": "ok"})
+
+
+def test_requests_sent_at_once_are_answered_in_turn(played):
+    with connected(played.port) as client:
+        asked = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+        client.sendall((asked + b"\r\n") * 9 + asked + b"Connection: close\r\n\r\n")
+        data = b""
+        while more := client.recv(1 << 16):
+            data += more
+    assert data.count(b"HTTP/1.1 200") == 10
+
+
 def test_names_that_the_server_does_not_go_by():
     hosts = checked_hosts("127.0.0.1", "127.0.0.1", ["llm.example"])
     with listening(Played(), hosts=hosts) as server:
@@ -285,7 +338,16 @@ def test_names_that_the_server_does_not_go_by():
         )
         for name in known:
             assert ask(server.port, "/v1/models", headers={"Host": name})[0] == 200, name
-        for name in ("evil.example", "localhost.evil.example", "llm.example.evil", "1.2.3.4", "[::2]:8000", "x]"):
+        for name in (
+            "evil.example",
+            "localhost.evil.example",
+            "llm.example.evil",
+            "1.2.3.4",
+            "[::2]:8000",
+            "x]",
+            "localhost:x@evil",
+            "[::1]evil",
+        ):
             status, answer = ask(server.port, "/v1/models", headers={"Host": name})
             assert (status, answer["error"]["code"]) == (403, "host_not_allowed"), name
 
