@@ -73,6 +73,13 @@ def read_outside() -> None:
     next(Path("..").glob("good-*.pickle")).read_bytes()
 
 
+def two_lines() -> InputError:
+    """What `InputError` itself does not let come about."""
+    error = InputError("a b.")
+    error.args = ("a\nb.",)
+    return error
+
+
 # name -> (kind that it must be found to be, what the reader does with a mutant)
 WAYS: dict[str, tuple[str, Callable[[], Any]]] = {
     "value-error": ("traceback", raised(ValueError("x"))),
@@ -80,7 +87,7 @@ WAYS: dict[str, tuple[str, Callable[[], Any]]] = {
     "exit-1": ("traceback", raised(SystemExit(1))),
     "thread": ("traceback", in_a_thread),
     "long": ("sentence", raised(InputError("x" * 500))),
-    "lines": ("sentence", raised(InputError("a\nb."))),
+    "lines": ("sentence", raised(two_lines())),
     "names": ("sentence", raised(InputError(", ".join(f"model.layers.{i}.q_proj.weight" for i in range(4))))),
     "sleep": ("hang", lambda: time.sleep(600)),
     "spin": ("hang", spin),
