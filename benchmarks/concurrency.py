@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.models import random_model, wide
 from benchmarks.timing import alternating
-from minicpm_data.generation import Sampling
+from minicpm_data.generation.options import Sampling
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
 from weights_io import command_line
@@ -47,7 +47,7 @@ def main(options: Options) -> None:
         return [response.token for response in run if response.token is not None]
 
     def together(count: int) -> None:
-        engine = backends.module(options.backend, "engine").Engine(model, count)
+        engine = backends.module(options.backend, "generation.engine").Engine(model, count)
         made[count] = answers(engine, prompts[:count], options.tokens)
 
     expected = [alone(prompt) for prompt in prompts]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minicpm_jax.aot import report
 from weights_io import command_line
 from weights_io.memory import size
 
@@ -90,7 +91,7 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         model, topology, kind, batch, seq, flags = row
         training = kind == "lora" or kind == "finetune"
         given = fit.Options(model, topology, kind, batch, seq, grad_checkpoint=training, **flags)  # type: ignore[arg-type]
-        found = fit.report(fit.job_of(given))
+        found = report.report(fit.job_of(given))
         needed = size(found.needed)
         if found.arguments:
             needed += f" ({size(found.arguments)} + {size(found.temporaries)})"

@@ -57,7 +57,7 @@ def steps(model: Any) -> Iterator[tuple[str, tuple[Any, int]]]:
     model as it is, and joined, which it then stays."""
     from mlx.utils import tree_flatten
 
-    from minicpm_mlx.joined import join
+    from minicpm_mlx.layers.fused_linear import join
 
     theirs = peer(model.config)
     theirs.load_weights(tree_flatten(model.parameters()))
@@ -71,10 +71,10 @@ def training_steps(config: ModelConfig) -> Iterator[tuple[str, int]]:
     """Nodes of a LoRA step on two rows of 64 tokens: of `mlx_lm`, and ours as it is on a CPU and as on a GPU."""
     import mlx.core as mx
 
-    from minicpm_data.finetune_options import LoraOptions
-    from minicpm_mlx import train
+    from minicpm_data.training.options import LoraOptions
     from minicpm_mlx.model import initialise
-    from minicpm_mlx.trainer import Trainer
+    from minicpm_mlx.training import step as train
+    from minicpm_mlx.training.trainer import Trainer
 
     ids = mx.random.randint(3, config.vocab_size, (2, 64))
     batch = {"ids": ids, "labels": ids, "segments": mx.ones_like(ids)}

@@ -21,9 +21,10 @@ from unittest import mock
 
 import numpy as np
 
-from minicpm_data import finetuning
-from minicpm_data.batches import IGNORED, Batches
-from minicpm_data.finetune_options import LoraOptions
+from minicpm_data.datasets.batches import Batches
+from minicpm_data.datasets.examples import IGNORED
+from minicpm_data.training import loop
+from minicpm_data.training.options import LoraOptions
 from weights_io import command_line
 from weights_io.config import ModelConfig
 
@@ -149,7 +150,7 @@ def run_here(options: Options, name: str) -> None:
     """Two epochs and a step more; prints the counts and seconds of the second one, and the peak of memory."""
     import mlx.core as mx
 
-    from minicpm_mlx import train
+    from minicpm_mlx.training import step as train
 
     ledger, compiled = Ledger(), mx.compile if name.endswith("compiled") else train.compiled
     with tempfile.TemporaryDirectory() as out, mock.patch.object(train, "compiled", compiled):
@@ -161,10 +162,10 @@ def run_here(options: Options, name: str) -> None:
 def our_run(options: Options, out: Path, ledger: Ledger, *, pack: bool) -> int:
     import mlx.core as mx
 
-    from minicpm_data.examples import load_split
-    from minicpm_mlx.generate import backend
+    from minicpm_data.datasets.examples import load_split
+    from minicpm_mlx.backend import backend
     from minicpm_mlx.loading import load
-    from minicpm_mlx.trainer import Trainer
+    from minicpm_mlx.training.trainer import Trainer
 
     class Watched(Trainer):
         def step(self, batches, rate, number):
@@ -197,7 +198,7 @@ def our_run(options: Options, out: Path, ledger: Ledger, *, pack: bool) -> int:
         save_every=10**6,
         steps_per_report=10**6,
     )
-    finetuning.finetune(chosen, backend, Watched)
+    loop.finetune(chosen, backend, Watched)
     return steps
 
 

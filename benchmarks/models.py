@@ -4,13 +4,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.generation import Backend
+from minicpm_data.generation.api import Backend
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
 from weights_io import catalog
+from weights_io.built_in import built_in
 from weights_io.config import ModelConfig, read_json
 from weights_io.errors import InputError
-from weights_io.hub import built_in
 
 # What other programs take for granted otherwise where config.json does not say it.
 THEIRS = {"model_type": "minicpm", "tie_word_embeddings": True}
@@ -44,7 +44,7 @@ def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, join: bo
 
         key = mx.random.key(seed)
     model = module.initialise(config, key)
-    return running, running.device.for_decoding(model) if join else model
+    return running, running.for_decoding(model) if join else model
 
 
 def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:

@@ -140,10 +140,20 @@ LOADERS: dict[str, Callable[[Path, str], Run]] = {
     "reading the file": reading,
 }
 IMPORTS = {
-    "minicpm_jax": ["minicpm_jax.generate", "minicpm_jax.decoding", "minicpm_jax.loading", "minicpm_jax.sparsity"],
+    "minicpm_jax": [
+        "minicpm_jax.generate",
+        "minicpm_jax.generation.decoding",
+        "minicpm_jax.loading",
+        "minicpm_jax.generation.sparsity",
+    ],
     "transformers": ["torch", "transformers.models.llama.modeling_llama"],
     "llama.cpp": ["xllamacpp"],
-    "minicpm_mlx": ["minicpm_mlx.generate", "minicpm_mlx.decoding", "minicpm_mlx.loading", "minicpm_mlx.sparsity"],
+    "minicpm_mlx": [
+        "minicpm_mlx.generate",
+        "minicpm_mlx.generation.decoding",
+        "minicpm_mlx.loading",
+        "minicpm_mlx.generation.sparsity",
+    ],
     "mlx_lm": ["mlx_lm", "mlx_lm.generate", "mlx_lm.models.llama"],
     "reading the file": [],
 }

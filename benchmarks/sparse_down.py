@@ -98,9 +98,10 @@ def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
     import jax.numpy as jnp
     from flax import nnx
 
-    from minicpm_jax.arithmetic import gated
-    from minicpm_jax.cache import Cache
-    from minicpm_jax.model import initialise, unstack
+    from minicpm_jax.cpu.form import unstack
+    from minicpm_jax.layers.kv_cache import Cache
+    from minicpm_jax.layers.ops import gated
+    from minicpm_jax.model import initialise
 
     threshold = config.activation_threshold
 
@@ -187,7 +188,7 @@ def mlx_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from minicpm_mlx.arithmetic import gated
+    from minicpm_mlx.layers.ops import gated
     from minicpm_mlx.model import initialise
 
     threshold = config.activation_threshold

@@ -25,10 +25,11 @@ import numpy as np
 
 from benchmarks.models import shape_of
 from benchmarks.timing import alternating
-from minicpm_data import finetuning
-from minicpm_data.batches import IGNORED, Batches
-from minicpm_data.examples import Example
-from minicpm_data.finetune_options import LoraOptions
+from minicpm_data.datasets.batches import Batches
+from minicpm_data.datasets.examples import IGNORED, Example
+from minicpm_data.training import loop
+from minicpm_data.training.options import LoraOptions
+from minicpm_jax.training import cross_entropy, optimizers
 from weights_io import command_line
 from weights_io.adapters import AdapterConfig
 from weights_io.config import ModelConfig
@@ -79,10 +80,10 @@ def mlx_step(options: Options) -> None:
     import mlx.core as mx
 
     from benchmarks.models import wide
-    from minicpm_data.finetune_options import FullOptions
-    from minicpm_mlx import train
+    from minicpm_data.training.options import FullOptions
     from minicpm_mlx.model import initialise
-    from minicpm_mlx.trainer import Trainer
+    from minicpm_mlx.training import step as train
+    from minicpm_mlx.training.trainer import Trainer
 
     config = ModelConfig.from_dict(wide(80, 500, hidden_size=192, intermediate_size=480))
     ids = np.random.default_rng(0).integers(3, 500, (1, options.tokens), np.int32)
@@ -125,9 +126,11 @@ def jax_loss(options: Options) -> None:
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from minicpm_jax import adapters, losses, train
-    from minicpm_jax.chips import Topology
+    from minicpm_jax import adapters
     from minicpm_jax.model import abstract, initialise
+    from minicpm_jax.parallel.chips import Topology
+    from minicpm_jax.training import losses
+    from minicpm_jax.training import step as train
 
     config = ModelConfig.from_dict(shape_of(options.model))
     chip = Topology.parse(options.topology).devices()[0]
@@ -141,14 +144,14 @@ def jax_loss(options: Options) -> None:
         sharding = SingleDeviceSharding(chip)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    chunked, shape = losses.token_losses, (options.rows, options.tokens)
+    chunked, shape = cross_entropy.token_losses, (options.rows, options.tokens)
     adapter = AdapterConfig(RANK, ALPHA, 0.1, False, TARGETS, options.model)
     base = abstract(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     matrices = jax.eval_shape(
         lambda base, key: adapters.initial(base, adapter, range(config.num_hidden_layers), key), base, key
     )
-    optimiser = train.optimizer("adamw", 0.01, 1.0)
+    optimiser = optimizers.optimizer("adamw", 0.01, 1.0)
     ids = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
     state = matrices, jax.eval_shape(optimiser.init, matrices)
     step = on_chip((state, base, dict.fromkeys(("ids", "labels", "segments"), ids), jnp.float32(0), key))
@@ -176,12 +179,14 @@ def jax_loss(options: Options) -> None:
     )
     print("|---|---|---|---|---|---|")
     for limit in (*options.logits, None):
-        losses.token_losses = plain if limit is None else chunked
-        losses.LOGITS = 2 * narrow.vocab_size * 5 if limit is not None else losses.LOGITS  # seven chunks of five tokens
-        found = of_hidden(losses.token_losses)(x, model, labels)
+        cross_entropy.token_losses = plain if limit is None else chunked
+        cross_entropy.LOGITS = (
+            2 * narrow.vocab_size * 5 if limit is not None else cross_entropy.LOGITS
+        )  # seven chunks of five tokens
+        found = of_hidden(cross_entropy.token_losses)(x, model, labels)
         difference = largest_difference(found, expected)
-        losses.LOGITS = limit or losses.LOGITS
-        small = of_hidden(losses.token_losses).lower(*alone).compile().memory_analysis()
+        cross_entropy.LOGITS = limit or cross_entropy.LOGITS
+        small = of_hidden(cross_entropy.token_losses).lower(*alone).compile().memory_analysis()
         train.train_step.clear_cache()  # it is traced with what token_losses is now
         whole = train.train_step.lower(*step, **told).compile().memory_analysis()
         in_all = whole.argument_size_in_bytes + whole.temp_size_in_bytes
@@ -194,7 +199,6 @@ def jax_loss(options: Options) -> None:
 def mlx_loss(options: Options) -> None:
     import mlx.core as mx
 
-    from minicpm_mlx import losses
     from minicpm_mlx.model import initialise
 
     config = one_layer(VOCABULARY, 32)
@@ -226,8 +230,8 @@ def mlx_loss(options: Options) -> None:
     print("|---|---|---|---|---|")
     for limit in (*options.logits, None):
         if limit is not None:
-            losses.LOGITS = limit
-        found, taken, spent = (expected, *plain_took) if limit is None else measured(losses.token_losses)
+            cross_entropy.LOGITS = limit
+        found, taken, spent = (expected, *plain_took) if limit is None else measured(cross_entropy.token_losses)
         difference = largest_difference(found, expected)
         at_once = min(limit or whole, whole) / 2**20
         print(
@@ -263,7 +267,7 @@ def packing(options: Options) -> None:
     feeds: dict[str, list[dict[str, np.ndarray]]] = {}
     for name in ("a row each", "packed"):
         batches = Batches(examples, options.rows, width, 0, pack=name == "packed", row_width=worker.row_width)
-        feeds[name] = [finetuning.arrays(batches[n], None) for n in range(batches.per_epoch)]
+        feeds[name] = [loop.arrays(batches[n], None) for n in range(batches.per_epoch)]
     seconds = alternating({name: functools.partial(epoch, worker, wait, feeds[name]) for name in feeds}, options.rounds)
     print("| rows | steps an epoch | places, padding | seconds a step | tokens a second | gain, predicted | gain |")
     print("|---|---|---|---|---|---|---|")

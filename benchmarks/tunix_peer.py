@@ -69,8 +69,8 @@ HEADER = """# Beside google-tunix, compiled for TPUs
 ({layers} layers, {words:,} words), bfloat16, both compiled for chips that need not be there by the same jax and libtpu.
 Decoding is the greedy loop of each one's sampler, its cache of 4,096 full; training is the loss and its gradients of
 all weights, each layer recomputed, no optimiser. Seconds are those of two busy cores. HBM traffic and what travels
-between chips are of one step on one chip, by `minicpm_jax.hlo`; a chip's memory is arguments and temporaries. Where
-tunix decodes, its axis fsdp splits rows and no weights, as our axis data does, which is what ours is given there.
+between chips are of one step on one chip, by `minicpm_jax.aot.hlo_cost`; a chip's memory is arguments and temporaries.
+Where tunix decodes, its axis fsdp splits rows and no weights, as our axis data does, which is what ours is given there.
 
 | program | of | tracing | compiling | code | lines of HLO | arguments | temporaries | HBM traffic | between chips |
 |---|---|---|---|---|---|---|---|---|---|
@@ -97,8 +97,8 @@ def main(options: Options) -> None:
 
 
 def cells(case: Case, whose: str, options: Options) -> Iterator[str]:
-    from minicpm_jax import hlo
-    from minicpm_jax.compiler import ALONE
+    from minicpm_jax.aot import hlo_cost
+    from minicpm_jax.libtpu import ALONE
 
     given = json.dumps(asdict(case) | {"shape": wide(options.layers, options.words)})
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def cells(case: Case, whose: str, options: Options) -> Iterator[str]:
     yield f"{text.count(chr(10)):,}"
     yield size(figures["arguments"])
     yield size(figures["temporaries"])
-    found = hlo.traffic(text)
+    found = hlo_cost.traffic(text)
     yield size(found.hbm)
     yield ", ".join(f"{kind} {count:,}: {size(found.bytes[kind])}" for kind, count in sorted(found.counts.items()))
 

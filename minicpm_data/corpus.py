@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from minicpm_data import corpus_facts as facts
-from minicpm_data import corpus_skills as skills
-from minicpm_data import corpus_stories as stories
+from minicpm_data.pico_corpus import facts, skills, stories
 from weights_io.errors import InputError
-from weights_io.partial import partial
+from weights_io.files.partial import partial
 from weights_io.write import folder_to_fill
 
 STAGES = ("stable", "decay")

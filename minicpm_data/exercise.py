@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from minicpm_data import corpus_skills as skills
+from minicpm_data.pico_corpus import skills
 from weights_io import command_line
 from weights_io.errors import InputError
-from weights_io.partial import partial
+from weights_io.files.partial import partial
 from weights_io.write import check_output, folder_to_fill
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from weights_io.errors import InputError
+from weights_io.files.partial import partial, write_whole
 from weights_io.files.regular import read_regular
-from weights_io.partial import partial, write_whole
 
 MAX_BYTES = 2**28  # of a run of a million steps
 

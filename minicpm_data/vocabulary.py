@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.chat import MINICPM_TEMPLATE
-from minicpm_data.documents import read_documents
-from minicpm_data.forms import Reader
+from minicpm_data.datasets.formats import Reader
+from minicpm_data.datasets.jsonl import read_documents
+from minicpm_data.tokenizer.chat_template import MINICPM_TEMPLATE
 from weights_io.errors import InputError
-from weights_io.partial import partial
+from weights_io.files.partial import partial
 from weights_io.write import check_output
 
 CONFIG = {
@@ -125,7 +125,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Train a SentencePiece vocabulary on a corpus: tokenizer.model, tokenizer.json and tokenizer_config.json."""
-    from minicpm_data.spm_model import fast_spec, read_spm
+    from minicpm_data.tokenizer.sentencepiece import fast_spec, read_spm
 
     if options.documents < 1:
         raise InputError(f"--documents is {options.documents}; it must be at least 1.")

@@ -1,4 +1,4 @@
-"""A YAML text as plain values: read strictly, in bounded time and memory, as JSON is in `weights_io.json_text`."""
+"""A YAML text as plain values: read strictly, in bounded time and memory, as `weights_io.files.json_text` does JSON."""
 
 from typing import Any
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from minicpm_jax.compiler import tell_libtpu
+from minicpm_jax.libtpu import tell_libtpu
 from weights_io import lazy_exports
 
 if importlib.util.find_spec("jax") is None or importlib.util.find_spec("flax") is None:
@@ -18,6 +18,6 @@ __getattr__ = lazy_exports.install(
         "stream_generate": "generate",
         "batch_generate": "generate",
         "chat": "chat",
-        "activation_sparsity": "sparsity",
+        "activation_sparsity": "generation.sparsity",
     },
 )

@@ -7,9 +7,9 @@
 
 from dataclasses import dataclass
 
-from minicpm_data.commands import ChatOptions
-from minicpm_jax.generate import backend, generator
-from minicpm_jax.placement import Serving
+from minicpm_data.cli.generate import ChatOptions
+from minicpm_jax.backend import backend, generator
+from minicpm_jax.options import Serving
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,6 @@ class Options(Serving, ChatOptions):
 chat = generator.chat
 
 if __name__ == "__main__":
-    from minicpm_data import commands
+    from minicpm_data.cli import generate
 
-    commands.run_chat(backend, "python -m minicpm_jax.chat", Options)
+    generate.run_chat(backend, "python -m minicpm_jax.chat", Options)

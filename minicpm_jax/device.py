@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from minicpm_jax.chips import Chip, chip_of
-from minicpm_jax.sharding import note_idle
+from minicpm_jax.parallel.chips import Chip, chip_of, platform
+from minicpm_jax.parallel.sharding import note_idle
 from weights_io.checkpoint import Checkpoint
-from weights_io.errors import InputError
 from weights_io.memory import host_free
 
 if TYPE_CHECKING:
@@ -72,32 +71,6 @@ def _has_matrix_unit() -> bool:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
     except OSError:  # no Linux
         return False
-
-
-def platform() -> str:
-    """``cpu``, ``tpu``. Raises `InputError` where JAX finds no device."""
-    try:
-        return jax.default_backend()
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise InputError(
-            f"JAX cannot start ({reason}); install JAX's build for it, or set JAX_PLATFORMS=cpu."
-        ) from None
-
-
-def for_decoding(model: "Model") -> "Model":
-    """The model in the form that decodes fastest here; the one that was given is used up."""
-    from minicpm_jax.model import unstack
-
-    return unstack(model, give_up=True) if model.model.mesh is None and jax.default_backend() == "cpu" else model
-
-
-def matrices_dtype(checkpoint: Checkpoint, dtype: str) -> str:
-    """In what a model for decoding in ``dtype`` keeps its matrices on a CPU: in the file's bfloat16 those of a model in
-    float32, where `arithmetic.product_on_cpu` loses nothing by it and a matrix unit makes it the faster one."""
-    exact = all(tensor.dtype.name == "bfloat16" for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1)
-    kept = dtype == "float32" and exact and not checkpoint.config.num_experts and _has_matrix_unit()
-    return "bfloat16" if kept else dtype
 
 
 def note_mesh(model: "Model", rows: int) -> None:

@@ -5,15 +5,15 @@ python -m minicpm_jax.evaluate
 
 from dataclasses import dataclass
 
-from minicpm_data import evaluation
-from minicpm_jax.generate import backend
-from minicpm_jax.placement import Serving
+from minicpm_data.cli import evaluate
+from minicpm_jax.backend import backend
+from minicpm_jax.options import Serving
 
 
 @dataclass(frozen=True)
-class Options(Serving, evaluation.EvaluateOptions):
+class Options(Serving, evaluate.EvaluateOptions):
     pass
 
 
 if __name__ == "__main__":
-    evaluation.run_evaluate(backend, "python -m minicpm_jax.evaluate", Options)
+    evaluate.run_evaluate(backend, "python -m minicpm_jax.evaluate", Options)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from minicpm_data.checkpoints import CheckpointFolder
+from minicpm_data.training.checkpoint_folder import CheckpointFolder
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -54,7 +54,7 @@ def main(options: Options) -> None:
 
     import jax
 
-    from minicpm_jax.checkpoints import Saved, check
+    from minicpm_jax.training.run_checkpoints import Saved, check
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run itself
     start = (pretrained if "config" in settings else finetuned)(settings, options.source)

@@ -7,9 +7,9 @@
 
 from dataclasses import dataclass
 
-from minicpm_data.finetune_options import FullOptions
-from minicpm_jax.lora import trainer
-from minicpm_jax.placement import Placement
+from minicpm_data.training.options import FullOptions
+from minicpm_jax.backend import trainer
+from minicpm_jax.options import Placement
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Options(Placement, FullOptions):
 
 
 if __name__ == "__main__":
-    from minicpm_data import finetuning
-    from minicpm_jax.generate import backend
+    from minicpm_data.training import loop
+    from minicpm_jax.backend import backend
 
-    finetuning.run(backend, trainer, Options, "python -m minicpm_jax.finetune")
+    loop.run(backend, trainer, Options, "python -m minicpm_jax.finetune")

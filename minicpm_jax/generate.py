@@ -5,16 +5,15 @@
 ``--model`` left out is the built-in model. The prompt is put into the checkpoint's chat template once.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from minicpm_data.commands import GenerateOptions
-from minicpm_data.generation import Backend, Generator
-from minicpm_jax.placement import Placement, Serving
+from minicpm_data.cli.generate import GenerateOptions
+from minicpm_jax.backend import backend, generator
+from minicpm_jax.options import Placement, Serving
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
 @dataclass(frozen=True)
@@ -22,33 +21,11 @@ class Options(Serving, Placement, GenerateOptions):
     pass
 
 
-def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":
-    from minicpm_jax.decoding import stream_tokens  # only now, so that --help answers at once
-
-    return stream_tokens(*arguments)
-
-
-def _stream_speculated(*arguments: Any) -> Iterator[tuple[int, bool]]:
-    from minicpm_jax.speculation import stream_speculated
-
-    return stream_speculated(*arguments)
-
-
-def backend() -> Backend:
-    """What the command lines ask of this package."""
-    from minicpm_jax import device
-    from minicpm_jax.loading import load
-    from minicpm_jax.sparsity import activation_sparsity
-
-    return Backend(load, generator, device, activation_sparsity)
-
-
-generator = Generator(_stream_tokens, _stream_speculated)
 stream_generate = generator.stream_generate
 generate = generator.generate
 batch_generate = generator.batch_generate
 
 if __name__ == "__main__":
-    from minicpm_data import commands
+    from minicpm_data.cli import generate as commands
 
     commands.run_generate(backend, "python -m minicpm_jax.generate", Options)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minicpm_data import kv_error
-from minicpm_data.generation import CacheOptions
-from minicpm_jax.generate import backend
-from minicpm_jax.parity import decoded, wide
-from minicpm_jax.placement import Serving
+from minicpm_data.diagnostics import kv_error
+from minicpm_data.generation.options import CacheOptions
+from minicpm_jax.backend import backend
+from minicpm_jax.generation.teacher_forcing import decoded, wide
+from minicpm_jax.options import Serving
 
 if TYPE_CHECKING:
     from minicpm_jax.model import Model
@@ -28,7 +28,7 @@ def logits(model: "Model", ids: list[int], memory: CacheOptions) -> Iterator[np.
     """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
     import jax
 
-    from minicpm_jax import decoding
+    from minicpm_jax.generation import decoding
 
     decoding.check(memory)
     width = kv_error.PIECE

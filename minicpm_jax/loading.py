@@ -15,25 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from minicpm_data.of_checkpoint import tokenizer_of
+from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_jax import device
-from minicpm_jax.adapters import attach, from_adapter, linear
-from minicpm_jax.model import Model, nested
-from minicpm_jax.quantised import axes_of, packing
-from minicpm_jax.quantised_on_cpu import on_cpu
-from minicpm_jax.sharding import automatic, padded, partition_spec, resized, share, splits
+from minicpm_jax.adapters import attach, from_adapter
+from minicpm_jax.cpu.form import for_decoding, matrices_dtype
+from minicpm_jax.cpu.packed import on_cpu
+from minicpm_jax.model import Model, linear, nested, spread
+from minicpm_jax.parallel.mesh import automatic
+from minicpm_jax.parallel.sharding import padded, partition_spec, resized, share
+from minicpm_jax.quantization.model import axes_of, packing
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
+from weights_io.files.memory_reading import read_stacked
 from weights_io.hub import resolve
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
-from weights_io.memory_reading import read_stacked
 from weights_io.parameters import Parameter, parameters
 from weights_io.progress import reading
 
 if TYPE_CHECKING:
-    from minicpm_data.tokenizer import Tokenizer
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 
 def load(
@@ -73,7 +75,7 @@ def load(
     model = load_weights(checkpoint, dtype, mesh, decoding=early, **how)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
-    return device.for_decoding(model) if decoding else model, tokenizer
+    return for_decoding(model) if decoding else model, tokenizer
 
 
 def load_weights(
@@ -87,14 +89,14 @@ def load_weights(
     remedy: str | None = None,
 ) -> Model:
     """The model of an opened checkpoint, each array placed where the mesh wants it; the rest as in `load`.
-    ``decoding``: one for `device.for_decoding`."""
+    ``decoding``: one for `cpu.form.for_decoding`."""
     target = jnp.dtype(checkpoint.target(dtype))
     device.check_dtype(target.name)
     mesh = None if mesh is None else automatic(mesh)
     config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
     as_read = mesh is None and quantize is None and jax.default_backend() == "cpu"
     if quantize is None:
-        matrices = device.matrices_dtype(checkpoint, target.name) if as_read and decoding else target.name
+        matrices = matrices_dtype(checkpoint, target.name) if as_read and decoding else target.name
         kind, needed, packs = target.name, weight_bytes(shape, matrices), {}
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(shape, target.name, quantize, quantize_head)
@@ -115,14 +117,6 @@ def load_weights(
     if mesh is not None:
         spread(model, mesh)
     return model
-
-
-def spread(model: Model, mesh: Mesh) -> None:
-    """Tell a model (or its `abstract` form) over which `automatic` mesh its weights lie, where XLA cannot find out."""
-    model.model.mesh = model.model.layers.self_attn.mesh = mesh
-    if model.config.num_experts:
-        model.model.layers.mlp.mesh = mesh
-        model.model.layers.mlp.experts.spread = splits("expert", model.config.num_experts, mesh)
 
 
 def _packed_for_cpu(pack: Callable[[jax.Array], Any], weight: jax.Array) -> Any:

@@ -6,13 +6,14 @@
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from minicpm_data.finetune_options import LoraOptions
-from minicpm_jax.placement import Placement
+from minicpm_data.training.options import LoraOptions
+from minicpm_jax.backend import trainer
+from minicpm_jax.options import Placement
 
 if TYPE_CHECKING:
-    from minicpm_jax.trainer import Trainer
+    pass
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,8 @@ class Options(Placement, LoraOptions):
     pass
 
 
-def trainer(model: Any, options: Any) -> "Trainer":
-    """What the training loop works with."""
-    from minicpm_jax.trainer import Trainer  # only now, so that --help answers at once
-
-    return Trainer(model, options)
-
-
 if __name__ == "__main__":
-    from minicpm_data import finetuning
-    from minicpm_jax.generate import backend
+    from minicpm_data.training import loop
+    from minicpm_jax.backend import backend
 
-    finetuning.run(backend, trainer, Options, "python -m minicpm_jax.lora")
+    loop.run(backend, trainer, Options, "python -m minicpm_jax.lora")

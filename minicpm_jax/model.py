@@ -9,82 +9,33 @@ Source of the semantics: modeling_minicpm.py of the released checkpoints; the sc
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from minicpm_data.token_ids import checked_ids
-from minicpm_jax.adapters import LowRank
-from minicpm_jax.arithmetic import divided, gated, product, product_on_cpu, rows, rows_on_cpu, scaled
-from minicpm_jax.attention import Attention, Positions, positions_of, worked_out
-from minicpm_jax.cache import Cache
-from minicpm_jax.moe import ExpertLinear, MoE
-from minicpm_jax.quantised_on_cpu import on_cpu
-from minicpm_jax.sharding import (
+from minicpm_data.tokenizer.input_ids import checked_ids
+from minicpm_jax.layers.attention import Attention
+from minicpm_jax.layers.kv_cache import Cache
+from minicpm_jax.layers.linear import Embedding, Linear, RMSNorm
+from minicpm_jax.layers.moe import MoE
+from minicpm_jax.layers.ops import divided, gated, scaled
+from minicpm_jax.layers.rope import Positions, positions_of, worked_out
+from minicpm_jax.parallel.activations import (
     ADDED_UP,
     by_tokens,
     copies,
     gathered_rows,
     gathered_tokens,
-    padded,
     scattered_tokens,
-    shardings,
 )
+from minicpm_jax.parallel.sharding import padded, shardings, splits
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
-
-
-class Linear(nnx.Module):
-    """y = W x, without bias. The weight keeps the [out, in] order of the checkpoint."""
-
-    def __init__(self, weight: Float[Array, "O I"]):
-        self.weight = nnx.Param(weight)
-        self.adapter: LowRank | None = nnx.data(None)
-        self.product = product  # `unstack` has another
-        self.turned: NamedSharding | None = None  # of the weight as [I, O]; `train` says
-
-    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        weight = self.weight[...]
-        if self.turned is not None:
-            weight = jax.lax.with_sharding_constraint(weight.T, self.turned).T
-        y = self.product(weight, x)
-        return y if self.adapter is None else self.adapter(x, y, self.product)
-
-
-class Embedding(nnx.Module):
-    """A table of rows; a tied head is its `attend`."""
-
-    def __init__(self, weight: Float[Array, "V D"]):
-        self.weight = nnx.Param(weight)
-        self.product, self.rows = product, rows  # `unstack` has others
-
-    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.rows(self.weight, ids)
-
-    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return self.product(self.weight[...], x)
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x), rounded to the model's dtype, then times the weight (in this order, as the original)."""
-
-    def __init__(self, weight: Float[Array, "D"], eps: float):
-        self.weight, self.eps = nnx.Param(weight), eps
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed, weight = (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype), self.weight[...]
-        if weight.ndim == 1:
-            return normed * weight
-        rows, tokens, width = weight.shape  # each device with its copy: `_own_norms`
-        parts = normed.reshape(rows, len(x) // rows, tokens, -1, width)
-        return (parts * weight[:, None, :, None]).reshape(x.shape)
 
 
 class MLP(nnx.Module):
@@ -288,29 +239,14 @@ def initialise(config: ModelConfig, key: Array, dtype: str = "float32") -> Model
     return Model(nested(leaves), config)
 
 
-def unstack(model: Model, give_up: bool = False) -> Model:
-    """The same weights with one array for each layer: the faster form for decoding on a CPU, which reads such three
-    times as fast. There they lie where the stacked ones do; only layers that do not begin at a multiple of 64 bytes are
-    copied. ``give_up``: the model that was given loses its layers, one stacked array after the other. One that is
-    unstacked already is given back."""
-    if isinstance(model.model.layers, nnx.List):
-        return model
-    leaves, form = jax.tree.flatten(model.model.layers)
-    depth = model.config.num_hidden_layers
-    each: list[list[Array]] = [[] for _ in range(depth)]
-    for leaf in leaves:
-        stacked, device = np.asarray(leaf), next(iter(leaf.devices()))
-        for layer, own in zip(each, stacked, strict=True):
-            layer.append(jax.device_put(own, device))
-        if give_up:
-            leaf.delete()
-    copy = jax.tree.map(lambda x: x, model)
-    copy.model.layers = nnx.List([jax.tree.unflatten(form, layer) for layer in each])
-    for _, node in list(nnx.iter_graph(copy)):
-        if isinstance(node, Linear | Embedding | ExpertLinear):
-            node.product = product_on_cpu
-        if isinstance(node, Linear | Embedding):
-            node.weight = on_cpu(node.weight)
-        if isinstance(node, Embedding):
-            node.rows = rows_on_cpu
-    return copy
+def linear(model: "Model", name: str) -> Any:
+    """The layer of the weight ``name`` of the parameter table."""
+    return functools.reduce(getattr, name.split(".")[:-1], model)
+
+
+def spread(model: Model, mesh: Mesh) -> None:
+    """Tell a model (or its `abstract` form) over which `automatic` mesh its weights lie, where XLA cannot find out."""
+    model.model.mesh = model.model.layers.self_attn.mesh = mesh
+    if model.config.num_experts:
+        model.model.layers.mlp.mesh = mesh
+        model.model.layers.mlp.experts.spread = splits("expert", model.config.num_experts, mesh)

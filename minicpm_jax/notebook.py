@@ -8,19 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minicpm_data import notebook as shared
-from minicpm_data.notebook import accept_cpu
-from minicpm_data.notebook import fresh as fresh  # for the notebooks
-from minicpm_data.notebook import of_a_clone as of_a_clone
-from minicpm_data.notebook import resume as resume
-from minicpm_data.notebook import run as run
-from minicpm_data.notebook import run_folder as run_folder
-from minicpm_data.notebook import take_token as take_token
+from minicpm_data.cli import notebook as shared
+from minicpm_data.cli.notebook import accept_cpu
+from minicpm_data.cli.notebook import fresh as fresh  # for the notebooks
+from minicpm_data.cli.notebook import of_a_clone as of_a_clone
+from minicpm_data.cli.notebook import resume as resume
+from minicpm_data.cli.notebook import run as run
+from minicpm_data.cli.notebook import run_folder as run_folder
+from minicpm_data.cli.notebook import take_token as take_token
+from minicpm_jax.parallel import chips
 from weights_io.memory import size
 from weights_io.parameters import parameters
 
 if TYPE_CHECKING:
-    from minicpm_data.tokenizer import Tokenizer
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
     from minicpm_jax.model import Model
 
 # Seconds: two programs, which `minicpm_jax.fit` compiles for a v5e in 4 s and 2 s (docs/fit.md), and some small ones.
@@ -40,7 +41,7 @@ def runtime() -> Iterator[str]:
     from minicpm_jax import device
 
     libtpu = importlib.util.find_spec("libtpu") is not None
-    platform = device.platform()
+    platform = chips.platform()
     yield f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu') if libtpu else 'not installed'}"
     yield device.description()
     if platform == "cpu":
@@ -52,21 +53,21 @@ def runtime() -> Iterator[str]:
 
 
 def check_room(model: str, *copies: str | None) -> None:
-    """`minicpm_data.notebook.check_room` over all devices."""
+    """`minicpm_data.cli.notebook.check_room` over all devices."""
     import jax
 
     from minicpm_jax import device
 
     free = device.free_memory()
-    devices = 1 if device.platform() == "cpu" else jax.device_count()  # those of a CPU share its memory
+    devices = 1 if chips.platform() == "cpu" else jax.device_count()  # those of a CPU share its memory
     shared.check_room(model, copies, device.usual_dtype, None if free is None else free * devices, COMPILING)
 
 
 def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None]":
-    """A model over all devices, arranged as `minicpm_jax.fit` compiles it (`jobs.default_mesh`): heads are split,
+    """A model over all devices, arranged as `minicpm_jax.fit` compiles it (`sharding.default_mesh`): heads are split,
     then experts or the weights."""
     from minicpm_jax import device
-    from minicpm_jax.jobs import serving_mesh
+    from minicpm_jax.aot.programs import serving_mesh
     from minicpm_jax.loading import load as load_model
     from weights_io.config import ModelConfig
     from weights_io.hub import resolve
@@ -108,9 +109,9 @@ def decoding_speed(model: "Model", rows: int = 1, prompt_tokens: int = 32, new_t
     import jax
     import numpy as np
 
-    from minicpm_data.generation import CacheOptions, Sampling
-    from minicpm_jax.chips import chip_of
-    from minicpm_jax.decoding import stream_tokens
+    from minicpm_data.generation.options import CacheOptions, Sampling
+    from minicpm_jax.generation.decoding import stream_tokens
+    from minicpm_jax.parallel.chips import chip_of
 
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, prompt_tokens)).tolist()
     seconds = 0.0

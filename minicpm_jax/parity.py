@@ -2,21 +2,20 @@
 
     python -m minicpm_jax.parity --model DIR --reference FILE.npz
 
-`minicpm_data.parity` says which arrays the file may hold. The exit code is 0 where all hold, 1 where some do not and 2
-where the comparison cannot be made.
+`minicpm_data.diagnostics.parity` says which arrays the file may hold. The exit code is 0 where all hold, 1 where some
+do not and 2 where the comparison cannot be made.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from minicpm_data import parity
-from minicpm_jax.placement import Devices
+from minicpm_data.diagnostics import parity
+from minicpm_jax.generation.teacher_forcing import continued, logits, states
+from minicpm_jax.options import Devices
 from weights_io import command_line
 
 if TYPE_CHECKING:
-    from minicpm_jax.model import Model
+    pass
 
 
 @dataclass(frozen=True)
@@ -29,58 +28,6 @@ def main(options: parity.Options) -> None:
     from minicpm_jax import load
 
     parity.run(options, parity.Backend(load, logits, states, continued))
-
-
-def logits(model: "Model", ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """[B, T, V] of ids [B, T]."""
-    return np.asarray(model(ids, mask))
-
-
-def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of ids [1, T]: the embeddings and what each layer gives [L + 1, T, D], and after the final norm [T, D]."""
-    import jax
-
-    x, last = jax.jit(_states)(model, ids)
-    return wide(x[:, 0]), wide(last[0])
-
-
-def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """[B, N, V]: what each of the tokens [B, N] is chosen from when they follow the prompts through a cache."""
-    import jax
-
-    from minicpm_jax.decoding import empty
-
-    lengths = np.array([len(prompt) for prompt in prompts])
-    ids = np.stack([np.pad(prompt, (0, lengths.max() - len(prompt))) for prompt in prompts])
-    cache, _ = empty(model, len(prompts), int(lengths.max()) + tokens.shape[1], None)
-    x, cache = jax.jit(decoded)(model, ids, cache, lengths)
-    steps = [wide(x)[np.arange(len(ids)), lengths - 1][:, None]]
-    for token in tokens.T[:-1]:
-        x, cache = jax.jit(decoded)(model, token[:, None], cache, 1)
-        steps.append(wide(x))
-    return np.concatenate(steps, axis=1)
-
-
-def _states(model, ids):
-    import jax
-    import jax.numpy as jnp
-
-    from minicpm_jax.attention import positions_of
-
-    positions = positions_of(model.config, ids.shape)
-    x = model.model.embed(ids)
-    last, after = jax.lax.scan(lambda x, layer: (layer(x, positions)[0],) * 2, x, model.model.layers)
-    return jnp.concatenate([x[None], after]), model.model.norm(last)
-
-
-def decoded(model, ids, cache, new):
-    """Logits of more tokens, and the cache with them."""
-    x, cache = model.decode(ids, cache, new)
-    return model.head(x), cache
-
-
-def wide(x) -> np.ndarray:
-    return np.asarray(x).astype(np.float32)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,6 @@ __getattr__ = lazy_exports.install(
         "stream_generate": "generate",
         "batch_generate": "generate",
         "chat": "chat",
-        "activation_sparsity": "sparsity",
+        "activation_sparsity": "generation.sparsity",
     },
 )

@@ -5,11 +5,11 @@
 ``--model`` left out is the built-in model.
 """
 
-from minicpm_mlx.generate import backend, generator
+from minicpm_mlx.backend import backend, generator
 
 chat = generator.chat
 
 if __name__ == "__main__":
-    from minicpm_data import commands
+    from minicpm_data.cli import generate
 
-    commands.run_chat(backend, "python -m minicpm_mlx.chat")
+    generate.run_chat(backend, "python -m minicpm_mlx.chat")

@@ -4,7 +4,7 @@ python -m minicpm_mlx.evaluate
 """
 
 if __name__ == "__main__":
-    from minicpm_data import evaluation
-    from minicpm_mlx.generate import backend
+    from minicpm_data.cli import evaluate
+    from minicpm_mlx.backend import backend
 
-    evaluation.run_evaluate(backend, "python -m minicpm_mlx.evaluate")
+    evaluate.run_evaluate(backend, "python -m minicpm_mlx.evaluate")

@@ -5,11 +5,11 @@
 ``--save-path`` gets ``model/`` (Hugging Face layout), ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``.
 """
 
-from minicpm_mlx.lora import trainer
+from minicpm_mlx.backend import trainer
 
 if __name__ == "__main__":
-    from minicpm_data import finetuning
-    from minicpm_data.finetune_options import FullOptions
-    from minicpm_mlx.generate import backend
+    from minicpm_data.training import loop
+    from minicpm_data.training.options import FullOptions
+    from minicpm_mlx.backend import backend
 
-    finetuning.run(backend, trainer, FullOptions, "python -m minicpm_mlx.finetune")
+    loop.run(backend, trainer, FullOptions, "python -m minicpm_mlx.finetune")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minicpm_data import kv_error
-from minicpm_data.generation import CacheOptions
-from minicpm_mlx.generate import backend
-from minicpm_mlx.parity import wide
+from minicpm_data.diagnostics import kv_error
+from minicpm_data.generation.options import CacheOptions
+from minicpm_mlx.backend import backend
+from minicpm_mlx.generation.teacher_forcing import wide
 
 if TYPE_CHECKING:
     from minicpm_mlx.model import Model
@@ -21,7 +21,7 @@ def logits(model: "Model", ids: list[int], memory: CacheOptions) -> Iterator[np.
     """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
     import mlx.core as mx
 
-    from minicpm_mlx import decoding
+    from minicpm_mlx.generation import decoding
 
     width = kv_error.PIECE
     cache = decoding.empty(model, [0], memory)

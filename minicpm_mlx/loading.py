@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from minicpm_data.of_checkpoint import tokenizer_of
+from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_mlx import device
 from minicpm_mlx.adapters import attach, from_adapter, settle
 from minicpm_mlx.model import Model
-from minicpm_mlx.quantised import quantised
+from minicpm_mlx.quantization.model import quantised
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
+from weights_io.files.memory_reading import look_through
 from weights_io.hub import resolve
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
-from weights_io.memory_reading import look_through
 from weights_io.parameters import parameters
 from weights_io.progress import reading
 
 if TYPE_CHECKING:
-    from minicpm_data.tokenizer import Tokenizer
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 
 def load(

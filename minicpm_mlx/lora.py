@@ -5,22 +5,17 @@
 ``--adapter-path`` gets the adapter in PEFT's form, ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from minicpm_mlx.backend import trainer
 
 if TYPE_CHECKING:
-    from minicpm_mlx.trainer import Trainer
-
-
-def trainer(model: Any, options: Any) -> "Trainer":
-    """What the training loop works with."""
-    from minicpm_mlx.trainer import Trainer  # only now, so that --help answers at once
-
-    return Trainer(model, options)
+    pass
 
 
 if __name__ == "__main__":
-    from minicpm_data import finetuning
-    from minicpm_data.finetune_options import LoraOptions
-    from minicpm_mlx.generate import backend
+    from minicpm_data.training import loop
+    from minicpm_data.training.options import LoraOptions
+    from minicpm_mlx.backend import backend
 
-    finetuning.run(backend, trainer, LoraOptions, "python -m minicpm_mlx.lora")
+    loop.run(backend, trainer, LoraOptions, "python -m minicpm_mlx.lora")

@@ -14,11 +14,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from minicpm_data.token_ids import checked_ids
-from minicpm_mlx.arithmetic import divided, gated, scaled
-from minicpm_mlx.attention import Attention, Positions, positions_of
-from minicpm_mlx.joined import Joined, added, joined
-from minicpm_mlx.moe import MoE
+from minicpm_data.tokenizer.input_ids import checked_ids
+from minicpm_mlx.layers.attention import Attention
+from minicpm_mlx.layers.fused_linear import Joined, added, joined
+from minicpm_mlx.layers.moe import MoE
+from minicpm_mlx.layers.ops import divided, gated, scaled
+from minicpm_mlx.layers.rope import Positions, positions_of
 from weights_io.checkpoint import BUFFERS
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
@@ -34,10 +35,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.threshold = config.activation_threshold
-        self._joined: Joined | None = None  # `joined.join`
+        self._joined: Joined | None = None  # `fused_linear.join`
 
     def together(self) -> list[Any]:
-        """The layers that `joined` may compute as one."""
+        """The layers that `fused_linear` may compute as one."""
         return [self.gate_proj, self.up_proj]
 
     def __call__(self, x: mx.array) -> mx.array:

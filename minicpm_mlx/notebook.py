@@ -4,14 +4,14 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator
 
-from minicpm_data import notebook as shared
-from minicpm_data.notebook import accept_cpu
-from minicpm_data.notebook import fresh as fresh  # for the notebooks
-from minicpm_data.notebook import of_a_clone as of_a_clone
-from minicpm_data.notebook import resume as resume
-from minicpm_data.notebook import run as run
-from minicpm_data.notebook import run_folder as run_folder
-from minicpm_data.notebook import take_token as take_token
+from minicpm_data.cli import notebook as shared
+from minicpm_data.cli.notebook import accept_cpu
+from minicpm_data.cli.notebook import fresh as fresh  # for the notebooks
+from minicpm_data.cli.notebook import of_a_clone as of_a_clone
+from minicpm_data.cli.notebook import resume as resume
+from minicpm_data.cli.notebook import run as run
+from minicpm_data.cli.notebook import run_folder as run_folder
+from minicpm_data.cli.notebook import take_token as take_token
 from weights_io.memory import size
 
 
@@ -37,7 +37,7 @@ def runtime() -> Iterator[str]:
 
 
 def check_room(model: str, *copies: str | None) -> None:
-    """`minicpm_data.notebook.check_room` of this device."""
+    """`minicpm_data.cli.notebook.check_room` of this device."""
     from minicpm_mlx import device
 
     shared.check_room(model, copies, memory=device.free_memory(), device="Mac")

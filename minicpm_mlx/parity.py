@@ -2,19 +2,18 @@
 
     python -m minicpm_mlx.parity --model DIR --reference FILE.npz
 
-`minicpm_data.parity` says which arrays the file may hold. The exit code is 0 where all hold, 1 where some do not and 2
-where the comparison cannot be made.
+`minicpm_data.diagnostics.parity` says which arrays the file may hold. The exit code is 0 where all hold, 1 where some
+do not and 2 where the comparison cannot be made.
 """
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from minicpm_data import parity
+from minicpm_data.diagnostics import parity
+from minicpm_mlx.generation.teacher_forcing import continued, logits, states
 from weights_io import command_line
 
 if TYPE_CHECKING:
-    from minicpm_mlx.model import Model
+    pass
 
 
 def main(options: parity.Options) -> None:
@@ -22,48 +21,6 @@ def main(options: parity.Options) -> None:
     from minicpm_mlx import load
 
     parity.run(options, parity.Backend(load, logits, states, continued))
-
-
-def logits(model: "Model", ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """[B, T, V] of ids [B, T]."""
-    return np.asarray(model(ids, mask))
-
-
-def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of ids [1, T]: the embeddings and what each layer gives [L + 1, T, D], and after the final norm [T, D]."""
-    import mlx.core as mx
-
-    from minicpm_mlx.attention import positions_of
-
-    positions = positions_of(model.config, mx.array(ids))
-    x = [model.model.embed(mx.array(ids))]
-    for layer in model.layers:
-        x.append(layer(x[-1], positions)[0])
-    return np.concatenate([wide(state) for state in x]), wide(model.model.norm(x[-1]))[0]
-
-
-def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """[B, N, V]: what each of the tokens [B, N] is chosen from when they follow the prompts through a cache."""
-    import mlx.core as mx
-    from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
-
-    lengths = np.array([len(prompt) for prompt in prompts])
-    ids = np.stack([np.pad(prompt, (lengths.max() - len(prompt), 0)) for prompt in prompts])
-    cache = make_prompt_cache(model)
-    if len(prompts) > 1:
-        cache = [BatchKVCache((lengths.max() - lengths).tolist()) for _ in cache]
-    x = model.decode(mx.array(ids), cache)
-    steps = [wide(model.head(x[:, -1:]))]
-    for token in tokens.T[:-1]:
-        x = model.decode(mx.array(token[:, None]), cache)
-        steps.append(wide(model.head(x)))
-    return np.concatenate(steps, axis=1)
-
-
-def wide(x) -> np.ndarray:
-    import mlx.core as mx
-
-    return np.asarray(x.astype(mx.float32))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-from minicpm_data.commands import ModelOptions
-from minicpm_data.generation import Backend
+from minicpm_data.generation.api import Backend
+from minicpm_data.model_options import ModelOptions
 from weights_io.errors import InputError
 
 BackendName = Literal["jax", "mlx"]
@@ -24,7 +24,7 @@ def module(backend: BackendName, name: str) -> ModuleType:
 
 def get(backend: BackendName) -> Backend:
     """What the command lines ask of a backend."""
-    return module(backend, "generate").backend()
+    return module(backend, "backend").backend()
 
 
 @dataclass(frozen=True, kw_only=True)

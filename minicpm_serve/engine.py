@@ -14,24 +14,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from minicpm_data.engine import TooMuch
-from minicpm_data.generation import (
-    ANSWER_TOKENS,
-    CHAT_TEMPERATURE,
-    CHAT_TOKENS,
-    CacheOptions,
-    Prompt,
-    Sampling,
-    end_ids,
-    prompt_ids,
-)
-from minicpm_data.streaming import Response, stream_text
+from minicpm_data.generation.api import Prompt, end_ids, prompt_ids
+from minicpm_data.generation.engine import TooMuch
+from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TEMPERATURE, CHAT_TOKENS, CacheOptions, Sampling
+from minicpm_data.generation.responses import Response, stream_text
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
-    from minicpm_data.tokenizer import Tokenizer
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 
 SLOTS = 8  # where nobody says how many
@@ -67,12 +59,12 @@ class Engine:
         context: int | None = None,
         memory: CacheOptions | None = None,
     ):
-        """``model``: used up by `Backend.device.for_decoding`. ``slots`` and ``context``: None for both is up to 8
+        """``model``: used up by `Backend.for_decoding`. ``slots`` and ``context``: None for both is up to 8
         slots of as many tokens as the model was made for, as far as there is room: fewer slots, then less context.
-        The rest as in `minicpm_data.engine.Engine`."""
-        model = backends.get(backend).device.for_decoding(model)
+        The rest as in `minicpm_data.generation.engine.Engine`."""
+        model = backends.get(backend).for_decoding(model)
         self.model, self.tokenizer = model, tokenizer
-        engine = backends.module(backend, "engine").Engine
+        engine = backends.module(backend, "generation.engine").Engine
         if slots is None and context is None:
             self._engine = _fitting(lambda slots, context: engine(model, slots, context, memory))
         else:
@@ -99,8 +91,8 @@ class Engine:
     def stream_generate(
         self, prompt: Prompt, max_tokens: int = ANSWER_TOKENS, stop: str | Sequence[str] = (), **sampling: Any
     ) -> Iterator[Response]:
-        """As `minicpm_data.generation.Generator.stream_generate`; ``sampling`` under the names of `Sampling`. Raises
-        `InputError` before the first token for what has no room or is out of range."""
+        """As `minicpm_data.generation.api.Generator.stream_generate`; ``sampling`` under the names of `Sampling`.
+        Raises `InputError` before the first token for what has no room or is out of range."""
         answer: queue.SimpleQueue[Answered] = queue.SimpleQueue()
         number = self.submit(answer.put, prompt, max_tokens, stop, **sampling)
         responses = self._responses(number, answer)

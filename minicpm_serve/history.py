@@ -9,28 +9,26 @@ Checkpoints are revisions of ``--model``, or folders in it (on the hub or on thi
 
 import dataclasses
 import json
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from minicpm_data.batches import IGNORED
-from minicpm_data.commands import load_model
-from minicpm_data.evaluation import ask_questions, replies, require_positive
+from minicpm_data.cli.evaluate import ask_questions, replies, require_positive
 from minicpm_data.metrics import read_records
+from minicpm_data.model_options import load_model
 from minicpm_serve import backends
-from minicpm_serve.retrieval import answer_tokens, evaluation_samples, is_right
+from minicpm_serve.evaluation.curves import draw
+from minicpm_serve.evaluation.needles import answer_tokens, evaluation_samples, is_right
+from minicpm_serve.evaluation.perplexity import loss_of, read_texts
 from weights_io import catalog
 from weights_io.errors import InputError
-from weights_io.partial import partial, write_whole
+from weights_io.files.partial import write_whole
 from weights_io.write import folder_to_fill
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from minicpm_data.tokenizer import Tokenizer
+    pass
 
 VALUES = {  # what each evaluation draws
     "questions": ("score", "share of the questions answered rightly"),
@@ -138,7 +136,7 @@ def evaluated(options: Options, checkpoint: Checkpoint, documents: Sequence[str]
     model, tokenizer = load_model(backend, here)
     backend.device.note_mesh(model, options.batch_size)
     if options.evaluation == "loss":
-        return loss_of(options, model, tokenizer, documents)
+        return loss_of(options.backend, model, tokenizer, documents, options.length, options.batch_size)
     if options.evaluation == "passkey":
         samples = evaluation_samples("passkey", tokenizer.encode, options.length, options.samples, options.seed)
         prompts, most = [sample.ids for sample in samples], answer_tokens("passkey", tokenizer.encode)
@@ -149,89 +147,6 @@ def evaluated(options: Options, checkpoint: Checkpoint, documents: Sequence[str]
         kinds[answer.question["kind"]].append(answer.right)
     right = [r for group in kinds.values() for r in group]
     return {"kinds": {kind: sum(r) / len(r) for kind, r in kinds.items()}, "score": sum(right) / len(right)}
-
-
-def loss_of(options: Options, model: Any, tokenizer: "Tokenizer", documents: Sequence[str]) -> dict[str, Any]:
-    """Mean cross entropy in nats over all tokens that have one before them in their window."""
-    mean_loss = backends.module(options.backend, "losses").mean_loss
-    encoded = [tokenizer.encode(text) for text in documents]
-    rows = [row for ids in encoded for row in windows(ids, options.length, tokenizer.bos_token_id)]
-    total, count = 0.0, 0
-    for ids, labels in batches(rows, options.length, options.batch_size):
-        here = int((labels[:, 1:] != IGNORED).sum())
-        total += float(mean_loss(model, ids, labels)) * here
-        count += here
-    if not count:
-        raise InputError(f"{options.data} holds no two tokens of this tokenizer; give more text.")
-    return {"loss": total / count, "tokens": count}
-
-
-def windows(ids: Sequence[int], width: int, bos_token_id: int | None) -> Iterator[list[int]]:
-    """Pieces of at most ``width`` tokens that predict each token of a document once; each begins with BOS if the
-    document does, else with the token before."""
-    for start in range(1, len(ids), width - 1):
-        first = ids[0] if ids[0] == bos_token_id else ids[start - 1]
-        yield [first, *ids[start : start + width - 1]]
-
-
-def batches(rows: Sequence[list[int]], width: int, size: int) -> "Iterator[tuple[np.ndarray, np.ndarray]]":
-    """Ids and labels [size, width] int32, filled up with tokens that do not count: all of one shape."""
-    import numpy as np
-
-    for start in range(0, len(rows), size):
-        ids, labels = np.zeros((size, width), np.int32), np.full((size, width), IGNORED, np.int32)
-        for place, row in enumerate(rows[start : start + size]):
-            ids[place, : len(row)] = labels[place, : len(row)] = row
-        yield ids, labels
-
-
-def read_texts(path: Path) -> list[str]:
-    """The documents of a text file (one) or of ``.jsonl``. `InputError` where it is neither."""
-    from minicpm_data.documents import read_items
-    from minicpm_data.forms import Reader
-
-    def text(document: dict[str, Any]) -> str:
-        found = Reader().conversation(document)
-        if not isinstance(found, str):
-            raise InputError('it is no "text"; give texts alone.')
-        return found
-
-    if path.suffix == ".jsonl":
-        return read_items(path, text)
-    try:
-        return [path.read_text(encoding="utf-8")]
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give a text file, or .jsonl with a text a line.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None
-
-
-def steps(names: Sequence[str]) -> list[int] | None:
-    """The last number in each name; None where one has none, or two have the same."""
-    found = [re.findall("[0-9]+", name) for name in names]
-    numbers = [int(digits[-1]) for digits in found if digits]
-    return numbers if len(set(numbers)) == len(names) else None
-
-
-def draw(picture: Path, values: dict[str, float], label: str) -> None:
-    """``values`` by checkpoint, over the step in its name or else in the order of the run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    if (numbers := steps(list(values))) is not None:
-        axes.plot(*zip(*sorted(zip(numbers, values.values(), strict=True)), strict=True), "o-")
-        axes.set_xlabel("step")
-    else:
-        axes.plot(range(len(values)), list(values.values()), "o-")
-        axes.set_xticks(range(len(values)), list(values), rotation=30, ha="right")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    with partial(picture) as path:
-        figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minicpm_data.commands import ModelOptions, load_model, note_context
-from minicpm_data.evaluation import replies, require_positive
-from minicpm_data.generation import CacheOptions
+from minicpm_data.cli.evaluate import replies, require_positive
+from minicpm_data.generation.options import CacheOptions
+from minicpm_data.model_options import ModelOptions, load_model, note_context
 from minicpm_serve import backends
-from minicpm_serve.retrieval import Encode, Sample, TaskName, answer_tokens, evaluation_samples, is_right
+from minicpm_serve.evaluation.needles import Encode, Sample, TaskName, answer_tokens, evaluation_samples, is_right
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.partial import write_whole
+from weights_io.files.partial import write_whole
 
 if TYPE_CHECKING:
-    from minicpm_data.tokenizer import Tokenizer
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 GROUPS = 10  # rows of the table
 CONFIDENCE = 1.96  # standard deviations: 95 %
@@ -91,7 +91,7 @@ def main(options: Options) -> None:
 
 def opened(options: ModelOptions) -> "tuple[ModelConfig, Tokenizer]":
     """Config and tokenizer of the checkpoint, whose weights are not read yet. `InputError` where there is none."""
-    from minicpm_data.of_checkpoint import tokenizer_of
+    from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
     from weights_io.checkpoint import open_checkpoint
     from weights_io.hub import resolve
 

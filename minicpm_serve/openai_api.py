@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from minicpm_data.commands import load_model, note_context
-from minicpm_data.evaluation import require_positive
-from minicpm_data.generation import CacheOptions
+from minicpm_data.cli.evaluate import require_positive
+from minicpm_data.generation.options import CacheOptions
+from minicpm_data.model_options import load_model, note_context
 from minicpm_serve import backends
 from minicpm_serve.engine import Engine
 from weights_io import command_line
@@ -69,8 +69,8 @@ def main(options: Options) -> None:
         raise InputError(f"--port is {options.port}; it must be from 0 to 65535.")
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise InputError("the server needs fastapi and uvicorn: pip install 'minicpm-jax-mlx[serve]'.")
-    from minicpm_serve.openai_connections import most_connections
-    from minicpm_serve.openai_gate import checked_hosts, checked_key, checked_origins
+    from minicpm_serve.http.connections import most_connections
+    from minicpm_serve.http.gate import checked_hosts, checked_key, checked_origins
 
     key, origins = checked_key(options.api_key), checked_origins(options.allowed_origins)
     most_connections()
@@ -120,15 +120,15 @@ def server(
     hosts: frozenset[str] | None = None,
     origins: tuple[str, ...] = (),
 ) -> "uvicorn.Server":
-    """``api_key``, ``hosts`` and ``origins`` as in `openai_gate.Access`, ``waiting`` as in `openai_app.application`.
+    """``api_key``, ``hosts`` and ``origins`` as in `gate.Access`, ``waiting`` as in `app.application`.
 
     One that ends without fail or fuss when a signal comes: open answers then have `GRACE` seconds, and at a second
     signal none; nor is a step waited for then that takes longer than `GOODBYE`."""
     import uvicorn
 
-    from minicpm_serve.openai_app import application
-    from minicpm_serve.openai_connections import ACCEPTED, connection_class
-    from minicpm_serve.openai_gate import Access
+    from minicpm_serve.http.app import application
+    from minicpm_serve.http.connections import ACCEPTED, connection_class
+    from minicpm_serve.http.gate import Access
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from minicpm_data import notebook
+from minicpm_data.cli import notebook
 
 ROOT = Path(__file__).parent.parent
 SERVER = "python -m minicpm_serve.openai_api"

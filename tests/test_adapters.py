@@ -16,7 +16,8 @@ from weights_io.adapters import AdapterConfig, read_adapter, save_adapter, stack
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed, write_file
-from weights_io.lora import by_layer, from_layers, module_name, modules, row_norms
+from weights_io.lora import by_layer, from_layers, row_norms
+from weights_io.parameters import module_name, modules
 
 FORMS = ("peft", "mlx_lm")
 WEIGHTS = {"peft": "adapter_model.safetensors", "mlx_lm": "adapters.safetensors"}

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_tokenizer as tiny
 
-from minicpm_data import commands, corpus, evaluation, load_tokenizer, terminal
-from minicpm_data.generation import Backend, Generator
-from minicpm_data.streaming import Response
+from minicpm_data import corpus, load_tokenizer
+from minicpm_data.cli import evaluate, generate, terminal
+from minicpm_data.generation.api import Backend, Generator
+from minicpm_data.generation.responses import Response
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
@@ -50,7 +51,7 @@ class Parrot:
             description=lambda: "a perch",
             is_first=lambda: True,
         )
-        return Backend(self.load, self.generator, device, lambda model, ids: [])
+        return Backend(self.load, self.generator, device, lambda model: model, lambda model, ids: [])
 
 
 @pytest.fixture
@@ -98,19 +99,19 @@ def test_markers_are_text_where_the_template_has_none(parrot):
 
 def test_the_command_ends_at_a_marker_of_the_template(parrot, typed):
     bird = parrot("The fox.<用户>And the dog?")
-    assert typed(commands.run_generate, bird, "--verbose", "False")[:2] == (0, "The fox.\n")
-    raw = typed(commands.run_generate, bird, "--verbose", "False", "--ignore-chat-template")
+    assert typed(generate.run_generate, bird, "--verbose", "False")[:2] == (0, "The fox.\n")
+    raw = typed(generate.run_generate, bird, "--verbose", "False", "--ignore-chat-template")
     assert raw[1] == "The fox.<用户>And the dog?\n"
 
 
 def test_the_command_says_how_many_tokens_were_guessed(parrot, typed):
     bird = parrot("The fox.")
-    code, out, error = typed(commands.run_generate, bird, "--draft-model", "smaller", "--num-draft-tokens", "5")
+    code, out, error = typed(generate.run_generate, bird, "--draft-model", "smaller", "--num-draft-tokens", "5")
     assert (code, out) == (0, "The fox.\n") and re.search(r"\nGuessed: (\d+) of \1 tokens\n", error)
     assert bird.loaded["path"] == "smaller" and bird.speculation.draft_model is bird.model
     assert bird.speculation.num_draft_tokens == 5
-    assert typed(commands.run_generate, bird, "--prompt-lookup")[1] == out and bird.speculation.prompt_lookup
-    code, out, error = typed(commands.run_generate, bird, "--prompt-lookup", "--num-draft-tokens", "0")
+    assert typed(generate.run_generate, bird, "--prompt-lookup")[1] == out and bird.speculation.prompt_lookup
+    code, out, error = typed(generate.run_generate, bird, "--prompt-lookup", "--num-draft-tokens", "0")
     assert (code, out, error) == (2, "", "error: --num-draft-tokens is 0; it must be a whole number from 1 to 64.\n")
 
 
@@ -118,7 +119,7 @@ def test_the_terminal_chat_ends_at_a_marker_and_remembers_what_it_showed(parrot,
     bird = parrot("The fox.<用户>And the dog?")
     lines = iter(["Hello", "world"])
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
-    assert typed(commands.run_chat, bird)[:2] == (0, "The fox.\nThe fox.\n")
+    assert typed(generate.run_chat, bird)[:2] == (0, "The fox.\nThe fox.\n")
     assert bird.tokenizer.decode(bird.asked[1]) == "<用户>Hello<AI>The fox.<用户>world<AI>"
 
 
@@ -137,7 +138,7 @@ def test_a_question_that_is_no_text(parrot, typed, monkeypatch, person, wrong):
 
     monkeypatch.setattr(terminal, "asker", lambda: read)
     monkeypatch.setattr("sys.stdin.isatty", lambda: person, raising=False)
-    code, out, error = typed(commands.run_chat, bird)
+    code, out, error = typed(generate.run_chat, bird)
     assert (code, out) == ((0, "The fox.\n") if person else (2, ""))
     assert error.startswith("error: ") and error.count("\n") == 1
 
@@ -157,7 +158,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_shown(parrot, typed, monkeypa
 
     bird.generator = Generator(interrupted, bird.stream_speculated)
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
-    code, out, _ = typed(commands.run_chat, bird)
+    code, out, _ = typed(generate.run_chat, bird)
     assert code == 0
     first, second, third, _ = out.split("\n")
     assert "The fox and the dog".startswith(first) and second == "" and third == "The fox and the dog"
@@ -169,7 +170,7 @@ def test_what_begins_with_a_slash(parrot, typed, monkeypatch, tmp_path):
     lines = iter([f"/save {kept}", "/system The sea.", "Hello", f"/save {kept}", "/reset", "world", "/system", "Hello"])
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    code, out, error = typed(commands.run_chat, bird)
+    code, out, error = typed(generate.run_chat, bird)
     assert code == 0 and "3 messages added to" in out and "no answer to save yet" in error
     asked = [bird.tokenizer.decode(ids) for ids in bird.asked]
     assert asked == ["The sea.<用户>Hello<AI>", "The sea.<用户>world<AI>", "<用户>Hello<AI>"]
@@ -190,7 +191,7 @@ def test_a_file_of_somebody_else_is_added_to_only_if_the_user_says_so(
     lines = iter(["Hello", f"/save {kept}", answer, f"/save {kept}", *again, f"/save {tmp_path / 'new.jsonl'}"])
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     monkeypatch.setattr("sys.stdin.isatty", lambda: person, raising=False)
-    code, out, error = typed(commands.run_chat, bird)
+    code, out, error = typed(generate.run_chat, bird)
     found = kept.read_text(encoding="utf-8").splitlines()
     if not person:
         assert code == 2 and "kept.jsonl is there already, and this conversation did not write it; choose" in error
@@ -249,8 +250,8 @@ def test_a_second_ctrl_c_does_not_end_the_program(parrot, typed, monkeypatch):
         if (pressed := next(notes, None)) is not None:
             raise pressed
 
-    monkeypatch.setattr(commands, "note_context", note)
-    assert typed(commands.run_chat, bird)[:2] == (0, "The fox.\n\nThe fox.\n")
+    monkeypatch.setattr(generate, "note_context", note)
+    assert typed(generate.run_chat, bird)[:2] == (0, "The fox.\n\nThe fox.\n")
     assert bird.tokenizer.decode(bird.asked[1]) == "<用户>Hello<AI>The fox.<用户>world<AI>"
 
 
@@ -258,7 +259,7 @@ def test_a_question_without_an_answer_is_forgotten(parrot, typed, monkeypatch):
     bird = parrot("")
     lines = iter(["Hello", "world"])
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
-    assert typed(commands.run_chat, bird)[0] == 0
+    assert typed(generate.run_chat, bird)[0] == 0
     assert bird.tokenizer.decode(bird.asked[1]) == "<用户>world<AI>"
 
 
@@ -268,41 +269,41 @@ def test_a_question_without_an_answer_is_forgotten(parrot, typed, monkeypatch):
 )
 def test_every_stop_counts(parrot, typed, flags):
     bird = parrot("The fox and the dog, to the end.")
-    for run in (commands.run_generate, commands.run_chat):
+    for run in (generate.run_generate, generate.run_chat):
         out = typed(run, bird, "--help")[1]
         assert "--stop TEXT [TEXT ...]" in out and "(repeatable)" in out
-    assert typed(commands.run_generate, bird, *flags, "--verbose", "False")[:2] == (0, "The fox and the \n")
+    assert typed(generate.run_generate, bird, *flags, "--verbose", "False")[:2] == (0, "The fox and the \n")
 
 
 def test_an_empty_stop_is_refused_before_anything_is_loaded(parrot, typed):
     bird = parrot("The fox")
-    code, _, error = typed(commands.run_generate, bird, "--stop", "")
+    code, _, error = typed(generate.run_generate, bird, "--stop", "")
     assert (code, error, bird.loaded) == (2, "error: a stop string must not be empty.\n", {})
 
 
 def test_extra_eos_token(parrot, typed):
     bird = parrot("The fox\nand the dog<|im_start|> sleeps", **chatml())
     quiet = ("--verbose", "False", "--extra-eos-token")
-    assert typed(commands.run_generate, bird, *quiet, "<|im_start|>")[:2] == (0, "The fox\nand the dog\n")
-    assert typed(commands.run_generate, bird, *quiet, "<|im_start|>", "\n")[:2] == (0, "The fox\n")
-    code, out, error = typed(commands.run_generate, bird, *quiet, "<nothing>")
+    assert typed(generate.run_generate, bird, *quiet, "<|im_start|>")[:2] == (0, "The fox\nand the dog\n")
+    assert typed(generate.run_generate, bird, *quiet, "<|im_start|>", "\n")[:2] == (0, "The fox\n")
+    code, out, error = typed(generate.run_generate, bird, *quiet, "<nothing>")
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert error.startswith("error: the vocabulary has no token '<nothing>'")
 
 
 def test_the_adapter_is_handed_to_load(parrot, typed, monkeypatch):
     bird = parrot("")
-    assert typed(commands.run_generate, bird, "--adapter-path", "some/adapter")[0] == 0
+    assert typed(generate.run_generate, bird, "--adapter-path", "some/adapter")[0] == 0
     assert bird.loaded.pop("adapter") == "some/adapter"
     monkeypatch.setattr(terminal, "asker", lambda: lambda: "/quit")
-    assert typed(commands.run_chat, bird, "--adapter-path", "some/adapter")[0] == 0
+    assert typed(generate.run_chat, bird, "--adapter-path", "some/adapter")[0] == 0
     assert (bird.loaded["adapter"], bird.loaded["dtype"]) == ("some/adapter", "float16")
 
 
 def test_prefill_response(parrot, typed):
     bird = parrot(" the fox.")
     flags = ("--prompt", "Hello", "--verbose", "False", "--prefill-response", "It is ")
-    assert typed(commands.run_generate, bird, *flags)[0] == 0
+    assert typed(generate.run_generate, bird, *flags)[0] == 0
     assert bird.asked == [bird.tokenizer.encode("<用户>Hello<AI>It is")]
 
 
@@ -310,7 +311,7 @@ def test_chat_template_config(parrot, typed):
     template = "{{ mode }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ tools[0].name if tools }}"
     bird = parrot("", chat_template=template)
     config = '{"mode": "The fox", "tools": [{"name": "dog</s>"}]}'
-    assert typed(commands.run_generate, bird, "--prompt", "Hello", "--chat-template-config", config)[0] == 0
+    assert typed(generate.run_generate, bird, "--prompt", "Hello", "--chat-template-config", config)[0] == 0
     assert bird.tokenizer.decode(bird.asked[0]) == "The foxHellodog</s>"
     assert 2 not in bird.asked[0]
 
@@ -329,7 +330,7 @@ def test_chat_template_config(parrot, typed):
     ids=lambda value: str(value)[:60],
 )
 def test_flags_of_the_template_that_cannot_be_used(parrot, typed, flags, said):
-    code, out, error = typed(commands.run_generate, parrot("The fox"), *flags)
+    code, out, error = typed(generate.run_generate, parrot("The fox"), *flags)
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert said in error
 
@@ -384,7 +385,7 @@ def test_a_share_of_the_sums_can_be_required(parrot, typed, required, code):
     answer = next(corpus.questions())["answer"]
     bird = parrot(f"It is {answer}<用户>0")
     flags = [] if required is None else ["--require-sums", required]
-    ended, out, error = typed(evaluation.run_evaluate, bird, "--limit", "2", *flags)
+    ended, out, error = typed(evaluate.run_evaluate, bird, "--limit", "2", *flags)
     assert ended == code
     assert error.count("\n") == (code > 0)
     assert code == 2 or "sum             1 of    2 right, 50.0%" in out
@@ -396,14 +397,14 @@ def test_questions_of_a_file_are_read_as_training_data_is(parrot, typed, tmp_pat
     bird = parrot("<vul>x", added_tokens_decoder={str(n): tiny.special("<vul>")})
     path, line = tmp_path / "test.jsonl", {"prompt": "<vul>", "completion": "<vul>x", "score": 1, "source": "here"}
     path.write_text(json.dumps(line) + "\n")
-    ended, _, error = typed(evaluation.run_evaluate, bird, "--data", str(path))
+    ended, _, error = typed(evaluate.run_evaluate, bird, "--data", str(path))
     assert ended == 2 and 'test.jsonl, line 1: it has "score", which is not understood' in error
-    ended, out, _ = typed(evaluation.run_evaluate, bird, "--data", str(path), "--ignore-keys", "score")
+    ended, out, _ = typed(evaluate.run_evaluate, bird, "--data", str(path), "--ignore-keys", "score")
     assert ended == 0 and "not read: score and source" in out and "1 of    1 right" in out
     assert n in bird.asked[-1]
     flags = ("--ignore-keys", "score", "--special-tokens-as-text")
-    ended, _, _ = typed(evaluation.run_evaluate, bird, "--data", str(path), *flags)
+    ended, _, _ = typed(evaluate.run_evaluate, bird, "--data", str(path), *flags)
     assert ended == 0 and n not in bird.asked[-1]
     path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}) + "\n")
-    ended, _, error = typed(evaluation.run_evaluate, bird, "--data", str(path))
+    ended, _, error = typed(evaluate.run_evaluate, bird, "--data", str(path))
     assert ended == 2 and "its last answer is not to be trained" in error

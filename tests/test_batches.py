@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minicpm_data.batches import IGNORED, Batches, best_fit, evaluation_batches, one_of_few
-from minicpm_data.examples import Example, Pair
+from minicpm_data.datasets.batches import Batches, best_fit, evaluation_batches, one_of_few
+from minicpm_data.datasets.examples import IGNORED, Example, Pair
 from weights_io.errors import InputError
 
 

@@ -13,16 +13,18 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
-from minicpm_data.generation import Sampling  # noqa: E402
-from minicpm_jax import attention, load  # noqa: E402
-from minicpm_jax.attention import attend, attend_blocks, attend_cache, through_cache  # noqa: E402
-from minicpm_jax.cache import Cache  # noqa: E402
-from minicpm_jax.chips import Topology  # noqa: E402
-from minicpm_jax.decoding import State, decode, prefill  # noqa: E402
-from minicpm_jax.kernels.cache_attention import Tiling, bytes_read, cache_attention, cost  # noqa: E402
+from minicpm_data.generation.options import Sampling  # noqa: E402
+from minicpm_jax import load  # noqa: E402
+from minicpm_jax.generation.decoding import State, decode, prefill  # noqa: E402
+from minicpm_jax.generation.sampling import Knobs  # noqa: E402
+from minicpm_jax.layers import attention  # noqa: E402
+from minicpm_jax.layers.attention import attend, attend_cache, through_cache  # noqa: E402
+from minicpm_jax.layers.blockwise import attend_blocks  # noqa: E402
+from minicpm_jax.layers.kernels.cache_attention import Tiling, bytes_read, cache_attention, cost  # noqa: E402
+from minicpm_jax.layers.kv_cache import Cache  # noqa: E402
 from minicpm_jax.model import abstract  # noqa: E402
-from minicpm_jax.sampling import Knobs  # noqa: E402
-from minicpm_jax.sharding import automatic  # noqa: E402
+from minicpm_jax.parallel.chips import Topology  # noqa: E402
+from minicpm_jax.parallel.mesh import automatic  # noqa: E402
 
 pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
 

@@ -10,11 +10,11 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
-from minicpm_jax import attention  # noqa: E402
-from minicpm_jax.attention import attend_parts, attend_rows  # noqa: E402
-from minicpm_jax.chips import Topology  # noqa: E402
-from minicpm_jax.kernels.causal_attention import causal_attention  # noqa: E402
-from minicpm_jax.sharding import automatic  # noqa: E402
+from minicpm_jax.layers import attention  # noqa: E402
+from minicpm_jax.layers.attention import attend_parts, attend_rows  # noqa: E402
+from minicpm_jax.layers.kernels.causal_attention import causal_attention  # noqa: E402
+from minicpm_jax.parallel.chips import Topology  # noqa: E402
+from minicpm_jax.parallel.mesh import automatic  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

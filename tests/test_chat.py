@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny_tokenizer as tiny
 
-from minicpm_data import chat, load_tokenizer, template_process
+from minicpm_data import load_tokenizer
+from minicpm_data.tokenizer import chat_template, template_process
 from weights_io.errors import InputError
 
 WORDS = ["Hello", " world", "你好", "\n", "  ", "<用户>", "<AI>", "<td>", "👍", "<", "|", "s", ">", "</", "42"]
@@ -58,10 +59,10 @@ def test_ids_are_those_of_the_rendered_text(name, request):
     rng = random.Random(0)
     for _ in range(300):
         messages = [
-            {"role": rng.choice(chat.ROLES), "content": "".join(rng.choices(WORDS, k=rng.randrange(9)))}
+            {"role": rng.choice(chat_template.ROLES), "content": "".join(rng.choices(WORDS, k=rng.randrange(9)))}
             for _ in range(rng.randrange(1, 4))
         ]
-        text = chat.render(tokenizer.chat_template, messages)
+        text = chat_template.render(tokenizer.chat_template, messages)
         if not any(special in text for special in ("<s>", "</s>")):
             assert tokenizer.apply_chat(messages) == tokenizer.encode(text)
 
@@ -191,7 +192,7 @@ ENDLESS = {
 @pytest.mark.parametrize("name", FAILING)
 def test_template_errors_are_input_errors(name):
     with pytest.raises(InputError, match="chat template cannot be applied") as caught:
-        chat.render(FAILING[name], user("Hello"))
+        chat_template.render(FAILING[name], user("Hello"))
     text = str(caught.value)
     assert "\n" not in text and len(text) < 400 and text.endswith(".")
 
@@ -202,10 +203,10 @@ def test_templates_without_bounds(template):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
     with pytest.raises(InputError, match="more time or memory than is reasonable"):
-        chat.render(template, user("Hello"))
+        chat_template.render(template, user("Hello"))
     assert time.monotonic() - began < template_process.WALL_SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 50_000
-    assert chat.render("{{ messages[0].content }}", user("你好\ud83d")) == "你好\ud83d"
+    assert chat_template.render("{{ messages[0].content }}", user("你好\ud83d")) == "你好\ud83d"
 
 
 @pytest.mark.parametrize("template", ["{{ 'x' * 10**10 }}{{ a }}", "{{ 9**(9**9) }}{{ a }}"])
@@ -213,20 +214,20 @@ def test_names_of_a_template_without_bounds(template):
     """Jinja works out the constants of a template whose names are asked for."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        assert chat.variables_of(template) == {"a"}
+        assert chat_template.variables_of(template) == {"a"}
     except InputError as error:
         assert "more time or memory than is reasonable" in str(error)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 50_000
     with pytest.raises(InputError, match="the chat template cannot be read"):
-        chat.variables_of("{% if %}")
+        chat_template.variables_of("{% if %}")
 
 
 def test_a_process_that_somebody_ended_is_replaced():
-    chat.render("x", user("x"))
+    chat_template.render("x", user("x"))
     for worker in template_process._idle:
         worker.process.kill()
         worker.process.wait()
-    assert chat.render("{{ messages[0].content }}", user("y")) == "y"
+    assert chat_template.render("{{ messages[0].content }}", user("y")) == "y"
 
 
 def test_threads_render_at_once():
@@ -235,8 +236,8 @@ def test_threads_render_at_once():
     def render(n: int) -> bool:
         if n % 8 == 7:
             with pytest.raises(InputError):
-                chat.render("{{ raise_exception('no') }}", user("x"))
-        return all(chat.render(template, user(f"{n} {k}")) == f"{n} {k}" for k in range(20))
+                chat_template.render("{{ raise_exception('no') }}", user("x"))
+        return all(chat_template.render(template, user(f"{n} {k}")) == f"{n} {k}" for k in range(20))
 
     with ThreadPoolExecutor(12) as threads:
         assert all(threads.map(render, range(24)))
@@ -244,7 +245,7 @@ def test_threads_render_at_once():
 
 
 def test_a_forked_process_renders_by_itself():
-    chat.render("x", user("x"))
+    chat_template.render("x", user("x"))
     code = (
         "import os; from minicpm_data import chat; m = [{'role': 'user', 'content': 'x'}]; chat.render('a', m)\n"
         "child = os.fork()\n"
@@ -258,17 +259,17 @@ def test_a_forked_process_renders_by_itself():
 
 def test_all_private_use_characters_in_a_message(tokenizer):
     with pytest.raises(InputError, match="private-use"):
-        tokenizer.apply_chat(user("".join(map(chr, chat.PRIVATE_USE))))
+        tokenizer.apply_chat(user("".join(map(chr, chat_template.PRIVATE_USE))))
 
 
 def test_special_tokens_without_end(tmp_path):
     with pytest.raises(InputError, match="too many"):
-        chat.Markers(f"<{n}{'x' * 30}>" for n in range(20_000))
+        chat_template.Markers(f"<{n}{'x' * 30}>" for n in range(20_000))
 
 
 def test_template_features():
     template = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
-    assert chat.render(template, user("你好") * 2) == '{"role": "user", "content": "你好"}'
-    assert len(chat.render("{{ strftime_now('%Y') }}", user(""))) == 4
-    assert chat.render("{% generation %}{{ messages[0].content }}{% endgeneration %}", user("x")) == "x"
-    assert chat.render("  {% if true %}\nx\n  {% endif %}\n", user("")) == "x\n"  # trim_blocks, lstrip_blocks
+    assert chat_template.render(template, user("你好") * 2) == '{"role": "user", "content": "你好"}'
+    assert len(chat_template.render("{{ strftime_now('%Y') }}", user(""))) == 4
+    assert chat_template.render("{% generation %}{{ messages[0].content }}{% endgeneration %}", user("x")) == "x"
+    assert chat_template.render("  {% if true %}\nx\n  {% endif %}\n", user("")) == "x\n"  # trim_blocks, lstrip_blocks

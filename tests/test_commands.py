@@ -102,11 +102,11 @@ PLACED |= {"minicpm_jax.parity": {"model": "pico", "reference": Path("x.npz")}}
 @pytest.fixture
 def eight(monkeypatch):
     """As on eight TPUs: a command that names no mesh gets one over all devices."""
-    from minicpm_jax import sharding
+    from minicpm_jax.parallel import mesh as meshes
 
-    mesh = sharding.make_mesh("fsdp=8")
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda text: mesh if text is None else make_mesh(text))
+    mesh = meshes.make_mesh("fsdp=8")
+    make_mesh = meshes.make_mesh
+    monkeypatch.setattr(meshes, "make_mesh", lambda text: mesh if text is None else make_mesh(text))
     return mesh
 
 
@@ -147,8 +147,9 @@ NOT_GENERATING = ("minicpm_serve.history", "minicpm_jax.parity", "minicpm_jax.kv
 @pytest.mark.parametrize("matrix_unit", [True, False])
 def test_what_a_command_that_generates_computes_in(name, matrix_unit, eight, four_heads, monkeypatch):
     """On a CPU: bfloat16 where a matrix unit makes it fast, in the form for decoding, which a mesh does not take."""
-    from minicpm_data.commands import load_model
-    from minicpm_jax import device, sharding
+    from minicpm_data.model_options import load_model
+    from minicpm_jax import device
+    from minicpm_jax.parallel import mesh as meshes
     from minicpm_serve import backends
 
     monkeypatch.setattr(device, "_has_matrix_unit", lambda: matrix_unit)
@@ -160,7 +161,7 @@ def test_what_a_command_that_generates_computes_in(name, matrix_unit, eight, fou
 
     assert loaded() == ("float32", {"fsdp": 2, "tensor": 4})
     assert loaded(mesh="tensor=8") == ("float32", {"tensor": 8})
-    monkeypatch.setattr(sharding, "make_mesh", lambda text: None)
+    monkeypatch.setattr(meshes, "make_mesh", lambda text: None)
     assert loaded() == ("bfloat16" if matrix_unit else "float32", None)
     assert loaded(dtype="float32") == ("float32", None)
 

@@ -7,14 +7,14 @@ import pytest
 import tiny_training as tiny
 
 from minicpm_data import load_tokenizer
-from minicpm_data.batches import Batches
-from minicpm_data.examples import load_split
-from minicpm_data.finetuning import arrays
+from minicpm_data.datasets.batches import Batches
+from minicpm_data.datasets.examples import load_split
+from minicpm_data.training.loop import arrays
 
 mx = pytest.importorskip("mlx.core")
 
 from benchmarks.graph_nodes import nodes  # noqa: E402
-from minicpm_mlx import train  # noqa: E402
+from minicpm_mlx.training import step as train  # noqa: E402
 
 KINDS = {
     "lora": lambda root, out: tiny.lora(root, out),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_data import corpus, corpus_facts, load_tokenizer, vocabulary
-from minicpm_data.chat import MINICPM_TEMPLATE
-from minicpm_data.corpus_skills import held_out, reversed_row
+from minicpm_data import corpus, load_tokenizer, vocabulary
+from minicpm_data.pico_corpus import facts
+from minicpm_data.pico_corpus.skills import held_out, reversed_row
+from minicpm_data.tokenizer.chat_template import MINICPM_TEMPLATE
 from weights_io.errors import InputError
 
 N = r"(\d+)"
@@ -140,7 +141,7 @@ def test_questions_are_new_and_have_one_answer(questions, texts):
 
 def test_no_question_form_has_two_answers():
     answers = {}
-    for fact in [*(fact for family in corpus_facts.families() for fact in family), *corpus_facts.translations()]:
+    for fact in [*(fact for family in facts.families() for fact in family), *facts.translations()]:
         for asked in fact.questions:
             assert answers.setdefault(asked, fact.answer) == fact.answer, asked
         assert fact.statement.rstrip(".。").lower().endswith(fact.answer.lower())

@@ -19,7 +19,7 @@ import tyro
 from shown import ROOT, blocks, commands, run, served
 
 import minicpm_jax
-from minicpm_data.commands import GenerateOptions
+from minicpm_data.cli.generate import GenerateOptions
 from weights_io import catalog
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint

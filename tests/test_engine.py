@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from minicpm_data.generation import CacheOptions, Sampling
+from minicpm_data.generation.options import CacheOptions, Sampling
 from minicpm_serve import engine as serve
 from weights_io.errors import InputError
 
@@ -43,7 +43,7 @@ def alone(backend, model):
 
 
 def make(backend, model, **options):
-    return importlib.import_module(f"{backend.__name__}.engine").Engine(model, **options)
+    return importlib.import_module(f"{backend.__name__}.generation.engine").Engine(model, **options)
 
 
 def add(engine, index):
@@ -120,7 +120,7 @@ def test_a_cancelled_request_gives_up_its_slot(backend, model, alone):
 def test_a_prompt_that_begins_alike_is_not_run_twice(backend, model, alone, monkeypatch):
     engine = make(backend, model, slots=2, memory=CacheOptions(prefill_step_size=16))
     assert run(engine) == {} and run_one(engine, 1) == alone[1]
-    ran, decoding = [], importlib.import_module(f"{backend.__name__}.decoding")
+    ran, decoding = [], importlib.import_module(f"{backend.__name__}.generation.decoding")
     name = "prefill" if backend.__name__ == "minicpm_jax" else "run"
     real = getattr(decoding, name)
     monkeypatch.setattr(decoding, name, lambda *arguments: ran.append(1) or real(*arguments))

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tiny_tokenizer as tiny
 
-from minicpm_data import chat, load_tokenizer
-from minicpm_data.examples import find_split, load_split, make_example, make_pair
-from minicpm_data.tokenizer import Tokenizer
+from minicpm_data import load_tokenizer
+from minicpm_data.datasets.examples import find_split, load_split, make_example, make_pair
+from minicpm_data.tokenizer import chat_template
+from minicpm_data.tokenizer.tokenizer import Tokenizer
 from weights_io.errors import InputError
 
 TWO_TURNS = [
@@ -176,7 +177,7 @@ def test_templates_that_change_answers(tmp_path, template):
 @pytest.mark.parametrize("form", [str, str.strip, str.lstrip, str.rstrip])
 def test_the_template_strips_as_it_does_without_marks(form):
     prompt = f"A: {form(' x ')} B: {form(' ')}."
-    assert chat.cut_at_answers(prompt, ["A: ", " B: ", "."], [" x ", " "]) == [
+    assert chat_template.cut_at_answers(prompt, ["A: ", " B: ", "."], [" x ", " "]) == [
         "A: ",
         form(" x "),
         " B: ",

@@ -15,11 +15,12 @@ import tiny_adapter
 import tiny_training as tiny
 from tiny_training import BACKENDS, part
 
-from minicpm_data import finetuning, load_tokenizer
-from minicpm_data.batches import Batches
-from minicpm_data.examples import load_split
-from minicpm_data.finetune_options import LoraOptions
+from minicpm_data import load_tokenizer
+from minicpm_data.datasets.batches import Batches
+from minicpm_data.datasets.examples import load_split
 from minicpm_data.metrics import read_records
+from minicpm_data.training import loop
+from minicpm_data.training.options import LoraOptions
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
@@ -142,13 +143,13 @@ def command_line(monkeypatch, backend, *arguments):
     """Exit code of the command, in this process."""
     monkeypatch.setattr(sys, "argv", ["lora", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        finetuning.run(part(backend, "generate").backend, part(backend, "lora").trainer, LoraOptions, "lora")
+        loop.run(part(backend, "backend").backend, part(backend, "backend").trainer, LoraOptions, "lora")
     return end.value.code
 
 
 def test_ctrl_c_waits_for_the_step_and_says_how_to_go_on(backend, world, whole, tmp_path, monkeypatch, capsys):
     options = tiny.lora(world, tmp_path / "out", **LONG)
-    trainer, step = part(backend, "trainer").Trainer, part(backend, "trainer").Trainer.step
+    trainer, step = part(backend, "training.trainer").Trainer, part(backend, "training.trainer").Trainer.step
 
     def interrupted(self, batches, rate, number):
         if number == 7:
@@ -170,7 +171,7 @@ def test_ctrl_c_waits_for_the_step_and_says_how_to_go_on(backend, world, whole, 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_leaves_what_was_saved(backend, world, whole, tmp_path, monkeypatch, capsys):
     options = tiny.lora(world, tmp_path / "out", **LONG)
-    trainer = part(backend, "trainer").Trainer
+    trainer = part(backend, "training.trainer").Trainer
     save, export = trainer.save, trainer.export
 
     def on_a_full_disk(method):
@@ -265,7 +266,7 @@ def test_a_checkpoint_of_all_weights_becomes_a_model(world, all_weights, tmp_pat
 def batch(world):
     tokenizer = load_tokenizer(world / "model")
     examples = load_split(world / "data", "train", tokenizer, tiny.WIDTH).examples
-    return finetuning.arrays(Batches(examples, 2, tiny.WIDTH, seed=0)[0], None)
+    return loop.arrays(Batches(examples, 2, tiny.WIDTH, seed=0)[0], None)
 
 
 def test_recomputing_layers_changes_nothing(backend, world, batch, tmp_path):
@@ -417,14 +418,14 @@ def test_a_damaged_checkpoint_is_told(backend, tmp_path):
     """And the one before it is there to go on from."""
     ones = part(backend, "model").jnp.ones if backend == "minicpm_jax" else part(backend, "model").mx.ones
     state = {"weights": {"a": ones((64, 64))}}
-    checkpoints = part(backend, "checkpoints").Checkpoints(tmp_path)
+    checkpoints = part(backend, "training.run_checkpoints").Checkpoints(tmp_path)
     for step in (1, 2):
         checkpoints.save(step, state)
     for path in (tmp_path / "2").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=r"step 2 cannot be read .*; delete .*2 and --resume goes on from step 1\."):
-        part(backend, "checkpoints").Checkpoints(tmp_path).restore(state)
+        part(backend, "training.run_checkpoints").Checkpoints(tmp_path).restore(state)
     shutil.rmtree(tmp_path / "2")
-    restored = part(backend, "checkpoints").Checkpoints(tmp_path).restore(state)
+    restored = part(backend, "training.run_checkpoints").Checkpoints(tmp_path).restore(state)
     np.testing.assert_array_equal(np.array(restored["weights"]["a"]), np.ones((64, 64)))

@@ -10,16 +10,20 @@ import sys
 
 import pytest
 
+from minicpm_jax.aot import report
+
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
-from minicpm_jax import compiler, fit, hlo  # noqa: E402
-from minicpm_jax.chips import CHIPS, Topology, chip_of  # noqa: E402
-from minicpm_jax.flops import flops  # noqa: E402
-from minicpm_jax.jobs import config_of, default_mesh  # noqa: E402
+from minicpm_jax import fit, libtpu  # noqa: E402
+from minicpm_jax.aot import hlo_cost  # noqa: E402
+from minicpm_jax.aot.flops import flops  # noqa: E402
+from minicpm_jax.aot.programs import config_of  # noqa: E402
+from minicpm_jax.parallel.chips import CHIPS, Topology, chip_of  # noqa: E402
+from minicpm_jax.parallel.sharding import default_mesh  # noqa: E402
 from weights_io import catalog  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 
@@ -74,7 +78,7 @@ def compiled(function, *shapes, donate=(), mesh=None, specs=()):
     ids=["product", "scan over stacked weights", "update in place", "copy", "gather"],
 )
 def test_bytes_of_programs_that_are_known(function, shapes, donate, expected):
-    found = hlo.traffic(compiled(function, *shapes, donate=donate)).hbm
+    found = hlo_cost.traffic(compiled(function, *shapes, donate=donate)).hbm
     assert abs(found - expected) <= max(0.02 * expected, 8192), (found, expected)
 
 
@@ -82,14 +86,14 @@ def test_bytes_of_programs_that_are_known(function, shapes, donate, expected):
 def test_collectives_of_programs_that_are_known():
     split, whole = PartitionSpec("x"), PartitionSpec()
     text = compiled(lambda w, x: x @ w, (4096, 4096), (8, 4096), mesh="v5e:2x2", specs=(split, whole))
-    assert hlo.traffic(text).counts == {"all-reduce": 1}
+    assert hlo_cost.traffic(text).counts == {"all-reduce": 1}
 
     def layers(w, x):
         return jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, w)[0]
 
     specs = PartitionSpec(None, None, "x"), PartitionSpec("x")
     text = compiled(layers, (12, 2048, 2048), (32768, 2048), mesh="v5e:2x2", specs=specs)
-    found = hlo.traffic(text)
+    found = hlo_cost.traffic(text)
     assert set(found.counts) == {"all-gather"} and found.counts["all-gather"] in (12, 13)  # a turn ahead
     assert found.bytes["all-gather"] == found.counts["all-gather"] * 2 * 2048 * 2048
 
@@ -120,7 +124,7 @@ ENTRY %main (a: f32[8,64]) -> f32[8,64] {
   ROOT %out = f32[8,64]{1,0:T(8,128)} get-tuple-element(%w), index=1
 }
 """  # noqa: E501
-    assert hlo.traffic(text).hbm == 5 * 2 * 8 * 128 * 4
+    assert hlo_cost.traffic(text).hbm == 5 * 2 * 8 * 128 * 4
 
 
 def test_a_collective_beside_a_loop_counts_once():
@@ -162,7 +166,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   ROOT %w = f32[8]{0} while(%x), condition=%end, body=%body, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
-    found = hlo.traffic(text)
+    found = hlo_cost.traffic(text)
     assert (found.counts, found.bytes) == (
         {"all-gather": 1, "all-reduce": 5, "reduce-scatter": 5},
         {"all-gather": 64 * 4, "all-reduce": 5 * 8 * 4, "reduce-scatter": 5 * 2 * 8 * 4},
@@ -217,8 +221,8 @@ def test_decoding_of_the_2b_reads_its_weights_and_its_cache_once():
     need, memory, text = 5_449_761_792 + 1_509_949_440, compiled.memory_analysis(), compiled.as_text()
     assert need <= memory.argument_size_in_bytes < 1.0001 * need
     assert memory.temp_size_in_bytes < MIB
-    assert need <= hlo.traffic(text).hbm < 1.001 * need
-    copies = [i for i, _ in hlo.Program(text).instructions() if i.opcode in ("copy", "copy-start", "transpose")]
+    assert need <= hlo_cost.traffic(text).hbm < 1.001 * need
+    copies = [i for i, _ in hlo_cost.Program(text).instructions() if i.opcode in ("copy", "copy-start", "transpose")]
     assert all(i.buffers[0].size < MIB for i in copies)
 
 
@@ -227,7 +231,7 @@ def test_eight_chips_decode_with_their_heads_of_the_2b_and_copy_no_cache():
     """36 heads as 6 on each chip, 4,096 slots of 2 x 40 x 384 numbers: 0.25 GB of cache. Measured: 0.8 MB of
     temporaries, with libtpu 0.0.48 1.5."""
     job = fit.job_of(fit.Options("minicpm-2b", "v5e:2x4", "generate", seq=4096))
-    found = fit.report(job)
+    found = report.report(job)
     assert found.mesh == "tensor=8" and found.aliased >= 4096 * 2 * 40 * 384 * 2
     assert found.temporaries < 2 * MIB and found.hbm_traffic < 1.01e9
     assert set(found.collectives) == {"all-reduce"}
@@ -241,7 +245,7 @@ def test_rows_of_a_cache_lie_on_chips_of_their_own(mesh, counts):
     """8 rows of the 2B, in int8. Over tensor a step adds up the words, and twice in each layer; over fsdp a chip has
     one row, and each layer gathers and scatters once besides, and passes heads on to the next chips, 0.6 MB in all.
     Measured: at most 0.5 MB of temporaries, with libtpu 0.0.48 1.1."""
-    found = fit.report(fit.job_of(fit.Options("minicpm-2b", "v5e:2x4", batch=8, kv_bits=8, mesh=mesh)))
+    found = report.report(fit.job_of(fit.Options("minicpm-2b", "v5e:2x4", batch=8, kv_bits=8, mesh=mesh)))
     assert found.temporaries < 2 * MIB and found.hbm_traffic < 1.01 * found.arguments < 2.1e9
     assert {kind: of["count"] for kind, of in found.collectives.items() if of["count"] > 40} == counts
     assert sum(of["bytes"] for of in found.collectives.values()) < 21e6
@@ -272,7 +276,7 @@ def test_training_over_chips_gathers_weights_and_scatters_gradients(
     text = fit.compile_job(
         two_layers, "v5e:2x4", "finetune", batch=8, seq=1024, mesh=mesh, grad_checkpoint=True
     ).as_text()
-    found = hlo.traffic(text)
+    found = hlo_cost.traffic(text)
     assert set(found.counts) == {"all-gather", "reduce-scatter", "all-reduce"}
     assert found.counts["all-reduce"] <= reductions and found.bytes["all-reduce"] < 100_000
     assert 0.98 * scattered < found.bytes["reduce-scatter"] < scattered
@@ -284,7 +288,7 @@ def test_training_over_chips_gathers_weights_and_scatters_gradients(
 def test_a_v4_is_one_device_and_older_chips_are_two():
     for topology, dtype, devices, hbm in (("v4:2x2x1", "bfloat16", 4, 32), ("v3:2x2", "float32", 8, 16)):
         job = fit.job_of(fit.Options("pico", topology, batch=8, seq=64, dtype=dtype))
-        assert len(job.devices) == devices and fit.report(job).hbm == hbm * 2**30
+        assert len(job.devices) == devices and report.report(job).hbm == hbm * 2**30
 
 
 @pytest.mark.tpu
@@ -306,7 +310,7 @@ def test_a_topology_may_be_smaller_than_a_host(shape):
 )
 def test_what_each_release_of_libtpu_is_told(release, given, told, monkeypatch):
     """It ends the process at a flag that it does not know; what a user gave stands."""
-    flags = {"WINDOWED": compiler.WINDOWED, "TILES": compiler.TILES}
+    flags = {"WINDOWED": libtpu.WINDOWED, "TILES": libtpu.TILES}
 
     def spelled(text):
         return re.sub("WINDOWED|TILES", lambda found: flags[found[0]], text)
@@ -314,7 +318,7 @@ def test_what_each_release_of_libtpu_is_told(release, given, told, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: release)
     monkeypatch.setattr(os, "environ", {"LIBTPU_INIT_ARGS": spelled(given)})
-    compiler.tell_libtpu()
+    libtpu.tell_libtpu()
     assert os.environ["LIBTPU_INIT_ARGS"].split() == [spelled(flag) for flag in told]
 
 

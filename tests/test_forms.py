@@ -7,11 +7,11 @@ import pytest
 import tiny_tokenizer as tiny
 
 from minicpm_data import load_tokenizer
-from minicpm_data.examples import load_split, make_example, make_pair, show_first
-from minicpm_data.forms import Reader
+from minicpm_data.datasets.examples import load_split, make_example, make_pair, show_first
+from minicpm_data.datasets.formats import Reader
+from minicpm_data.datasets.pretraining import pretraining_ids
+from minicpm_data.datasets.turns import Turn
 from minicpm_data.keys import KeyRules
-from minicpm_data.packing import pretraining_ids
-from minicpm_data.turns import Turn
 from weights_io.errors import InputError
 
 ADDED = {"<|im_end|>": True, "<|im_start|>": True, "<think>": False, "</think>": False}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from minicpm_data import generation
+from minicpm_data.generation.options import Sampling
 from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
@@ -145,7 +145,8 @@ def test_the_coldest_draws_are_greedy(backend, babbler, temperature):
 
 
 def test_the_cache_of_jax_grows_with_the_answer(tmp_path, monkeypatch):
-    from minicpm_jax import decoding, load, stream_generate
+    from minicpm_jax import load, stream_generate
+    from minicpm_jax.generation import decoding
 
     model, _ = load(tiny_model.write(tmp_path, eos_token_id=None))
     prompts = [[1, 7, 9], [1] * 30]
@@ -174,7 +175,7 @@ def test_draws_follow_the_distribution(backend, options):
     logits = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], np.float32)
     seen = np.array([True, False, False, True, False, False, False, True])
     expected = warped(logits, seen, **options)
-    counts = Counter(draws(backend.__name__, logits, seen, 2000, generation.Sampling(**options, seed=0)))
+    counts = Counter(draws(backend.__name__, logits, seen, 2000, Sampling(**options, seed=0)))
     assert set(counts) <= set(np.flatnonzero(expected))
     for token, probability in enumerate(expected):  # 4.5 standard deviations
         assert abs(counts[token] / 2000 - probability) <= 4.5 * np.sqrt(probability * (1 - probability) / 2000)
@@ -201,7 +202,7 @@ def warped(logits, seen, temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_
 
 def draws(package, logits, seen, count, sampling):
     """``count`` tokens drawn by the backend's own sampler."""
-    sampler = importlib.import_module(f"{package}.sampling")
+    sampler = importlib.import_module(f"{package}.generation.sampling")
     rows, seen_rows = np.tile(logits, (count, 1)), np.tile(seen, (count, 1))
     if package == "minicpm_jax":
         import jax
@@ -301,8 +302,8 @@ def test_both_packages_export_the_same_calls():
 def test_the_size_of_a_prompts_pieces_changes_nothing(backend, reference, folder, pieces, monkeypatch):
     """Under dynamic NTK too: each piece takes the base of the whole prompt."""
     if backend.__name__ == "minicpm_jax":  # whose pieces are at least 32 tokens, and attention's blocks 512
-        monkeypatch.setattr("minicpm_jax.decoding.bucket", lambda length: -(-length // 4) * 4)
-        monkeypatch.setattr("minicpm_jax.attention.BLOCK", 7)
+        monkeypatch.setattr("minicpm_jax.generation.decoding.bucket", lambda length: -(-length // 4) * 4)
+        monkeypatch.setattr("minicpm_jax.layers.blockwise.BLOCK", 7)
     model, data = opened(backend, reference(folder))
     for ending in ["", *(key.removeprefix("prompt_ids") for key in data if key.startswith("prompt_ids_P"))]:
         prompt, expected = data[f"prompt_ids{ending}"][0].tolist(), data[f"greedy_ids{ending}"].reshape(-1).tolist()

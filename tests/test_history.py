@@ -8,10 +8,11 @@ import pytest
 import tiny_model
 from test_commands import run
 
-from minicpm_data import parity
+from minicpm_data.diagnostics import parity
 from minicpm_serve import backends, history
+from minicpm_serve.evaluation import curves, perplexity
+from weights_io.built_in import built_in
 from weights_io.errors import InputError
-from weights_io.hub import built_in
 
 pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
 
@@ -57,7 +58,7 @@ def test_loss_over_folders(backend, run_folder, tmp_path):
     assert (tmp_path / "history.png").read_bytes().startswith(PNG)
     model, tokenizer = backends.get(backend).load(run_folder / "step200", "float32")
     total, count = 0.0, 0
-    for text in history.read_texts(run_folder / "text.jsonl"):
+    for text in perplexity.read_texts(run_folder / "text.jsonl"):
         ids = tokenizer.encode(text)
         for start in range(1, len(ids), 15):
             row = np.array([[tokenizer.bos_token_id, *ids[start : start + 15]]])
@@ -69,11 +70,11 @@ def test_loss_over_folders(backend, run_folder, tmp_path):
 def test_windows_predict_each_token_once():
     ids = list(range(1, 24))
     for bos in (1, None):
-        rows = list(history.windows(ids, 8, bos))
+        rows = list(perplexity.windows(ids, 8, bos))
         assert [i for row in rows for i in row[1:]] == ids[1:] and all(len(row) <= 8 for row in rows)
         assert [row[0] for row in rows] == ([1, 1, 1, 1] if bos else [1, 8, 15, 22])
-    assert list(history.windows([1], 8, 1)) == []
-    ((whole, labels), (rest, _)) = history.batches([[1, 2, 3], [1, 4], [1, 5]], 4, 2)
+    assert list(perplexity.windows([1], 8, 1)) == []
+    ((whole, labels), (rest, _)) = perplexity.batches([[1, 2, 3], [1, 4], [1, 5]], 4, 2)
     assert whole.tolist() == [[1, 2, 3, 0], [1, 4, 0, 0]] and labels.tolist() == [[1, 2, 3, -100], [1, 4, -100, -100]]
     assert rest.shape == whole.shape
 
@@ -125,14 +126,14 @@ def test_what_revisions_and_folders_name(tmp_path):
 
 
 def test_steps_are_the_numbers_in_the_names():
-    assert history.steps(["step10000", "step_9000-2b7"]) == [10000, 7]
-    assert history.steps(["2b/step-1000", "2b/step-500"]) == [1000, 500]
-    assert history.steps(["step1", "last"]) is None and history.steps(["a1", "b1"]) is None
+    assert curves.steps(["step10000", "step_9000-2b7"]) == [10000, 7]
+    assert curves.steps(["2b/step-1000", "2b/step-500"]) == [1000, 500]
+    assert curves.steps(["step1", "last"]) is None and curves.steps(["a1", "b1"]) is None
 
 
 def test_pictures(tmp_path):
     for name, values in (("steps", {"step20": 2.0, "step10": 3.0}), ("order", {"first": 2.0, "last": 1.0})):
-        history.draw(tmp_path / f"{name}.png", values, "loss")
+        curves.draw(tmp_path / f"{name}.png", values, "loss")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
 
 
@@ -165,10 +166,10 @@ def test_wrong_calls_leave_nothing(run_folder, tmp_path, monkeypatch, changes, s
 
 
 def test_texts(run_folder, tmp_path):
-    assert len(history.read_texts(run_folder / "text.jsonl")) == 3
-    assert history.read_texts(run_folder / "text.txt")[0].startswith("The quick")
+    assert len(perplexity.read_texts(run_folder / "text.jsonl")) == 3
+    assert perplexity.read_texts(run_folder / "text.txt")[0].startswith("The quick")
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(InputError, match="line 1: it has the keys prompt"):
-        history.read_texts(tmp_path / "wrong.jsonl")
+        perplexity.read_texts(tmp_path / "wrong.jsonl")
     with pytest.raises(InputError, match="is not UTF-8 text"):
-        history.read_texts(built_in() / "model.safetensors")
+        perplexity.read_texts(built_in() / "model.safetensors")

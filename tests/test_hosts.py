@@ -11,10 +11,11 @@ import several
 import tiny_model
 import tiny_training as tiny
 
+from minicpm_jax.parallel import rendezvous
+
 pytest.importorskip("jax")
 
-from minicpm_jax import hosts
-from minicpm_jax.placement import Placement
+from minicpm_jax.options import Placement
 from weights_io.adapters import read_adapter
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
@@ -51,7 +52,7 @@ def met(*processes, patience=0.5):
 
     def join(place, count, number):
         try:
-            hosts.meet(address, count, number, patience)
+            rendezvous.meet(address, count, number, patience)
         except InputError as error:
             said[place] = str(error).replace(address, "ADDRESS")
 
@@ -77,10 +78,10 @@ def test_processes_that_do_not_meet_say_why():
     assert met((3, 0), (3, 1), (3, 1)) == ["two processes have --process-id 1; give each its own."] * 3
     assert met((3, 0), (2, 1)) == ["--num-processes is 3 in one process and 2 in another; give all the same."] * 2
     with pytest.raises(InputError, match=r"nowhere.invalid is not known here"):
-        hosts.meet("nowhere.invalid:1234", 2, 1, 1)
+        rendezvous.meet("nowhere.invalid:1234", 2, 1, 1)
     with several.socket.create_server(("", 0)) as taken:
         with pytest.raises(InputError, match="cannot listen at port"):
-            hosts.meet(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0, 1)
+            rendezvous.meet(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_an_answer_of_two_processes_is_that_of_one(tmp_path):
 READING = """
 import collections, json, sys
 import tyro
-from minicpm_jax.placement import Placement
+from minicpm_jax.options import Placement
 from weights_io.files.tensor import FileTensor
 read, original = collections.Counter(), FileTensor.read
 def counted(tensor, index=()):
@@ -152,7 +153,7 @@ FileTensor.read = counted
 options = tyro.cli(Placement, args=sys.argv[2:])
 mesh = options.placement()["mesh"]
 from minicpm_jax import load
-from minicpm_jax.train import weights_of
+from minicpm_jax.training.step import weights_of
 model, _ = load(sys.argv[1], mesh=mesh)
 held = sum(max(s.data.nbytes for s in w.addressable_shards) for w in weights_of(model).values())
 print(json.dumps([sum(read.values()), held]), file=sys.stderr)

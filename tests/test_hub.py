@@ -150,7 +150,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 # What a notebook prints before a download, with so many bytes of memory.
 ROOM = """
 import sys
-from minicpm_data.notebook import check_room
+from minicpm_data.cli.notebook import check_room
 from weights_io.errors import InputError
 
 try:

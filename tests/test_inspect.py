@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from minicpm_data.of_checkpoint import tokenizer_of
+from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed, write_file
@@ -218,10 +218,10 @@ def test_memory_as_the_backends_have_it(reference):
     from mlx.utils import tree_flatten
 
     from minicpm_jax import model as jax_model
-    from minicpm_jax.cache import Cache
-    from minicpm_jax.quantised import quantised as quantised_jax
+    from minicpm_jax.layers.kv_cache import Cache
+    from minicpm_jax.quantization.model import quantised as quantised_jax
     from minicpm_mlx.model import abstract
-    from minicpm_mlx.quantised import quantised
+    from minicpm_mlx.quantization.model import quantised
     from weights_io.config import ModelConfig
     from weights_io.memory import cache_bytes, packed_bytes, weight_bytes
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from minicpm_jax import load, stream_generate  # noqa: E402
-from minicpm_jax.losses import packed_loss  # noqa: E402
-from minicpm_jax.model import Linear, unstack  # noqa: E402
-from minicpm_jax.sharding import padded_over  # noqa: E402
-from minicpm_jax.train import weights_of  # noqa: E402
+from minicpm_jax.cpu.form import unstack  # noqa: E402
+from minicpm_jax.layers.linear import Linear  # noqa: E402
+from minicpm_jax.parallel.sharding import padded_over  # noqa: E402
+from minicpm_jax.training.losses import packed_loss  # noqa: E402
+from minicpm_jax.training.step import weights_of  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 from weights_io.files.tensor import FileTensor  # noqa: E402
@@ -142,7 +143,7 @@ def test_experts_that_the_mesh_does_not_divide_stay_whole(reference):
 def test_an_axis_of_another_name_is_refused(folder):
     with pytest.raises(InputError, match="the mesh has the axis 'model'; name its axes data, fsdp, tensor, expert"):
         load(folder, mesh=jax.make_mesh((8,), ("model",)))
-    with pytest.raises(InputError, match="mesh is 'tensor=2'; give what minicpm_jax.sharding.make_mesh"):
+    with pytest.raises(InputError, match="mesh is 'tensor=2'; give what minicpm_jax.parallel.mesh.make_mesh"):
         load(folder, mesh="tensor=2")
 
 

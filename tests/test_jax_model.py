@@ -13,16 +13,22 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 from minicpm_jax import device  # noqa: E402
-from minicpm_jax.arithmetic import bfloat16_parts  # noqa: E402
-from minicpm_jax.attention import BLOCK, attend, attend_rows, positions_of, rotate  # noqa: E402
-from minicpm_jax.cache import Cache  # noqa: E402
-from minicpm_jax.chips import CHIPS  # noqa: E402
-from minicpm_jax.decoding import empty  # noqa: E402
-from minicpm_jax.device import for_decoding  # noqa: E402
+from minicpm_jax.cpu.form import (  # noqa: E402
+    for_decoding,
+    unstack,
+)
+from minicpm_jax.cpu.products import bfloat16_parts  # noqa: E402
+from minicpm_jax.generation.decoding import empty  # noqa: E402
+from minicpm_jax.layers.attention import attend, attend_rows  # noqa: E402
+from minicpm_jax.layers.blockwise import BLOCK  # noqa: E402
+from minicpm_jax.layers.kv_cache import Cache  # noqa: E402
+from minicpm_jax.layers.linear import RMSNorm  # noqa: E402
+from minicpm_jax.layers.rope import positions_of, rotate  # noqa: E402
 from minicpm_jax.loading import load, load_weights  # noqa: E402
-from minicpm_jax.losses import mean_loss  # noqa: E402
-from minicpm_jax.model import Model, RMSNorm, abstract, initialise, scaled, unstack  # noqa: E402
-from minicpm_jax.train import weights_of  # noqa: E402
+from minicpm_jax.model import Model, abstract, initialise, scaled  # noqa: E402
+from minicpm_jax.parallel.chips import CHIPS  # noqa: E402
+from minicpm_jax.training.losses import mean_loss  # noqa: E402
+from minicpm_jax.training.step import weights_of  # noqa: E402
 from weights_io import catalog  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402

@@ -10,13 +10,14 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 
-from minicpm_jax import moe  # noqa: E402
-from minicpm_jax.attention import positions_of  # noqa: E402
-from minicpm_jax.cache import Cache  # noqa: E402
+from minicpm_jax.cpu.form import unstack  # noqa: E402
+from minicpm_jax.layers import moe  # noqa: E402
+from minicpm_jax.layers.kv_cache import Cache  # noqa: E402
+from minicpm_jax.layers.rope import positions_of  # noqa: E402
 from minicpm_jax.loading import load_weights  # noqa: E402
-from minicpm_jax.losses import packed_loss  # noqa: E402
-from minicpm_jax.model import initialise, scaled, unstack  # noqa: E402
-from minicpm_jax.train import weights_of  # noqa: E402
+from minicpm_jax.model import initialise, scaled  # noqa: E402
+from minicpm_jax.training.losses import packed_loss  # noqa: E402
+from minicpm_jax.training.step import weights_of  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
 

@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 from benchmarks import graph_nodes  # noqa: E402
 from minicpm_mlx import load  # noqa: E402
 from minicpm_mlx.adapters import attach, initial  # noqa: E402
-from minicpm_mlx.joined import join  # noqa: E402
-from minicpm_mlx.quantised import quantised  # noqa: E402
+from minicpm_mlx.layers.fused_linear import join  # noqa: E402
+from minicpm_mlx.quantization.model import quantised  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
 
 SHAPE = {"tie_word_embeddings": False, "rope_theta": 10000.0}

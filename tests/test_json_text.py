@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from weights_io import json_text
 from weights_io.errors import InputError, listed, short
+from weights_io.files import json_text
+from weights_io.files.json_text import loads, parse_object, read_json, read_optional_json
 from weights_io.files.regular import open_regular, read_regular
-from weights_io.json_text import loads, parse_object, read_json, read_optional_json
 
 
 def refused(text: str | bytes, message: str) -> None:

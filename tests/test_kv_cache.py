@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny_model
 
-from minicpm_data import kv_error
-from minicpm_data.generation import CacheOptions
+from minicpm_data.diagnostics import kv_error
+from minicpm_data.generation.options import CacheOptions
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
@@ -50,7 +50,7 @@ def tokens(backend, model, prompt=PROMPT, count=40, **options):
 def test_the_int8_cache_of_jax_is_int8():
     import jax.numpy as jnp
 
-    from minicpm_jax.cache import Cache
+    from minicpm_jax.layers.kv_cache import Cache
 
     cache = Cache.empty(WIDE, 1, 64, jnp.float32, 8)
     assert cache.k.dtype == jnp.int8 and cache.k_scale.shape == (4, 1, 40, 64)  # heads in whole tiles of 8
@@ -183,8 +183,8 @@ def test_memory_of_a_long_prompt_is_its_cache():
     import jax
     import jax.numpy as jnp
 
-    from minicpm_jax.cache import Cache
-    from minicpm_jax.decoding import prefill
+    from minicpm_jax.generation.decoding import prefill
+    from minicpm_jax.layers.kv_cache import Cache
     from minicpm_jax.model import abstract
 
     def memory(slots):

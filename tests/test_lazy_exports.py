@@ -10,12 +10,12 @@ import pytest
     "statement",
     [
         "from minicpm_data import tokenizer; assert tokenizer.__name__ == 'minicpm_data.tokenizer'",
-        "import minicpm_data.tokenizer; assert callable(minicpm_data.load_tokenizer)",
-        "from minicpm_data import Tokenizer; assert Tokenizer.__module__ == 'minicpm_data.tokenizer'",
+        "import minicpm_data.tokenizer.tokenizer; assert callable(minicpm_data.load_tokenizer)",
+        "from minicpm_data import Tokenizer; assert Tokenizer.__module__ == 'minicpm_data.tokenizer.tokenizer'",
         "from minicpm_data import *; assert callable(stream_text) and callable(load_tokenizer)",
         "import minicpm_data; assert not hasattr(minicpm_data, 'nonsense')",
         "import minicpm_data; assert 'load_tokenizer' in dir(minicpm_data)",
-        "import sys, minicpm_data; assert 'minicpm_data.tokenizer' not in sys.modules",
+        "import sys, minicpm_data; assert 'minicpm_data.tokenizer.tokenizer' not in sys.modules",
         # The module of the command must not take the place of the function of its name.
         "import minicpm_jax.generate, minicpm_jax; assert callable(minicpm_jax.generate)",
     ],

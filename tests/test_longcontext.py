@@ -11,10 +11,11 @@ import tiny_model
 from test_commands import run
 
 from minicpm_data import load_tokenizer
-from minicpm_data.evaluation import replies
-from minicpm_data.generation import Backend, Generator
+from minicpm_data.cli.evaluate import replies
+from minicpm_data.generation.api import Generator
 from minicpm_serve import backends, longcontext, retrieval
-from minicpm_serve.retrieval import TASKS, Random, Sample, answer_tokens, evaluation_samples, held_out, is_right
+from minicpm_serve.evaluation.needles import TASKS, Sample, answer_tokens, evaluation_samples, held_out, is_right
+from minicpm_serve.retrieval import Random
 from weights_io.config import RopeScaling
 from weights_io.errors import InputError
 
@@ -162,7 +163,7 @@ def test_the_score_is_given_by_depth(folder, monkeypatch, capsys, tmp_path):
             )
         yield from np.array([tokenizer.encode(" " + a, add_bos=False)[:6] for a in answers]).T
 
-    sighted = Backend(real.load, Generator(stream_tokens, stream_tokens), real.device, real.activation_sparsity)
+    sighted = dataclasses.replace(real, generator=Generator(stream_tokens, stream_tokens))
     monkeypatch.setattr(backends, "get", lambda name: sighted)
     report = tmp_path / "report.json"
     options = {"backend": "jax", "model": str(folder), "length": 1000, "samples": 10, "json": report}

@@ -7,9 +7,9 @@ import tiny_training as tiny
 from tiny_training import BACKENDS, MOE
 
 from minicpm_data import load_tokenizer
-from minicpm_data.batches import Batches
-from minicpm_data.examples import load_split
-from minicpm_data.finetuning import arrays
+from minicpm_data.datasets.batches import Batches
+from minicpm_data.datasets.examples import load_split
+from minicpm_data.training.loop import arrays
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
 

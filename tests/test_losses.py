@@ -7,9 +7,10 @@ import pytest
 import tiny_training as tiny
 from tiny_training import BACKENDS, MOE, UNTIED, part
 
-from minicpm_data.batches import IGNORED, Batches
-from minicpm_data.examples import Example
-from minicpm_data.finetuning import arrays
+from minicpm_data.datasets.batches import Batches
+from minicpm_data.datasets.examples import IGNORED, Example
+from minicpm_data.training.loop import arrays
+from minicpm_jax.training import cross_entropy
 from weights_io.config import ModelConfig
 
 pytest.importorskip("jax")
@@ -38,14 +39,14 @@ def initialised(backend, config, seed=0):
 def value_and_gradients(backend, config, hidden, weight, labels, above, dtype="float32", mesh=None):
     """Token losses [B, T], and the gradients of their sum times ``above`` with respect to hidden and head; in JAX over
     the devices of a mesh."""
-    token_losses = part(backend, "losses").token_losses
+    token_losses = part(backend, "training.cross_entropy").token_losses
     model = initialised(backend, config)
     if backend == "minicpm_jax":
         import jax
         import jax.numpy as jnp
 
         from minicpm_jax.model import Model, nested
-        from minicpm_jax.train import weights_of
+        from minicpm_jax.training.step import weights_of
 
         head = "model.embed_tokens.weight" if model.lm_head is None else "lm_head.weight"
 
@@ -91,7 +92,7 @@ def plain(config, hidden, weight, labels, above):
 @pytest.mark.parametrize("chunk", [1, 4, 100])  # tokens of a row at a time; 4 does not divide the 11
 def test_token_losses_in_chunks_are_cross_entropy(backend, monkeypatch, tied, chunk):
     config = ModelConfig.from_dict({**SHAPE, "vocab_size": V, "tie_word_embeddings": tied, "intermediate_size": 32})
-    monkeypatch.setattr(part(backend, "losses"), "LOGITS", B * V * chunk)
+    monkeypatch.setattr(part(backend, "training.cross_entropy"), "LOGITS", B * V * chunk)
     random = np.random.default_rng(0)
     hidden, weight = random.normal(size=(B, T, D)).astype(np.float32), random.normal(size=(V, D)).astype(np.float32)
     labels = np.where(random.random((B, T)) < 0.3, IGNORED, random.integers(0, V, (B, T))).astype(np.int32)
@@ -110,11 +111,10 @@ def test_over_devices_the_heads_gradient_is_the_same(monkeypatch, mesh, devices,
     the words (to 7 parts) is of no consequence where all logits are far below 0."""
     import jax
 
-    from minicpm_jax import losses
-    from minicpm_jax.sharding import make_mesh
+    from minicpm_jax.parallel.mesh import make_mesh
 
     config = ModelConfig.from_dict({**SHAPE, "vocab_size": words, "intermediate_size": 32, "dim_model_base": 32})
-    monkeypatch.setattr(losses, "LOGITS", T * 29)
+    monkeypatch.setattr(cross_entropy, "LOGITS", T * 29)
     random = np.random.default_rng(0)
     hidden, weight = random.normal(size=(B, T, D)), random.normal(size=(words, D))
     hidden[0], weight[:, 0] = 100 * np.eye(D)[0], weight[:, 0] / 10 - 1.5  # logits of about -150
@@ -131,8 +131,8 @@ def test_a_frozen_heads_gradient_is_made_with_the_loss(backend, monkeypatch, tie
     """Hidden's gradient alone, where the factor from above comes later; in MLX a model that is not being trained makes
     nothing ahead, and its gradient is the same."""
     config = ModelConfig.from_dict({**SHAPE, "vocab_size": V, "tie_word_embeddings": tied, "intermediate_size": 32})
-    losses = part(backend, "losses")
-    monkeypatch.setattr(losses, "LOGITS", B * V * 4)
+    cross_entropy = part(backend, "training.cross_entropy")
+    monkeypatch.setattr(cross_entropy, "LOGITS", B * V * 4)
     random, model = np.random.default_rng(0), initialised(backend, config)
     hidden = random.normal(size=(B, T, D)).astype(np.float32)
     labels = np.where(random.random((B, T)) < 0.3, IGNORED, random.integers(0, V, (B, T))).astype(np.int32)
@@ -144,7 +144,7 @@ def test_a_frozen_heads_gradient_is_made_with_the_loss(backend, monkeypatch, tie
         import jax.numpy as jnp
 
         def total(hidden, model):
-            return jnp.sum(losses.token_losses(model, hidden, jnp.asarray(labels)) * above)
+            return jnp.sum(cross_entropy.token_losses(model, hidden, jnp.asarray(labels)) * above)
 
         gradient = jax.jit(jax.grad(total))
         products = re.findall(r"dot_general\[", str(jax.make_jaxpr(gradient)(hidden, model)))
@@ -154,7 +154,7 @@ def test_a_frozen_heads_gradient_is_made_with_the_loss(backend, monkeypatch, tie
         import mlx.core as mx
 
         def total(hidden):
-            return (losses.token_losses(model, hidden, mx.array(labels)) * mx.array(above)).sum()
+            return (cross_entropy.token_losses(model, hidden, mx.array(labels)) * mx.array(above)).sum()
 
         model.freeze()
         found = [mx.grad(total)(mx.array(hidden)) for model in (model.train(), model.eval())]
@@ -165,7 +165,7 @@ def test_a_frozen_heads_gradient_is_made_with_the_loss(backend, monkeypatch, tie
 def test_the_heads_gradient_is_added_up_in_float32(backend, monkeypatch):
     """256 equal parts in bfloat16 would stop growing at 256 times the first; here there are 1024."""
     config = ModelConfig.from_dict({**SHAPE, "vocab_size": V, "intermediate_size": 32})
-    monkeypatch.setattr(part(backend, "losses"), "LOGITS", V)  # a token at a time
+    monkeypatch.setattr(part(backend, "training.cross_entropy"), "LOGITS", V)  # a token at a time
     hidden, weight = np.ones((1, 1025, D), np.float32), np.zeros((V, D), np.float32)
     labels, above = np.full((1, 1025), 7), np.ones((1, 1025), np.float32)
     _, _, gradient = value_and_gradients(backend, config, hidden, weight, labels, above, dtype="bfloat16")
@@ -176,9 +176,9 @@ def test_the_heads_gradient_is_added_up_in_float32(backend, monkeypatch):
 def test_the_logits_of_a_batch_are_never_there_at_once(backend, monkeypatch, head):
     width, vocabulary, rows = 257, 32768, 2
     whole = rows * (width - 1) * vocabulary * 4  # 67 MB
-    monkeypatch.setattr(part(backend, "losses"), "LOGITS", 2**17)  # 0.5 MB
+    monkeypatch.setattr(part(backend, "training.cross_entropy"), "LOGITS", 2**17)  # 0.5 MB
     raw = {**SHAPE, "hidden_size": 8, "vocab_size": vocabulary, "intermediate_size": 32}
-    config, token_losses = ModelConfig.from_dict(raw), part(backend, "losses").token_losses
+    config, token_losses = ModelConfig.from_dict(raw), part(backend, "training.cross_entropy").token_losses
     model = part(backend, "model").abstract(config, "float32")
     if backend == "minicpm_jax":
         import jax
@@ -253,7 +253,7 @@ def sums(backend, name, losses, labels, beta, reference=None):
         import mlx.core as np_
     batch = {} if reference is None else {"reference": np_.array(reference)}
     trained = np_.array(labels[:, 1:] != IGNORED)
-    found = part(backend, "losses").OBJECTIVES[name](np_.array(losses), trained, batch, beta)
+    found = part(backend, "training.losses").OBJECTIVES[name](np_.array(losses), trained, batch, beta)
     return {key: float(value) for key, value in found.items()}
 
 
@@ -298,7 +298,7 @@ def test_orpo_is_equation_6_of_its_paper(backend, answers):
 
 def test_imbalance(backend):
     """Against E sum_e f_e P_e, and its gradient by the router's logits, E / R p (f - sum_e f_e p_e)."""
-    moe, random = part(backend, "moe"), np.random.default_rng(5)
+    moe, random = part(backend, "layers.moe"), np.random.default_rng(5)
     logits, real = random.normal(size=(40, 4)).astype(np.float32), random.random((2, 20)) < 0.7
 
     def formula(logits, chosen):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from weights_io import memory_reading
 from weights_io.casting import numpy_dtype
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
+from weights_io.files import memory_reading
 from weights_io.files.tensor import FileTensor
 from weights_io.parameters import parameters
 

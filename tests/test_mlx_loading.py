@@ -11,7 +11,7 @@ mx = pytest.importorskip("mlx.core")
 from mlx.utils import tree_flatten  # noqa: E402
 
 from minicpm_mlx import load  # noqa: E402
-from minicpm_mlx.quantised import quantised  # noqa: E402
+from minicpm_mlx.quantization.model import quantised  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 

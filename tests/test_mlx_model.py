@@ -18,10 +18,10 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model  # noqa: E402
 
-from minicpm_mlx.attention import positions_of, rotate  # noqa: E402
+from minicpm_mlx.layers.rope import positions_of, rotate  # noqa: E402
 from minicpm_mlx.loading import load, load_weights  # noqa: E402
-from minicpm_mlx.losses import mean_loss  # noqa: E402
 from minicpm_mlx.model import Model, ModelArgs, abstract, gated, initialise, scaled  # noqa: E402
+from minicpm_mlx.training.losses import mean_loss  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402

@@ -13,8 +13,9 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 from mlx_lm.utils import load_model, save_config, save_model  # noqa: E402
 
-from minicpm_mlx import load, moe, stream_generate  # noqa: E402
-from minicpm_mlx.attention import positions_of  # noqa: E402
+from minicpm_mlx import load, stream_generate  # noqa: E402
+from minicpm_mlx.layers import moe  # noqa: E402
+from minicpm_mlx.layers.rope import positions_of  # noqa: E402
 from minicpm_mlx.loading import load_weights  # noqa: E402
 from minicpm_mlx.model import Model, ModelArgs, initialise, scaled  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402

@@ -271,8 +271,8 @@ def test_memory_is_what_fit_says():
 
 def test_an_interrupt_ends_a_command_and_not_the_notebook(monkeypatch):
     """Ctrl-C while a training command starts would end a process of its own."""
-    from minicpm_data import notebook
-    from minicpm_data.runs import leaving_at_interrupts
+    from minicpm_data.cli import notebook
+    from minicpm_data.training.processes import leaving_at_interrupts
 
     def command(*_, **__):
         with leaving_at_interrupts():
@@ -287,7 +287,7 @@ def test_an_interrupt_ends_a_command_and_not_the_notebook(monkeypatch):
 
 def test_what_an_earlier_run_wrote_is_removed(tmp_path, monkeypatch):
     """But not the model that is worked on, nor anything elsewhere."""
-    from minicpm_data import notebook
+    from minicpm_data.cli import notebook
     from weights_io.errors import InputError
 
     monkeypatch.chdir(tmp_path)
@@ -335,7 +335,7 @@ def colab(monkeypatch):
 )
 def test_the_token_is_that_of_the_secrets(model, before, secret, printed, after, colab, monkeypatch, capsys):
     """Where it is wanted and not there; what says so never shows it."""
-    from minicpm_data import notebook
+    from minicpm_data.cli import notebook
 
     monkeypatch.setenv("HF_TOKEN", before or "")  # restored at the end, whatever is written meanwhile
     monkeypatch.setenv("COLAB_TOKEN", secret)
@@ -345,7 +345,7 @@ def test_the_token_is_that_of_the_secrets(model, before, secret, printed, after,
 
 
 def test_a_run_in_drive_is_kept(tmp_path, colab, monkeypatch, capsys):
-    from minicpm_data import notebook
+    from minicpm_data.cli import notebook
     from weights_io.errors import InputError
 
     monkeypatch.chdir(tmp_path)
@@ -372,7 +372,7 @@ def test_a_run_in_drive_is_kept(tmp_path, colab, monkeypatch, capsys):
 
 
 def test_drive_is_colabs(tmp_path, monkeypatch):
-    from minicpm_data import notebook
+    from minicpm_data.cli import notebook
     from weights_io.errors import InputError
 
     monkeypatch.chdir(tmp_path)
@@ -418,7 +418,7 @@ def test_a_training_in_drive_goes_on_after_a_disconnect(tmp_path, kernels, colab
 
 
 def test_commands_run_in_this_process(tmp_path, capsys):
-    from minicpm_data import notebook
+    from minicpm_data.cli import notebook
     from weights_io.errors import InputError
 
     notebook.run("python -m weights_io.catalog")

@@ -16,11 +16,12 @@ import tiny_model
 from shown import ROOT
 from test_openai_api import LONG, Played, ask, events, listening, wait_until
 
-from minicpm_data.text_bound import TextBound
-from minicpm_data.tokenizer_folder import load_tokenizer
-from minicpm_serve import backends, openai_connections, openai_gate
+from minicpm_data.tokenizer.folder import load_tokenizer
+from minicpm_data.tokenizer.text_bound import TextBound
+from minicpm_serve import backends
 from minicpm_serve.engine import Engine
-from minicpm_serve.openai_gate import checked_hosts, checked_key, checked_origins
+from minicpm_serve.http import connections, gate
+from minicpm_serve.http.gate import checked_hosts, checked_key, checked_origins
 from weights_io.errors import InputError
 
 SLOTS = 3
@@ -107,12 +108,12 @@ def test_half_open_connections_shut_nobody_out(played, monkeypatch):
     """More than there may be, some with a part of the headers, some with a part of the body."""
     with contextlib.ExitStack() as stack:
         crowd = []
-        for index in range(openai_connections.MOST_CONNECTIONS + 50):
+        for index in range(connections.MOST_CONNECTIONS + 50):
             client = stack.enter_context(connected(played.port))
             client.sendall((b"", b"GET /", HEAD + b"Content-Length: 9\r\n\r\n{")[index % 3])
             crowd.append(client)
         assert ask(played.port, "/health") == (200, {"status": "ok"})
-        assert len(played.server.server_state.connections) <= openai_connections.MOST_CONNECTIONS
+        assert len(played.server.server_state.connections) <= connections.MOST_CONNECTIONS
         status, error = answer_of(crowd[0])  # who waited longest
         assert (status, error["code"]) == (503, "overloaded")
         assert crowd[2].recv(1) == b""
@@ -120,7 +121,7 @@ def test_half_open_connections_shut_nobody_out(played, monkeypatch):
 
 
 def test_headers_that_drip_end(monkeypatch):
-    monkeypatch.setattr(openai_connections, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.3)
     with listening(Played()) as server, connected(server.port) as client, connected(server.port) as silent:
         stop = threading.Event()
 
@@ -145,7 +146,7 @@ def test_headers_that_drip_end(monkeypatch):
 
 
 def test_a_body_that_drips_ends(played, monkeypatch):
-    monkeypatch.setattr(openai_gate, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
     with connected(played.port) as client:
         client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         for _ in range(3):
@@ -177,7 +178,7 @@ def test_nothing_is_kept_of_a_body_beyond_the_bound(played, chunked):
 
 def test_bodies_together_have_a_bound(played, monkeypatch):
     """Beyond it, those who send more than their share are refused, and others are not."""
-    monkeypatch.setattr(openai_gate, "BODIES", 1 << 20)
+    monkeypatch.setattr(gate, "BODIES", 1 << 20)
     with contextlib.ExitStack() as stack:
         found = []
         for _ in range(4):
@@ -201,7 +202,7 @@ def test_what_is_no_http_is_answered_as_all_else(played, capfd):
 
 
 def test_a_client_that_reads_nothing_is_left(api, monkeypatch):
-    monkeypatch.setattr(openai_connections, "READING_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "READING_SECONDS", 0.3)
     (listener,) = api.server.servers[0].sockets
     kept = listener.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections get it from here
@@ -259,14 +260,14 @@ def test_the_pages_of_the_server_itself_are_behind_the_key():
 
 
 def test_the_key_of_the_flag_and_of_the_environment(monkeypatch):
-    monkeypatch.delenv(openai_gate.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(gate.KEY_VARIABLE, raising=False)
     assert checked_key(None) is None and checked_key("a") == "a"
-    monkeypatch.setenv(openai_gate.KEY_VARIABLE, "b")
+    monkeypatch.setenv(gate.KEY_VARIABLE, "b")
     assert checked_key(None) == "b" and checked_key("a") == "a"
     for key in ("", " ", " a", "a\n"):
         with pytest.raises(InputError, match="--api-key"):
             checked_key(key)
-        monkeypatch.setenv(openai_gate.KEY_VARIABLE, key)
+        monkeypatch.setenv(gate.KEY_VARIABLE, key)
         with pytest.raises(InputError, match="MINICPM_API_KEY"):
             checked_key(None)
 
@@ -303,7 +304,7 @@ def test_a_refusal_is_read_by_who_sends_on(played, close):
 def test_those_who_ask_ahead_and_read_nothing_shut_nobody_out(played):
     """600 requests in one packet of each."""
     with contextlib.ExitStack() as stack:
-        for _ in range(openai_connections.MOST_CONNECTIONS + 50):
+        for _ in range(connections.MOST_CONNECTIONS + 50):
             client = socket.socket()
             stack.callback(client.close)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)

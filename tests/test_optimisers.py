@@ -5,8 +5,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from minicpm_jax import train as jax_train
-from minicpm_mlx import train as mlx_train
+from minicpm_jax.training import optimizers
+from minicpm_mlx.training import optimizers as mlx_optimizers
 
 L, OUT, IN = 2, 6, 4
 
@@ -35,14 +35,14 @@ def layers_of(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def jax_step(weights: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    optimiser = jax_train.optimizer("muon", 0.0, 1e9)
+    optimiser = optimizers.optimizer("muon", 0.0, 1e9)
     here = {name: jnp.asarray(w) for name, w in weights.items()}
     updates, _ = optimiser.update({name: jnp.asarray(g) for name, g in gradients.items()}, optimiser.init(here), here)
     return layers_of({name: np.asarray(update) for name, update in updates.items()})
 
 
 def mlx_step(weights: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    optimiser = mlx_train.OPTIMISERS["muon"]()
+    optimiser = mlx_optimizers.OPTIMISERS["muon"]()
     before = {name: mx.array(w) for name, w in layers_of(weights).items()}
     optimiser.init(before)
     optimiser.learning_rate = 1.0
@@ -65,7 +65,7 @@ def test_muon_turns_matrices_of_the_layers_and_adam_the_rest(step, weights):
 
 
 def test_muon_decays_all_but_norms(weights):
-    decay = {"optimiser": jax_train.optimizer("muon", 0.1, 1e9), "none": jax_train.optimizer("muon", 0.0, 1e9)}
+    decay = {"optimiser": optimizers.optimizer("muon", 0.1, 1e9), "none": optimizers.optimizer("muon", 0.0, 1e9)}
     here = {name: jnp.asarray(w) for name, w in weights.items()}
     updates = {name: o.update(here, o.init(here), here)[0] for name, o in decay.items()}
     for name, w in here.items():

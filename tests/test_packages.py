@@ -41,6 +41,73 @@ def test_imports_run_one_way(package):
     assert wrong - EXCEPTIONS == set()
 
 
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports, also in its functions and for types. Those of an ``__init__.py`` are
+    left out: it names what is in its folder."""
+    files = {}
+    for package in ABOVE:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+
+    def owner(name: str) -> str:
+        while name and name not in files:
+            name = name.rpartition(".")[0]
+        return name
+
+    found: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            named = []
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                named = [f"{node.module}.{alias.name}" for alias in node.names]
+            owners = {owner(each) for each in named} - {"", name}
+            found[name] |= {each for each in owners if files[each].name != "__init__.py"}
+    return found
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """The first circle that is found, as a way from a node back to itself; [] where there is none."""
+    done: set[str] = set()
+
+    def follow(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in done:
+            return []
+        for following in sorted(arrows.get(node, ())):
+            if found := follow(following, [*way, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(arrows) if (found := follow(node, []))), [])
+
+
+def test_no_file_imports_itself_in_a_circle():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle(imports()) == []
+
+
+def test_no_folder_imports_itself_in_a_circle():
+    """Folders within a package; a package's own folder stands in front of them."""
+    folders: dict[str, set[str]] = {}
+    for name, arrows in imports().items():
+        if name.count(".") < 2:
+            continue
+        own = name.rpartition(".")[0]
+        over = {each.rpartition(".")[0] for each in arrows if each.count(".") >= 2}
+        folders[own] = folders.get(own, set()) | over - {own}
+    assert circle(folders) == []
+
+
+def test_no_folder_is_full():
+    for folder in {path.parent for package in ABOVE for path in (ROOT / package).rglob("*.py")}:
+        assert len(list(folder.glob("*.py"))) <= 27, folder
+
+
 def test_minicpm_data_imports_nothing_by_a_name_in_a_string():
     """What it needs of a backend is handed to it."""
     calls = [

@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 import tiny_model
 
+from minicpm_jax.generation import teacher_forcing
+
 jax = pytest.importorskip("jax")
 
-from minicpm_data.commands import run_generate  # noqa: E402
-from minicpm_jax import activation_sparsity, adapters, load, parity, stream_generate  # noqa: E402
-from minicpm_jax.generate import Options, backend  # noqa: E402
-from minicpm_jax.losses import packed_loss  # noqa: E402
-from minicpm_jax.quantised import quantised  # noqa: E402
-from minicpm_jax.sharding import make_mesh, note_idle, padded, padded_over, resized, share, splits_tokens  # noqa: E402
-from minicpm_jax.train import weights_of  # noqa: E402
+from minicpm_data.cli.generate import run_generate  # noqa: E402
+from minicpm_jax import activation_sparsity, adapters, load, stream_generate  # noqa: E402
+from minicpm_jax.backend import backend  # noqa: E402
+from minicpm_jax.generate import Options  # noqa: E402
+from minicpm_jax.parallel.activations import splits_tokens  # noqa: E402
+from minicpm_jax.parallel.mesh import make_mesh  # noqa: E402
+from minicpm_jax.parallel.sharding import note_idle, padded, padded_over, resized, share  # noqa: E402
+from minicpm_jax.quantization.model import quantised  # noqa: E402
+from minicpm_jax.training.losses import packed_loss  # noqa: E402
+from minicpm_jax.training.step import weights_of  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
 from weights_io.memory import weight_bytes  # noqa: E402
@@ -111,7 +116,7 @@ def test_what_follows_through_a_cache_and_neurons_at_zero_are_those_of_one_devic
     folder = tiny_model.write(tmp_path, vocab_size=WORDS, **SHAPE | {"intermediate_size": 90}, hidden_act="relu")
     models = load(folder, "float32")[0], on(folder, "tensor=8")
     prompts, tokens = [IDS[0], IDS[1, :5]], IDS[:, :3]
-    one, other = (parity.continued(model, prompts, tokens) for model in models)
+    one, other = (teacher_forcing.continued(model, prompts, tokens) for model in models)
     np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
     one, other = (activation_sparsity(model, IDS[0].tolist()) for model in models)
     np.testing.assert_allclose(other, one, rtol=0, atol=1.5 / (9 * 90))

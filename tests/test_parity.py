@@ -14,7 +14,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from minicpm_data import parity
+from minicpm_data.diagnostics import parity
 from weights_io import command_line
 from weights_io.checkpoint import open_checkpoint
 

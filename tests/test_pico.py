@@ -12,8 +12,8 @@ import minicpm_jax
 import minicpm_mlx
 from minicpm_data.corpus import questions
 from weights_io import catalog
+from weights_io.built_in import built_in
 from weights_io.checkpoint import open_checkpoint
-from weights_io.hub import built_in
 from weights_io.parameters import count
 
 ROOT = Path(__file__).parent.parent

@@ -18,19 +18,21 @@ import pytest
 import several
 import tiny_tokenizer
 
+from minicpm_jax.training import optimizers
+
 pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
 
 from minicpm_data import load_tokenizer
+from minicpm_data.datasets.pretraining import WindowBatches, pack
 from minicpm_data.metrics import Metrics, check_reporter
-from minicpm_data.packing import WindowBatches, pack
 from minicpm_data.schedules import WarmupStableDecay
-from minicpm_jax import train
 from minicpm_jax.export import Options, main
-from minicpm_jax.losses import packed_loss
 from minicpm_jax.model import initialise
+from minicpm_jax.training import step as train
+from minicpm_jax.training.losses import packed_loss
 from weights_io import command_line
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
@@ -166,13 +168,13 @@ def test_mup_groups_take_their_share_of_a_step(corpus):
     config = ModelConfig.from_file(corpus / "config.json")
     model = initialise(config, jax.random.key(0))
     weights = train.weights_of(model)
-    optimiser = train.mup_optimizer(config, 0.9, 0.95, weight_decay=0.0, clip=1e9)
+    optimiser = optimizers.mup_optimizer(config, 0.9, 0.95, weight_decay=0.0, clip=1e9)
     gradients = jax.tree.map(lambda w: jnp.ones_like(w), weights)
     updates, _ = optimiser.update(gradients, optimiser.init(weights), weights)
     for name, update in updates.items():
         matrix = "proj" in name
         np.testing.assert_allclose(update, -0.5 if matrix else -1.0, rtol=1e-5, err_msg=name)
-    decayed = train.mup_optimizer(config, 0.9, 0.95, weight_decay=0.1, clip=1e9)
+    decayed = optimizers.mup_optimizer(config, 0.9, 0.95, weight_decay=0.1, clip=1e9)
     updates, _ = decayed.update(jax.tree.map(jnp.zeros_like, weights), decayed.init(weights), weights)
     np.testing.assert_allclose(updates["model.embed_tokens.weight"], 0)
     name = "model.layers.mlp.up_proj.weight"
@@ -182,7 +184,7 @@ def test_mup_groups_take_their_share_of_a_step(corpus):
 def test_weight_decay_spares_lengths():
     """In fine-tuning: norms, and DoRA's magnitudes."""
     weights = {"model.norm.weight": jnp.ones(3), "q_proj": {"a": jnp.ones((2, 3)), "magnitude": jnp.ones(2)}}
-    optimiser = train.optimizer("adamw", 0.1, clip=1.0)
+    optimiser = optimizers.optimizer("adamw", 0.1, clip=1.0)
     updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, weights), optimiser.init(weights), weights)
     assert (
         float(jnp.abs(updates["model.norm.weight"]).max()) == float(jnp.abs(updates["q_proj"]["magnitude"]).max()) == 0

@@ -7,7 +7,7 @@ import time
 import pytest
 import tqdm
 
-from minicpm_data import runs
+from minicpm_data.training import processes
 from weights_io.checkpoint import open_checkpoint
 from weights_io.progress import progress_bar
 from weights_io.write import save_checkpoint
@@ -61,6 +61,6 @@ def test_only_a_terminal_sees_it(monkeypatch, capsys, terminal):
         bar._time = lambda: time.time() + 2  # seconds later
         bar.update(1_000_000)
     said = capsys.readouterr().err
-    assert runs.Alone().quiet is None  # so do the bars of training
+    assert processes.Alone().quiet is None  # so do the bars of training
     assert ("loading:  50%" in said and "1.00M/2.00M" in said) == terminal
     assert terminal or not said

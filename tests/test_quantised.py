@@ -14,12 +14,14 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from minicpm_jax import device, fit, hlo, load  # noqa: E402
-from minicpm_jax.attention import positions_of  # noqa: E402
-from minicpm_jax.model import unstack  # noqa: E402
-from minicpm_jax.quantised import quantise, quantise_rows, quantised  # noqa: E402
-from minicpm_jax.quantised_on_cpu import FEW_OF_GROUPS, FEW_OF_HEAD, fixed_point, on_cpu  # noqa: E402
-from minicpm_jax.sharding import resized  # noqa: E402
+from minicpm_jax import device, fit, load  # noqa: E402
+from minicpm_jax.aot import hlo_cost  # noqa: E402
+from minicpm_jax.cpu.form import unstack  # noqa: E402
+from minicpm_jax.cpu.packed import FEW_OF_GROUPS, FEW_OF_HEAD, fixed_point, on_cpu  # noqa: E402
+from minicpm_jax.layers.rope import positions_of  # noqa: E402
+from minicpm_jax.parallel.sharding import resized  # noqa: E402
+from minicpm_jax.quantization.model import quantised  # noqa: E402
+from minicpm_jax.quantization.packed import quantise, quantise_rows  # noqa: E402
 from weights_io.adapters import save_adapter  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
@@ -164,7 +166,7 @@ def test_a_step_of_the_2b_reads_the_weights_as_they_are_kept(bits, most):
     0.523 and 0.299, no copy of them."""
     compiled = fit.compile_job("minicpm-2b", "v5e:1x1", "generate", seq=4096, quantize=bits)
     weights, cache = 5_449_761_792, 1_509_949_440
-    read = (hlo.traffic(compiled.as_text()).hbm - cache) / weights
+    read = (hlo_cost.traffic(compiled.as_text()).hbm - cache) / weights
     print(f"{bits} bits: {read:.4f} of the weights' bytes")
     assert read < most
     assert compiled.memory_analysis().argument_size_in_bytes < cache + most * weights
@@ -178,4 +180,4 @@ def test_eight_chips_copy_no_packed_weight_of_the_2b():
     compiled = fit.compile_job("minicpm-2b", "v5e:2x4", "generate", seq=4096, quantize=8)
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 4e6  # measured with libtpu 0.0.48: 2.9e6
-    assert hlo.traffic(compiled.as_text()).hbm < 1.01 * memory.argument_size_in_bytes
+    assert hlo_cost.traffic(compiled.as_text()).hbm < 1.01 * memory.argument_size_in_bytes

@@ -8,8 +8,8 @@ import pytest
 import tiny_model
 import tiny_training
 
-from minicpm_data import commands
-from minicpm_data.generation import CacheOptions, Sampling
+from minicpm_data.cli import generate as commands
+from minicpm_data.generation.options import CacheOptions, Sampling
 from minicpm_serve import engine as serve
 from weights_io import memory
 from weights_io.checkpoint import Checkpoint
@@ -83,7 +83,7 @@ def test_a_command_says_it_in_a_sentence(backend, folder, free, monkeypatch, cap
     free(10**5)
     monkeypatch.setattr("sys.argv", ["generate", "--model", str(folder)])
     with pytest.raises(SystemExit) as ended:
-        commands.run_generate(tiny_training.part(backend, "generate").backend, "generate")
+        commands.run_generate(tiny_training.part(backend, "backend").backend, "generate")
     told = capsys.readouterr()
     assert ended.value.code == 2 and told.out == ""
     assert "the weights in float32 would take 0.3 MB, and 0.1 MB are free; keep" in told.err
@@ -99,7 +99,7 @@ def test_a_prompt(backend, model, free):
 
 
 def test_an_engine_and_its_remedy(backend, model, free):
-    engine = importlib.import_module(f"{backend}.engine").Engine
+    engine = importlib.import_module(f"{backend}.generation.engine").Engine
     free(memory.cache_bytes(model.config, 8192, "float32"))
     with pytest.raises(
         InputError, match=r"of 8 slots x 4,096 tokens would take .* are free; lower slots, or context \("
@@ -156,7 +156,7 @@ def test_training(backend, tmp_path, free):
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_the_cache_is_as_large_as_was_said(backend, model, bits):
-    decoding = tiny_training.part(backend, "decoding")
+    decoding = tiny_training.part(backend, "generation.decoding")
     if backend == "minicpm_jax":
         cache, _ = decoding.empty(model, 2, 64, bits)
         assert nbytes(backend, cache) == decoding.cache_bytes(model, 2, 64, bits)
@@ -213,7 +213,7 @@ def test_processes_agree_on_the_least(monkeypatch, elsewhere, least):
 def test_what_an_engine_of_mlx_keeps_is_bounded():
     pytest.importorskip("mlx.core")
     pico = importlib.import_module("minicpm_mlx").load(dtype="float32")[0]
-    engine = importlib.import_module("minicpm_mlx.engine").Engine(pico, slots=4, context=96)
+    engine = importlib.import_module("minicpm_mlx.generation.engine").Engine(pico, slots=4, context=96)
     for first in (3, 4, 5, 6):
         engine.add([1, *[first] * 39], 2, Sampling())
         while not engine.idle:

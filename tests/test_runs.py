@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from tiny_training import BACKENDS, part
 
-from minicpm_data.checkpoints import SUMS, CheckpointFolder
 from minicpm_data.metrics import Metrics, read_records
-from minicpm_data.run_folder import LOCK, SETTINGS, check_folder, using
+from minicpm_data.training.checkpoint_folder import SUMS, CheckpointFolder
+from minicpm_data.training.run_folder import LOCK, SETTINGS, check_folder, using
 from weights_io.errors import InputError
-from weights_io.partial import partial
+from weights_io.files.partial import partial
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -37,7 +37,7 @@ def state_of(backend, number):
 
 
 def checkpoints_of(backend, folder):
-    return part(backend, "checkpoints").Checkpoints(folder)
+    return part(backend, "training.run_checkpoints").Checkpoints(folder)
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +181,9 @@ WRITER = """
 import sys
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from minicpm_data.checkpoints import CheckpointFolder
+from minicpm_data.training.checkpoint_folder import CheckpointFolder
 from minicpm_data.metrics import Metrics
-from minicpm_data.run_folder import check_folder, using
+from minicpm_data.training.run_folder import check_folder, using
 out = Path({out!r})
 with using(out, {{"seed": 1}}, resume=check_folder(out, {resume})):
     checkpoints = CheckpointFolder(out / "checkpoints")
@@ -307,7 +307,7 @@ HOLDER = """
 import sys, time
 sys.path[:0] = {paths!r}
 from pathlib import Path
-from minicpm_data.run_folder import using
+from minicpm_data.training.run_folder import using
 with using(Path({folder!r}), {{"seed": 1}}, resume=True):
     print("held", flush=True)
     time.sleep(60)
@@ -390,7 +390,7 @@ def test_other_valid_examples_are_noted(tmp_path, capsys):
 
 def test_a_write_that_ends_after_its_loop_prints_nothing():
     """As tensorstore's do after the one that met a full disk: from a thread in which nobody can catch anything."""
-    checkpoints = pytest.importorskip("minicpm_jax.checkpoints")
+    checkpoints = pytest.importorskip("minicpm_jax.training.run_checkpoints")
     with checkpoints._own_loops():
         loop = asyncio.new_event_loop()
     found = []

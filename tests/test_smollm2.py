@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_data.of_checkpoint import tokenizer_of
+from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from weights_io.checkpoint import open_checkpoint
 from weights_io.inspect import inspect, lines
 

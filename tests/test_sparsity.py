@@ -48,7 +48,9 @@ def without_attention(folder):
 @pytest.mark.parametrize(("activation", "threshold"), [("relu", None), ("fatrelu", 0.1), ("fatrelu", 0.4)])
 @pytest.mark.parametrize("piece", [32, 512])
 def test_as_computed_by_numpy(backend, tmp_path, activation, threshold, piece, monkeypatch):
-    monkeypatch.setattr(f"{backend.__name__}.sparsity.PIECE", piece)  # the text is one piece, or a piece and a rest
+    monkeypatch.setattr(
+        f"{backend.__name__}.generation.sparsity.PIECE", piece
+    )  # the text is one piece, or a piece and a rest
     folder = without_attention(tiny_model.write(tmp_path, hidden_act=activation, hidden_act_param=threshold))
     model, _ = backend.load(folder, "float32")
     ids = np.random.default_rng(1).integers(0, model.config.vocab_size, TOKENS).tolist()
@@ -75,7 +77,7 @@ def test_attention_is_not_left_out(backend, reference, monkeypatch):
     model, _ = backend.load(reference("s_1b"), "float32")
     ids = np.random.default_rng(2).integers(3, 300, 80)
     whole = backend.activation_sparsity(model, ids)
-    monkeypatch.setattr(f"{backend.__name__}.sparsity.PIECE", 32)
+    monkeypatch.setattr(f"{backend.__name__}.generation.sparsity.PIECE", 32)
     np.testing.assert_allclose(backend.activation_sparsity(model, ids), whole, atol=2 / (80 * 160))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from minicpm_data.speculation import Draft, PromptLookup, speculate
+from minicpm_data.generation.speculation import Draft, PromptLookup, speculate
 from weights_io.errors import InputError
 
 PROMPT = [1, 7, 9, 11, 7, 9, 11, 7, 9]
@@ -72,7 +72,7 @@ def test_the_answer_ends_where_it_should(backend, models):
 
 def test_the_caches_of_jax_grow_with_the_answer(models, monkeypatch):
     import minicpm_jax
-    from minicpm_jax import decoding, speculation
+    from minicpm_jax.generation import decoding, speculation
 
     if not isinstance(models[0], minicpm_jax.Model):
         pytest.skip("those of MLX grow by themselves")

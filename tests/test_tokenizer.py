@@ -7,10 +7,10 @@ import pytest
 import tiny_tokenizer as tiny
 
 from minicpm_data import check_vocab, has_tokenizer, load_tokenizer, tokenizer_from_gguf
-from minicpm_data.fast_tokenizer import FastTokenizer
-from minicpm_data.spm_model import SpmModel, bpe_merges, fast_spec, read_spm
-from minicpm_data.streaming import BYTE_TOKENS
-from minicpm_data.tokenizer import Tokenizer
+from minicpm_data.tokenizer.detokenizer import BYTE_TOKENS
+from minicpm_data.tokenizer.fast_tokenizer import FastTokenizer
+from minicpm_data.tokenizer.sentencepiece import SpmModel, bpe_merges, fast_spec, read_spm
+from minicpm_data.tokenizer.tokenizer import Tokenizer
 from weights_io.errors import InputError
 
 TEXTS = [
@@ -222,7 +222,7 @@ def test_gguf_keys_of_llama_cpp_are_let_pass():
 
 
 def gguf_gpt2(pre: str) -> dict:
-    from minicpm_data.streaming import BYTE_OF_CHAR
+    from minicpm_data.tokenizer.detokenizer import BYTE_OF_CHAR
 
     merges = ["1 2", "12 3", "Ġ w", "o r", "Ġw or", "ä ½", "ä½ ł"]
     tokens = ["<|im_start|>", "<|im_end|>", *BYTE_OF_CHAR, *(merge.replace(" ", "") for merge in merges)]

@@ -13,12 +13,12 @@ import tiny_model
 import tiny_tokenizer as tiny
 
 from minicpm_data import check_vocab, load_tokenizer, tokenizer_from_gguf
-from minicpm_data.fast_tokenizer import FastTokenizer, panics_unprinted
-from minicpm_data.generation import prompt_ids
-from minicpm_data.of_checkpoint import tokenizer_of
-from weights_io import json_text
+from minicpm_data.generation.api import prompt_ids
+from minicpm_data.tokenizer.fast_tokenizer import FastTokenizer, panics_unprinted
+from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
+from weights_io.files import json_text
 
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
 

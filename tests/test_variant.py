@@ -11,8 +11,8 @@ from shown import blocks
 
 import minicpm_jax.model
 import minicpm_mlx.model
-from minicpm_jax.sharding import make_mesh
-from minicpm_jax.train import weights_of
+from minicpm_jax.parallel.mesh import make_mesh
+from minicpm_jax.training.step import weights_of
 from weights_io import config, convert
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError

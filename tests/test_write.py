@@ -18,9 +18,9 @@ from weights_io.casting import Rounding, cast
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.files.partial import partial
 from weights_io.files.safetensors import Computed
 from weights_io.parameters import parameters, tensor_shapes
-from weights_io.partial import partial
 from weights_io.write import save_checkpoint, unstacked
 
 CONFIG = ModelConfig(

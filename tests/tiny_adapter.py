@@ -6,7 +6,7 @@ import numpy as np
 
 from weights_io.adapters import Adapter, AdapterConfig, Matrices, target_parameters
 from weights_io.checkpoint import Checkpoint
-from weights_io.lora import module_name
+from weights_io.parameters import module_name
 
 
 def make(

@@ -72,7 +72,7 @@ def as_json(space_prefix: bool = True) -> dict:
     """The vocabulary as a ``tokenizer.json``."""
     import tempfile
 
-    from minicpm_data.spm_model import fast_spec, read_spm
+    from minicpm_data.tokenizer.sentencepiece import fast_spec, read_spm
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"

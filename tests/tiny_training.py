@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import tiny_model
 
-from minicpm_data import finetuning
-from minicpm_data.finetune_options import FinetuneOptions, FullOptions, LoraOptions
+from minicpm_data.training import loop
+from minicpm_data.training.options import FinetuneOptions, FullOptions, LoraOptions
 from weights_io.adapters import Adapter, read_adapter
 from weights_io.write import of_layers, unstacked
 
@@ -86,12 +86,12 @@ def flags(options: FinetuneOptions) -> list[str]:
 
 
 def finetune(backend: str, options: FinetuneOptions) -> None:
-    finetuning.finetune(options, part(backend, "generate").backend, part(backend, "lora").trainer)
+    loop.finetune(options, part(backend, "backend").backend, part(backend, "backend").trainer)
 
 
 def trainer(backend: str, options: FinetuneOptions) -> Any:
     model = load(backend, Path(options.model), options.dtype, **options.loading())
-    return part(backend, "trainer").Trainer(model, options)
+    return part(backend, "training.trainer").Trainer(model, options)
 
 
 def model_of(worker: Any) -> Any:
@@ -110,11 +110,11 @@ def records(out: Path) -> list[dict]:
 
 def gradients(backend: str, model: Any, batch: dict[str, np.ndarray], **objective) -> tuple[dict, dict]:
     """The objective's sums, and its gradient by Hugging Face tensor name."""
-    objective = part(backend, "losses").Objective(**objective)
+    objective = part(backend, "training.losses").Objective(**objective)
     if backend == "minicpm_jax":
         import jax
 
-        from minicpm_jax import train
+        from minicpm_jax.training import step as train
 
         whole = train.AllWeights(model.config, "float32")
 

@@ -11,8 +11,8 @@ from weights_io.casting import check_finite
 from weights_io.config import LARGEST, MAX_COUNT, ModelConfig, shown
 from weights_io.errors import InputError, short
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.lora import Adapter, AdapterConfig, Matrices, modules, short_name
-from weights_io.parameters import Parameter
+from weights_io.lora import Adapter, AdapterConfig, Matrices
+from weights_io.parameters import Parameter, modules, short_name
 
 RANK = "r"  # stands in a shape for what the adapter chooses
 Shape = tuple[int | str, ...]

@@ -15,9 +15,10 @@ from typing import Any, Literal
 from weights_io import mlx_lm_format, peft_format
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.files.json_text import read_json
+from weights_io.files.partial import partial, write_whole
 from weights_io.files.safetensors import write_file
 from weights_io.files.tensor import LazyTensor
-from weights_io.json_text import read_json
 from weights_io.lora import (
     Adapter,
     AdapterConfig,
@@ -27,10 +28,9 @@ from weights_io.lora import (
     fused,
     row_norms,
     stacked,
-    target_parameters,
     unstacked,
 )
-from weights_io.partial import partial, write_whole
+from weights_io.parameters import target_parameters
 
 __all__ = [
     "Adapter",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from weights_io.built_in import built_in
 from weights_io.config import ModelConfig
 from weights_io.memory import ITEM, cache_bytes, packed_bytes, size, weight_bytes
 
@@ -385,8 +386,6 @@ def _weights(entry: Entry) -> int | None:
 
 def _config(entry: Entry) -> ModelConfig | None:
     if entry.repo is None:
-        from weights_io.hub import built_in
-
         return ModelConfig.from_file(built_in() / "config.json")
     shape = _SHAPES.get(entry.name, entry.config)
     return ModelConfig.from_dict(dict(shape)) if shape and entry.runs else None

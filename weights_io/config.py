@@ -14,7 +14,7 @@ from typing import Any
 
 from weights_io.config_keys import HARMLESS, NEUTRAL, PER_LAYER, among
 from weights_io.errors import LONGEST_NAME, InputError, short
-from weights_io.json_text import read_json
+from weights_io.files.json_text import read_json
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,8 @@ def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, str]:
     Raises `InputError` for the tokenizers with which the written folder could not be loaded.
     """
     # This package looks up to minicpm_data here and in inspect: it knows what tokenizers are made of.
-    from minicpm_data.of_checkpoint import tokenizer_of
-    from minicpm_data.tokenizer_files import tokenizer_files
+    from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
+    from minicpm_data.tokenizer.writing import tokenizer_files
 
     tokenizer = tokenizer_of(checkpoint)
     return {} if tokenizer is None or checkpoint.metadata is None else tokenizer_files(tokenizer)

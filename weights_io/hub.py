@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from weights_io import catalog
+from weights_io.built_in import built_in
 from weights_io.config import shown
 from weights_io.errors import InputError, short
 from weights_io.files.folder import KINDS, SIDE_FILES, USUAL, read_weight_map
-from weights_io.json_text import read_json
+from weights_io.files.json_text import read_json
 
 # Beside the weights; code (*.py) and other frameworks' copies of the weights are never fetched. quantize_config.json is
 # AutoGPTQ's, which says how the weights are packed.
@@ -139,17 +140,6 @@ def locate(
         raise InputError(f"The folder {whole} holds no {subfolder}: give the path of a model folder in it.")
     source: Hub = HuggingFace(whole, revision) if hub == "huggingface" else ModelScope(whole, revision)
     return Within(source, subfolder) if subfolder else source, repo or whole
-
-
-def built_in() -> Path:
-    """The folder of the model that comes with this package."""
-    spec = find_spec("minicpm_data")  # finds the package without importing it
-    for location in (spec.submodule_search_locations or ()) if spec else ():
-        if (folder := Path(location) / "pico").is_dir():
-            return folder
-    raise InputError(
-        "The built-in model is missing from this installation: reinstall minicpm-jax-mlx or pass a folder."
-    )
 
 
 def weight_files(names: Collection[str], fetch: Callable[[Collection[str]], Path]) -> list[str]:

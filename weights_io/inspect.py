@@ -16,8 +16,8 @@ from typing import Any, Literal
 from weights_io.checkpoint import BUFFERS, check_tensors, special_ids
 from weights_io.config import COMMON_DEFAULTS, ModelConfig, stored_dtype
 from weights_io.errors import InputError
+from weights_io.files.json_text import read_json
 from weights_io.files.tensor import LazyTensor
-from weights_io.json_text import read_json
 from weights_io.memory import cache_bytes, packed_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 
@@ -274,7 +274,7 @@ def _describe_tokenizer(report: Report, path: Path, metadata: Mapping[str, Any] 
     """Fill in the tokenizer's kind, how many ids it has, and where its chat template is. What a loader would refuse is
     one of the report's problems: the tokenizer is built, as there."""
     # This package looks up to minicpm_data here and in convert: it knows what tokenizers are made of.
-    from minicpm_data.of_checkpoint import tokenizer_in
+    from minicpm_data.tokenizer.from_checkpoint import tokenizer_in
 
     kind = _tokenizer_kind(path, metadata)
     try:

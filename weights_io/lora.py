@@ -8,7 +8,7 @@ Dims: r rank, I in, O out features of a matrix.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,8 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.parameters import Parameter, parameters
+from weights_io.parameters import Parameter, module_name, parameters
 
-ALL_LINEAR = "all-linear"
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # a, b and DoRA's magnitude
 RowNorms = Callable[[str], np.ndarray]  # Hugging Face tensor name -> Euclidean norms [O] of its rows
 
@@ -102,49 +101,6 @@ class Change:
     def error(self) -> float:
         """Root mean square of the rounding errors, relative to that of the change."""
         return math.sqrt(self.lost / (self.moved or 1))
-
-
-def module_name(tensor: str) -> str:
-    """``model.layers.0.self_attn.q_proj`` of a weight's name."""
-    return tensor.removesuffix(".weight")
-
-
-def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Parameter, ...]:
-    """The matrices that ``targets`` name, in table order.
-
-    A target is the last part of a module's name or more of it (``q_proj``, ``self_attn.q_proj``, ``w1``), or
-    "all-linear": every matrix of the layers but an MoE's router, which is adapted only where ``gate`` is named itself.
-    Raises `InputError` for a name that matches nothing, and lists what there is.
-    """
-    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
-    found: set[str] = set()
-    for target in targets:
-        hits = {p.name for p in matrices if target == ALL_LINEAR and not is_router(p)}
-        hits |= {p.name for p in matrices if f".{module_name(p.name)}".endswith(f".{target}") and target}
-        if not hits:
-            raise InputError(
-                f"the model has no matrix {target!r} that an adapter could change; choose among "
-                f"{', '.join(short_name(p) for p in matrices)} and {ALL_LINEAR}."
-            )
-        found |= hits
-    if not found:
-        raise InputError(f"an adapter needs at least one target; {ALL_LINEAR} takes every matrix of the layers.")
-    return tuple(p for p in matrices if p.name in found)
-
-
-def is_router(parameter: Parameter) -> bool:
-    return "router" in parameter.axes
-
-
-def short_name(parameter: Parameter) -> str:
-    """``q_proj``, by which targets are told."""
-    return module_name(parameter.name).rpartition(".")[2]
-
-
-def modules(config: ModelConfig) -> dict[str, Parameter]:
-    """Every module that an adapter may change -> its row of the table, in table order (the router too)."""
-    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
-    return {module_name(tensor): p for p in matrices for tensor in p.tensors(config)}
 
 
 def row_norms(checkpoint: Checkpoint) -> RowNorms:

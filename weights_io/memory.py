@@ -5,11 +5,10 @@ import math
 import re
 from pathlib import Path
 
-from weights_io.adapters import target_parameters
 from weights_io.casting import group_of
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.parameters import EMBEDDING, HEAD, parameters
+from weights_io.parameters import EMBEDDING, HEAD, parameters, target_parameters
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 MOMENTS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 0, "adafactor": 0}  # an optimiser's, of each weight's size

@@ -25,8 +25,8 @@ from weights_io.config import ModelConfig, shown
 from weights_io.errors import InputError, short
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.lora import Adapter, AdapterConfig, by_layer, module_name, modules
-from weights_io.parameters import parameters
+from weights_io.lora import Adapter, AdapterConfig, by_layer
+from weights_io.parameters import module_name, modules, parameters
 
 WEIGHTS = ("adapters.safetensors",)
 PARTS = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}

@@ -7,10 +7,13 @@ Matrices keep the [out, in] order of the files.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+
+ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -144,3 +147,46 @@ def count_active(config: ModelConfig) -> int:
     idle = config.num_experts - config.num_experts_per_tok
     experts = [parameter for parameter in parameters(config) if parameter.of_expert]
     return count(config) - idle * sum(math.prod(p.shape(config)) // config.num_experts for p in experts)
+
+
+def module_name(tensor: str) -> str:
+    """``model.layers.0.self_attn.q_proj`` of a weight's name."""
+    return tensor.removesuffix(".weight")
+
+
+def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Parameter, ...]:
+    """The matrices that ``targets`` name, in table order.
+
+    A target is the last part of a module's name or more of it (``q_proj``, ``self_attn.q_proj``, ``w1``), or
+    "all-linear": every matrix of the layers but an MoE's router, which is adapted only where ``gate`` is named itself.
+    Raises `InputError` for a name that matches nothing, and lists what there is.
+    """
+    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
+    found: set[str] = set()
+    for target in targets:
+        hits = {p.name for p in matrices if target == ALL_LINEAR and not is_router(p)}
+        hits |= {p.name for p in matrices if f".{module_name(p.name)}".endswith(f".{target}") and target}
+        if not hits:
+            raise InputError(
+                f"the model has no matrix {target!r} that an adapter could change; choose among "
+                f"{', '.join(short_name(p) for p in matrices)} and {ALL_LINEAR}."
+            )
+        found |= hits
+    if not found:
+        raise InputError(f"an adapter needs at least one target; {ALL_LINEAR} takes every matrix of the layers.")
+    return tuple(p for p in matrices if p.name in found)
+
+
+def is_router(parameter: Parameter) -> bool:
+    return "router" in parameter.axes
+
+
+def short_name(parameter: Parameter) -> str:
+    """``q_proj``, by which targets are told."""
+    return module_name(parameter.name).rpartition(".")[2]
+
+
+def modules(config: ModelConfig) -> dict[str, Parameter]:
+    """Every module that an adapter may change -> its row of the table, in table order (the router too)."""
+    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
+    return {module_name(tensor): p for p in matrices for tensor in p.tensors(config)}

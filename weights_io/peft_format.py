@@ -24,7 +24,8 @@ from weights_io.config import ModelConfig, shown
 from weights_io.errors import InputError, short
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.lora import Adapter, AdapterConfig, modules, short_name
+from weights_io.lora import Adapter, AdapterConfig
+from weights_io.parameters import modules, short_name
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the best first
 PREFIX = "base_model.model."

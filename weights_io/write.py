@@ -16,12 +16,12 @@ from weights_io.config import DTYPES, ModelConfig, stored_dtype
 from weights_io.config_keys import HARMLESS
 from weights_io.errors import InputError, listed
 from weights_io.files.folder import SIDE_FILES
+from weights_io.files.json_text import MAX_BYTES
+from weights_io.files.partial import partial
 from weights_io.files.regular import read_regular
 from weights_io.files.safetensors import Computed, write_file
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.json_text import MAX_BYTES
 from weights_io.parameters import EMBEDDING, HEAD, parameters, tensor_shapes
-from weights_io.partial import partial
 from weights_io.progress import progress_bar
 
 Tensor = LazyTensor | Computed

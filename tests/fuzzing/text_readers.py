@@ -64,7 +64,7 @@ def gguf_llama() -> dict[str, Any]:
 def gguf_gpt2() -> dict[str, Any]:
     import tiny_tokenizer
 
-    from minicpm_data.streaming import BYTE_OF_CHAR
+    from minicpm_data.tokenizer.detokenizer import BYTE_OF_CHAR
 
     merges = ["1 2", "12 3", "Ġ w", "o r", "Ġw or", "ä ½", "ä½ ł"]
     tokens = ["<|im_start|>", "<|im_end|>", *BYTE_OF_CHAR, *(merge.replace(" ", "") for merge in merges)]
@@ -231,8 +231,8 @@ lr_schedule: {name: cosine_decay, warmup: 10, warmup_init: 1e-7, arguments: [2e-
 
 def options(folder: Path) -> str:
     """The options that a command would train with."""
-    from minicpm_data.config_file import flags_of_file
-    from minicpm_data.finetune_options import LoraOptions, check
+    from minicpm_data.training.options import LoraOptions, check
+    from minicpm_data.training.yaml_config import flags_of_file
     from weights_io import command_line
 
     found: list[str] = []

@@ -13,7 +13,7 @@ import torch
 from test_peft import CONFIG, IDS, logits
 from transformers import LlamaForCausalLM
 
-from minicpm_data.finetune_options import LoraOptions
+from minicpm_data.training.options import LoraOptions
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
 from weights_io.fuse import Options, main
@@ -100,7 +100,7 @@ TRAINED = {
 @pytest.mark.parametrize("kind", TRAINED)
 def test_an_adapter_that_was_trained_here_in_peft(base, tmp_path, kind, backend):
     options = LoraOptions(model=str(base.path), adapter_path=tmp_path / "adapter", **TRAINED[kind])
-    worker = importlib.import_module(f"{backend}.trainer").Trainer(ours.load(backend, base.path), options)
+    worker = importlib.import_module(f"{backend}.training.trainer").Trainer(ours.load(backend, base.path), options)
     batch = {"ids": IDS.astype(np.int32), "labels": IDS.astype(np.int32), "segments": np.ones_like(IDS, np.int32)}
     for step in range(3):
         worker.step([batch], 2e-2, step)

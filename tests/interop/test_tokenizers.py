@@ -13,9 +13,10 @@ import tiny_tokenizer as tiny
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from minicpm_data import chat, load_tokenizer, tokenizer_from_gguf
-from minicpm_data.gguf_pre_tokenizers import PRE_TOKENIZERS
-from minicpm_data.tokenizer_files import tokenizer_files
+from minicpm_data import load_tokenizer, tokenizer_from_gguf
+from minicpm_data.tokenizer import chat_template
+from minicpm_data.tokenizer.gguf_pre_tokenizers import PRE_TOKENIZERS
+from minicpm_data.tokenizer.writing import tokenizer_files
 from weights_io.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.interop
@@ -130,7 +131,7 @@ def test_text_of_ids(pair, skip):
 
 
 TEMPLATES = {
-    "minicpm": chat.MINICPM_TEMPLATE,
+    "minicpm": chat_template.MINICPM_TEMPLATE,
     "chatml": tiny.CHATML,
     "chatml with a system message of its own": (
         "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -194,7 +195,7 @@ def test_chat_templates(pair, name, prompted):
     theirs.chat_template = ours.chat_template = template
     for messages in CHATS:
         text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted)
-        assert chat.render(template, messages, prompted, bos_token="<s>", eos_token="</s>") == text
+        assert chat_template.render(template, messages, prompted, bos_token="<s>", eos_token="</s>") == text
         # As MiniCPM's own code does: the rendered text is encoded with BOS where the tokenizer adds it, but once.
         ids = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=prompted, return_dict=False)
         before = ours.encode("")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from weights_io.errors import InputError, listed, short
 from weights_io.files import safetensors, torch_pickle
+from weights_io.files.json_text import read_json
 from weights_io.files.regular import open_regular
 from weights_io.files.tensor import LazyTensor, same_numbers
-from weights_io.json_text import read_json
 
 # The best first.
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from weights_io.errors import InputError, short
+from weights_io.files.json_text import MAX_CONFIG, parse_object
 from weights_io.files.regular import open_regular
 from weights_io.files.tensor import FileTensor, LazyTensor, contiguous_strides
-from weights_io.json_text import MAX_CONFIG, parse_object
 
 MAX_HEADER = MAX_CONFIG  # a model of 100 000 tensors has 15 MB
 MAX_DIMS = 64  # numpy's own limit

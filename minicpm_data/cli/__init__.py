@@ -1,0 +1,1 @@
+"""Command lines that both backends have."""

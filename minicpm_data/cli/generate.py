@@ -1,0 +1,280 @@
+"""The command lines that both backends have: the flags, what is printed, and how a terminal conversation goes."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from minicpm_data.cli.terminal import Conversation, complain, printed, typed_lines
+from minicpm_data.diagnostics import sparsity
+from minicpm_data.generation.api import Backend, Device
+from minicpm_data.generation.options import (
+    ANSWER_TOKENS,
+    CHAT_TEMPERATURE,
+    CHAT_TOKENS,
+    CHAT_TOP_P,
+    CacheOptions,
+    Sampling,
+)
+from minicpm_data.generation.responses import stop_strings
+from minicpm_data.generation.speculation import Speculation
+from minicpm_data.model_options import ModelOptions, load_model, note_context
+from weights_io import command_line
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    from minicpm_data.generation.responses import Response
+
+# "--stop a b", "--stop a --stop b", or both.
+Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    temp: float = 0.0
+    """Temperature; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0: from all."""
+    min_p: float = 0.0
+    """Leave out tokens with less than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of prompt and answer become less likely to come again."""
+    seed: int | None = None
+    """The same seed draws the same answer; by default another each time."""
+    system_prompt: str | None = None
+    """A system message before the first question."""
+    stop: Texts = ()
+    """End the answer where one of these texts begins."""
+
+    def stops(self, *more: str) -> tuple[str, ...]:
+        """The texts of --stop, checked, and ``more``."""
+        return stop_strings([*chain(*self.stop), *more])
+
+    def sampling(self) -> dict[str, Any]:
+        """Under the names of `Sampling`, checked."""
+        named = {"temperature" if f.name == "temp" else f.name: getattr(self, f.name) for f in fields(SamplingOptions)}
+        options = {f.name: named[f.name] for f in fields(Sampling)}
+        Sampling(**options)
+        return options
+
+
+@dataclass(frozen=True)
+class GenerateOptions(SamplingOptions, ModelOptions):
+    prompt: Annotated[str, tyro.conf.arg(aliases=("-p",))] = "Hello!"
+    """What to answer; - reads it from standard input."""
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = ANSWER_TOKENS
+    """Most tokens of the answer."""
+    ignore_chat_template: bool = False
+    """Continue the prompt as raw text."""
+    prefill_response: str | None = None
+    """Begin the answer with this text; what the model adds to it is printed."""
+    chat_template_config: str | None = None
+    """More variables for the chat template, as a JSON object."""
+    extra_eos_token: Texts = ()
+    """End the answer at these tokens too, such as <|im_end|>."""
+    kv_bits: Literal[4, 8] | None = None
+    """Keep keys and values in so many bits (JAX: 8)."""
+    kv_group_size: int | None = None
+    """Numbers that share a scale with --kv-bits in MLX; by default 64, or 32 where 64 does not divide a head."""
+    max_kv_size: int | None = None
+    """Keep only the first 4 and the latest so many tokens (MLX)."""
+    prefill_step_size: int = 512
+    """Tokens of the prompt that are run together: less takes less memory."""
+    draft_model: str | None = None
+    """A smaller model of the same tokenizer that guesses the next tokens: the same answer, sooner."""
+    num_draft_tokens: int = 3
+    """Tokens that are guessed at once."""
+    prompt_lookup: bool = False
+    """Guess that the text goes on as it did where its last words stood before: sooner where much is repeated."""
+    verbose: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Print speed and memory at the end."""
+    report_sparsity: bool = False
+    """Print at the end which share of the MLP's neurons the activation left at 0 over prompt and answer, before up is
+    multiplied in (models with relu or fatrelu, such as MiniCPM-S-1B)."""
+
+    def memory(self) -> dict[str, Any]:
+        """Under the names of `CacheOptions`, checked."""
+        options = {f.name: getattr(self, f.name) for f in fields(CacheOptions)}
+        CacheOptions(**options)
+        return options
+
+    def speculation(self, draft_model: Any = None) -> dict[str, Any]:
+        """Under the names of `Speculation`, checked; ``draft_model``: what the one of that flag was loaded as."""
+        options = {f.name: getattr(self, f.name) for f in fields(Speculation)}
+        Speculation(**options)
+        return options | {"draft_model": draft_model}
+
+    def template_variables(self) -> dict[str, Any]:
+        """What --chat-template-config holds. InputError also for flags of the template that is to be ignored."""
+        for name in ("system_prompt", "prefill_response", "chat_template_config"):
+            if self.ignore_chat_template and getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} needs the chat template; leave out --ignore-chat-template or {flag}.")
+        try:
+            variables = json.loads(self.chat_template_config or "{}")
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--chat-template-config is not JSON ({error}); give an object.") from None
+        if not isinstance(variables, dict):
+            raise InputError('--chat-template-config must be a JSON object such as {"enable_thinking": false}.')
+        return variables
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        begun = [] if self.prefill_response is None else [{"role": "assistant", "content": self.prefill_response}]
+        return [*_system(self), {"role": "user", "content": prompt}, *begun]
+
+
+@dataclass(frozen=True)
+class ChatOptions(SamplingOptions, ModelOptions):
+    temp: float = CHAT_TEMPERATURE
+    """Temperature; 0 takes the likeliest token."""
+    top_p: float = CHAT_TOP_P
+    """Draw from the likeliest tokens that together have this probability."""
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = CHAT_TOKENS
+    """Most tokens of an answer."""
+
+
+def run_generate(backend: Callable[[], Backend], prog: str, options: type[GenerateOptions] = GenerateOptions) -> None:
+    """``python -m PACKAGE.generate``; ``backend`` is called, and so imported, once the flags are right."""
+
+    def main(options: GenerateOptions) -> None:
+        """Answer a prompt with a MiniCPM (or Llama) model."""
+        options.check_placement()
+        sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
+        variables, memory, speculation = options.template_variables(), options.memory(), options.speculation()
+        prompt = _read_stdin() if options.prompt == "-" else options.prompt
+        if not prompt.strip():
+            raise InputError("the prompt is empty; ask something.")
+        running = backend()
+        # The sparsity is found by looking into the layers.
+        model, tokenizer = load_model(running, options, decoding=not options.report_sparsity)
+        running.device.note_mesh(model, 1)
+        if options.report_sparsity:
+            sparsity.checked_threshold(model.config)
+        for token in chain(*options.extra_eos_token):
+            tokenizer.add_eos_token(token)
+        if options.ignore_chat_template:
+            ids = tokenizer.encode(prompt)
+        else:
+            begun = options.prefill_response is not None
+            ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
+            stops = options.stops(*tokenizer.turn_markers)
+        if options.draft_model is not None:
+            source = replace(options, model=options.draft_model, revision=None, adapter_path=None)
+            speculation = options.speculation(load_model(running, source, decoding=True)[0])
+        meter = Meter(running.device)
+        kept = sampling | memory | speculation
+        answer = running.generator.stream_generate(model, tokenizer, ids, max_tokens, stop=stops, **kept)
+        for response in meter.watch(answer):
+            print(response.text, end="", flush=True)
+        print()
+        said = [meter.report(len(ids))] if options.verbose else []
+        if options.report_sparsity:
+            run = [*ids, *meter.tokens[:-1]]  # the last token went into no model
+            said.append(sparsity.line(running.activation_sparsity(model, run)))
+        if running.device.is_first():
+            note_context(model.config, len(ids) + len(meter.tokens))
+            print(*said, sep="\n", end="\n" if said else "", file=sys.stderr)
+
+    command_line.run(main, options, prog)
+
+
+def run_chat(backend: Callable[[], Backend], prog: str, options: type[ChatOptions] = ChatOptions) -> None:
+    """``python -m PACKAGE.chat``; ``backend`` as in `run_generate`."""
+
+    def main(options: ChatOptions) -> None:
+        """Talk with a MiniCPM (or Llama) model; /help lists what can be typed besides questions."""
+        sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
+        running = backend()
+        model, tokenizer = load_model(running, options, decoding=True)
+        running.device.note_mesh(model, 1)
+        stops = options.stops(*tokenizer.turn_markers)
+        conversation = Conversation(options.system_prompt)
+        for query in typed_lines():
+            try:
+                if query.strip().startswith("/"):
+                    if not conversation.command(query):
+                        return
+                elif query.strip():
+                    asked = [*conversation.messages, {"role": "user", "content": query}]
+                    prompt = tokenizer.apply_chat(asked)
+                    stream = running.generator.stream_generate
+                    if reply := printed(stream(model, tokenizer, prompt, max_tokens, stop=stops, **sampling)):
+                        # A question without an answer is forgotten.
+                        conversation.messages = [*asked, {"role": "assistant", "content": reply}]
+                        note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
+            except InputError as error:
+                complain(error)
+            except KeyboardInterrupt:  # a second one, while the first ended the answer
+                print()
+
+    command_line.run(main, options, prog)
+
+
+class Meter:
+    """Times an answer: what came before its first token (the prompt) apart from the rest, and compiling apart."""
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.tokens: list[int] = []
+        self.from_draft = 0
+        self.reason: str | None = None
+        self.clock = [time.perf_counter()]  # before, at the first token, at the end
+        self.compiled = [device.compile_seconds()]
+
+    def watch(self, answer: "Iterable[Response]") -> "Iterator[Response]":
+        for response in answer:
+            self.tokens += [] if response.token is None else [response.token]
+            self.from_draft += response.from_draft
+            self.reason = response.finish_reason or self.reason
+            if len(self.clock) == 1:
+                self._mark()
+            yield response
+        self._mark()
+
+    def _mark(self) -> None:
+        self.clock.append(time.perf_counter())
+        self.compiled.append(self.device.compile_seconds())
+
+    def report(self, prompt_tokens: int) -> str:
+        spans = [b - a for a, b in zip(self.clock, self.clock[1:], strict=False)]
+        compiling = [b - a for a, b in zip(self.compiled, self.compiled[1:], strict=False)]
+        prompt, answer = (max(s - c, 1e-9) for s, c in zip(spans, compiling, strict=True))
+        lines = [
+            "=" * 10,
+            f"Prompt: {prompt_tokens} tokens, {prompt_tokens / prompt:.1f} tokens-per-sec",
+            f"Generation: {len(self.tokens)} tokens, {max(len(self.tokens) - 1, 0) / answer:.1f} tokens-per-sec",
+            f"Peak memory: {self.device.peak_memory() / 1e9:.3f} GB on {self.device.description()}",
+        ]
+        if self.from_draft:
+            lines.append(f"Guessed: {self.from_draft} of {len(self.tokens)} tokens")
+        if sum(compiling) > 0:
+            lines.append(f"Compiling: {sum(compiling):.1f} s")
+        if self.reason == "length":
+            lines.append("The answer was cut at --max-tokens.")
+        return "\n".join(lines)
+
+
+def _system(options: SamplingOptions) -> list[dict[str, str]]:
+    return [] if options.system_prompt is None else [{"role": "system", "content": options.system_prompt}]
+
+
+def _positive(max_tokens: int) -> int:
+    if max_tokens < 1:
+        raise InputError(f"--max-tokens is {max_tokens}; it must be at least 1.")
+    return max_tokens
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise InputError("standard input is closed; give the prompt with --prompt.")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text (byte {error.start}); convert it first.") from None

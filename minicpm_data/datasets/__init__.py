@@ -1,0 +1,1 @@
+"""Training data: files, forms, examples, batches."""

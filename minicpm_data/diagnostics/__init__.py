@@ -1,0 +1,1 @@
+"""Comparisons and measurements of a model."""

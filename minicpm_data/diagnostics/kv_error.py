@@ -1,0 +1,115 @@
+"""How far a key/value cache of few bits moves the logits: one text through the plain cache and through the other.
+
+Both are fed the same tokens, whatever they would have chosen (teacher forcing), a piece at a time.
+Dims: T tokens of a piece, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from minicpm_data.generation.api import Backend
+from minicpm_data.generation.options import CacheOptions
+from minicpm_data.model_options import ModelOptions, load_model
+from weights_io import command_line
+from weights_io.errors import InputError
+
+PIECE = 128  # tokens; [128, 122753] float64 logits are 126 MB
+
+
+@dataclass(frozen=True)
+class Options(ModelOptions):
+    prompt: str | None = None
+    """The text, taken as it is, without the chat template."""
+    data: Path | None = None
+    """A UTF-8 file with the text, in place of --prompt."""
+    max_tokens: int = 1024
+    """Only so many of the text's first tokens."""
+    kv_bits: Literal[4, 8] = 8
+    """Of the cache that is compared with the plain one (JAX: 8)."""
+    kv_group_size: int | None = None
+    """Numbers that share a scale in MLX; by default 64, or 32 where 64 does not divide a head."""
+
+    def text(self) -> str:
+        if (self.prompt is None) == (self.data is None):
+            raise InputError("the text is missing or given twice; give either --prompt or --data.")
+        if self.data is None:
+            return self.prompt or ""
+        try:
+            return self.data.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.data} is not UTF-8 text (byte {error.start}); convert it first.") from None
+
+
+# model, ids and what the cache is to be -> logits [T, V] of one piece after the other
+Logits = Callable[[Any, list[int], CacheOptions], Iterator[np.ndarray]]
+
+
+@dataclass
+class Difference:
+    """Of logits from those of the plain cache, over ``tokens`` positions."""
+
+    tokens: int
+    deviation: float  # of the plain logits round their mean at a position, root mean square over positions
+    largest: float
+    rms: float
+    divergence: float  # mean KL(plain || other) of the next token's distribution, in nats
+    same: int  # positions whose likeliest token is the same
+
+
+def run(backend: Callable[[], Backend], logits: Logits, prog: str, options: type[Options] = Options) -> None:
+    """``python -m PACKAGE.kv_error``; ``backend`` is called, and so imported, once the flags are right."""
+
+    def main(options: Options) -> None:
+        """Say how far a quantised key/value cache moves the logits of a text."""
+        text, most = options.text(), options.max_tokens
+        if most < 1:
+            raise InputError(f"--max-tokens is {most}; it must be at least 1.")
+        packed = CacheOptions(kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
+        model, tokenizer = load_model(backend(), options)
+        ids = tokenizer.encode(text)[:most]
+        if not text or not ids:
+            raise InputError("the text is empty; give some with --prompt or --data.")
+        found = compare(logits(model, ids, CacheOptions()), logits(model, ids, packed))
+        print("\n".join(lines(found, options.kv_bits)))
+
+    command_line.run(main, options, prog)
+
+
+def compare(plain: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> Difference:
+    """The figures of two runs, each [T, V] piece after piece."""
+    tokens = same = 0
+    largest = squares = variances = divergence = 0.0
+    for expected, found in zip(plain, other, strict=True):
+        difference = found.astype(np.float64) - expected
+        p, q = _log_softmax(expected), _log_softmax(found)
+        tokens += len(expected)
+        largest = max(largest, float(np.abs(difference).max()))
+        squares += float(np.square(difference).mean(axis=-1).sum())
+        variances += float(expected.var(axis=-1, dtype=np.float64).sum())
+        divergence += float((np.exp(p) * (p - q)).sum())
+        same += int((expected.argmax(axis=-1) == found.argmax(axis=-1)).sum())
+    return Difference(
+        tokens, (variances / tokens) ** 0.5, largest, (squares / tokens) ** 0.5, divergence / tokens, same
+    )
+
+
+def lines(found: Difference, bits: int) -> list[str]:
+    """For a person."""
+    table = {
+        "text": f"{found.tokens} tokens; a cache of {bits} bits against the plain one",
+        "logits": f"standard deviation {found.deviation:.4g}",
+        "largest error": f"{found.largest:.4g}, {found.largest / found.deviation:.2%} of the standard deviation",
+        "rms error": f"{found.rms:.4g}, {found.rms / found.deviation:.2%} of the standard deviation",
+        "KL divergence": f"{found.divergence:.3g} nats a token",
+        "same top token": f"{found.same} of {found.tokens}, {found.same / found.tokens:.1%}",
+    }
+    return [f"{name:16} {value}" for name, value in table.items()]
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,0 +1,1 @@
+"""Generation, the half that both backends share."""

@@ -1,0 +1,68 @@
+"""The options that name a model, and the model loaded from them."""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from minicpm_data.generation.api import Backend
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
+    from weights_io.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    model: str | None = None
+    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name; left out: the built-in model."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    """Where --model is downloaded from if it is not on this disk."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of weights and computation; by default the checkpoint's own. On a CPU JAX takes float32, unless it only generates
+    and the CPU has AMX."""
+
+    def check_placement(self) -> None:
+        """`InputError` where `placement` could not be."""
+
+    def placement(self) -> dict[str, Any]:
+        """What a backend's ``load`` is told of the devices."""
+        return {}
+
+    def loading(self) -> dict[str, Any]:
+        """What it is told of the weights."""
+        return {}
+
+
+@dataclass(frozen=True)
+class ModelOptions(SourceOptions):
+    adapter_path: str | None = None
+    """Folder (of PEFT or mlx_lm) of fine-tuned adapter weights to be added to the model."""
+    quantize: Literal[4, 8] | None = None
+    """Keep the matrices of the layers in so many bits, and the head in 8: less memory, and less to read for a token."""
+
+    def loading(self) -> dict[str, Any]:
+        return {"adapter": self.adapter_path, "quantize": self.quantize}
+
+
+def load_model(backend: Backend, options: SourceOptions, decoding: bool = False) -> "tuple[Any, Tokenizer]":
+    """Model and tokenizer, where the options want them. ``decoding``: in the form that generates fastest."""
+    placement = options.placement()  # first: it may have to come before the first use of a device
+    dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **placement)
+    source = {"revision": options.revision, "hub": options.hub}
+    model, tokenizer = backend.load(options.model, dtype, decoding=decoding, **source, **options.loading(), **placement)
+    if tokenizer is None:
+        raise InputError(
+            f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."
+        )
+    return model, tokenizer
+
+
+def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
+    """Beyond the length that a model was trained for it answers, but with nonsense."""
+    context = config.max_position_embeddings
+    if tokens > context and config.rope_scaling is None:
+        print(f"note: {tokens} tokens are more than the {context} this model is made for{remedy}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""The text that the built-in model was trained on."""

@@ -1,0 +1,305 @@
+"""A checkpoint's tokenizer files as ids: text, chats, and text back again."""
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from minicpm_data.tokenizer import chat_template as chat
+from minicpm_data.tokenizer.detokenizer import Decoder, Detokenizer
+from minicpm_data.tokenizer.fast_tokenizer import FastTokenizer
+from minicpm_data.tokenizer.special_tokens import plain_spec, without_prefix
+from weights_io.errors import InputError, short
+
+MOST_IDS = 2**24  # the library writes its file out by looking for every id from 0 on, present or not
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: the highest id + 1; a model may have more rows (padding), never fewer.
+        bos_token_id, pad_token_id: None where there is none.
+        eos_token_ids: the ids that end an answer, the tokenizer's own EOS first.
+        chat_template: Jinja source; MiniCPM's own where the checkpoint has none.
+        chat_template_given: whether the checkpoint has it.
+        tool_template: the one that the checkpoint has for chats with tools, where it has two.
+        rows: of the model's table, where some added tokens have no row in it; None where all have one.
+        added_tokens: id -> text of those beside the model's own pieces, special or not.
+        turn_markers: the texts with which the template begins a turn, where these are no special tokens. A model may
+            write one after its answer, so that a chat's answer ends there.
+    """
+
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_ids: Sequence[int] = (),
+        pad_token_id: int | None = None,
+        unk_token_id: int | None = None,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        chat_template: str | None = None,
+        tool_template: str | None = None,
+    ):
+        """``add_bos``, ``add_eos``: None leaves it to ``fast``.
+
+        InputError where ``fast`` is not BPE, or decodes in a way that is not supported.
+        """
+        if fast.kind != "BPE":
+            raise InputError(f"{fast.source} holds a {fast.kind} model; only BPE tokenizers are supported.")
+        self._fast = fast
+        self._decoder = Decoder(fast.decoder, fast.id_to_token)
+        self.chat_template = chat.MINICPM_TEMPLATE if chat_template is None else chat_template
+        self.chat_template_given = chat_template is not None
+        self.tool_template = tool_template
+        self.rows: int | None = None
+        self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
+        self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
+        ends: list[int | None] = [*eos_token_ids]
+        if "<|im_end|>" in self.chat_template + (tool_template or ""):
+            ends.append(self._fast.token_to_id("<|im_end|>"))
+        self.eos_token_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+        self.vocab_size = 1 + max(fast.vocabulary().values(), default=-1)
+        if self.vocab_size > MOST_IDS:
+            raise InputError(f"{fast.source} has the id {self.vocab_size - 1}, beyond any vocabulary; get it again.")
+        self._before, self._after = fast.around()
+        if add_bos is not None:
+            self._before = [bos_token_id] if add_bos and bos_token_id is not None else []
+        if add_eos is not None:
+            self._after = [*eos_token_ids[:1]] if add_eos else []
+
+        added = fast.added_tokens()
+        self.added_tokens = {i: token.content for i, token in added.items()}
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._markers = {
+            i: token.content
+            for i, token in added.items()
+            if token.special or i in self.eos_token_ids or (token.content[:2] == "<|" and token.content[-2:] == "|>")
+        }
+        self._spelled = chat.Markers(self._markers.values())
+
+    def encode(self, text: str, add_bos: bool = True, trusted: bool = True) -> list[int]:
+        """Ids of ``text``; special tokens that it spells out become their ids, unless it is not ``trusted``.
+
+        With ``add_bos`` BOS (and EOS) come as the checkpoint's tokenizer adds them: BOS never twice.
+        InputError for a lone surrogate, which is no Unicode text, and for a token for which the model has no row.
+        """
+        encoder = self._fast if trusted else self._plain
+        ids = self._in_table(encoder.encode(_checked(text)).ids)
+        return self._with_bos(ids) + self._after if add_bos else ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``. Bytes that form no character come out as U+FFFD, ids of padding rows as nothing."""
+        detokenizer = self.detokenizer(skip_special_tokens)
+        return "".join([detokenizer.add(int(i)) for i in ids]) + detokenizer.finish()
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh state for decoding token by token."""
+        return Detokenizer(self._decoder, self._special_ids if skip_special_tokens else ())
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._fast.token_to_id(token)
+
+    @property
+    def fast(self) -> FastTokenizer:
+        """The library's tokenizer, for those who look into it."""
+        return self._fast
+
+    def warm_up(self) -> None:
+        """Make what the first text that spells a special token would wait for: 1 s for 122,753 tokens."""
+        _ = self._plain
+
+    def added_from(self, first: int) -> dict[int, str]:
+        """The added tokens from an id on that are no entries of the model's own vocabulary, by id."""
+        own = self._fast.vocabulary(added=False)
+        added = sorted(self._fast.added_tokens().items())
+        return {i: token.content for i, token in added if i >= first and token.content not in own}
+
+    def add_eos_token(self, token: str) -> None:
+        """Let ``token`` end answers too. InputError where the vocabulary has no such token."""
+        i = self.token_to_id(token)
+        if i is None:
+            raise InputError(
+                f"the vocabulary has no token {short(token)!r} that could end an answer; give one that it has."
+            )
+        self.eos_token_ids = tuple(dict.fromkeys((*self.eos_token_ids, i)))
+
+    def apply_chat(
+        self,
+        messages: Sequence[chat.Message],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        trusted: bool = False,
+    ) -> list[int]:
+        """Ids of the chat prompt, BOS included once where the checkpoint's tokenizer adds it.
+
+        ``messages`` are ``{"role": "system" | "user" | "assistant", "content": str}``. With ``continue_final_message``
+        the prompt ends with the last of them, unfinished, and nothing after it; spaces at its end go where the template
+        strips them. ``variables`` are more variables of the template, as values of JSON; with ``tools`` among them,
+        the checkpoint's template for tools is used, if it has one. A special token spelled out in a content or a
+        variable stays text; only the template makes special tokens, unless the messages are ``trusted``. InputError for
+        messages, variables or a template that cannot be used.
+        """
+        messages, variables = chat.check_messages(messages), _checked_variables(variables or {})
+        hidden, disguise = self._hidden(messages, variables, trusted)
+        end = disguise.end + " "  # the space shows whether the template strips the content
+        if continue_final_message:
+            hidden[-1]["content"] += end
+        prompted = add_generation_prompt and not continue_final_message
+        prompt = self._rendered(hidden, disguise, prompted, variables)
+        if continue_final_message:
+            final, found, after = prompt.rpartition(disguise.end)
+            if not found:
+                raise InputError("the chat template leaves out the message that the answer should go on from.")
+            text = messages[-1]["content"]
+            spaces = text[len(text.rstrip()) :]
+            prompt = final if after.startswith(" ") else final.removesuffix(spaces)
+        return self._in_table(self._with_bos(self._undisguised(prompt, disguise)))
+
+    def chat_example(
+        self,
+        messages: Sequence[chat.Message],
+        trained: Sequence[bool] | None = None,
+        prompts: bool = False,
+        trusted: bool = True,
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation up to the end of its last answer, and which of them are targets: of each answer that is
+        ``trained`` (a bool for each message; by default all) its tokens, and the EOS with which the template ends it;
+        with ``prompts`` also all that is of no answer. The last answer ends with the tokenizer's own EOS where the
+        template writes none. A special token that a content spells out becomes its id, unless it is not ``trusted``.
+
+        The ids in front of an answer are those of `apply_chat` for that turn's prompt, as far as the template writes
+        the same text: where a token would span the seam, the answer is encoded by itself. InputError as there, and
+        where there is no answer or the template changes answers beyond what `chat.cut_at_answers` allows.
+        """
+        messages = chat.check_messages(messages)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers or not self.eos_token_ids:
+            missing = "the messages have no assistant turn" if not answers else "the tokenizer has no EOS token"
+            raise InputError(f"{missing}, without which there is no answer to train; add one.")
+        hidden, disguise = self._hidden(messages[: answers[-1] + 1], {}, trusted)
+        prompt = self._rendered(hidden, disguise, False, {})
+        contents = [hidden[i]["content"] for i in answers]
+        for i in answers:
+            hidden[i]["content"] = disguise.end
+        outside = self._rendered(hidden, disguise, False, {}).split(disguise.end)
+        pieces = chat.cut_at_answers(prompt, outside, contents)
+        wanted = [True if trained is None else trained[i] for i in answers]
+
+        ids: list[int] = []
+        targets: list[bool] = []
+        text, before = "", list[int]()  # the pieces so far, as one text
+        for k, piece in enumerate(pieces):
+            text += piece
+            whole = self._undisguised(text, disguise) if piece else before
+            spans = whole[: len(before)] != before  # a token would span the seam
+            new = self._undisguised(piece, disguise, begun=True) if spans else whole[len(before) :]
+            before = whole
+            if k == len(pieces) - 1:
+                ended = new[:1] if new and new[0] in self.eos_token_ids else [*self.eos_token_ids[:1]]
+                spelled = not new and pieces[-2] and ids[-1] in self.eos_token_ids  # by the answer itself
+                new = [] if spelled else ended
+            of_answer = len(new) if k % 2 else sum(i in self.eos_token_ids for i in new[:1]) if k else 0
+            ids += new
+            targets += [wanted[(k - 1) // 2] if i < of_answer else prompts for i in range(len(new))]
+        full = self._in_table(self._with_bos(ids))
+        return full, [prompts] * (len(full) - len(ids)) + targets
+
+    def _hidden(
+        self, messages: list[dict], variables: Mapping[str, Any], trusted: bool
+    ) -> tuple[list[dict], chat.Disguise]:
+        """``messages`` in which no content spells a special token, unless they are ``trusted``."""
+        texts = [*(_checked(m["content"]) for m in messages), self._template(variables)]
+        markers = chat.Markers(()) if trusted else self._spelled
+        disguise = chat.Disguise(markers, [*texts, json.dumps(variables, ensure_ascii=False)])
+        return [{**m, "content": disguise.hide(m["content"])} for m in messages], disguise
+
+    def _rendered(self, hidden: list[dict], disguise: chat.Disguise, prompted: bool, variables: Mapping) -> str:
+        special = {"bos_token": self.bos_token_id, "pad_token": self.pad_token_id, "unk_token": self.unk_token_id}
+        special["eos_token"] = self.eos_token_ids[0] if self.eos_token_ids else None
+        names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in special.items()}
+        try:
+            context: dict[str, Any] = {**names, **disguise.hide_all(variables)}
+        except RecursionError:
+            raise InputError("the template variables are nested too deeply; give flatter ones.") from None
+        return _checked(chat.render(self._template(variables), hidden, prompted, **context))
+
+    def _template(self, variables: Mapping[str, Any]) -> str:
+        if self.tool_template is None or variables.get("tools") is None:
+            return self.chat_template
+        return self.tool_template
+
+    def _undisguised(self, prompt: str, disguise: chat.Disguise, begun: bool = False) -> list[int]:
+        """Ids of ``prompt``, in which what was disguised is text. ``begun``: it goes on from other text, so that no
+        space is put in front of it."""
+        encoded = self._fast.encode(prompt)
+        if not begun and disguise.show(prompt) == prompt:
+            return encoded.ids
+        # Between two special tokens the ids stand, unless something was disguised there.
+        ids: list[int] = []
+        stretch: list[int] = []
+        start = 0
+        for i, (first, last) in [*zip(encoded.ids, encoded.offsets, strict=True), (None, (len(prompt), len(prompt)))]:
+            if i is None or i in self._markers:
+                text = disguise.show(prompt[start:first])
+                if begun and start == 0:
+                    ids += self._inner.encode(text).ids
+                elif text != prompt[start:first]:
+                    ids += self._plain.encode(text).ids
+                else:
+                    ids += stretch
+                ids += [] if i is None else [i]
+                stretch, start = [], last
+            else:
+                stretch.append(i)
+        return ids
+
+    def _in_table(self, ids: list[int]) -> list[int]:
+        """``ids``, unless one has no row in the model's table."""
+        if self.rows is not None and (wrong := next((i for i in ids if i >= self.rows), None)) is not None:
+            raise InputError(
+                f"the text has the token {short(self._fast.id_to_token(wrong))!r} (id {wrong}), for which the model of "
+                f"{self.rows} rows has none; leave it out."
+            )
+        return ids
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        present = ids[: len(self._before)] == self._before
+        return ids if present else self._before + ids
+
+    @functools.cached_property
+    def _plain(self) -> FastTokenizer:
+        """The same tokenizer with no way to a special token."""
+        return FastTokenizer(plain_spec(self._fast.spec(), set(self._markers.values())), self._fast.source)
+
+    @functools.cached_property
+    def _inner(self) -> FastTokenizer:
+        """`_plain` for the inside of a text: it puts no space in front."""
+        spec = plain_spec(self._fast.spec(), set(self._markers.values()))
+        return FastTokenizer(without_prefix(spec), self._fast.source)
+
+
+def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``variables`` of a chat template, unless they are no JSON or would take the place of what the template is for."""
+    taken = [name for name in ("messages", "add_generation_prompt") if name in variables]
+    if taken:
+        raise InputError(f"the template variable {taken[0]} cannot be given; it is made of the messages.")
+    try:
+        text = json.dumps(variables, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the template variables are no values of JSON ({error}); give others.") from None
+    _checked(text)
+    return variables
+
+
+def _checked(text: str) -> str:
+    """``text``, unless it has a surrogate in it, which no UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise InputError(f"the text has a lone surrogate ({code}, at {error.start}); send valid Unicode.") from error
+    return text

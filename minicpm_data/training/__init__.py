@@ -1,0 +1,1 @@
+"""Training, the half that both backends share."""

@@ -1,0 +1,1 @@
+"""Programs compiled for chips that are not here, and what they take."""

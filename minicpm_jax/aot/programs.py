@@ -1,0 +1,286 @@
+"""The programs that this package runs, with shapes for arrays: traced for any devices, compiled for TPUs that are
+elsewhere. Nothing here allocates a weight.
+
+Dims: B batch, T new tokens, A micro-batches, S cache slots.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from minicpm_data.generation.options import Sampling
+from minicpm_jax import adapters
+from minicpm_jax.generation import decoding
+from minicpm_jax.generation.sampling import Knobs
+from minicpm_jax.layers.kv_cache import Cache, placement
+from minicpm_jax.model import Model, abstract, spread
+from minicpm_jax.parallel.chips import Topology
+from minicpm_jax.parallel.mesh import automatic, batch_sharding, make_mesh
+from minicpm_jax.parallel.sharding import default_mesh, partition_spec, shardings
+from minicpm_jax.quantization.model import axes_of, names_of, quantised
+from minicpm_jax.training import optimizers, step
+from minicpm_jax.training.losses import Objective
+from weights_io import catalog
+from weights_io.adapters import AdapterConfig
+from weights_io.built_in import built_in
+from weights_io.checkpoint import open_checkpoint
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+from weights_io.parameters import parameters
+
+
+class Call(NamedTuple):
+    """One of the package's own programs, with the shape, dtype and sharding of every array that it is given."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    fixed: dict[str, Any]  # what it is compiled for
+
+
+Kind = Literal["generate", "prefill", "lora", "finetune", "pretrain"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program of one model on one topology. Fields are those of `minicpm_jax.fit.Options`."""
+
+    model: str
+    topology: Topology
+    job: Kind
+    batch: int
+    seq: int
+    dtype: str
+    quantize: int | None
+    kv_bits: int | None
+    mesh: str | None
+    grad_checkpoint: bool
+    prefill_step_size: int
+    rank: int
+    targets: tuple[str, ...]
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        return config_of(self.model)
+
+    @property
+    def training(self) -> bool:
+        return self.job in ("lora", "finetune", "pretrain")
+
+    @property
+    def tokens(self) -> int:
+        """That one call takes: a step of decoding gives one for each row."""
+        return self.batch * {"generate": 1, "prefill": min(self.prefill_step_size, self.seq)}.get(self.job, self.seq)
+
+    @functools.cached_property
+    def devices(self) -> Any:
+        return self.topology.devices()
+
+    @functools.cached_property
+    def placed(self) -> Mesh | None:
+        """The mesh; None on a single device."""
+        text = self.mesh or default_mesh(self.config, len(self.devices), self.training)
+        mesh = make_mesh(text, self.devices)
+        return None if mesh is None or mesh.size == 1 else automatic(mesh)
+
+    def traced(self) -> Any:
+        """`jax.stages.Traced`."""
+        call = self.call
+        return call.function.trace(*call.arguments, **call.fixed)
+
+    @property
+    def argument_bytes(self) -> int:
+        """Of the arguments on one chip, without padding: known before anything is compiled."""
+        leaves = jax.tree.leaves(self.call.arguments)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    @functools.cached_property
+    def call(self) -> "Call":
+        """Raises `InputError` for a mesh, a batch or a model that cannot be."""
+        if self.batch < 1 or self.seq < 2 or self.prefill_step_size < 1:
+            raise InputError("--batch, --seq and --prefill-step-size are at least 1, 2 and 1.")
+        self.topology.chip.check_dtype(self.dtype)
+        if self.quantize is not None and self.job in ("finetune", "pretrain"):
+            raise InputError(f"--quantize is for a base that is not trained; leave it out of --job {self.job}.")
+        match self.job:
+            case "generate":
+                return self._decode()
+            case "prefill":
+                return self._prefill()
+            case "pretrain":
+                return self._pretrain()
+            case _:
+                return self._train()
+
+    def compiled(self) -> Any:
+        """`jax.stages.Compiled`."""
+        return compiled(self.traced().lower())
+
+    def _everywhere(self, tree: Any) -> Any:
+        """Shapes of arrays that every device has whole."""
+        if self.placed is None:
+            where: Any = SingleDeviceSharding(self.devices[0])
+        else:
+            where = NamedSharding(self.placed, PartitionSpec())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    def _array(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self._everywhere(jax.ShapeDtypeStruct(shape, dtype))
+
+    def _model(self) -> Model:
+        """As `loading.load` would give it, and `quantised`."""
+        mesh = self.placed
+        model = abstract(self.config, self.dtype, mesh, packed=self.quantize is not None)
+        if mesh is not None:
+            spread(model, mesh)
+        if self.quantize is not None:
+            model = self._quantised(model, self.quantize)
+        return self._everywhere(model) if mesh is None else model
+
+    def _quantised(self, model: Model, bits: int) -> Model:
+        packed = jax.eval_shape(functools.partial(quantised, bits=bits, head=not self.training), model)
+        if self.placed is None:
+            return packed
+        rules = {p.name: p.logical_axes() for p in parameters(self.config)}
+
+        def where(path, leaf):
+            names = names_of(path)
+            axes = rules[".".join(names[: names.index("weight") + 1])]
+            spec = partition_spec(axes_of(path, axes, leaf.ndim), leaf.shape, self.placed)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.placed, spec))
+
+        return jax.tree_util.tree_map_with_path(where, packed)
+
+    def _cache(self) -> Cache:
+        given = self.config, self.batch, self.slots, self.dtype, self.kv_bits, self.placed
+        shapes = jax.eval_shape(lambda: Cache.empty(*given))
+        if self.placed is None:
+            return self._everywhere(shapes)
+        specs = placement(shapes, self.placed)
+        return jax.tree.map(
+            lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.placed, spec)),
+            shapes,
+            specs,
+        )
+
+    @property
+    def slots(self) -> int:
+        return decoding.bucket(self.seq)
+
+    def _rows(self, dtype: Any) -> Any:
+        return self._array((self.batch,), dtype)
+
+    def _decode(self) -> Call:
+        keys = self._everywhere(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch)))
+        ends = self._array((1,), jnp.int32)
+        state = decoding.State(self._cache(), self._rows(jnp.int32), None, keys, self._rows(bool), ends)
+        knobs = self._everywhere(Knobs.of(Sampling(), self.config.vocab_size))
+        return Call(decoding.decode, (self._model(), state, self._array((), jnp.int32), knobs), {})
+
+    def _prefill(self) -> Call:
+        ids = self._array((self.batch, self.tokens // self.batch), jnp.int32)
+        last = self._array((self.batch, 1, self.config.hidden_size), self.dtype)
+        start, lengths = self._array((), jnp.int32), self._rows(jnp.int32)
+        return Call(decoding.prefill, (self._model(), ids, self._cache(), last, start, lengths), {})
+
+    def _batches(self) -> dict[str, Any]:
+        """[A, B, T], one micro-batch."""
+        shape = 1, self.batch, self.seq
+        if self.placed is None:
+            one = self._array(shape, jnp.int32)
+        else:
+            one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.placed, self.batch, "--batch"))
+        return dict.fromkeys(("ids", "labels", "segments"), one)
+
+    def _state(self, optimiser: Any, weights: step.Weights) -> step.State:
+        """The moments lie as their weights do; XLA makes zeros where what they are like is."""
+
+        def where(path, leaf):
+            own = next((weights[key.key] for key in path if getattr(key, "key", None) in weights), None)
+            same = isinstance(own, jax.ShapeDtypeStruct) and own.shape == leaf.shape
+            return own if same else self._array(leaf.shape, leaf.dtype)
+
+        return weights, jax.tree_util.tree_map_with_path(where, jax.eval_shape(optimiser.init, weights))
+
+    def _masters(self) -> step.Weights:
+        """float32, of all parameters."""
+        table = {p.name: jax.ShapeDtypeStruct(p.shape(self.config), jnp.float32) for p in parameters(self.config)}
+        if self.placed is None:
+            return self._everywhere(table)
+        where = shardings(self.config, self.placed)
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[name]) for name, x in table.items()}
+
+    def _train(self) -> Call:
+        objective = Objective(remat=self.grad_checkpoint)
+        optimiser = optimizers.optimizer("adamw", 0.01, 1.0)
+        base: Model | None = None
+        trained: step.Trained
+        if self.job == "lora":
+            base = self._model()
+            adapter = AdapterConfig(self.rank, 4.0 * self.rank, 0.1, targets=self.targets)
+            trained = step.LowRankWeights(adapter.scale, adapter.dropout)
+            layers = range(self.config.num_hidden_layers)
+            initial = functools.partial(adapters.initial, config=adapter, layers=layers, key=jax.random.key(0))
+            weights = self._everywhere(jax.eval_shape(initial, base))
+        else:
+            trained = step.AllWeights(self.config, self.dtype, self.placed)
+            weights = self._masters()
+        key = self._everywhere(jax.eval_shape(lambda: jax.random.key(0)))
+        arguments = self._state(optimiser, weights), base, self._batches(), self._array((), jnp.float32), key
+        return Call(step.train_step, arguments, {"trained": trained, "objective": objective, "optimiser": optimiser})
+
+    def _pretrain(self) -> Call:
+        optimiser = optimizers.mup_optimizer(self.config, 0.9, 0.95, 0.1, 1.0)
+        windows = self._batches()["ids"]
+        if self.placed is None:
+            windows = self._array(windows.shape[1:], jnp.int32)
+        else:
+            where = NamedSharding(self.placed, PartitionSpec(*windows.sharding.spec[1:]))
+            windows = jax.ShapeDtypeStruct(windows.shape[1:], jnp.int32, sharding=where)
+        fixed = {
+            "trained": step.AllWeights(self.config, self.dtype, self.placed),
+            "optimiser": optimiser,
+            "bos_token_id": 1,
+            "remat": self.grad_checkpoint,
+        }
+        return Call(
+            step.pretrain_step, (self._state(optimiser, self._masters()), windows, self._array((), jnp.float32)), fixed
+        )
+
+
+def compiled(lowered: Any) -> Any:
+    """Without the cache on disk, which could not read again what is kept of a program for devices that are not here."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(name, before)
+
+
+def config_of(model: str) -> ModelConfig:
+    """Of a folder, a config.json or a name of the catalogue, of which nothing is downloaded."""
+    path, entry = Path(model), catalog.find(model)
+    if model.lower() == "pico":
+        path = built_in()
+    elif entry is not None:
+        if entry.config is None:
+            raise InputError(f"the catalogue does not hold the config.json of {model}; download it, and give its path.")
+        return ModelConfig.from_dict(dict(entry.config), entry.name)
+    elif not path.exists():
+        close = catalog.nearest(model)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`python -m weights_io.catalog` lists the names."
+        raise InputError(f"{model} is neither a folder, a config.json nor a short name; {hint}")
+    return ModelConfig.from_file(path / "config.json" if path.is_dir() else path)
+
+
+def serving_mesh(path: Path) -> Mesh | None:
+    """`default_mesh` over the devices that are here, of the checkpoint in ``path``; None for one device."""
+    devices = jax.device_count()
+    return None if devices == 1 else make_mesh(default_mesh(open_checkpoint(path).config, devices, training=False))

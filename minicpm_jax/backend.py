@@ -1,0 +1,43 @@
+"""What commands shared by both backends ask of this package."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from minicpm_data.generation.api import Backend, Generator
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minicpm_jax.training.trainer import Trainer
+
+
+def trainer(model: Any, options: Any) -> "Trainer":
+    """What the training loop works with."""
+    from minicpm_jax.training.trainer import Trainer  # only now, so that --help answers at once
+
+    return Trainer(model, options)
+
+
+def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":
+    from minicpm_jax.generation.decoding import stream_tokens  # only now, so that --help answers at once
+
+    return stream_tokens(*arguments)
+
+
+def _stream_speculated(*arguments: Any) -> Iterator[tuple[int, bool]]:
+    from minicpm_jax.generation.speculation import stream_speculated
+
+    return stream_speculated(*arguments)
+
+
+def backend() -> Backend:
+    """What the command lines ask of this package."""
+    from minicpm_jax import device
+    from minicpm_jax.cpu.form import for_decoding
+    from minicpm_jax.generation.sparsity import activation_sparsity
+    from minicpm_jax.loading import load
+
+    return Backend(load, generator, device, for_decoding, activation_sparsity)
+
+
+generator = Generator(_stream_tokens, _stream_speculated)

@@ -1,0 +1,1 @@
+"""What only XLA:CPU needs."""

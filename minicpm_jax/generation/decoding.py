@@ -1,0 +1,293 @@
+"""Prefill and the decode loop, compiled once for each size of prompt and cache.
+
+Prompts are padded on the right to one of few lengths and long ones run piece by piece, so that few programs serve all
+of them. Decoding runs many steps in one call (a `while_loop` on the device), so a token costs neither a dispatch nor a
+transfer of its own.
+Dims: B batch, T prompt bucket, S cache slots, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
+from minicpm_jax import device
+from minicpm_jax.generation.sampling import Knobs, sample
+from minicpm_jax.layers.kv_cache import STORED, Cache, placement
+from minicpm_jax.model import Model
+from minicpm_jax.parallel.processes import fetched, from_first
+from weights_io import memory as memory_of
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError
+
+STEPS = 32  # most tokens of one call of the decode loop
+PATIENCE = 0.1  # seconds a reader may wait for the next piece of text
+ROOM = 1024  # cache slots for an answer; a longer one makes the cache grow
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "token", "seen", "keys", "done", "end_ids"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class State:
+    """Where the rows of a batch stand between two calls."""
+
+    cache: Cache
+    token: Int[Array, "B"]  # the last one chosen, not yet in the cache
+    seen: Bool[Array, "B V"] | None  # for the repetition penalty
+    keys: Array  # [B] of jax.random
+    done: Bool[Array, "B"]  # rows that have ended
+    end_ids: Int[Array, "E"] | Int[Array, "B E"]
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
+def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache, Float[Array, "B 1 D"]]:
+    """A cache, and the place for each row's last hidden state."""
+    dtype, mesh = model.model.norm.weight.dtype, model.model.mesh
+    cache = Cache.empty(model.config, batch, slots, cache_dtype(model), bits, mesh)
+    if mesh is not None:  # else each device would have all of it
+        specs = placement(cache, mesh)
+        where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        cache = jax.lax.with_sharding_constraint(cache, where)
+    return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
+
+
+def cache_dtype(model: Model) -> Any:
+    """Of keys and values: the model's, but float32 of one that is `unstack`ed for a CPU, where XLA would copy a whole
+    cache in bfloat16 to write one slot of it."""
+    return jnp.float32 if isinstance(model.model.layers, nnx.List) else model.model.norm.weight.dtype
+
+
+def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
+    """Of a cache of so many slots, on each device."""
+    return _cache_bytes(model.config, batch, slots, cache_dtype(model), bits, model.model.mesh)
+
+
+@functools.lru_cache  # tracing takes 2 ms, as long as a head of MiniCPM-1B
+def _cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None, mesh: Mesh | None) -> int:
+    cache = jax.eval_shape(lambda: Cache.empty(config, batch, slots, dtype, bits, mesh))
+    specs = placement(cache, mesh) if mesh is not None else cache
+
+    def bytes_of(x, spec):
+        shape = x.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(bytes_of, cache, specs)))
+
+
+def check_cache(model: Model, batch: int, slots: int, bits: int | None) -> None:
+    """`InputError` where there is no room for a cache of so many slots."""
+    memory_of.check_cache(batch, slots, cache_bytes(model, batch, slots, bits), device.free_memory(model.model.mesh))
+
+
+@functools.partial(jax.jit, donate_argnames=("cache", "last"))
+def prefill(
+    model: Model,
+    ids: Int[Array, "B T"],
+    cache: Cache,
+    last: Float[Array, "B 1 D"],
+    start: Int[Array, ""],
+    lengths: Int[Array, "B"],
+) -> tuple[Cache, Float[Array, "B 1 D"]]:
+    """Run the T tokens from position ``start`` on of right-padded prompts of ``lengths`` tokens."""
+    width = ids.shape[1]
+    new = jnp.clip(lengths - start, 0, width)
+    hidden, cache = model.decode(ids, cache, new, jnp.broadcast_to(start, lengths.shape), lengths)
+    at = (lengths - 1 - start)[:, None, None]
+    found = jnp.take_along_axis(hidden, jnp.clip(at, 0, width - 1), axis=1)
+    return cache, jnp.where((at >= 0) & (at < width), found, last)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def begin(
+    model: Model,
+    cache: Cache,
+    last: Float[Array, "B 1 D"],
+    seen: Bool[Array, "B V"] | None,
+    keys: UInt32[Array, "B 2"],
+    end_ids: Int[Array, "E"] | Int[Array, "B E"],
+    knobs: Knobs,
+) -> State:
+    """Choose the first token of each row after its prompt."""
+    batch = len(last)
+    draws = jax.random.wrap_key_data(keys)
+    state = State(cache, jnp.zeros(batch, jnp.int32), seen, draws, jnp.zeros(batch, bool), end_ids)
+    return chosen(state, model.head(last)[:, 0], knobs)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def decode(
+    model: Model, state: State, steps: Int[Array, ""], knobs: Knobs
+) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
+    """Up to ``steps`` (at most `STEPS`) more tokens for each row, fewer where all rows end. Returns the state, the
+    tokens [STEPS, B] and how many of them are real."""
+
+    def step(carry):
+        state, tokens, count = carry
+        hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.done, 0, 1))
+        state = chosen(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], knobs)
+        return state, tokens.at[count].set(state.token), count + 1
+
+    def more(carry):
+        state, _, count = carry
+        return (count < steps) & ~jnp.all(state.done)
+
+    tokens = jnp.zeros((STEPS, *state.token.shape), jnp.int32)
+    return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
+
+
+def chosen(state: State, logits: Float[Array, "B V"], knobs: Knobs) -> State:
+    """The state with the next token of each row."""
+    both = jax.vmap(jax.random.split)(state.keys)
+    token = sample(logits, state.seen, knobs, both[:, 1]).astype(jnp.int32)
+    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
+    done = state.done | jnp.any(token[:, None] == state.end_ids, axis=1)
+    return State(state.cache, token, seen, both[:, 0], done, state.end_ids)
+
+
+def grown(state: State, slots: int) -> State:
+    """The same with S cache slots."""
+    return dataclasses.replace(state, cache=longer(state.cache, slots))
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def longer(cache: Cache, slots: int) -> Cache:
+    """The same with S slots."""
+    more = slots - cache.slots
+
+    def padded(stored, axis):
+        return None if stored is None else jnp.pad(stored, [(0, more if i == axis else 0) for i in range(4)])
+
+    return dataclasses.replace(cache, **{name: padded(getattr(cache, name), axis) for name, axis in STORED.items()})
+
+
+def check(memory: CacheOptions) -> None:
+    """`InputError` for a kind of cache that is not here."""
+    if memory.max_kv_size is not None:
+        raise InputError("the cache of JAX keeps every token; leave max_kv_size out.")
+    if memory.kv_bits == 4:
+        raise InputError("kv_bits is 4; the cache of JAX keeps keys and values whole or in 8 bits.")
+
+
+def stream_tokens(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
+) -> Iterator[np.ndarray]:
+    """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens`` steps.
+    A row that has ended goes on with tokens of no meaning. Raises `InputError` for a kind of cache that is not here."""
+    check(memory)
+    return _tokens(model, prompts, max_tokens, sampling, end_ids, memory)
+
+
+def _tokens(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
+) -> Iterator[np.ndarray]:
+    longest, slots = max(map(len, prompts)), slots_for(prompts, max_tokens, memory)
+    knobs = Knobs.of(sampling, model.config.vocab_size)
+    state = started(model, prompts, slots, sampling, knobs, end_ids, memory)
+    yield fetched(state.token)
+    made, steps = 1, 1
+    while made < max_tokens:
+        if fetched(state.done).all():
+            return
+        if longest + made > slots:
+            slots = bucket(slots + ROOM)
+            check_cache(model, len(prompts), slots, memory.kv_bits)
+            state = grown(state, slots)
+        began = time.perf_counter()
+        room = min(steps, max_tokens - made, slots - longest - made + 1)
+        state, tokens, count = decode(model, state, np.int32(room), knobs)
+        count = int(count)
+        yield from fetched(tokens)[:count]
+        made += count
+        # Grow the call while the reader does not have to wait for it; the clocks of several processes would differ.
+        quick = jax.process_count() > 1 or time.perf_counter() - began < PATIENCE / 2
+        steps = min(STEPS, 2 * steps) if quick else steps
+
+
+def started(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    slots: int,
+    sampling: Sampling,
+    knobs: Knobs,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
+) -> State:
+    """Each prompt run through a cache of so many slots, and its row's first token chosen."""
+    cache, last = run(model, prompts, slots, memory)
+    ends = np.array(sorted(end_ids) or [-1], np.int32)
+    seen = seen_tokens(prompts, model.config.vocab_size) if sampling.penalised else None
+    return begin(model, cache, last, seen, from_first(sampling.row_keys(len(prompts))), ends, knobs)
+
+
+def run(
+    model: Model, prompts: Sequence[Sequence[int]], slots: int, memory: CacheOptions
+) -> tuple[Cache, Float[Array, "B 1 D"]]:
+    """A cache of so many slots that holds the prompts, and the last hidden state of each."""
+    check_cache(model, len(prompts), slots, memory.kv_bits)
+    use_compilation_cache()
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    width = piece_of(max(map(len, prompts)), memory)
+    cache, last = empty(model, len(prompts), slots, memory.kv_bits)
+    for start in range(0, max(map(len, prompts)), width):
+        ids = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            part = prompt[start : start + width]
+            row[: len(part)] = part
+        cache, last = prefill(model, ids, cache, last, np.int32(start), lengths)
+    return cache, last
+
+
+def slots_for(prompts: Sequence[Sequence[int]], room: int, memory: CacheOptions) -> int:
+    """Cache slots for the prompts, padding included, and ``room`` tokens, but at first `ROOM` at most."""
+    longest = max(map(len, prompts))
+    width = piece_of(longest, memory)
+    return max(-(-longest // width) * width, bucket(longest + min(room, ROOM)))
+
+
+def piece_of(longest: int, memory: CacheOptions) -> int:
+    """Tokens of a prompt that are run together."""
+    return min(bucket(longest), bucket(memory.prefill_step_size))
+
+
+def bucket(length: int) -> int:
+    """The least of 32, 64, ... 1024, 2048, 3072, ... that holds ``length``: always doubling would waste long caches."""
+    return max(32, 1 << (int(length) - 1).bit_length()) if length <= 1024 else -(-int(length) // 1024) * 1024
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk (``~/.cache/minicpm_jax``) unless JAX_COMPILATION_CACHE_DIR says where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicpm_jax"
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # no home, or one that is not ours to write: compile anew each time
+            return
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,177 @@
+"""`minicpm_data.generation.engine` on the compiled programs of `decoding`: one decode step for all slots.
+
+A prompt runs in a cache of its own, a row, that is then written into its slot; so no program depends on the slot, and
+decoding goes on beside it. An empty slot is a row that has ended.
+Dims: B slots, S cache slots of each, E ids that end an answer, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from minicpm_data.generation import engine
+from minicpm_data.generation.engine import Request, shared
+from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
+from minicpm_jax import device
+from minicpm_jax.generation import decoding
+from minicpm_jax.generation.decoding import STEPS, State, bucket
+from minicpm_jax.generation.sampling import Knobs
+from minicpm_jax.layers.kv_cache import STORED, Cache
+from minicpm_jax.model import Model
+
+ENDS = 8  # ids that end an answer on the device; more are seen by the host, a few steps later
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def insert(state: State, row: State, slot: Int[Array, ""]) -> State:
+    """With a row of fewer cache slots written into a slot."""
+
+    def write(stored, new):
+        at = (slot,) + (0,) * (stored.ndim - 1)
+        return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), at)
+
+    def write_cache(stored, new):  # [L, B, ..]
+        return None if stored is None else jax.lax.dynamic_update_slice(stored, new, (0, slot, 0, 0))
+
+    cache, new = state.cache, row.cache
+    written = {name: write_cache(getattr(cache, name), getattr(new, name)) for name in STORED}
+    keys = write(jax.random.key_data(state.keys), jax.random.key_data(row.keys))
+    return State(
+        dataclasses.replace(cache, lengths=write(cache.lengths, new.lengths), **written),
+        write(state.token, row.token),
+        write(state.seen, row.seen),
+        jax.random.wrap_key_data(keys),
+        write(state.done, row.done),
+        write(state.end_ids, row.end_ids),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: int) -> Cache:
+    """A cache of one row with the first ``length`` tokens of a slot's."""
+
+    def part(stored, axis):
+        if stored is None:
+            return None
+        more = slots - stored.shape[axis]
+        begun = jax.lax.slice_in_dim(stored, 0, min(slots, stored.shape[axis]), axis=axis)
+        row = jnp.take(begun, slot[None], axis=1, mode="clip")  # sliced out of a mesh all rows would travel
+        return jnp.pad(row, [(0, max(more, 0) if i == axis else 0) for i in range(4)])
+
+    arrays = {name: part(getattr(cache, name), axis) for name, axis in STORED.items()}
+    return dataclasses.replace(cache, lengths=length[None], **arrays)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def emptied(state: State, slot: Int[Array, ""]) -> State:
+    return dataclasses.replace(state, done=state.done.at[slot].set(True))
+
+
+class Engine(engine.Engine):
+    def __init__(self, model: Model, slots: int = 8, context: int | None = None, memory: CacheOptions | None = None):
+        super().__init__(model, slots, context, memory)
+        decoding.check(self.memory)
+        decoding.use_compilation_cache()
+
+        def most(context: int) -> int:
+            """Cache slots of a request whose last piece is padded."""
+            return bucket(context + decoding.piece_of(context, self.memory))
+
+        def needed(context: int, times: int = 1) -> int:
+            """With the row of the prompt that is run."""
+            full, row = (decoding.cache_bytes(model, n, most(context), self.memory.kv_bits) for n in (slots, 1))
+            return times * full + row
+
+        free = device.free_memory(model.model.mesh)
+        self._check_room(needed, free)
+        # A cache that grows is there twice for a moment.
+        roomy = free is None or needed(self.context, 2) <= free
+        begun = bucket(1) if roomy else most(self.context)
+        cache, _ = decoding.empty(model, slots, begun, self.memory.kv_bits)
+        keys = jax.random.split(jax.random.key(0), slots)
+        nobody = np.full((slots, ENDS), -1, np.int32)
+        seen = jnp.zeros((slots, model.config.vocab_size), bool)
+        self.state = State(cache, jnp.zeros(slots, jnp.int32), seen, keys, jnp.ones(slots, bool), nobody)
+        self.rows: list[Request | None] = [None] * slots  # who is, or was last, in each slot
+        self.order = list(range(slots))  # slots, the one that was given up longest ago first
+        self.first: list[tuple[int, int]] = []  # tokens that came with the prompt
+
+    def _run(self, request: Request) -> Iterator[None]:
+        prompt, memory = request.prompt, self.memory
+        source, start = self._source(prompt)
+        width = decoding.piece_of(len(prompt) - start, memory)
+        ends = range(start + width, len(prompt) + width, width)  # of the pieces, the last one padded
+        slots = bucket(max(len(prompt) + 1, ends[-1]))
+        if start:
+            cache, last = row_of(self.state.cache, np.int32(source), np.int32(start), slots), self._nothing()
+        else:
+            cache, last = decoding.empty(self.model, 1, slots, memory.kv_bits)
+        lengths = np.array([len(prompt)], np.int32)
+        for end in ends:
+            if end > ends[0]:
+                yield
+            ids = np.zeros((1, width), np.int32)
+            part = prompt[end - width : end]
+            ids[0, : len(part)] = part
+            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(end - width), lengths)
+        found, sampling = sorted(request.end_ids)[:ENDS], request.sampling
+        end_ids = np.array([found + [-1] * (ENDS - len(found))], np.int32)
+        vocabulary = self.model.config.vocab_size
+        seen, knobs = seen_tokens([prompt], vocabulary), Knobs.of(sampling, vocabulary)
+        row = decoding.begin(self.model, cache, last, seen, sampling.row_keys(1), end_ids, knobs)
+        slot = self._take(source if start else None)
+        needed = max(slots, bucket(len(prompt) + request.max_tokens + 1))
+        if needed > self.state.cache.slots:
+            self.state = decoding.grown(self.state, needed)
+        self.state = insert(self.state, row, np.int32(slot))
+        self.rows[slot] = request
+        self.first.append((request.number, int(row.token[0])))
+
+    def _nothing(self) -> Array:
+        return jnp.zeros((1, 1, self.model.config.hidden_size), self.model.model.norm.weight.dtype)
+
+    def _source(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """The slot whose text begins most like the prompt, and how many tokens of it can be copied."""
+        lengths = [0 if old is None else shared(self.model.config, prompt, old) for old in self.rows]
+        return int(np.argmax(lengths)), max(lengths)
+
+    def _take(self, wanted: int | None) -> int:
+        """A free slot: the wanted one if it is, else the one that was given up longest ago."""
+        slot = wanted if wanted in self.order else self.order[0]
+        assert slot is not None
+        self.order.remove(slot)
+        return slot
+
+    def _decode(self, steps: int) -> list[tuple[int, int]]:
+        made, self.first = self.first, []
+        if made:  # so that nobody is decoded beyond its end
+            return made
+        here = [(slot, row) for slot, row in enumerate(self.rows) if row is not None and row.number in self.running]
+        knobs = self._knobs([row.sampling if row and row.number in self.running else None for row in self.rows])
+        self.state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), knobs)
+        found = np.asarray(tokens)[: int(count)]
+        return [(row.number, int(step[slot])) for step in found for slot, row in here]
+
+    def _knobs(self, samplings: list[Sampling | None]) -> Knobs:
+        """[B, 1] of each, greedy in an empty slot."""
+        vocabulary = self.model.config.vocab_size
+        each = [Knobs.of(sampling or Sampling(), vocabulary) for sampling in samplings]
+        numbers = {
+            f.name: np.stack([getattr(knobs, f.name) for knobs in each])[:, None]
+            for f in dataclasses.fields(Knobs)
+            if f.name not in ("greedy", "penalised")
+        }
+        return Knobs(
+            **numbers, greedy=all(knobs.greedy for knobs in each), penalised=any(knobs.penalised for knobs in each)
+        )
+
+    def _free(self, request: Request) -> None:
+        slot = self.rows.index(request)
+        self.order.append(slot)
+        self.first = [made for made in self.first if made[0] != request.number]
+        self.state = emptied(self.state, np.int32(slot))

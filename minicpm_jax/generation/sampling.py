@@ -1,0 +1,96 @@
+"""The next token from logits: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
+
+Dims: B batch, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from minicpm_data.generation.options import Sampling
+
+COLDEST = 1e-6  # temperature; logits divided by less overflow float32
+HOTTEST = 1e38  # more is infinite in float32; either way all tokens are alike
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_p", "top_k", "min_p", "repetition_penalty"],
+    meta_fields=["greedy", "penalised"],
+)
+@dataclass(frozen=True)
+class Knobs:
+    """`Sampling` for a compiled program: the numbers are inputs, [B, 1] where rows differ; only whether to draw and to
+    penalise (any row) recompiles."""
+
+    temperature: Float[Array, ""] | Float[Array, "B 1"]
+    top_p: Float[Array, ""] | Float[Array, "B 1"]
+    top_k: Int[Array, ""] | Int[Array, "B 1"]
+    min_p: Float[Array, ""] | Float[Array, "B 1"]
+    repetition_penalty: Float[Array, ""] | Float[Array, "B 1"]
+    greedy: bool
+    penalised: bool
+
+    @staticmethod
+    def of(sampling: Sampling, vocab_size: int) -> "Knobs":
+        return Knobs(
+            np.float32(min(max(sampling.temperature, COLDEST), HOTTEST)),
+            np.float32(sampling.top_p),
+            np.int32(min(sampling.top_k or vocab_size, vocab_size)),
+            np.float32(sampling.min_p),
+            np.float32(sampling.repetition_penalty),
+            sampling.greedy,
+            sampling.penalised,
+        )
+
+
+def sample(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, knobs: Knobs, keys: Array) -> Int[Array, "B"]:
+    """One token for each row. ``seen``: tokens of prompt and answer, for the repetition penalty; ``keys``: [B]."""
+    if knobs.penalised:
+        penalised = jnp.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
+        logits = jnp.where(seen, penalised, logits)
+    likeliest = jnp.argmax(logits, axis=-1)
+    if knobs.greedy:
+        return likeliest
+    drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits / knobs.temperature, knobs))
+    return jnp.where(jnp.ravel(knobs.temperature) <= COLDEST, likeliest, drawn)
+
+
+def filtered(logits: Float[Array, "B V"], knobs: Knobs) -> Float[Array, "B V"]:
+    """-inf for every token outside top-k, then top-p, then min-p; each is a lowest logit that still passes. Nothing is
+    sorted: on a CPU that takes 20 ms for 73,440 words, and finding where to cut, bit by bit, a tenth of it."""
+    ordered = _ordered(logits)
+    kept = ordered >= _cut(ordered, lambda above: jnp.sum(above, axis=-1, keepdims=True) >= knobs.top_k)
+    probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+
+    def enough(above):
+        mass = jnp.sum(jnp.where(above, probabilities, 0), axis=-1, keepdims=True)
+        return (mass >= knobs.top_p) & (knobs.top_p < 1)
+
+    likeliest = jnp.max(probabilities, axis=-1, keepdims=True)  # it always stays
+    stays = kept & (ordered >= _cut(ordered, enough)) & (probabilities >= knobs.min_p * likeliest)
+    return jnp.where(stays, logits, -jnp.inf)
+
+
+def _ordered(logits: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+    """Whole numbers in the order of the logits: a float's bits, of negative ones turned over."""
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits & sign, ~bits, bits | sign)
+
+
+def _cut(
+    ordered: UInt32[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B 1"]]
+) -> UInt32[Array, "B 1"]:
+    """The greatest number for which those that reach it are ``enough``; 0 where none is."""
+
+    def with_bit(place, found):
+        higher = found | (jnp.uint32(1 << 31) >> place.astype(jnp.uint32))
+        return jnp.where(enough(ordered >= higher), higher, found)
+
+    return jax.lax.fori_loop(0, 32, with_bit, jnp.zeros((len(ordered), 1), jnp.uint32))

@@ -1,0 +1,133 @@
+"""Speculative decoding: `minicpm_data.generation.speculation` on the programs of `decoding`, one row at a time.
+
+Taking back wrong guesses costs nothing: the cache's length is set back, and what lies beyond is written over.
+Dims: K guesses, W = K + 1, S cache slots, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from minicpm_data.generation.options import CacheOptions, Sampling
+from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
+from minicpm_jax.generation import decoding
+from minicpm_jax.generation.decoding import ROOM, State, bucket, chosen
+from minicpm_jax.generation.sampling import Knobs
+from minicpm_jax.layers.kv_cache import Cache
+from minicpm_jax.model import Model
+from minicpm_jax.parallel.processes import fetched
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def verify(
+    model: Model, state: State, guesses: Int[Array, "K"], knobs: Knobs
+) -> tuple[State, Int[Array, "W"], Int[Array, ""]]:
+    """Run the last token and the guesses (-1: none). Returns the state after the guesses that the model agrees with
+    and one token more, the tokens that it chooses after each, and how many guesses were right."""
+    ids = jnp.concatenate([state.token, jnp.maximum(guesses, 0)])[None]
+    before = state.cache.lengths
+    hidden, cache = model.decode(ids, state.cache, ids.shape[1], length=_lengths(before, ids.shape[1]))
+
+    def choose(state, logits):
+        state = chosen(state, logits, knobs)
+        return state, state
+
+    logits = model.head(hidden).swapaxes(0, 1)  # [W, 1, V]
+    nothing: Any = None  # the cache does not go through the loop
+    _, states = jax.lax.scan(choose, dataclasses.replace(state, cache=nothing), logits)
+    tokens = states.token[:, 0]
+    right = jnp.sum(jnp.cumprod(tokens[:-1] == guesses))
+    after = jax.tree.map(lambda x: x[right], states)
+    return dataclasses.replace(after, cache=dataclasses.replace(cache, lengths=before + right + 1)), tokens, right
+
+
+@functools.partial(jax.jit, static_argnames="count", donate_argnames="cache")
+def propose(
+    model: Model, cache: Cache, last: Int[Array, "1 T"], start: Int[Array, ""], count: int
+) -> tuple[Cache, Int[Array, "K"]]:
+    """The likeliest ``count`` tokens after a text whose ``last`` tokens stand from position ``start`` on."""
+    start = start[None]
+    length = _lengths(start, last.shape[1])
+    hidden, cache = model.decode(last, dataclasses.replace(cache, lengths=start), last.shape[1], length=length)
+
+    def likeliest(hidden):
+        return jnp.argmax(model.head(hidden[:, -1:])[0, 0]).astype(jnp.int32)
+
+    def step(carry, _):
+        cache, token = carry
+        hidden, cache = model.decode(token[None, None], cache, 1)
+        return (cache, likeliest(hidden)), token
+
+    (cache, token), tokens = jax.lax.scan(step, (cache, likeliest(hidden)), length=count - 1)
+    return cache, jnp.append(tokens, token)
+
+
+def _lengths(start: Int[Array, "1"], width: int) -> Int[Array, "1 W"]:
+    """Each token's own, as plain decoding has it: dynamic NTK takes its base."""
+    return start[:, None] + 1 + jnp.arange(width)
+
+
+def draft_of(model: Model, prompt: Sequence[int], max_tokens: int, count: int, memory: CacheOptions) -> Draft:
+    """Guesses of a smaller model, made ``count`` at a time whatever is wanted: another number is another program."""
+    slots = decoding.slots_for([prompt], max_tokens + count, memory)
+    cache, _ = decoding.run(model, [prompt], slots, memory)
+
+    def proposed(last: Sequence[int], start: int, wanted: int) -> list[int]:
+        nonlocal cache
+        if start + len(last) + count > cache.slots:
+            cache = decoding.longer(cache, bucket(cache.slots + ROOM))
+        cache, found = propose(model, cache, np.array([last], np.int32), np.int32(start), count)
+        return fetched(found)[:wanted].tolist()
+
+    return Draft(prompt, proposed)
+
+
+def stream_speculated(
+    model: Model,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
+    speculation: Speculation,
+) -> Iterator[tuple[int, bool]]:
+    """Token ids, and whether each was guessed: the tokens of `decoding.stream_tokens` for one prompt."""
+    decoding.check(memory)
+    return _tokens(model, prompt, max_tokens, sampling, end_ids, memory, speculation)
+
+
+def _tokens(
+    model: Model,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
+    speculation: Speculation,
+) -> Iterator[tuple[int, bool]]:
+    count = speculation.num_draft_tokens
+    knobs = Knobs.of(sampling, model.config.vocab_size)
+    slots = decoding.slots_for([prompt], max_tokens + count, memory)
+    state = decoding.started(model, [prompt], slots, sampling, knobs, end_ids, memory)
+    first, filled = int(fetched(state.token)[0]), len(prompt)
+
+    def verified(guesses: Sequence[int]) -> list[int]:
+        nonlocal state, filled
+        padded = np.full(count if guesses else 0, -1, np.int32)
+        padded[: len(guesses)] = guesses
+        if filled + 1 + len(padded) > state.cache.slots:
+            state = decoding.grown(state, bucket(state.cache.slots + ROOM))
+        state, tokens, right = verify(model, state, padded, knobs)
+        accepted = int(fetched(right)) + 1
+        filled += accepted
+        return fetched(tokens)[:accepted].tolist()
+
+    draft = speculation.draft_model
+    guess = PromptLookup() if draft is None else draft_of(draft, prompt, max_tokens, count, memory)
+    yield from speculate(prompt, first, guess, verified, count, max_tokens, end_ids)

@@ -1,0 +1,173 @@
+"""Causal self-attention with rotary positions and a key/value cache.
+
+Dims as in model.py: B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N / K,
+      H head dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from minicpm_jax.layers.blockwise import BLOCK, attend_blocks
+from minicpm_jax.layers.kernels.cache_attention import cache_attention
+from minicpm_jax.layers.kernels.causal_attention import causal_attention
+from minicpm_jax.layers.kv_cache import Cache, placement
+from minicpm_jax.layers.rope import Positions, rotate
+from minicpm_jax.parallel.activations import by_heads
+from minicpm_jax.parallel.mesh import row_axes
+from weights_io.config import ModelConfig
+
+
+class Attention(nnx.Module):
+    def __init__(self, projections: dict[str, nnx.Module], config: ModelConfig):
+        self.q_proj, self.k_proj = projections["q_proj"], projections["k_proj"]
+        self.v_proj, self.o_proj = projections["v_proj"], projections["o_proj"]
+        self.head_dim = config.head_dim  # how many heads there are the weights say: a mesh may have filled them up
+        self.mesh: Mesh | None = None  # of more than one device; `loading` says
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        batch, width, _ = x.shape
+        with jax.named_scope("attention"):
+            mesh = self.mesh if cache is None else None
+            q, k, v = (by_heads(project(x), mesh) for project in (self.q_proj, self.k_proj, self.v_proj))
+            q = rotate(q.reshape(batch, width, -1, self.head_dim), positions)
+            k = rotate(k.reshape(batch, width, -1, self.head_dim), positions)
+            v = v.reshape(k.shape)
+            if cache is not None:
+                mixed, cache = through_cache(q, k, v, cache, layer, positions.index, self.mesh)
+                return self.o_proj(mixed), cache
+            return self.o_proj(attend_rows(q, k, v, positions.segments, self.mesh)), cache
+
+
+def through_cache(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    cache: Cache,
+    layer: ArrayLike,
+    index: Int[Array, "B T"],
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "B T NH"], Cache]:
+    """`attend_cache` once keys and values are written into the slots ``index``. Over a ``mesh`` each device does both
+    for its rows and heads, the tensor axis dividing them (`sharding.padded`): XLA cannot split a kernel by itself,
+    and would send what is written in slots that differ by row to every device."""
+
+    def own(q, k, v, cache, layer, index):
+        cache = cache.written(layer, k, v, index)
+        return attend_cache(q, cache, layer, index), cache
+
+    if mesh is None:
+        return own(q, k, v, cache, layer, index)
+    parts, (batch, width, each, head_dim) = placement(cache, mesh), q.shape
+    _, rows, _, heads = parts.k
+    whole = tuple(name for name in row_axes(mesh, batch) if name != "fsdp")
+
+    def few(x, *axes):
+        """Whole over fsdp, if there are fewer tokens than a weight has rows: their sums travel more cheaply than the
+        weights, which XLA would gather for a hidden state that is split as the cache is."""
+        if batch * width >= each * head_dim:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(whole, None, *axes)))
+
+    new = P(rows, None, heads, None)
+    specs = new, new, new, parts, P(), P(rows, None)
+    spread = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
+    mixed, cache = spread(*(few(x, heads) for x in (q, k, v)), cache, jnp.asarray(layer), few(index))
+    return few(mixed, heads), cache
+
+
+def attend_cache(
+    q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"]
+) -> Float[Array, "B T NH"]:
+    """`attend` over the filled slots of one layer; T tokens in a row see the slots up to their own, ``index``.
+
+    Compiled for a TPU this is a Pallas kernel, but in float16, which the kernels' compiler does not know.
+    """
+
+    def kernel(q, cache, layer, index):
+        return cache_attention(q, cache, layer, index[:, 0])
+
+    def one_by_one(q, cache, layer, index):
+        return attend_blocks(q, cache, layer, index, jax.lax.map)
+
+    tpu = attend_blocks if q.dtype == jnp.float16 else kernel
+    layer = jnp.asarray(layer)
+    return jax.lax.platform_dependent(q, cache, layer, index, tpu=tpu, cpu=one_by_one, default=attend_blocks)
+
+
+def attend(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "#B T S"]
+) -> Float[Array, "B T NH"]:
+    """softmax(q k / sqrt(H)) v with scores and softmax in float32; head n reads key/value head n // G."""
+    batch, width, heads, head_dim = q.shape
+    # Turn the small operands, not the scores: with batch and head axes leading, no [T, S] array is ever transposed.
+    q = q.reshape(batch, width, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, precision=highest, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bkgts,bksh->bkgth", weights, v, precision=highest)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * head_dim)
+
+
+def attend_rows(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None = None,
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T NH"]:
+    """`attend` of whole rows to themselves: a token sees those of its segment up to itself.
+
+    In bfloat16 compiled for a TPU this is a Pallas kernel, over the devices of a ``mesh`` as in `attend_cache`; in
+    other dtypes XLA's form."""
+
+    def spread(q, k, v, segments):
+        assert mesh is not None
+        rows = row_axes(mesh, len(q))
+        whole, heads = P(rows), P(rows, None, "tensor" if "tensor" in mesh.shape else None)
+        return jax.shard_map(
+            causal_attention, mesh=mesh, in_specs=(heads, heads, heads, whole), out_specs=heads, check_vma=False
+        )(q, k, v, segments)
+
+    if q.dtype != jnp.bfloat16:
+        return attend_parts(q, k, v, segments)
+    tpu = causal_attention if mesh is None else spread
+    return jax.lax.platform_dependent(q, k, v, segments, tpu=tpu, default=attend_parts)
+
+
+def attend_parts(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
+) -> Float[Array, "B T NH"]:
+    """XLA's form of `attend_rows`. Of more than `BLOCK` tokens the scores are made for so many at a time, and made
+    again in the backward pass: those of 4 rows of 2048 tokens and 36 heads are 2.4 GB, of which a backward pass without
+    blocks holds two and a half."""
+    batch, width, _, _ = q.shape
+    blocks = -(-width // BLOCK)
+    size = -(-width // blocks)
+
+    def part(first, q, own):
+        visible = (jnp.arange(width) <= first + jnp.arange(size)[:, None])[None]
+        if segments is not None:
+            visible = visible & (own[:, :, None] == segments[:, None, :])
+        return attend(q, k, v, visible)
+
+    if blocks == 1:
+        return part(0, q, segments)
+
+    def parts(x):  # along T, so that a batch that is spread over devices stays so
+        x = jnp.pad(x, [(0, 0), (0, blocks * size - width)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, blocks, size, *x.shape[2:]), 1, 0)
+
+    each = jnp.arange(blocks) * size, parts(q), None if segments is None else parts(segments)
+    mixed = jax.lax.map(lambda x: jax.checkpoint(part)(*x), each)
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, blocks * size, -1)[:, :width]

@@ -1,0 +1,87 @@
+"""Attention over the filled part of the cache, block by block, where there is no kernel."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from minicpm_jax.layers.kv_cache import Cache
+
+BLOCK = 512  # most tokens, or cache slots, that XLA's form of attention takes together; half as many for one new token
+TOGETHER = 256  # most numbers of a cache slot whose heads it takes together for one new token
+SCORES = 1 << 19  # most scores that it makes together for several
+
+
+def _at_once(part: Callable, given: Any) -> Array:
+    return jax.vmap(part)(given)
+
+
+def attend_blocks(
+    q: Float[Array, "B T N H"],
+    cache: Cache,
+    layer: ArrayLike,
+    index: Int[Array, "B T"],
+    each: Callable[[Callable, Any], Array] = _at_once,
+) -> Float[Array, "B T NH"]:
+    """`attend` over the filled slots of a cache, a block of them at a time with a running softmax (arXiv 2205.14135):
+    no [T, S] array is made. A token sees the slots up to its own, ``index``.
+
+    The work is cut into rows and C of the K key/value heads of one row. One new token's query is zero in the lanes of
+    the other heads, so that keys are multiplied as they lie: a product for each head, as of many tokens, turns them.
+    ``each``: runs the parts. A CPU takes one after the other, whose keys and scores stay in its cache, up to a row's
+    own end."""
+    batch, width, heads, head_dim = q.shape
+    kv_heads = cache.k.shape[3] // head_dim
+    # Most prompts are shorter than a cache: of blocks as long as a piece the first is all that the first piece sees.
+    block = min(BLOCK // 2 if width == 1 else max(width, BLOCK // 4), BLOCK, cache.slots)
+    room = TOGETHER // head_dim if width == 1 else SCORES // (heads // kv_heads * width * block)
+    together = max(c for c in range(1, max(1, room) + 1) if kv_heads % c == 0)
+    wide, parts = width == 1, kv_heads // together
+    lanes = together * head_dim if wide else head_dim
+    # Of keys and values in float32 one token's products are made in it: they take less time than the rounding.
+    dtype = cache.k.dtype if wide and cache.k.dtype == jnp.float32 else q.dtype
+    own = jnp.eye(together, dtype=dtype)[:, None, None, :, None]
+    exact: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    lowest = jnp.finfo(jnp.float32).min
+
+    def part(given):
+        q, row, head = given
+        shape = (together * q.shape[1], width)  # of the queries: those of a head, then of a token
+        queries = (q[..., None, :] * own).reshape(1, -1, lanes) if wide else q.reshape(together, -1, lanes)
+
+        def step(i, carry):
+            top, total, mixed = carry
+            first = jnp.minimum(i * block, cache.slots - block)  # the last block may reach back into the one before
+            # Without the barrier XLA:CPU makes a copy of the whole cache in float32 before the loop.
+            held, slot = jax.lax.optimization_barrier((cache, first))
+            like = jax.ShapeDtypeStruct((block, together, head_dim), dtype)
+            k, v = (x.reshape(block, -1, lanes) for x in held.read(layer, row, slot, head, like))
+            slots = first + jnp.arange(block)
+            visible = (slots >= i * block) & (slots <= index[row][:, None])  # [T, S]
+            if wide:  # scaled before they are turned: else XLA would turn the keys, and not what comes of them
+                scores = (jnp.einsum("sch,crh->csr", k, queries, **exact) * head_dim**-0.5).swapaxes(1, 2)
+            else:
+                scores = jnp.einsum("crh,sch->crs", queries, k, **exact) * head_dim**-0.5
+            scores = jnp.where(visible, scores.reshape(*shape, block), lowest)
+            higher = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0)
+            fade = jnp.exp(top - higher)
+            shares = weights.astype(v.dtype).reshape(*queries.shape[:2], block)
+            added = jnp.einsum("crs,sch->crh", shares, v, **exact)
+            mixed = mixed * fade.reshape(*queries.shape[:2], 1) + added
+            return higher, total * fade + jnp.sum(weights, axis=-1), mixed
+
+        start = jnp.full(shape, lowest), jnp.zeros(shape, jnp.float32), jnp.zeros(queries.shape, jnp.float32)
+        _, total, mixed = jax.lax.fori_loop(0, (index[row, -1] + block) // block, step, start)
+        mixed = mixed / total.reshape(*queries.shape[:2], 1)
+        if wide:
+            mixed = jnp.sum(mixed.reshape(*q.shape[:-1], together, head_dim) * own, axis=-2)
+        return mixed.reshape(q.shape).astype(q.dtype)  # [C, G, T, H]
+
+    q = q.reshape(batch, width, parts, together, -1, head_dim).transpose(0, 2, 3, 4, 1, 5)
+    row, head = jnp.repeat(jnp.arange(batch), parts), jnp.tile(jnp.arange(parts) * together, batch)
+    mixed = each(part, (q.reshape(batch * parts, *q.shape[2:]), row, head))
+    mixed = mixed.reshape(q.shape).transpose(0, 4, 1, 2, 3, 5)
+    return mixed.reshape(batch, width, heads * head_dim)

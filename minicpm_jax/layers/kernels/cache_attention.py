@@ -1,0 +1,387 @@
+"""Attention of T new tokens over the filled part of the stacked cache: one Pallas TPU kernel for prompts and decoding.
+
+Dims: L layers, B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N / K, H head dimension.
+      In the kernel: W lanes hold the C = W / H key/value heads of one group, t tokens make a piece of the T,
+      R = C G t rows are its queries.
+
+The cache stays in HBM as it is, [L, B, S, K H]; the grid (B, groups, pieces, blocks of slots) takes blocks [slots, W]
+of one layer out of it, and a row's blocks stop where the row is filled: a later grid step names the block before it
+again, which Pallas does not fetch again, and computes nothing. There are as many grid steps as the fullest row needs.
+
+In decoding a block comes in parts: a half, a quarter, .., a grain, and one grain more. Of them a row's last block takes
+those that add up to what is filled of it, in whole grains, one behind the other: its slots are not in the places that
+they have in a full block. A part that it does not need names once more the slots that the part held before, which are
+not fetched again: numbers of this row or of one before it, masked.
+
+Two heads of 64 share 128 lanes, and taking them apart would move every key. Instead a query is zero in the lanes of the
+other heads, so that one product over W lanes gives its scores, and of weights times values only its own lanes are kept.
+A matrix unit is 128 wide (v6e: 256) whatever the head, so within a pair of heads this costs nothing; with all heads in
+one group (decoding: few rows) it takes the time of loading keys and values into the unit, which any product does.
+
+JAX's own kernels do not read this cache: paged and ragged paged attention want pages with the head as an axis (a head
+of 64 padded to 128 lanes), splash and flash attention one layer's keys by head, and they know nothing of its fill.
+Source of the running softmax: arXiv 2205.14135.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from minicpm_jax.layers.kernels.precision import precision
+from minicpm_jax.parallel.chips import LANES
+
+GRAIN = 8  # slots of a tile in HBM: fewer are not fetched
+PARTS = 6  # most parts of a block: each costs the scalar unit about 0.07 us a step of a v5e
+FAR = 1 << 30  # no slot
+ROWS = 1024  # most queries of a step: with 512 slots their scores are 2 MiB
+FEW = 128  # so many queries of all heads go together: the matrix unit takes them while it loads the next keys
+BLOCK = 512  # most slots of a step
+BLOCK_BYTES = 5 << 18  # 1.25 MiB, most of one block of keys: it and its like are in VMEM four times, of 16 MiB
+# In decoding half as many bytes, as the first step fetches a whole block and any step computes on one: 128 slots of the
+# 2B, of which a v5e takes keys and values in 1.4 us. By the length of its program it needs 0.9 us for the rest.
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut: everything that the grid and the index maps depend on but the fill of the rows."""
+
+    batch: int
+    width: int  # T
+    slots: int  # S
+    kv_heads: int  # K
+    heads_per_kv: int  # G
+    head_dim: int  # H
+    lanes: int  # W
+    piece: int  # t
+    block: int  # slots of a block
+    grain: int  # slots of its smallest part; block / grain is a power of 2
+
+    @staticmethod
+    def of(batch: int, width: int, heads: int, head_dim: int, slots: int, kv_heads: int, itemsize: int) -> "Tiling":
+        """For queries [batch, width, heads, head_dim] and a cache of ``slots`` with numbers of ``itemsize`` bytes."""
+        lanes, few = kv_heads * head_dim, heads * width <= FEW
+        pair = math.lcm(LANES, head_dim)
+        if not few and lanes % pair == 0:
+            lanes = pair
+        rows = lanes // head_dim * (heads // kv_heads)  # of one token
+        piece = width
+        if not few:
+            most = 1 << max(4, (ROWS // rows).bit_length() - 1)
+            piece = min(most, -(-width // 16) * 16)  # 16 rows of bfloat16 are a tile
+        block, most_bytes = BLOCK, BLOCK_BYTES // 2 if few else BLOCK_BYTES
+        while block > 128 and block * lanes * itemsize > most_bytes:
+            block //= 2
+        block = grain = min(block, slots)
+        while few and grain % (2 * GRAIN) == 0 and grain << PARTS - 1 > block:
+            grain //= 2
+        return Tiling(batch, width, slots, kv_heads, heads // kv_heads, head_dim, lanes, piece, block, grain)
+
+    @property
+    def heads(self) -> int:
+        """C: key/value heads of a group."""
+        return self.lanes // self.head_dim
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads // self.heads
+
+    @property
+    def pieces(self) -> int:
+        return pl.cdiv(self.width, self.piece)
+
+    @property
+    def rows(self) -> int:
+        return self.heads * self.heads_per_kv * self.piece
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The parts of a block: n .. 0, of which 0 is the grain that every block has, and part i > 0 is needed where
+        the grains before that one have the binary digit i - 1."""
+        return tuple(reversed(range((self.block // self.grain).bit_length())))
+
+    def size(self, part: Any) -> Any:
+        """Slots of a part."""
+        return self.grain << (part - (part > 0))
+
+    def begin(self, part: Any) -> Any:
+        """The first of them in a full block."""
+        return self.block - (self.grain << part)
+
+    def seen(self, first: Any, piece: Any) -> Any:
+        """How many slots the tokens of a piece may see, of a row whose first new token is at ``first``."""
+        return _least(first + _least((piece + 1) * self.piece, self.width), self.slots)
+
+    def blocks(self, first: Any, piece: Any) -> Any:
+        """How many blocks hold them."""
+        return _divided(self.seen(first, piece) - 1, self.block) + 1
+
+    def cut(self, part: Any, filled: Any) -> tuple[Any, Any]:
+        """Where a part begins in a block of which the first slots are ``filled`` (at least one), and whether it is
+        needed."""
+        grains = _divided(filled - 1, self.grain)
+        return (grains >> part << part) * self.grain, (2 * grains + 1) >> part & 1 == 1
+
+    def grid(self, first: Any) -> tuple[Any, ...]:
+        """(B, groups, pieces, blocks of the fullest row) for rows whose first new tokens are at ``first`` [B]."""
+        return self.batch, self.groups, self.pieces, self.blocks(first, self.pieces - 1).max()
+
+    def held(self, first: Int[Array, "B"]) -> Int[Array, "B*pieces*parts*2"]:
+        """Row, and index along the slots, of what each part holds from the last block of each row's piece on: of that
+        block, or the one before it, or of a row before; of what is held by none the first slots. Written for XLA to
+        make one fusion of it, as it does so in each layer."""
+        count, parts = self.batch * self.pieces, len(self.parts)
+        entry, other = jnp.arange(count * parts * 2), jnp.arange(count)[:, None]
+        at, part = entry // (2 * parts), parts - 1 - entry // 2 % parts
+        first = jnp.repeat(first, self.pieces)[:, None]
+        seen = self.seen(first, other % self.pieces)
+        last = _divided(seen - 1, self.block)
+        offset, needed = self.cut(part, seen - last * self.block)
+        slot = last * self.block + jnp.where(needed, offset, self.begin(part) - self.block)
+        place = other // self.pieces * self.slots + slot  # it grows from row to row
+        place = jnp.max(jnp.where((other <= at) & (slot >= 0), place, 0), axis=0)
+        return jnp.where(entry % 2 == 0, place // self.slots, place % self.slots // self.size(part))
+
+    def stored(
+        self, part: int, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any
+    ) -> tuple[Any, ...]:
+        """Index map of a part of the keys, and of the values, [L, B, S, K H]."""
+        size, parts = self.size(part), len(self.parts)
+        end = 2 * parts * (row * self.pieces + piece + 1)  # of the piece's entries: the last is of part 0
+        full = step < held[end - 1] >> parts - 1
+        index = step * (self.block // size) + self.begin(part) // size
+        entry = end - 2 * (part + 1)
+        return layer[0], _chosen(full, row, held[entry]), _chosen(full, index, held[entry + 1]), group
+
+    def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any) -> tuple[Any, ...]:
+        """Index map of the scales [L, B, X, S]: of all heads, as few as they are."""
+        return layer[0], row, 0, _least(step, self.blocks(first[row], piece) - 1)
+
+
+def _least(x: Any, y: Any) -> Any:
+    return (jnp if isinstance(x, jax.Array) or isinstance(y, jax.Array) else np).minimum(x, y)
+
+
+def _chosen(condition: Any, x: Any, y: Any) -> Any:
+    return (jnp if isinstance(condition, jax.Array) else np).where(condition, x, y)
+
+
+def _divided(x: Any, by: int) -> Any:
+    """x // by of what is not negative: ``//`` of JAX looks at signs, for which Mosaic asks the default device what it
+    is, and that is no TPU where a program is compiled for one elsewhere."""
+    return jax.lax.div(x, jnp.int32(by)) if isinstance(x, jax.Array) else x // by
+
+
+def bytes_read(tiling: Tiling, first: Sequence[int], itemsize: int, scaled: bool = False) -> int:
+    """Bytes of cache that the kernel takes from HBM for rows whose first new tokens stand at ``first`` [B]: its grid is
+    walked, and a part counts where its index is not that of the step before. ``scaled``: int8 with float32 scales."""
+    start, layer, total = np.asarray(first), np.zeros(1, int), 0
+    held = np.asarray(tiling.held(jnp.asarray(start)))
+    steps = np.indices(tiling.grid(start)).reshape(4, -1)
+    maps: list[tuple[Callable[..., Any], int]] = [
+        (functools.partial(tiling.stored, part), tiling.size(part) * tiling.lanes * itemsize) for part in tiling.parts
+    ]
+    if scaled:
+        maps.append((tiling.scale, _scale_bytes(tiling)))
+    for index_map, size in maps:
+        index = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start, held)))
+        total += 2 * size * (1 + int(np.any(index[:, 1:] != index[:, :-1], axis=0).sum()))
+    return total
+
+
+def _scale_bytes(tiling: Tiling) -> int:
+    """Of a block's scales, in tiles of 8 heads."""
+    return tiling.block * -(-tiling.kv_heads // 8) * 8 * 4
+
+
+def cost(tiling: Tiling, itemsize: int, query_itemsize: int, scaled: bool = False) -> pl.CostEstimate:
+    """Of rows that fill the cache: it is stated before their fill is known."""
+    size = 0
+    for piece in range(tiling.pieces):
+        first = tiling.slots - tiling.width
+        size += pl.cdiv(tiling.seen(first, piece), tiling.grain) * tiling.grain * tiling.lanes * itemsize
+        size += tiling.blocks(first, piece) * _scale_bytes(tiling) if scaled else 0
+    fetched = 2 * tiling.batch * tiling.groups * int(size)
+    queries = tiling.batch * tiling.width * tiling.kv_heads * tiling.heads_per_kv
+    return pl.CostEstimate(
+        flops=4 * queries * tiling.slots * tiling.head_dim,
+        transcendentals=queries * tiling.slots,
+        bytes_accessed=fetched + 2 * queries * tiling.head_dim * query_itemsize,
+    )
+
+
+def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
+    *stored, out_ref, wide, top, total, mixed = refs
+    parts = len(tiling.parts)
+    keys, values, scales = stored[:parts], stored[parts : 2 * parts], stored[2 * parts :]
+    row, group, piece, step = (pl.program_id(axis) for axis in range(4))
+    first = first_ref[row]
+    seen, blocks = tiling.seen(first, piece), tiling.blocks(first, piece)
+    span = tiling.heads_per_kv * tiling.piece  # rows of one key/value head
+
+    def own(head: int) -> Array:
+        """The lanes [1, W] of one head of the group."""
+        return _divided(jax.lax.broadcasted_iota(jnp.int32, (1, tiling.lanes), 1), tiling.head_dim) == head
+
+    @pl.when(step == 0)
+    def _():
+        q = q_ref[...].astype(jnp.float32)
+        for head in range(tiling.heads):
+            wide[head * span : (head + 1) * span] = jnp.where(own(head), q, 0)
+        top[...] = jnp.full(top.shape, jnp.finfo(jnp.float32).min, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        mixed[...] = jnp.zeros(mixed.shape, jnp.float32)
+
+    @pl.when(step < blocks)
+    def _():
+        q, k, v = wide[...].astype(q_ref.dtype), _joined(keys), _joined(values)
+        exact = precision(q)
+        begins = [tiling.cut(part, _least(seen - step * tiling.block, tiling.block)) for part in tiling.parts]
+
+        def slots(shape: tuple[int, int], axis: int) -> Array:
+            """Which slots of the cache are in the block; of a part that is not needed, more than there are."""
+            place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            moved = jnp.zeros(shape, jnp.int32)
+            for begin, (offset, needed) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
+                moved = jnp.where(place >= begin, jnp.where(needed, offset - begin, FAR), moved)
+            return step * tiling.block + place + moved
+
+        def scale_of_rows(scale: Any) -> Array:
+            """As the slots stand in the block: a last block's are turned to where its parts are."""
+            place = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
+            whole = turned = jnp.where(step * tiling.block + place < tiling.slots, scale[...], 0)
+            for begin, (offset, _) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
+                if begin:
+                    turned = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), turned)
+            return _of_rows(turned, group, tiling)
+
+        slot = slots((1, tiling.block), 1)
+        if tiling.slots % tiling.grain:  # what lies behind the last slot may be no number, and 0 times that is none
+            v = jnp.where(slots((tiling.block, 1), 0) < seen, v, jnp.zeros_like(v))
+        if scales:
+            k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
+        scores = jax.lax.dot_general(
+            q, k, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+        )
+        scores = scores * tiling.head_dim**-0.5
+        if scales:
+            scores = scores * scale_of_rows(scales[0])
+        at = (
+            first
+            + piece * tiling.piece
+            + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0), tiling.piece)
+        )
+        scores = jnp.where(slot <= at, scores, jnp.finfo(jnp.float32).min)
+        # Slot 0, which every token sees, is in the first block: what is not seen gets the weight 0 from here on.
+        higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp(scores - higher)
+        fade = jnp.exp(top[...] - higher)
+        top[...] = higher
+        total[...] = total[...] * fade + jnp.sum(weights, axis=1, keepdims=True)
+        if scales:
+            weights = weights * scale_of_rows(scales[1])
+        mixed[...] = mixed[...] * fade + jnp.dot(
+            weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
+        )
+
+    @pl.when(step == blocks - 1)
+    def _():
+        out = jnp.zeros(out_ref.shape, jnp.float32)
+        for head in range(tiling.heads):
+            part = slice(head * span, (head + 1) * span)
+            out = out + jnp.where(own(head), mixed[part] / total[part], 0)
+        out_ref[...] = out.astype(out_ref.dtype)
+
+
+def _joined(parts: Sequence[Any]) -> Array:
+    return parts[0][...] if len(parts) == 1 else jnp.concatenate([part[...] for part in parts])
+
+
+def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
+    """The scale of each slot for each row's head: picked by a product with ones and zeros, exact in float32."""
+    span = tiling.heads_per_kv * tiling.piece
+    few = span < 8  # less than a tile of rows: spread them in the product
+    shape = (tiling.rows if few else tiling.heads, scale.shape[0])
+    head = _divided(jax.lax.broadcasted_iota(jnp.int32, shape, 0), span if few else 1) + group * tiling.heads
+    ones = (head == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.float32)
+    picked = jnp.dot(ones, scale, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    if few:
+        return picked
+    return jnp.broadcast_to(picked[:, None], (tiling.heads, span, tiling.block)).reshape(tiling.rows, tiling.block)
+
+
+class Cache(Protocol):
+    """What the kernel reads of a `kv_cache.Cache`."""
+
+    @property
+    def k(self) -> Float[Array, "L B S KH"]: ...
+    @property
+    def v(self) -> Float[Array, "L B S KH"]: ...
+    @property
+    def k_scale(self) -> Float[Array, "L B X S"] | None: ...
+    @property
+    def v_scale(self) -> Float[Array, "L B X S"] | None: ...
+    @property
+    def slots(self) -> int: ...
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def cache_attention(
+    q: Float[Array, "B T N H"],
+    cache: Cache,
+    layer: ArrayLike,
+    first: Int[Array, "B"],
+    interpret: bool = False,
+) -> Float[Array, "B T NH"]:
+    """softmax(q k / sqrt(H)) v over one layer of the cache, into which the new tokens' keys and values are written.
+
+    ``first``: the slot of each row's first new token; the T tokens follow each other and see the slots up to their own.
+    Scores, softmax and sums are float32; weights are rounded to the dtype of ``q`` before they meet the values. Of an
+    int8 cache the scales meet the scores and the weights, not the keys and values. ``interpret``: run it without a TPU.
+    """
+    batch, width, heads, head_dim = q.shape
+    itemsize, scaled = cache.k.dtype.itemsize, cache.k_scale is not None
+    tiling = Tiling.of(batch, width, heads, head_dim, cache.slots, cache.k.shape[3] // head_dim, itemsize)
+    padded = jnp.pad(q, ((0, 0), (0, tiling.pieces * tiling.piece - width), (0, 0), (0, 0)))
+    shape = (batch, tiling.pieces, tiling.piece, tiling.groups, tiling.heads, tiling.heads_per_kv, head_dim)
+    turned = padded.reshape(shape).transpose(0, 3, 1, 5, 2, 4, 6)  # [B, groups, pieces, G, t, C, H]
+    flat = turned.reshape(batch, tiling.groups, tiling.pieces, tiling.heads_per_kv * tiling.piece, tiling.lanes)
+
+    queries = pl.BlockSpec((None, None, None, *flat.shape[3:]), lambda row, group, piece, *_: (row, group, piece, 0, 0))
+    stored = [
+        pl.BlockSpec((None, None, tiling.size(part), tiling.lanes), functools.partial(tiling.stored, part))
+        for part in tiling.parts
+    ]
+    arrays, specs = [cache.k] * len(stored) + [cache.v] * len(stored), stored * 2
+    if cache.k_scale is not None and cache.v_scale is not None:
+        arrays += [cache.k_scale, cache.v_scale]
+        specs += [pl.BlockSpec((None, None, cache.k_scale.shape[2], tiling.block), tiling.scale)] * 2
+    if not interpret:  # else XLA takes a small cache through its own memory: all layers, for each of them
+        arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
+    first = first.astype(jnp.int32)
+    rows = tiling.heads * flat.shape[3]
+    out = pl.pallas_call(
+        functools.partial(_kernel, tiling=tiling),
+        out_shape=jax.ShapeDtypeStruct(flat.shape, q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=tiling.grid(first),
+            in_specs=[queries, *specs],
+            out_specs=queries,
+            scratch_shapes=[pltpu.VMEM((rows, lanes), jnp.float32) for lanes in (tiling.lanes, 1, 1, tiling.lanes)],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
+        cost_estimate=cost(tiling, itemsize, q.dtype.itemsize, scaled),
+        interpret=interpret,
+        name="cache_attention",
+    )(jnp.asarray(layer, jnp.int32).reshape(1), first, tiling.held(first), flat, *arrays)
+    out = out.reshape(turned.shape).transpose(0, 2, 4, 1, 5, 3, 6)  # [B, pieces, t, groups, C, G, H]
+    return out.reshape(batch, -1, heads * head_dim)[:, :width]

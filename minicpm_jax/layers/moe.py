@@ -1,0 +1,224 @@
+"""The MLP of MiniCPM-MoE: a router sends each token to C of E experts, whose outputs are added with its weights.
+
+Dims: R = B T rows (tokens), C experts chosen for each, M = R C, E experts, D hidden, F intermediate,
+      N blocks of H rows.
+
+Which experts a token takes is known on the device alone, so the program must have one shape for all choices. It has
+one of three forms. A few rows (a decode step) index into the stacked weights and read the chosen experts' alone. Many
+are sorted by expert and cut into blocks of one expert each: `jax.lax.ragged_dot` would run every expert on every row
+and mask (8.0 times the operations in its program for a TPU v5e, blocks have 1.5; a fifth of their speed on a CPU). And
+where the experts are spread over devices, each device runs its own on all rows, so that no weights travel.
+Source of the semantics: modeling_minicpm.py of openbmb/MiniCPM-MoE-8x2B.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from minicpm_jax.layers.kernels.precision import precision
+from minicpm_jax.layers.lora import LowRank, Product
+from minicpm_jax.layers.ops import gated, product
+from minicpm_jax.parallel.mesh import BATCH, rows_split
+from weights_io.config import ModelConfig
+
+LOWEST, HIGHEST = 8, 256  # rows of a block: what a TPU takes at once, and where it computes as long as it reads weights
+
+
+class ExpertLinear(nnx.Module):
+    """y = W_e x, without bias: the weights of all experts, each in the [out, in] order of the checkpoint."""
+
+    def __init__(self, weight: Float[Array, "E O I"]):
+        self.weight = nnx.Param(weight)
+        self.adapter: LowRank | None = nnx.data(None)
+        self.product = product  # `cpu.form.unstack` has another
+
+    def of(self, expert: Int[Array, ""], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """Rows that all take one expert."""
+        return self._adapted(x, lambda weight, x: self.product(_one(weight, expert), x), lambda ratio: ratio[expert])
+
+    def in_blocks(self, x: Float[Array, "N H I"], experts: Int[Array, "N"]) -> Float[Array, "N H O"]:
+        """N blocks of H rows, each block with its expert."""
+        return self._adapted(
+            x, lambda weight, x: block_products(weight, x, experts), lambda ratio: ratio[experts][:, None]
+        )
+
+    def all(self, x: Float[Array, "R I"] | Float[Array, "R E I"]) -> Float[Array, "R E O"]:
+        """One row for all experts, or for each its own. Where it is one row, its gradient is summed over experts and
+        outputs at once: of the same row given to each expert, devices would send every expert's."""
+
+        def product(weight: Array, x: Array) -> Array:
+            return jnp.einsum("ri,eoi->reo" if x.ndim == 2 else "rei,eoi->reo", x, weight, precision=precision(x))
+
+        return self._adapted(x, product, lambda ratio: ratio)
+
+    def _adapted(self, x: Array, product: Product, ratio: Callable[[Array], Array]) -> Array:
+        y = product(self.weight[...], x)
+        return y if self.adapter is None else self.adapter(x, y, product, ratio)
+
+
+class Experts(nnx.Module):
+    """w2(act(w1 x) * w3 x) of each expert."""
+
+    def __init__(self, weights: dict[str, Any], config: ModelConfig):
+        self.w1 = ExpertLinear(weights["w1"]["weight"])
+        self.w2 = ExpertLinear(weights["w2"]["weight"])
+        self.w3 = ExpertLinear(weights["w3"]["weight"])
+        self.count, self.threshold = config.num_experts, config.activation_threshold
+        self.spread = False  # over the devices of a mesh; `loading` says
+
+    def __call__(
+        self, x: Float[Array, "R D"], weights: Float[Array, "R C"], chosen: Int[Array, "R C"]
+    ) -> Float[Array, "R D"]:
+        """Each row through its ``chosen`` experts, times their ``weights`` in the model's dtype, then added up."""
+        if self.spread:
+            return self.everywhere(x, weights, chosen)
+        if chosen.size <= self.count:  # reads no more than all experts
+            y = self.picked(x, chosen)
+        else:
+            y = self.in_groups(x, chosen)
+        return jnp.sum(y * weights[..., None], axis=1)
+
+    def picked(self, x: Float[Array, "R D"], chosen: Int[Array, "R C"]) -> Float[Array, "R C D"]:
+        """One row and expert after the other."""
+        y = [jnp.stack([self.of(e, row) for e in experts]) for row, experts in zip(x, chosen, strict=True)]
+        return jnp.stack(y)
+
+    def in_groups(self, x: Float[Array, "R D"], chosen: Int[Array, "R C"]) -> Float[Array, "R C D"]:
+        """All rows of an expert together, filled up to whole blocks."""
+        order, sizes = self.sort(chosen)
+        height = min(max(order.size // (2 * self.count), LOWEST), HIGHEST)  # filling adds at most a half
+        blocks = -(-sizes // height)  # of each expert
+        ends = jnp.cumsum(blocks)
+        experts = chosen.reshape(-1)[order]
+        shift = (ends - blocks) * height - (jnp.cumsum(sizes) - sizes)  # from place among the sorted rows to slot
+        slots = jnp.arange(order.size) + shift[experts]
+        most = order.size // height + self.count  # blocks of any choice
+        owners = jnp.minimum(jnp.searchsorted(ends, jnp.arange(most), side="right"), self.count - 1)
+        rows = jnp.zeros((most * height, x.shape[1]), x.dtype).at[slots].set(x[order // chosen.shape[1]])
+        rows = rows.reshape(most, height, -1)
+        gate, up = self.w1.in_blocks(rows, owners), self.w3.in_blocks(rows, owners)
+        y = self.w2.in_blocks(gated(gate, up, self.threshold), owners).reshape(most * height, -1)
+        return y[slots[jnp.argsort(order)]].reshape(*chosen.shape, -1)
+
+    def everywhere(
+        self, x: Float[Array, "R D"], weights: Float[Array, "R C"], chosen: Int[Array, "R C"]
+    ) -> Float[Array, "R D"]:
+        """Every expert on every row, those that are not chosen with the weight 0."""
+        y = self.w2.all(gated(self.w1.all(x), self.w3.all(x), self.threshold))
+        shares = jnp.sum(jax.nn.one_hot(chosen, self.count, dtype=x.dtype) * weights[..., None], axis=1)  # [R, E]
+        return jnp.sum(y * shares[..., None], axis=1)
+
+    def of(self, expert: Int[Array, ""], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Rows that all take one expert."""
+        return self.w2.of(expert, gated(self.w1.of(expert, x), self.w3.of(expert, x), self.threshold))
+
+    def sort(self, chosen: Int[Array, "R C"]) -> tuple[Int[Array, "M"], Int[Array, "E"]]:
+        """The order that sorts all choices by expert, and how many each expert has."""
+        experts = chosen.reshape(-1)
+        return jnp.argsort(experts), jnp.bincount(experts, length=self.count)
+
+
+class MoE(nnx.Module):
+    def __init__(self, gate: nnx.Module, weights: dict[str, Any], config: ModelConfig):
+        self.gate = gate  # the router: D to E
+        self.experts = Experts(weights, config)
+        self.chosen = config.num_experts_per_tok
+        self.mesh: Mesh | None = None  # of more than one device; `loading` says
+
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """Also the layer's `imbalance` over the tokens that are ``real`` (None: all), for training."""
+        with jax.named_scope("moe"):
+            rows = x.reshape(-1, x.shape[-1])
+            logits = self.gate(rows)
+            weights, chosen = route(logits, self.chosen)
+            experts = self.by_device if self.divided(x.shape) else self.experts
+            return experts(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen, real)
+
+    def divided(self, shape: tuple[int, ...]) -> bool:
+        """Whether the devices have other rows each, and all have many."""
+        parts = rows_split(self.mesh)
+        return parts > 1 and not self.experts.spread and shape[1] > 1 and shape[0] % parts == 0
+
+    def by_device(
+        self, x: Float[Array, "R D"], weights: Float[Array, "R C"], chosen: Int[Array, "R C"]
+    ) -> Float[Array, "R D"]:
+        """Each device sorts its own rows: of rows sorted over all devices XLA adds up every block over all of them, 92
+        GB in a step of LoRA over 8. Without the barrier it may gather an expert for every block: 272 GB in a prefill of
+        8 x 512 tokens over fsdp=8, of 28 GB of weights."""
+        assert self.mesh is not None
+        rows = P(tuple(name for name in BATCH if name in self.mesh.shape))
+        return jax.shard_map(
+            lambda experts, *inputs: jax.lax.optimization_barrier(experts)(*inputs),
+            mesh=self.mesh,
+            in_specs=(P(), rows, rows, rows),
+            out_specs=rows,
+            check_vma=False,
+        )(self.experts, x, weights, chosen)
+
+
+def route(logits: Float[Array, "R E"], chosen: int) -> tuple[Float[Array, "R C"], Int[Array, "R C"]]:
+    """Weights and numbers of the experts that each row takes: softmax over all experts in float32, the ``chosen``
+    largest, divided by their sum, rounded to the model's dtype."""
+    weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), chosen)
+    return (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(logits.dtype), experts
+
+
+def imbalance(
+    logits: Float[Array, "R E"], chosen: Int[Array, "R C"], real: Bool[Array, "B T"] | None = None
+) -> Float[Array, ""]:
+    """E sum_e f_e P_e: the share f of all choices that fell on an expert times its mean probability P (arXiv
+    2101.03961, equation 4). 1 where the experts are used alike; training adds a hundredth of it to the loss. Only the
+    rows that are ``real`` count: padding, all of one token, would pull the router away from its experts."""
+    count = logits.shape[-1]
+    rows = jnp.ones(len(logits)) if real is None else real.reshape(-1).astype(jnp.float32)
+    rows = rows / jnp.maximum(jnp.sum(rows), 1)
+    shares = jnp.sum(jax.nn.softmax(logits.astype(jnp.float32), axis=-1) * rows[:, None], axis=0)
+    taken = jnp.mean(jax.nn.one_hot(chosen, count), axis=1)  # [R, E]
+    return count * jnp.sum(jnp.sum(taken * rows[:, None], axis=0) * shares)
+
+
+@jax.custom_vjp
+def block_products(
+    weight: Float[Array, "E O I"], x: Float[Array, "N H I"], experts: Int[Array, "N"]
+) -> Float[Array, "N H O"]:
+    """W_e x of each block. The gradient is spelled out, as JAX would add a whole [E, O, I] array for each block."""
+
+    def product(block):
+        rows, expert = block
+        return jnp.einsum("hi,oi->ho", rows, _one(weight, expert), precision=precision(x))
+
+    return jax.lax.map(product, (x, experts))
+
+
+def _forward(weight, x, experts):
+    return block_products(weight, x, experts), (weight, x, experts)
+
+
+def _backward(saved, gradient):
+    weight, x, experts = saved
+
+    def step(total, block):
+        rows, above, expert = block
+        wide = {"precision": precision(x), "preferred_element_type": jnp.float32}
+        sum_of_one = _one(total, expert) + jnp.einsum("ho,hi->oi", above, rows, **wide)
+        total = jax.lax.dynamic_update_index_in_dim(total, sum_of_one, expert, 0)
+        return total, jnp.einsum("ho,oi->hi", above, _one(weight, expert), precision=precision(x))
+
+    total, below = jax.lax.scan(step, jnp.zeros(weight.shape, jnp.float32), (x, gradient, experts))
+    return total.astype(weight.dtype), below, None
+
+
+block_products.defvjp(_forward, _backward)
+
+
+def _one(weight: Float[Array, "E O I"], expert: Int[Array, ""]) -> Float[Array, "O I"]:
+    """One expert's slice, which fuses into the product: no other expert's weights are read."""
+    return jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)

@@ -1,0 +1,91 @@
+"""Where a command of this package runs: the flags that say which processes work together, and over which devices.
+
+    python -m minicpm_jax.finetune ... --coordinator-address 10.0.0.1:1234 --num-processes 2 --process-id 0
+    python -m minicpm_jax.finetune ... --coordinator-address 10.0.0.1:1234 --num-processes 2 --process-id 1
+
+One such command on each host; on Cloud TPU, Slurm or Open MPI the same ``... --distributed`` on all of them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from minicpm_jax.parallel.address import host_and_port
+from weights_io.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """Of one process."""
+
+    mesh: str | None = None
+    """How the devices (of all processes) are arranged, such as data=2,fsdp=4; by default all along fsdp to train, and
+    to generate heads along tensor as far as each then holds less of the cache."""
+
+    def placement(self) -> dict[str, Any]:
+        """What ``load`` is told besides."""
+        from minicpm_jax.parallel.mesh import make_mesh
+
+        return {"mesh": make_mesh(self.mesh)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement(Devices):
+    distributed: bool = False
+    """Run with the processes that Cloud TPU, Slurm or Open MPI started, each of which is given this same command."""
+    coordinator_address: str | None = None
+    """Where the first of several processes that run this same command is, with a free port: 10.0.0.1:1234."""
+    num_processes: int | None = None
+    """How many they are."""
+    process_id: int | None = None
+    """Which of them this is; from 0, the first, which alone prints and writes."""
+    join_timeout: int = 300
+    """Seconds to wait for the others at the start."""
+
+    def check_placement(self) -> None:
+        """`InputError` for flags that cannot be; JAX is not asked."""
+        named = {name: getattr(self, name) for name in ("coordinator_address", "num_processes", "process_id")}
+        missing = [f"--{name.replace('_', '-')}" for name, value in named.items() if value is None]
+        if self.distributed and len(missing) < len(named):
+            raise InputError("--distributed finds the other processes by itself; leave the flags that name them away.")
+        if 0 < len(missing) < len(named):
+            raise InputError(
+                f"{' and '.join(missing)} must be given too: several processes need all three of "
+                "--coordinator-address, --num-processes and --process-id."
+            )
+        if self.join_timeout < 1:
+            raise InputError(f"--join-timeout is {self.join_timeout}; it must be at least 1.")
+        if self.num_processes is None or self.process_id is None:
+            return
+        if self.num_processes < 1:
+            raise InputError(f"--num-processes is {self.num_processes}; it must be at least 1.")
+        if not 0 <= self.process_id < self.num_processes:
+            raise InputError(
+                f"--process-id is {self.process_id}; the {self.num_processes} processes of --num-processes have the "
+                f"ids 0 to {self.num_processes - 1}."
+            )
+        host_and_port(self.coordinator_address or "")
+
+    def placement(self) -> dict[str, Any]:
+        """What ``load`` is told besides. Waits for the other processes, if there are any."""
+        self.check_placement()
+        from minicpm_jax.parallel.rendezvous import join
+
+        join(self.distributed, self.coordinator_address, self.num_processes, self.process_id, self.join_timeout)
+        return super().placement()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(Devices):
+    """Before the options that name a model: without --mesh, what `minicpm_jax.fit` compiles to generate, heads on
+    devices of their own."""
+
+    def placement(self) -> dict[str, Any]:
+        found, named = super().placement(), cast(Any, self)
+        if self.mesh is None and found["mesh"] is not None:
+            from minicpm_jax.aot.programs import serving_mesh
+            from weights_io.config import ModelConfig
+            from weights_io.hub import resolve
+
+            path = resolve(named.model, revision=named.revision, hub=named.hub, check=ModelConfig.from_dict)
+            found["mesh"] = serving_mesh(path)
+        return found

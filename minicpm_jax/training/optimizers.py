@@ -1,0 +1,58 @@
+"""Optimizers by name, with weight decay for matrices, and muP's groups."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax.contrib
+
+from minicpm_data.training.options import is_decayed
+from minicpm_jax.training.step import Weights
+from weights_io.config import ModelConfig
+from weights_io.parameters import parameters
+
+
+def _decayed(weights: Weights) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(jax.tree_util.keystr(path)), weights)
+
+
+def _muon(decay: float) -> optax.GradientTransformation:
+    """Muon for the layers' matrices (stacked, [L, out, in]), Adam for all else: embedding, head, norms, experts."""
+    axes = functools.partial(jax.tree.map, lambda w: optax.contrib.MuonDimensionNumbers(2, 1))
+    muon = optax.contrib.muon(1.0, muon_weight_dimension_numbers=axes)
+    labels = functools.partial(jax.tree.map, lambda w: "muon" if w.ndim == 3 else "adam")
+    updates = optax.partition({"muon": muon, "adam": optax.adam(1.0)}, labels)
+    return optax.chain(updates, optax.add_decayed_weights(-decay, mask=_decayed))  # the updates point downwards already
+
+
+OPTIMISERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "adamw": lambda decay: optax.adamw(1.0, weight_decay=decay, mask=_decayed),
+    "adam": lambda decay: optax.adam(1.0),
+    "sgd": lambda decay: optax.sgd(1.0),
+    "adafactor": lambda decay: optax.adafactor(1.0),
+    "muon": _muon,
+}
+
+
+def mup_optimizer(
+    config: ModelConfig, beta1: float, beta2: float, weight_decay: float, clip: float
+) -> optax.GradientTransformation:
+    """AdamW whose updates are for a learning rate of 1: matrices get muP's share of it (arXiv 2404.06395, table 7) and
+    weight decay, norms and embedding the whole and none."""
+    table = {p.name: p for p in parameters(config)}
+    shares = {name: p.learning_rate_scale(config) for name, p in table.items()}
+    matrices = {name: p.init == "matrix" for name, p in table.items()}
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.scale_by_adam(beta1, beta2),
+        optax.add_decayed_weights(weight_decay, mask=matrices),
+        optax.stateless(lambda updates, _: {name: -shares[name] * update for name, update in updates.items()}),
+    )
+
+
+@functools.cache
+def optimizer(name: str, weight_decay: float, clip: float) -> optax.GradientTransformation:
+    """One of `OPTIMISERS` for a learning rate of 1, over gradients of at most the norm ``clip``. The same arguments
+    give the same object, for which `train_step` is compiled once."""
+    return optax.chain(optax.clip_by_global_norm(clip), OPTIMISERS[name](weight_decay))

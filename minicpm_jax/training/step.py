@@ -1,0 +1,186 @@
+"""One optimiser step on a dictionary of arrays, and the muP groups of the parameter table."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from minicpm_jax import adapters
+from minicpm_jax.layers.linear import Linear
+from minicpm_jax.layers.rope import positions_of
+from minicpm_jax.model import Model, linear, nested, spread
+from minicpm_jax.parallel.sharding import padded, partition_spec, replicated, reshaped, shardings
+from minicpm_jax.training.cross_entropy import token_losses
+from minicpm_jax.training.losses import Batch, Objective, packed_loss
+from weights_io.config import ModelConfig
+from weights_io.parameters import parameters
+
+Weights = dict[str, Any]  # parameter name -> array, or an adapter's matrices; float32
+State = tuple[Weights, Any]  # and the optimiser's moments
+
+
+@dataclass(frozen=True)
+class AllWeights:
+    """What is trained: every weight, as float32 masters (over the devices of a ``mesh``) of a model that computes in
+    ``dtype``. Masters, moments and what is saved have the shapes of the table: the model is filled up as it is made."""
+
+    config: ModelConfig
+    dtype: str
+    mesh: Mesh | None = None  # over which they lie
+
+    def model(self, base: Model | None, weights: Weights, key: Array | None = None) -> Model:
+        weights = {name: w.astype(self.dtype) for name, w in weights.items()}
+        if self.mesh is None:
+            return Model(nested(weights), self.config)
+        # Of words that tensor does not divide XLA would split the optimiser's work, and gather what comes of it.
+        weights = jax.lax.with_sharding_constraint(weights, shardings(self.config, self.mesh))
+        model = Model(nested(reshaped(weights, padded(self.config, self.mesh), self.mesh)), self.config)
+        spread(model, self.mesh)
+        _turn(model, self.mesh)
+        return model
+
+
+def _turn(model: Model, mesh: Mesh) -> None:
+    """Have the gradients of the layers' matrices that fsdp splits along their last axis summed as [I, O]. Split along
+    its first axis a sum over fsdp is a reduce-scatter; along the last one of a matrix that tensor splits too, XLA adds
+    all of it up on every device, and cuts."""
+    if "tensor" not in mesh.shape:
+        return
+    shape = padded(model.config, mesh)
+    for parameter in parameters(shape):
+        layer, axes = linear(model, parameter.name), parameter.logical_axes()
+        if isinstance(layer, Linear) and axes[0] == "layers" and axes[-1] == "embed":
+            out, width = partition_spec(axes, parameter.shape(shape), mesh)[1:]
+            layer.turned = NamedSharding(mesh, PartitionSpec(width, out))
+
+
+@dataclass(frozen=True)
+class LowRankWeights:
+    """What is trained: adapters on a base."""
+
+    scale: float
+    dropout: float
+
+    def model(self, base: Model | None, weights: Weights, key: Array | None = None) -> Model:
+        """``key``: of dropout; None: none is dropped."""
+        assert base is not None
+        return adapters.attach(base, weights, self.scale, self.dropout, key)
+
+
+Trained = AllWeights | LowRankWeights
+
+
+def beginning(weights: Weights, optimiser: optax.GradientTransformation, mesh: Mesh | None) -> State:
+    """The state before the first step. Of the moments, those that are as large as a weight lie as it does; the others
+    go to every device, as a checkpoint is read to where they are. Everything is bound to its devices, as what a step
+    returns is: else the second one would be compiled anew."""
+    moments = optimiser.init(weights)
+    if mesh is None:
+        return jax.device_put((weights, moments), jax.devices()[0])
+    moments = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else replicated(x, mesh), moments)
+    return weights, moments
+
+
+def where_it_was(state: State, before: State) -> State:
+    """What a step returned, where what it was given lay: XLA chooses otherwise for some arrays, and the next step would
+    be compiled anew."""
+    return jax.tree.map(
+        lambda x, old: x if x.sharding == old.sharding else jax.device_put(x, old.sharding), state, before
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("trained", "objective", "optimiser"), donate_argnums=0)
+def train_step(
+    state: State,
+    base: Model | None,
+    batches: Batch,
+    learning_rate: Array,
+    key: Array,
+    *,
+    trained: Trained,
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+) -> tuple[State, dict[str, Array]]:
+    """One step on micro-batches (arrays [A, B, T]), whose tokens all weigh the same. Returns the state and figures:
+    means of the objective's sums, ``weight`` the sum itself."""
+    weights, moments = state
+
+    def gradients_of(batch: Batch, key: Array):
+        def total(weights):
+            return objective(trained.model(base, weights, key), batch)
+
+        (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(weights)
+        return sums, gradients
+
+    def add(totals, micro):
+        return jax.tree.map(jnp.add, totals, gradients_of(*micro)), None
+
+    micros = batches, jax.random.split(key, len(batches["ids"]))
+    first = jax.tree.map(lambda x: x[0], micros)
+    if len(batches["ids"]) == 1:
+        sums, gradients = gradients_of(*first)
+    else:
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients_of, *first))
+        (sums, gradients), _ = jax.lax.scan(add, nothing, micros)
+    weight = jnp.maximum(sums["weight"], 1)
+    gradients = jax.tree.map(lambda g: g / weight, gradients)
+    updates, moments = optimiser.update(gradients, moments, weights)
+    weights = jax.tree.map(lambda w, update: w + learning_rate * update, weights, updates)
+    figures = {name: value / weight for name, value in sums.items()} | {"weight": sums["weight"]}
+    return (weights, moments), figures | {"gradient_norm": optax.global_norm(gradients)}
+
+
+@functools.partial(jax.jit, static_argnames=("trained", "objective"))
+def evaluation(weights: Weights, base: Model | None, batch: Batch, *, trained: Trained, objective: Objective):
+    """The objective's sums over a batch, without a step."""
+    return objective(trained.model(base, weights), batch)[1]
+
+
+@functools.partial(jax.jit, static_argnames="trained")
+def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, trained: Trained) -> Float[Array, "B"]:
+    """Of the targets of each row together."""
+    model = trained.model(base, weights)
+    positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
+    hidden = model.hidden_states(batch["ids"], positions)
+    return -jnp.sum(token_losses(model, hidden, batch["labels"]), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("trained", "optimiser", "bos_token_id", "remat"), donate_argnums=0)
+def pretrain_step(
+    state: State,
+    windows: jax.Array,
+    learning_rate: jax.Array,
+    *,
+    trained: AllWeights,
+    optimiser: optax.GradientTransformation,
+    bos_token_id: int,
+    remat: bool,
+) -> tuple[State, dict[str, jax.Array]]:
+    """One AdamW step on [B, T] windows. Returns the state and figures."""
+    weights, moments = state
+
+    def loss_of(weights: Weights) -> jax.Array:
+        return packed_loss(trained.model(None, weights), windows, bos_token_id, remat)
+
+    loss, gradients = jax.value_and_grad(loss_of)(weights)
+    updates, moments = optimiser.update(gradients, moments, weights)
+    weights = {name: w + learning_rate * updates[name] for name, w in weights.items()}
+    return (weights, moments), {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+
+
+@functools.partial(jax.jit, static_argnames=("trained", "bos_token_id"))
+def packed_evaluation(weights: Weights, windows: jax.Array, *, trained: AllWeights, bos_token_id: int):
+    """Loss of [B, T] windows without a step."""
+    return packed_loss(trained.model(None, weights), windows, bos_token_id)
+
+
+def weights_of(model: Model) -> Weights:
+    """The model's arrays under the names of the parameter table, and in its shapes: without what a mesh filled up."""
+    weights = {p.name: functools.reduce(getattr, p.name.split("."), model)[...] for p in parameters(model.config)}
+    return weights if model.model.mesh is None else reshaped(weights, model.config, model.model.mesh)

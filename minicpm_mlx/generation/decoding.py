@@ -1,0 +1,157 @@
+"""Prefill and the decode loop, on the caches of `mlx_lm`.
+
+Prompts of unequal length are padded on the left, as `BatchKVCache` has it. The graph of a step is built and handed over
+while the step before it is computed, so a token costs the device no pause.
+Dims: B batch, T longest prompt, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import wired_limit
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, QuantizedKVCache, make_prompt_cache
+
+from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
+from minicpm_mlx import device
+from minicpm_mlx.generation.sampling import sample
+from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.model import Model
+from weights_io import memory as memory_of
+from weights_io.casting import group_of
+from weights_io.errors import InputError
+
+ROOM = 1024  # tokens of an answer for which there must be room before it begins
+CLEAR_EVERY = 256  # tokens after which MLX's pool of freed buffers is emptied, as the cache grows by that much
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the rows of a batch stand between two steps."""
+
+    cache: list[Any]  # one for each layer, written in place
+    token: mx.array  # [B], the last one chosen, not yet in the cache
+    seen: mx.array | None  # [B, V] bool, for the repetition penalty
+    keys: mx.array  # [B, 2] of mx.random
+
+
+def empty(model: Model, padding: Sequence[int], memory: CacheOptions) -> list[Any]:
+    """A cache for each layer and rows with so much padding on the left. `InputError` where there is none such."""
+    batch = len(padding) > 1
+    if memory.kv_bits is None:
+        if not batch:
+            return make_prompt_cache(model, memory.max_kv_size)
+        if memory.max_kv_size is None:
+            return [BatchKVCache(padding) for _ in model.layers]
+        return [BatchRotatingKVCache(memory.max_kv_size, padding) for _ in model.layers]
+    if batch:
+        raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for a batch.")
+    group, width = group_size(model, memory), model.config.head_dim
+    if width % group:
+        groups = " or ".join(str(size) for size in (32, 64, 128) if width % size == 0)
+        remedy = f"choose {groups}." if groups else "leave kv_bits out."
+        raise InputError(f"kv_group_size {group} does not divide the head dimension {width}; {remedy}")
+    return [QuantizedKVCache(group, memory.kv_bits) for _ in model.layers]
+
+
+def group_size(model: Model, memory: CacheOptions) -> int:
+    """Numbers of a head that share a scale and an offset in a cache of few bits."""
+    return memory.kv_group_size or group_of(model.config.head_dim)
+
+
+def cache_bytes(model: Model, tokens: int, memory: CacheOptions) -> int:
+    """Of the keys and values of so many tokens."""
+    dtype = model.model.norm.weight.dtype
+    whole = memory_of.cache_bytes(model.config, tokens, str(dtype).rpartition(".")[2])
+    if memory.kv_bits is None:
+        return whole
+    return int(whole * (memory.kv_bits + 2 * 8 * dtype.size / group_size(model, memory)) / (8 * dtype.size))
+
+
+def check_cache(model: Model, rows: int, longest: int, max_tokens: int, memory: CacheOptions) -> None:
+    """`InputError` where there is no room for the keys and values of so many prompts and the beginning of an answer."""
+    tokens = longest + min(max_tokens, ROOM)
+    tokens = min(tokens, memory.max_kv_size or tokens)
+    memory_of.check_cache(rows, tokens, cache_bytes(model, rows * tokens, memory), device.free_memory(model))
+
+
+def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, cache: list[Any], pieces: int) -> State:
+    """Run the prompts through an empty cache, ``pieces`` tokens at a time, and choose each row's first token."""
+    join(model)
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths)
+    padding = [width - length for length in lengths]
+    ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+    hidden = run(model, ids, cache, pieces, width if len(prompts) == 1 else mx.array(lengths))
+    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalised else None
+    state = State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts))))
+    return chosen(state, model.head(hidden)[:, 0], sampling)
+
+
+def run(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int | mx.array) -> mx.array:
+    """The last hidden state [B, 1, D] of tokens [B, T], or of those that end a prompt of ``length``."""
+    for start in range(0, ids.shape[1], pieces):
+        hidden = model.decode(ids[:, start : start + pieces], cache, length, last=True)
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+    return hidden
+
+
+def decode(model: Model, state: State, sampling: Sampling) -> State:
+    """One more token for each row."""
+    hidden = model.decode(state.token[:, None], state.cache)
+    return chosen(state, model.head(hidden)[:, 0], sampling)
+
+
+def chosen(state: State, logits: mx.array, sampling: Sampling) -> State:
+    """The state with the next token of each row, from logits [B, V]."""
+    keys, draws = state.keys, None
+    if not sampling.greedy:
+        both = mx.stack([mx.random.split(key) for key in state.keys])
+        keys, draws = both[:, 0], both[:, 1]
+    token = sample(logits, state.seen, sampling, draws)
+    seen = None if state.seen is None else mx.put_along_axis(state.seen, token[:, None], mx.array(True), axis=1)
+    mx.async_eval(token)
+    return replace(state, token=token, seen=seen, keys=keys)
+
+
+def stream_tokens(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    memory: CacheOptions,
+) -> Iterator[np.ndarray]:
+    """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens`` steps.
+    A row that has ended goes on with tokens of no meaning. Raises `InputError` for a kind of cache that is not here."""
+    width = max(map(len, prompts))
+    cache = empty(model, [width - len(prompt) for prompt in prompts], memory)
+    check_cache(model, len(prompts), width, max_tokens, memory)
+    return _tokens(model, prompts, max_tokens, sampling, end_ids, cache, memory.prefill_step_size)
+
+
+def _tokens(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    cache: list[Any],
+    pieces: int,
+) -> Iterator[np.ndarray]:
+    with wired_limit(model, [mx.default_stream(mx.default_device())]):
+        state = prefill(model, prompts, sampling, cache, pieces)
+        ends, done = np.array(sorted(end_ids)), np.zeros(len(prompts), bool)
+        for made in range(1, max_tokens + 1):
+            following = decode(model, state, sampling) if made < max_tokens else state
+            tokens = np.asarray(state.token)
+            yield tokens
+            done |= np.isin(tokens, ends)
+            if done.all():
+                return
+            state = following
+            if made % CLEAR_EVERY == 0:
+                mx.clear_cache()

@@ -1,0 +1,110 @@
+"""`minicpm_data.generation.engine` on the batch generator of `mlx_lm`: its caches grow and shrink.
+
+A prompt runs in a cache of its own, which then joins the batch. What finished requests leave is kept for prompts that
+begin alike.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import trim_prompt_cache
+
+from minicpm_data.generation import engine
+from minicpm_data.generation.engine import Request, shared
+from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
+from minicpm_mlx import device
+from minicpm_mlx.generation import decoding
+from minicpm_mlx.generation.sampling import penalised, sample
+from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.model import Model
+from weights_io.errors import InputError
+
+ENDLESS = 2**31  # tokens: the engine counts them
+
+
+class Engine(engine.Engine):
+    def __init__(self, model: Model, slots: int = 8, context: int | None = None, memory: CacheOptions | None = None):
+        super().__init__(model, slots, context, memory)
+        if self.memory.kv_bits is not None:
+            raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for an engine.")
+        join(model)
+        mx.eval(model.parameters())  # what is not read yet could be by the thread alone that loaded it
+        self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)
+        self.numbers: dict[int, int] = {}  # by the batch generator's own
+        # Requests that are over, and their caches: as many as there are slots, of as many tokens as one can have.
+        self.kept: deque[tuple[Request, list[Any]]] = deque(maxlen=slots)
+
+        def needed(context: int) -> int:
+            """With those that are kept, and the prompt that is run."""
+            return decoding.cache_bytes(model, (slots + 2) * context, self.memory)
+
+        self._check_room(needed, device.free_memory(model))
+
+    def _run(self, request: Request) -> Iterator[None]:
+        prompt, cache = request.prompt, self._begun(request)
+        begun = cache[0].offset
+        for start in range(begun, len(prompt) - 1, self.memory.prefill_step_size):
+            if start > begun:
+                yield
+            part = prompt[start : min(start + self.memory.prefill_step_size, len(prompt) - 1)]
+            decoding.run(self.model, mx.array([part]), cache, len(part), len(prompt))
+        draw, processors = choosers(request.sampling, prompt, self.model.config.vocab_size)
+        (uid,) = self.batch.insert(
+            [prompt[-1:]],
+            [ENDLESS],
+            caches=[cache],
+            all_tokens=[prompt[:-1]],
+            samplers=[draw],
+            logits_processors=[processors],
+        )
+        self.numbers[uid] = request.number
+
+    def _begun(self, request: Request) -> list[Any]:
+        """A cache with as much of the prompt as a text that is kept has in common with it."""
+        lengths = [shared(self.model.config, request.prompt, old) for old, _ in self.kept]
+        if not any(lengths):
+            return decoding.empty(self.model, [0], self.memory)
+        best = int(np.argmax(lengths))
+        cache = copy.deepcopy(self.kept[best][1])
+        trim_prompt_cache(cache, cache[0].offset - lengths[best])
+        return cache
+
+    def _decode(self, steps: int) -> list[tuple[int, int]]:
+        _, made = self.batch.next()
+        return [(self.numbers[each.uid], each.token) for each in made]
+
+    def _free(self, request: Request) -> None:
+        uid = next(uid for uid, number in self.numbers.items() if number == request.number)
+        cache, _ = self.batch.remove([uid], return_prompt_caches=True)[uid]
+        del self.numbers[uid]
+        self.kept.append((request, cache))
+        while sum(cache[0].offset for _, cache in self.kept) > self.context:
+            self.kept.popleft()
+
+
+Draw = Callable[[mx.array], mx.array]  # log-probabilities [1, V] -> a token [1]
+Processor = Callable[[mx.array, mx.array], mx.array]  # tokens so far, logits [1, V] -> logits
+
+
+def choosers(sampling: Sampling, prompt: list[int], vocab_size: int) -> tuple[Draw | None, list[Processor]]:
+    """How `mlx_lm` chooses a request's tokens, as `decoding.chosen` would; None: the likeliest, of all such rows at
+    once."""
+    key, seen = mx.array(sampling.row_keys(1)[0]), mx.array(seen_tokens([prompt], vocab_size))
+
+    def draw(logits: mx.array) -> mx.array:
+        nonlocal key
+        both = mx.random.split(key)
+        key = both[0]
+        return sample(logits, None, sampling, both[1:])
+
+    def penalise(context: mx.array, logits: mx.array) -> mx.array:
+        nonlocal seen
+        seen = mx.put_along_axis(seen, context[-1:][None], mx.array(True), axis=1)
+        return penalised(logits, seen, sampling)
+
+    return None if sampling.greedy else draw, [penalise] if sampling.penalised else []

@@ -1,0 +1,44 @@
+"""The next token from logits: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
+
+Dims: B batch, V vocabulary.
+"""
+
+import mlx.core as mx
+
+from minicpm_data.generation.options import Sampling
+
+COLDEST = 1e-6  # temperature; logits divided by less overflow float32
+
+
+def sample(logits: mx.array, seen: mx.array | None, sampling: Sampling, keys: mx.array | None) -> mx.array:
+    """One token [B] for each row of ``logits`` [B, V]. ``seen`` [B, V]: tokens of prompt and answer, for the repetition
+    penalty; ``keys`` [B, 2]: for the draws, if there are any."""
+    if seen is not None:
+        logits = penalised(logits, seen, sampling)
+    if sampling.greedy or keys is None:
+        return mx.argmax(logits, axis=-1)
+    kept = filtered(logits / max(sampling.temperature, COLDEST), sampling)
+    return mx.stack([mx.random.categorical(row, key=key) for row, key in zip(kept, keys, strict=True)])
+
+
+def penalised(logits: mx.array, seen: mx.array, sampling: Sampling) -> mx.array:
+    """With the repetition penalty on the tokens that are ``seen`` [B, V]."""
+    penalty = sampling.repetition_penalty
+    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
+    """-inf for every token outside top-k, then top-p, then min-p; each is a lowest logit that still passes. `mlx_lm`'s
+    samplers cut before they divide by the temperature, transformers and the JAX twin after."""
+    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
+        return logits
+    size = logits.shape[-1]
+    descending = -mx.sort(-logits, axis=-1)
+    rank = mx.arange(size)
+    in_top_k = rank < min(sampling.top_k or size, size)
+    probabilities = mx.softmax(mx.where(in_top_k, descending, -mx.inf), axis=-1, precise=True)
+    before = mx.cumsum(probabilities, axis=-1) - probabilities
+    # A token stays while the likelier ones do not reach top_p by themselves; the likeliest always stays.
+    stays = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1]) & in_top_k
+    lowest = mx.min(mx.where(stays, descending, mx.inf), axis=-1, keepdims=True)
+    return mx.where(logits >= lowest, logits, -mx.inf)

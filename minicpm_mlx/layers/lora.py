@@ -1,0 +1,54 @@
+"""The layer of a LoRA or DoRA adapter."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Matrices = dict[str, mx.array]  # a [.., R, I], b [.., O, R], and for DoRA magnitude [.., O]
+
+
+class LowRank(nn.Module):
+    """What an adapter makes of y = W x: y + scale B A x, and with DoRA each output times its ratio, magnitude / norm of
+    the row of W + scale B A."""
+
+    def __init__(self, base: nn.Module, matrices: Matrices, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.base = base
+        self.a, self.b, self.magnitude = matrices["a"], matrices["b"], matrices.get("magnitude")
+        self.scale, self.dropout = scale, dropout
+        self._key: mx.array | None = None  # of dropout; None: no dropout
+        self._ratio: mx.array | None = None  # kept by `settle`
+
+    def __call__(self, x: mx.array, *experts: Any) -> mx.array:
+        """``experts``: for stacked ones, which each row takes, as `ExpertLinear` has it."""
+        y = self.base(x, *experts)
+        x = x.astype(self.a.dtype)
+        if self._key is not None:
+            keep = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._key)
+            x = mx.where(keep, x / (1 - self.dropout), 0)
+        if experts:
+            low = mx.gather_mm(x, self.a.swapaxes(-1, -2), rhs_indices=experts[0])
+            added = self.scale * mx.gather_mm(low, self.b.swapaxes(-1, -2), rhs_indices=experts[0])
+        else:
+            added = self.scale * ((x @ self.a.T) @ self.b.T)
+        if self.magnitude is None:
+            return y + added.astype(y.dtype)
+        ratio = self.ratio() if self._ratio is None else self._ratio
+        return ((y + added) * (ratio[experts[0]][..., None, :] if experts else ratio)).astype(y.dtype)
+
+    def ratio(self) -> mx.array:
+        """DoRA's magnitudes over the norms [.., O] of the rows of W + scale B A, which are taken as constants (section
+        4.3 of the paper). The sum itself is never made."""
+        wide, a, b = (mx.stop_gradient(x) for x in (dense(self.base).astype(mx.float32), self.a, self.b))
+        inner = 2 * wide @ a.swapaxes(-1, -2) + self.scale * (b @ (a @ a.swapaxes(-1, -2)))
+        assert self.magnitude is not None
+        squares = (wide * wide).sum(axis=-1) + self.scale * (b * inner).sum(axis=-1)
+        return self.magnitude / mx.sqrt(squares)
+
+
+def dense(layer: Any) -> mx.array:
+    """The weight [.., O, I] of a layer, quantised or not."""
+    if "scales" not in layer:
+        return layer.weight
+    return mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)

@@ -1,0 +1,76 @@
+"""Mean cross entropy of texts, in windows."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minicpm_data.datasets.examples import IGNORED
+from minicpm_serve import backends
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
+
+
+def loss_of(
+    backend: backends.BackendName,
+    model: Any,
+    tokenizer: "Tokenizer",
+    documents: Sequence[str],
+    length: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Mean cross entropy in nats over all tokens that have one before them in their window."""
+    mean_loss = backends.module(backend, "training.losses").mean_loss
+    encoded = [tokenizer.encode(text) for text in documents]
+    rows = [row for ids in encoded for row in windows(ids, length, tokenizer.bos_token_id)]
+    total, count = 0.0, 0
+    for ids, labels in batches(rows, length, batch_size):
+        here = int((labels[:, 1:] != IGNORED).sum())
+        total += float(mean_loss(model, ids, labels)) * here
+        count += here
+    if not count:
+        raise InputError("the text of --data holds no two tokens of this tokenizer; give more text.")
+    return {"loss": total / count, "tokens": count}
+
+
+def windows(ids: Sequence[int], width: int, bos_token_id: int | None) -> Iterator[list[int]]:
+    """Pieces of at most ``width`` tokens that predict each token of a document once; each begins with BOS if the
+    document does, else with the token before."""
+    for start in range(1, len(ids), width - 1):
+        first = ids[0] if ids[0] == bos_token_id else ids[start - 1]
+        yield [first, *ids[start : start + width - 1]]
+
+
+def batches(rows: Sequence[list[int]], width: int, size: int) -> "Iterator[tuple[np.ndarray, np.ndarray]]":
+    """Ids and labels [size, width] int32, filled up with tokens that do not count: all of one shape."""
+    import numpy as np
+
+    for start in range(0, len(rows), size):
+        ids, labels = np.zeros((size, width), np.int32), np.full((size, width), IGNORED, np.int32)
+        for place, row in enumerate(rows[start : start + size]):
+            ids[place, : len(row)] = labels[place, : len(row)] = row
+        yield ids, labels
+
+
+def read_texts(path: Path) -> list[str]:
+    """The documents of a text file (one) or of ``.jsonl``. `InputError` where it is neither."""
+    from minicpm_data.datasets.formats import Reader
+    from minicpm_data.datasets.jsonl import read_items
+
+    def text(document: dict[str, Any]) -> str:
+        found = Reader().conversation(document)
+        if not isinstance(found, str):
+            raise InputError('it is no "text"; give texts alone.')
+        return found
+
+    if path.suffix == ".jsonl":
+        return read_items(path, text)
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give a text file, or .jsonl with a text a line.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None

@@ -1,0 +1,289 @@
+"""The HTTP side of the API: OpenAI's paths, answers and errors over `minicpm_serve.engine`.
+
+No thread waits for a token: the engine puts each into the event loop, so that any number of answers can be open.
+"""
+
+import asyncio
+import contextlib
+import functools
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from minicpm_data.generation import responses
+from minicpm_data.generation.api import PromptIds, prompt_ids
+from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TEMPERATURE, CHAT_TOKENS, CHAT_TOP_P
+from minicpm_data.tokenizer.chat_template import variables_of
+from minicpm_serve.engine import Answered, Engine
+from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body, http_error
+from minicpm_serve.http.gate import Access, add_gate
+from minicpm_serve.http.json_route import JsonRoute, StrictRequest
+from minicpm_serve.http.limits import Limits, Places
+from minicpm_serve.http.schemas import ChatBody, CompletionBody
+from weights_io.errors import InputError, short
+
+CLIENT_LEFT = 499  # nginx's; nobody reads it
+LARGE = 64 << 10  # bytes of a body; larger ones are encoded one after the other: 2 million characters take 1 GB and 5 s
+NO_MODEL = "model_not_found"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer that is asked for."""
+
+    prompt: PromptIds
+    max_tokens: int
+    stop: tuple[str, ...]
+    sampling: dict[str, Any]
+
+    def drawn(self, number: int) -> "Choice":
+        """Of several alike the one of that number: with a seed, each draws from the next one."""
+        seed = self.sampling.get("seed")
+        if number == 0 or seed is None:
+            return self
+        return replace(self, sampling={**self.sampling, "seed": (seed + number) % 2**63})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the answers of a path look: whole, and in pieces. ``first``: the piece before the first text, if any."""
+
+    name: str
+    piece_name: str
+    prefix: str
+    choice: Callable[[int, str, str | None], dict]
+    piece: Callable[[int, str, str | None], dict]
+    first: dict[str, str] | None = None
+
+
+def text_choice(index: int, text: str, reason: str | None) -> dict:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+def message_choice(index: int, text: str, reason: str | None) -> dict:
+    message = {"role": "assistant", "content": text}
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+
+def delta_choice(index: int, text: str, reason: str | None) -> dict:
+    return {"index": index, "delta": {"content": text} if text else {}, "logprobs": None, "finish_reason": reason}
+
+
+CHAT_FIRST = {"role": "assistant", "content": ""}
+CHAT = Kind("chat.completion", "chat.completion.chunk", "chatcmpl-", message_choice, delta_choice, CHAT_FIRST)
+TEXT = Kind("text_completion", "text_completion", "cmpl-", text_choice, text_choice)
+
+
+def application(engine: Engine, name: str, waiting: int = 256, access: Access | None = None) -> FastAPI:
+    """``name``: what requests call the model. ``waiting``: answers that may be open besides those in the slots."""
+    app = FastAPI(title=f"{name} with OpenAI's API")
+    app.router.route_class = JsonRoute
+    limits = Limits.of(engine, waiting)
+    app.state.largest_body = limits.body
+    add_handlers(app)
+    add_gate(app, access or Access(), limits.body)
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minicpm-jax-mlx"}
+    places, one_by_one = Places(engine, limits.places), asyncio.Semaphore()
+
+    @app.get("/health")
+    async def health() -> dict:
+        _require_engine(engine)
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def the_model(asked: str) -> dict:
+        _require_model(name, asked)
+        return model
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: StrictRequest) -> Response:
+        return await answered(body, request, CHAT, chat_choices)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: StrictRequest) -> Response:
+        return await answered(body, request, TEXT, text_choices)
+
+    async def answered(body: Any, request: StrictRequest, kind: Kind, of_body: Callable) -> Response:
+        _require_model(name, body.model)
+        _require_engine(engine)
+        body.check()
+        limits.check_choices(body.answers)
+        with places.kept(body.answers):
+            async with one_by_one if request.size > LARGE else contextlib.nullcontext():
+                prompts: list[Choice] = await run_in_threadpool(of_body, engine, body, limits)
+            _require_engine(engine)
+            asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
+            answers = Answers(engine, asked, sum(len(choice.prompt) for choice in prompts))
+        frame = {"id": kind.prefix + secrets.token_hex(12), "created": int(time.time()), "model": name}
+        if body.stream:
+            return Events(answers, events(answers, {**frame, "object": kind.piece_name}, kind, body.with_usage))
+        with contextlib.closing(answers):
+            return await whole(answers, {**frame, "object": kind.name}, kind, request)
+
+    return app
+
+
+def chat_choices(engine: Engine, body: ChatBody, limits: Limits) -> list[Choice]:
+    """The answer to the messages."""
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
+    if len(body.messages) > limits.context:
+        raise InputError(f"there are {len(body.messages):,} messages; send at most {limits.context:,}.")
+    messages = body.plain()
+    variables = body.chat_template_kwargs or {}
+    given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are encoded as the messages are
+    limits.check_texts([message["content"] for message in messages] + given)
+    asking = [name for name, value in variables.items() if value not in (None, False)]
+    if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
+        raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
+    ids = prompt_ids(None, tokenizer.apply_chat(messages, variables=variables), engine.model.config.vocab_size)
+    sampling = {"temperature": CHAT_TEMPERATURE, "top_p": CHAT_TOP_P, **body.sampling()}
+    most = _room(engine, ids, body.most_tokens, CHAT_TOKENS)
+    return [Choice(ids, most, (*body.stops, *tokenizer.turn_markers), sampling)]
+
+
+def text_choices(engine: Engine, body: CompletionBody, limits: Limits) -> list[Choice]:
+    """The continuation of each prompt."""
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            limits.check_texts([prompt])
+        else:
+            limits.check_ids(prompt)
+    prompts = [prompt_ids(engine.tokenizer, prompt, engine.model.config.vocab_size) for prompt in body.prompts]
+    most = [_room(engine, ids, body.max_tokens, ANSWER_TOKENS) for ids in prompts]
+    return [Choice(ids, room, body.stops, body.sampling()) for ids, room in zip(prompts, most, strict=True)]
+
+
+def _room(engine: Engine, ids: list[int], most: int | None, usual: int) -> int:
+    """Most tokens of an answer; where the request does not say, no more than there is room for."""
+    return max(1, min(usual, engine.context - len(ids))) if most is None else most
+
+
+class Answers:
+    """The `Response`s of several choices as they come, each with the index of its choice. `close` cancels the rest."""
+
+    def __init__(self, engine: Engine, choices: Sequence[Choice], prompt_tokens: int):
+        self.count = self._left = len(choices)
+        self._usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
+        self._engine, self._numbers = engine, list[int]()
+        group = engine.group() if len(choices) > 1 else None
+        self._made: asyncio.Queue[tuple[int, Answered]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(index: int, made: Answered) -> None:  # on the engine's thread
+            with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody to tell
+                loop.call_soon_threadsafe(self._made.put_nowait, (index, made))
+
+        try:
+            for index, choice in enumerate(choices):
+                asked = (choice.prompt, choice.max_tokens, choice.stop)
+                sampling = {"group": group, **choice.sampling}
+                self._numbers.append(engine.submit(functools.partial(deliver, index), *asked, **sampling))
+        except Exception:
+            self.close()
+            raise
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, responses.Response]]:
+        while self._left:
+            index, made = await self._made.get()
+            if isinstance(made, Exception):
+                raise made
+            self._usage["completion_tokens"] += made.token is not None
+            self._left -= made.finish_reason is not None
+            yield index, made
+
+    def usage(self) -> dict[str, int]:
+        return {**self._usage, "total_tokens": sum(self._usage.values())}
+
+    async def end_with(self, request: Request) -> None:
+        """Once the client goes away, whoever waits for the answers gets `ClientDisconnect`."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._made.put_nowait((0, ClientDisconnect()))
+
+    def close(self) -> None:
+        for number in self._numbers:
+            self._engine.cancel(number)
+
+
+async def whole(answers: Answers, frame: dict, kind: Kind, request: Request) -> Response:
+    """The answers when all of them are there."""
+    texts, reasons = [""] * answers.count, [""] * answers.count
+    watching = asyncio.create_task(answers.end_with(request))
+    try:
+        async for index, response in answers:
+            texts[index] += response.text
+            reasons[index] = response.finish_reason or ""
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_LEFT)
+    finally:
+        watching.cancel()
+    choices = [kind.choice(index, *made) for index, made in enumerate(zip(texts, reasons, strict=True))]
+    return JSONResponse({**frame, "choices": choices, "usage": answers.usage()})
+
+
+class Events(StreamingResponse):
+    """Server-sent events; when they end, or nobody reads them any more, so do the answers."""
+
+    def __init__(self, answers: Answers, made: AsyncIterator[str]):
+        super().__init__(made, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answers = answers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.close()
+
+
+async def events(answers: Answers, frame: dict, kind: Kind, with_usage: bool) -> AsyncIterator[str]:
+    """A line for each piece of text, then "[DONE]"; an error in between is the last one."""
+
+    def event(*choices: dict, usage: dict | None = None) -> str:
+        return _event({**frame, "choices": choices, **({"usage": usage} if with_usage else {})})
+
+    if kind.first is not None:
+        for index in range(answers.count):
+            yield event({**kind.piece(index, "", None), "delta": kind.first})
+    try:
+        async for index, response in answers:
+            if response.text or response.finish_reason:
+                yield event(kind.piece(index, response.text, response.finish_reason))
+    except InputError as error:
+        yield _event(body_of(error)[1])
+        return
+    except Exception:
+        yield _event(error_body(500, DEFECT))
+        raise
+    if with_usage:
+        yield event(usage=answers.usage())
+    yield "data: [DONE]\n\n"
+
+
+def _event(value: dict) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _require_engine(engine: Engine) -> None:
+    if engine.error is not None:
+        raise http_error(503, "the engine has ended; start the server again.", code="engine_ended")
+
+
+def _require_model(name: str, asked: str | None) -> None:
+    if asked not in (None, name):
+        raise http_error(
+            404, f"there is no model {asked!r} here; the one that is loaded is {name!r}.", "model", NO_MODEL
+        )

@@ -1,0 +1,259 @@
+"""What a request to the API may hold. Wrong types are pydantic's errors, which `sentence` puts into words.
+
+What can be long is checked item by item, in a thread: pydantic lets no other thread run, and keeps the errors of all
+the million items that a body has room for.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from minicpm_data.generation.responses import stop_strings
+from weights_io.errors import InputError, listed, short
+
+# What is not supported, and the values with which it asks for nothing; null always does.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "tool_calls": ([],),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "annotations": ([],),
+    "refusal": ("",),
+    "reasoning_content": ("",),
+    "verbosity": ("medium",),
+    # vLLM's and llama.cpp's, which clients with a form for them send as they stand there.
+    "repeat_penalty": (1, 1.0),
+    "length_penalty": (1, 1.0),
+    "typical_p": (1, 1.0),
+    "mirostat": (0,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "ignore_eos": (False,),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "continue_final_message": (False,),
+    "return_token_ids": (False,),
+    "add_generation_prompt": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+}
+WITHOUT_EFFECT = {  # on the answer
+    "user",
+    "name",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+    "include_obfuscation",
+    "cache_control",
+}
+SHAPES = {  # of fields that may be one thing or another
+    "prompt": "a text, a list of texts, a list of token ids or a list of such lists",
+    "stop": "a text or a list of texts",
+    "content": 'a text or a list of {"type": "text", "text": "..."}',
+}
+NO_TOP_K = -1  # vLLM's default; 0 here
+MOST_CHOICES = 128
+MOST_STOPS = 16
+LONGEST_STOP = 1000  # characters; each token of an answer is compared with every beginning of it
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    def check_rest(self) -> None:
+        """`InputError` for what is not supported and asks for something."""
+        wrong = [
+            name
+            for name, value in (self.model_extra or {}).items()
+            if not (value is None or name in WITHOUT_EFFECT or any(_same(value, n) for n in NEUTRAL.get(name, ())))
+        ]
+        if len(wrong) > 1:
+            raise InputError(f"{listed(wrong)} are not supported; leave them out.")
+        for name in wrong:
+            remedy = f" or give {json.dumps(NEUTRAL[name][0])}" if name in NEUTRAL else ""
+            raise InputError(f"{short(name)} is not supported; leave it out{remedy}.")
+
+
+class Part(Strict):
+    type: str
+    text: str | None = None
+
+    def plain(self) -> str:
+        """Its text."""
+        if self.type != "text":
+            raise InputError(f"a message holds a part of type {short(self.type)!r}; this model reads only text.")
+        self.check_rest()
+        if self.text is None:
+            raise InputError('a part of type "text" has no text; give it one.')
+        return self.text
+
+
+class Message(Strict):
+    role: str
+    content: str | list[Any]
+
+    def plain(self) -> dict[str, str]:
+        """As `minicpm_data.tokenizer.chat_template` has them; "developer" is OpenAI's newer name of "system"."""
+        self.check_rest()
+        text = self.content
+        if not isinstance(text, str):
+            text = "".join(_valid(Part, part, "content", i).plain() for i, part in enumerate(text))
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class Body(Strict):
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    n: int | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def check(self) -> None:
+        """`InputError` for what pydantic cannot see, but for what `Sampling` and the engine check."""
+        self.check_rest()
+        if not 1 <= self.choices <= MOST_CHOICES:
+            raise InputError(f"n is {self.n}; it must be from 1 to {MOST_CHOICES}.")
+        if len(self.stops) > MOST_STOPS:
+            raise InputError(f"stop holds {len(self.stops)} texts; give at most {MOST_STOPS}.")
+        if (longest := max(map(len, self.stops), default=0)) > LONGEST_STOP:
+            raise InputError(f"stop holds a text of {longest:,} characters; give at most {LONGEST_STOP:,}.")
+        if self.stream_options is not None:
+            self.stream_options.check_rest()
+
+    @property
+    def choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def answers(self) -> int:
+        """All that the request asks for."""
+        return self.choices
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return stop_strings(self.stop or ())
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(self) -> dict[str, Any]:
+        """What is given, under the names of `Sampling`."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.top_k == NO_TOP_K:
+            given["top_k"] = 0
+        return given
+
+
+class ChatBody(Body):
+    messages: list[Any]
+    max_completion_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise InputError("max_tokens and max_completion_tokens are two names of one thing; give one of them.")
+
+    def plain(self) -> list[dict[str, str]]:
+        """The messages as `minicpm_data.tokenizer.chat_template` has them."""
+        return [_valid(Message, message, "messages", i).plain() for i, message in enumerate(self.messages)]
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionBody(Body):
+    prompt: Any
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _one_shape(cls, prompt: Any) -> Any:
+        """Four types in one would be tried one after the other, over millions of items."""
+        kinds = {str} if isinstance(prompt, str) else _types(prompt)
+        if kinds not in (set(), {str}, {int}, {list}):
+            raise ValueError
+        if kinds == {list} and not all(_types(ids) <= {int} for ids in prompt):
+            raise ValueError
+        return prompt
+
+    @property
+    def prompts(self) -> list[Any]:
+        """One or more, each a text or token ids."""
+        one = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
+
+    @property
+    def answers(self) -> int:
+        return self.choices * len(self.prompts)
+
+
+def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """Pydantic's first error as a sentence, and the field that it is about."""
+    error = errors[0]
+    place = error["loc"][1:]  # after "body"
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON ({error['ctx']['error']}).", None
+    if not place:
+        return "the body must be a JSON object, sent with Content-Type: application/json.", None
+    # Behind a field of several shapes stand the shape's name and the place within it.
+    ends = next((i + 1 for i, part in enumerate(place) if part in SHAPES), len(place))
+    path = ".".join(map(str, place[:ends]))
+    if error["type"] == "missing":
+        return f"{path} is missing.", path
+    if place[ends - 1] in SHAPES:
+        return f"{path} must be {SHAPES[place[ends - 1]]}.", path
+    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}.", path
+
+
+def _valid(kind: type[Model], value: Any, *place: Any) -> Model:
+    """``value`` as a ``kind``; an error is one of the whole body."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RequestValidationError([{**first, "loc": ("body", *place, *first["loc"])}]) from None
+
+
+def _types(value: Any) -> set[type]:
+    """Of the items of a list; another value is of none that would do."""
+    return set(map(type, value)) if isinstance(value, list) else {type(None)}
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
