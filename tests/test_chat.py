@@ -247,9 +247,10 @@ def test_threads_render_at_once():
 def test_a_forked_process_renders_by_itself():
     chat_template.render("x", user("x"))
     code = (
-        "import os; from minicpm_data import chat; m = [{'role': 'user', 'content': 'x'}]; chat.render('a', m)\n"
+        "import os; from minicpm_data.tokenizer.chat_template import render\n"
+        "m = [{'role': 'user', 'content': 'x'}]; render('a', m)\n"
         "child = os.fork()\n"
-        "texts = [chat.render(f'{child > 0} {n}', m) for n in range(50)]\n"
+        "texts = [render(f'{child > 0} {n}', m) for n in range(50)]\n"
         "assert texts == [f'{child > 0} {n}' for n in range(50)]\n"
         "os._exit(0) if child == 0 else print(os.waitpid(child, 0)[1])"
     )

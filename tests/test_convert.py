@@ -225,7 +225,7 @@ def test_an_older_folder_above_the_output_stays(reference, tmp_path):
         ({}, 100, r"wrong tokenizer size: the tokenizer has \d+ ids, and the embedding 100 rows; use the tokenizer"),
         ({"tokenizer.model": b"no SentencePiece"}, 600, "tokenizer.model"),
         ({"tokenizer.json": '{"model": {'}, 600, "tokenizer.json is not JSON"),
-        ({"tokenizer_config.json": "[]"}, 600, "tokenizer_config.json must hold a JSON object"),
+        ({"tokenizer_config.json": "[]"}, 600, "tokenizer_config.json holds list, not a JSON object"),
     ],
 )
 def test_a_tokenizer_that_load_would_refuse_is_refused_before_writing(tmp_path, files, rows, message, to):

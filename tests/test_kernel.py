@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from packaging.requirements import Requirement
 
-from minicpm_data.cli import kernel
+from minicpm_data import kernel
 from weights_io.errors import InputError
 
 
