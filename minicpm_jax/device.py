@@ -45,7 +45,7 @@ def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False, mesh: Mesh |
     and reads prompts 2.5 times as fast; but not with experts, whose weights XLA would copy for each token. A model on a
     ``mesh`` does not take that form."""
     unstacked = decoding and mesh is None
-    fast = unstacked and checkpoint.dtype == "bfloat16" and not checkpoint.config.num_experts and _has_matrix_unit()
+    fast = unstacked and checkpoint.dtype == "bfloat16" and not checkpoint.config.num_experts and has_matrix_unit()
     return "bfloat16" if platform() == "cpu" and fast else usual_dtype(checkpoint.dtype)
 
 
@@ -66,7 +66,8 @@ def _chip() -> Chip | None:
     return chip_of(jax.devices()[0].device_kind) if platform() == "tpu" else None
 
 
-def _has_matrix_unit() -> bool:
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies bfloat16 in a unit for matrices (AMX)."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
     except OSError:  # no Linux

@@ -152,7 +152,7 @@ def test_what_a_command_that_generates_computes_in(name, matrix_unit, eight, fou
     from minicpm_jax.parallel import mesh as meshes
     from minicpm_serve import backends
 
-    monkeypatch.setattr(device, "_has_matrix_unit", lambda: matrix_unit)
+    monkeypatch.setattr(device, "has_matrix_unit", lambda: matrix_unit)
     options, needed = importlib.import_module(name).Options, PLACED[name] | {"model": str(four_heads)}
 
     def loaded(**more):

@@ -114,7 +114,7 @@ def test_a_model_on_a_cpu_keeps_its_weights_packed(tmp_path, bits):
 )
 def test_loaded_for_decoding_with_an_adapter(reference, tmp_path, monkeypatch, bits, experts, dora):
     """The logits of the model that is not for decoding, in float32; whole weights of a file in bfloat16."""
-    monkeypatch.setattr(device, "_has_matrix_unit", lambda: True)
+    monkeypatch.setattr(device, "has_matrix_unit", lambda: True)
     folder = reference("dense_bf16")
     if bits is not None or experts:
         more = {"num_experts": experts, "num_experts_per_tok": 2} if experts else {}

@@ -5,9 +5,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from minicpm_jax import device
 from minicpm_jax.cpu.packed import on_cpu
 from minicpm_jax.cpu.products import product_on_cpu, rows_on_cpu
-from minicpm_jax.device import _has_matrix_unit
 from minicpm_jax.layers.linear import Embedding, Linear
 from minicpm_jax.layers.moe import ExpertLinear
 from minicpm_jax.model import Model
@@ -25,9 +25,9 @@ def unstack(model: Model, give_up: bool = False) -> Model:
     depth = model.config.num_hidden_layers
     each: list[list[Array]] = [[] for _ in range(depth)]
     for leaf in leaves:
-        stacked, device = np.asarray(leaf), next(iter(leaf.devices()))
+        stacked, place = np.asarray(leaf), next(iter(leaf.devices()))
         for layer, own in zip(each, stacked, strict=True):
-            layer.append(jax.device_put(own, device))
+            layer.append(jax.device_put(own, place))
         if give_up:
             leaf.delete()
     copy = jax.tree.map(lambda x: x, model)
@@ -51,5 +51,5 @@ def matrices_dtype(checkpoint: Checkpoint, dtype: str) -> str:
     """In what a model for decoding in ``dtype`` keeps its matrices on a CPU: in the file's bfloat16 those of a model in
     float32, where `product_on_cpu` loses nothing by it and a matrix unit makes it the faster one."""
     exact = all(tensor.dtype.name == "bfloat16" for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1)
-    kept = dtype == "float32" and exact and not checkpoint.config.num_experts and _has_matrix_unit()
+    kept = dtype == "float32" and exact and not checkpoint.config.num_experts and device.has_matrix_unit()
     return "bfloat16" if kept else dtype
