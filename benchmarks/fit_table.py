@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minicpm_jax.aot import report
 from weights_io import command_line
 from weights_io.memory import size
 
@@ -86,12 +85,13 @@ def beginning(row: Row) -> str:
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
     from minicpm_jax import fit
+    from minicpm_jax.aot.report import report
 
     for row in rows:
         model, topology, kind, batch, seq, flags = row
         training = kind == "lora" or kind == "finetune"
         given = fit.Options(model, topology, kind, batch, seq, grad_checkpoint=training, **flags)  # type: ignore[arg-type]
-        found = report.report(fit.job_of(given))
+        found = report(fit.job_of(given))
         needed = size(found.needed)
         if found.arguments:
             needed += f" ({size(found.arguments)} + {size(found.temporaries)})"

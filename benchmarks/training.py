@@ -29,7 +29,6 @@ from minicpm_data.datasets.batches import Batches
 from minicpm_data.datasets.examples import IGNORED, Example
 from minicpm_data.training import loop
 from minicpm_data.training.options import LoraOptions
-from minicpm_jax.training import cross_entropy, optimizers
 from weights_io import command_line
 from weights_io.adapters import AdapterConfig
 from weights_io.config import ModelConfig
@@ -129,7 +128,7 @@ def jax_loss(options: Options) -> None:
     from minicpm_jax import adapters
     from minicpm_jax.model import abstract, initialise
     from minicpm_jax.parallel.chips import Topology
-    from minicpm_jax.training import losses
+    from minicpm_jax.training import cross_entropy, losses, optimizers
     from minicpm_jax.training import step as train
 
     config = ModelConfig.from_dict(shape_of(options.model))
@@ -144,7 +143,7 @@ def jax_loss(options: Options) -> None:
         sharding = SingleDeviceSharding(chip)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    chunked, shape = cross_entropy.token_losses, (options.rows, options.tokens)
+    chunked, shape = losses.token_losses, (options.rows, options.tokens)
     adapter = AdapterConfig(RANK, ALPHA, 0.1, False, TARGETS, options.model)
     base = abstract(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -179,14 +178,14 @@ def jax_loss(options: Options) -> None:
     )
     print("|---|---|---|---|---|---|")
     for limit in (*options.logits, None):
-        cross_entropy.token_losses = plain if limit is None else chunked
+        losses.token_losses = plain if limit is None else chunked
         cross_entropy.LOGITS = (
             2 * narrow.vocab_size * 5 if limit is not None else cross_entropy.LOGITS
         )  # seven chunks of five tokens
-        found = of_hidden(cross_entropy.token_losses)(x, model, labels)
+        found = of_hidden(losses.token_losses)(x, model, labels)
         difference = largest_difference(found, expected)
         cross_entropy.LOGITS = limit or cross_entropy.LOGITS
-        small = of_hidden(cross_entropy.token_losses).lower(*alone).compile().memory_analysis()
+        small = of_hidden(losses.token_losses).lower(*alone).compile().memory_analysis()
         train.train_step.clear_cache()  # it is traced with what token_losses is now
         whole = train.train_step.lower(*step, **told).compile().memory_analysis()
         in_all = whole.argument_size_in_bytes + whole.temp_size_in_bytes
@@ -200,6 +199,7 @@ def mlx_loss(options: Options) -> None:
     import mlx.core as mx
 
     from minicpm_mlx.model import initialise
+    from minicpm_mlx.training import cross_entropy
 
     config = one_layer(VOCABULARY, 32)
     model = initialise(config, mx.random.key(0))
@@ -286,7 +286,7 @@ def packing(options: Options) -> None:
 def trainer(options: Options, config: ModelConfig) -> tuple[Any, Callable[[], object]]:
     """A trainer of adapters on random weights, and what waits for its last step."""
     chosen = LoraOptions(rank=RANK, alpha=ALPHA, targets=TARGETS, batch_size=options.rows)
-    made = importlib.import_module(f"minicpm_{options.backend}.trainer").Trainer
+    made = importlib.import_module(f"minicpm_{options.backend}.training.trainer").Trainer
     initialise = importlib.import_module(f"minicpm_{options.backend}.model").initialise
     if options.backend == "jax":
         import jax
