@@ -234,7 +234,7 @@ def fresh(*names: str, keep: str = "") -> None:
 def of_a_clone(path: str) -> Path | None:
     """A file of the project that is not installed: in the clone that this package runs from, that the notebook lies in,
     or that lies beside it. None where there is none."""
-    clones = Path(__file__).parent.parent, Path(), Path(".."), Path("minicpm-jax-mlx")
+    clones = Path(__file__).parents[2], Path(), Path(".."), Path("minicpm-jax-mlx")
     return next(((clone / path).resolve() for clone in clones if (clone / path).exists()), None)
 
 
