@@ -9,8 +9,9 @@ from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
 from weights_io import catalog
 from weights_io.built_in import built_in
-from weights_io.config import ModelConfig, read_json
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.files.json_text import read_json
 
 # What other programs take for granted otherwise where config.json does not say it.
 THEIRS = {"model_type": "minicpm", "tie_word_embeddings": True}

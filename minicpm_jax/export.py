@@ -39,7 +39,7 @@ class Options:
 def main(options: Options) -> None:
     """Write a checkpoint of a training run as a Hugging Face folder."""
     from weights_io import convert
-    from weights_io.config import read_json
+    from weights_io.files.json_text import read_json
     from weights_io.write import check_output
 
     run, step = find(options.checkpoint, options.step)

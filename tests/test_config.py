@@ -7,8 +7,9 @@ import re
 import pytest
 
 from weights_io import catalog
-from weights_io.config import MAX_COUNT, ModelConfig, RopeScaling, read_json, stored_dtype, token_ids
+from weights_io.config import MAX_COUNT, ModelConfig, RopeScaling, stored_dtype, token_ids
 from weights_io.errors import InputError
+from weights_io.files.json_text import read_json
 
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 40}
 # HuggingFaceTB/SmolLM2-135M-Instruct, as released.

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_data.training.processes import Alone
-from weights_io.config import read_json
 from weights_io.errors import InputError
+from weights_io.files.json_text import read_json
 from weights_io.files.partial import SUFFIX, clear_folder, remove, try_lock, write_whole
 
 SETTINGS = "settings.json"

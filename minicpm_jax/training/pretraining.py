@@ -107,7 +107,8 @@ def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any]
     from minicpm_jax.parallel.sharding import shardings, share
     from minicpm_jax.training import step as train
     from weights_io.checkpoint import open_checkpoint
-    from weights_io.config import ModelConfig, read_json
+    from weights_io.config import ModelConfig
+    from weights_io.files.json_text import read_json
     from weights_io.hub import resolve
     from weights_io.memory import SMALLER, check_training
 
