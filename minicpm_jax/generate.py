@@ -6,14 +6,10 @@
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from minicpm_data.cli.generate import GenerateOptions
 from minicpm_jax.backend import backend, generator
 from minicpm_jax.options import Placement, Serving
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

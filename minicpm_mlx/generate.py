@@ -5,13 +5,7 @@
 ``--model`` left out is the built-in model. The prompt is put into the checkpoint's chat template once.
 """
 
-from typing import TYPE_CHECKING
-
 from minicpm_mlx.backend import backend, generator
-
-if TYPE_CHECKING:
-    pass
-
 
 stream_generate = generator.stream_generate
 generate = generator.generate
