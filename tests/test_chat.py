@@ -48,6 +48,16 @@ def test_chatml_prompt(chatml):
     assert ids.count(1) == 1
 
 
+@pytest.mark.parametrize("token", chat_template.TURN_ENDS)
+def test_the_token_with_which_the_template_ends_a_turn_ends_an_answer(tmp_path, token):
+    n = tiny.sentencepiece_model().get_piece_size()
+    folder = tiny.write(tmp_path, added_tokens_decoder={str(n): tiny.special(token)})
+    assert load_tokenizer(folder).eos_token_ids == (2,)  # no template writes it
+    template = tiny.CHATML.replace("<|im_end|>", token)
+    folder = tiny.write(tmp_path, added_tokens_decoder={str(n): tiny.special(token)}, chat_template=template)
+    assert load_tokenizer(folder).eos_token_ids == (2, n)
+
+
 def _answer(chatml):
     return chatml.encode("<|im_start|>assistant\n", add_bos=False)
 

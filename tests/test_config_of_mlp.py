@@ -10,7 +10,7 @@ from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import write_file
-from weights_io.parameters import count, count_active, parameters
+from weights_io.parameters import count, count_active, parameters, short_name
 
 MOE = {"num_experts": 8, "num_experts_per_tok": 2}
 FATRELU = {"hidden_act": "fatrelu", "hidden_act_param": 0.01}
@@ -90,6 +90,7 @@ def test_full_size():
     assert w1.logical_axes() == ("layers", "expert", "mlp", "embed")
     assert w1.tensors(config)[9] == "model.layers.1.mlp.experts.1.w1.weight"
     assert list(w1.layers(config))[39] == "model.layers.39.mlp.experts.w1.weight"
+    assert {short_name(p) for p in table.values() if p.adds_to_residual} == {"o_proj", "w2"}
     for name in ("gate", "experts.w1", "experts.w2", "experts.w3"):  # muP's matrices
         parameter = table[f"model.layers.mlp.{name}.weight"]
         assert parameter.learning_rate_scale(config) == 1 / 9

@@ -26,6 +26,7 @@ from minicpm_jax.parallel.chips import CHIPS, Topology, chip_of  # noqa: E402
 from minicpm_jax.parallel.sharding import default_mesh  # noqa: E402
 from weights_io import catalog  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
+from weights_io.parameters import count  # noqa: E402
 
 pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
 
@@ -200,6 +201,7 @@ def test_the_mesh_that_a_job_gets():
     assert default_mesh(config_of("minicpm-1b"), 4, training=False) == "tensor=4"
     assert default_mesh(config_of("minicpm-moe-8x2b"), 8, training=False) == "tensor=8"
     assert default_mesh(config_of("minicpm-2b"), 1, training=False) == "fsdp=1"
+    assert count(config_of("Pico")) == catalog.find("pico").parameters  # which is here
 
 
 @pytest.mark.tpu

@@ -19,6 +19,7 @@ import pytest
 
 from weights_io import catalog, hub
 from weights_io.checkpoint import open_checkpoint
+from weights_io.config import FAMILIES
 from weights_io.errors import InputError
 from weights_io.write import save_checkpoint
 
@@ -435,6 +436,7 @@ def test_catalog():
     assert len(set(names)) == len(names) and len(set(repos)) == len(repos)
     for entry in catalog.CATALOG:
         assert entry.repo is None or hub.REPOSITORY.fullmatch(entry.repo)
+        assert entry.architecture in FAMILIES or not entry.runs
         if entry.config:
             assert entry.config.get("torch_dtype") == entry.dtype
             if entry.architecture != "minicpmv":

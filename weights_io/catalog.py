@@ -7,6 +7,7 @@ released files; MiniCPM5's is from its GGUF conversion. ``None`` stands for unkn
 """
 
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,19 +23,22 @@ class Entry:
 
     name: str  # the short name that every --model takes
     repo: str | None  # Hugging Face repository; None: comes with this package
-    architecture: str  # minicpm | minicpm-moe | minicpm3 | minicpmv | llama
+    architecture: str  # its model_type: of `FAMILIES`, of one that does not run yet perhaps another
     parameters: int | None  # exact; None: unknown
     dtype: str | None  # as stored; None: unknown
     notes: str = ""
     modelscope: str | None = None  # repository on ModelScope; None: unknown
     config: Mapping[str, Any] | None = None  # the keys of config.json that are known; None: shape unknown
+    runs: bool = True  # in this project
 
-    @property
-    def runs(self) -> bool:
-        """Whether this project runs it."""
-        return self.name not in NOT_YET
+    def model_config(self) -> ModelConfig | None:
+        """What is known without a download; None: nothing. Raises `InputError` where the architecture is not known."""
+        if self.repo is None:
+            return ModelConfig.from_file(built_in() / "config.json")
+        return None if self.config is None else ModelConfig.from_dict(dict(self.config), self.name)
 
 
+_later = functools.partial(Entry, runs=False)
 _SCALES = {"scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4}
 _COMMON = {
     "architectures": ["MiniCPMForCausalLM"],
@@ -178,8 +182,8 @@ CATALOG: tuple[Entry, ...] = (
         "minicpm-2b-llama as converted for MLX",
         config=_2B_LLAMA,
     ),
-    Entry("minicpm-2b-int4", "openbmb/MiniCPM-2B-sft-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
-    Entry("minicpm-2b-dpo-int4", "openbmb/MiniCPM-2B-dpo-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
+    _later("minicpm-2b-int4", "openbmb/MiniCPM-2B-sft-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
+    _later("minicpm-2b-dpo-int4", "openbmb/MiniCPM-2B-dpo-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
     Entry(
         "minicpm-2b-history",
         "openbmb/MiniCPM-2B-history",
@@ -229,15 +233,15 @@ CATALOG: tuple[Entry, ...] = (
     Entry(
         "minicpm-moe-8x2b",
         "openbmb/MiniCPM-MoE-8x2B",
-        "minicpm-moe",
+        "minicpm",
         13_873_291_776,
         "bfloat16",
         "chat; 2 of 8 experts a token",
         "OpenBMB/MiniCPM-MoE-8x2B",
         _MOE | _BF16,
     ),
-    Entry("minicpm-v", "openbmb/MiniCPM-V", "minicpmv", None, None, "images, not sliced", "OpenBMB/MiniCPM-V"),
-    Entry(
+    _later("minicpm-v", "openbmb/MiniCPM-V", "minicpmv", None, None, "images, not sliced", "OpenBMB/MiniCPM-V"),
+    _later(
         "minicpm-v-2",
         "openbmb/MiniCPM-V-2",
         "minicpmv",
@@ -246,13 +250,13 @@ CATALOG: tuple[Entry, ...] = (
         "images, sliced",
         config=_V2 | _BF16,
     ),
-    Entry(
+    _later(
         "minicpm3-4b", "openbmb/MiniCPM3-4B", "minicpm3", None, "bfloat16", "latent attention", "OpenBMB/MiniCPM3-4B"
     ),
-    Entry(
+    _later(
         "minicpm4-0.5b", "openbmb/MiniCPM4-0.5B", "minicpm", None, "bfloat16", "chat, LongRoPE", "OpenBMB/MiniCPM4-0.5B"
     ),
-    Entry(
+    _later(
         "minicpm4-8b",
         "openbmb/MiniCPM4-8B",
         "minicpm",
@@ -261,7 +265,7 @@ CATALOG: tuple[Entry, ...] = (
         "chat, LongRoPE; attention is sparse on long prompts",
         "OpenBMB/MiniCPM4-8B",
     ),
-    Entry(
+    _later(
         "minicpm4.1-8b",
         "openbmb/MiniCPM4.1-8B",
         "minicpm",
@@ -269,7 +273,7 @@ CATALOG: tuple[Entry, ...] = (
         "bfloat16",
         "chat with thinking; attention is sparse on long prompts",
     ),
-    Entry(
+    _later(
         "bitcpm4-0.5b",
         "openbmb/BitCPM4-0.5B",
         "minicpm",
@@ -278,12 +282,10 @@ CATALOG: tuple[Entry, ...] = (
         "ternary, stored as floats",
         "OpenBMB/BitCPM4-0.5B",
     ),
-    Entry("bitcpm4-1b", "openbmb/BitCPM4-1B", "minicpm", None, None, "ternary, stored as floats", "OpenBMB/BitCPM4-1B"),
+    _later(
+        "bitcpm4-1b", "openbmb/BitCPM4-1B", "minicpm", None, None, "ternary, stored as floats", "OpenBMB/BitCPM4-1B"
+    ),
     Entry("minicpm5-1b", "openbmb/MiniCPM5-1B", "llama", 1_080_632_832, "bfloat16", "chat with thinking"),
-)
-NOT_YET = frozenset(
-    """minicpm-2b-int4 minicpm-2b-dpo-int4 minicpm-v minicpm-v-2 minicpm3-4b minicpm4-0.5b minicpm4-8b minicpm4.1-8b
-    bitcpm4-0.5b bitcpm4-1b""".split()
 )
 _SHAPES = {"minicpm-s-1b": _1B}  # what memory needs to know of one whose config is not known whole
 # What a command needs besides the name, to run on the least hardware.
@@ -385,10 +387,9 @@ def _weights(entry: Entry) -> int | None:
 
 
 def _config(entry: Entry) -> ModelConfig | None:
-    if entry.repo is None:
-        return ModelConfig.from_file(built_in() / "config.json")
-    shape = _SHAPES.get(entry.name, entry.config)
-    return ModelConfig.from_dict(dict(shape)) if shape and entry.runs else None
+    if entry.name in _SHAPES:
+        return ModelConfig.from_dict(dict(_SHAPES[entry.name]))
+    return entry.model_config() if entry.runs else None
 
 
 if __name__ == "__main__":

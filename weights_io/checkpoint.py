@@ -16,9 +16,8 @@ from weights_io.errors import MOST_NAMES, InputError, listed, short
 from weights_io.files.json_text import read_json, read_optional_json
 from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
 from weights_io.near_keys import refuse_near_keys
-from weights_io.parameters import HEAD, MOE, NORM, tensor_shapes
+from weights_io.parameters import EMBEDDING, EXPERTS, HEAD, NORM, tensor_shapes
 
-EMBEDDING = "model.embed_tokens.weight"
 # Buffers that old files carry and every forward pass computes for itself.
 BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
 OTHER_IDS = frozenset(
@@ -165,7 +164,7 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
             "quantisation."
         )
     if copied_head is not None:
-        _check_tied_head(found[EMBEDDING], copied_head, path)
+        _check_tied_head(found[EMBEDDING.tensor], copied_head, path)
     return {name: found[name] for name in expected}
 
 
@@ -191,8 +190,9 @@ def _check_names(expected: Mapping[str, object], found: Mapping[str, object], pa
 
 def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: Path) -> None:
     """config.json and the files must agree on whether there are experts, else every tensor of an MLP is a fault."""
-    first = MOE[1].tensor.format(layer=0, expert=0)
-    stored = any(".mlp.experts." in name for name in found)
+    pattern = EXPERTS[0].tensor
+    first, place = pattern.format(layer=0, expert=0), pattern[pattern.index("}") + 1 : pattern.index("{expert}")]
+    stored = any(place in name for name in found)
     if config.num_experts and not stored:
         raise InputError(
             f"{path}: config.json has num_experts {config.num_experts} and the files hold no expert tensors ({first} "
@@ -226,5 +226,5 @@ def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path) -> Non
 
 def _file_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     """Where config.json is silent: the dtype of the embedding in the file."""
-    name = tensors[EMBEDDING].dtype.name if EMBEDDING in tensors else "float32"
+    name = tensors[EMBEDDING.tensor].dtype.name if EMBEDDING.tensor in tensors else "float32"
     return name if name in config_module.DTYPES else "float32"

@@ -24,6 +24,7 @@ class Family:
     architecture: str  # as config.json's ``architectures`` names it
     defaults: dict[str, Any]  # of its configuration class, where they are not `COMMON_DEFAULTS`
     scaled: bool = False  # embedding, residual branches and logits have muP's scales
+    heads_fill_hidden: bool = False  # its attention takes head_dim to be hidden_size / num_attention_heads
     table: "Callable[[ModelConfig], Sequence[Any]] | None" = None  # of `weights_io.parameters`; None: the decoder's
 
 
@@ -40,6 +41,7 @@ FAMILIES = {
             "num_experts_per_tok": None,
         },
         scaled=True,
+        heads_fill_hidden=True,
     ),
     "llama": Family("LlamaForCausalLM", {"tie_word_embeddings": False}),
 }
@@ -199,7 +201,7 @@ class _Reader:
             raise self.refuse(f"head_dim {config.head_dim} is odd, and rotary embeddings turn pairs; correct it.")
         if config.head_dim == 2 and config.rope_scaling and config.rope_scaling.type == "dynamic":
             raise self.refuse("head_dim 2 has no dynamic rope_scaling, whose exponent is H / (H - 2); correct one.")
-        if family == "minicpm" and config.head_dim * config.num_attention_heads != config.hidden_size:
+        if config.family.heads_fill_hidden and config.head_dim * config.num_attention_heads != config.hidden_size:
             raise self.refuse(
                 f"hidden_size {config.hidden_size} is not num_attention_heads {config.num_attention_heads} x head_dim "
                 f"{config.head_dim}, as MiniCPM has it; one of them is wrong."

@@ -11,14 +11,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from weights_io.casting import Rounding, cast, numpy_dtype
-from weights_io.checkpoint import EMBEDDING
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.parameters import HEAD, tensor_shapes
+from weights_io.parameters import EMBEDDING, HEAD, Parameter, parameters
 
-ADDED_TO_RESIDUAL = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
 ROWS = 4096  # read at a time to compare head and embedding
 
 
@@ -53,10 +51,11 @@ def to_llama(
         config, model_type="llama", tie_word_embeddings=False, scale_emb=1.0, scale_depth=1.0, dim_model_base=1
     )
     folded: dict[str, LazyTensor | Computed] = {}
-    for name, _ in tensor_shapes(llama):
-        stored = EMBEDDING if name == HEAD.tensor and config.tie_word_embeddings else name
-        multiply, divide = _scale(name, config)
-        folded[name] = _scaled(name, tensors[stored], multiply, divide, dtype, rounding)
+    for parameter in parameters(llama):
+        multiply, divide = _scale(parameter, config)
+        for name in parameter.tensors(llama):
+            stored = EMBEDDING.tensor if parameter == HEAD and config.tie_word_embeddings else name
+            folded[name] = _scaled(name, tensors[stored], multiply, divide, dtype, rounding)
     return llama, folded
 
 
@@ -83,24 +82,25 @@ def from_llama(
     scales = {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": dim_model_base}
     raw = dataclasses.replace(config, model_type="minicpm", tie_word_embeddings=False).to_dict()
     minicpm = ModelConfig.from_dict(raw | scales, "the unfolded model")
-    head = tensors[EMBEDDING if config.tie_word_embeddings else HEAD.tensor]
-    if _tied(tensors[EMBEDDING], head, minicpm):
+    head = tensors[(EMBEDDING if config.tie_word_embeddings else HEAD).tensor]
+    if _tied(tensors[EMBEDDING.tensor], head, minicpm):
         minicpm = dataclasses.replace(minicpm, tie_word_embeddings=True)
     unfolded: dict[str, LazyTensor | Computed] = {}
-    for name, _ in tensor_shapes(minicpm):
-        multiply, divide = _scale(name, minicpm)
-        tensor = head if name == HEAD.tensor else tensors[name]
-        unfolded[name] = _scaled(name, tensor, divide, multiply, dtype, rounding)
+    for parameter in parameters(minicpm):
+        multiply, divide = _scale(parameter, minicpm)
+        for name in parameter.tensors(minicpm):
+            tensor = head if parameter == HEAD else tensors[name]
+            unfolded[name] = _scaled(name, tensor, divide, multiply, dtype, rounding)
     return minicpm, unfolded
 
 
-def _scale(name: str, config: ModelConfig) -> tuple[float, float]:
-    """Factor and divisor that fold the scales into this tensor."""
-    if name == EMBEDDING:
+def _scale(parameter: Parameter, config: ModelConfig) -> tuple[float, float]:
+    """Factor and divisor that fold the scales into its tensors."""
+    if parameter == EMBEDDING:
         return config.embedding_scale, 1.0
-    if name == HEAD.tensor:
+    if parameter == HEAD:
         return 1.0, config.logit_divisor
-    return (config.residual_scale if name.endswith(ADDED_TO_RESIDUAL) else 1.0), 1.0
+    return (config.residual_scale if parameter.adds_to_residual else 1.0), 1.0
 
 
 def _scaled(

@@ -26,12 +26,11 @@ from weights_io.errors import InputError, short
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.lora import Adapter, AdapterConfig, by_layer
-from weights_io.parameters import module_name, modules, parameters
+from weights_io.parameters import LAYERS, layer_of, module_name, modules, parameters
 
 WEIGHTS = ("adapters.safetensors",)
 PARTS = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 NAME = re.compile(rf"(.+)\.({'|'.join(PARTS)})")
-LAYER = "model.layers."
 # Keys that tell how the adapter was trained: the options of mlx_lm.lora, now and before. Any other is refused.
 TRAINING = frozenset(
     """adapter_path batch_size clear_cache_threshold config data grad_accumulation_steps grad_checkpoint
@@ -122,9 +121,9 @@ def _check_modules(
         raise InputError(f"{source} has keys {shown(keys)}; it must be a list of names.")
     rank = None if numbers.get("rank") is None else read_whole(numbers, "rank", 1, source)
     for module, actual in found.ranks().items():
-        layer, _, name = module.removeprefix(LAYER).partition(".")
+        _, _, name = module.removeprefix(LAYERS).partition(".")
         name = re.sub(r"experts\.\d+\.", "experts.", name)
-        fault = f"num_layers {layers}" if int(layer) < first else None
+        fault = f"num_layers {layers}" if layer_of(module) < first else None
         if keys is not None and not {name, module} & set(keys):
             fault = f"keys {shown(keys)}"
         if rank is not None and actual != rank:
@@ -149,7 +148,7 @@ def files(adapter: Adapter, model: ModelConfig, base_model: str | None) -> tuple
             tensors[f"{module}.lora_b"] = b if parameter.of_expert else b.T
             if magnitude is not None:
                 tensors[f"{module}.m"] = magnitude
-    first = min(int(module.split(".")[2]) for module in adapter.tensors)
+    first = min(layer_of(module) for module in adapter.tensors)
     raw = {
         "fine_tune_type": "dora" if config.dora else "lora",
         "model": base_model,
@@ -158,7 +157,7 @@ def files(adapter: Adapter, model: ModelConfig, base_model: str | None) -> tuple
             "rank": config.rank,
             "scale": config.scale,
             "dropout": config.dropout,
-            "keys": [module_name(p.name).removeprefix(LAYER) for p in targets],
+            "keys": [module_name(p.name).removeprefix(LAYERS) for p in targets],
         },
     }
     return raw, {name: Computed.of(array) for name, array in tensors.items()}

@@ -37,6 +37,11 @@ class Parameter:
     def of_expert(self) -> bool:
         return "{expert}" in self.tensor
 
+    @property
+    def adds_to_residual(self) -> bool:
+        """Whether its outputs are added to the residual stream: o_proj and down_proj, which write into D."""
+        return self.stacked and self.init == "matrix" and self.axes[0] == "embed"
+
     def layers(self, config: ModelConfig) -> dict[str, list[str]]:
         """Its names in the MLX model, one for each layer -> the Hugging Face names of the experts stacked there."""
         layers = range(config.num_hidden_layers if self.stacked else 1)
@@ -83,7 +88,8 @@ class Parameter:
 
 
 # V vocabulary, D hidden, F intermediate, N query heads, K key/value heads, H head dimension, E experts.
-_LAYER = "model.layers.{layer}."
+LAYERS = "model.layers."  # before a layer's number
+_LAYER = LAYERS + "{layer}."
 _EXPERT = _LAYER + "mlp.experts.{expert}."
 EMBEDDING = Parameter("model.embed_tokens.weight", "V D", ("vocab", "embed"), "embedding")
 ATTENTION = (
@@ -99,12 +105,13 @@ MLP = (
     Parameter(_LAYER + "mlp.up_proj.weight", "F D", ("mlp", "embed"), "matrix"),
     Parameter(_LAYER + "mlp.down_proj.weight", "D F", ("embed", "mlp"), "matrix"),
 )
-MOE = (
-    Parameter(_LAYER + "mlp.gate.weight", "E D", ("router", "embed"), "matrix"),
+ROUTER = Parameter(_LAYER + "mlp.gate.weight", "E D", ("router", "embed"), "matrix")
+EXPERTS = (
     Parameter(_EXPERT + "w1.weight", "F D", ("mlp", "embed"), "matrix"),  # gate
     Parameter(_EXPERT + "w2.weight", "D F", ("embed", "mlp"), "matrix"),  # down
     Parameter(_EXPERT + "w3.weight", "F D", ("mlp", "embed"), "matrix"),  # up
 )
+MOE = (ROUTER, *EXPERTS)
 NORM = Parameter("model.norm.weight", "D", ("norm",), "ones")
 HEAD = Parameter("lm_head.weight", "V D", ("vocab", "embed"), "embedding")
 DENSE = (EMBEDDING, *ATTENTION, *MLP, NORM)
@@ -179,6 +186,11 @@ def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Para
 
 def is_router(parameter: Parameter) -> bool:
     return "router" in parameter.axes
+
+
+def layer_of(name: str) -> int:
+    """3 of ``model.layers.3.mlp.experts.5.w1``, a name within a layer."""
+    return int(name.removeprefix(LAYERS).partition(".")[0])
 
 
 def short_name(parameter: Parameter) -> str:

@@ -25,7 +25,7 @@ from weights_io.errors import InputError, short
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.lora import Adapter, AdapterConfig
-from weights_io.parameters import modules, short_name
+from weights_io.parameters import layer_of, modules, short_name
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the best first
 PREFIX = "base_model.model."
@@ -146,11 +146,6 @@ def _targets(adapter: Adapter, model: ModelConfig) -> dict[str, Any]:
         "layers_to_transform": None if every else layers,
         "layers_pattern": None if every else "layers",
     }
-
-
-def layer_of(module: str) -> int:
-    """3 of ``model.layers.3.mlp.experts.5.w1``."""
-    return int(module.split(".")[2])
 
 
 def _check(raw: Mapping[str, Any], source: str) -> None:

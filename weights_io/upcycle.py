@@ -20,7 +20,7 @@ from weights_io.config import MAX_EXPERTS, ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor
-from weights_io.parameters import MLP, MOE, count_active, parameters
+from weights_io.parameters import EXPERTS, MLP, ROUTER, Parameter, count_active, parameters, short_name
 from weights_io.write import Tensor, check_output
 
 ROUTER_STD = 0.1  # variance 0.01, arXiv 2404.06395
@@ -85,12 +85,11 @@ def upcycled(
     if seed < 0:
         raise InputError(f"--seed is {seed}; it must not be negative.")
     config = dataclasses.replace(dense, num_experts=experts, num_experts_per_tok=top_k)
-    router = MOE[0]
-    sources = {parameter.tensor: _source(parameter.tensor) for parameter in MOE if parameter is not router}
+    sources = {expert.tensor: _source(expert) for expert in EXPERTS}
     tensors: dict[str, LazyTensor | Computed] = {}
     for parameter in parameters(config):
         names = parameter.tensors(config)
-        if parameter is router:
+        if parameter is ROUTER:
             dtype = checkpoint.tensors[MLP[0].tensor.format(layer=0)].dtype
             shape = parameter.tensor_shape(config)
             tensors |= {name: _router(shape, dtype, seed, layer) for layer, name in enumerate(names)}
@@ -101,9 +100,9 @@ def upcycled(
     return config, tensors
 
 
-def _source(expert: str) -> str:
+def _source(expert: Parameter) -> str:
     """``model.layers.{layer}.mlp.gate_proj.weight`` of ``model.layers.{layer}.mlp.experts.{expert}.w1.weight``."""
-    return next(p.tensor for p in MLP if p.tensor.split(".")[-2] == COPIES[expert.split(".")[-2]])
+    return next(p.tensor for p in MLP if short_name(p) == COPIES[short_name(expert)])
 
 
 def _router(shape: tuple[int, ...], dtype: np.dtype, seed: int, layer: int) -> Computed:

@@ -18,6 +18,8 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # no template: contents as they stand
 )
 TURN_MARKERS = ("<用户>", "<AI>")  # plain text, not special tokens: a model may write them and so begin a turn
+# Tokens with which chat templates end a turn, whatever the EOS of the tokenizer is. llama.cpp knows them by text too.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 ROLES = ("system", "user", "assistant")
 LONGEST_MARKERS = 200_000  # characters of all special tokens together; Gemma's 6,400 have 80,000
 END = ""  # no character

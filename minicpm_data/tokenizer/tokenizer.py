@@ -20,7 +20,8 @@ class Tokenizer:
     Attributes:
         vocab_size: the highest id + 1; a model may have more rows (padding), never fewer.
         bos_token_id, pad_token_id: None where there is none.
-        eos_token_ids: the ids that end an answer, the tokenizer's own EOS first.
+        eos_token_ids: the ids that end an answer: the tokenizer's own EOS first, then those with which the chat
+            template ends a turn (`TURN_ENDS`).
         chat_template: Jinja source; MiniCPM's own where the checkpoint has none.
         chat_template_given: whether the checkpoint has it.
         tool_template: the one that the checkpoint has for chats with tools, where it has two.
@@ -57,9 +58,8 @@ class Tokenizer:
         self.rows: int | None = None
         self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
         self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
-        ends: list[int | None] = [*eos_token_ids]
-        if "<|im_end|>" in self.chat_template + (tool_template or ""):
-            ends.append(self._fast.token_to_id("<|im_end|>"))
+        templates = self.chat_template + (tool_template or "")
+        ends = [*eos_token_ids, *(fast.token_to_id(token) for token in chat.TURN_ENDS if token in templates)]
         self.eos_token_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         self.vocab_size = 1 + max(fast.vocabulary().values(), default=-1)
         if self.vocab_size > MOST_IDS:

@@ -236,7 +236,7 @@ def adapted_layers(options: Any, config: "ModelConfig") -> range:
 def given_adapter(options: Any, config: "ModelConfig") -> "Adapter":
     """The adapter of --resume-adapter-file, which must be of the kind that is to be trained."""
     from weights_io.adapters import read_adapter, target_parameters
-    from weights_io.peft_format import layer_of
+    from weights_io.parameters import layer_of
 
     found = read_adapter(options.resume_adapter_file, config)
     wanted = options.adapter

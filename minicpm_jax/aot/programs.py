@@ -28,7 +28,6 @@ from minicpm_jax.training import optimizers, step
 from minicpm_jax.training.losses import Objective
 from weights_io import catalog
 from weights_io.adapters import AdapterConfig
-from weights_io.built_in import built_in
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
@@ -267,13 +266,11 @@ def compiled(lowered: Any) -> Any:
 def config_of(model: str) -> ModelConfig:
     """Of a folder, a config.json or a name of the catalogue, of which nothing is downloaded."""
     path, entry = Path(model), catalog.find(model)
-    if model.lower() == "pico":
-        path = built_in()
-    elif entry is not None:
-        if entry.config is None:
+    if entry is not None:
+        if (config := entry.model_config()) is None:
             raise InputError(f"the catalogue does not hold the config.json of {model}; download it, and give its path.")
-        return ModelConfig.from_dict(dict(entry.config), entry.name)
-    elif not path.exists():
+        return config
+    if not path.exists():
         close = catalog.nearest(model)
         hint = f"did you mean {' or '.join(close)}?" if close else "`python -m weights_io.catalog` lists the names."
         raise InputError(f"{model} is neither a folder, a config.json nor a short name; {hint}")
