@@ -1,5 +1,7 @@
 """Where an answer begins and ends, with a backend that says what it is told to: the calls and their command lines."""
 
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -8,11 +10,14 @@ import types
 import numpy as np
 import pytest
 import tiny_tokenizer as tiny
+from tiny_training import BACKENDS
 
 from minicpm_data import corpus, load_tokenizer
 from minicpm_data.cli import evaluate, generate, terminal
 from minicpm_data.generation.api import Backend, Generator
 from minicpm_data.generation.responses import Response
+from weights_io.built_in import built_in
+from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
@@ -22,6 +27,7 @@ class Parrot:
 
     def __init__(self, says, **tokenizer):
         self.says, self.asked, self.loaded = says, [], {}
+        self.device = importlib.import_module(f"{tokenizer.pop('backend', BACKENDS[0])}.device")
         self.folder, self.config = tokenizer.pop("folder"), tokenizer
         self.tokenizer = load_tokenizer(tiny.write(self.folder, **tokenizer))
         self.model = types.SimpleNamespace(config=ModelConfig(vocab_size=self.tokenizer.vocab_size), eos_token_ids=(2,))
@@ -38,13 +44,13 @@ class Parrot:
             yield int(ids[0]), True
 
     def load(self, path, dtype, **options):
-        chosen = dtype if isinstance(dtype, str) else dtype(types.SimpleNamespace(dtype="float16"))
-        self.loaded = {"path": path, "dtype": chosen, **options}
+        checkpoint = dataclasses.replace(open_checkpoint(built_in()), dtype="bfloat16")
+        self.loaded = {"path": path, "dtype": checkpoint.target(dtype), **options}
         return self.model, self.tokenizer
 
     def backend(self):
         device = types.SimpleNamespace(
-            preferred_dtype=lambda checkpoint, decoding=False: checkpoint.dtype,
+            preferred_dtype=self.device.preferred_dtype,
             compile_seconds=lambda: 0.0,
             peak_memory=lambda: 0,
             note_mesh=lambda model, rows: None,
@@ -291,13 +297,18 @@ def test_extra_eos_token(parrot, typed):
     assert error.startswith("error: the vocabulary has no token '<nothing>'")
 
 
-def test_the_adapter_is_handed_to_load(parrot, typed, monkeypatch):
-    bird = parrot("")
+@pytest.mark.parametrize(
+    ("backend", "matrix_unit", "dtype"),
+    [("minicpm_mlx", True, "bfloat16"), ("minicpm_jax", True, "bfloat16"), ("minicpm_jax", False, "float32")],
+)
+def test_load_is_given_the_adapter_and_what_decodes_fastest(parrot, typed, monkeypatch, backend, matrix_unit, dtype):
+    bird = parrot("", backend=backend)
+    monkeypatch.setattr(bird.device, "has_matrix_unit", lambda: matrix_unit, raising=False)  # of this CPU
     assert typed(generate.run_generate, bird, "--adapter-path", "some/adapter")[0] == 0
     assert bird.loaded.pop("adapter") == "some/adapter"
     monkeypatch.setattr(terminal, "asker", lambda: lambda: "/quit")
     assert typed(generate.run_chat, bird, "--adapter-path", "some/adapter")[0] == 0
-    assert (bird.loaded["adapter"], bird.loaded["dtype"]) == ("some/adapter", "float16")
+    assert (bird.loaded["adapter"], bird.loaded["dtype"], bird.loaded["decoding"]) == ("some/adapter", dtype, True)
 
 
 def test_prefill_response(parrot, typed):

@@ -70,10 +70,13 @@ def test_each_device_holds_its_part(folder, axes):
         "model.layers.mlp.down_proj.weight": (4, 96 // fsdp, 144 // tensor),
         "model.layers.input_layernorm.weight": (4, 96),
     }
+    whole = weights_of(load(folder)[0])
     for name, shape in expected.items():
         shards = weights[name].addressable_shards
         assert len({shard.device for shard in shards}) == 8
         assert {shard.data.shape for shard in shards} == {shape}, name
+        for shard in shards:
+            np.testing.assert_array_equal(shard.data, whole[name][shard.index], err_msg=name)
     held = sum(array.addressable_shards[0].data.size for array in weights.values())
     norms = sum(array.size for name, array in weights.items() if "norm" in name)
     assert held == (count(model.config) - norms) // (fsdp * tensor) + norms
@@ -83,7 +86,11 @@ def test_a_dimension_that_the_mesh_does_not_divide_is_filled_up(reference):
     model, _ = load(reference("dense_2b"), mesh=Mesh(np.array(jax.devices()[:5]), ("tensor",)))
     assert model.model.embed_tokens.weight[...].addressable_shards[0].data.shape == (320 // 5, 96)
     assert model.model.layers.mlp.up_proj.weight[...].addressable_shards[0].data.shape == (3, 145 // 5, 96)
-    assert weights_of(model)["model.layers.mlp.up_proj.weight"].shape == (3, 144, 96)
+    data = np.load(reference("dense_2b") / "reference.npz")
+    np.testing.assert_allclose(np.asarray(model(data["input_ids"])), data["logits"], rtol=0, atol=2e-5)
+    whole = weights_of(load(reference("dense_2b"))[0])
+    for name, array in weights_of(model).items():  # without what was filled up
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
 
 
 def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, monkeypatch):
