@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weights_io import command_line
+from weights_io.errors import flag
 from weights_io.memory import size
 
 TEXT = """# What it takes on a TPU
@@ -79,7 +80,7 @@ def main(options: Options) -> None:
 
 def beginning(row: Row) -> str:
     model, topology, kind, batch, seq, flags = row
-    what = " ".join([model, kind, *(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())])
+    what = " ".join([model, kind, *(f"{flag(name)} {value}" for name, value in flags.items())])
     return f"| {what} | {topology} | {batch} x {seq:,} | "
 
 

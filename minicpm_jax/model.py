@@ -162,9 +162,9 @@ class Model(nnx.Module):
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
         return _logits(self, ids, mask)
 
-    def hidden_states(self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False):
+    def hidden_states(self, ids: Int[Array, "B T"], positions: Positions):
         """[B, T, D] after the final norm: what the head reads."""
-        x, _, _ = self.model(self.model.embed(ids), positions, remat=remat)
+        x, _, _ = self.model(self.model.embed(ids), positions)
         return self.model.norm(x)
 
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from minicpm_jax.parallel.address import host_and_port
-from weights_io.errors import InputError
+from weights_io.errors import InputError, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Placement(Devices):
     def check_placement(self) -> None:
         """`InputError` for flags that cannot be; JAX is not asked."""
         named = {name: getattr(self, name) for name in ("coordinator_address", "num_processes", "process_id")}
-        missing = [f"--{name.replace('_', '-')}" for name, value in named.items() if value is None]
+        missing = [flag(name) for name, value in named.items() if value is None]
         if self.distributed and len(missing) < len(named):
             raise InputError("--distributed finds the other processes by itself; leave the flags that name them away.")
         if 0 < len(missing) < len(named):

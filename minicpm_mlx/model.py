@@ -161,9 +161,9 @@ class Model(nn.Module):
         x, _ = self.model(x, positions, cache)
         return self.head(self.model.norm(x))
 
-    def hidden_states(self, ids: mx.array, positions: Positions, remat: bool = False) -> mx.array:
+    def hidden_states(self, ids: mx.array, positions: Positions) -> mx.array:
         """[B, T, D] after the final norm: what the head reads."""
-        x, _ = self.model(self.model.embed(ids), positions, remat=remat)
+        x, _ = self.model(self.model.embed(ids), positions)
         return self.model.norm(x)
 
     def head(self, x: mx.array) -> mx.array:

@@ -20,7 +20,7 @@ from minicpm_jax.generation.sampling import Knobs  # noqa: E402
 from minicpm_jax.layers import attention  # noqa: E402
 from minicpm_jax.layers.attention import attend, attend_cache, through_cache  # noqa: E402
 from minicpm_jax.layers.blockwise import attend_blocks  # noqa: E402
-from minicpm_jax.layers.kernels.cache_attention import Tiling, bytes_read, cache_attention, cost  # noqa: E402
+from minicpm_jax.layers.kernels.cache_attention import Tiling, cache_attention, cost, scale_bytes  # noqa: E402
 from minicpm_jax.layers.kv_cache import Cache  # noqa: E402
 from minicpm_jax.model import abstract  # noqa: E402
 from minicpm_jax.parallel.chips import Topology  # noqa: E402
@@ -174,6 +174,23 @@ def test_over_a_mesh_each_device_writes_and_reads_its_part(interpreted, axes, bi
         mixed, found = run(*args)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         np.testing.assert_allclose(mixed, reference(q, expected, first), rtol=0, atol=1e-5)
+
+
+def bytes_read(tiling, first, itemsize, scaled=False):
+    """Bytes of cache that the kernel takes from HBM for rows whose first new tokens stand at ``first`` [B]: its grid is
+    walked, and a part counts where its index is not that of the step before. ``scaled``: int8 with float32 scales."""
+    start, layer, total = np.asarray(first), np.zeros(1, int), 0
+    held = np.asarray(tiling.held(jnp.asarray(start)))
+    steps = np.indices(tiling.grid(start)).reshape(4, -1)
+    maps = [
+        (functools.partial(tiling.stored, part), tiling.size(part) * tiling.lanes * itemsize) for part in tiling.parts
+    ]
+    if scaled:
+        maps.append((tiling.scale, scale_bytes(tiling)))
+    for index_map, size in maps:
+        index = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start, held)))
+        total += 2 * size * (1 + int(np.any(index[:, 1:] != index[:, :-1], axis=0).sum()))
+    return total
 
 
 @pytest.mark.parametrize("bits", [None, 8])

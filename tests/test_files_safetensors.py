@@ -70,10 +70,10 @@ def test_the_package_reads_what_is_written(path):
         return make
 
     declared = {name: Computed(a.shape, a.dtype, maker(name)) for name, a in arrays.items()}
-    safetensors.write_file(path, declared, {"origin": "test"})
+    safetensors.write_file(path, declared)
     assert sorted(made) == sorted(arrays)
     with safe_open(path, "np") as file:
-        assert file.metadata() == {"format": "pt", "origin": "test"}
+        assert file.metadata() == {"format": "pt"}
         for name in set(arrays) - {"eight"}:  # that dtype is not numpy's
             np.testing.assert_array_equal(file.get_tensor(name), arrays[name])
     tensors = safetensors.open_file(path)

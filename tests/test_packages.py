@@ -1,6 +1,7 @@
 """What each package needs, and what it says where that is missing."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,17 @@ def test_no_folder_imports_itself_in_a_circle():
 def test_no_folder_is_full():
     for folder in {path.parent for package in ABOVE for path in (ROOT / package).rglob("*.py")}:
         assert len(list(folder.glob("*.py"))) <= 27, folder
+
+
+def test_the_tables_of_the_architecture_name_every_room():
+    packages = {"data": "minicpm_data", "JAX": "minicpm_jax", "MLX": "minicpm_mlx", "serve": "minicpm_serve"}
+    named = set()
+    for row in re.findall(r"^\| (`.*?) \| (.*?) \|", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.M):
+        folders = [cell.strip("`/") for cell in row[0].split(", ")]
+        within = [] if folders[0] in ABOVE else [packages.get(name, name) for name in row[1].split(", ")]
+        named |= {f"{package}/{folder}" for package in within for folder in folders} or set(folders)
+    there = {path.parent.relative_to(ROOT).as_posix() for name in ABOVE for path in (ROOT / name).rglob("__init__.py")}
+    assert named == there
 
 
 def test_minicpm_data_imports_nothing_by_a_name_in_a_string():

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from weights_io.errors import InputError
+from weights_io.errors import InputError, flag
 
 Options = TypeVar("Options")
 NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # most of any whole number, and of a seed
@@ -61,13 +61,12 @@ def check_numbers(options: object) -> None:
     for name, value in vars(options).items():
         most = SEEDS if name == "seed" else MOST.get(name, NUMBERS)
         for number in value if isinstance(value, tuple | list) else (value,):
-            flag = "--" + name.replace("_", "-")
             if isinstance(number, int) and abs(number) > most:
                 shown = str(number) if abs(number) < 10**40 else "a number of more than 40 digits"
                 bound = f"at most {most:,}" if number > 0 else f"at least {-most:,}"
-                raise InputError(f"{flag} is {shown}; it must be {bound}.")
+                raise InputError(f"{flag(name)} is {shown}; it must be {bound}.")
             if isinstance(number, float) and number != number:
-                raise InputError(f"{flag} is nan; give a number.")
+                raise InputError(f"{flag(name)} is nan; give a number.")
 
 
 def allow_open_files() -> int:
@@ -94,9 +93,8 @@ def as_typed(sentence: str, options: type) -> str:
     if re.search(r"\w/\w|\w\.(json|safetensors|gguf|bin|py)", sentence):
         return sentence
     for name in (field.name for field in dataclasses.fields(options) if "_" in field.name):
-        flag = "--" + name.replace("_", "-")
-        if flag not in sentence:
-            sentence = re.sub(rf"(?<![\w.'\"-]){name}(?![\w'\"-]|\.\w)", flag, sentence)
+        if flag(name) not in sentence:
+            sentence = re.sub(rf"(?<![\w.'\"-]){name}(?![\w'\"-]|\.\w)", flag(name), sentence)
     return sentence
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.config import ModelConfig
-from weights_io.errors import InputError
+from weights_io.errors import InputError, flag
 from weights_io.parameters import count
 from weights_io.write import Tensor, check_output, save_checkpoint
 
@@ -136,7 +136,7 @@ def _check(options: Options) -> None:
         and getattr(options, field.name) != field.default
     ]
     if given and not options.unfold:
-        raise InputError(f"--{given[0].replace('_', '-')} is only used with --unfold; leave it out or add --unfold.")
+        raise InputError(f"{flag(given[0])} is only used with --unfold; leave it out or add --unfold.")
 
 
 def _rounding_line(rounding: Rounding, dtypes: set[str]) -> str:

@@ -28,6 +28,16 @@ class InputError(ValueError):
         return [f"error: {self}"]
 
 
+def flag(name: str) -> str:
+    """``--top-p``: how the option of that field is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def not_utf8(what: object, error: UnicodeDecodeError, remedy: str = "convert it first") -> InputError:
+    """That ``what``, a file or the like, is no text."""
+    return InputError(f"{what} is not UTF-8 text (byte {error.start}); {remedy}.")
+
+
 def short(name: object) -> str:
     """A name that a file gives, as a message quotes it."""
     text = str(name)

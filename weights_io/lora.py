@@ -122,9 +122,7 @@ def stacked(parameter: Parameter, adapter: Adapter, model: ModelConfig, norms: R
     return _reshaped(a, stack), _reshaped(b, stack), None if magnitude is None else _reshaped(magnitude, stack)
 
 
-def by_layer(
-    parameter: Parameter, adapter: Adapter, model: ModelConfig, norms: RowNorms | None = None
-) -> dict[str, Arrays]:
+def by_layer(parameter: Parameter, adapter: Adapter, model: ModelConfig) -> dict[str, Arrays]:
     """The same by module name of the MLX model (``model.layers.3.mlp.experts.w1``), for the layers that have any.
 
     a [r, I] and b [O, r], of experts [E, r, I] and [E, O, r]; padded and scaled as in `stacked`.
@@ -133,7 +131,7 @@ def by_layer(
     for name, tensors in parameter.layers(model).items():
         if not any(module_name(tensor) in adapter.tensors for tensor in tensors):
             continue
-        found = [_padded(parameter, tensor, adapter, model, norms) for tensor in tensors]
+        found = [_padded(parameter, tensor, adapter, model, norms=None) for tensor in tensors]
         result[module_name(name)] = _joined(found) if parameter.of_expert else found[0]
     return result
 

@@ -14,7 +14,7 @@ from minicpm_data.generation.api import Backend
 from minicpm_data.keys import KeyRules, few
 from minicpm_data.model_options import ModelOptions, load_model
 from weights_io import command_line
-from weights_io.errors import InputError
+from weights_io.errors import InputError, flag
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def require_positive(options: Any, *names: str) -> None:
     """`InputError` where one of the options of these names is below 1; None is none."""
     for name in names:
         if (value := getattr(options, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+            raise InputError(f"{flag(name)} is {value}; it must be at least 1.")
 
 
 def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[EvaluateOptions] = EvaluateOptions) -> None:

@@ -25,7 +25,7 @@ from minicpm_data.generation.responses import stop_strings
 from minicpm_data.generation.speculation import Speculation
 from minicpm_data.model_options import ModelOptions, load_model, note_context
 from weights_io import command_line
-from weights_io.errors import InputError
+from weights_io.errors import InputError, flag, not_utf8
 
 if TYPE_CHECKING:
     from minicpm_data.generation.responses import Response
@@ -115,8 +115,9 @@ class GenerateOptions(SamplingOptions, ModelOptions):
         """What --chat-template-config holds. InputError also for flags of the template that is to be ignored."""
         for name in ("system_prompt", "prefill_response", "chat_template_config"):
             if self.ignore_chat_template and getattr(self, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag} needs the chat template; leave out --ignore-chat-template or {flag}.")
+                raise InputError(
+                    f"{flag(name)} needs the chat template; leave out --ignore-chat-template or {flag(name)}."
+                )
         try:
             variables = json.loads(self.chat_template_config or "{}")
         except (ValueError, RecursionError) as error:
@@ -277,4 +278,4 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not UTF-8 text (byte {error.start}); convert it first.") from None
+        raise not_utf8("standard input", error) from None

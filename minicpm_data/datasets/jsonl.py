@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_data.keys import NAMED, as_json
-from weights_io.errors import InputError
+from weights_io.errors import InputError, not_utf8
 from weights_io.progress import progress_bar
 
 BOM = "\ufeff".encode()
@@ -123,7 +123,7 @@ def _json(text: bytes, what: str) -> Any:
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"{what} is not UTF-8 text (byte {error.start}); convert the file to UTF-8 first.") from None
+        raise not_utf8(what, error, "convert the file to UTF-8 first") from None
     except RecursionError:
         raise InputError(f"{what} is not JSON (it is nested too deeply); mend or delete it.") from None
     except json.JSONDecodeError as error:

@@ -15,7 +15,7 @@ from minicpm_data.generation.api import Backend
 from minicpm_data.generation.options import CacheOptions
 from minicpm_data.model_options import ModelOptions, load_model
 from weights_io import command_line
-from weights_io.errors import InputError
+from weights_io.errors import InputError, not_utf8
 
 PIECE = 128  # tokens; [128, 122753] float64 logits are 126 MB
 
@@ -41,7 +41,7 @@ class Options(ModelOptions):
         try:
             return self.data.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.data} is not UTF-8 text (byte {error.start}); convert it first.") from None
+            raise not_utf8(self.data, error) from None
 
 
 # model, ids and what the cache is to be -> logits [T, V] of one piece after the other

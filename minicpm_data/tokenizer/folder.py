@@ -9,7 +9,7 @@ from minicpm_data.tokenizer.fast_tokenizer import FastTokenizer, check_growth
 from minicpm_data.tokenizer.sentencepiece import added_token, fast_spec, read_spm
 from minicpm_data.tokenizer.special_tokens import without_prefix
 from minicpm_data.tokenizer.tokenizer import Tokenizer
-from weights_io.errors import InputError, short
+from weights_io.errors import InputError, not_utf8, short
 from weights_io.files.json_text import MAX_BYTES, MAX_CONFIG, read_json, read_optional_json
 from weights_io.files.regular import read_regular
 from weights_io.near_keys import refuse_near_keys
@@ -267,4 +267,4 @@ def _template_text(file: Path) -> str:
     try:
         return read_regular(file, MAX_CONFIG).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text; download it again.") from error
+        raise not_utf8(file, error, "download it again") from error

@@ -13,7 +13,7 @@ from minicpm_data.model_options import SourceOptions
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io.adapters import AdapterConfig
 from weights_io.catalog import find
-from weights_io.errors import InputError
+from weights_io.errors import InputError, flag
 from weights_io.memory import ADAPTERS
 
 if TYPE_CHECKING:
@@ -278,7 +278,3 @@ def export_model(options: FullOptions, tensors: "Mapping[str, Any]") -> None:
 def is_decayed(name: str) -> bool:
     """Whether weight decay goes on the weight of this name: not on norms and DoRA's magnitudes, which are lengths."""
     return "norm" not in name and "magnitude" not in name
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_data.training.options import LoraOptions
-from weights_io.errors import InputError, short
+from weights_io.errors import InputError, flag, short
 from weights_io.files.regular import read_regular
 
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}  # mlx_lm's names of ours
@@ -91,13 +91,13 @@ def _schedule(given: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]
 
 
 def _flag(name: str, value: Any, path: Path) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
+    option = flag(name)
     if value is None or value is False:
         return []
     if value is True:
-        return [flag]
+        return [option]
     if isinstance(value, list):
-        return [flag, *(str(item) for item in value)]
+        return [option, *(str(item) for item in value)]
     if isinstance(value, dict):
         raise InputError(f"--config {path} has {name}: {short(value)}; it must be one value.")
-    return [flag, str(value)]
+    return [option, str(value)]

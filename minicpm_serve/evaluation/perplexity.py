@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from minicpm_data.datasets.examples import IGNORED
 from minicpm_serve import backends
-from weights_io.errors import InputError
+from weights_io.errors import InputError, not_utf8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,4 +73,4 @@ def read_texts(path: Path) -> list[str]:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give a text file, or .jsonl with a text a line.") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None
+        raise not_utf8(path, error) from None

@@ -78,20 +78,18 @@ def open_file(path: Path) -> dict[str, FileTensor]:
     return tensors
 
 
-def write_file(
-    path: Path, tensors: Mapping[str, LazyTensor | Computed], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_file(path: Path, tensors: Mapping[str, LazyTensor | Computed]) -> None:
     """Write ``tensors`` (anything with shape, dtype and read(), by name), holding one of them in memory at a time.
 
-    The header says ``format: pt``, without which transformers refuses the file, and what ``metadata`` adds. Widest
-    dtypes come first, so that each tensor is aligned to its item size; else the order is that of ``tensors``.
+    The header says ``format: pt``, without which transformers refuses the file. Widest dtypes come first, so that
+    each tensor is aligned to its item size; else the order is that of ``tensors``.
 
     Raises:
         ValueError: a dtype that safetensors has not, or an array that is not what was declared (the file is then
             unfinished: write to a temporary folder and rename).
     """
     names = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in names:
         dtype, shape = np.dtype(tensors[name].dtype), tuple(tensors[name].shape)

@@ -25,7 +25,7 @@ Source of the running softmax: arXiv 2205.14135.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -180,24 +180,7 @@ def _divided(x: Any, by: int) -> Any:
     return jax.lax.div(x, jnp.int32(by)) if isinstance(x, jax.Array) else x // by
 
 
-def bytes_read(tiling: Tiling, first: Sequence[int], itemsize: int, scaled: bool = False) -> int:
-    """Bytes of cache that the kernel takes from HBM for rows whose first new tokens stand at ``first`` [B]: its grid is
-    walked, and a part counts where its index is not that of the step before. ``scaled``: int8 with float32 scales."""
-    start, layer, total = np.asarray(first), np.zeros(1, int), 0
-    held = np.asarray(tiling.held(jnp.asarray(start)))
-    steps = np.indices(tiling.grid(start)).reshape(4, -1)
-    maps: list[tuple[Callable[..., Any], int]] = [
-        (functools.partial(tiling.stored, part), tiling.size(part) * tiling.lanes * itemsize) for part in tiling.parts
-    ]
-    if scaled:
-        maps.append((tiling.scale, _scale_bytes(tiling)))
-    for index_map, size in maps:
-        index = np.stack(np.broadcast_arrays(*index_map(*steps, layer, start, held)))
-        total += 2 * size * (1 + int(np.any(index[:, 1:] != index[:, :-1], axis=0).sum()))
-    return total
-
-
-def _scale_bytes(tiling: Tiling) -> int:
+def scale_bytes(tiling: Tiling) -> int:
     """Of a block's scales, in tiles of 8 heads."""
     return tiling.block * -(-tiling.kv_heads // 8) * 8 * 4
 
@@ -208,7 +191,7 @@ def cost(tiling: Tiling, itemsize: int, query_itemsize: int, scaled: bool = Fals
     for piece in range(tiling.pieces):
         first = tiling.slots - tiling.width
         size += pl.cdiv(tiling.seen(first, piece), tiling.grain) * tiling.grain * tiling.lanes * itemsize
-        size += tiling.blocks(first, piece) * _scale_bytes(tiling) if scaled else 0
+        size += tiling.blocks(first, piece) * scale_bytes(tiling) if scaled else 0
     fetched = 2 * tiling.batch * tiling.groups * int(size)
     queries = tiling.batch * tiling.width * tiling.kv_heads * tiling.heads_per_kv
     return pl.CostEstimate(
