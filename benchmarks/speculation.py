@@ -63,10 +63,11 @@ def shallow(model: Any, name: BackendName, layers: int) -> Any:
     config = replace(model.config, num_hidden_layers=layers)
     if name == "jax":
         import jax
-        from flax import nnx
+
+        from minicpm_jax.cpu.form import Layers
 
         draft = jax.tree.map(lambda x: x, model)
-        draft.model.layers = nnx.List(kept)
+        draft.model.layers = Layers(kept)
     else:
         draft = type(model)(config)
         draft.model.embed_tokens, draft.model.norm, draft.model.layers = (

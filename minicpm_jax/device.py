@@ -1,13 +1,13 @@
 """What the programs run on: its name, the memory used, the time spent on compiling."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from minicpm_jax.cpu.form import form_of
 from minicpm_jax.parallel.chips import Chip, chip_of, platform
 from minicpm_jax.parallel.sharding import note_idle
 from weights_io.checkpoint import Checkpoint
@@ -40,13 +40,9 @@ def is_first() -> bool:
 
 
 def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False, mesh: Mesh | None = None) -> str:
-    """What to compute in unless told otherwise: `usual_dtype` of the checkpoint's own. ``decoding``: in the form of
-    `for_decoding`, which in bfloat16 gives 1.7 times as many tokens a second on a CPU with a matrix unit for it (AMX),
-    and reads prompts 2.5 times as fast; but not with experts, whose weights XLA would copy for each token. A model on a
-    ``mesh`` does not take that form."""
-    unstacked = decoding and mesh is None
-    fast = unstacked and checkpoint.dtype == "bfloat16" and not checkpoint.config.num_experts and has_matrix_unit()
-    return "bfloat16" if platform() == "cpu" and fast else usual_dtype(checkpoint.dtype)
+    """What to compute in unless told otherwise: what the form for ``decoding`` is fast in, or `usual_dtype` of the
+    checkpoint's own."""
+    return form_of(decoding, mesh).dtype(checkpoint) or usual_dtype(checkpoint.dtype)
 
 
 def usual_dtype(dtype: str) -> str:
@@ -66,17 +62,9 @@ def _chip() -> Chip | None:
     return chip_of(jax.devices()[0].device_kind) if platform() == "tpu" else None
 
 
-def has_matrix_unit() -> bool:
-    """Whether this CPU multiplies bfloat16 in a unit for matrices (AMX)."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
-    except OSError:  # no Linux
-        return False
-
-
 def note_mesh(model: "Model", rows: int) -> None:
     """`note_idle` of the model's mesh, for so many prompts together."""
-    note_idle(model.config, model.model.mesh, rows)
+    note_idle(model.config, model.mesh, rows)
 
 
 def peak_memory() -> int:

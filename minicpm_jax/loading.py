@@ -18,9 +18,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_jax import device
 from minicpm_jax.adapters import attach, from_adapter
-from minicpm_jax.cpu.form import for_decoding, matrices_dtype
-from minicpm_jax.cpu.packed import on_cpu
-from minicpm_jax.model import Model, linear, nested, spread
+from minicpm_jax.cpu.form import Packing, for_decoding, form_of
+from minicpm_jax.model import Model, linear, nested
 from minicpm_jax.parallel.mesh import automatic
 from minicpm_jax.parallel.sharding import padded, partition_spec, resized, share
 from minicpm_jax.quantization.model import axes_of, packing
@@ -70,9 +69,7 @@ def load(
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
     how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "remedy": remedy}
-    # An adapter may ask a packed weight for its numbers, which that for decoding on a CPU no longer gives.
-    early = decoding and (quantize is None or found is None)
-    model = load_weights(checkpoint, dtype, mesh, decoding=early, **how)
+    model = load_weights(checkpoint, dtype, mesh, decoding=decoding, **how)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
     return for_decoding(model) if decoding else model, tokenizer
@@ -94,16 +91,15 @@ def load_weights(
     device.check_dtype(target.name)
     mesh = None if mesh is None else automatic(mesh)
     config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
+    form = form_of(decoding, mesh)
     as_read = mesh is None and quantize is None and jax.default_backend() == "cpu"
+    packs: Packing = {}
     if quantize is None:
-        matrices = matrices_dtype(checkpoint, target.name) if as_read and decoding else target.name
-        kind, needed, packs = target.name, weight_bytes(shape, matrices), {}
+        matrices = form.matrices_dtype(checkpoint, target.name)
+        kind, needed = target.name, weight_bytes(shape, matrices)
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(shape, target.name, quantize, quantize_head)
-        packs = packing(config, quantize, quantize_head)
-        if decoding and mesh is None and jax.default_backend() == "cpu":
-            alone = [p.name for p in parameters(config) if p.name in packs and not p.of_expert]
-            packs |= {name: functools.partial(_packed_for_cpu, packs[name]) for name in alone}
+        packs = form.packing(config, packing(config, quantize, quantize_head))
     check_weights(kind, int(needed * share(shape, mesh)), device.free_memory(mesh), remedy)
     with reading(checkpoint) as checkpoint:
         if as_read:
@@ -111,17 +107,10 @@ def load_weights(
             leaves = {name: jax.device_put(x, first) for name, x in arrays.items()}
         else:
             leaves = {p.name: _place(checkpoint, p, shape, target, mesh, packs.get(p.name)) for p in parameters(config)}
-    model = Model(nested(leaves), config, checkpoint.eos_token_ids)
+    model = Model(nested(leaves), config, checkpoint.eos_token_ids, mesh)
     for name in packs:
         linear(model, name).weight = leaves[name]
-    if mesh is not None:
-        spread(model, mesh)
     return model
-
-
-def _packed_for_cpu(pack: Callable[[jax.Array], Any], weight: jax.Array) -> Any:
-    """In the form of `unstack`, before the layers are stacked: a number of 4 bits would lie there as a byte."""
-    return on_cpu(pack(weight))
 
 
 def _place(

@@ -3,8 +3,8 @@
 Dims: B batch, T new tokens, S cache slots, V vocabulary, D hidden, F intermediate, L layers,
       N query heads, K key/value heads, G = N / K, H head dimension.
 
-The layers are stacked on axis 0 and scanned, so the program is as long as one layer. `unstack` gives the same model
-with a list of layers: XLA:CPU reads separate arrays three times as fast as slices of a stacked one.
+The layers are stacked on axis 0 and scanned (`layers.stack`). A weight is an array, or of a type that multiplies in its
+own way (`layers.ops.Weight`). The mesh is ambient: `parallel.activations` does nothing without one.
 Source of the semantics: modeling_minicpm.py of the released checkpoints; the scales are muP's (arXiv 2404.06395).
 """
 
@@ -24,16 +24,10 @@ from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Embedding, Linear, RMSNorm
 from minicpm_jax.layers.moe import MoE
 from minicpm_jax.layers.ops import divided, gated, scaled
-from minicpm_jax.layers.rope import Positions, positions_of, worked_out
-from minicpm_jax.parallel.activations import (
-    ADDED_UP,
-    by_tokens,
-    copies,
-    gathered_rows,
-    gathered_tokens,
-    scattered_tokens,
-)
-from minicpm_jax.parallel.sharding import padded, shardings, splits
+from minicpm_jax.layers.rope import Positions, positions_of
+from minicpm_jax.layers.stack import through
+from minicpm_jax.parallel.activations import gathered_tokens, scattered_tokens
+from minicpm_jax.parallel.mesh import over_its_mesh
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -69,15 +63,15 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
     ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
         """Hidden state, cache, and the `moe.imbalance` of this layer (0 where it has no experts)."""
-        mesh = self.self_attn.mesh if cache is None else None
-        added, cache = self.self_attn(gathered_tokens(self.input_layernorm(x), mesh), positions, cache, layer)
-        x = x + scaled(scattered_tokens(added, mesh), self.residual_scale)
-        normed = gathered_tokens(self.post_attention_layernorm(x), mesh)
+        normed = gathered_tokens(self.input_layernorm(x), cache)
+        added, cache = self.self_attn(normed, positions, cache, layer)
+        x = x + scaled(scattered_tokens(added, cache), self.residual_scale)
+        normed = gathered_tokens(self.post_attention_layernorm(x), cache)
         if isinstance(self.mlp, MoE):
             added, imbalance = self.mlp(normed, positions.real)
         else:
             added, imbalance = self.mlp(normed), jnp.float32(0)
-        return x + scaled(scattered_tokens(added, mesh), self.residual_scale), cache, imbalance
+        return x + scaled(scattered_tokens(added, cache), self.residual_scale), cache, imbalance
 
 
 LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another
@@ -92,7 +86,6 @@ class Decoder(nnx.Module):
         self.layers = layer(weights["layers"], config)  # stacked: every leaf has a leading axis L
         self.norm = RMSNorm(weights["norm"]["weight"], config.rms_norm_eps)
         self.embedding_scale = config.embedding_scale
-        self.mesh: Mesh | None = None  # of more than one device; `loading` says
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         with jax.named_scope("embed"):
@@ -105,50 +98,23 @@ class Decoder(nnx.Module):
         """Run the layers over embeddings; returns the hidden state before the final norm, the cache, and the mean of
         the layers' `moe.imbalance`, which costs nothing where it is not used. ``remat``: recompute each layer in the
         backward pass instead of keeping what it computed."""
-
-        def step(carry, layer):
-            x, cache = carry
-            weights, index = layer
-            if cache is None:  # else few rows, whose sums travel more cheaply than the weights
-                x = by_tokens(x, self.mesh)
-            x, cache, imbalance = weights(x, positions, cache, index)
-            return (x, cache), imbalance
-
-        if cache is None:
-            x = gathered_rows(x, self.mesh)  # the table of words is split along D
-        if isinstance(self.layers, nnx.List):
-            positions = worked_out(positions)
-            carry, each = (x, cache), []
-            for index, layer in enumerate(self.layers):
-                carry, imbalance = step(carry, (layer, index))
-                each.append(imbalance)
-            return *carry, jnp.mean(jnp.stack(each))
-        depth = self.layers.input_layernorm.weight.shape[0]
-        layers = self.layers if cache is not None else _own_norms(self.layers, x, self.mesh)
-        kept = jax.checkpoint_policies.save_only_these_names(ADDED_UP)  # 0.7 GB of 4.8 of MiniCPM-1B over fsdp, tensor
-        step = jax.checkpoint(step, policy=kept) if remat else step
-        (x, cache), each = jax.lax.scan(step, (x, cache), (layers, jnp.arange(depth)))
-        return x, cache, jnp.mean(each)
-
-
-def _own_norms(layers: DecoderLayer, x: Float[Array, "B T D"], mesh: Mesh | None) -> DecoderLayer:
-    """The layers, stacked, with norms of which each device of the mesh has `copies`: their gradients are added up over
-    the devices once, not in every layer."""
-
-    def own(part: Any) -> Any:
-        norm = mesh is not None and isinstance(part, RMSNorm)
-        return RMSNorm(copies(part.weight[...], x, mesh), part.eps) if norm else part
-
-    return jax.tree.map(own, layers, is_leaf=lambda part: isinstance(part, RMSNorm))
+        return through(self.layers, x, positions, cache, remat)
 
 
 class Model(nnx.Module):
     """A causal language model. `model(input_ids)` gives logits; the parts serve generation and training."""
 
-    def __init__(self, weights: dict[str, Any], config: ModelConfig, eos_token_ids: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        weights: dict[str, Any],
+        config: ModelConfig,
+        eos_token_ids: tuple[int, ...] = (),
+        mesh: Mesh | None = None,
+    ):
         """``weights``: nested by the dots of `weights_io.parameters` names; leaves are arrays or shapes.
-        ``eos_token_ids``: what config.json and generation_config.json say ends a text."""
-        self.config, self.eos_token_ids = config, eos_token_ids
+        ``eos_token_ids``: what config.json and generation_config.json say ends a text. ``mesh``: the `automatic` one
+        that the weights lie on; the model's programs run over it."""
+        self.config, self.eos_token_ids, self.mesh = config, eos_token_ids, mesh
         self.model = Decoder(weights["model"], config)
         self.lm_head = None if config.tie_word_embeddings else Linear(weights["lm_head"]["weight"])
 
@@ -164,9 +130,18 @@ class Model(nnx.Module):
 
     def hidden_states(self, ids: Int[Array, "B T"], positions: Positions):
         """[B, T, D] after the final norm: what the head reads."""
-        x, _, _ = self.model(self.model.embed(ids), positions)
-        return self.model.norm(x)
+        return self.states_and_imbalance(ids, positions)[0]
 
+
+    @over_its_mesh
+    def states_and_imbalance(
+        self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """`hidden_states`, and the mean of the layers' `moe.imbalance`, for training."""
+        x, _, imbalance = self.model(self.model.embed(ids), positions, remat=remat)
+        return self.model.norm(x), imbalance
+
+    @over_its_mesh
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32 from the normed hidden state, which is divided by D / dim_model_base, tied or not."""
         with jax.named_scope("head"):
@@ -174,6 +149,7 @@ class Model(nnx.Module):
             logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
             return logits[..., : self.config.vocab_size].astype(jnp.float32)  # a mesh may have filled up the words
 
+    @over_its_mesh
     def decode(
         self,
         ids: Int[Array, "B T"],
@@ -214,15 +190,9 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def abstract(config: ModelConfig, dtype: str = "bfloat16", mesh: Mesh | None = None, packed: bool = False) -> Model:
-    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing. On a
-    ``mesh`` they lie where `loading.load` would place them, those to be ``packed`` in few bits too."""
-    shape = padded(config, mesh, packed)
-    where = {} if mesh is None else shardings(shape, mesh)
-    leaves = {
-        p.name: jax.ShapeDtypeStruct(p.shape(shape), jnp.dtype(dtype), sharding=where.get(p.name))
-        for p in parameters(config)
-    }
+def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
+    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing."""
+    leaves = {p.name: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype)) for p in parameters(config)}
     return Model(nested(leaves), config)
 
 
@@ -242,11 +212,3 @@ def initialise(config: ModelConfig, key: Array, dtype: str = "float32") -> Model
 def linear(model: "Model", name: str) -> Any:
     """The layer of the weight ``name`` of the parameter table."""
     return functools.reduce(getattr, name.split(".")[:-1], model)
-
-
-def spread(model: Model, mesh: Mesh) -> None:
-    """Tell a model (or its `abstract` form) over which `automatic` mesh its weights lie, where XLA cannot find out."""
-    model.model.mesh = model.model.layers.self_attn.mesh = mesh
-    if model.config.num_experts:
-        model.model.layers.mlp.mesh = mesh
-        model.model.layers.mlp.experts.spread = splits("expert", model.config.num_experts, mesh)

@@ -19,7 +19,7 @@ from minicpm_jax.generation.decoding import State, decode, prefill  # noqa: E402
 from minicpm_jax.generation.sampling import Knobs  # noqa: E402
 from minicpm_jax.layers import attention  # noqa: E402
 from minicpm_jax.layers.attention import attend, attend_cache, through_cache  # noqa: E402
-from minicpm_jax.layers.blockwise import attend_blocks  # noqa: E402
+from minicpm_jax.layers.blockwise import attend_blocks, attend_blocks_in_turn  # noqa: E402
 from minicpm_jax.layers.kernels.cache_attention import Tiling, cache_attention, cost, scale_bytes  # noqa: E402
 from minicpm_jax.layers.kv_cache import Cache  # noqa: E402
 from minicpm_jax.model import abstract  # noqa: E402
@@ -112,8 +112,8 @@ def test_blocks_one_by_one_and_at_once(case, bits):
     first, *rest = CASES[case]
     q, cache = filled(first, *rest, bits=bits)
     index = jnp.asarray(first)[:, None] + jnp.arange(q.shape[1])
-    for each in ({}, {"each": jax.lax.map}):
-        out = jax.jit(functools.partial(attend_blocks, **each))(q, cache, LAYER, index)
+    for form in (attend_blocks, attend_blocks_in_turn):
+        out = jax.jit(form)(q, cache, LAYER, index)
         np.testing.assert_allclose(out, reference(q, cache, first), rtol=0, atol=1e-5)
 
 
@@ -167,11 +167,11 @@ def test_over_a_mesh_each_device_writes_and_reads_its_part(interpreted, axes, bi
         q, cache = filled(first, 16, 8, 16, width, 40, bits=bits)
         k, v = (jnp.asarray(np.random.default_rng(1).normal(size=(2, width, 8, 16)), jnp.float32) for _ in range(2))
         index = first[:, None] + jnp.arange(width)
-        run = jax.jit(functools.partial(through_cache, mesh=mesh))
         args = q, k, v, cache, LAYER, index
-        assert str(jax.make_jaxpr(run)(*args)).count("shard_map[") == 1
+        with jax.set_mesh(mesh):
+            assert str(jax.make_jaxpr(through_cache)(*args)).count("shard_map[") == 1
+            mixed, found = jax.jit(through_cache)(*args)
         expected = cache.written(LAYER, k, v, index)
-        mixed, found = run(*args)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         np.testing.assert_allclose(mixed, reference(q, expected, first), rtol=0, atol=1e-5)
 

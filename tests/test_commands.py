@@ -148,16 +148,16 @@ NOT_GENERATING = ("minicpm_serve.history", "minicpm_jax.parity", "minicpm_jax.kv
 def test_what_a_command_that_generates_computes_in(name, matrix_unit, eight, four_heads, monkeypatch):
     """On a CPU: bfloat16 where a matrix unit makes it fast, in the form for decoding, which a mesh does not take."""
     from minicpm_data.model_options import load_model
-    from minicpm_jax import device
+    from minicpm_jax.cpu import form
     from minicpm_jax.parallel import mesh as meshes
     from minicpm_serve import backends
 
-    monkeypatch.setattr(device, "has_matrix_unit", lambda: matrix_unit)
+    monkeypatch.setattr(form, "has_matrix_unit", lambda: matrix_unit)
     options, needed = importlib.import_module(name).Options, PLACED[name] | {"model": str(four_heads)}
 
     def loaded(**more):
         model, _ = load_model(backends.get("jax"), options(**needed, **more), decoding=True)
-        return model.model.norm.weight.dtype, model.model.mesh and dict(model.model.mesh.shape)
+        return model.model.norm.weight.dtype, model.mesh and dict(model.mesh.shape)
 
     assert loaded() == ("float32", {"fsdp": 2, "tensor": 4})
     assert loaded(mesh="tensor=8") == ("float32", {"tensor": 8})

@@ -14,6 +14,7 @@ from jax.sharding import Mesh  # noqa: E402
 from minicpm_jax import load, stream_generate  # noqa: E402
 from minicpm_jax.cpu.form import unstack  # noqa: E402
 from minicpm_jax.layers.linear import Linear  # noqa: E402
+from minicpm_jax.parallel.mesh import over  # noqa: E402
 from minicpm_jax.parallel.sharding import padded_over  # noqa: E402
 from minicpm_jax.training.losses import packed_loss  # noqa: E402
 from minicpm_jax.training.step import weights_of  # noqa: E402
@@ -115,6 +116,12 @@ def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, m
         assert reads[stored] == [(own, *stored.shape[1:])] * (stored.shape[0] // own), name
 
 
+def form_of(model):
+    """The name of the form in which the experts run on two rows of five tokens."""
+    with over(model.mesh):
+        return getattr(model.model.layers.mlp.form((2, 5)), "__name__", "in place")
+
+
 @pytest.mark.parametrize(
     "axes",
     [{"expert": 8}, {"expert": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"tensor": 8}, {"fsdp": 8}],
@@ -130,7 +137,7 @@ def test_experts_on_a_mesh(reference, axes):
     assert {shard.data.shape for shard in w1} == {(3, 8 // expert, 40 // tensor, 64 // fsdp)}
     router = weights["model.layers.mlp.gate.weight"].addressable_shards
     assert {shard.data.shape for shard in router} == {(3, 8, 64 // fsdp)}
-    assert model.model.layers.mlp.experts.spread == ("expert" in axes)
+    assert (form_of(model) == "everywhere") == ("expert" in axes)
     np.testing.assert_allclose(np.asarray(model(data["input_ids"])), data["logits"], rtol=0, atol=2e-5)
     prompt, expected = data["prompt_ids"][0].tolist(), data["greedy_ids"][8:].tolist()
     assert [r.token for r in stream_generate(model, None, prompt, max_tokens=24)] == expected
@@ -144,7 +151,7 @@ def test_experts_on_a_mesh(reference, axes):
 def test_experts_that_the_mesh_does_not_divide_stay_whole(reference):
     model, _ = load(reference("moe_8x2b"), mesh=Mesh(np.array(jax.devices()[:3]), ("expert",)))
     assert weights_of(model)["model.layers.mlp.experts.w1.weight"].addressable_shards[0].data.shape == (3, 8, 40, 64)
-    assert not model.model.layers.mlp.experts.spread
+    assert form_of(model) != "everywhere"
 
 
 def test_an_axis_of_another_name_is_refused(folder):

@@ -13,6 +13,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 from minicpm_jax import device  # noqa: E402
+from minicpm_jax.cpu import form  # noqa: E402
 from minicpm_jax.cpu.form import (  # noqa: E402
     for_decoding,
     unstack,
@@ -296,7 +297,7 @@ def test_bfloat16_in_the_form_for_a_cpu(dense):
 @pytest.mark.parametrize("matrix_unit", [True, False])
 def test_float32_of_a_bfloat16_file_on_a_cpu(reference, monkeypatch, matrix_unit):
     """With a matrix unit the matrices stay as the file has them, and the numbers are those of float32 all the same."""
-    monkeypatch.setattr(device, "has_matrix_unit", lambda: matrix_unit)
+    monkeypatch.setattr(form, "has_matrix_unit", lambda: matrix_unit)
     known = Reference(reference("dense_bf16"), functools.partial(load_weights, decoding=True))
     model = unstack(known.model)
     kept = jnp.bfloat16 if matrix_unit else jnp.float32
@@ -347,7 +348,7 @@ def test_decoding_in_bfloat16_on_a_cpu_copies_neither_words_nor_cache():
     ],
 )
 def test_what_a_cpu_computes_in(dense, monkeypatch, own, experts, matrix_unit, found):
-    monkeypatch.setattr(device, "has_matrix_unit", lambda: matrix_unit)
+    monkeypatch.setattr(form, "has_matrix_unit", lambda: matrix_unit)
     config = dataclasses.replace(SMALL, num_experts=experts)
     checkpoint = dataclasses.replace(open_checkpoint(dense.folder), dtype=own, config=config)
     assert checkpoint.target(functools.partial(device.preferred_dtype, decoding=True)) == found

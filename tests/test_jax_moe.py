@@ -153,8 +153,7 @@ def test_every_form_gives_the_same_sum(rows, experts, chosen, kind):
     layer, arguments = experts_of(config), choices(rows, config, rows, kind)
     expected = naive(layer, *arguments)
     np.testing.assert_allclose(jax.jit(moe.Experts.__call__)(layer, *arguments), expected, atol=2e-6)
-    layer.spread = True
-    np.testing.assert_allclose(jax.jit(moe.Experts.__call__)(layer, *arguments), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(moe.Experts.everywhere)(layer, *arguments), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("rows", [3, 70, 300])
@@ -162,13 +161,13 @@ def test_gradients_are_those_of_all_experts_on_all_rows(rows):
     """Blocks have a gradient of their own; `everywhere` is JAX's."""
     layer, (x, weights, chosen) = experts_of(CONFIG), choices(rows, CONFIG, 1)
 
-    def loss(layer, x, weights):
-        return jnp.sum(jnp.sin(layer(x, weights, chosen)))
+    def gradients(form):
+        def loss(layer, x, weights):
+            return jnp.sum(jnp.sin(form(layer, x, weights, chosen)))
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    found = jax.tree.leaves(gradient(layer, x, weights))
-    layer.spread = True
-    expected = jax.tree.leaves(gradient(layer, x, weights))
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(layer, x, weights))
+
+    found, expected = gradients(moe.Experts.__call__), gradients(moe.Experts.everywhere)
     assert len(found) == 5
     for a, b in zip(found, expected, strict=True):
         assert jnp.abs(b).max() > 0

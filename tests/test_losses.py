@@ -51,8 +51,7 @@ def value_and_gradients(backend, config, hidden, weight, labels, above, dtype="f
         head = "model.embed_tokens.weight" if model.lm_head is None else "lm_head.weight"
 
         def total(hidden, weight):
-            changed = Model(nested({**weights_of(model), head: weight}), config)
-            changed.model.mesh = mesh
+            changed = Model(nested({**weights_of(model), head: weight}), config, mesh=mesh)
             losses = token_losses(changed, hidden, jnp.asarray(labels))
             return jnp.sum(losses * above), losses
 

@@ -71,7 +71,7 @@ def test_logits_tokens_and_weights_are_those_of_one_device(folder, alone, text, 
 def test_gradients_are_those_of_one_device_and_zero_where_there_is_nothing(folder, alone, width, split):
     """So that nothing grows there, whoever takes a step; of tokens that tensor splits between the blocks, or cannot."""
     model, ids = on(folder, "fsdp=2,tensor=4"), IDS[:, :width]
-    assert splits_tokens(ids, model.model.mesh) == split
+    assert splits_tokens(ids, model.mesh) == split
     gradients_of = jax.jit(jax.grad(packed_loss), static_argnums=2)
     found, expected = gradients_of(model, ids, 1), weights_of(gradients_of(alone, ids, 1))
     for name, gradient in weights_of(found).items():
@@ -125,7 +125,7 @@ def test_what_follows_through_a_cache_and_neurons_at_zero_are_those_of_one_devic
 def test_each_device_has_what_is_said_before_anything_is_loaded(folder):
     """Of a model all parts are alike; of masters and moments, which nobody fills up, some are whole everywhere."""
     model = on(folder, "fsdp=2,tensor=4")
-    mesh, config = model.model.mesh, model.config
+    mesh, config = model.mesh, model.config
     for tree, shape in ((model, padded(config, mesh)), (weights_of(model), config)):
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
         assert round(weight_bytes(shape, "float32") * share(shape, mesh)) == held

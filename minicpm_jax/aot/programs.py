@@ -19,10 +19,10 @@ from minicpm_jax import adapters
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.sampling import Knobs
 from minicpm_jax.layers.kv_cache import Cache, placement
-from minicpm_jax.model import Model, abstract, spread
+from minicpm_jax.model import Model, abstract, nested
 from minicpm_jax.parallel.chips import Topology
 from minicpm_jax.parallel.mesh import automatic, batch_sharding, make_mesh
-from minicpm_jax.parallel.sharding import default_mesh, partition_spec, shardings
+from minicpm_jax.parallel.sharding import default_mesh, padded, partition_spec, shardings
 from minicpm_jax.quantization.model import axes_of, names_of, quantised
 from minicpm_jax.training import optimizers, step
 from minicpm_jax.training.losses import Objective
@@ -134,12 +134,19 @@ class Job:
     def _model(self) -> Model:
         """As `loading.load` would give it, and `quantised`."""
         mesh = self.placed
-        model = abstract(self.config, self.dtype, mesh, packed=self.quantize is not None)
-        if mesh is not None:
-            spread(model, mesh)
+        model = abstract(self.config, self.dtype) if mesh is None else self._over(mesh)
         if self.quantize is not None:
             model = self._quantised(model, self.quantize)
         return self._everywhere(model) if mesh is None else model
+
+    def _over(self, mesh: Mesh) -> Model:
+        """The model's shapes, filled up and placed."""
+        shape, dtype = padded(self.config, mesh, packed=self.quantize is not None), jnp.dtype(self.dtype)
+        where = shardings(shape, mesh)
+        leaves = {
+            p.name: jax.ShapeDtypeStruct(p.shape(shape), dtype, sharding=where[p.name]) for p in parameters(self.config)
+        }
+        return Model(nested(leaves), self.config, mesh=mesh)
 
     def _quantised(self, model: Model, bits: int) -> Model:
         packed = jax.eval_shape(functools.partial(quantised, bits=bits, head=not self.training), model)

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
-from minicpm_jax.cpu.products import product_on_cpu
+from minicpm_jax.cpu.products import product_on_cpu, rows_on_cpu
 from minicpm_jax.layers.kernels.precision import precision
+from minicpm_jax.layers.ops import Weight
 from minicpm_jax.quantization.packed import Packed, Rows
 
 FEW_OF_GROUPS = 4  # rows up to which whole numbers are the faster ones
@@ -26,7 +27,7 @@ FEW_OF_HEAD = 32  # which has no groups
 PART = 2**20  # numbers that are unpacked at a time: as float32 they fill a cache of 4 MB
 
 
-class PackedOnCpu(nnx.Module):
+class PackedOnCpu(Weight):
     """A weight [O, I] that was `Packed`: in 4 bits a byte has two outputs, one of the first half of them in its lower
     bits and one of the second half in its upper ones."""
 
@@ -36,9 +37,20 @@ class PackedOnCpu(nnx.Module):
             numbers = _in_pairs(numbers) if numbers.shape[-1] % 2 == 0 else numbers.astype(jnp.int8)
         self.numbers, self.scales = nnx.Param(numbers), packed.scales
 
-    def __getitem__(self, everything: Any) -> "PackedOnCpu":
-        """Still packed: `times` is how it is read."""
-        return self
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *stack, width, _ = self.numbers.shape
+        return *stack, self.scales.shape[-1], width
+
+    @property
+    def dtype(self) -> Any:
+        return self.scales.dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        numbers, scales = self.numbers[...], self.scales[...]
+        if numbers.shape[-1] != scales.shape[-1]:
+            numbers = jnp.concatenate(_halves(numbers), axis=-1)
+        return Packed(numbers, scales, scales.dtype)[index]
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """W x, added up in float32, in x's dtype."""
@@ -58,14 +70,14 @@ class PackedOnCpu(nnx.Module):
 class RowsOnCpu(Rows):
     """A head [V, D] in int8."""
 
-    def __getitem__(self, index: Any) -> Any:
-        return self if index is Ellipsis else super().__getitem__(index)
+    def rows(self, index: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return rows_on_cpu(Rows(self.table[...], self.scale[...]), index)
 
     def times(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The words' scores, in x's dtype."""
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) > FEW_OF_HEAD:
-            return product_on_cpu(super().__getitem__(...), x).astype(x.dtype)
+            return product_on_cpu(self[...], x).astype(x.dtype)
         digits, units = fixed_point(rows, 4)  # four, as the largest is one of all D
         sums = jnp.einsum("vd,nrd->vnr", self.table[...], digits, preferred_element_type=jnp.int32)
         y = _value([sums[:, n] for n in range(4)]) * self.scale[...].astype(jnp.float32)[:, None] * units[:, 0]
@@ -73,10 +85,10 @@ class RowsOnCpu(Rows):
 
 
 def on_cpu(weight: Any) -> Any:
-    """A weight in the form for a CPU; one that is not packed is given back."""
+    """What was packed in the form for a CPU; one that has it already, or has none, is given back."""
     if isinstance(weight, Packed):
         return PackedOnCpu(weight)
-    return RowsOnCpu(weight.table[...], weight.scale[...]) if isinstance(weight, Rows) else weight
+    return RowsOnCpu(weight.table[...], weight.scale[...]) if type(weight) is Rows else weight
 
 
 @jax.jit
@@ -85,10 +97,15 @@ def _in_pairs(numbers: Array) -> Int8[Array, "I O/2"]:
     return (upper << 4) | (lower & 15)
 
 
+def _halves(numbers: Int8[Array, "... O/2"]) -> list[Int8[Array, "... O/2"]]:
+    """Of bytes with two numbers each, the first half of all numbers and the second."""
+    return [(numbers << 4) >> 4, numbers >> 4]
+
+
 def _unpacked(product: Any, numbers: Int8[Array, "G K _"], scales: Float[Array, "G O"], x: Array) -> Array:
     if numbers.shape[-1] == scales.shape[-1]:
         return product(numbers, scales, x)
-    halves = zip(((numbers << 4) >> 4, numbers >> 4), jnp.split(scales, 2, axis=-1), strict=True)
+    halves = zip(_halves(numbers), jnp.split(scales, 2, axis=-1), strict=True)
     return jnp.concatenate([product(*half, x) for half in halves], axis=-1)
 
 

@@ -4,21 +4,45 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minicpm_jax.layers.ops import FEW, product, rows
+from minicpm_jax.layers.ops import FEW, Weight, of_expert, product, rows
 
 
-def product_on_cpu(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    """`product` with an array [O, I], or with what is multiplied in a way of its own (`cpu.packed`).
+class CpuMatrix(Weight):
+    """A weight [O, I], or of experts [E, O, I], as an array or as what was packed."""
 
-    With a weight in bfloat16 in the form in which XLA:CPU gives it to a processor's matrix unit (AMX):
+    def __init__(self, weight: nnx.Param | Weight):
+        self.weight = weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.weight.dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.weight[index]
+
+    def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        return product_on_cpu(self.weight[...], x)
+
+    def rows(self, index: Int[Array, "..."]) -> Float[Array, "... I"]:
+        return rows_on_cpu(self.weight, index)
+
+    def of_expert(self, expert: Int[Array, ""]) -> "CpuMatrix":
+        return CpuMatrix(nnx.Param(of_expert(self.weight[...], expert)))
+
+
+def product_on_cpu(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """`product`, but of a weight in bfloat16 in the form in which XLA:CPU gives it to a processor's matrix unit (AMX):
     summed up in float32, and of two rows or more. One row alone would read the weight at 2 GB/s, two read it at 28.
 
     An x in float32 goes in as the three bfloat16 that it is the sum of, each a row: a product of float32 that reads
     half as much (measured: nearer to the exact one than that of float32 weights, and twice as fast for one token)."""
-    if not isinstance(weight, jax.Array):
-        return weight.times(x)
     if weight.dtype != jnp.bfloat16:
         return product(weight, x)
     flat = x.reshape(-1, x.shape[-1])

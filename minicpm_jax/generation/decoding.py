@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
 from minicpm_jax import device
+from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation.sampling import Knobs, sample
 from minicpm_jax.layers.kv_cache import STORED, Cache, placement
 from minicpm_jax.model import Model
@@ -58,8 +58,8 @@ class State:
 @functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
 def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """A cache, and the place for each row's last hidden state."""
-    dtype, mesh = model.model.norm.weight.dtype, model.model.mesh
-    cache = Cache.empty(model.config, batch, slots, cache_dtype(model), bits, mesh)
+    dtype, mesh = model.model.norm.weight.dtype, model.mesh
+    cache = Cache.empty(model.config, batch, slots, form_of_model(model).cache_dtype(model), bits, mesh)
     if mesh is not None:  # else each device would have all of it
         specs = placement(cache, mesh)
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
@@ -67,15 +67,9 @@ def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
 
 
-def cache_dtype(model: Model) -> Any:
-    """Of keys and values: the model's, but float32 of one that is `unstack`ed for a CPU, where XLA would copy a whole
-    cache in bfloat16 to write one slot of it."""
-    return jnp.float32 if isinstance(model.model.layers, nnx.List) else model.model.norm.weight.dtype
-
-
 def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
     """Of a cache of so many slots, on each device."""
-    return _cache_bytes(model.config, batch, slots, cache_dtype(model), bits, model.model.mesh)
+    return _cache_bytes(model.config, batch, slots, form_of_model(model).cache_dtype(model), bits, model.mesh)
 
 
 @functools.lru_cache  # tracing takes 2 ms, as long as a head of MiniCPM-1B
@@ -92,7 +86,7 @@ def _cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: 
 
 def check_cache(model: Model, batch: int, slots: int, bits: int | None) -> None:
     """`InputError` where there is no room for a cache of so many slots."""
-    memory_of.check_cache(batch, slots, cache_bytes(model, batch, slots, bits), device.free_memory(model.model.mesh))
+    memory_of.check_cache(batch, slots, cache_bytes(model, batch, slots, bits), device.free_memory(model.mesh))
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "last"))

@@ -87,7 +87,7 @@ class Engine(engine.Engine):
             full, row = (decoding.cache_bytes(model, n, most(context), self.memory.kv_bits) for n in (slots, 1))
             return times * full + row
 
-        free = device.free_memory(model.model.mesh)
+        free = device.free_memory(model.mesh)
         self._check_room(needed, free)
         # A cache that grows is there twice for a moment.
         roomy = free is None or needed(self.context, 2) <= free

@@ -43,10 +43,12 @@ def _states(model, ids):
     import jax.numpy as jnp
 
     from minicpm_jax.layers.rope import positions_of
+    from minicpm_jax.parallel.mesh import over
 
     positions = positions_of(model.config, ids.shape)
     x = model.model.embed(ids)
-    last, after = jax.lax.scan(lambda x, layer: (layer(x, positions)[0],) * 2, x, model.model.layers)
+    with over(model.mesh):
+        last, after = jax.lax.scan(lambda x, layer: (layer(x, positions)[0],) * 2, x, model.model.layers)
     return jnp.concatenate([x[None], after]), model.model.norm(last)
 
 

@@ -7,17 +7,16 @@ Dims as in model.py: B batch, T new tokens, S cache slots, N query heads, K key/
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from minicpm_jax.layers.blockwise import BLOCK, attend_blocks
+from minicpm_jax.layers.blockwise import BLOCK, attend_blocks, attend_blocks_in_turn
 from minicpm_jax.layers.kernels.cache_attention import cache_attention
 from minicpm_jax.layers.kernels.causal_attention import causal_attention
 from minicpm_jax.layers.kv_cache import Cache, placement
 from minicpm_jax.layers.rope import Positions, rotate
 from minicpm_jax.parallel.activations import by_heads
-from minicpm_jax.parallel.mesh import row_axes
+from minicpm_jax.parallel.mesh import ambient, row_axes
 from weights_io.config import ModelConfig
 
 
@@ -26,22 +25,20 @@ class Attention(nnx.Module):
         self.q_proj, self.k_proj = projections["q_proj"], projections["k_proj"]
         self.v_proj, self.o_proj = projections["v_proj"], projections["o_proj"]
         self.head_dim = config.head_dim  # how many heads there are the weights say: a mesh may have filled them up
-        self.mesh: Mesh | None = None  # of more than one device; `loading` says
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         batch, width, _ = x.shape
         with jax.named_scope("attention"):
-            mesh = self.mesh if cache is None else None
-            q, k, v = (by_heads(project(x), mesh) for project in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (by_heads(project(x), cache) for project in (self.q_proj, self.k_proj, self.v_proj))
             q = rotate(q.reshape(batch, width, -1, self.head_dim), positions)
             k = rotate(k.reshape(batch, width, -1, self.head_dim), positions)
             v = v.reshape(k.shape)
             if cache is not None:
-                mixed, cache = through_cache(q, k, v, cache, layer, positions.index, self.mesh)
+                mixed, cache = through_cache(q, k, v, cache, layer, positions.index)
                 return self.o_proj(mixed), cache
-            return self.o_proj(attend_rows(q, k, v, positions.segments, self.mesh)), cache
+            return self.o_proj(attend_rows(q, k, v, positions.segments)), cache
 
 
 def through_cache(
@@ -51,11 +48,11 @@ def through_cache(
     cache: Cache,
     layer: ArrayLike,
     index: Int[Array, "B T"],
-    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T NH"], Cache]:
-    """`attend_cache` once keys and values are written into the slots ``index``. Over a ``mesh`` each device does both
-    for its rows and heads, the tensor axis dividing them (`sharding.padded`): XLA cannot split a kernel by itself,
-    and would send what is written in slots that differ by row to every device."""
+    """`attend_cache` once keys and values are written into the slots ``index``. Over a mesh each device does both for
+    its rows and heads, the tensor axis dividing them (`sharding.padded`): XLA cannot split a kernel by itself, and
+    would send what is written in slots that differ by row to every device."""
+    mesh = ambient()
 
     def own(q, k, v, cache, layer, index):
         cache = cache.written(layer, k, v, index)
@@ -72,11 +69,11 @@ def through_cache(
         weights, which XLA would gather for a hidden state that is split as the cache is."""
         if batch * width >= each * head_dim:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(whole, None, *axes)))
+        return jax.lax.with_sharding_constraint(x, P(whole, None, *axes))
 
     new = P(rows, None, heads, None)
     specs = new, new, new, parts, P(), P(rows, None)
-    spread = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
+    spread = jax.shard_map(own, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
     mixed, cache = spread(*(few(x, heads) for x in (q, k, v)), cache, jnp.asarray(layer), few(index))
     return few(mixed, heads), cache
 
@@ -92,12 +89,8 @@ def attend_cache(
     def kernel(q, cache, layer, index):
         return cache_attention(q, cache, layer, index[:, 0])
 
-    def one_by_one(q, cache, layer, index):
-        return attend_blocks(q, cache, layer, index, jax.lax.map)
-
-    tpu = attend_blocks if q.dtype == jnp.float16 else kernel
-    layer = jnp.asarray(layer)
-    return jax.lax.platform_dependent(q, cache, layer, index, tpu=tpu, cpu=one_by_one, default=attend_blocks)
+    forms = {"tpu": attend_blocks if q.dtype == jnp.float16 else kernel, "cpu": attend_blocks_in_turn}
+    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, **forms, default=attend_blocks)
 
 
 def attend(
@@ -121,20 +114,19 @@ def attend_rows(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None = None,
-    mesh: Mesh | None = None,
 ) -> Float[Array, "B T NH"]:
     """`attend` of whole rows to themselves: a token sees those of its segment up to itself.
 
-    In bfloat16 compiled for a TPU this is a Pallas kernel, over the devices of a ``mesh`` as in `attend_cache`; in
-    other dtypes XLA's form."""
+    In bfloat16 compiled for a TPU this is a Pallas kernel, over the devices of a mesh as in `through_cache`; in other
+    dtypes XLA's form."""
+    mesh = ambient()
 
     def spread(q, k, v, segments):
         assert mesh is not None
         rows = row_axes(mesh, len(q))
         whole, heads = P(rows), P(rows, None, "tensor" if "tensor" in mesh.shape else None)
-        return jax.shard_map(
-            causal_attention, mesh=mesh, in_specs=(heads, heads, heads, whole), out_specs=heads, check_vma=False
-        )(q, k, v, segments)
+        specs = heads, heads, heads, whole
+        return jax.shard_map(causal_attention, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, segments)
 
     if q.dtype != jnp.bfloat16:
         return attend_parts(q, k, v, segments)

@@ -30,8 +30,7 @@ def attend_blocks(
 
     The work is cut into rows and C of the K key/value heads of one row. One new token's query is zero in the lanes of
     the other heads, so that keys are multiplied as they lie: a product for each head, as of many tokens, turns them.
-    ``each``: runs the parts. A CPU takes one after the other, whose keys and scores stay in its cache, up to a row's
-    own end."""
+    ``each``: runs the parts."""
     batch, width, heads, head_dim = q.shape
     kv_heads = cache.k.shape[3] // head_dim
     # Most prompts are shorter than a cache: of blocks as long as a piece the first is all that the first piece sees.
@@ -85,3 +84,10 @@ def attend_blocks(
     mixed = each(part, (q.reshape(batch * parts, *q.shape[2:]), row, head))
     mixed = mixed.reshape(q.shape).transpose(0, 4, 1, 2, 3, 5)
     return mixed.reshape(batch, width, heads * head_dim)
+
+
+def attend_blocks_in_turn(
+    q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"]
+) -> Float[Array, "B T NH"]:
+    """`attend_blocks`, one part after the other, up to a row's own end: their keys and scores stay in a CPU's cache."""
+    return attend_blocks(q, cache, layer, index, jax.lax.map)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Int, Int8
 
@@ -113,7 +113,7 @@ def quantised(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Float
     return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
 
 
-def placement(cache: Cache, mesh: Mesh) -> Cache:
+def placement(cache: Cache, mesh: Mesh | AbstractMesh) -> Cache:
     """The `PartitionSpec` of each array of a cache made for the ``mesh``: rows over the axes of batches as far as
     those divide them, heads over tensor; lengths, of which all rows' angles are made, whole."""
     rows = row_axes(mesh, cache.k.shape[1]) or None

@@ -9,10 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from minicpm_jax.layers.kernels.precision import precision
+from minicpm_jax.layers.ops import product
 from minicpm_jax.parallel.sharding import resized
 
 Matrices = dict[str, Array]  # a [.., R, I], b [.., O, R], and for DoRA magnitude [.., O]
-Product = Callable[[Array, Array], Array]  # (weight, x) -> y
+Product = Callable[[Any, Array], Array]  # (weight, x) -> y
 
 
 class LowRank(nnx.Module):
@@ -27,7 +28,7 @@ class LowRank(nnx.Module):
         self.scale, self.dropout, self.width = scale, dropout, width
 
     def __call__(
-        self, x: Array, y: Array, product: Product, ratio: Callable[[Array], Array] = lambda ratio: ratio
+        self, x: Array, y: Array, product: Product = product, ratio: Callable[[Array], Array] = lambda ratio: ratio
     ) -> Array:
         """``product``: how x meets a weight; ``ratio``: picks the ratios that belong to y."""
         with jax.named_scope("adapter"):

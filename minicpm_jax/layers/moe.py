@@ -17,14 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.layers.lora import LowRank, Product
-from minicpm_jax.layers.ops import gated, product
-from minicpm_jax.parallel.mesh import BATCH, rows_split
+from minicpm_jax.layers.ops import Weight, gated, of_expert, product
+from minicpm_jax.parallel.mesh import BATCH, ambient, rows_split
+from minicpm_jax.parallel.sharding import splits
 from weights_io.config import ModelConfig
 
 LOWEST, HIGHEST = 8, 256  # rows of a block: what a TPU takes at once, and where it computes as long as it reads weights
@@ -34,19 +34,24 @@ class ExpertLinear(nnx.Module):
     """y = W_e x, without bias: the weights of all experts, each in the [out, in] order of the checkpoint."""
 
     def __init__(self, weight: Float[Array, "E O I"]):
-        self.weight = nnx.Param(weight)
+        self.weight: nnx.Param | Weight = nnx.Param(weight)
         self.adapter: LowRank | None = nnx.data(None)
-        self.product = product  # `cpu.form.unstack` has another
 
     def of(self, expert: Int[Array, ""], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Rows that all take one expert."""
-        return self._adapted(x, lambda weight, x: self.product(_one(weight, expert), x), lambda ratio: ratio[expert])
+
+        def of_one(weight: Any, x: Array) -> Array:
+            return product(of_expert(weight, expert), x)
+
+        return self._adapted(self.weight, x, of_one, lambda ratio: ratio[expert])
 
     def in_blocks(self, x: Float[Array, "N H I"], experts: Int[Array, "N"]) -> Float[Array, "N H O"]:
         """N blocks of H rows, each block with its expert."""
-        return self._adapted(
-            x, lambda weight, x: block_products(weight, x, experts), lambda ratio: ratio[experts][:, None]
-        )
+
+        def in_blocks(weight: Array, x: Array) -> Array:
+            return block_products(weight, x, experts)
+
+        return self._adapted(self.weight[...], x, in_blocks, lambda ratio: ratio[experts][:, None])
 
     def all(self, x: Float[Array, "R I"] | Float[Array, "R E I"]) -> Float[Array, "R E O"]:
         """One row for all experts, or for each its own. Where it is one row, its gradient is summed over experts and
@@ -55,10 +60,10 @@ class ExpertLinear(nnx.Module):
         def product(weight: Array, x: Array) -> Array:
             return jnp.einsum("ri,eoi->reo" if x.ndim == 2 else "rei,eoi->reo", x, weight, precision=precision(x))
 
-        return self._adapted(x, product, lambda ratio: ratio)
+        return self._adapted(self.weight[...], x, product, lambda ratio: ratio)
 
-    def _adapted(self, x: Array, product: Product, ratio: Callable[[Array], Array]) -> Array:
-        y = product(self.weight[...], x)
+    def _adapted(self, weight: Any, x: Array, product: Product, ratio: Callable[[Array], Array]) -> Array:
+        y = product(weight, x)
         return y if self.adapter is None else self.adapter(x, y, product, ratio)
 
 
@@ -70,14 +75,11 @@ class Experts(nnx.Module):
         self.w2 = ExpertLinear(weights["w2"]["weight"])
         self.w3 = ExpertLinear(weights["w3"]["weight"])
         self.count, self.threshold = config.num_experts, config.activation_threshold
-        self.spread = False  # over the devices of a mesh; `loading` says
 
     def __call__(
         self, x: Float[Array, "R D"], weights: Float[Array, "R C"], chosen: Int[Array, "R C"]
     ) -> Float[Array, "R D"]:
         """Each row through its ``chosen`` experts, times their ``weights`` in the model's dtype, then added up."""
-        if self.spread:
-            return self.everywhere(x, weights, chosen)
         if chosen.size <= self.count:  # reads no more than all experts
             y = self.picked(x, chosen)
         else:
@@ -129,7 +131,6 @@ class MoE(nnx.Module):
         self.gate = gate  # the router: D to E
         self.experts = Experts(weights, config)
         self.chosen = config.num_experts_per_tok
-        self.mesh: Mesh | None = None  # of more than one device; `loading` says
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None
@@ -139,13 +140,16 @@ class MoE(nnx.Module):
             rows = x.reshape(-1, x.shape[-1])
             logits = self.gate(rows)
             weights, chosen = route(logits, self.chosen)
-            experts = self.by_device if self.divided(x.shape) else self.experts
-            return experts(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen, real)
+            return self.form(x.shape)(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen, real)
 
-    def divided(self, shape: tuple[int, ...]) -> bool:
-        """Whether the devices have other rows each, and all have many."""
-        parts = rows_split(self.mesh)
-        return parts > 1 and not self.experts.spread and shape[1] > 1 and shape[0] % parts == 0
+    def form(self, shape: tuple[int, ...]) -> Callable[[Array, Array, Array], Array]:
+        """How the experts run on rows [B, T] of that shape: all of them where the ambient mesh spreads them over its
+        devices, each device on its own rows where it has many, else where the rows are."""
+        mesh = ambient()
+        if mesh is not None and splits("expert", self.experts.count, mesh):
+            return self.experts.everywhere
+        parts = rows_split(mesh)
+        return self.by_device if parts > 1 and shape[1] > 1 and shape[0] % parts == 0 else self.experts
 
     def by_device(
         self, x: Float[Array, "R D"], weights: Float[Array, "R C"], chosen: Int[Array, "R C"]
@@ -153,11 +157,11 @@ class MoE(nnx.Module):
         """Each device sorts its own rows: of rows sorted over all devices XLA adds up every block over all of them, 92
         GB in a step of LoRA over 8. Without the barrier it may gather an expert for every block: 272 GB in a prefill of
         8 x 512 tokens over fsdp=8, of 28 GB of weights."""
-        assert self.mesh is not None
-        rows = P(tuple(name for name in BATCH if name in self.mesh.shape))
+        mesh = ambient()
+        assert mesh is not None
+        rows = P(tuple(name for name in BATCH if name in mesh.shape))
         return jax.shard_map(
             lambda experts, *inputs: jax.lax.optimization_barrier(experts)(*inputs),
-            mesh=self.mesh,
             in_specs=(P(), rows, rows, rows),
             out_specs=rows,
             check_vma=False,
@@ -193,7 +197,7 @@ def block_products(
 
     def product(block):
         rows, expert = block
-        return jnp.einsum("hi,oi->ho", rows, _one(weight, expert), precision=precision(x))
+        return jnp.einsum("hi,oi->ho", rows, of_expert(weight, expert), precision=precision(x))
 
     return jax.lax.map(product, (x, experts))
 
@@ -208,17 +212,12 @@ def _backward(saved, gradient):
     def step(total, block):
         rows, above, expert = block
         wide = {"precision": precision(x), "preferred_element_type": jnp.float32}
-        sum_of_one = _one(total, expert) + jnp.einsum("ho,hi->oi", above, rows, **wide)
+        sum_of_one = of_expert(total, expert) + jnp.einsum("ho,hi->oi", above, rows, **wide)
         total = jax.lax.dynamic_update_index_in_dim(total, sum_of_one, expert, 0)
-        return total, jnp.einsum("ho,oi->hi", above, _one(weight, expert), precision=precision(x))
+        return total, jnp.einsum("ho,oi->hi", above, of_expert(weight, expert), precision=precision(x))
 
     total, below = jax.lax.scan(step, jnp.zeros(weight.shape, jnp.float32), (x, gradient, experts))
     return total.astype(weight.dtype), below, None
 
 
 block_products.defvjp(_forward, _backward)
-
-
-def _one(weight: Float[Array, "E O I"], expert: Int[Array, ""]) -> Float[Array, "O I"]:
-    """One expert's slice, which fuses into the product: no other expert's weights are read."""
-    return jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)

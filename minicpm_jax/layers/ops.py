@@ -1,10 +1,11 @@
-"""Elementwise pieces that every part of the model shares, and the precision of its products."""
+"""Elementwise pieces that every part of the model shares, and the products with its weights."""
 
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from minicpm_jax.layers.kernels.precision import precision
@@ -30,13 +31,46 @@ def divided(x: Array, divisor: float) -> Array:
     return (x.astype(jnp.float32) / divisor).astype(x.dtype)
 
 
-def product(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    """W x in x's dtype."""
+class Weight(nnx.Module):
+    """What stands in place of an `nnx.Param` where a weight [.., O, I] is kept, or multiplies, in a way of its own.
+
+    ``weight[...]`` reads it as an array. A subclass overrides what it does otherwise than with that array."""
+
+    def __getitem__(self, index: Any) -> Array:
+        raise NotImplementedError
+
+    def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """`product`."""
+        return product(self[...], x)
+
+    def rows(self, index: Int[Array, "..."]) -> Float[Array, "... I"]:
+        """`rows`."""
+        return self[index]
+
+    def of_expert(self, expert: Int[Array, ""]) -> Any:
+        """`of_expert`."""
+        return of_expert(self[...], expert)
+
+
+def product(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """W x in x's dtype. The type of the weight chooses how: an array [O, I] (or its `nnx.Param`), or a `Weight`."""
+    if isinstance(weight, Weight):
+        return weight.times(x)
+    weight = weight[...] if isinstance(weight, nnx.Param) else weight
     if math.prod(x.shape[:-1]) <= FEW:
         return jnp.moveaxis(jnp.einsum("oi,...i->o...", weight, x, precision=precision(x)), 0, -1)
     return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x))
 
 
 def rows(table: Any, index: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Of a table [V, D]: an array, or what is read as one."""
-    return table[index]
+    """Of a table [V, D]."""
+    return table.rows(index) if isinstance(table, Weight) else table[index]
+
+
+def of_expert(weight: Any, expert: Int[Array, ""]) -> Any:
+    """Of a weight [E, O, I] the [O, I] of one expert: a slice, which fuses into the product, so that no other expert's
+    weights are read."""
+    if isinstance(weight, Weight):
+        return weight.of_expert(expert)
+    weight = weight[...] if isinstance(weight, nnx.Param) else weight
+    return jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)

@@ -1,6 +1,5 @@
 """Rotary position embeddings: positions, tables of sines and cosines, rotation."""
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -73,14 +72,6 @@ def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array
     angle = position[..., None] / theta**half
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
-
-
-def worked_out(positions: Positions) -> Positions:
-    """The same, where the layers are no loop: as products with ones, which are exact and which XLA:CPU makes once. It
-    would work out sines and cosines in each layer, for each of its heads."""
-    ones = jnp.eye(positions.cos.shape[-1])
-    cos, sin = (jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST) for x in (positions.cos, positions.sin))
-    return dataclasses.replace(positions, cos=cos, sin=sin)
 
 
 def rotate(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:

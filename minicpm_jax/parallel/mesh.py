@@ -1,18 +1,45 @@
 """Meshes of devices, and how a batch is sharded over one."""
 
 import bisect
+import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from weights_io.errors import InputError
 
 AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
 BATCH = ("data", "fsdp")  # what a batch's rows are split over
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def ambient() -> AbstractMesh | None:
+    """The mesh that the program which is being traced runs over; None where it has none, and within `jax.shard_map`,
+    where each device runs by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or not mesh.are_all_axes_auto else mesh
+
+
+def over(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Within it the mesh is the `ambient` one of what is traced; of None that stays as it is."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def over_its_mesh(function: F) -> F:
+    """A method of a model, or a function of one, `over` the model's mesh."""
+
+    @functools.wraps(function)
+    def inside(model: Any, *arguments: Any, **more: Any) -> Any:
+        with over(model.mesh):
+            return function(model, *arguments, **more)
+
+    return inside  # type: ignore[return-value]
 
 
 def make_mesh(text: str | None, given: Sequence[Any] | None = None) -> Mesh | None:
@@ -71,7 +98,7 @@ def placed_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) 
     return {name: placed(array) for name, array in arrays.items()}
 
 
-def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
+def row_axes(mesh: Mesh | AbstractMesh, rows: int) -> tuple[str, ...]:
     """The axes that split a batch of so many rows, as far as they divide it."""
     names: tuple[str, ...] = ()
     for name in BATCH:
@@ -80,7 +107,7 @@ def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
     return names
 
 
-def rows_split(mesh: Mesh | None) -> int:
+def rows_split(mesh: Mesh | AbstractMesh | None) -> int:
     """Over how many parts a batch's rows are split."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from minicpm_jax.parallel.chips import LANES
 from minicpm_jax.parallel.mesh import BATCH, row_axes, rows_split
@@ -131,7 +131,7 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index]), tree)
 
 
-def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The mesh axis of each dimension. A dimension that its mesh axis does not divide stays whole."""
     spec = []
     for axis, size in zip(axes, shape, strict=True):
@@ -140,7 +140,7 @@ def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
     return PartitionSpec(*spec)
 
 
-def splits(name: str | None, size: int, mesh: Mesh) -> bool:
+def splits(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> bool:
     """Whether the mesh has that axis and it divides a dimension of that size."""
     return name in mesh.shape and size % mesh.shape[name] == 0
 

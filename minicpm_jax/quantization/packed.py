@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
+from minicpm_jax.layers.ops import Weight
 
-class Packed(nnx.Module):
+
+class Packed(Weight):
     """A weight [.., O, I] as whole numbers times the scale of their group. Read as an array is: ``weight[...]``. Kept
     turned round: with O last no group is cut into registers, and a TPU's program would turn it so on every call."""
 
@@ -27,7 +29,7 @@ class Packed(nnx.Module):
         return wide.reshape(numbers.shape).swapaxes(-1, -2)[index]
 
 
-class Rows(nnx.Module):
+class Rows(Weight):
     """A table of words in int8, each row with a scale: its largest number / 127. Few rows may be taken of it, and as a
     head it is read as it lies, which a scale for each of several groups in a row would not allow."""
 

@@ -14,24 +14,25 @@ from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.layers.ops import divided, product
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.activations import by_rows
-from minicpm_jax.parallel.mesh import row_axes, rows_split
+from minicpm_jax.parallel.mesh import over_its_mesh, row_axes, rows_split
 from minicpm_jax.parallel.sharding import partition_spec
 
 LOGITS = 2**26  # most logits at once: 0.27 GB in float32
 
 
+@over_its_mesh
 def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Cross entropy of each label in float32, at its own position; 0 where there is none."""
     hidden = divided(hidden, model.config.logit_divisor)
     weight = model.model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
-    mesh, words, (rows, width) = model.model.mesh, model.config.vocab_size, labels.shape
+    mesh, words, (rows, width) = model.mesh, model.config.vocab_size, labels.shape
     own = -(-rows // rows_split(mesh))  # rows of a device
     most = max(1, LOGITS // (own * words))
     chunk = -(-width // 2 ** math.ceil(math.log2(max(width / most, 1))))  # widths are mostly powers of two
     more, filling = own * rows_split(mesh) - rows, -width % chunk
     hidden = jnp.pad(hidden, [(0, more), (0, filling), (0, 0)])
     targets = jnp.pad(labels[:, 1:], [(0, more), (0, 1 + filling)], constant_values=IGNORED)
-    losses = _chunked(chunk, words, mesh, by_rows(hidden, mesh), weight, by_rows(targets, mesh))
+    losses = _chunked(chunk, words, mesh, by_rows(hidden), weight, by_rows(targets))
     return jnp.pad(losses[:rows, : width - 1], [(0, 0), (1, 0)])
 
 

@@ -40,8 +40,8 @@ class Objective:
         """The sum to be minimised over a batch, and sums to be reported: ``weight`` is what they are divided by, the
         number of trained tokens (sft) or of pairs."""
         positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
-        x, _, imbalance = model.model(model.model.embed(batch["ids"]), positions, remat=self.remat)
-        losses = token_losses(model, model.model.norm(x), batch["labels"])
+        states, imbalance = model.states_and_imbalance(batch["ids"], positions, remat=self.remat)
+        losses = token_losses(model, states, batch["labels"])
         trained = batch["labels"][:, 1:] != IGNORED
         sums = OBJECTIVES[self.name](losses, trained, batch, self.beta)
         total = sums["loss"]

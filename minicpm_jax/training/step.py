@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from minicpm_jax import adapters
 from minicpm_jax.layers.linear import Linear
+from minicpm_jax.layers.ops import Weight, product
 from minicpm_jax.layers.rope import positions_of
-from minicpm_jax.model import Model, linear, nested, spread
+from minicpm_jax.model import Model, linear, nested
+from minicpm_jax.parallel.mesh import ambient
 from minicpm_jax.parallel.sharding import padded, partition_spec, replicated, reshaped, shardings
 from minicpm_jax.training.cross_entropy import token_losses
 from minicpm_jax.training.losses import Batch, Objective, packed_loss
@@ -40,24 +43,37 @@ class AllWeights:
             return Model(nested(weights), self.config)
         # Of words that tensor does not divide XLA would split the optimiser's work, and gather what comes of it.
         weights = jax.lax.with_sharding_constraint(weights, shardings(self.config, self.mesh))
-        model = Model(nested(reshaped(weights, padded(self.config, self.mesh), self.mesh)), self.config)
-        spread(model, self.mesh)
-        _turn(model, self.mesh)
-        return model
+        weights = reshaped(weights, padded(self.config, self.mesh), self.mesh)
+        model = Model(nested(weights), self.config, mesh=self.mesh)
+        return _transposed(model) if "tensor" in self.mesh.shape else model
 
 
-def _turn(model: Model, mesh: Mesh) -> None:
-    """Have the gradients of the layers' matrices that fsdp splits along their last axis summed as [I, O]. Split along
-    its first axis a sum over fsdp is a reduce-scatter; along the last one of a matrix that tensor splits too, XLA adds
-    all of it up on every device, and cuts."""
-    if "tensor" not in mesh.shape:
-        return
-    shape = padded(model.config, mesh)
-    for parameter in parameters(shape):
+class Transposed(Weight):
+    """A weight [O, I] of which what is summed over the devices of the ambient mesh, its gradient, is [I, O]. Split
+    along its first axis a sum over fsdp is a reduce-scatter; along the last one of a matrix that tensor splits too, XLA
+    adds all of it up on every device, and cuts."""
+
+    def __init__(self, weight: Float[Array, "O I"], axes: tuple[str, ...]):
+        """``axes``: the logical ones of [O, I]."""
+        self.array, self.axes = nnx.Param(weight), axes
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.array[...] if index is Ellipsis else self.array[index]
+
+    def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        weight, mesh = self.array[...], ambient()
+        assert mesh is not None
+        out, width = partition_spec(self.axes, weight.shape, mesh)
+        return product(jax.lax.with_sharding_constraint(weight.T, PartitionSpec(width, out)).T, x)
+
+
+def _transposed(model: Model) -> Model:
+    """With the layers' matrices that fsdp splits along their last axis `Transposed`, as the parameter table says."""
+    for parameter in parameters(model.config):
         layer, axes = linear(model, parameter.name), parameter.logical_axes()
         if isinstance(layer, Linear) and axes[0] == "layers" and axes[-1] == "embed":
-            out, width = partition_spec(axes, parameter.shape(shape), mesh)[1:]
-            layer.turned = NamedSharding(mesh, PartitionSpec(width, out))
+            layer.weight = Transposed(layer.weight[...], axes[1:])
+    return model
 
 
 @dataclass(frozen=True)
@@ -183,4 +199,4 @@ def packed_evaluation(weights: Weights, windows: jax.Array, *, trained: AllWeigh
 def weights_of(model: Model) -> Weights:
     """The model's arrays under the names of the parameter table, and in its shapes: without what a mesh filled up."""
     weights = {p.name: functools.reduce(getattr, p.name.split("."), model)[...] for p in parameters(model.config)}
-    return weights if model.model.mesh is None else reshaped(weights, model.config, model.model.mesh)
+    return weights if model.mesh is None else reshaped(weights, model.config, model.mesh)
