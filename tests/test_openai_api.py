@@ -134,6 +134,14 @@ def test_without_a_word_about_it_an_answer_is_as_long_as_there_is_room():
     assert played.asked == [(GenerationRequest((PromptIds([1] * 60, vocab_size=9),), 4), ())]
 
 
+def test_a_prompt_becomes_ids_once(api, monkeypatch):
+    """Whatever the number of its answers."""
+    made, real = [], PromptIds.__new__
+    monkeypatch.setattr(PromptIds, "__new__", lambda *arguments: made.append(real(*arguments)) or made[-1])
+    status, _ = ask(api.port, "/v1/completions", {"prompt": ["Hello", "The fox"], "n": 2, "max_tokens": 2})
+    assert status == 200 and made == [tuple(api.tokenizer.encode(text)) for text in ("Hello", "The fox")]
+
+
 def test_many_at_once_are_each_as_alone(api):
     """More than there are slots, whole and in pieces, greedy and drawn."""
     found = {}

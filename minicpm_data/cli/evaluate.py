@@ -144,7 +144,9 @@ def require_positive(options: Any, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
 
 
-def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[EvaluateOptions] = EvaluateOptions) -> None:
+def run_evaluate(
+    backend: Callable[[], Backend[ModelT]], prog: str, options: type[EvaluateOptions] = EvaluateOptions
+) -> None:
     """``python -m PACKAGE.evaluate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: EvaluateOptions) -> None:
