@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks.models import random_model, wide
 from benchmarks.timing import alternating
-from minicpm_data.generation.options import Sampling
-from minicpm_serve import backends
+from minicpm_data.generation.engine import Engine
+from minicpm_data.generation.request import GenerationRequest
 from minicpm_serve.backends import BackendName
 from weights_io import command_line
 from weights_io.errors import InputError
@@ -47,7 +47,7 @@ def main(options: Options) -> None:
         return [response.token for response in run if response.token is not None]
 
     def together(count: int) -> None:
-        engine = backends.module(options.backend, "generation.engine").Engine(model, count)
+        engine = backend.generator.decoding.engine(model, count)
         made[count] = answers(engine, prompts[:count], options.tokens)
 
     expected = [alone(prompt) for prompt in prompts]
@@ -65,8 +65,8 @@ def main(options: Options) -> None:
         print(f"| {count} | engine | {shared:.1f} | {shared / speed:.2f} |")
 
 
-def answers(engine: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    numbers = [engine.add(prompt, tokens, Sampling()) for prompt in prompts]
+def answers(engine: Engine, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    numbers = [engine.add(GenerationRequest.of(engine.model, None, [prompt], tokens)) for prompt in prompts]
     found: dict[int, list[int]] = {number: [] for number in numbers}
     while not engine.idle:
         for made in engine.step():

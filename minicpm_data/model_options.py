@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from minicpm_data.generation.api import Backend
+from minicpm_data.generation.request import ModelT
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class ModelOptions(SourceOptions):
         return {"adapter": self.adapter_path, "quantize": self.quantize}
 
 
-def load_model(backend: Backend, options: SourceOptions, decoding: bool = False) -> "tuple[Any, Tokenizer]":
+def load_model(backend: Backend[ModelT], options: SourceOptions, decoding: bool = False) -> "tuple[ModelT, Tokenizer]":
     """Model and tokenizer, where the options want them. ``decoding``: in the form that generates fastest."""
     placement = options.placement()  # first: it may have to come before the first use of a device
     dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **placement)

@@ -24,16 +24,16 @@ class Options(Serving, kv_error.Options):
     pass
 
 
-def logits(model: "Model", ids: list[int], memory: CacheOptions) -> Iterator[np.ndarray]:
+def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Iterator[np.ndarray]:
     """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
     import jax
 
     from minicpm_jax.generation import decoding
 
-    decoding.check(memory)
+    decoding.check_kind(model, 1, cache_options)
     width = kv_error.PIECE
     padded = np.pad(np.array(ids, np.int32), (0, -len(ids) % width))
-    cache, _ = decoding.empty(model, 1, len(padded), memory.kv_bits)
+    cache, _ = decoding.empty(model, 1, len(padded), cache_options.kv_bits)
     step = jax.jit(decoded, donate_argnums=2)
     for start in range(0, len(ids), width):
         new = min(width, len(ids) - start)

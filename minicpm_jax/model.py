@@ -132,7 +132,6 @@ class Model(nnx.Module):
         """[B, T, D] after the final norm: what the head reads."""
         return self.states_and_imbalance(ids, positions)[0]
 
-
     @over_its_mesh
     def states_and_imbalance(
         self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False

@@ -109,14 +109,16 @@ def decoding_speed(model: "Model", rows: int = 1, prompt_tokens: int = 32, new_t
     import jax
     import numpy as np
 
-    from minicpm_data.generation.options import CacheOptions, Sampling
+    from minicpm_data.generation.request import GenerationRequest, PromptIds
     from minicpm_jax.generation.decoding import stream_tokens
     from minicpm_jax.parallel.chips import chip_of
 
-    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, prompt_tokens)).tolist()
+    vocab_size = model.config.vocab_size
+    prompts = np.random.default_rng(0).integers(0, vocab_size, (rows, prompt_tokens))
+    request = GenerationRequest(tuple(PromptIds(row, vocab_size) for row in prompts), new_tokens + 1)  # no end
     seconds = 0.0
     for _ in range(2):
-        steps = stream_tokens(model, prompts, new_tokens + 1, Sampling(), frozenset(), CacheOptions())
+        steps = stream_tokens(model, request)
         next(steps)
         began = time.perf_counter()
         count = sum(1 for _ in steps)

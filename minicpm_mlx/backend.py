@@ -4,10 +4,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from minicpm_data.generation.api import Backend, Generator
+from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
+from minicpm_data.generation.request import GenerationRequest
+from minicpm_data.generation.speculation import Speculation
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from minicpm_mlx.generation.engine import Engine
+    from minicpm_mlx.model import Model
     from minicpm_mlx.training.trainer import Trainer
 
 
@@ -18,19 +23,39 @@ def trainer(model: Any, options: Any) -> "Trainer":
     return Trainer(model, options)
 
 
-def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":
-    from minicpm_mlx.generation.decoding import stream_tokens  # only now, so that --help answers at once
+class Decoding:
+    """How this package answers a request; each part is imported when it is asked for."""
 
-    return stream_tokens(*arguments)
+    def check(self, model: "Model", request: GenerationRequest) -> None:
+        from minicpm_mlx.generation.decoding import check
+
+        check(model, request)
+
+    def stream_tokens(self, model: "Model", request: GenerationRequest) -> "Iterator[np.ndarray]":
+        from minicpm_mlx.generation.decoding import stream_tokens
+
+        return stream_tokens(model, request)
+
+    def stream_speculated(
+        self, model: "Model", request: GenerationRequest, speculation: "Speculation[Model]"
+    ) -> Iterator[tuple[int, bool]]:
+        from minicpm_mlx.generation.speculation import stream_speculated
+
+        return stream_speculated(model, request, speculation)
+
+    def engine(
+        self,
+        model: "Model",
+        slots: int = 8,
+        context: int | None = None,
+        cache_options: CacheOptions = PLAIN_CACHE,
+    ) -> "Engine":
+        from minicpm_mlx.generation.engine import Engine
+
+        return Engine(model, slots, context, cache_options)
 
 
-def _stream_speculated(*arguments: Any) -> Iterator[tuple[int, bool]]:
-    from minicpm_mlx.generation.speculation import stream_speculated
-
-    return stream_speculated(*arguments)
-
-
-def backend() -> Backend:
+def backend() -> "Backend[Model]":
     """What the command lines ask of this package."""
     from minicpm_mlx import device
     from minicpm_mlx.generation.sparsity import activation_sparsity
@@ -39,4 +64,4 @@ def backend() -> Backend:
     return Backend(load, generator, device, device.for_decoding, activation_sparsity)
 
 
-generator = Generator(_stream_tokens, _stream_speculated)
+generator: "Generator[Model]" = Generator(Decoding())

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from minicpm_mlx.model import Model
 
 
-def logits(model: "Model", ids: list[int], memory: CacheOptions) -> Iterator[np.ndarray]:
+def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Iterator[np.ndarray]:
     """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
     import mlx.core as mx
 
     from minicpm_mlx.generation import decoding
 
+    decoding.check_kind(model, 1, cache_options)
     width = kv_error.PIECE
-    cache = decoding.empty(model, [0], memory)
+    cache = decoding.make_cache(model, [0], cache_options)
     for start in range(0, len(ids), width):
         x = model.decode(mx.array([ids[start : start + width]]), cache)
         yield wide(model.head(x))[0]

@@ -1,5 +1,6 @@
 """One engine for many threads: what a server hands its requests to.
 
+    model, tokenizer = minicpm_jax.load("minicpm-2b", decoding=True)
     engine = Engine("jax", model, tokenizer, slots=16)
     for response in engine.stream_generate("Hello", max_tokens=64): ...
 
@@ -12,11 +13,20 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
-from minicpm_data.generation.api import Prompt, end_ids, prompt_ids
+from minicpm_data.generation import engine
+from minicpm_data.generation.api import Decoding
 from minicpm_data.generation.engine import TooMuch
-from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TEMPERATURE, CHAT_TOKENS, CacheOptions, Sampling
+from minicpm_data.generation.options import (
+    ANSWER_TOKENS,
+    CHAT_TEMPERATURE,
+    CHAT_TOKENS,
+    PLAIN_CACHE,
+    CacheOptions,
+    Sampling,
+)
+from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt, PromptIds, end_ids, prompt_ids
 from minicpm_data.generation.responses import Response, stream_text
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
@@ -49,26 +59,25 @@ class Answer:
         return next(self._responses)  # which asks for one token
 
 
-class Engine:
+class Engine(Generic[ModelT]):
     def __init__(
         self,
         backend: BackendName,
-        model: Any,
+        model: ModelT,
         tokenizer: "Tokenizer | None",
         slots: int | None = None,
         context: int | None = None,
-        memory: CacheOptions | None = None,
+        cache_options: CacheOptions = PLAIN_CACHE,
     ):
-        """``model``: used up by `Backend.for_decoding`. ``slots`` and ``context``: None for both is up to 8
-        slots of as many tokens as the model was made for, as far as there is room: fewer slots, then less context.
-        The rest as in `minicpm_data.generation.engine.Engine`."""
-        model = backends.get(backend).for_decoding(model)
+        """``model``: as ``load(decoding=True)`` gives it; another form may be slower. ``slots`` and ``context``: None
+        for both is up to 8 slots of as many tokens as the model was made for, as far as there is room: fewer slots,
+        then less context. The rest as in `minicpm_data.generation.engine.Engine`."""
         self.model, self.tokenizer = model, tokenizer
-        engine = backends.module(backend, "generation.engine").Engine
+        decoding: Decoding[ModelT] = backends.get(backend).generator.decoding
         if slots is None and context is None:
-            self._engine = _fitting(lambda slots, context: engine(model, slots, context, memory))
+            self._engine = _fitting(lambda slots, context: decoding.engine(model, slots, context, cache_options))
         else:
-            self._engine = engine(model, SLOTS if slots is None else slots, context, memory)
+            self._engine = decoding.engine(model, SLOTS if slots is None else slots, context, cache_options)
         self._ends = end_ids(model, tokenizer)
         self.error: Exception | None = None  # that ended everything
         self._answers: dict[int, Answer] = {}  # of requests that are not over
@@ -94,7 +103,8 @@ class Engine:
         """As `minicpm_data.generation.api.Generator.stream_generate`; ``sampling`` under the names of `Sampling`.
         Raises `InputError` before the first token for what has no room or is out of range."""
         answer: queue.SimpleQueue[Answered] = queue.SimpleQueue()
-        number = self.submit(answer.put, prompt, max_tokens, stop, **sampling)
+        request = self.request(self.prompt_ids(prompt), max_tokens, Sampling(**sampling))
+        number = self.submit(answer.put, request, stop)
         responses = self._responses(number, answer)
         next(responses)  # from here on it is cancelled when nobody holds it any more
         return responses
@@ -102,25 +112,30 @@ class Engine:
     def submit(
         self,
         deliver: Callable[[Answered], None],
-        prompt: Prompt,
-        max_tokens: int = ANSWER_TOKENS,
+        request: GenerationRequest,
         stop: str | Sequence[str] = (),
         group: int | None = None,
-        **sampling: Any,
     ) -> int:
-        """As `stream_generate`, but returns at once, with the number of the request. ``deliver`` is called on the
-        engine's thread with each `Response` up to the one that has a ``finish_reason``, or with the error that ended
-        the engine; it must neither wait nor raise. ``group``: a number of `group`, for requests that share a place
-        in the queue."""
-        ids, chosen = prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size), Sampling(**sampling)
-        request = self._engine.request(ids, max_tokens, chosen, self._ends, group)
-        answer = Answer(deliver, lambda tokens: stream_text(tokens, self.tokenizer, self._ends, stop, max_tokens))
+        """As `stream_generate`, of what `request` makes, but returns at once, with the number by which it is known.
+        ``deliver`` is called on the engine's thread with each `Response` up to the one that has a ``finish_reason``, or
+        with the error that ended the engine; it must neither wait nor raise. ``group``: a number of `group`, for
+        requests that share a place in the queue."""
+        state, ends, most = self._engine.admitted(request, group), request.end_ids, request.max_tokens
+        answer = Answer(deliver, lambda tokens: stream_text(tokens, self.tokenizer, ends, stop, most))
         with self._lock:
             if self.error is not None:
                 raise self.error
-            self._answers[request.number] = answer
-        self._asked.put(lambda: self._engine.waiting.append(request))
-        return request.number
+            self._answers[state.number] = answer
+        self._asked.put(lambda: self._engine.waiting.append(state))
+        return state.number
+
+    def prompt_ids(self, prompt: Prompt) -> PromptIds:
+        return prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size)
+
+    def request(self, ids: PromptIds, max_tokens: int, sampling: Sampling) -> GenerationRequest:
+        """For `submit`: with the ends and the cache of this engine. `NoRoom` for what is above its context."""
+        self._engine.check_context(len(ids), max_tokens)
+        return GenerationRequest((ids,), max_tokens, sampling, self._ends, self._engine.cache_options)
 
     def group(self) -> int:
         """A number for requests that belong together: they never have all slots, and take turns with others."""
@@ -197,7 +212,7 @@ class Engine:
             self._answers.clear()
 
 
-def _fitting(make: Callable[[int, int | None], Any]) -> Any:
+def _fitting(make: Callable[[int, int | None], engine.Engine[ModelT]]) -> engine.Engine[ModelT]:
     """What ``make`` makes of the most slots, or else of the longest context, that there is room for."""
     for slots in range(SLOTS, 0, -1):
         try:

@@ -5,7 +5,6 @@
 The score is given by the needle's depth. ``--rope-scaling`` compares ways to stretch the positions of one model.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -65,8 +64,9 @@ def main(options: Options) -> None:
     require_positive(options, "samples", "length", "batch_size")
     if wrong := [depth for depth in options.depth if not 0 <= depth <= 1]:
         raise InputError(f"--depth is {wrong[0]:g}; it must be a number from 0 to 1.")
-    memory = {f.name: getattr(options, f.name) for f in dataclasses.fields(CacheOptions) if hasattr(options, f.name)}
-    CacheOptions(**memory)
+    cache = CacheOptions(
+        kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size, kv_group_size=options.kv_group_size
+    )
     scaling = [] if options.rope_scaling is None else [_parsed(options.rope_scaling)]
     backend = backends.get(options.backend)
     config, tokenizer = opened(options)
@@ -79,9 +79,9 @@ def main(options: Options) -> None:
     model, tokenizer = load_model(backend, options, decoding=True)
     backend.device.note_mesh(model, options.batch_size)
     model.config = config
-    memory["stop"] = tokenizer.turn_markers if options.chat else ()
+    stop = tokenizer.turn_markers if options.chat else ()
     prompts = [sample.ids for sample in samples]
-    said = list(replies(backend, model, tokenizer, prompts, options.batch_size, most, **memory))
+    said = list(replies(backend, model, tokenizer, prompts, options.batch_size, most, stop, cache))
     right = [is_right(sample, reply) for sample, reply in zip(samples, said, strict=True)]
     print("\n".join(table(samples, right)))
     print(f"{options.task} at {options.length} tokens: {counted(right)}")

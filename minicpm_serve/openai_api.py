@@ -78,8 +78,8 @@ def main(options: Options) -> None:
         hosts = checked_hosts(options.host, listening.getsockname()[0], options.allowed_hosts)
         backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options, decoding=True)
-        memory = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
-        engine = Engine(options.backend, model, tokenizer, options.slots, options.context, memory)
+        cache_options = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
+        engine = Engine(options.backend, model, tokenizer, options.slots, options.context, cache_options)
         try:
             backend.device.note_mesh(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --context")

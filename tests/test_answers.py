@@ -31,16 +31,19 @@ class Parrot:
         self.folder, self.config = tokenizer.pop("folder"), tokenizer
         self.tokenizer = load_tokenizer(tiny.write(self.folder, **tokenizer))
         self.model = types.SimpleNamespace(config=ModelConfig(vocab_size=self.tokenizer.vocab_size), eos_token_ids=(2,))
-        self.generator = Generator(self.stream_tokens, self.stream_speculated)
+        self.generator = Generator(self)
 
-    def stream_tokens(self, model, prompts, max_tokens, sampling, end_ids, memory):
-        self.asked += prompts
+    def check(self, model, request):
+        pass
+
+    def stream_tokens(self, model, request):
+        self.asked += map(list, request.prompts)
         for i in (*self.tokenizer.encode(self.says, add_bos=False), 2):
-            yield np.array([i] * len(prompts))
+            yield np.array([i] * len(request.prompts))
 
-    def stream_speculated(self, model, prompt, max_tokens, sampling, end_ids, memory, speculation):
+    def stream_speculated(self, model, request, speculation):
         self.speculation = speculation
-        for ids in self.stream_tokens(model, [prompt], max_tokens, sampling, end_ids, memory):
+        for ids in self.stream_tokens(model, request):
             yield int(ids[0]), True
 
     def load(self, path, dtype, **options):
@@ -162,7 +165,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_shown(parrot, typed, monkeypa
             left -= 1
             yield token
 
-    bird.generator = Generator(interrupted, bird.stream_speculated)
+    bird.stream_tokens = interrupted
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     code, out, _ = typed(generate.run_chat, bird)
     assert code == 0

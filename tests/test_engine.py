@@ -8,6 +8,7 @@ import pytest
 import tiny_model
 
 from minicpm_data.generation.options import CacheOptions, Sampling
+from minicpm_data.generation.request import GenerationRequest
 from minicpm_serve import engine as serve
 from weights_io.errors import InputError
 
@@ -46,9 +47,13 @@ def make(backend, model, **options):
     return importlib.import_module(f"{backend.__name__}.generation.engine").Engine(model, **options)
 
 
+def asked(engine, prompt, max_tokens, **sampling):
+    return GenerationRequest.of(engine.model, None, [prompt], max_tokens, Sampling(**sampling), engine.cache_options)
+
+
 def add(engine, index):
     prompt, max_tokens, sampling = REQUESTS[index]
-    return engine.add(prompt, max_tokens, Sampling(**sampling), frozenset([END]))
+    return engine.add(asked(engine, prompt, max_tokens, **sampling))
 
 
 def run(engine, until=lambda found: False):
@@ -64,7 +69,7 @@ def run(engine, until=lambda found: False):
 
 def test_requests_come_and_go(backend, model, alone):
     """Two slots for five requests of all lengths, the later ones arriving while the first are decoded."""
-    engine = make(backend, model, slots=2, memory=CacheOptions(prefill_step_size=16))
+    engine = make(backend, model, slots=2, cache_options=CacheOptions(prefill_step_size=16))
     numbers = [add(engine, 0), add(engine, 1)]
     found = run(engine, lambda found: len(found.get(1, ())) > 3)
     numbers += [add(engine, i) for i in (2, 3, 4)]
@@ -95,9 +100,9 @@ def test_a_group_never_has_the_last_slot_and_takes_turns(backend, model):
         engine = make(backend, model, slots=slots)
         group = engine.group()
         for _ in range(10):
-            engine.waiting.append(engine.request([1, 7, 9], 12, Sampling(), frozenset(), group))
+            engine.waiting.append(engine.admitted(asked(engine, [1, 7, 9], 12), group))
         run(engine, lambda found: bool(found))
-        alone = [engine.add([1, 5], 3, Sampling()) for _ in range(2)]
+        alone = [engine.add(asked(engine, [1, 5], 3)) for _ in range(2)]
         over = []
         while not engine.idle:
             assert sum(request.group == group for request in engine.running.values()) <= max(1, slots - 1)
@@ -106,7 +111,7 @@ def test_a_group_never_has_the_last_slot_and_takes_turns(backend, model):
 
 
 def test_a_cancelled_request_gives_up_its_slot(backend, model, alone):
-    engine = make(backend, model, slots=2, memory=CacheOptions(prefill_step_size=16))
+    engine = make(backend, model, slots=2, cache_options=CacheOptions(prefill_step_size=16))
     first, second, third, never = add(engine, 1), add(engine, 1), add(engine, 0), add(engine, 2)
     run(engine, lambda found: first in found)  # the prompt of the second may be on its way
     for number in (first, second, never):
@@ -118,7 +123,7 @@ def test_a_cancelled_request_gives_up_its_slot(backend, model, alone):
 
 
 def test_a_prompt_that_begins_alike_is_not_run_twice(backend, model, alone, monkeypatch):
-    engine = make(backend, model, slots=2, memory=CacheOptions(prefill_step_size=16))
+    engine = make(backend, model, slots=2, cache_options=CacheOptions(prefill_step_size=16))
     assert run(engine) == {} and run_one(engine, 1) == alone[1]
     ran, decoding = [], importlib.import_module(f"{backend.__name__}.generation.decoding")
     name = "prefill" if backend.__name__ == "minicpm_jax" else "run"
@@ -129,7 +134,7 @@ def test_a_prompt_that_begins_alike_is_not_run_twice(backend, model, alone, monk
     assert len(ran) <= 2  # a piece each, if any; of 16 they would be 2 and 3
     history = [*LONG, *alone[1]][:-1]
     expected = [r.token for r in backend.stream_generate(model, None, [*history, 6], max_tokens=4)]
-    number = engine.add([*history, 6], 4, Sampling(), frozenset([END]))
+    number = engine.add(asked(engine, [*history, 6], 4))
     assert run(engine)[number] == expected  # a conversation that goes on
 
 
@@ -143,9 +148,9 @@ def test_dynamic_ntk_turns_each_prompt_by_its_own_length(backend, reference):
     folder = reference("long_128k")
     model, _ = backend.load(folder, "float32")
     data = np.load(folder / "reference.npz")
-    engine = make(backend, model, slots=2, context=64, memory=CacheOptions(prefill_step_size=16))
+    engine = make(backend, model, slots=2, context=64, cache_options=CacheOptions(prefill_step_size=16))
     prompts = [data[f"prompt_ids_{name}"][0].tolist() for name in ("P20", "P40", "P40")]
-    numbers = [engine.add(prompt, 16, Sampling()) for prompt in prompts]  # the last one could share with the second
+    numbers = [engine.add(asked(engine, prompt, 16)) for prompt in prompts]  # the last one could share with the second
     found = run(engine)
     for number, name in zip(numbers, ("P20", "P40", "P40"), strict=True):
         assert found[number] == data[f"greedy_ids_{name}"][int(name[1:]) :][:16].tolist()
@@ -154,10 +159,11 @@ def test_dynamic_ntk_turns_each_prompt_by_its_own_length(backend, reference):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda engine: engine.add([], 4, Sampling()), "empty"),
-        (lambda engine: engine.add([10**6], 4, Sampling()), "1000000"),
-        (lambda engine: engine.add([1], 0, Sampling()), "max_tokens is 0"),
-        (lambda engine: engine.add([1] * 30, 40, Sampling()), "30 tokens and 40 more are above the 64"),
+        (lambda engine: engine.add(asked(engine, [], 4)), "empty"),
+        (lambda engine: engine.add(asked(engine, [10**6], 4)), "1000000"),
+        (lambda engine: engine.add(asked(engine, [1], 0)), "max_tokens is 0"),
+        (lambda engine: engine.add(asked(engine, [1] * 30, 40)), "30 tokens and 40 more are above the 64"),
+        (lambda engine: engine.add(GenerationRequest.of(engine.model, None, [[1]], cache=CacheOptions(8))), "one kind"),
     ],
 )
 def test_what_an_engine_cannot_take(backend, model, call, said):
@@ -165,7 +171,7 @@ def test_what_an_engine_cannot_take(backend, model, call, said):
         call(make(backend, model, slots=1, context=64))
 
 
-@pytest.mark.parametrize("options", [{"slots": 0}, {"context": -1}, {"memory": CacheOptions(max_kv_size=16)}])
+@pytest.mark.parametrize("options", [{"slots": 0}, {"context": -1}, {"cache_options": CacheOptions(max_kv_size=16)}])
 def test_engines_that_cannot_be(backend, model, options):
     with pytest.raises(InputError):
         make(backend, model, **options)

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tiny_model
+from shown import ROOT
 
 from minicpm_data.generation.options import Sampling
 from weights_io.errors import InputError
@@ -296,6 +297,31 @@ def test_both_packages_export_the_same_calls():
         )
         if name != "Model":  # built of weights in JAX, of a config in MLX; mesh is keyword-only
             assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs], name
+
+
+TWINS = sorted({path.stem for package in BACKENDS for path in (ROOT / package / "generation").glob("[a-z]*.py")})
+ONLY_JAX = {
+    "decoding.State": {"done", "end_ids"},  # its loop runs on the device
+    "sparsity.Counting": {"neurons"},  # a mesh pads its layers
+}
+
+
+@pytest.mark.parametrize("file", TWINS)
+def test_the_twin_files_of_generation_read_alike(file):
+    """What both have comes in the same order, with the same parameters; `Knobs` is what JAX makes of a `Sampling`."""
+    twins = [importlib.import_module(f"{package}.generation.{file}") for package in BACKENDS]
+    jax, mlx = map(public, twins)
+    both = [name for name in jax if name in mlx]
+    assert both and both == [name for name in mlx if name in jax]
+    for name in both:
+        given = [p for p in inspect.signature(jax[name]).parameters if p not in ONLY_JAX.get(f"{file}.{name}", ())]
+        assert ["sampling" if p == "knobs" else p for p in given] == [*inspect.signature(mlx[name]).parameters], name
+
+
+def public(module):
+    """Functions, compiled ones too, and classes that are defined there."""
+    named = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    return {name: value for name, value in named.items() if callable(value) and not name.startswith("_")}
 
 
 @pytest.mark.parametrize("folder, pieces", [("long_128k", 3), ("long_128k", 32), ("moe_8x2b", 3), ("dense_1b", 3)])

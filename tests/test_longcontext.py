@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -153,9 +154,9 @@ def test_the_score_is_given_by_depth(folder, monkeypatch, capsys, tmp_path):
     """A model that finds what lies in the first half of its prompt."""
     real = backends.get("jax")
 
-    def stream_tokens(model, prompts, max_tokens, sampling, ends, memory):
+    def stream_tokens(model, request):
         tokenizer, answers = load_tokenizer(folder), []
-        for ids in prompts:
+        for ids in request.prompts:
             text = tokenizer.decode(ids)
             place = text.index("Remember it")
             answers.append(
@@ -163,7 +164,8 @@ def test_the_score_is_given_by_depth(folder, monkeypatch, capsys, tmp_path):
             )
         yield from np.array([tokenizer.encode(" " + a, add_bos=False)[:6] for a in answers]).T
 
-    sighted = dataclasses.replace(real, generator=Generator(stream_tokens, stream_tokens))
+    decoding = types.SimpleNamespace(check=lambda model, request: None, stream_tokens=stream_tokens)
+    sighted = dataclasses.replace(real, generator=Generator(decoding))
     monkeypatch.setattr(backends, "get", lambda name: sighted)
     report = tmp_path / "report.json"
     options = {"backend": "jax", "model": str(folder), "length": 1000, "samples": 10, "json": report}

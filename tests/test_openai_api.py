@@ -16,6 +16,7 @@ import pytest
 import tiny_model
 from shown import ROOT, served
 
+from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_serve import backends, openai_api
 from minicpm_serve.engine import Ended, Engine
 from weights_io.errors import InputError
@@ -130,7 +131,15 @@ def test_without_a_word_about_it_an_answer_is_as_long_as_there_is_room():
     with listening(played := Played()) as server:
         threading.Thread(target=lambda: played.fail(Ended("over."))).start()
         assert ask(server.port, "/v1/completions", {"prompt": [1] * 60})[0] == 503
-    assert played.asked == [([1] * 60, 4, ())]
+    assert played.asked == [(GenerationRequest((PromptIds([1] * 60, vocab_size=9),), 4), ())]
+
+
+def test_a_prompt_becomes_ids_once(api, monkeypatch):
+    """Whatever the number of its answers."""
+    made, real = [], PromptIds.__new__
+    monkeypatch.setattr(PromptIds, "__new__", lambda *arguments: made.append(real(*arguments)) or made[-1])
+    status, _ = ask(api.port, "/v1/completions", {"prompt": ["Hello", "The fox"], "n": 2, "max_tokens": 2})
+    assert status == 200 and made == [tuple(api.tokenizer.encode(text)) for text in ("Hello", "The fox")]
 
 
 def test_many_at_once_are_each_as_alone(api):
@@ -422,8 +431,13 @@ class Played:
     def __init__(self):
         self.delivers, self.asked = [], []
 
-    def submit(self, deliver, *asked, **sampling):
-        self.asked.append(asked)
+    prompt_ids = Engine.prompt_ids
+
+    def request(self, ids, max_tokens, sampling):
+        return GenerationRequest((ids,), max_tokens, sampling)
+
+    def submit(self, deliver, request, stop, group):
+        self.asked.append((request, stop))
         self.delivers.append(deliver)
         return 0
 

@@ -9,7 +9,8 @@ import tiny_model
 import tiny_training
 
 from minicpm_data.cli import generate as commands
-from minicpm_data.generation.options import CacheOptions, Sampling
+from minicpm_data.generation.options import CacheOptions
+from minicpm_data.generation.request import GenerationRequest
 from minicpm_serve import engine as serve
 from weights_io import memory
 from weights_io.checkpoint import Checkpoint
@@ -114,7 +115,7 @@ def test_an_engine_and_its_remedy(backend, model, free):
         assert fits.state.cache.slots >= context
         free(None)
         assert engine(model, slots=4, context=context).state.cache.slots < 64
-    number = fits.add([1, 5, 7], 6, Sampling())
+    number = fits.add(GenerationRequest.of(model, None, [[1, 5, 7]], 6))
     made = []
     while not fits.idle:
         made += [each.token for each in fits.step() if each.number == number]
@@ -159,17 +160,17 @@ def test_the_cache_is_as_large_as_was_said(backend, model, bits):
     decoding = tiny_training.part(backend, "generation.decoding")
     if backend == "minicpm_jax":
         cache, _ = decoding.empty(model, 2, 64, bits)
-        assert nbytes(backend, cache) == decoding.cache_bytes(model, 2, 64, bits)
+        assert nbytes(backend, cache) == decoding.cache_bytes(model, 2, 64, CacheOptions(kv_bits=bits))
         return
     import mlx.core as mx
 
     options = CacheOptions(kv_bits=bits, kv_group_size=32)
     if bits:  # heads of 16 numbers have no groups
         model = tiny_training.part(backend, "model").initialise(memory_config(model), mx.random.key(0))
-    cache = decoding.empty(model, [0], options)
+    cache = decoding.make_cache(model, [0], options)
     decoding.run(model, mx.array([[1] * 250]), cache, 250, 250)  # MLX makes room for 256
     found = sum(leaf.nbytes for layer in cache for leaf in flat(layer.keys) + flat(layer.values))
-    assert found == decoding.cache_bytes(model, 256, options)
+    assert found == decoding.cache_bytes(model, 1, 256, options)
 
 
 def memory_config(model):
@@ -215,7 +216,7 @@ def test_what_an_engine_of_mlx_keeps_is_bounded():
     pico = importlib.import_module("minicpm_mlx").load(dtype="float32")[0]
     engine = importlib.import_module("minicpm_mlx.generation.engine").Engine(pico, slots=4, context=96)
     for first in (3, 4, 5, 6):
-        engine.add([1, *[first] * 39], 2, Sampling())
+        engine.add(GenerationRequest.of(pico, None, [[1, *[first] * 39]], 2))
         while not engine.idle:
             engine.step()
     assert [request.prompt[1] for request, _ in engine.kept] == [5, 6]  # 2 x 41 tokens of 96

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_model
 
+from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.generation.speculation import Draft, PromptLookup, speculate
 from weights_io.errors import InputError
 
@@ -128,6 +129,10 @@ def test_a_draft_runs_what_is_new_to_it():
     assert asked == [([3, 4], 2), ([9, 5], 6), ([9, 6], 8), ([6, 7, 7, 7], 9)]
 
 
+def asking(max_tokens):
+    return GenerationRequest((PromptIds([1], vocab_size=10),), max_tokens)
+
+
 def test_guesses_of_no_use_are_made_less_and_less_often():
     asked = []
 
@@ -135,7 +140,7 @@ def test_guesses_of_no_use_are_made_less_and_less_often():
         asked.append(len(guesses))
         return [7]
 
-    list(speculate([1], 5, lambda tokens, count: [3] * count, verify, 2, 30, frozenset()))
+    list(speculate(asking(30), 5, lambda tokens, count: [3] * count, verify, 2))
     assert [i for i, count in enumerate(asked) if count] == [0, 2, 6, 14]
 
 
@@ -146,6 +151,6 @@ def test_no_more_is_verified_than_is_wanted():
         asked.append(len(guesses))
         return [*guesses, 7]
 
-    made = list(speculate([1], 5, lambda tokens, count: [3] * count, verify, 4, 8, frozenset()))
+    made = list(speculate(asking(8), 5, lambda tokens, count: [3] * count, verify, 4))
     assert made == [(5, False), *[(3, True)] * 4, (7, False), (3, True), (7, False)]
     assert asked == [4, 1]

@@ -13,7 +13,7 @@ import tiny_model
 import tiny_tokenizer as tiny
 
 from minicpm_data import check_vocab, load_tokenizer, tokenizer_from_gguf
-from minicpm_data.generation.api import prompt_ids
+from minicpm_data.generation.request import prompt_ids
 from minicpm_data.tokenizer.fast_tokenizer import FastTokenizer, panics_unprinted
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from weights_io.checkpoint import open_checkpoint

@@ -11,6 +11,8 @@ from minicpm_data.datasets.formats import Reader
 from minicpm_data.datasets.options import DataOptions
 from minicpm_data.datasets.turns import messages_of
 from minicpm_data.generation.api import Backend
+from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
+from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.keys import KeyRules, few
 from minicpm_data.model_options import ModelOptions, load_model
 from weights_io import command_line
@@ -40,22 +42,24 @@ class EvaluateOptions(DataOptions, ModelOptions):
 
 
 def replies(
-    backend: Backend,
-    model: Any,
+    backend: Backend[ModelT],
+    model: ModelT,
     tokenizer: "Tokenizer",
     prompts: Sequence[Sequence[int]],
     batch_size: int,
     max_tokens: int,
-    **options: Any,
+    stop: Sequence[str] = (),
+    cache: CacheOptions = PLAIN_CACHE,
 ) -> Iterator[str]:
-    """The text with which the model continues each prompt (token ids), ``batch_size`` together, under a progress bar;
-    ``options`` as in `Generator.batch_generate`."""
+    """The text with which the model continues each prompt (token ids), up to a text of ``stop``; greedy, ``batch_size``
+    together, under a progress bar."""
     from tqdm import tqdm
 
     with tqdm(total=len(prompts), desc="asking", disable=None, delay=1) as bar:  # None: only on a terminal
         for start in range(0, len(prompts), batch_size):
             group = prompts[start : start + batch_size]
-            for answer in backend.generator.batch_generate(model, tokenizer, group, max_tokens, **options):
+            request = GenerationRequest.of(model, tokenizer, group, max_tokens, cache=cache)
+            for answer in backend.generator.batch(model, tokenizer, request, stop):
                 yield "".join(response.text for response in answer)
             bar.update(len(group))
 
@@ -70,8 +74,8 @@ class Answered:
 
 
 def ask_questions(
-    backend: Backend,
-    model: Any,
+    backend: Backend[ModelT],
+    model: ModelT,
     tokenizer: "Tokenizer",
     limit: int | None = None,
     batch_size: int = 50,
@@ -140,7 +144,9 @@ def require_positive(options: Any, *names: str) -> None:
             raise InputError(f"{flag(name)} is {value}; it must be at least 1.")
 
 
-def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[EvaluateOptions] = EvaluateOptions) -> None:
+def run_evaluate(
+    backend: Callable[[], Backend[ModelT]], prog: str, options: type[EvaluateOptions] = EvaluateOptions
+) -> None:
     """``python -m PACKAGE.evaluate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: EvaluateOptions) -> None:

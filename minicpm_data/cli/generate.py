@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,8 +21,9 @@ from minicpm_data.generation.options import (
     CacheOptions,
     Sampling,
 )
+from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.generation.responses import stop_strings
-from minicpm_data.generation.speculation import Speculation
+from minicpm_data.generation.speculation import Source, Speculation
 from minicpm_data.model_options import ModelOptions, load_model, note_context
 from weights_io import command_line
 from weights_io.errors import InputError, flag, not_utf8
@@ -57,12 +58,8 @@ class SamplingOptions:
         """The texts of --stop, checked, and ``more``."""
         return stop_strings([*chain(*self.stop), *more])
 
-    def sampling(self) -> dict[str, Any]:
-        """Under the names of `Sampling`, checked."""
-        named = {"temperature" if f.name == "temp" else f.name: getattr(self, f.name) for f in fields(SamplingOptions)}
-        options = {f.name: named[f.name] for f in fields(Sampling)}
-        Sampling(**options)
-        return options
+    def sampling(self) -> Sampling:
+        return Sampling(self.temp, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
 
 @dataclass(frozen=True)
@@ -99,17 +96,12 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     """Print at the end which share of the MLP's neurons the activation left at 0 over prompt and answer, before up is
     multiplied in (models with relu or fatrelu, such as MiniCPM-S-1B)."""
 
-    def memory(self) -> dict[str, Any]:
-        """Under the names of `CacheOptions`, checked."""
-        options = {f.name: getattr(self, f.name) for f in fields(CacheOptions)}
-        CacheOptions(**options)
-        return options
+    def cache_options(self) -> CacheOptions:
+        return CacheOptions(self.kv_bits, self.max_kv_size, self.prefill_step_size, self.kv_group_size)
 
-    def speculation(self, draft_model: Any = None) -> dict[str, Any]:
-        """Under the names of `Speculation`, checked; ``draft_model``: what the one of that flag was loaded as."""
-        options = {f.name: getattr(self, f.name) for f in fields(Speculation)}
-        Speculation(**options)
-        return options | {"draft_model": draft_model}
+    def speculation(self, draft_model: Source | None) -> Speculation[Source]:
+        """``draft_model``: that of the flag, or what it was loaded as."""
+        return Speculation(draft_model, self.prompt_lookup, self.num_draft_tokens)
 
     def template_variables(self) -> dict[str, Any]:
         """What --chat-template-config holds. InputError also for flags of the template that is to be ignored."""
@@ -141,14 +133,17 @@ class ChatOptions(SamplingOptions, ModelOptions):
     """Most tokens of an answer."""
 
 
-def run_generate(backend: Callable[[], Backend], prog: str, options: type[GenerateOptions] = GenerateOptions) -> None:
+def run_generate(
+    backend: Callable[[], Backend[ModelT]], prog: str, options: type[GenerateOptions] = GenerateOptions
+) -> None:
     """``python -m PACKAGE.generate``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: GenerateOptions) -> None:
         """Answer a prompt with a MiniCPM (or Llama) model."""
         options.check_placement()
         sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
-        variables, memory, speculation = options.template_variables(), options.memory(), options.speculation()
+        variables, cache_options = options.template_variables(), options.cache_options()
+        options.speculation(options.draft_model)  # out of range or not, before anything is read
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something.")
@@ -166,12 +161,13 @@ def run_generate(backend: Callable[[], Backend], prog: str, options: type[Genera
             begun = options.prefill_response is not None
             ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
             stops = options.stops(*tokenizer.turn_markers)
+        draft = None
         if options.draft_model is not None:
             source = replace(options, model=options.draft_model, revision=None, adapter_path=None)
-            speculation = options.speculation(load_model(running, source, decoding=True)[0])
+            draft, _ = load_model(running, source, decoding=True)
         meter = Meter(running.device)
-        kept = sampling | memory | speculation
-        answer = running.generator.stream_generate(model, tokenizer, ids, max_tokens, stop=stops, **kept)
+        request = GenerationRequest.of(model, tokenizer, [ids], max_tokens, sampling, cache_options)
+        answer = running.generator.stream(model, tokenizer, request, stops, options.speculation(draft))
         for response in meter.watch(answer):
             print(response.text, end="", flush=True)
         print()
@@ -186,7 +182,7 @@ def run_generate(backend: Callable[[], Backend], prog: str, options: type[Genera
     command_line.run(main, options, prog)
 
 
-def run_chat(backend: Callable[[], Backend], prog: str, options: type[ChatOptions] = ChatOptions) -> None:
+def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[ChatOptions] = ChatOptions) -> None:
     """``python -m PACKAGE.chat``; ``backend`` as in `run_generate`."""
 
     def main(options: ChatOptions) -> None:
@@ -205,8 +201,8 @@ def run_chat(backend: Callable[[], Backend], prog: str, options: type[ChatOption
                 elif query.strip():
                     asked = [*conversation.messages, {"role": "user", "content": query}]
                     prompt = tokenizer.apply_chat(asked)
-                    stream = running.generator.stream_generate
-                    if reply := printed(stream(model, tokenizer, prompt, max_tokens, stop=stops, **sampling)):
+                    request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling)
+                    if reply := printed(running.generator.stream(model, tokenizer, request, stops)):
                         # A question without an answer is forgotten.
                         conversation.messages = [*asked, {"role": "assistant", "content": reply}]
                         note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")

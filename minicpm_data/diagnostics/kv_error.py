@@ -7,12 +7,13 @@ Dims: T tokens of a piece, V vocabulary.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from minicpm_data.generation.api import Backend
 from minicpm_data.generation.options import CacheOptions
+from minicpm_data.generation.request import ModelT
 from minicpm_data.model_options import ModelOptions, load_model
 from weights_io import command_line
 from weights_io.errors import InputError, not_utf8
@@ -45,7 +46,7 @@ class Options(ModelOptions):
 
 
 # model, ids and what the cache is to be -> logits [T, V] of one piece after the other
-Logits = Callable[[Any, list[int], CacheOptions], Iterator[np.ndarray]]
+Logits = Callable[[ModelT, list[int], CacheOptions], Iterator[np.ndarray]]
 
 
 @dataclass
@@ -60,7 +61,9 @@ class Difference:
     same: int  # positions whose likeliest token is the same
 
 
-def run(backend: Callable[[], Backend], logits: Logits, prog: str, options: type[Options] = Options) -> None:
+def run(
+    backend: Callable[[], Backend[ModelT]], logits: Logits[ModelT], prog: str, options: type[Options] = Options
+) -> None:
     """``python -m PACKAGE.kv_error``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: Options) -> None:

@@ -1,23 +1,23 @@
-"""What the two backends' generators share: the options, the prompt's ids, the ids that end an answer, the public calls.
+"""What the two backends' generators share: the public calls, and what a backend hands over for them.
 
-A backend hands over two functions, ``stream_tokens`` and ``stream_speculated``; `Generator` makes its
-``stream_generate``, ``generate``, ``batch_generate`` and ``chat`` of them, so that both have the same names, signatures
-and behaviour.
+`Generator` makes ``stream_generate``, ``generate``, ``batch_generate`` and ``chat`` of a backend's `Decoding`, so that
+both have the same names, signatures and behaviour.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     CHAT_TEMPERATURE,
     CHAT_TOKENS,
     CHAT_TOP_P,
-    MOST,
+    PLAIN_CACHE,
     CacheOptions,
     Sampling,
 )
+from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt
 from minicpm_data.generation.responses import Response, stop_strings, stream_text
 from minicpm_data.generation.speculation import Speculation
 from weights_io.errors import InputError
@@ -25,27 +25,46 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from minicpm_data.generation.engine import Engine
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
 Message = dict[str, str]
 
 
-class Generator:
-    """The public generation functions of a backend, given its ``stream_tokens(model, prompts, max_tokens, sampling,
-    end_ids, memory)``: token ids [B], step after step; and its ``stream_speculated(model, prompt, max_tokens, sampling,
-    end_ids, memory, speculation)``: a token id, and whether it was guessed."""
+class Decoding(Protocol[ModelT]):
+    """How a backend answers a request: the functions of its ``generation/``."""
 
-    def __init__(
+    def check(self, model: ModelT, request: GenerationRequest) -> None:
+        """`InputError` for a kind of cache that is not there, or one that there is known to be no room for."""
+
+    def stream_tokens(self, model: ModelT, request: GenerationRequest) -> "Iterator[np.ndarray]":
+        """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens``
+        steps. A row that has ended goes on with tokens of no meaning. ``request``: one that `check` has passed."""
+
+    def stream_speculated(
+        self, model: ModelT, request: GenerationRequest, speculation: Speculation[ModelT]
+    ) -> Iterator[tuple[int, bool]]:
+        """Token ids, and whether each was guessed: the tokens of `stream_tokens` for one prompt."""
+
+    def engine(
         self,
-        stream_tokens: "Callable[..., Iterator[np.ndarray]]",
-        stream_speculated: Callable[..., Iterator[tuple[int, bool]]],
-    ):
-        self._stream_tokens, self._stream_speculated = stream_tokens, stream_speculated
+        model: ModelT,
+        slots: int = 8,
+        context: int | None = None,
+        cache_options: CacheOptions = PLAIN_CACHE,
+    ) -> "Engine[ModelT]":
+        """Many requests at once; as `minicpm_data.generation.engine.Engine`."""
+
+
+class Generator(Generic[ModelT]):
+    """The public generation functions of a backend."""
+
+    def __init__(self, decoding: Decoding[ModelT]):
+        self.decoding = decoding
 
     def stream_generate(
         self,
-        model: Any,
+        model: ModelT,
         tokenizer: "Tokenizer | None",
         prompt: Prompt,
         max_tokens: int = ANSWER_TOKENS,
@@ -56,37 +75,51 @@ class Generator:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
-        draft_model: Any = None,
+        draft_model: ModelT | None = None,
         num_draft_tokens: int = 3,
         prompt_lookup: bool = False,
-        **memory: Any,
+        **cache_options: Any,
     ) -> Iterator[Response]:
         """Yield a `Response` (``text``, ``token``, ``finish_reason``, ``from_draft``) for each new token.
 
         ``prompt``: a text (BOS is added once, no template) or token ids. The sampling options are those of `Sampling`.
         An answer ends at an EOS id of config, generation config or tokenizer, at a string of ``stop`` (not part of the
         text), or after ``max_tokens``. ``draft_model``, ``num_draft_tokens``, ``prompt_lookup``: of `Speculation`; the
-        same tokens, sooner. ``memory``: what is kept of the tokens so far, under the names of `CacheOptions`. Raises
-        `InputError` for what is out of range.
+        same tokens, sooner. ``cache_options``: what is kept of the tokens so far, under the names of `CacheOptions`.
+        Raises `InputError` for what is out of range.
         """
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        ends, kept = end_ids(model, tokenizer), CacheOptions(**memory)
-        speculation = Speculation(draft_model, prompt_lookup, num_draft_tokens)
-        ids = self._prompts(model, tokenizer, [prompt], max_tokens)
-        if not speculation.active:
-            steps = self._stream_tokens(model, ids, max_tokens, sampling, ends, kept)
-            return stream_text((int(tokens[0]) for tokens in steps), tokenizer, ends, stop, max_tokens)
-        speculation.check(model, kept)
-        found = self._stream_speculated(model, ids[0], max_tokens, sampling, ends, kept, speculation)
-        return _marked(found, lambda tokens: stream_text(tokens, tokenizer, ends, stop, max_tokens))
+        kept, speculation = CacheOptions(**cache_options), Speculation(draft_model, prompt_lookup, num_draft_tokens)
+        request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, kept)
+        return self.stream(model, tokenizer, request, stop, speculation)
 
-    def generate(self, model: Any, tokenizer: "Tokenizer | None", prompt: Prompt, **options: Any) -> str:
+    def stream(
+        self,
+        model: ModelT,
+        tokenizer: "Tokenizer | None",
+        request: GenerationRequest,
+        stop: str | Sequence[str] = (),
+        speculation: Speculation[ModelT] | None = None,
+    ) -> Iterator[Response]:
+        """`stream_generate` of a request that is made already, of one prompt."""
+
+        def texts(tokens: Iterator[int]) -> Iterator[Response]:
+            return stream_text(tokens, tokenizer, request.end_ids, stop, request.max_tokens)
+
+        if speculation is None or not speculation.active:
+            self.decoding.check(model, request)
+            return texts(int(token) for (token,) in self.decoding.stream_tokens(model, request))
+        speculation.check(model, request)
+        self.decoding.check(model, request)
+        return _marked(self.decoding.stream_speculated(model, request, speculation), texts)
+
+    def generate(self, model: ModelT, tokenizer: "Tokenizer | None", prompt: Prompt, **options: Any) -> str:
         """The whole answer; ``options`` as in `stream_generate`."""
         return "".join(r.text for r in self.stream_generate(model, tokenizer, prompt, **options))
 
     def batch_generate(
         self,
-        model: Any,
+        model: ModelT,
         tokenizer: "Tokenizer | None",
         prompts: Sequence[Prompt],
         max_tokens: int = ANSWER_TOKENS,
@@ -97,16 +130,25 @@ class Generator:
         (sampled rows draw from streams of their own). ``options`` as in `stream_generate`, but for guessing."""
         if not prompts:
             return []
-        ends = end_ids(model, tokenizer)
-        memory = CacheOptions(**{f.name: options.pop(f.name) for f in fields(CacheOptions) if f.name in options})
-        sampling, ids = Sampling(**options), self._prompts(model, tokenizer, prompts, max_tokens)
-        steps = list(self._stream_tokens(model, ids, max_tokens, sampling, ends, memory))
-        rows = zip(*steps, strict=True)
-        return [list(stream_text(map(int, row), tokenizer, ends, stop, max_tokens)) for row in rows]
+        kept = CacheOptions(**{f.name: options.pop(f.name) for f in fields(CacheOptions) if f.name in options})
+        request = GenerationRequest.of(model, tokenizer, prompts, max_tokens, Sampling(**options), kept)
+        return self.batch(model, tokenizer, request, stop)
+
+    def batch(
+        self,
+        model: ModelT,
+        tokenizer: "Tokenizer | None",
+        request: GenerationRequest,
+        stop: str | Sequence[str] = (),
+    ) -> list[list[Response]]:
+        """`batch_generate` of a request that is made already."""
+        self.decoding.check(model, request)
+        rows = zip(*self.decoding.stream_tokens(model, request), strict=True)
+        return [list(stream_text(map(int, row), tokenizer, request.end_ids, stop, request.max_tokens)) for row in rows]
 
     def chat(
         self,
-        model: Any,
+        model: ModelT,
         tokenizer: "Tokenizer",
         query: str,
         history: Sequence[Message] | None = None,
@@ -129,14 +171,6 @@ class Generator:
         reply = self.generate(model, tokenizer, prompt, **options).strip()
         return reply, [*messages, {"role": "assistant", "content": reply}]
 
-    def _prompts(
-        self, model: Any, tokenizer: "Tokenizer | None", prompts: Sequence[Prompt], max_tokens: int
-    ) -> list[list[int]]:
-        """Their ids; what cannot work is refused before the first token."""
-        if not 1 <= max_tokens <= MOST:
-            raise InputError(f"max_tokens is {max_tokens}; it must be from 1 to {MOST}.")
-        return [prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
-
 
 def _marked(
     found: Iterator[tuple[int, bool]], texts: Callable[[Iterator[int]], Iterator[Response]]
@@ -153,56 +187,28 @@ def _marked(
     return (replace(response, from_draft=from_draft) for response in texts(tokens()))
 
 
-class Device(Protocol):
+Model_contra = TypeVar("Model_contra", contravariant=True)
+
+
+class Device(Protocol[Model_contra]):
     """What a backend's ``device.py`` says of where its programs run."""
 
     preferred_dtype: Callable[..., str]
 
     def description(self) -> str: ...
     def is_first(self) -> bool: ...
-    def note_mesh(self, model: Any, rows: int) -> None: ...
+    def note_mesh(self, model: Model_contra, rows: int) -> None: ...
     def peak_memory(self) -> int: ...
     def compile_seconds(self) -> float: ...
 
 
 @dataclass(frozen=True)
-class Backend:
+class Backend(Generic[ModelT]):
     """What a backend hands over to the command lines."""
 
-    load: Callable[..., tuple[Any, "Tokenizer | None"]]
-    generator: Generator
-    device: Device
-    for_decoding: Callable[[Any], Any]
+    load: "Callable[..., tuple[ModelT, Tokenizer | None]]"
+    generator: Generator[ModelT]
+    device: Device[ModelT]
+    for_decoding: Callable[[ModelT], ModelT]
     """The model in the form that decodes fastest; the one that was given is used up."""
-    activation_sparsity: "Callable[[Any, Sequence[int]], np.ndarray]"
-
-
-class PromptIds(list[int]):
-    """What `prompt_ids` returns. Several answers to one prompt share it: it is neither checked nor copied again."""
-
-    def __init__(self, ids: Sequence[int], vocab_size: int):
-        super().__init__(ids)
-        self.vocab_size = vocab_size
-
-
-def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> PromptIds:
-    """The ids of a prompt: a text gets BOS once and no template; ids are taken as they are."""
-    if isinstance(prompt, PromptIds) and prompt.vocab_size == vocab_size:
-        return prompt
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise InputError("a text prompt needs a tokenizer, and this checkpoint has none; give a list of token ids.")
-        ids = tokenizer.encode(prompt)
-    else:
-        ids = [int(i) for i in prompt]
-    if not ids:
-        raise InputError("the prompt is empty; give at least one token.")
-    wrong = [i for i in ids if not 0 <= i < vocab_size]
-    if wrong:
-        raise InputError(f"token id {wrong[0]} of the prompt is outside the vocabulary of {vocab_size}.")
-    return PromptIds(ids, vocab_size)
-
-
-def end_ids(model: Any, tokenizer: "Tokenizer | None") -> frozenset[int]:
-    """The ids that end an answer: the union of config.json, generation_config.json and the tokenizer."""
-    return frozenset([*model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())])
+    activation_sparsity: "Callable[[ModelT, Sequence[int]], np.ndarray]"

@@ -15,10 +15,10 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic
 
-from minicpm_data.generation.api import prompt_ids
-from minicpm_data.generation.options import CacheOptions, Sampling
+from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
+from minicpm_data.generation.request import GenerationRequest, ModelT, PromptIds
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.memory import no_room
@@ -41,26 +41,28 @@ class TooMuch(InputError):
 
 
 @dataclass(eq=False)
-class Request:
-    """``made``: tokens so far. ``number``: by which its owner knows it. ``group``: what it belongs to, its own number
-    where that is nothing. ``turn``: of those whose groups have as many slots the lowest one comes first."""
+class RequestState:
+    """How far a request of one prompt has come. ``made``: tokens so far. ``number``: by which its owner knows it.
+    ``group``: what it belongs to, its own number where that is nothing. ``turn``: of those whose groups have as many
+    slots the lowest one comes first."""
 
     number: int
-    prompt: list[int]
-    max_tokens: int
-    sampling: Sampling
-    end_ids: frozenset[int]
+    request: GenerationRequest
     group: int
     turn: int
     made: list[int] = field(default_factory=list)
 
     @property
+    def prompt(self) -> PromptIds:
+        return self.request.prompt
+
+    @property
     def left(self) -> int:
-        return self.max_tokens - len(self.made)
+        return self.request.max_tokens - len(self.made)
 
     @property
     def over(self) -> bool:
-        return self.left == 0 or bool(self.made and self.made[-1] in self.end_ids)
+        return self.left == 0 or bool(self.made and self.made[-1] in self.request.end_ids)
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,28 @@ class Made:
     last: bool
 
 
-class Engine(ABC):
+class Engine(ABC, Generic[ModelT]):
     """Not for several threads: `minicpm_serve.engine` is."""
 
-    def __init__(self, model: Any, slots: int = 8, context: int | None = None, memory: CacheOptions | None = None):
+    def __init__(
+        self,
+        model: ModelT,
+        slots: int = 8,
+        context: int | None = None,
+        cache_options: CacheOptions = PLAIN_CACHE,
+    ):
         """``slots``: requests decoded at once. ``context``: most tokens of a prompt and its answer; None: as many as
-        the model was made for. ``memory``: of each request's cache; whole, or in 8 bits in JAX."""
-        memory = CacheOptions() if memory is None else memory
+        the model was made for. ``cache_options``: of every request's cache; whole, or in 8 bits in JAX."""
         context = model.config.max_position_embeddings if context is None else context
         for name, value, least in (("slots", slots, 1), ("context", context, 2)):  # a prompt and an answer
             if value != int(value) or value < least:
                 raise InputError(f"{name} is {value}; it must be a whole number, at least {least}.")
-        if memory.max_kv_size is not None:
+        if cache_options.max_kv_size is not None:
             raise InputError("an engine keeps every token; leave out max_kv_size.")
-        self.model, self.slots, self.context, self.memory = model, slots, context, memory
-        self.waiting: deque[Request] = deque()
-        self.coming: tuple[Request, Iterator[None]] | None = None  # whose prompt is run
-        self.running: dict[int, Request] = {}
+        self.model, self.slots, self.context, self.cache_options = model, slots, context, cache_options
+        self.waiting: deque[RequestState] = deque()
+        self.coming: tuple[RequestState, Iterator[None]] | None = None  # whose prompt is run
+        self.running: dict[int, RequestState] = {}
         self._numbers = itertools.count()
         self._steps = 1
 
@@ -106,36 +113,29 @@ class Engine(ABC):
             remedy += "" if fits is None else f" (to {fits:,} tokens)"
         raise TooMuch(no_room(what, needed(self.context), free, remedy), fits)
 
-    def add(
-        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, end_ids: frozenset[int] = frozenset()
-    ) -> int:
-        """The number of the request. `InputError` as in `request`."""
-        request = self.request(prompt, max_tokens, sampling, end_ids)
-        self.waiting.append(request)
-        return request.number
+    def add(self, request: GenerationRequest) -> int:
+        """The number of the request. `InputError` as in `admitted`."""
+        state = self.admitted(request)
+        self.waiting.append(state)
+        return state.number
 
     def group(self) -> int:
-        """The number of a new one. Any thread may call this, and `request`, at any time."""
+        """The number of a new one. Any thread may call this, and `admitted`, at any time."""
         return next(self._numbers)
 
-    def request(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        sampling: Sampling,
-        end_ids: frozenset[int],
-        group: int | None = None,
-    ) -> Request:
-        """One that may be put into ``waiting``. `InputError` for what has no room, or is outside the vocabulary."""
-        ids = prompt_ids(None, prompt, self.model.config.vocab_size)
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}; it must be at least 1.")
-        if len(ids) + max_tokens > self.context:
-            asked = f"a prompt of {len(ids)} tokens and {max_tokens} more"
-            raise NoRoom(f"{asked} are above the {self.context} that there is room for.")
+    def admitted(self, request: GenerationRequest, group: int | None = None) -> RequestState:
+        """What may be put into ``waiting``. `InputError` for a request that has no room, or asks for another cache."""
+        if request.cache != self.cache_options:
+            raise InputError("an engine keeps one kind of cache; make the request with its cache_options.")
+        self.check_context(len(request.prompt), request.max_tokens)
         number = next(self._numbers)
-        belongs = number if group is None else group
-        return Request(number, ids, int(max_tokens), sampling, end_ids, belongs, number)
+        return RequestState(number, request, number if group is None else group, number)
+
+    def check_context(self, length: int, max_tokens: int) -> None:
+        """`NoRoom` for so many tokens of a prompt and of its answer."""
+        if length + max_tokens > self.context:
+            asked = f"a prompt of {length} tokens and {max_tokens} more"
+            raise NoRoom(f"{asked} are above the {self.context} that there is room for.")
 
     def cancel(self, number: int) -> None:
         """No more tokens of a request; nothing if it is over."""
@@ -176,7 +176,7 @@ class Engine(ABC):
                 self._steps = 2 * steps if fast else max(1, steps // 2)
         return made
 
-    def _next(self) -> Request | None:
+    def _next(self) -> RequestState | None:
         """Of those that wait the one that comes next, if a slot is free for it."""
         if len(self.running) >= self.slots or not self.waiting:
             return None
@@ -184,14 +184,14 @@ class Engine(ABC):
         first = min(self.waiting, key=lambda request: (taken[request.group], request.turn))
         return first if taken[first.group] < max(1, self.slots - 1) else None
 
-    def _made(self, request: Request, token: int) -> Made:
-        request.made.append(token)
-        if request.over:
-            self._free(self.running.pop(request.number))
-        return Made(request.number, token, request.over)
+    def _made(self, state: RequestState, token: int) -> Made:
+        state.made.append(token)
+        if state.over:
+            self._free(self.running.pop(state.number))
+        return Made(state.number, token, state.over)
 
     @abstractmethod
-    def _run(self, request: Request) -> Iterator[None]:
+    def _run(self, state: RequestState) -> Iterator[None]:
         """Run the prompt of a request, yielding after each piece but the last, and give it a slot."""
 
     @abstractmethod
@@ -199,11 +199,11 @@ class Engine(ABC):
         """Decode up to so many steps; numbers and tokens in their order. At least one comes, or one is on its way."""
 
     @abstractmethod
-    def _free(self, request: Request) -> None:
+    def _free(self, state: RequestState) -> None:
         """Give up the slot of a request."""
 
 
-def shared(config: ModelConfig, prompt: Sequence[int], old: Request) -> int:
+def shared(config: ModelConfig, prompt: Sequence[int], old: RequestState) -> int:
     """Tokens at the beginning of a prompt whose keys and values an older request has; 0 where a copy does not pay.
     Less than the whole prompt: its last token has to be run. Under dynamic NTK keys are turned by the length of their
     prompt once that is beyond the model's."""
@@ -211,7 +211,7 @@ def shared(config: ModelConfig, prompt: Sequence[int], old: Request) -> int:
     if scaling is not None and scaling.type == "dynamic":
         if max(len(prompt), len(old.prompt)) > config.max_position_embeddings:
             return 0
-    text = old.prompt + old.made[:-1]  # the last token went into no model
+    text = (*old.prompt, *old.made[:-1])  # the last token went into no model
     most = min(len(prompt) - 1, len(text))
     same = next((i for i in range(most) if prompt[i] != text[i]), most)
     return same if same >= LEAST_SHARED else 0

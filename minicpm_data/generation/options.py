@@ -84,6 +84,9 @@ class CacheOptions:
             raise InputError("kv_bits and max_kv_size do not go together; leave one of them out.")
 
 
+GREEDY, PLAIN_CACHE = Sampling(), CacheOptions()  # where nobody says otherwise
+
+
 def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> "np.ndarray":
     """[B, V] bool: the tokens of each prompt, for the repetition penalty."""
     import numpy as np

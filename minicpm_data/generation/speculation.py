@@ -7,13 +7,16 @@ guess is only ever compared with it. Guesses come from a smaller model (arXiv 22
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
+from minicpm_data.generation.request import GenerationRequest, ModelT
 from weights_io.errors import InputError
 
 GRAMS = (4, 3, 2)  # tokens that must have been seen together for the text after them to be a guess; longest first
 PAUSE = 15  # most tokens without a guess
 MOST = 64  # guesses at once: beyond, arithmetic and not the reading of weights would decide
+
+Source = TypeVar("Source")  # a model, or what it is loaded from: the name that a command is given
 
 # All tokens so far, and how many are wanted -> at most so many that may follow.
 Guess = Callable[[Sequence[int], int], Sequence[int]]
@@ -22,11 +25,11 @@ Verify = Callable[[Sequence[int]], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Speculation:
+class Speculation(Generic[Source]):
     """Where guesses come from: ``draft_model`` (of the same backend and vocabulary, which is not checked further: a
     wrong one costs time, never a token) or the text so far (``prompt_lookup``), ``num_draft_tokens`` at a time."""
 
-    draft_model: Any = None
+    draft_model: Source | None = None
     prompt_lookup: bool = False
     num_draft_tokens: int = 3
 
@@ -41,9 +44,9 @@ class Speculation:
     def active(self) -> bool:
         return self.draft_model is not None or self.prompt_lookup
 
-    def check(self, model: Any, memory: Any) -> None:
+    def check(self: "Speculation[ModelT]", model: ModelT, request: GenerationRequest) -> None:
         """`InputError` for a draft of another vocabulary, or a cache that cannot be taken back."""
-        if memory.max_kv_size is not None:
+        if request.cache.max_kv_size is not None:
             raise InputError("a cache of max_kv_size cannot take back a wrong guess; leave one of them out.")
         if self.draft_model is not None:
             draft, own = self.draft_model.config.vocab_size, model.config.vocab_size
@@ -94,16 +97,11 @@ class Draft:
 
 
 def speculate(
-    prompt: Sequence[int],
-    first: int,
-    guess: Guess,
-    verify: Verify,
-    count: int,
-    max_tokens: int,
-    end_ids: frozenset[int],
+    request: GenerationRequest, first: int, guess: Guess, verify: Verify, count: int
 ) -> Iterator[tuple[int, bool]]:
     """The tokens of an answer that begins with ``first``, and whether each was guessed; ``count`` guesses at a time.
     While none is right, guessing pauses for 1, 3, 7 and at last `PAUSE` tokens: it costs most where it is of no use."""
+    prompt, max_tokens, end_ids = request.prompt, request.max_tokens, request.end_ids
     tokens = [*prompt, first]
     yield first, False
     pause = idle = 0

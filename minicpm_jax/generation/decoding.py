@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.options import CacheOptions, seen_tokens
+from minicpm_data.generation.request import GenerationRequest
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation.sampling import Knobs, sample
 from minicpm_jax.layers.kv_cache import STORED, Cache, placement
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.processes import fetched, from_first
-from weights_io import memory as memory_of
+from weights_io import memory
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
@@ -67,9 +68,10 @@ def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
 
 
-def cache_bytes(model: Model, batch: int, slots: int, bits: int | None) -> int:
-    """Of a cache of so many slots, on each device."""
-    return _cache_bytes(model.config, batch, slots, form_of_model(model).cache_dtype(model), bits, model.mesh)
+def cache_bytes(model: Model, batch: int, length: int, cache_options: CacheOptions) -> int:
+    """Of the cache of so many rows and positions, on each device."""
+    dtype = form_of_model(model).cache_dtype(model)
+    return _cache_bytes(model.config, batch, length, dtype, cache_options.kv_bits, model.mesh)
 
 
 @functools.lru_cache  # tracing takes 2 ms, as long as a head of MiniCPM-1B
@@ -84,9 +86,10 @@ def _cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: 
     return sum(jax.tree.leaves(jax.tree.map(bytes_of, cache, specs)))
 
 
-def check_cache(model: Model, batch: int, slots: int, bits: int | None) -> None:
-    """`InputError` where there is no room for a cache of so many slots."""
-    memory_of.check_cache(batch, slots, cache_bytes(model, batch, slots, bits), device.free_memory(model.mesh))
+def check_cache(model: Model, batch: int, length: int, cache_options: CacheOptions) -> None:
+    """`InputError` where there is no room for a cache of so many rows and positions."""
+    needed = cache_bytes(model, batch, length, cache_options)
+    memory.check_cache(batch, length, needed, device.free_memory(model.mesh))
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "last"))
@@ -170,47 +173,33 @@ def longer(cache: Cache, slots: int) -> Cache:
     return dataclasses.replace(cache, **{name: padded(getattr(cache, name), axis) for name, axis in STORED.items()})
 
 
-def check(memory: CacheOptions) -> None:
-    """`InputError` for a kind of cache that is not here."""
-    if memory.max_kv_size is not None:
+def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
+    """`InputError` for a kind of cache that is not here, whatever model and batch."""
+    if cache_options.max_kv_size is not None:
         raise InputError("the cache of JAX keeps every token; leave max_kv_size out.")
-    if memory.kv_bits == 4:
+    if cache_options.kv_bits == 4:
         raise InputError("kv_bits is 4; the cache of JAX keeps keys and values whole or in 8 bits.")
 
 
-def stream_tokens(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    memory: CacheOptions,
-) -> Iterator[np.ndarray]:
-    """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens`` steps.
-    A row that has ended goes on with tokens of no meaning. Raises `InputError` for a kind of cache that is not here."""
-    check(memory)
-    return _tokens(model, prompts, max_tokens, sampling, end_ids, memory)
+def check(model: Model, request: GenerationRequest) -> None:
+    """`minicpm_data.generation.api.Decoding.check`; room is looked for when the prompts are run."""
+    check_kind(model, len(request.prompts), request.cache)
 
 
-def _tokens(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    memory: CacheOptions,
-) -> Iterator[np.ndarray]:
-    longest, slots = max(map(len, prompts)), slots_for(prompts, max_tokens, memory)
-    knobs = Knobs.of(sampling, model.config.vocab_size)
-    state = started(model, prompts, slots, sampling, knobs, end_ids, memory)
+def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarray]:
+    """`minicpm_data.generation.api.Decoding.stream_tokens`."""
+    batch, longest, max_tokens = len(request.prompts), request.longest, request.max_tokens
+    knobs = Knobs.of(request.sampling, model.config.vocab_size)
+    state = started(model, request)
     yield fetched(state.token)
+    slots = state.cache.slots
     made, steps = 1, 1
     while made < max_tokens:
         if fetched(state.done).all():
             return
         if longest + made > slots:
             slots = bucket(slots + ROOM)
-            check_cache(model, len(prompts), slots, memory.kv_bits)
+            check_cache(model, batch, slots, request.cache)
             state = grown(state, slots)
         began = time.perf_counter()
         room = min(steps, max_tokens - made, slots - longest - made + 1)
@@ -223,32 +212,25 @@ def _tokens(
         steps = min(STEPS, 2 * steps) if quick else steps
 
 
-def started(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    slots: int,
-    sampling: Sampling,
-    knobs: Knobs,
-    end_ids: frozenset[int],
-    memory: CacheOptions,
-) -> State:
-    """Each prompt run through a cache of so many slots, and its row's first token chosen."""
-    cache, last = run(model, prompts, slots, memory)
-    ends = np.array(sorted(end_ids) or [-1], np.int32)
-    seen = seen_tokens(prompts, model.config.vocab_size) if sampling.penalised else None
-    return begin(model, cache, last, seen, from_first(sampling.row_keys(len(prompts))), ends, knobs)
+def started(model: Model, request: GenerationRequest) -> State:
+    """Each prompt run, and its row's first token chosen."""
+    cache, last = filled(model, request)
+    sampling, vocab_size = request.sampling, model.config.vocab_size
+    ends = np.array(sorted(request.end_ids) or [-1], np.int32)
+    seen = seen_tokens(request.prompts, vocab_size) if sampling.penalised else None
+    keys = from_first(sampling.row_keys(len(request.prompts)))
+    return begin(model, cache, last, seen, keys, ends, Knobs.of(sampling, vocab_size))
 
 
-def run(
-    model: Model, prompts: Sequence[Sequence[int]], slots: int, memory: CacheOptions
-) -> tuple[Cache, Float[Array, "B 1 D"]]:
-    """A cache of so many slots that holds the prompts, and the last hidden state of each."""
-    check_cache(model, len(prompts), slots, memory.kv_bits)
+def filled(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:
+    """A cache that holds the prompts and has room for an answer, and the last hidden state of each."""
+    prompts, longest, slots = request.prompts, request.longest, slots_for(request)
+    check_cache(model, len(prompts), slots, request.cache)
     use_compilation_cache()
     lengths = np.array([len(p) for p in prompts], np.int32)
-    width = piece_of(max(map(len, prompts)), memory)
-    cache, last = empty(model, len(prompts), slots, memory.kv_bits)
-    for start in range(0, max(map(len, prompts)), width):
+    width = piece_of(longest, request.cache)
+    cache, last = empty(model, len(prompts), slots, request.cache.kv_bits)
+    for start in range(0, longest, width):
         ids = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
             part = prompt[start : start + width]
@@ -257,16 +239,15 @@ def run(
     return cache, last
 
 
-def slots_for(prompts: Sequence[Sequence[int]], room: int, memory: CacheOptions) -> int:
-    """Cache slots for the prompts, padding included, and ``room`` tokens, but at first `ROOM` at most."""
-    longest = max(map(len, prompts))
-    width = piece_of(longest, memory)
-    return max(-(-longest // width) * width, bucket(longest + min(room, ROOM)))
+def slots_for(request: GenerationRequest) -> int:
+    """Cache slots for the prompts, padding included, and for the answer, but of that at first `ROOM` at most."""
+    width = piece_of(request.longest, request.cache)
+    return max(-(-request.longest // width) * width, bucket(request.longest + min(request.max_tokens, ROOM)))
 
 
-def piece_of(longest: int, memory: CacheOptions) -> int:
+def piece_of(longest: int, cache_options: CacheOptions) -> int:
     """Tokens of a prompt that are run together."""
-    return min(bucket(longest), bucket(memory.prefill_step_size))
+    return min(bucket(longest), bucket(cache_options.prefill_step_size))
 
 
 def bucket(length: int) -> int:

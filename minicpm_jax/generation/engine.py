@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from minicpm_data.generation import engine
-from minicpm_data.generation.engine import Request, shared
-from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.engine import RequestState, shared
+from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
 from minicpm_jax import device
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import STEPS, State, bucket
@@ -72,19 +72,25 @@ def emptied(state: State, slot: Int[Array, ""]) -> State:
     return dataclasses.replace(state, done=state.done.at[slot].set(True))
 
 
-class Engine(engine.Engine):
-    def __init__(self, model: Model, slots: int = 8, context: int | None = None, memory: CacheOptions | None = None):
-        super().__init__(model, slots, context, memory)
-        decoding.check(self.memory)
+class Engine(engine.Engine[Model]):
+    def __init__(
+        self,
+        model: Model,
+        slots: int = 8,
+        context: int | None = None,
+        cache_options: CacheOptions = PLAIN_CACHE,
+    ):
+        super().__init__(model, slots, context, cache_options)
+        decoding.check_kind(model, slots, cache_options)
         decoding.use_compilation_cache()
 
         def most(context: int) -> int:
             """Cache slots of a request whose last piece is padded."""
-            return bucket(context + decoding.piece_of(context, self.memory))
+            return bucket(context + decoding.piece_of(context, cache_options))
 
         def needed(context: int, times: int = 1) -> int:
             """With the row of the prompt that is run."""
-            full, row = (decoding.cache_bytes(model, n, most(context), self.memory.kv_bits) for n in (slots, 1))
+            full, row = (decoding.cache_bytes(model, n, most(context), cache_options) for n in (slots, 1))
             return times * full + row
 
         free = device.free_memory(model.mesh)
@@ -92,25 +98,25 @@ class Engine(engine.Engine):
         # A cache that grows is there twice for a moment.
         roomy = free is None or needed(self.context, 2) <= free
         begun = bucket(1) if roomy else most(self.context)
-        cache, _ = decoding.empty(model, slots, begun, self.memory.kv_bits)
+        cache, _ = decoding.empty(model, slots, begun, cache_options.kv_bits)
         keys = jax.random.split(jax.random.key(0), slots)
         nobody = np.full((slots, ENDS), -1, np.int32)
         seen = jnp.zeros((slots, model.config.vocab_size), bool)
         self.state = State(cache, jnp.zeros(slots, jnp.int32), seen, keys, jnp.ones(slots, bool), nobody)
-        self.rows: list[Request | None] = [None] * slots  # who is, or was last, in each slot
+        self.rows: list[RequestState | None] = [None] * slots  # who is, or was last, in each slot
         self.order = list(range(slots))  # slots, the one that was given up longest ago first
         self.first: list[tuple[int, int]] = []  # tokens that came with the prompt
 
-    def _run(self, request: Request) -> Iterator[None]:
-        prompt, memory = request.prompt, self.memory
+    def _run(self, state: RequestState) -> Iterator[None]:
+        request, prompt = state.request, state.prompt
         source, start = self._source(prompt)
-        width = decoding.piece_of(len(prompt) - start, memory)
+        width = decoding.piece_of(len(prompt) - start, request.cache)
         ends = range(start + width, len(prompt) + width, width)  # of the pieces, the last one padded
         slots = bucket(max(len(prompt) + 1, ends[-1]))
         if start:
             cache, last = row_of(self.state.cache, np.int32(source), np.int32(start), slots), self._nothing()
         else:
-            cache, last = decoding.empty(self.model, 1, slots, memory.kv_bits)
+            cache, last = decoding.empty(self.model, 1, slots, request.cache.kv_bits)
         lengths = np.array([len(prompt)], np.int32)
         for end in ends:
             if end > ends[0]:
@@ -129,8 +135,8 @@ class Engine(engine.Engine):
         if needed > self.state.cache.slots:
             self.state = decoding.grown(self.state, needed)
         self.state = insert(self.state, row, np.int32(slot))
-        self.rows[slot] = request
-        self.first.append((request.number, int(row.token[0])))
+        self.rows[slot] = state
+        self.first.append((state.number, int(row.token[0])))
 
     def _nothing(self) -> Array:
         return jnp.zeros((1, 1, self.model.config.hidden_size), self.model.model.norm.weight.dtype)
@@ -152,15 +158,17 @@ class Engine(engine.Engine):
         if made:  # so that nobody is decoded beyond its end
             return made
         here = [(slot, row) for slot, row in enumerate(self.rows) if row is not None and row.number in self.running]
-        knobs = self._knobs([row.sampling if row and row.number in self.running else None for row in self.rows])
+        knobs = self._knobs(
+            [row.request.sampling if row and row.number in self.running else GREEDY for row in self.rows]
+        )
         self.state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), knobs)
         found = np.asarray(tokens)[: int(count)]
         return [(row.number, int(step[slot])) for step in found for slot, row in here]
 
-    def _knobs(self, samplings: list[Sampling | None]) -> Knobs:
+    def _knobs(self, samplings: list[Sampling]) -> Knobs:
         """[B, 1] of each, greedy in an empty slot."""
         vocabulary = self.model.config.vocab_size
-        each = [Knobs.of(sampling or Sampling(), vocabulary) for sampling in samplings]
+        each = [Knobs.of(sampling, vocabulary) for sampling in samplings]
         numbers = {
             f.name: np.stack([getattr(knobs, f.name) for knobs in each])[:, None]
             for f in dataclasses.fields(Knobs)
@@ -170,8 +178,8 @@ class Engine(engine.Engine):
             **numbers, greedy=all(knobs.greedy for knobs in each), penalised=any(knobs.penalised for knobs in each)
         )
 
-    def _free(self, request: Request) -> None:
-        slot = self.rows.index(request)
+    def _free(self, state: RequestState) -> None:
+        slot = self.rows.index(state)
         self.order.append(slot)
-        self.first = [made for made in self.first if made[0] != request.number]
+        self.first = [made for made in self.first if made[0] != state.number]
         self.state = emptied(self.state, np.int32(slot))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minicpm_data.diagnostics.sparsity import checked_threshold
-from minicpm_data.generation.api import prompt_ids
+from minicpm_data.generation.request import prompt_ids
 from minicpm_jax.generation.decoding import bucket, empty
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Linear

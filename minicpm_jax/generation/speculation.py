@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from minicpm_data.generation.options import CacheOptions, Sampling
+from minicpm_data.generation.options import MOST
+from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import ROOM, State, bucket, chosen
@@ -73,10 +74,11 @@ def _lengths(start: Int[Array, "1"], width: int) -> Int[Array, "1 W"]:
     return start[:, None] + 1 + jnp.arange(width)
 
 
-def draft_of(model: Model, prompt: Sequence[int], max_tokens: int, count: int, memory: CacheOptions) -> Draft:
-    """Guesses of a smaller model, made ``count`` at a time whatever is wanted: another number is another program."""
-    slots = decoding.slots_for([prompt], max_tokens + count, memory)
-    cache, _ = decoding.run(model, [prompt], slots, memory)
+def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Draft:
+    """Guesses of a smaller model; as many at a time whatever is wanted: another number is another program."""
+    model, count = speculation.draft_model, speculation.num_draft_tokens
+    assert model is not None
+    cache, _ = decoding.filled(model, roomy(request, count))
 
     def proposed(last: Sequence[int], start: int, wanted: int) -> list[int]:
         nonlocal cache
@@ -85,37 +87,22 @@ def draft_of(model: Model, prompt: Sequence[int], max_tokens: int, count: int, m
         cache, found = propose(model, cache, np.array([last], np.int32), np.int32(start), count)
         return fetched(found)[:wanted].tolist()
 
-    return Draft(prompt, proposed)
+    return Draft(request.prompt, proposed)
+
+
+def roomy(request: GenerationRequest, guesses: int) -> GenerationRequest:
+    """The request for whose answer and so many guesses beyond it a cache has room."""
+    return dataclasses.replace(request, max_tokens=min(request.max_tokens + guesses, MOST))
 
 
 def stream_speculated(
-    model: Model,
-    prompt: Sequence[int],
-    max_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    memory: CacheOptions,
-    speculation: Speculation,
+    model: Model, request: GenerationRequest, speculation: Speculation[Model]
 ) -> Iterator[tuple[int, bool]]:
-    """Token ids, and whether each was guessed: the tokens of `decoding.stream_tokens` for one prompt."""
-    decoding.check(memory)
-    return _tokens(model, prompt, max_tokens, sampling, end_ids, memory, speculation)
-
-
-def _tokens(
-    model: Model,
-    prompt: Sequence[int],
-    max_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    memory: CacheOptions,
-    speculation: Speculation,
-) -> Iterator[tuple[int, bool]]:
+    """`minicpm_data.generation.api.Decoding.stream_speculated`."""
     count = speculation.num_draft_tokens
-    knobs = Knobs.of(sampling, model.config.vocab_size)
-    slots = decoding.slots_for([prompt], max_tokens + count, memory)
-    state = decoding.started(model, [prompt], slots, sampling, knobs, end_ids, memory)
-    first, filled = int(fetched(state.token)[0]), len(prompt)
+    knobs = Knobs.of(request.sampling, model.config.vocab_size)
+    state = decoding.started(model, roomy(request, count))
+    first, filled = int(fetched(state.token)[0]), len(request.prompt)
 
     def verified(guesses: Sequence[int]) -> list[int]:
         nonlocal state, filled
@@ -128,6 +115,5 @@ def _tokens(
         filled += accepted
         return fetched(tokens)[:accepted].tolist()
 
-    draft = speculation.draft_model
-    guess = PromptLookup() if draft is None else draft_of(draft, prompt, max_tokens, count, memory)
-    yield from speculate(prompt, first, guess, verified, count, max_tokens, end_ids)
+    guess = PromptLookup() if speculation.draft_model is None else draft_of(request, speculation)
+    yield from speculate(request, first, guess, verified, count)

@@ -15,11 +15,12 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, QuantizedKVCache, make_prompt_cache
 
 from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.request import GenerationRequest
 from minicpm_mlx import device
 from minicpm_mlx.generation.sampling import sample
 from minicpm_mlx.layers.fused_linear import join
 from minicpm_mlx.model import Model
-from weights_io import memory as memory_of
+from weights_io import memory
 from weights_io.casting import group_of
 from weights_io.errors import InputError
 
@@ -37,57 +38,37 @@ class State:
     keys: mx.array  # [B, 2] of mx.random
 
 
-def empty(model: Model, padding: Sequence[int], memory: CacheOptions) -> list[Any]:
-    """A cache for each layer and rows with so much padding on the left. `InputError` where there is none such."""
+def make_cache(model: Model, padding: Sequence[int], cache_options: CacheOptions) -> list[Any]:
+    """A cache for each layer and rows with so much padding on the left, of a kind that `check_kind` has passed."""
     batch = len(padding) > 1
-    if memory.kv_bits is None:
-        if not batch:
-            return make_prompt_cache(model, memory.max_kv_size)
-        if memory.max_kv_size is None:
-            return [BatchKVCache(padding) for _ in model.layers]
-        return [BatchRotatingKVCache(memory.max_kv_size, padding) for _ in model.layers]
-    if batch:
-        raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for a batch.")
-    group, width = group_size(model, memory), model.config.head_dim
-    if width % group:
-        groups = " or ".join(str(size) for size in (32, 64, 128) if width % size == 0)
-        remedy = f"choose {groups}." if groups else "leave kv_bits out."
-        raise InputError(f"kv_group_size {group} does not divide the head dimension {width}; {remedy}")
-    return [QuantizedKVCache(group, memory.kv_bits) for _ in model.layers]
+    if cache_options.kv_bits is not None:
+        return [QuantizedKVCache(group_size(model, cache_options), cache_options.kv_bits) for _ in model.layers]
+    if not batch:
+        return make_prompt_cache(model, cache_options.max_kv_size)
+    if cache_options.max_kv_size is None:
+        return [BatchKVCache(padding) for _ in model.layers]
+    return [BatchRotatingKVCache(cache_options.max_kv_size, padding) for _ in model.layers]
 
 
-def group_size(model: Model, memory: CacheOptions) -> int:
+def group_size(model: Model, cache_options: CacheOptions) -> int:
     """Numbers of a head that share a scale and an offset in a cache of few bits."""
-    return memory.kv_group_size or group_of(model.config.head_dim)
+    return cache_options.kv_group_size or group_of(model.config.head_dim)
 
 
-def cache_bytes(model: Model, tokens: int, memory: CacheOptions) -> int:
-    """Of the keys and values of so many tokens."""
+def cache_bytes(model: Model, batch: int, length: int, cache_options: CacheOptions) -> int:
+    """Of the cache of so many rows and positions."""
     dtype = model.model.norm.weight.dtype
-    whole = memory_of.cache_bytes(model.config, tokens, str(dtype).rpartition(".")[2])
-    if memory.kv_bits is None:
+    whole = memory.cache_bytes(model.config, batch * length, str(dtype).rpartition(".")[2])
+    if cache_options.kv_bits is None:
         return whole
-    return int(whole * (memory.kv_bits + 2 * 8 * dtype.size / group_size(model, memory)) / (8 * dtype.size))
+    bits = cache_options.kv_bits + 2 * 8 * dtype.size / group_size(model, cache_options)
+    return int(whole * bits / (8 * dtype.size))
 
 
-def check_cache(model: Model, rows: int, longest: int, max_tokens: int, memory: CacheOptions) -> None:
-    """`InputError` where there is no room for the keys and values of so many prompts and the beginning of an answer."""
-    tokens = longest + min(max_tokens, ROOM)
-    tokens = min(tokens, memory.max_kv_size or tokens)
-    memory_of.check_cache(rows, tokens, cache_bytes(model, rows * tokens, memory), device.free_memory(model))
-
-
-def prefill(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, cache: list[Any], pieces: int) -> State:
-    """Run the prompts through an empty cache, ``pieces`` tokens at a time, and choose each row's first token."""
-    join(model)
-    lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths)
-    padding = [width - length for length in lengths]
-    ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
-    hidden = run(model, ids, cache, pieces, width if len(prompts) == 1 else mx.array(lengths))
-    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalised else None
-    state = State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts))))
-    return chosen(state, model.head(hidden)[:, 0], sampling)
+def check_cache(model: Model, batch: int, length: int, cache_options: CacheOptions) -> None:
+    """`InputError` where there is no room for a cache of so many rows and positions."""
+    needed = cache_bytes(model, batch, length, cache_options)
+    memory.check_cache(batch, length, needed, device.free_memory(model))
 
 
 def run(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int | mx.array) -> mx.array:
@@ -99,7 +80,7 @@ def run(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int 
     return hidden
 
 
-def decode(model: Model, state: State, sampling: Sampling) -> State:
+def step(model: Model, state: State, sampling: Sampling) -> State:
     """One more token for each row."""
     hidden = model.decode(state.token[:, None], state.cache)
     return chosen(state, model.head(hidden)[:, 0], sampling)
@@ -117,36 +98,35 @@ def chosen(state: State, logits: mx.array, sampling: Sampling) -> State:
     return replace(state, token=token, seen=seen, keys=keys)
 
 
-def stream_tokens(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    memory: CacheOptions,
-) -> Iterator[np.ndarray]:
-    """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens`` steps.
-    A row that has ended goes on with tokens of no meaning. Raises `InputError` for a kind of cache that is not here."""
-    width = max(map(len, prompts))
-    cache = empty(model, [width - len(prompt) for prompt in prompts], memory)
-    check_cache(model, len(prompts), width, max_tokens, memory)
-    return _tokens(model, prompts, max_tokens, sampling, end_ids, cache, memory.prefill_step_size)
+def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
+    """`InputError` for a kind of cache that is not here for that model and so many rows."""
+    if cache_options.kv_bits is None:
+        return
+    if batch > 1:
+        raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for a batch.")
+    group, width = group_size(model, cache_options), model.config.head_dim
+    if width % group:
+        groups = " or ".join(str(size) for size in (32, 64, 128) if width % size == 0)
+        remedy = f"choose {groups}." if groups else "leave kv_bits out."
+        raise InputError(f"kv_group_size {group} does not divide the head dimension {width}; {remedy}")
 
 
-def _tokens(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    cache: list[Any],
-    pieces: int,
-) -> Iterator[np.ndarray]:
+def check(model: Model, request: GenerationRequest) -> None:
+    """`minicpm_data.generation.api.Decoding.check`: room for the prompts and the beginning of an answer too."""
+    batch, kept = len(request.prompts), request.cache
+    check_kind(model, batch, kept)
+    length = request.longest + min(request.max_tokens, ROOM)
+    check_cache(model, batch, min(length, kept.max_kv_size or length), kept)
+
+
+def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarray]:
+    """`minicpm_data.generation.api.Decoding.stream_tokens`."""
+    max_tokens, sampling = request.max_tokens, request.sampling
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
-        state = prefill(model, prompts, sampling, cache, pieces)
-        ends, done = np.array(sorted(end_ids)), np.zeros(len(prompts), bool)
+        state = started(model, request)
+        ends, done = np.array(sorted(request.end_ids)), np.zeros(len(request.prompts), bool)
         for made in range(1, max_tokens + 1):
-            following = decode(model, state, sampling) if made < max_tokens else state
+            following = step(model, state, sampling) if made < max_tokens else state
             tokens = np.asarray(state.token)
             yield tokens
             done |= np.isin(tokens, ends)
@@ -155,3 +135,18 @@ def _tokens(
             state = following
             if made % CLEAR_EVERY == 0:
                 mx.clear_cache()
+
+
+def started(model: Model, request: GenerationRequest) -> State:
+    """Each prompt run, and its row's first token chosen."""
+    join(model)
+    prompts, sampling, width = request.prompts, request.sampling, request.longest
+    lengths = [len(prompt) for prompt in prompts]
+    padding = [width - length for length in lengths]
+    cache = make_cache(model, padding, request.cache)
+    ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+    length = width if len(prompts) == 1 else mx.array(lengths)
+    hidden = run(model, ids, cache, request.cache.prefill_step_size, length)
+    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalised else None
+    state = State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts))))
+    return chosen(state, model.head(hidden)[:, 0], sampling)

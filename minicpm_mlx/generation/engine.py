@@ -15,8 +15,8 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import trim_prompt_cache
 
 from minicpm_data.generation import engine
-from minicpm_data.generation.engine import Request, shared
-from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.engine import RequestState, shared
+from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.sampling import penalised, sample
@@ -27,31 +27,37 @@ from weights_io.errors import InputError
 ENDLESS = 2**31  # tokens: the engine counts them
 
 
-class Engine(engine.Engine):
-    def __init__(self, model: Model, slots: int = 8, context: int | None = None, memory: CacheOptions | None = None):
-        super().__init__(model, slots, context, memory)
-        if self.memory.kv_bits is not None:
+class Engine(engine.Engine[Model]):
+    def __init__(
+        self,
+        model: Model,
+        slots: int = 8,
+        context: int | None = None,
+        cache_options: CacheOptions = PLAIN_CACHE,
+    ):
+        super().__init__(model, slots, context, cache_options)
+        if cache_options.kv_bits is not None:
             raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for an engine.")
         join(model)
         mx.eval(model.parameters())  # what is not read yet could be by the thread alone that loaded it
         self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)
         self.numbers: dict[int, int] = {}  # by the batch generator's own
         # Requests that are over, and their caches: as many as there are slots, of as many tokens as one can have.
-        self.kept: deque[tuple[Request, list[Any]]] = deque(maxlen=slots)
+        self.kept: deque[tuple[RequestState, list[Any]]] = deque(maxlen=slots)
 
         def needed(context: int) -> int:
             """With those that are kept, and the prompt that is run."""
-            return decoding.cache_bytes(model, (slots + 2) * context, self.memory)
+            return decoding.cache_bytes(model, slots + 2, context, cache_options)
 
         self._check_room(needed, device.free_memory(model))
 
-    def _run(self, request: Request) -> Iterator[None]:
-        prompt, cache = request.prompt, self._begun(request)
-        begun = cache[0].offset
-        for start in range(begun, len(prompt) - 1, self.memory.prefill_step_size):
+    def _run(self, state: RequestState) -> Iterator[None]:
+        request, prompt, cache = state.request, list(state.prompt), self._begun(state)
+        begun, width = cache[0].offset, request.cache.prefill_step_size
+        for start in range(begun, len(prompt) - 1, width):
             if start > begun:
                 yield
-            part = prompt[start : min(start + self.memory.prefill_step_size, len(prompt) - 1)]
+            part = prompt[start : min(start + width, len(prompt) - 1)]
             decoding.run(self.model, mx.array([part]), cache, len(part), len(prompt))
         draw, processors = choosers(request.sampling, prompt, self.model.config.vocab_size)
         (uid,) = self.batch.insert(
@@ -62,13 +68,13 @@ class Engine(engine.Engine):
             samplers=[draw],
             logits_processors=[processors],
         )
-        self.numbers[uid] = request.number
+        self.numbers[uid] = state.number
 
-    def _begun(self, request: Request) -> list[Any]:
+    def _begun(self, state: RequestState) -> list[Any]:
         """A cache with as much of the prompt as a text that is kept has in common with it."""
-        lengths = [shared(self.model.config, request.prompt, old) for old, _ in self.kept]
+        lengths = [shared(self.model.config, state.prompt, old) for old, _ in self.kept]
         if not any(lengths):
-            return decoding.empty(self.model, [0], self.memory)
+            return decoding.make_cache(self.model, [0], self.cache_options)
         best = int(np.argmax(lengths))
         cache = copy.deepcopy(self.kept[best][1])
         trim_prompt_cache(cache, cache[0].offset - lengths[best])
@@ -78,11 +84,11 @@ class Engine(engine.Engine):
         _, made = self.batch.next()
         return [(self.numbers[each.uid], each.token) for each in made]
 
-    def _free(self, request: Request) -> None:
-        uid = next(uid for uid, number in self.numbers.items() if number == request.number)
+    def _free(self, state: RequestState) -> None:
+        uid = next(uid for uid, number in self.numbers.items() if number == state.number)
         cache, _ = self.batch.remove([uid], return_prompt_caches=True)[uid]
         del self.numbers[uid]
-        self.kept.append((request, cache))
+        self.kept.append((state, cache))
         while sum(cache[0].offset for _, cache in self.kept) > self.context:
             self.kept.popleft()
 

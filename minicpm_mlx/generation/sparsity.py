@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from minicpm_data.diagnostics.sparsity import checked_threshold
-from minicpm_data.generation.api import prompt_ids
+from minicpm_data.generation.request import prompt_ids
 from minicpm_mlx.layers.ops import gated
 from minicpm_mlx.model import Model
 

@@ -11,7 +11,8 @@ import mlx.core as mx
 from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import trim_prompt_cache
 
-from minicpm_data.generation.options import CacheOptions, Sampling
+from minicpm_data.generation.options import PLAIN_CACHE, Sampling
+from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.decoding import State, chosen
@@ -46,11 +47,13 @@ def _ids(tokens: list[mx.array]) -> list[int]:
     return found
 
 
-def draft_of(model: Model, prompt: Sequence[int], pieces: int) -> Draft:
-    """Guesses of a smaller model."""
+def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Draft:
+    """Guesses of a smaller model, whose cache is a plain one."""
+    model, prompt = speculation.draft_model, request.prompt
+    assert model is not None
     join(model)
-    cache = decoding.empty(model, [0], CacheOptions())
-    decoding.run(model, mx.array([list(prompt)]), cache, pieces, len(prompt))
+    cache = decoding.make_cache(model, [0], PLAIN_CACHE)
+    decoding.run(model, mx.array([list(prompt)]), cache, request.cache.prefill_step_size, len(prompt))
 
     def likeliest(hidden: mx.array) -> mx.array:
         token = mx.argmax(model.head(hidden[:, -1:])[:, 0], axis=-1)
@@ -68,38 +71,16 @@ def draft_of(model: Model, prompt: Sequence[int], pieces: int) -> Draft:
 
 
 def stream_speculated(
-    model: Model,
-    prompt: Sequence[int],
-    max_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    memory: CacheOptions,
-    speculation: Speculation,
+    model: Model, request: GenerationRequest, speculation: Speculation[Model]
 ) -> Iterator[tuple[int, bool]]:
-    """Token ids, and whether each was guessed: the tokens of `decoding.stream_tokens` for one prompt."""
-    cache = decoding.empty(model, [0], memory)
-    decoding.check_cache(model, 1, len(prompt), max_tokens, memory)
-    return _tokens(model, prompt, max_tokens, sampling, end_ids, cache, memory.prefill_step_size, speculation)
-
-
-def _tokens(
-    model: Model,
-    prompt: Sequence[int],
-    max_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    cache: list[Any],
-    pieces: int,
-    speculation: Speculation,
-) -> Iterator[tuple[int, bool]]:
-    count, draft = speculation.num_draft_tokens, speculation.draft_model
+    """`minicpm_data.generation.api.Decoding.stream_speculated`."""
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
-        state = decoding.prefill(model, [prompt], sampling, cache, pieces)
+        state = decoding.started(model, request)
 
         def verified(guesses: Sequence[int]) -> list[int]:
             nonlocal state
-            state, tokens = verify(model, state, guesses, sampling)
+            state, tokens = verify(model, state, guesses, request.sampling)
             return tokens
 
-        guess = PromptLookup() if draft is None else draft_of(draft, prompt, pieces)
-        yield from speculate(prompt, _ids([state.token])[0], guess, verified, count, max_tokens, end_ids)
+        guess = PromptLookup() if speculation.draft_model is None else draft_of(request, speculation)
+        yield from speculate(request, _ids([state.token])[0], guess, verified, speculation.num_draft_tokens)

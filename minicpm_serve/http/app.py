@@ -19,8 +19,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from minicpm_data.generation import responses
-from minicpm_data.generation.api import PromptIds, prompt_ids
 from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TEMPERATURE, CHAT_TOKENS, CHAT_TOP_P
+from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.tokenizer.chat_template import variables_of
 from minicpm_serve.engine import Answered, Engine
 from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body, http_error
@@ -39,17 +39,16 @@ NO_MODEL = "model_not_found"
 class Choice:
     """One answer that is asked for."""
 
-    prompt: PromptIds
-    max_tokens: int
+    request: GenerationRequest
     stop: tuple[str, ...]
-    sampling: dict[str, Any]
 
     def drawn(self, number: int) -> "Choice":
         """Of several alike the one of that number: with a seed, each draws from the next one."""
-        seed = self.sampling.get("seed")
-        if number == 0 or seed is None:
+        sampling = self.request.sampling
+        if number == 0 or sampling.seed is None:
             return self
-        return replace(self, sampling={**self.sampling, "seed": (seed + number) % 2**63})
+        drawn = replace(sampling, seed=(sampling.seed + number) % 2**63)
+        return replace(self, request=replace(self.request, sampling=drawn))
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def application(engine: Engine, name: str, waiting: int = 256, access: Access | 
                 prompts: list[Choice] = await run_in_threadpool(of_body, engine, body, limits)
             _require_engine(engine)
             asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
-            answers = Answers(engine, asked, sum(len(choice.prompt) for choice in prompts))
+            answers = Answers(engine, asked, sum(len(choice.request.prompt) for choice in prompts))
         frame = {"id": kind.prefix + secrets.token_hex(12), "created": int(time.time()), "model": name}
         if body.stream:
             return Events(answers, events(answers, {**frame, "object": kind.piece_name}, kind, body.with_usage))
@@ -149,10 +148,10 @@ def chat_choices(engine: Engine, body: ChatBody, limits: Limits) -> list[Choice]
     asking = [name for name, value in variables.items() if value not in (None, False)]
     if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
         raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
-    ids = prompt_ids(None, tokenizer.apply_chat(messages, variables=variables), engine.model.config.vocab_size)
-    sampling = {"temperature": CHAT_TEMPERATURE, "top_p": CHAT_TOP_P, **body.sampling()}
-    most = _room(engine, ids, body.most_tokens, CHAT_TOKENS)
-    return [Choice(ids, most, (*body.stops, *tokenizer.turn_markers), sampling)]
+    ids = engine.prompt_ids(tokenizer.apply_chat(messages, variables=variables))
+    sampling = body.sampling(temperature=CHAT_TEMPERATURE, top_p=CHAT_TOP_P)
+    request = engine.request(ids, _room(engine, ids, body.most_tokens, CHAT_TOKENS), sampling)
+    return [Choice(request, (*body.stops, *tokenizer.turn_markers))]
 
 
 def text_choices(engine: Engine, body: CompletionBody, limits: Limits) -> list[Choice]:
@@ -162,12 +161,13 @@ def text_choices(engine: Engine, body: CompletionBody, limits: Limits) -> list[C
             limits.check_texts([prompt])
         else:
             limits.check_ids(prompt)
-    prompts = [prompt_ids(engine.tokenizer, prompt, engine.model.config.vocab_size) for prompt in body.prompts]
+    sampling = body.sampling()
+    prompts = [engine.prompt_ids(prompt) for prompt in body.prompts]
     most = [_room(engine, ids, body.max_tokens, ANSWER_TOKENS) for ids in prompts]
-    return [Choice(ids, room, body.stops, body.sampling()) for ids, room in zip(prompts, most, strict=True)]
+    return [Choice(engine.request(ids, n, sampling), body.stops) for ids, n in zip(prompts, most, strict=True)]
 
 
-def _room(engine: Engine, ids: list[int], most: int | None, usual: int) -> int:
+def _room(engine: Engine, ids: PromptIds, most: int | None, usual: int) -> int:
     """Most tokens of an answer; where the request does not say, no more than there is room for."""
     return max(1, min(usual, engine.context - len(ids))) if most is None else most
 
@@ -189,9 +189,8 @@ class Answers:
 
         try:
             for index, choice in enumerate(choices):
-                asked = (choice.prompt, choice.max_tokens, choice.stop)
-                sampling = {"group": group, **choice.sampling}
-                self._numbers.append(engine.submit(functools.partial(deliver, index), *asked, **sampling))
+                to = functools.partial(deliver, index)
+                self._numbers.append(engine.submit(to, choice.request, choice.stop, group))
         except Exception:
             self.close()
             raise

@@ -6,11 +6,13 @@ the million items that a body has room for.
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from minicpm_data.generation.options import Sampling
 from minicpm_data.generation.responses import stop_strings
 from weights_io.errors import InputError, listed, short
 
@@ -170,13 +172,12 @@ class Body(Strict):
     def with_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling(self) -> dict[str, Any]:
-        """What is given, under the names of `Sampling`."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+    def sampling(self, **usual: float) -> Sampling:
+        """What is given, or else ``usual``, under the names of `Sampling`."""
+        given = {f.name: value for f in fields(Sampling) if (value := getattr(self, f.name)) is not None}
         if self.top_k == NO_TOP_K:
             given["top_k"] = 0
-        return given
+        return Sampling(**{**usual, **given})
 
 
 class ChatBody(Body):
