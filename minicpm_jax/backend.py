@@ -8,14 +8,23 @@ from minicpm_data.generation.api import Backend, Generator
 if TYPE_CHECKING:
     import numpy as np
 
+    from minicpm_data.training.options import FinetuneOptions, PretrainOptions
+    from minicpm_jax.training.pretraining import Pretrainer
     from minicpm_jax.training.trainer import Trainer
 
 
-def trainer(model: Any, options: Any) -> "Trainer":
-    """What the training loop works with."""
+def trainer(model: Any, options: "FinetuneOptions") -> "Trainer":
+    """What fine-tuning works with."""
     from minicpm_jax.training.trainer import Trainer  # only now, so that --help answers at once
 
     return Trainer(model, options)
+
+
+def pretrainer(options: "PretrainOptions", bos_token_id: int, mesh: Any = None) -> "Pretrainer":
+    """What pretraining works with."""
+    from minicpm_jax.training.pretraining import Pretrainer
+
+    return Pretrainer(options, bos_token_id, mesh)
 
 
 def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":

@@ -13,6 +13,7 @@ from minicpm_data.datasets.turns import messages_of
 from minicpm_data.generation.api import Backend
 from minicpm_data.keys import KeyRules, few
 from minicpm_data.model_options import ModelOptions, load_model
+from minicpm_data.option_checks import check_range
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -135,9 +136,7 @@ def is_right(question: dict[str, Any], reply: str) -> bool:
 
 def require_positive(options: Any, *names: str) -> None:
     """`InputError` where one of the options of these names is below 1; None is none."""
-    for name in names:
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    check_range(options, *names, least=1)
 
 
 def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[EvaluateOptions] = EvaluateOptions) -> None:
