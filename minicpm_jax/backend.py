@@ -7,6 +7,7 @@ from minicpm_data.generation.api import Backend, Generator
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
 
     from minicpm_data.training.options import FinetuneOptions, PretrainOptions
     from minicpm_jax.training.pretraining import Pretrainer
@@ -20,7 +21,7 @@ def trainer(model: Any, options: "FinetuneOptions") -> "Trainer":
     return Trainer(model, options)
 
 
-def pretrainer(options: "PretrainOptions", bos_token_id: int, mesh: Any = None) -> "Pretrainer":
+def pretrainer(options: "PretrainOptions", bos_token_id: int, mesh: "Mesh | None" = None) -> "Pretrainer":
     """What pretraining works with."""
     from minicpm_jax.training.pretraining import Pretrainer
 

@@ -1,8 +1,9 @@
 """What an evaluation asks a model, and how many of the built-in model's held-out questions it answers rightly."""
 
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,11 @@ class EvaluateOptions(DataOptions, ModelOptions):
     """Most tokens of an answer."""
     seed: int = 0
     """Draws the questions; 0 draws those that pico's corpus keeps out of its training text."""
+    require: tuple[str, ...] = ()
+    """Exit with 1 where fewer of the questions of a kind are right than this percentage: sum=95 fact=50. Those of
+    --data are all of the kind exact."""
     require_sums: float | None = None
-    """Exit with 1 where fewer than this percentage of the sums are right."""
+    """The former name of --require sum=95."""
 
 
 def replies(
@@ -139,6 +143,33 @@ def require_positive(options: Any, *names: str) -> None:
     check_range(options, *names, least=1)
 
 
+def requirements(options: EvaluateOptions) -> dict[str, float]:
+    """The least percentage of right answers by kind of question. `InputError` where it is none."""
+    given = options.require if options.require_sums is None else (*options.require, f"sum={options.require_sums}")
+    found = {}
+    for text in given:
+        kind, _, percentage = text.partition("=")
+        try:
+            found[kind] = float(percentage)
+        except ValueError:
+            found[kind] = math.nan
+        if not 0 <= found[kind] <= 100:
+            raise InputError(f"--require is {text}; give a kind of question and a percentage from 0 to 100: sum=95.")
+    return found
+
+
+def missed(required: Mapping[str, float], scores: Mapping[str, Sequence[bool]]) -> str | None:
+    """The sentence on the first of the `requirements` that is not met; None where all are. `InputError` for a kind
+    that was not asked."""
+    for kind, percentage in required.items():
+        if kind not in scores:
+            asked = ", ".join(list(scores)[:3]) + (f" and {len(scores) - 3} more" if len(scores) > 3 else "")
+            raise InputError(f"--require names the kind {kind}, and the questions are of the kinds {asked}.")
+        if (share := 100 * sum(scores[kind]) / len(scores[kind])) < percentage:
+            return f"{share:.1f} % of the questions of the kind {kind} are right; --require asks for {percentage:g} %."
+    return None
+
+
 def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[EvaluateOptions] = EvaluateOptions) -> None:
     """``python -m PACKAGE.evaluate``; ``backend`` is called, and so imported, once the flags are right."""
 
@@ -146,11 +177,7 @@ def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[Evalua
         """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing), or a file's,
         and count the right answers."""
         require_positive(options, "batch_size", "max_tokens", "limit")
-        required = options.require_sums
-        if required is not None and not 0 <= required <= 100:
-            raise InputError(f"--require-sums is {required}; it must be a percentage from 0 to 100.")
-        if required is not None and options.data is not None:
-            raise InputError("--require-sums is about pico's questions; leave out --data.")
+        required = requirements(options)
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
         running.device.note_mesh(model, options.batch_size)
@@ -165,8 +192,8 @@ def run_evaluate(backend: Callable[[], Backend], prog: str, options: type[Evalua
         for answer in [answer for answer in answers if not answer.right][:SHOWN]:
             question = answer.question
             print(f"wrong: {question['prompt']} -> {answer.reply} (right: {question['answer']})")
-        if required is not None and (share := 100 * sum(scores["sum"]) / len(scores["sum"])) < required:
-            print(f"{share:.1f} % of the sums are right; --require-sums asks for {required:g} %.", file=sys.stderr)
+        if unmet := missed(required, scores):
+            print(unmet, file=sys.stderr)
             sys.exit(1)
 
     command_line.run(main, options, prog)

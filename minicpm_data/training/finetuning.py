@@ -47,7 +47,7 @@ class Trainer(loop.Trainer, Protocol):
         """Take what `export` wrote."""
 
 
-Make = Callable[[Any, Any], Trainer]  # of the backend's model, and of the options as the backend has them
+Make = Callable[[Any, FinetuneOptions], Trainer]  # the first: the backend's model
 
 
 def run(backend: Callable[[], Backend], trainer: Make, options: type[FinetuneOptions], prog: str) -> None:
