@@ -63,7 +63,7 @@ pico: $(PICO)/tokenizer/tokenizer.json ## train the built-in model again (or go 
 	$(VENV)/bin/python -m minicpm_jax.pretrain --config minicpm_data/pico/config.json --data $(PICO)/corpus \
 	  --tokenizer $(PICO)/tokenizer --out $(PICO)/training --steps 6000 --decay-steps 1000 --half-life 250 \
 	  --batch-size 8 --save-dtype float32 $$(test ! -e $(PICO)/training/settings.json || echo --resume)
-	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(PICO)/training/model --require-sums 95
+	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(PICO)/training/model --require sum=95
 	cp $(PICO)/training/model/* minicpm_data/pico/
 	mkdir -p docs && cp $(PICO)/training/loss.png docs/pico-loss.png
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from minicpm_data.datasets.batches import Batches
 from minicpm_data.datasets.examples import IGNORED
-from minicpm_data.training import loop
+from minicpm_data.training import finetuning
 from minicpm_data.training.options import LoraOptions
 from weights_io import command_line
 from weights_io.config import ModelConfig
@@ -198,7 +198,7 @@ def our_run(options: Options, out: Path, ledger: Ledger, *, pack: bool) -> int:
         save_every=10**6,
         steps_per_report=10**6,
     )
-    loop.finetune(chosen, backend, Watched)
+    finetuning.finetune(chosen, backend, Watched)
     return steps
 
 

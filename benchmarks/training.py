@@ -27,7 +27,6 @@ from benchmarks.models import shape_of
 from benchmarks.timing import alternating
 from minicpm_data.datasets.batches import Batches
 from minicpm_data.datasets.examples import IGNORED, Example
-from minicpm_data.training import loop
 from minicpm_data.training.options import LoraOptions
 from weights_io import command_line
 from weights_io.adapters import AdapterConfig
@@ -150,7 +149,7 @@ def jax_loss(options: Options) -> None:
     matrices = jax.eval_shape(
         lambda base, key: adapters.initial(base, adapter, range(config.num_hidden_layers), key), base, key
     )
-    optimiser = optimizers.optimizer("adamw", 0.01, 1.0)
+    optimiser = optimizers.optimizer("adamw", 0.01, 1.0, config)
     ids = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
     state = matrices, jax.eval_shape(optimiser.init, matrices)
     step = on_chip((state, base, dict.fromkeys(("ids", "labels", "segments"), ids), jnp.float32(0), key))
@@ -267,7 +266,7 @@ def packing(options: Options) -> None:
     feeds: dict[str, list[dict[str, np.ndarray]]] = {}
     for name in ("a row each", "packed"):
         batches = Batches(examples, options.rows, width, 0, pack=name == "packed", row_width=worker.row_width)
-        feeds[name] = [loop.arrays(batches[n], None) for n in range(batches.per_epoch)]
+        feeds[name] = [batches[n].arrays() for n in range(batches.per_epoch)]
     seconds = alternating({name: functools.partial(epoch, worker, wait, feeds[name]) for name in feeds}, options.rounds)
     print("| rows | steps an epoch | places, padding | seconds a step | tokens a second | gain, predicted | gain |")
     print("|---|---|---|---|---|---|---|")

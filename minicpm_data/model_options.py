@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from weights_io.config import ModelConfig
 
 
+class OneDevice:
+    """Options that say nothing of devices; a backend that knows of several puts its own before them."""
+
+    def check_placement(self) -> None:
+        """`InputError` where `placement` could not be."""
+
+    def placement(self) -> dict[str, Any]:
+        """What a backend's ``load`` is told of the devices."""
+        return {}
+
+
 @dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(OneDevice):
     model: str | None = None
     """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name; left out: the built-in model."""
     revision: str | None = None
@@ -25,13 +36,6 @@ class SourceOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and computation; by default the checkpoint's own. On a CPU JAX takes float32, unless it only generates
     and the CPU has AMX."""
-
-    def check_placement(self) -> None:
-        """`InputError` where `placement` could not be."""
-
-    def placement(self) -> dict[str, Any]:
-        """What a backend's ``load`` is told of the devices."""
-        return {}
 
     def loading(self) -> dict[str, Any]:
         """What it is told of the weights."""

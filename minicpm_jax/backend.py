@@ -10,17 +10,27 @@ from minicpm_data.generation.speculation import Speculation
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
 
+    from minicpm_data.training.options import FinetuneOptions, PretrainOptions
     from minicpm_jax.generation.engine import Engine
     from minicpm_jax.model import Model
+    from minicpm_jax.training.pretraining import Pretrainer
     from minicpm_jax.training.trainer import Trainer
 
 
-def trainer(model: Any, options: Any) -> "Trainer":
-    """What the training loop works with."""
+def trainer(model: Any, options: "FinetuneOptions") -> "Trainer":
+    """What fine-tuning works with."""
     from minicpm_jax.training.trainer import Trainer  # only now, so that --help answers at once
 
     return Trainer(model, options)
+
+
+def pretrainer(options: "PretrainOptions", bos_token_id: int, mesh: "Mesh | None" = None) -> "Pretrainer":
+    """What pretraining works with."""
+    from minicpm_jax.training.pretraining import Pretrainer
+
+    return Pretrainer(options, bos_token_id, mesh)
 
 
 class Decoding:

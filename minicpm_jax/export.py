@@ -45,11 +45,12 @@ def main(options: Options) -> None:
     run, step = find(options.checkpoint, options.step)
     check_output(options.out, run)
     settings = read_json(run / "settings.json")
-    if "config" not in settings and settings.get("backend") != "minicpm_jax":
+    pretraining = "config" in settings  # earlier versions wrote no backend there, as MLX had no pretraining
+    if settings.get("backend", "minicpm_jax" if pretraining else None) != "minicpm_jax":
         raise InputError(f"{run} is a run of MLX, whose checkpoints are its own; its last model or adapter is in it.")
     if "rank" in settings:
         raise InputError(f"{run} is a run of adapters; python -m minicpm_jax.fuse works them into their model.")
-    if (options.source or "").endswith(".gguf") and "config" in settings:
+    if (options.source or "").endswith(".gguf") and pretraining:
         raise InputError("--source is a GGUF file; give the folder of the run's tokenizer.")
 
     import jax
@@ -57,7 +58,7 @@ def main(options: Options) -> None:
     from minicpm_jax.training.run_checkpoints import Saved, check
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run itself
-    start = (pretrained if "config" in settings else finetuned)(settings, options.source)
+    start = (pretrained if pretraining else finetuned)(settings, options.source)
     notes = settings.get("notes", {})
     check(run / "checkpoints", step)
     tensors: Any = Saved(run / "checkpoints", step).tensors(start.config)

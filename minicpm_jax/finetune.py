@@ -18,7 +18,7 @@ class Options(Placement, FullOptions):
 
 
 if __name__ == "__main__":
-    from minicpm_data.training import loop
+    from minicpm_data.training import finetuning
     from minicpm_jax.backend import backend
 
-    loop.run(backend, trainer, Options, "python -m minicpm_jax.finetune")
+    finetuning.run(backend, trainer, Options, "python -m minicpm_jax.finetune")

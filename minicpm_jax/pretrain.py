@@ -13,20 +13,19 @@ layout). Interrupted by Ctrl-C, a kill or a power cut, the same command with ``-
 checkpoint was.
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from minicpm_jax.training.pretraining import (
-    Options,
-    pretrain,
-)
-from weights_io import command_line
+from minicpm_data.training.options import PretrainOptions
+from minicpm_jax.backend import pretrainer
+from minicpm_jax.options import Placement
 
-if TYPE_CHECKING:
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Placement, PretrainOptions):
     pass
 
 
 if __name__ == "__main__":
-    from minicpm_data.training.processes import leaving_at_interrupts
+    from minicpm_data.training import pretraining
 
-    with leaving_at_interrupts():
-        command_line.run(pretrain, Options, "python -m minicpm_jax.pretrain")
+    pretraining.run(pretrainer, Options, "python -m minicpm_jax.pretrain")

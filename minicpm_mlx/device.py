@@ -25,6 +25,11 @@ def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False) -> str:
     return checkpoint.dtype
 
 
+def usual_dtype(dtype: str) -> str:
+    """``dtype``, but float32 on a CPU, which has no arithmetic of its own for another one."""
+    return "float32" if mx.default_device() == mx.cpu else dtype
+
+
 def for_decoding(model: Model) -> Model:
     """The model itself, in the form that decodes fastest."""
     join(model)

@@ -8,8 +8,8 @@
 from minicpm_mlx.backend import trainer
 
 if __name__ == "__main__":
-    from minicpm_data.training import loop
+    from minicpm_data.training import finetuning
     from minicpm_data.training.options import FullOptions
     from minicpm_mlx.backend import backend
 
-    loop.run(backend, trainer, FullOptions, "python -m minicpm_mlx.finetune")
+    finetuning.run(backend, trainer, FullOptions, "python -m minicpm_mlx.finetune")

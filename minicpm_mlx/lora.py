@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 if __name__ == "__main__":
-    from minicpm_data.training import loop
+    from minicpm_data.training import finetuning
     from minicpm_data.training.options import LoraOptions
     from minicpm_mlx.backend import backend
 
-    loop.run(backend, trainer, LoraOptions, "python -m minicpm_mlx.lora")
+    finetuning.run(backend, trainer, LoraOptions, "python -m minicpm_mlx.lora")

@@ -393,13 +393,26 @@ def test_template_variables_that_cannot_be_used(parrot, variables):
         parrot("").tokenizer.apply_chat([{"role": "user", "content": "Hello"}], variables=variables)
 
 
-@pytest.mark.parametrize(("required", "code"), [(None, 0), ("0", 0), ("50", 0), ("50.1", 1), ("101", 2), ("nan", 2)])
-def test_a_share_of_the_sums_can_be_required(parrot, typed, required, code):
+@pytest.mark.parametrize(
+    ("required", "code"),
+    [
+        ("", 0),
+        ("--require sum=0", 0),
+        ("--require sum=50", 0),
+        ("--require sum=50.1", 1),
+        ("--require sum=101", 2),
+        ("--require sum=nan", 2),
+        ("--require sum", 2),
+        ("--require sums=50", 2),
+        ("--require-sums 50", 0),  # as it was called
+        ("--require-sums 50.1", 1),
+    ],
+)
+def test_a_share_of_a_kind_of_questions_can_be_required(parrot, typed, required, code):
     """A backend that knows the first of two sums, and goes on with a turn that is none of its business."""
     answer = next(corpus.questions())["answer"]
     bird = parrot(f"It is {answer}<用户>0")
-    flags = [] if required is None else ["--require-sums", required]
-    ended, out, error = typed(evaluate.run_evaluate, bird, "--limit", "2", *flags)
+    ended, out, error = typed(evaluate.run_evaluate, bird, "--limit", "2", *required.split())
     assert ended == code
     assert error.count("\n") == (code > 0)
     assert code == 2 or "sum             1 of    2 right, 50.0%" in out

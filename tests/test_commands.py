@@ -23,10 +23,9 @@ BACKENDS = ["minicpm_jax", "minicpm_mlx"]
 COMMANDS = [
     f"{package}.{name}"
     for package in BACKENDS
-    for name in ("generate", "chat", "evaluate", "parity", "kv_error", "fuse", "lora", "finetune")
+    for name in ("generate", "chat", "evaluate", "parity", "kv_error", "fuse", "lora", "finetune", "pretrain")
 ]
 COMMANDS += [
-    "minicpm_jax.pretrain",
     "minicpm_jax.fit",
     "minicpm_jax.export",
     "minicpm_data.corpus",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from minicpm_data.training import loop
+from minicpm_data.training import finetuning
 from minicpm_data.training.options import LoraOptions
 from minicpm_data.training.yaml_config import flags_of_file
 from weights_io.errors import InputError
@@ -40,10 +40,10 @@ lr_schedule: {name: cosine_decay, warmup: 10, warmup_init: 1e-7, arguments: [2e-
 def options_of(monkeypatch, *argv: str) -> LoraOptions:
     """What the command would do with these flags."""
     found: list[LoraOptions] = []
-    monkeypatch.setattr(loop, "finetune", lambda options, *_: found.append(options))
+    monkeypatch.setattr(finetuning, "finetune", lambda options, *_: found.append(options))
     monkeypatch.setattr(sys, "argv", ["lora", *argv])
     before = signal.getsignal(signal.SIGINT)
-    loop.run(lambda: None, None, LoraOptions, "lora")
+    finetuning.run(lambda: None, None, LoraOptions, "lora")
     assert signal.getsignal(signal.SIGINT) is before  # Ctrl-C ends the process no longer than the command runs
     return found[0]
 

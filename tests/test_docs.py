@@ -35,7 +35,7 @@ SHORTER = {
     r"(--iters .*)": r"\1 --val-batches 1",
     r"(--test .*)": r"\1 --test-batches 1",
     r"--steps \d+ --decay-steps \d+": "--steps 3 --warmup-steps 1 --decay-steps 1",
-    r"(minicpm_jax.pretrain .*--batch-size) 8": r"\1 2 --seq-length 64",
+    r"(minicpm_\w+.pretrain .*--batch-size) 8": r"\1 2 --seq-length 64",
     r"--from-step \d+": "--from-step 2",
     r"--documents \d+": "--documents 2400",
     r"--limit \d+": "--limit 4 --max-tokens 4",

@@ -19,7 +19,7 @@ from minicpm_data import load_tokenizer
 from minicpm_data.datasets.batches import Batches
 from minicpm_data.datasets.examples import load_split
 from minicpm_data.metrics import read_records
-from minicpm_data.training import loop
+from minicpm_data.training import finetuning
 from minicpm_data.training.options import LoraOptions
 from weights_io.adapters import read_adapter, save_adapter
 from weights_io.checkpoint import open_checkpoint
@@ -143,7 +143,7 @@ def command_line(monkeypatch, backend, *arguments):
     """Exit code of the command, in this process."""
     monkeypatch.setattr(sys, "argv", ["lora", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        loop.run(part(backend, "backend").backend, part(backend, "backend").trainer, LoraOptions, "lora")
+        finetuning.run(part(backend, "backend").backend, part(backend, "backend").trainer, LoraOptions, "lora")
     return end.value.code
 
 
@@ -266,7 +266,7 @@ def test_a_checkpoint_of_all_weights_becomes_a_model(world, all_weights, tmp_pat
 def batch(world):
     tokenizer = load_tokenizer(world / "model")
     examples = load_split(world / "data", "train", tokenizer, tiny.WIDTH).examples
-    return loop.arrays(Batches(examples, 2, tiny.WIDTH, seed=0)[0], None)
+    return Batches(examples, 2, tiny.WIDTH, seed=0)[0].arrays()
 
 
 def test_recomputing_layers_changes_nothing(backend, world, batch, tmp_path):

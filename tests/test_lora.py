@@ -9,7 +9,6 @@ from tiny_training import BACKENDS, MOE
 from minicpm_data import load_tokenizer
 from minicpm_data.datasets.batches import Batches
 from minicpm_data.datasets.examples import load_split
-from minicpm_data.training.loop import arrays
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
 
@@ -41,7 +40,7 @@ def batches_of(root, count, **options):
     tokenizer = load_tokenizer(root / "model")
     examples = load_split(root / "data", "train", tokenizer, tiny.WIDTH).examples
     batches = Batches(examples, options.pop("batch_size", 2), tiny.WIDTH, seed=0, **options)
-    return [arrays(batches[n], None) for n in range(count)]
+    return [batches[n].arrays() for n in range(count)]
 
 
 @pytest.fixture(scope="module")

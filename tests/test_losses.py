@@ -9,7 +9,7 @@ from tiny_training import BACKENDS, MOE, UNTIED, part
 
 from minicpm_data.datasets.batches import Batches
 from minicpm_data.datasets.examples import IGNORED, Example
-from minicpm_data.training.loop import arrays
+from minicpm_data.training import objectives
 from minicpm_jax.training import cross_entropy
 from weights_io.config import ModelConfig
 
@@ -234,7 +234,7 @@ def test_packed_or_not_and_in_either_backend_the_gradients_are_the_same(folders,
     assert (apart.per_epoch, packed.per_epoch) == (1, 1) and packed[0].segments.max() > 2
     models = {backend: tiny.load(backend, folders[kind]) for backend in BACKENDS}
     (sums, expected), *others = (
-        tiny.gradients(backend, model, arrays(batches[0], None), balance=0.5)
+        tiny.gradients(backend, model, batches[0].arrays(), balance=0.5)
         for backend, model in models.items()
         for batches in (apart, packed)
     )
@@ -252,7 +252,7 @@ def sums(backend, name, losses, labels, beta, reference=None):
         import mlx.core as np_
     batch = {} if reference is None else {"reference": np_.array(reference)}
     trained = np_.array(labels[:, 1:] != IGNORED)
-    found = part(backend, "training.losses").OBJECTIVES[name](np_.array(losses), trained, batch, beta)
+    found = objectives.OBJECTIVES[name](np_, np_.array(losses), trained, batch, beta)
     return {key: float(value) for key, value in found.items()}
 
 

@@ -1,14 +1,18 @@
-"""Muon in both backends: whose weights it orthogonalises, and whose are left to Adam. No model is run."""
+"""Optimizers in both backends: which weights Muon orthogonalises, and on which weight decay goes. No model is run."""
 
 import jax.numpy as jnp
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from minicpm_data.training.options import is_decayed
 from minicpm_jax.training import optimizers
 from minicpm_mlx.training import optimizers as mlx_optimizers
+from weights_io.config import FAMILIES, ModelConfig
+from weights_io.parameters import parameters
 
 L, OUT, IN = 2, 6, 4
+CONFIG = ModelConfig(num_hidden_layers=L)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def layers_of(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def jax_step(weights: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    optimiser = optimizers.optimizer("muon", 0.0, 1e9)
+    optimiser = optimizers.optimizer("muon", 0.0, 1e9, CONFIG)
     here = {name: jnp.asarray(w) for name, w in weights.items()}
     updates, _ = optimiser.update({name: jnp.asarray(g) for name, g in gradients.items()}, optimiser.init(here), here)
     return layers_of({name: np.asarray(update) for name, update in updates.items()})
@@ -65,9 +69,22 @@ def test_muon_turns_matrices_of_the_layers_and_adam_the_rest(step, weights):
 
 
 def test_muon_decays_all_but_norms(weights):
-    decay = {"optimiser": optimizers.optimizer("muon", 0.1, 1e9), "none": optimizers.optimizer("muon", 0.0, 1e9)}
+    shares = {"optimiser": 0.1, "none": 0.0}
+    decay = {name: optimizers.optimizer("muon", share, 1e9, CONFIG) for name, share in shares.items()}
     here = {name: jnp.asarray(w) for name, w in weights.items()}
     updates = {name: o.update(here, o.init(here), here)[0] for name, o in decay.items()}
     for name, w in here.items():
         share = 0.0 if "norm" in name else 0.1
         np.testing.assert_allclose(updates["optimiser"][name] - updates["none"][name], -share * w, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [{}, {"tie_word_embeddings": False}, {"num_experts": 4, "num_experts_per_tok": 2}])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_weight_decay_goes_on_all_but_norms_and_magnitudes(model_type, kind):
+    """Names of both backends, of every kind of model. Before the table was asked, a name with "norm" in it was
+    spared."""
+    config = ModelConfig(model_type=model_type, num_hidden_layers=L, **kind)
+    names = {name for p in parameters(config) for name in (p.name, *p.layers(config))}
+    assert {name for name in names if is_decayed(name, config)} == {name for name in names if "norm" not in name}
+    for layer in ("model.layers.mlp.up_proj.weight", "model.layers.0.mlp.up_proj"):
+        assert [is_decayed(f"{layer}.{part}", config) for part in ("a", "b", "magnitude")] == [True, True, False]

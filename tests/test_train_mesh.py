@@ -46,7 +46,7 @@ def batch():
 
 def stepped(text, kind, config=CONFIG):
     """Weights (or adapters), loss and gradient norm after a step of gradient descent. A second one is not compiled."""
-    mesh, optimiser = make_mesh(text), optimizers.optimizer("sgd", 0.0, 1e9)
+    mesh, optimiser = make_mesh(text), optimizers.optimizer("sgd", 0.0, 1e9, config)
     weights = jax.tree.map(np.array, step.weights_of(initialise(config, jax.random.key(0))))
     weights = jax.device_put(weights, None if mesh is None else shardings(config, mesh))
     given = batch() if mesh is None else jax.device_put(batch(), batch_sharding(mesh, 8))

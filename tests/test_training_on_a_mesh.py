@@ -7,7 +7,7 @@ from tiny_training import MOE
 
 pytest.importorskip("jax")
 
-from minicpm_data.training import loop
+from minicpm_data.training import finetuning
 from minicpm_jax import finetune, lora
 from minicpm_jax.backend import backend
 from weights_io.adapters import read_adapter
@@ -31,7 +31,7 @@ def run(world, out, kind, mesh, **changes):
     short = {"batch_size": 8, "max_seq_length": tiny.WIDTH, "iters": 4, "warmup_steps": 0, "learning_rate": 1e-2}
     common = {"model": str(world / "model"), "data": world / "data", "dtype": "float32", "mesh": mesh, folder: out}
     options = module.Options(**{**common, **short, "lr_schedule": "constant", **changes})
-    loop.finetune(options, backend, module.trainer)
+    finetuning.finetune(options, backend, module.trainer)
     return [record["loss"] for record in tiny.records(out)]
 
 

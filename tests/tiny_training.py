@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tiny_model
 
-from minicpm_data.training import loop
+from minicpm_data.training import finetuning
 from minicpm_data.training.options import FinetuneOptions, FullOptions, LoraOptions
 from weights_io.adapters import Adapter, read_adapter
 from weights_io.write import of_layers, unstacked
@@ -86,7 +86,7 @@ def flags(options: FinetuneOptions) -> list[str]:
 
 
 def finetune(backend: str, options: FinetuneOptions) -> None:
-    loop.finetune(options, part(backend, "backend").backend, part(backend, "backend").trainer)
+    finetuning.finetune(options, part(backend, "backend").backend, part(backend, "backend").trainer)
 
 
 def trainer(backend: str, options: FinetuneOptions) -> Any:

@@ -73,6 +73,11 @@ class Parameter:
         """Shape in the MLX model: stacked over experts."""
         return self.shape(config)[self.stacked :]
 
+    @property
+    def is_decayed(self) -> bool:
+        """Whether fine-tuning's weight decay goes on it: not on what begins as ones, as norms do, which are lengths."""
+        return self.init != "ones"
+
     def logical_axes(self) -> tuple[str, ...]:
         """One logical axis for each dimension of `shape`."""
         return ("layers",) * self.stacked + ("expert",) * self.of_expert + self.axes

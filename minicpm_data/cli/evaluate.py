@@ -1,8 +1,9 @@
 """What an evaluation asks a model, and how many of the built-in model's held-out questions it answers rightly."""
 
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.keys import KeyRules, few
 from minicpm_data.model_options import ModelOptions, load_model
+from minicpm_data.option_checks import check_range
 from weights_io import command_line
-from weights_io.errors import InputError, flag
+from weights_io.errors import InputError
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -37,8 +39,11 @@ class EvaluateOptions(DataOptions, ModelOptions):
     """Most tokens of an answer."""
     seed: int = 0
     """Draws the questions; 0 draws those that pico's corpus keeps out of its training text."""
+    require: tuple[str, ...] = ()
+    """Exit with 1 where fewer of the questions of a kind are right than this percentage: sum=95 fact=50. Those of
+    --data are all of the kind exact."""
     require_sums: float | None = None
-    """Exit with 1 where fewer than this percentage of the sums are right."""
+    """The former name of --require sum=95."""
 
 
 def replies(
@@ -139,9 +144,34 @@ def is_right(question: dict[str, Any], reply: str) -> bool:
 
 def require_positive(options: Any, *names: str) -> None:
     """`InputError` where one of the options of these names is below 1; None is none."""
-    for name in names:
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise InputError(f"{flag(name)} is {value}; it must be at least 1.")
+    check_range(options, *names, least=1)
+
+
+def requirements(options: EvaluateOptions) -> dict[str, float]:
+    """The least percentage of right answers by kind of question. `InputError` where it is none."""
+    given = options.require if options.require_sums is None else (*options.require, f"sum={options.require_sums}")
+    found = {}
+    for text in given:
+        kind, _, percentage = text.partition("=")
+        try:
+            found[kind] = float(percentage)
+        except ValueError:
+            found[kind] = math.nan
+        if not 0 <= found[kind] <= 100:
+            raise InputError(f"--require is {text}; give a kind of question and a percentage from 0 to 100: sum=95.")
+    return found
+
+
+def missed(required: Mapping[str, float], scores: Mapping[str, Sequence[bool]]) -> str | None:
+    """The sentence on the first of the `requirements` that is not met; None where all are. `InputError` for a kind
+    that was not asked."""
+    for kind, percentage in required.items():
+        if kind not in scores:
+            asked = ", ".join(list(scores)[:3]) + (f" and {len(scores) - 3} more" if len(scores) > 3 else "")
+            raise InputError(f"--require names the kind {kind}, and the questions are of the kinds {asked}.")
+        if (share := 100 * sum(scores[kind]) / len(scores[kind])) < percentage:
+            return f"{share:.1f} % of the questions of the kind {kind} are right; --require asks for {percentage:g} %."
+    return None
 
 
 def run_evaluate(
@@ -153,11 +183,7 @@ def run_evaluate(
         """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing), or a file's,
         and count the right answers."""
         require_positive(options, "batch_size", "max_tokens", "limit")
-        required = options.require_sums
-        if required is not None and not 0 <= required <= 100:
-            raise InputError(f"--require-sums is {required}; it must be a percentage from 0 to 100.")
-        if required is not None and options.data is not None:
-            raise InputError("--require-sums is about pico's questions; leave out --data.")
+        required = requirements(options)
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
         running.device.note_mesh(model, options.batch_size)
@@ -172,8 +198,8 @@ def run_evaluate(
         for answer in [answer for answer in answers if not answer.right][:SHOWN]:
             question = answer.question
             print(f"wrong: {question['prompt']} -> {answer.reply} (right: {question['answer']})")
-        if required is not None and (share := 100 * sum(scores["sum"]) / len(scores["sum"])) < required:
-            print(f"{share:.1f} % of the sums are right; --require-sums asks for {required:g} %.", file=sys.stderr)
+        if unmet := missed(required, scores):
+            print(unmet, file=sys.stderr)
             sys.exit(1)
 
     command_line.run(main, options, prog)

@@ -40,6 +40,16 @@ class Batch:
     length: int  # tokens in the rows of all processes, trained or not
     index: np.ndarray | None = None  # [B] int32, of pairs alone: which pair each row is, -1 an empty one
 
+    def arrays(self, references: np.ndarray | None = None, own: Own = range) -> dict[str, np.ndarray]:
+        """What a training step is given. ``references`` [n + 1, 2]: of both answers of each pair, and of an empty row;
+        each row, of which this process made its ``own``, gets its number."""
+        found = {"ids": self.ids, "labels": self.labels, "segments": self.segments}
+        if references is not None:
+            assert self.index is not None
+            both = references[self.index].T.reshape(-1)  # the chosen ones first
+            found["reference"] = both[list(own(self.size))]
+        return found
+
     @property
     def tokens(self) -> int:
         """How many tokens are targets."""

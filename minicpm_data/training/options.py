@@ -1,7 +1,8 @@
-"""The options of fine-tuning, which both backends have, and what they mean: schedule, layers, and what cannot be."""
+"""The options of training, which both backends have, and what they mean: schedule, layers, and what cannot be."""
 
-import math
-from collections.abc import Callable, Mapping
+import functools
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minicpm_data.datasets.options import DataOptions
-from minicpm_data.model_options import SourceOptions
+from minicpm_data.model_options import OneDevice, SourceOptions
+from minicpm_data.option_checks import check_range
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io.adapters import AdapterConfig
 from weights_io.catalog import find
 from weights_io.errors import InputError, flag
 from weights_io.memory import ADAPTERS
+from weights_io.parameters import parameters
 
 if TYPE_CHECKING:
     from weights_io.adapters import Adapter
@@ -23,10 +26,16 @@ if TYPE_CHECKING:
 # A resumed run must agree on all options but these.
 FREE = frozenset(
     """train test iters epochs mask_prompt learning_rate lr_schedule warmup_steps clip steps_per_report steps_per_eval
-    val_batches test_batches save_every resume report_to project_name hub data config grad_checkpoint adapter_path
-    ignore_keys special_tokens_as_text save_path save_dtype mesh distributed coordinator_address num_processes
-    process_id join_timeout""".split()
+    val_batches test_batches save_every valid_every resume report_to project_name hub data config init_from tokenizer
+    grad_checkpoint remat adapter_path ignore_keys special_tokens_as_text save_path out save_dtype mesh distributed
+    coordinator_address num_processes process_id join_timeout""".split()
 )
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """What a resumed run must agree on, as JSON has it."""
+    kept = {name: value for name, value in vars(options).items() if name not in FREE}
+    return json.loads(json.dumps(kept, default=str))
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,64 @@ class LoraOptions(FinetuneOptions):
         return str(Path(model).resolve()) if Path(model).exists() else model
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(DataOptions, OneDevice):
+    tokenizer: Path
+    """Folder of the tokenizer."""
+    data: Path
+    """Folder with stable/ and decay/, each with train.jsonl and valid.jsonl."""
+    out: Path
+    """Folder for checkpoints, metrics and the finished model."""
+    config: Path | None = None
+    """config.json of the model to make from nothing."""
+    init_from: str | None = None
+    """Begin with this model's weights (folder, hub id or short name) in place of --config."""
+    from_step: int = 0
+    """Begin at this step of the schedule: there is no warm-up after it, and the data is that of its stage."""
+    steps: int = 5000
+    """Optimiser steps in all."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_steps: int = 500
+    """Steps of the decay stage, at the end; 10 percent of all is enough."""
+    decay: Decay = "exponential"
+    """Form of the decay."""
+    half_life: float = 140.0
+    """Steps in which the exponential decay halves the learning rate."""
+    batch_size: int = 16
+    """Windows a step."""
+    seq_length: int = 256
+    """Tokens a window."""
+    learning_rate: float = 0.01
+    """Rate of the stable stage; matrices get muP's share of it."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices."""
+    beta1: float = 0.9
+    """AdamW's."""
+    beta2: float = 0.95
+    """AdamW's."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute in this; masters and moments are float32. Default: bfloat16, and float32 on a CPU and TPU v2 or v3."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the finished model."""
+    remat: bool = False
+    """Recompute each layer in the backward pass: less memory, a third more work."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    valid_every: int = 250
+    """Steps between validation losses."""
+    resume: bool = False
+    """Go on with the run in the output folder, from its last checkpoint."""
+    report_to: Literal["wandb", "tensorboard"] | None = None
+    """Also send the figures there."""
+    project_name: str | None = None
+    """Name of wandb's project; by default that of the output folder."""
+    seed: int = 0
+    """Of initialisation and data order."""
+
+
 def schedule_of(options: FinetuneOptions, steps: int) -> Callable[[int], float]:
     """Learning rate by step. A decay would end one step after the last, so that the last still learns."""
     warmup = min(100, steps // 10) if options.warmup_steps is None else options.warmup_steps
@@ -181,26 +248,18 @@ def schedule_of(options: FinetuneOptions, steps: int) -> Callable[[int], float]:
 
 def check(options: FinetuneOptions) -> None:
     """Refuse what cannot work before anything is imported or written."""
-    least = {"iters": 1, "batch_size": 1, "grad_accumulation_steps": 1, "max_seq_length": 2, "steps_per_report": 1}
-    least |= {"steps_per_eval": 1, "save_every": 1, "seed": 0}
-    for name, lowest in least.items():
-        if (value := getattr(options, name)) is not None and value < lowest:
-            raise InputError(f"{flag(name)} is {value}; it must be at least {lowest}.")
-    for name in ("learning_rate", "clip", "beta", "epochs"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{flag(name)} is {value}; it must be above 0.")
-    if options.seed >= 2**32:
-        raise InputError(f"--seed is {options.seed}; it must be below 2**32.")
+    check_range(options, "iters", "batch_size", "grad_accumulation_steps", "steps_per_report", least=1)
+    check_range(options, "steps_per_eval", "save_every", least=1)
+    check_range(options, "max_seq_length", least=2)
+    check_range(options, "learning_rate", "clip", "beta", "epochs", above=0)
+    check_range(options, "seed", least=0, below=2**32)
+    check_range(options, "weight_decay", least=0, below=1)
+    check_range(options, "warmup_steps", least=0)
     if options.iters is not None and options.epochs is not None:
         raise InputError("--iters and --epochs both say how long to train; leave one of them out.")
-    if not 0 <= options.weight_decay < 1:
-        raise InputError(f"--weight-decay is {options.weight_decay}; it must be from 0 to below 1.")
     for name in ("val_batches", "test_batches"):
         if (value := getattr(options, name)) != -1 and value < 1:
             raise InputError(f"{flag(name)} is {value}; it must be at least 1, or -1 for all.")
-    if options.warmup_steps is not None and options.warmup_steps < 0:
-        raise InputError(f"--warmup-steps is {options.warmup_steps}; it must be at least 0.")
     options.check_placement()
     if options.pack and options.loss != "sft":
         raise InputError("--pack is for --loss sft; pairs stand in rows of their own.")
@@ -227,17 +286,18 @@ def check_layers(options: FinetuneOptions, config: "ModelConfig") -> None:
         raise InputError(f"--num-layers is {layers}; the model has {most} layers (-1 takes all).")
 
 
-def adapted_layers(options: Any, config: "ModelConfig") -> range:
+def adapted_layers(options: LoraOptions, config: "ModelConfig") -> range:
     """The layers that get adapters."""
     count = config.num_hidden_layers
     return range(0 if options.num_layers == -1 else count - options.num_layers, count)
 
 
-def given_adapter(options: Any, config: "ModelConfig") -> "Adapter":
+def given_adapter(options: LoraOptions, config: "ModelConfig") -> "Adapter":
     """The adapter of --resume-adapter-file, which must be of the kind that is to be trained."""
     from weights_io.adapters import read_adapter, target_parameters
     from weights_io.parameters import layer_of
 
+    assert options.resume_adapter_file is not None
     found = read_adapter(options.resume_adapter_file, config)
     wanted = options.adapter
     layers = adapted_layers(options, config)
@@ -254,27 +314,22 @@ def given_adapter(options: Any, config: "ModelConfig") -> "Adapter":
                 "give the options that it was trained with."
             )
     if different := sorted(ours ^ found.tensors.keys()):
-        here = "not on" if different[0] in ours else "on"
+        place = "not on" if different[0] in ours else "on"
         raise InputError(
-            f"the adapter in {options.resume_adapter_file} is {here} {different[0]}, and the options say otherwise; "
+            f"the adapter in {options.resume_adapter_file} is {place} {different[0]}, and the options say otherwise; "
             "give the --targets and --num-layers that it was trained with."
         )
     return found
 
 
-def export_model(options: FullOptions, tensors: "Mapping[str, Any]") -> None:
-    """The finished model in Hugging Face layout, in place of one that an earlier run of the same folder wrote."""
-    from minicpm_data.training.run_folder import replace_model
-    from weights_io.casting import Rounding
-    from weights_io.checkpoint import open_checkpoint
-    from weights_io.convert import write_model
-    from weights_io.hub import resolve
-
-    checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
-    dtype = options.save_dtype or checkpoint.dtype
-    replace_model(options.out, lambda new: write_model(new, checkpoint, checkpoint.config, tensors, dtype, Rounding()))
+def is_decayed(name: str, config: "ModelConfig") -> bool:
+    """Whether weight decay goes on the weight of this name, in either backend: the table says so, and of an adapter's
+    parts not on DoRA's magnitude, which is a length."""
+    return name not in _not_decayed(config) and name.rpartition(".")[2] != "magnitude"
 
 
-def is_decayed(name: str) -> bool:
-    """Whether weight decay goes on the weight of this name: not on norms and DoRA's magnitudes, which are lengths."""
-    return "norm" not in name and "magnitude" not in name
+@functools.cache
+def _not_decayed(config: "ModelConfig") -> frozenset[str]:
+    """Names in the JAX model, and in the MLX model."""
+    spared = [parameter for parameter in parameters(config) if not parameter.is_decayed]
+    return frozenset(name for parameter in spared for name in (parameter.name, *parameter.layers(config)))

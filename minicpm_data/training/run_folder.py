@@ -155,7 +155,7 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
 
 
 def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any]) -> None:
-    before = _saved_settings(folder)
+    before = {"backend": "minicpm_jax"} | _saved_settings(folder)  # which earlier versions left out of a pretraining
     changed = [name for name in settings if before.get(name) != settings[name]]
     if _noted(before, "base") not in (None, notes.get("base")):
         changed.append("model")

@@ -25,7 +25,7 @@ from minicpm_jax.parallel.mesh import automatic, batch_sharding, make_mesh
 from minicpm_jax.parallel.sharding import default_mesh, padded, partition_spec, shardings
 from minicpm_jax.quantization.model import axes_of, names_of, quantised
 from minicpm_jax.training import optimizers, step
-from minicpm_jax.training.losses import Objective
+from minicpm_jax.training.losses import Objective, PackedObjective
 from weights_io import catalog
 from weights_io.adapters import AdapterConfig
 from weights_io.checkpoint import open_checkpoint
@@ -223,7 +223,7 @@ class Job:
 
     def _train(self) -> Call:
         objective = Objective(remat=self.grad_checkpoint)
-        optimiser = optimizers.optimizer("adamw", 0.01, 1.0)
+        optimiser = optimizers.optimizer("adamw", 0.01, 1.0, self.config)
         base: Model | None = None
         trained: step.Trained
         if self.job == "lora":
@@ -241,22 +241,15 @@ class Job:
         return Call(step.train_step, arguments, {"trained": trained, "objective": objective, "optimiser": optimiser})
 
     def _pretrain(self) -> Call:
-        optimiser = optimizers.mup_optimizer(self.config, 0.9, 0.95, 0.1, 1.0)
-        windows = self._batches()["ids"]
-        if self.placed is None:
-            windows = self._array(windows.shape[1:], jnp.int32)
-        else:
-            where = NamedSharding(self.placed, PartitionSpec(*windows.sharding.spec[1:]))
-            windows = jax.ShapeDtypeStruct(windows.shape[1:], jnp.int32, sharding=where)
         fixed = {
             "trained": step.AllWeights(self.config, self.dtype, self.placed),
-            "optimiser": optimiser,
-            "bos_token_id": 1,
-            "remat": self.grad_checkpoint,
+            "objective": PackedObjective(bos_token_id=1, remat=self.grad_checkpoint),
+            "optimiser": optimizers.mup_optimizer(self.config, 0.9, 0.95, 0.1, 1.0),
         }
-        return Call(
-            step.pretrain_step, (self._state(optimiser, self._masters()), windows, self._array((), jnp.float32)), fixed
-        )
+        windows = {"ids": self._batches()["ids"]}
+        key = self._everywhere(jax.eval_shape(lambda: jax.random.key(0)))
+        state = self._state(fixed["optimiser"], self._masters())
+        return Call(step.train_step, (state, None, windows, self._array((), jnp.float32), key), fixed)
 
 
 def compiled(lowered: Any) -> Any:

@@ -12,25 +12,30 @@ from minicpm_jax.training.step import Weights
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
-
-def _decayed(weights: Weights) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: is_decayed(jax.tree_util.keystr(path)), weights)
+Mask = Callable[[Weights], Any]  # whether weight decay goes on each array, in the form of the weights
 
 
-def _muon(decay: float) -> optax.GradientTransformation:
+def _decayed(config: ModelConfig) -> Mask:
+    def name(path: Any) -> str:
+        return ".".join(part.key for part in path)
+
+    return functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: is_decayed(name(path), config))
+
+
+def _muon(decay: float, decayed: Mask) -> optax.GradientTransformation:
     """Muon for the layers' matrices (stacked, [L, out, in]), Adam for all else: embedding, head, norms, experts."""
     axes = functools.partial(jax.tree.map, lambda w: optax.contrib.MuonDimensionNumbers(2, 1))
     muon = optax.contrib.muon(1.0, muon_weight_dimension_numbers=axes)
     labels = functools.partial(jax.tree.map, lambda w: "muon" if w.ndim == 3 else "adam")
     updates = optax.partition({"muon": muon, "adam": optax.adam(1.0)}, labels)
-    return optax.chain(updates, optax.add_decayed_weights(-decay, mask=_decayed))  # the updates point downwards already
+    return optax.chain(updates, optax.add_decayed_weights(-decay, mask=decayed))  # the updates point downwards already
 
 
-OPTIMISERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "adamw": lambda decay: optax.adamw(1.0, weight_decay=decay, mask=_decayed),
-    "adam": lambda decay: optax.adam(1.0),
-    "sgd": lambda decay: optax.sgd(1.0),
-    "adafactor": lambda decay: optax.adafactor(1.0),
+OPTIMISERS: dict[str, Callable[[float, Mask], optax.GradientTransformation]] = {
+    "adamw": lambda decay, decayed: optax.adamw(1.0, weight_decay=decay, mask=decayed),
+    "adam": lambda decay, decayed: optax.adam(1.0),
+    "sgd": lambda decay, decayed: optax.sgd(1.0),
+    "adafactor": lambda decay, decayed: optax.adafactor(1.0),
     "muon": _muon,
 }
 
@@ -52,7 +57,7 @@ def mup_optimizer(
 
 
 @functools.cache
-def optimizer(name: str, weight_decay: float, clip: float) -> optax.GradientTransformation:
+def optimizer(name: str, weight_decay: float, clip: float, config: ModelConfig) -> optax.GradientTransformation:
     """One of `OPTIMISERS` for a learning rate of 1, over gradients of at most the norm ``clip``. The same arguments
     give the same object, for which `train_step` is compiled once."""
-    return optax.chain(optax.clip_by_global_norm(clip), OPTIMISERS[name](weight_decay))
+    return optax.chain(optax.clip_by_global_norm(clip), OPTIMISERS[name](weight_decay, _decayed(config)))

@@ -20,7 +20,7 @@ from minicpm_jax.model import Model, linear, nested
 from minicpm_jax.parallel.mesh import ambient
 from minicpm_jax.parallel.sharding import padded, partition_spec, replicated, reshaped, shardings
 from minicpm_jax.training.cross_entropy import token_losses
-from minicpm_jax.training.losses import Batch, Objective, packed_loss
+from minicpm_jax.training.losses import Batch, Objective, PackedObjective
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -90,6 +90,7 @@ class LowRankWeights:
 
 
 Trained = AllWeights | LowRankWeights
+Minimised = Objective | PackedObjective
 
 
 def beginning(weights: Weights, optimiser: optax.GradientTransformation, mesh: Mesh | None) -> State:
@@ -120,7 +121,7 @@ def train_step(
     key: Array,
     *,
     trained: Trained,
-    objective: Objective,
+    objective: Minimised,
     optimiser: optax.GradientTransformation,
 ) -> tuple[State, dict[str, Array]]:
     """One step on micro-batches (arrays [A, B, T]), whose tokens all weigh the same. Returns the state and figures:
@@ -153,7 +154,7 @@ def train_step(
 
 
 @functools.partial(jax.jit, static_argnames=("trained", "objective"))
-def evaluation(weights: Weights, base: Model | None, batch: Batch, *, trained: Trained, objective: Objective):
+def evaluation(weights: Weights, base: Model | None, batch: Batch, *, trained: Trained, objective: Minimised):
     """The objective's sums over a batch, without a step."""
     return objective(trained.model(base, weights), batch)[1]
 
@@ -165,35 +166,6 @@ def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, tra
     positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
     hidden = model.hidden_states(batch["ids"], positions)
     return -jnp.sum(token_losses(model, hidden, batch["labels"]), axis=1)
-
-
-@functools.partial(jax.jit, static_argnames=("trained", "optimiser", "bos_token_id", "remat"), donate_argnums=0)
-def pretrain_step(
-    state: State,
-    windows: jax.Array,
-    learning_rate: jax.Array,
-    *,
-    trained: AllWeights,
-    optimiser: optax.GradientTransformation,
-    bos_token_id: int,
-    remat: bool,
-) -> tuple[State, dict[str, jax.Array]]:
-    """One AdamW step on [B, T] windows. Returns the state and figures."""
-    weights, moments = state
-
-    def loss_of(weights: Weights) -> jax.Array:
-        return packed_loss(trained.model(None, weights), windows, bos_token_id, remat)
-
-    loss, gradients = jax.value_and_grad(loss_of)(weights)
-    updates, moments = optimiser.update(gradients, moments, weights)
-    weights = {name: w + learning_rate * updates[name] for name, w in weights.items()}
-    return (weights, moments), {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
-
-
-@functools.partial(jax.jit, static_argnames=("trained", "bos_token_id"))
-def packed_evaluation(weights: Weights, windows: jax.Array, *, trained: AllWeights, bos_token_id: int):
-    """Loss of [B, T] windows without a step."""
-    return packed_loss(trained.model(None, weights), windows, bos_token_id)
 
 
 def weights_of(model: Model) -> Weights:

@@ -1,16 +1,20 @@
-"""What `minicpm_data.training.loop` asks of a backend: steps, losses, checkpoints and the finished adapter or model."""
+"""What `minicpm_data.training.loop` asks of a backend: steps, losses and checkpoints; and for fine-tuning the adapter
+or model at the beginning and at the end."""
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+import optax
+from jax.sharding import Mesh, NamedSharding
 
 from minicpm_data.datasets.batches import one_of_few
-from minicpm_data.training.options import adapted_layers, export_model, given_adapter
+from minicpm_data.training.finished_model import export_finetuned
+from minicpm_data.training.options import FinetuneOptions, FullOptions, LoraOptions, adapted_layers, given_adapter
 from minicpm_jax import adapters, device
 from minicpm_jax.loading import load_weights
 from minicpm_jax.model import Model
@@ -28,50 +32,28 @@ from weights_io.memory import ADAPTERS, check_training
 Arrays = Mapping[str, np.ndarray]
 
 
-class Trainer:
-    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+class BaseTrainer:
+    """Steps, losses and checkpoints of what a subclass trains. ``folder``: of the run; ``rows``: of a batch, which are
+    split over the ``mesh``. Raises `InputError` where they cannot be."""
 
-    def __init__(self, model: Model, options: Any):
-        self.options, self.config, self.adapter = options, model.config, options.adapter
-        self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
-        self.optimiser = optimizers.optimizer(options.optimizer, options.weight_decay, options.clip)
-        self.key = jax.random.key(options.seed)
+    state: train.State
+    trained: train.Trained
+    objective: train.Minimised
+    optimiser: optax.GradientTransformation
+    base: Model | None = None  # of adapters
+
+    def __init__(self, folder: Path, rows: int, seed: int, mesh: Mesh | None):
+        self.folder, self.rows, self.mesh, self.key = folder, rows, mesh, jax.random.key(seed)
         self.processes = processes()
-        sharding = model.model.embed_tokens.weight[...].sharding
-        self.mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-        if self.mesh is not None:
-            batch_sharding(self.mesh, options.batch_size)  # refused before anything is written
-        self.base: Model | None = model
-        self.trained: train.Trained
-        if self.adapter is None:
-            self.trained = train.AllWeights(model.config, model.model.embed_tokens.weight.dtype.name, self.mesh)
-            free = device.free_memory(self.mesh)
-            check_training(model.config, options.optimizer, free, share(model.config, self.mesh))
-            before = train.weights_of(model)
-            weights = {name: jnp.array(w, jnp.float32) for name, w in before.items()}
-            self.base = None
-        else:
-            self.layers = adapted_layers(options, model.config)
-            self.trained = train.LowRankWeights(self.adapter.scale, self.adapter.dropout)
-            if options.resume_adapter_file is None:
-                weights = adapters.initial(model, self.adapter, self.layers, self.key)
-            else:
-                weights = adapters.from_adapter(model.config, given_adapter(options, model.config))
-            before = jax.tree.map(jnp.array, weights)
-            if self.mesh is not None:
-                before, weights = replicated((before, weights), self.mesh)
-        self.before = before if options.loss == "dpo" else None
-        self.state: train.State = train.beginning(weights, self.optimiser, self.mesh)
+        if mesh is not None:
+            batch_sharding(mesh, rows)  # refused before anything is written
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.options.out / "checkpoints")
+        return Checkpoints(self.folder / "checkpoints")
 
     def own(self, rows: int) -> Sequence[int]:
         return own_rows(self.mesh, rows)
-
-    def row_width(self, length: int) -> int:
-        return one_of_few(length)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
         state, figures = train.train_step(
@@ -91,14 +73,9 @@ class Trainer:
         one = {name: x[0] for name, x in self.placed([batch]).items()}
         return train.evaluation(self.state[0], self.base, one, trained=self.trained, objective=self.objective)
 
-    def reference(self, batch: Arrays) -> np.ndarray:
-        one = {name: x[0] for name, x in self.placed([batch]).items()}
-        return fetched(train.log_probabilities(self.before, self.base, one, trained=self.trained))
-
     def placed(self, batches: Sequence[Arrays]) -> Mapping[str, Any]:
         """[A, B, T] of this process's rows of batches [B, T], spread over the devices."""
-        sides = 1 if self.options.loss == "sft" else 2
-        return placed_rows(stacked(batches), self.mesh, sides * self.options.batch_size)
+        return placed_rows(stacked(batches), self.mesh, self.rows)
 
     def save(self, step: int) -> None:
         self.checkpoints.save(step, self.state)
@@ -107,31 +84,68 @@ class Trainer:
         self.state = self.checkpoints.restore(self.state)
         return self.checkpoints.latest
 
-    def export(self) -> None:
-        if self.adapter is None:  # from the disk, where a process alone can read all of it, a part at a time
-            folder, step = self.options.out / "checkpoints", self.checkpoints.latest
-
-            def write() -> None:
-                export_model(self.options, Saved(folder, step).tensors(self.config))
-
-            self.processes.once(write)
-        else:
-            adapter = adapters.to_adapter(self.config, self.state[0], self.adapter, self.layers)
-            self.processes.once(lambda: save_adapter(self.options.out, adapter, self.config))
-
-    def load_export(self) -> None:
-        if self.adapter is None:
-            found = load_weights(open_checkpoint(self.options.out / "model"), "float32", self.mesh, remedy=ADAPTERS)
-            self.state = train.weights_of(found), None
-        else:
-            adapter = read_adapter(self.options.out, self.config)
-            self.trained = train.LowRankWeights(adapter.config.scale, 0.0)
-            weights = adapters.from_adapter(self.config, adapter)
-            self.state = (weights if self.mesh is None else replicated(weights, self.mesh)), None
-
     def close(self) -> None:
         if "checkpoints" in vars(self):
             self.checkpoints.close()
+
+
+class Trainer(BaseTrainer):
+    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+
+    def __init__(self, model: Model, options: FinetuneOptions):
+        sharding = model.model.embed_tokens.weight[...].sharding
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        super().__init__(options.out, options.batch_size, options.seed, mesh)
+        self.rows *= 1 if options.loss == "sft" else 2
+        self.options, self.config = options, model.config
+        self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
+        self.optimiser = optimizers.optimizer(options.optimizer, options.weight_decay, options.clip, model.config)
+        if isinstance(options, LoraOptions):
+            adapter, self.base = options.adapter, model
+            self.trained = train.LowRankWeights(adapter.scale, adapter.dropout)
+            if options.resume_adapter_file is None:
+                weights = adapters.initial(model, adapter, adapted_layers(options, model.config), self.key)
+            else:
+                weights = adapters.from_adapter(model.config, given_adapter(options, model.config))
+            before = jax.tree.map(jnp.array, weights)
+            if mesh is not None:
+                before, weights = replicated((before, weights), mesh)
+        else:
+            self.trained = train.AllWeights(model.config, model.model.embed_tokens.weight.dtype.name, mesh)
+            free = device.free_memory(mesh)
+            check_training(model.config, options.optimizer, free, share(model.config, mesh))
+            before = train.weights_of(model)
+            weights = {name: jnp.array(w, jnp.float32) for name, w in before.items()}
+        self.before = before if options.loss == "dpo" else None
+        self.state = train.beginning(weights, self.optimiser, mesh)
+
+    def row_width(self, length: int) -> int:
+        return one_of_few(length)
+
+    def reference(self, batch: Arrays) -> np.ndarray:
+        one = {name: x[0] for name, x in self.placed([batch]).items()}
+        return fetched(train.log_probabilities(self.before, self.base, one, trained=self.trained))
+
+    def export(self) -> None:
+        options = self.options
+        if isinstance(options, LoraOptions):
+            layers = adapted_layers(options, self.config)
+            adapter = adapters.to_adapter(self.config, self.state[0], options.adapter, layers)
+            self.processes.once(lambda: save_adapter(options.out, adapter, self.config))
+        else:  # from the disk, where a process alone can read all of it, a part at a time
+            assert isinstance(options, FullOptions)
+            saved = Saved(self.folder / "checkpoints", self.checkpoints.latest)
+            self.processes.once(lambda: export_finetuned(options, saved.tensors(self.config)))
+
+    def load_export(self) -> None:
+        if self.base is None:
+            found = load_weights(open_checkpoint(self.folder / "model"), "float32", self.mesh, remedy=ADAPTERS)
+            self.state = train.weights_of(found), None
+        else:
+            adapter = read_adapter(self.folder, self.config)
+            self.trained = train.LowRankWeights(adapter.config.scale, 0.0)
+            weights = adapters.from_adapter(self.config, adapter)
+            self.state = (weights if self.mesh is None else replicated(weights, self.mesh)), None
 
 
 def stacked(batches: Sequence[Arrays]) -> dict[str, np.ndarray]:

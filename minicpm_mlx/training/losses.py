@@ -6,84 +6,45 @@ Labels are the tokens themselves where they are targets, -100 elsewhere; positio
 logits of a whole batch are never there at once: with 122,753 words, 8 rows of 2048 tokens would take 8 GB.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from minicpm_data.datasets.examples import IGNORED
+from minicpm_data.training.objectives import Batch, ObjectiveOptions, Sums, documents_apart
 from minicpm_mlx.layers.rope import positions_of
 from minicpm_mlx.model import Model
 from minicpm_mlx.training.cross_entropy import token_losses
 
-Batch = Mapping[str, mx.array]  # ids, labels, segments [B, T]; for DPO reference [B]
-Sums = tuple[mx.array, dict[str, mx.array]]
-
 
 @dataclass(frozen=True)
-class Objective:
-    """``name``: sft (cross entropy), dpo (arXiv 2305.18290) or orpo (2403.07691), whose strength is ``beta``.
-    ``balance``: weight of the experts' `moe.imbalance`. ``remat``: recompute layers in the backward pass."""
-
-    name: Literal["sft", "dpo", "orpo"] = "sft"
-    beta: float = 0.1
-    balance: float = 0.01
-    remat: bool = False
-
+class Objective(ObjectiveOptions):
     def __call__(self, model: Model, batch: Batch) -> Sums:
-        """The sum to be minimised over a batch, and sums to be reported: ``weight`` is what they are divided by, the
-        number of trained tokens (sft) or of pairs."""
+        """`ObjectiveOptions.sums` of a batch."""
         positions = positions_of(model.config, batch["ids"], segments=batch["segments"])
         x, imbalance = model.model(model.model.embed(batch["ids"]), positions, remat=self.remat)
         losses = token_losses(model, model.model.norm(x), batch["labels"])
-        trained = batch["labels"][:, 1:] != IGNORED
-        sums = OBJECTIVES[self.name](losses, trained, batch, self.beta)
-        total = sums["loss"]
-        if model.config.num_experts:
-            sums["imbalance"] = imbalance * sums["weight"]
-            total = total + self.balance * sums["imbalance"]
-        return total, sums
+        return self.sums(mx, losses, batch, imbalance if model.config.num_experts else None)
 
 
-def _supervised(losses, trained, batch, beta) -> dict[str, mx.array]:
-    return {"loss": losses.sum(), "weight": trained.sum()}
+@dataclass(frozen=True)
+class PackedObjective:
+    """`packed_loss` of the windows of a batch: a mean, so that its weight is 1."""
+
+    bos_token_id: int
+    remat: bool = False
+
+    def __call__(self, model: Model, batch: Batch) -> Sums:
+        loss = packed_loss(model, batch["ids"], self.bos_token_id, self.remat)
+        return loss, {"loss": loss, "weight": mx.ones(())}
 
 
-def _dpo(losses, trained, batch, beta) -> dict[str, mx.array]:
-    """-log sigmoid(beta (how much likelier than under the reference the chosen answer is, less that of the rejected)).
-    The first half of the rows are chosen, the second rejected ones; log-probabilities are sums over the answer."""
-    chosen, rejected = mx.split(-losses.sum(axis=1) - batch["reference"], 2)
-    real = mx.split(trained, 2)[0].any(axis=1)  # not a row that fills up the batch
-    margin = beta * (chosen - rejected)
-    return {
-        "loss": -(nn.log_sigmoid(margin) * real).sum(),
-        "margin": (margin * real).sum(),
-        "accuracy": ((margin > 0) & real).sum(),
-        "weight": real.sum(),
-    }
-
-
-def _orpo(losses, trained, batch, beta) -> dict[str, mx.array]:
-    """Mean cross entropy of the chosen answer - beta log sigmoid(log odds ratio), with mean log-probabilities."""
-    mean = -losses.sum(axis=1) / mx.maximum(trained.sum(axis=1), 1)
-    real = mx.split(trained, 2)[0].any(axis=1)
-    # A row of nothing has the log-probability 0, whose odds are infinite.
-    mean = mx.where(trained.any(axis=1), mean, -1.0)
-    odds = mean - mx.log(-mx.expm1(mx.minimum(mean, -1e-6)))
-    (chosen, _), (better, worse) = mx.split(mean, 2), mx.split(odds, 2)
-    ratio = better - worse
-    return {
-        "loss": ((-chosen - beta * nn.log_sigmoid(ratio)) * real).sum(),
-        "margin": (ratio * real).sum(),
-        "accuracy": ((ratio > 0) & real).sum(),
-        "weight": real.sum(),
-    }
-
-
-OBJECTIVES: dict[str, Callable[..., dict[str, mx.array]]] = {"sft": _supervised, "dpo": _dpo, "orpo": _orpo}
+def packed_loss(model: Model, windows: mx.array, bos_token_id: int, remat: bool = False) -> mx.array:
+    """Mean cross entropy over windows [B, T] of documents that each begin with BOS: a document neither sees nor
+    predicts another one. A mixture of experts has a hundredth of its imbalance added."""
+    total, sums = Objective(remat=remat)(model, documents_apart(mx, windows, bos_token_id))
+    return total / mx.maximum(sums["weight"], 1)
 
 
 def mean_loss(

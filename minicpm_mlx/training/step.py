@@ -8,15 +8,15 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from minicpm_data.training.options import is_decayed
 from minicpm_mlx.adapters import use_keys
 from minicpm_mlx.layers.ops import compiled
 from minicpm_mlx.layers.rope import positions_of
 from minicpm_mlx.model import Model
 from minicpm_mlx.training.cross_entropy import token_losses
-from minicpm_mlx.training.losses import Batch, Objective
+from minicpm_mlx.training.losses import Batch, Objective, PackedObjective
 
 Weights = dict[str, mx.array]  # name -> what is trained, float32
+Minimised = Objective | PackedObjective
 
 
 def weights_of(model: Model) -> Weights:
@@ -30,7 +30,12 @@ def use_weights(model: Model, weights: Weights, dtypes: Mapping[str, Any]) -> No
 
 
 def gradients(
-    model: Model, objective: Objective, weights: Weights, batch: Batch, key: mx.array, before: Any = None
+    model: Model,
+    objective: Minimised,
+    weights: Weights,
+    batch: Batch,
+    key: mx.array,
+    before: Any = None,
 ) -> tuple[dict[str, mx.array], Weights]:
     """The objective's sums over a batch [B, T] and their gradients in float32, added to those ``before``. ``weights``:
     what is trained, in the model's dtypes, of which the model then has tracers."""
@@ -47,14 +52,20 @@ def gradients(
 
 
 def update(
-    optimiser: Any, decay: float, clip: float, weights: Weights, moments: Any, totals: Any, learning_rate: mx.array
+    optimiser: Any,
+    decay: Mapping[str, float],
+    clip: float,
+    weights: Weights,
+    moments: Any,
+    totals: Any,
+    learning_rate: mx.array,
 ) -> tuple[Weights, Any, dict[str, mx.array]]:
     """Weights and moments after a step with the `gradients`, and its figures."""
     sums, found = totals
     weight = mx.maximum(sums["weight"], 1)
     found, norm = optim.clip_grad_norm({name: g / weight for name, g in found.items()}, clip)
     optimiser.state, optimiser.learning_rate = moments, learning_rate
-    weights = {name: w * (1 - learning_rate * decay) if is_decayed(name) else w for name, w in weights.items()}
+    weights = {n: w * (1 - learning_rate * decay[n]) if n in decay else w for n, w in weights.items()}
     weights = optimiser.apply_gradients(found, weights)
     figures = {name: value / weight for name, value in sums.items()}
     return weights, optimiser.state, figures | {"weight": sums["weight"], "gradient_norm": norm}
@@ -63,16 +74,16 @@ def update(
 class Step:
     """One step of an optimiser: a program for the `gradients` of a batch, traced for each width of its rows, and one
     for the `update`. What the model does not train is a constant of the first: it must be computed, and stay.
-    ``decay``: share of a weight that a learning rate of 1 would take away."""
+    ``decay``: share of a weight that a learning rate of 1 would take away, by name; of the others none."""
 
     def __init__(
         self,
         model: Model,
         *,
         dtypes: Mapping[str, Any],
-        objective: Objective,
+        objective: Minimised,
         optimiser: Any,
-        decay: float,
+        decay: Mapping[str, float],
         clip: float,
     ):
         mx.eval(model.parameters())  # of a file that is mapped, a program would read them with each step

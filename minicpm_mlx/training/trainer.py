@@ -1,6 +1,8 @@
-"""What `minicpm_data.training.loop` asks of a backend: steps, losses, checkpoints and the finished adapter or model."""
+"""What `minicpm_data.training.loop` asks of a backend: steps, losses and checkpoints; and for fine-tuning the adapter
+or model at the beginning and at the end."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -8,7 +10,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from minicpm_data.datasets.batches import multiple
-from minicpm_data.training.options import adapted_layers, export_model, given_adapter
+from minicpm_data.training.finished_model import export_finetuned
+from minicpm_data.training.options import (
+    FinetuneOptions,
+    FullOptions,
+    LoraOptions,
+    adapted_layers,
+    given_adapter,
+    is_decayed,
+)
 from minicpm_data.training.processes import Alone
 from minicpm_mlx import adapters, device
 from minicpm_mlx.loading import load_weights
@@ -25,47 +35,41 @@ from weights_io.write import of_layers
 Arrays = Mapping[str, np.ndarray]
 
 
-class Trainer:
-    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+class BaseTrainer:
+    """Steps, losses and checkpoints of what a ``model`` trains, of which it has masters in float32. ``folder``: of the
+    run. ``decay``: share of a weight that a learning rate of 1 would take away, by name. ``dtype``: of the computation,
+    where it is not the model's own."""
 
-    def __init__(self, model: Model, options: Any):
-        self.options, self.config, self.adapter, self.model = options, model.config, options.adapter, model
-        self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
-        self.optimiser = optimizers.OPTIMISERS[options.optimizer]()
-        self.key = mx.random.key(options.seed)
-        self.processes = Alone()
-        if self.adapter is None:
-            check_training(model.config, options.optimizer, device.free_memory(model))
-        else:
-            if options.resume_adapter_file is None:
-                layers = adapted_layers(options, model.config)
-                matrices = adapters.initial(model, self.adapter, layers, self.key)
-            else:
-                matrices = adapters.from_adapter(model.config, given_adapter(options, model.config))
-            adapters.attach(model, matrices, self.adapter.scale, self.adapter.dropout)
-        self.dtypes = {name: w.dtype for name, w in tree_flatten(model.trainable_parameters())}
+    def __init__(
+        self,
+        model: Model,
+        folder: Path,
+        seed: int,
+        *,
+        objective: train.Minimised,
+        optimiser: optimizers.Optimizer,
+        decay: Mapping[str, float],
+        clip: float,
+        dtype: mx.Dtype | None = None,
+    ):
+        self.model, self.folder, self.seed = model, folder, seed
+        self.objective, self.optimiser, self.processes = objective, optimiser, Alone()
+        self.dtypes = {name: dtype or w.dtype for name, w in tree_flatten(model.trainable_parameters())}
         self.weights = train.weights_of(model)
-        self.before = self.weights if options.loss == "dpo" else None
-        self.optimiser.init(self.weights)
+        if dtype is not None:
+            train.use_weights(model, self.weights, self.dtypes)
+        optimiser.init(self.weights)
         self.train_step = train.Step(
-            model,
-            dtypes=self.dtypes,
-            objective=self.objective,
-            optimiser=self.optimiser,
-            decay=options.weight_decay if options.optimizer in ("adamw", "muon") else 0.0,
-            clip=options.clip,
+            model, dtypes=self.dtypes, objective=objective, optimiser=optimiser, decay=decay, clip=clip
         )
-        self.checkpoints = Checkpoints(options.out / "checkpoints")
+        self.checkpoints = Checkpoints(folder / "checkpoints")
         model.train()
 
     def own(self, rows: int) -> Sequence[int]:
         return range(rows)
 
-    def row_width(self, length: int) -> int:
-        return multiple(length)
-
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
-        key = mx.random.key(self.options.seed * 1_000_003 + number)
+        key = mx.random.key(self.seed * 1_000_003 + number)
         self.weights, figures = self.train_step(self.weights, [_arrays(batch) for batch in batches], rate, key)
         mx.async_eval(self.weights, self.optimiser.state, figures)
         return figures
@@ -76,14 +80,9 @@ class Trainer:
         self.model.train()
         return sums
 
-    def reference(self, batch: Arrays) -> np.ndarray:
-        assert self.before is not None
-        train.use_weights(self.model, self.before, self.dtypes)
-        self.model.eval()
-        sums = np.array(train.log_probabilities(self.model, _arrays(batch)))
-        self.model.train()
-        train.use_weights(self.model, self.weights, self.dtypes)
-        return sums
+    def tensors(self) -> dict[str, Any]:
+        """All weights, by Hugging Face names."""
+        return of_layers(self.model.config, {name: np.array(w) for name, w in self.weights.items()})
 
     def save(self, step: int) -> None:
         self.checkpoints.save(step, {"weights": self.weights, "moments": self.optimiser.state})
@@ -94,28 +93,69 @@ class Trainer:
         train.use_weights(self.model, self.weights, self.dtypes)
         return self.checkpoints.latest
 
-    def export(self) -> None:
-        if self.adapter is None:
-            export_model(self.options, of_layers(self.config, {name: np.array(w) for name, w in self.weights.items()}))
+    def close(self) -> None:
+        pass
+
+
+class Trainer(BaseTrainer):
+    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+
+    def __init__(self, model: Model, options: FinetuneOptions):
+        self.options, self.config = options, model.config
+        if isinstance(options, LoraOptions):
+            if options.resume_adapter_file is None:
+                layers = adapted_layers(options, model.config)
+                matrices = adapters.initial(model, options.adapter, layers, mx.random.key(options.seed))
+            else:
+                matrices = adapters.from_adapter(model.config, given_adapter(options, model.config))
+            adapters.attach(model, matrices, options.adapter.scale, options.adapter.dropout)
         else:
-            adapter = adapters.to_adapter(self.config, adapters.matrices_of(self.model), self.adapter)
-            save_adapter(self.options.out, adapter, self.config)
+            check_training(model.config, options.optimizer, device.free_memory(model))
+        names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+        share = options.weight_decay if options.optimizer in ("adamw", "muon") else 0.0
+        super().__init__(
+            model,
+            options.out,
+            options.seed,
+            objective=Objective(options.loss, options.beta, remat=options.grad_checkpoint),
+            optimiser=optimizers.OPTIMISERS[options.optimizer](),
+            decay={name: share for name in names if is_decayed(name, model.config)},
+            clip=options.clip,
+        )
+        self.before = self.weights if options.loss == "dpo" else None
+
+    def row_width(self, length: int) -> int:
+        return multiple(length)
+
+    def reference(self, batch: Arrays) -> np.ndarray:
+        assert self.before is not None
+        train.use_weights(self.model, self.before, self.dtypes)
+        self.model.eval()
+        sums = np.array(train.log_probabilities(self.model, _arrays(batch)))
+        self.model.train()
+        train.use_weights(self.model, self.weights, self.dtypes)
+        return sums
+
+    def export(self) -> None:
+        if isinstance(self.options, LoraOptions):
+            adapter = adapters.to_adapter(self.config, adapters.matrices_of(self.model), self.options.adapter)
+            save_adapter(self.folder, adapter, self.config)
+        else:
+            assert isinstance(self.options, FullOptions)
+            export_finetuned(self.options, self.tensors())
 
     def load_export(self) -> None:
-        if self.adapter is None:
-            found = load_weights(open_checkpoint(self.options.out / "model"), "float32", remedy=ADAPTERS)
+        if not isinstance(self.options, LoraOptions):
+            found = load_weights(open_checkpoint(self.folder / "model"), "float32", remedy=ADAPTERS)
             self.weights = train.weights_of(found)
             train.use_weights(self.model, self.weights, self.dtypes)
         else:
-            adapter = read_adapter(self.options.out, self.config)
+            adapter = read_adapter(self.folder, self.config)
             adapters.attach(self.model, adapters.from_adapter(self.config, adapter), adapter.config.scale)
             self.dtypes = {name: w.dtype for name, w in tree_flatten(self.model.trainable_parameters())}
             self.weights = train.weights_of(self.model)
             if self.before is not None and self.options.resume_adapter_file is None:
                 self.before = adapters.untrained(self.model)  # of the export's rank
-
-    def close(self) -> None:
-        pass
 
 
 def _arrays(batch: Arrays) -> dict[str, mx.array]:

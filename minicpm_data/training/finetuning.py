@@ -1,0 +1,266 @@
+"""Fine-tuning, as both backends have it: the examples, and what a backend's trainer is asked besides the loop."""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from minicpm_data.generation.api import Backend
+from minicpm_data.model_options import load_model
+from minicpm_data.tokenizer.chat_template import PLAIN_TEMPLATE
+from minicpm_data.training import loop
+from minicpm_data.training.loop import Arrays, Plan
+from minicpm_data.training.options import (
+    FinetuneOptions,
+    FullOptions,
+    check,
+    check_layers,
+    schedule_of,
+    settings_of,
+)
+from minicpm_data.training.processes import leaving_at_interrupts
+from minicpm_data.training.yaml_config import flags_of_file
+from weights_io import command_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minicpm_data.datasets.batches import Batches
+    from minicpm_data.datasets.examples import Split, SplitName
+
+
+class Trainer(loop.Trainer, Protocol):
+    """What a backend does for fine-tuning. Made of the model as it was loaded, and the options."""
+
+    def row_width(self, length: int) -> int:
+        """How wide rows are made that hold so many tokens."""
+
+    def reference(self, batch: Arrays) -> "np.ndarray":
+        """Log-probability of the trained tokens of every row (not only its own) under the model as it was before
+        training."""
+
+    def load_export(self) -> None:
+        """Take what `export` wrote."""
+
+
+Make = Callable[[Any, FinetuneOptions], Trainer]  # the first: the backend's model
+
+
+def run(backend: Callable[[], Backend], trainer: Make, options: type[FinetuneOptions], prog: str) -> None:
+    """``python -m PACKAGE.lora`` and ``.finetune``; ``backend`` is called (imported) when the flags are right."""
+
+    def main(options: FinetuneOptions) -> None:
+        """Fine-tune a MiniCPM (or Llama) model on conversations, texts or preferences."""
+        finetune(options, backend, trainer)
+
+    def flags_of_config(given: FinetuneOptions) -> list[str]:
+        return [] if given.config is None else flags_of_file(given.config, options)
+
+    with leaving_at_interrupts():
+        command_line.run(main, options, prog, flags_of_config)
+
+
+def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Make) -> None:
+    """Train, and test, as the options say. Raises `InputError` for options, data or a run that cannot be used."""
+    from minicpm_data.metrics import check_reporter
+    from minicpm_data.training.run_folder import check_folder
+
+    check(options)
+    if options.training:
+        check_folder(options.out, options.resume)
+        check_reporter(options.report_to)
+    running = backend()
+    model, tokenizer = load_model(running, options)
+    check_layers(options, model.config)
+    if options.ignore_chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    train = read_split(options, tokenizer, "train") if options.training else None
+    valid = read_split(options, tokenizer, "valid", required=False) if options.training else None
+    test = read_split(options, tokenizer, "test") if options.test else None
+    worker = trainer(model, options)  # which refuses a batch that a mesh does not divide
+    running.device.note_mesh(model, options.batch_size)
+    del model  # which a trainer of all weights does not keep
+    with contextlib.closing(worker):
+        if train is None:
+            worker.load_export()
+        else:
+            train_and_export(options, worker, train, valid)
+        if test is not None:
+            found = mean_losses(worker, feed(options, worker, test), options.test_batches)
+            loss, is_entropy = found["loss"], options.loss == "sft"
+            more = f"Test ppl {math.exp(min(loss, 700)):.3f}" if is_entropy else f"preferred {found['accuracy']:.1%}"
+            print(f"Test loss {loss:.3f}, {more}.")
+
+
+def read_split(options: FinetuneOptions, tokenizer: Any, name: "SplitName", required: bool = True) -> "Split | None":
+    """A split of the data, which is described on the screen."""
+    from minicpm_data.datasets.examples import load_split, show_first
+
+    found = load_split(
+        options.data,
+        name,
+        tokenizer,
+        options.max_seq_length,
+        pairs=options.loss != "sft",
+        mask_prompt=not options.train_on_prompt,
+        required=required,
+        ignore_keys=options.ignore_keys,
+        trusted=not options.special_tokens_as_text,
+    )
+    if found is not None:
+        print(f"{name}: {found.summary()}")
+        if name == "train":
+            show_first(found, tokenizer)
+    return found
+
+
+def train_and_export(options: FinetuneOptions, trainer: Trainer, train: "Split", valid: "Split | None") -> None:
+    """The run in its folder, in which nothing is written before all is known to fit."""
+    from minicpm_data.training.run_folder import using
+
+    batches = batches_of(options, train, trainer.row_width)
+    planned = plan(options, batches, evaluating=valid is not None)
+    backend = type(trainer).__module__.partition(".")[0]
+    settings = settings_of(options) | {"backend": backend, "examples": _fingerprint(train)}
+    notes: dict[str, Any] = {"source": _lasting(options.model), "hub": options.hub}
+    notes["save_dtype"] = options.save_dtype if isinstance(options, FullOptions) else None
+    notes |= {"base": _base(options), "valid": None if valid is None else _fingerprint(valid)}
+    trainer.processes.check_same(json.dumps([settings, planned.steps, notes["base"]], sort_keys=True))
+    with using(options.out, settings, options.resume, notes, trainer.processes):
+        rows = f"{options.batch_size * options.grad_accumulation_steps} {'rows' if options.pack else 'examples'}"
+        print(f"{planned.steps} steps of {rows}, {batches.padding:.1%} of them padding")
+        step = loop.restored(planned, trainer)
+        known = references(options, trainer, train)
+        valid_feed = [] if valid is None else feed(options, trainer, valid)
+        loop.fit(planned, trainer, Examples(options, trainer, batches, known, valid_feed), step)
+
+
+def batches_of(options: FinetuneOptions, train: "Split", row_width: Callable[[int], int]) -> "Batches":
+    """Raises `InputError` where the examples fill no batch."""
+    from minicpm_data.datasets.batches import Batches
+
+    return Batches(
+        train.examples,
+        options.batch_size,
+        options.max_seq_length,
+        options.seed,
+        pack=options.pack,
+        accumulation=options.grad_accumulation_steps,
+        row_width=row_width,
+    )
+
+
+def plan(options: FinetuneOptions, batches: "Batches", evaluating: bool) -> Plan:
+    """Raises `InputError` where the warm-up is longer than the run."""
+    steps = options.iters or 1000
+    if options.epochs is not None:
+        steps = max(1, math.ceil(options.epochs * batches.per_epoch / options.grad_accumulation_steps))
+    return Plan(
+        options.out,
+        steps,
+        schedule_of(options, steps),
+        save_every=options.save_every,
+        report_every=options.steps_per_report,
+        evaluate_every=options.steps_per_eval if evaluating else None,
+        also=(1, steps),
+        export_saved=options.adapter is not None,
+        report_to=options.report_to,
+        project_name=options.project_name,
+        curve={"by": "step"},
+    )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The `loop.Source` of fine-tuning."""
+
+    options: FinetuneOptions
+    trainer: Trainer
+    train: "Batches"
+    known: "np.ndarray | None"  # `references` of the training examples
+    valid: Sequence[Arrays]
+
+    def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
+        several, own = self.options.grad_accumulation_steps, self.trainer.own
+        made = [self.train.part(step * several + i, own) for i in range(several)]
+        return [batch.arrays(self.known, own) for batch in made], sum(batch.length for batch in made)
+
+    def figures(self, step: int) -> Mapping[str, Any]:
+        return {"epoch": step * self.options.grad_accumulation_steps / self.train.per_epoch}
+
+    def evaluation(self) -> Mapping[str, float]:
+        return {"valid_loss": mean_losses(self.trainer, self.valid, self.options.val_batches)["loss"]}
+
+    def beginning(self, step: int) -> Sequence[int]:
+        return self.train[step * self.options.grad_accumulation_steps].ids[0].tolist()
+
+
+def feed(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "list[dict[str, np.ndarray]]":
+    """All batches of an evaluation."""
+    from minicpm_data.datasets.batches import evaluation_batches
+
+    known = references(options, trainer, split)
+    size = options.batch_size, options.max_seq_length
+    batches = evaluation_batches(split.examples, *size, options.pack, trainer.own, trainer.row_width)
+    return [batch.arrays(known, trainer.own) for batch in batches]
+
+
+def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "np.ndarray | None":
+    """[n + 1, 2] float32 of pairs: log-probabilities of both answers before training; the last, of empty rows, are 0.
+    None where the loss asks for none."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from minicpm_data.datasets.batches import evaluation_batches
+
+    if options.loss != "dpo":
+        return None
+    found = np.zeros((len(split.examples) + 1, 2), np.float32)
+    size = options.batch_size, options.max_seq_length
+    batches = evaluation_batches(split.examples, *size, own=trainer.own, row_width=trainer.row_width)
+    total = -(-len(split.examples) // options.batch_size)
+    quiet = trainer.processes.quiet
+    for batch in tqdm(batches, total=total, unit="batch", desc="reference", leave=False, disable=quiet):
+        found[batch.index] = trainer.reference(batch.arrays()).reshape(2, -1).T
+    found[-1] = 0
+    return found
+
+
+def mean_losses(trainer: Trainer, batches: Sequence[Arrays], limit: int) -> dict[str, float]:
+    """The objective's means over at most ``limit`` batches (-1: all)."""
+    import numpy as np
+
+    return loop.means(trainer, batches, None if limit < 0 else limit, np.float64)
+
+
+def _lasting(model: str | None) -> str | None:
+    """What names the model from any folder."""
+    here = Path(model or "pico").expanduser()
+    return str(here.resolve()) if model and here.exists() else model
+
+
+def _base(options: FinetuneOptions) -> str:
+    """A hash of some rows of the model that is trained: the same name may stand for another one when a run is gone on
+    with."""
+    from weights_io.checkpoint import open_checkpoint
+    from weights_io.hub import resolve
+
+    checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
+    ends = (f"model.layers.{layer}." for layer in (0, checkpoint.config.num_hidden_layers - 1))
+    read, digest = (*ends, "model.norm."), hashlib.sha256()
+    for name in sorted(name for name in checkpoint.tensors if name.startswith(read)):
+        digest.update(checkpoint.tensors[name].read((slice(0, 4),)).tobytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(split: "Split") -> str:
+    """A hash of the training examples."""
+    digest = hashlib.sha256()
+    for example in split.examples:
+        for part in example.parts:
+            digest.update(part.ids.tobytes() + part.trained.tobytes() + b"|")
+    return digest.hexdigest()

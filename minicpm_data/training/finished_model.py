@@ -1,0 +1,32 @@
+"""The finished model of a run in Hugging Face layout, in place of one that an earlier run of the same folder wrote."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from minicpm_data.training.options import FullOptions, PretrainOptions
+from minicpm_data.training.run_folder import replace_model
+
+if TYPE_CHECKING:
+    from weights_io.config import ModelConfig
+
+
+def export_finetuned(options: FullOptions, tensors: Mapping[str, Any]) -> None:
+    """With all that lies beside the weights of the model that was fine-tuned."""
+    from weights_io.casting import Rounding
+    from weights_io.checkpoint import open_checkpoint
+    from weights_io.convert import write_model
+    from weights_io.hub import resolve
+
+    checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
+    dtype = options.save_dtype or checkpoint.dtype
+    replace_model(options.out, lambda new: write_model(new, checkpoint, checkpoint.config, tensors, dtype, Rounding()))
+
+
+def export_pretrained(
+    options: PretrainOptions, config: "ModelConfig", raw_config: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> None:
+    """With the run's tokenizer."""
+    from weights_io.write import save_checkpoint
+
+    further: dict[str, Any] = {"raw_config": raw_config, "copy_from": options.tokenizer, "dtype": options.save_dtype}
+    replace_model(options.out, lambda new: save_checkpoint(new, config, tensors, **further))

@@ -1,0 +1,192 @@
+"""Pretraining, as both backends have it: the stages and their windows, and what a backend's trainer is asked besides
+the loop."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from minicpm_data.option_checks import check_range
+from minicpm_data.schedules import WarmupStableDecay
+from minicpm_data.training import loop
+from minicpm_data.training.loop import Arrays, Plan
+from minicpm_data.training.options import PretrainOptions, settings_of
+from minicpm_data.training.processes import leaving_at_interrupts
+from weights_io import command_line
+from weights_io.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minicpm_data.datasets.pretraining import WindowBatches
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
+    from weights_io.config import ModelConfig
+
+REPORT_EVERY = 10  # steps between lines of metrics.jsonl
+VALID_BATCHES = 16  # most batches of a validation loss
+
+
+class Trainer(loop.Trainer, Protocol):
+    """What a backend does for pretraining. Its batches are of ids alone, [B, T] of documents that begin with BOS."""
+
+    config: "ModelConfig"
+    raw_config: dict[str, Any]  # config.json
+
+
+Make = Callable[..., Trainer]  # of the options, the id of BOS, and what `PretrainOptions.placement` says
+
+
+def run(trainer: Make, options: type[PretrainOptions], prog: str) -> None:
+    """``python -m PACKAGE.pretrain``; ``trainer`` imports its backend when the flags are right."""
+
+    def main(options: PretrainOptions) -> None:
+        """Train a MiniCPM from nothing (or go on with an interrupted run)."""
+        pretrain(options, trainer)
+
+    with leaving_at_interrupts():
+        command_line.run(main, options, prog)
+
+
+def pretrain(options: PretrainOptions, trainer: Make) -> None:
+    """Train as the options say. Raises `InputError` for options, data or a run that cannot be used."""
+    from minicpm_data.tokenizer.folder import load_tokenizer
+    from minicpm_data.training.run_folder import using
+
+    check(options)
+    schedule = WarmupStableDecay(
+        options.learning_rate,
+        options.steps,
+        options.warmup_steps,
+        options.decay_steps,
+        options.decay,
+        options.half_life,
+    )
+    placement = options.placement()  # first: it may have to come before the first use of a device
+    tokenizer = load_tokenizer(options.tokenizer)
+    if tokenizer.bos_token_id is None or not tokenizer.eos_token_ids:
+        raise InputError(f"the tokenizer of {options.tokenizer} has no BOS or no EOS, which part the documents.")
+    worker = trainer(options, tokenizer.bos_token_id, **placement)
+    with contextlib.closing(worker):
+        stages, fingerprint = read_stages(options, tokenizer, worker.config.vocab_size)
+        # Of a run with these stages the schedule is a part, warm-up too.
+        settings = settings_of(options) | {"warmup_steps": options.warmup_steps}
+        settings |= {"backend": type(worker).__module__.partition(".")[0]}
+        settings |= {"config": worker.config.to_dict(), "data": fingerprint}
+        notes = {"config.json": worker.raw_config, "tokenizer": str(options.tokenizer.resolve())}
+        notes["save_dtype"] = options.save_dtype
+        worker.processes.check_same(json.dumps(settings, sort_keys=True))
+        with using(options.out, settings, options.resume, notes, worker.processes):
+            planned = plan(options, schedule)
+            step = loop.restored(planned, worker)
+            loop.fit(planned, worker, Windows(options, worker, stages, schedule.decay_start), step)
+
+
+def check(options: PretrainOptions) -> None:
+    """Refuse what cannot work before anything heavy is imported or anything is written."""
+    from minicpm_data.metrics import check_reporter
+    from minicpm_data.training.run_folder import check_folder
+
+    options.check_placement()
+    check_reporter(options.report_to)
+    check_range(options, "steps", "batch_size", "save_every", "valid_every", least=1)
+    check_range(options, "seq_length", least=2)
+    check_range(options, "learning_rate", "clip", "half_life", above=0)
+    check_range(options, "seed", least=0, below=2**32)
+    check_range(options, "beta1", "beta2", "weight_decay", least=0, below=1)
+    if (options.config is None) == (options.init_from is None):
+        raise InputError("give either --config, for a new model, or --init-from, for one that is there.")
+    if not 0 <= options.from_step < options.steps or (options.from_step and options.init_from is None):
+        raise InputError(
+            f"--from-step is {options.from_step}; it is for --init-from, and below the {options.steps} of --steps."
+        )
+    check_folder(options.out, options.resume)
+
+
+class Stage(NamedTuple):
+    train: "WindowBatches"
+    valid: "np.ndarray"  # windows [n, T]
+
+
+def read_stages(options: PretrainOptions, tokenizer: "Tokenizer", vocab_size: int) -> tuple[dict[str, Stage], str]:
+    """The windows of both stages, and a hash of all of them."""
+    from minicpm_data.datasets.pretraining import WindowBatches, pack
+    from minicpm_data.datasets.preview import show
+    from minicpm_data.tokenizer.from_checkpoint import check_vocab
+
+    check_vocab(tokenizer, vocab_size)
+    stages, fingerprint = {}, hashlib.sha256()
+    reading = options.seq_length, options.ignore_keys, not options.special_tokens_as_text
+    for name in ("stable", "decay"):
+        windows, valid = (
+            pack(options.data / name / f"{split}.jsonl", tokenizer, *reading) for split in ("train", "valid")
+        )
+        stages[name] = Stage(WindowBatches(windows, options.batch_size, options.seed), valid)
+        fingerprint.update(windows.tobytes() + valid.tobytes())
+        print(f"{name}: {windows.size:,} tokens in windows of {options.seq_length}")
+        first = windows[0]
+        show("the first window", first, first != tokenizer.bos_token_id, tokenizer)
+    return stages, fingerprint.hexdigest()
+
+
+def plan(options: PretrainOptions, schedule: WarmupStableDecay) -> Plan:
+    stable = (schedule.decay_start - options.from_step) * options.batch_size * options.seq_length
+    return Plan(
+        options.out,
+        options.steps,
+        schedule,
+        save_every=options.save_every,
+        report_every=REPORT_EVERY,
+        evaluate_every=options.valid_every,
+        also=(options.steps,),
+        record_all=False,
+        first=options.from_step,
+        report_to=options.report_to,
+        project_name=options.project_name,
+        curve={"by": "tokens", "decay_at": max(stable, 0)},
+    )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The `loop.Source` of pretraining. The decay stage, from step ``decay_start`` on, reads its own data from its
+    first batch on."""
+
+    options: PretrainOptions
+    trainer: Trainer
+    stages: Mapping[str, Stage]
+    decay_start: int
+
+    def _stage(self, step: int) -> tuple[str, int]:
+        """What a step belongs to, and how many steps of it this run has done by then."""
+        name, start = ("decay", self.decay_start) if step >= self.decay_start else ("stable", 0)
+        return name, step - max(start, self.options.from_step)
+
+    def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
+        name, number = self._stage(step)
+        ids = self.stages[name].train.part(number, self.trainer.own)
+        return [{"ids": ids}], self._tokens
+
+    def figures(self, step: int) -> Mapping[str, Any]:
+        return {"stage": self._stage(step - 1)[0], "tokens": (step - self.options.from_step) * self._tokens}
+
+    @property
+    def _tokens(self) -> int:
+        """Of a step."""
+        return self.options.batch_size * self.options.seq_length
+
+    def evaluation(self) -> Mapping[str, float]:
+        """Over the full batches of the validation windows."""
+        import numpy as np
+
+        found = {}
+        for name, stage in self.stages.items():
+            width = min(self.options.batch_size, len(stage.valid))
+            batches = ({"ids": stage.valid[i : i + width]} for i in range(0, len(stage.valid) - width + 1, width))
+            found[f"{name}_valid_loss"] = loop.means(self.trainer, batches, VALID_BATCHES, np.float32)["loss"]
+        return found
+
+    def beginning(self, step: int) -> Sequence[int]:
+        name, number = self._stage(step)
+        return self.stages[name].train[number][0].tolist()
