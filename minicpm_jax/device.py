@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from minicpm_jax.parallel.chips import Chip, chip_of, platform
+from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
 from minicpm_jax.parallel.sharding import note_idle
 from weights_io.checkpoint import Checkpoint
 from weights_io.memory import host_free
@@ -39,12 +40,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False, mesh: Mesh | None = None) -> str:
+def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False, mesh: MeshChoice = None) -> str:
     """What to compute in unless told otherwise: `usual_dtype` of the checkpoint's own. ``decoding``: in the form of
     `for_decoding`, which in bfloat16 gives 1.7 times as many tokens a second on a CPU with a matrix unit for it (AMX),
     and reads prompts 2.5 times as fast; but not with experts, whose weights XLA would copy for each token. A model on a
     ``mesh`` does not take that form."""
-    unstacked = decoding and mesh is None
+    unstacked = decoding and mesh_for(mesh, checkpoint.config) is None
     fast = unstacked and checkpoint.dtype == "bfloat16" and not checkpoint.config.num_experts and has_matrix_unit()
     return "bfloat16" if platform() == "cpu" and fast else usual_dtype(checkpoint.dtype)
 

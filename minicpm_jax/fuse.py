@@ -3,7 +3,8 @@
 python -m minicpm_jax.fuse --model openbmb/MiniCPM-2B-sft-bf16 --adapter-path adapters --save-path fused_model
 """
 
-from weights_io.fuse import Options, main
+from minicpm_data.cli.fuse import main
+from weights_io.fuse import Options
 
 if __name__ == "__main__":
     from weights_io.command_line import run

@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from minicpm_mlx.training.trainer import Trainer
+    from weights_io.checkpoint import Checkpoint
 
 
-def trainer(model: Any, options: Any) -> "Trainer":
+def trainer(model: Any, options: Any, source: "Checkpoint | None" = None) -> "Trainer":
     """What the training loop works with."""
     from minicpm_mlx.training.trainer import Trainer  # only now, so that --help answers at once
 
-    return Trainer(model, options)
+    return Trainer(model, options, source)
 
 
 def _stream_tokens(*arguments: Any) -> "Iterator[np.ndarray]":

@@ -367,13 +367,11 @@ def test_paths(tmp_path, monkeypatch):
 
 
 def test_built_in_model_is_the_default(tmp_path, monkeypatch):
-    package = tmp_path / "minicpm_data"
-    (package / "pico").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.delitem(sys.modules, "minicpm_data", raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert hub.resolve() == hub.resolve("pico") == package / "pico"
-    (package / "pico").rmdir()
+    folder = tmp_path / "pico"
+    folder.mkdir()
+    monkeypatch.setattr("weights_io.built_in.FOLDER", folder)
+    assert hub.resolve() == hub.resolve("pico") == folder
+    folder.rmdir()
     with pytest.raises(InputError, match="built-in model is missing"):
         hub.resolve()
 

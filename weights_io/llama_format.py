@@ -11,12 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from weights_io.casting import Rounding, cast, numpy_dtype
-from weights_io.checkpoint import EMBEDDING
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.parameters import HEAD, tensor_shapes
+from weights_io.parameters import EMBEDDING, HEAD, tensor_shapes
 
 ADDED_TO_RESIDUAL = (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
 ROWS = 4096  # read at a time to compare head and embedding
@@ -54,7 +53,7 @@ def to_llama(
     )
     folded: dict[str, LazyTensor | Computed] = {}
     for name, _ in tensor_shapes(llama):
-        stored = EMBEDDING if name == HEAD.tensor and config.tie_word_embeddings else name
+        stored = EMBEDDING.tensor if name == HEAD.tensor and config.tie_word_embeddings else name
         multiply, divide = _scale(name, config)
         folded[name] = _scaled(name, tensors[stored], multiply, divide, dtype, rounding)
     return llama, folded
@@ -83,8 +82,9 @@ def from_llama(
     scales = {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": dim_model_base}
     raw = dataclasses.replace(config, model_type="minicpm", tie_word_embeddings=False).to_dict()
     minicpm = ModelConfig.from_dict(raw | scales, "the unfolded model")
-    head = tensors[EMBEDDING if config.tie_word_embeddings else HEAD.tensor]
-    if _tied(tensors[EMBEDDING], head, minicpm):
+    embedding = tensors[EMBEDDING.tensor]
+    head = embedding if config.tie_word_embeddings else tensors[HEAD.tensor]
+    if _tied(embedding, head, minicpm):
         minicpm = dataclasses.replace(minicpm, tie_word_embeddings=True)
     unfolded: dict[str, LazyTensor | Computed] = {}
     for name, _ in tensor_shapes(minicpm):
@@ -96,7 +96,7 @@ def from_llama(
 
 def _scale(name: str, config: ModelConfig) -> tuple[float, float]:
     """Factor and divisor that fold the scales into this tensor."""
-    if name == EMBEDDING:
+    if name == EMBEDDING.tensor:
         return config.embedding_scale, 1.0
     if name == HEAD.tensor:
         return 1.0, config.logit_divisor

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minicpm_data.generation.api import Backend
-from minicpm_data.model_options import load_model
+from minicpm_data.model_options import load_model, open_source
 from minicpm_data.tokenizer.chat_template import PLAIN_TEMPLATE
 from minicpm_data.training.options import FREE, FinetuneOptions, check, check_layers, schedule_of
 from minicpm_data.training.processes import leaving_at_interrupts
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from minicpm_data.datasets.batches import Batch, Batches
     from minicpm_data.datasets.examples import Own, Split
     from minicpm_data.training.processes import Alone
+    from weights_io.checkpoint import Checkpoint
 
 
 class Trainer(Protocol):
-    """What a backend does for the loop. Made of ``(model, options)``."""
+    """What a backend does for the loop. Made of ``(model, options, checkpoint)``."""
 
     processes: "Alone"
 
@@ -71,7 +72,7 @@ class Trainer(Protocol):
 
 def run(
     backend: Callable[[], Backend],
-    trainer: Callable[[Any, Any], Trainer],
+    trainer: Callable[[Any, Any, "Checkpoint"], Trainer],
     options: type[FinetuneOptions],
     prog: str,
 ) -> None:
@@ -88,7 +89,9 @@ def run(
         command_line.run(main, options, prog, flags_of_config)
 
 
-def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Callable[[Any, Any], Trainer]) -> None:
+def finetune(
+    options: FinetuneOptions, backend: Callable[[], Backend], trainer: Callable[[Any, Any, "Checkpoint"], Trainer]
+) -> None:
     """Train, and test, as the options say. Raises `InputError` for options, data or a run that cannot be used."""
     from minicpm_data.datasets.examples import load_split, show_first
     from minicpm_data.metrics import check_reporter
@@ -99,7 +102,8 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
         check_folder(options.out, options.resume)
         check_reporter(options.report_to)
     running = backend()
-    model, tokenizer = load_model(running, options)
+    source = open_source(options)
+    model, tokenizer = load_model(running, options, source=source)
     check_layers(options, model.config)
     if options.ignore_chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -125,7 +129,7 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     train = split("train", True) if options.training else None
     valid = split("valid", False) if options.training else None
     test = split("test", True) if options.test else None
-    worker = trainer(model, options)  # which refuses a batch that a mesh does not divide
+    worker = trainer(model, options, source.checkpoint)  # which refuses a batch that a mesh does not divide
     running.device.note_mesh(model, options.batch_size)
     del model  # which a trainer of all weights does not keep
     with contextlib.closing(worker):
@@ -135,7 +139,7 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
             settings |= {"backend": type(worker).__module__.partition(".")[0], "examples": _fingerprint(train)}
             notes = {"source": _lasting(options.model), "hub": options.hub}
             notes["save_dtype"] = getattr(options, "save_dtype", None)
-            notes |= {"base": _base(options), "valid": None if valid is None else _fingerprint(valid)}
+            notes |= {"base": _base(source.checkpoint), "valid": None if valid is None else _fingerprint(valid)}
             worker.processes.check_same(json.dumps([settings, planned.steps, notes["base"]], sort_keys=True))
             with using(options.out, settings, options.resume, notes, worker.processes):
                 fit(options, worker, planned, train, valid)
@@ -339,13 +343,9 @@ def _lasting(model: str | None) -> str | None:
     return str(here.resolve()) if model and here.exists() else model
 
 
-def _base(options: FinetuneOptions) -> str:
+def _base(checkpoint: "Checkpoint") -> str:
     """A hash of some rows of the model that is trained: the same name may stand for another one when a run is gone on
     with."""
-    from weights_io.checkpoint import open_checkpoint
-    from weights_io.hub import resolve
-
-    checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
     ends = (f"model.layers.{layer}." for layer in (0, checkpoint.config.num_hidden_layers - 1))
     read, digest = (*ends, "model.norm."), hashlib.sha256()
     for name in sorted(name for name in checkpoint.tensors if name.startswith(read)):

@@ -18,6 +18,7 @@ from weights_io.memory import ADAPTERS
 
 if TYPE_CHECKING:
     from weights_io.adapters import Adapter
+    from weights_io.checkpoint import Checkpoint
     from weights_io.config import ModelConfig
 
 # A resumed run must agree on all options but these.
@@ -262,17 +263,17 @@ def given_adapter(options: Any, config: "ModelConfig") -> "Adapter":
     return found
 
 
-def export_model(options: FullOptions, tensors: "Mapping[str, Any]") -> None:
-    """The finished model in Hugging Face layout, in place of one that an earlier run of the same folder wrote."""
+def export_model(options: FullOptions, source: "Checkpoint | None", tensors: "Mapping[str, Any]") -> None:
+    """The finished model in Hugging Face layout, in place of one that an earlier run of the same folder wrote.
+    ``source``: the checkpoint that was trained, without which none can be written."""
+    from minicpm_data.tokenizer.writing import carried_files
     from minicpm_data.training.run_folder import replace_model
     from weights_io.casting import Rounding
-    from weights_io.checkpoint import open_checkpoint
     from weights_io.convert import write_model
-    from weights_io.hub import resolve
 
-    checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
-    dtype = options.save_dtype or checkpoint.dtype
-    replace_model(options.out, lambda new: write_model(new, checkpoint, checkpoint.config, tensors, dtype, Rounding()))
+    assert source is not None
+    how = source.config, tensors, options.save_dtype or source.dtype, Rounding(), carried_files(source)
+    replace_model(options.out, lambda new: write_model(new, source, *how))
 
 
 def is_decayed(name: str) -> bool:

@@ -2,17 +2,19 @@
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
 AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
 BATCH = ("data", "fsdp")  # what a batch's rows are split over
+MeshChoice: TypeAlias = "Mesh | Callable[[ModelConfig], Mesh | None] | None"  # a mesh, or what makes one of a config
 
 
 def make_mesh(text: str | None, given: Sequence[Any] | None = None) -> Mesh | None:
@@ -83,6 +85,13 @@ def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
 def rows_split(mesh: Mesh | None) -> int:
     """Over how many parts a batch's rows are split."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
+
+
+def mesh_for(choice: MeshChoice, config: ModelConfig) -> Mesh | None:
+    """The mesh that is chosen for a model, as `automatic` has it; None: it lies on one device."""
+    if callable(choice) and not isinstance(choice, Mesh):  # a mesh can be called, too: it decorates functions
+        choice = choice(config)
+    return None if choice is None else automatic(choice)
 
 
 def automatic(mesh: Mesh) -> Mesh:

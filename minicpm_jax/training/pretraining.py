@@ -106,10 +106,9 @@ def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any]
     from minicpm_jax.model import initialise
     from minicpm_jax.parallel.sharding import shardings, share
     from minicpm_jax.training import step as train
-    from weights_io.checkpoint import open_checkpoint
+    from weights_io.checkpoint import open_model
     from weights_io.config import ModelConfig
     from weights_io.files.json_text import read_json
-    from weights_io.hub import resolve
     from weights_io.memory import SMALLER, check_training
 
     def check(config: ModelConfig) -> None:
@@ -121,7 +120,7 @@ def beginning(options: Options, mesh: Any) -> "tuple[ModelConfig, dict[str, Any]
         where = None if mesh is None else shardings(config, mesh)
         make = jax.jit(lambda key: train.weights_of(initialise(config, key)), out_shardings=where)
         return config, read_json(options.config), make(jax.random.key(options.seed))
-    checkpoint = open_checkpoint(resolve(options.init_from, check=ModelConfig.from_dict))
+    checkpoint = open_model(options.init_from)
     check(checkpoint.config)
     weights = train.weights_of(load_weights(checkpoint, "float32", mesh, remedy=SMALLER))
     return checkpoint.config, dict(checkpoint.raw_config), weights

@@ -22,16 +22,18 @@ from minicpm_jax.training import step as train
 from minicpm_jax.training.losses import Objective
 from minicpm_jax.training.run_checkpoints import Checkpoints, Saved
 from weights_io.adapters import read_adapter, save_adapter
-from weights_io.checkpoint import open_checkpoint
+from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.memory import ADAPTERS, check_training
 
 Arrays = Mapping[str, np.ndarray]
 
 
 class Trainer:
-    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded from its
+    ``source``, whose tokenizer and config go with a model that is written."""
 
-    def __init__(self, model: Model, options: Any):
+    def __init__(self, model: Model, options: Any, source: Checkpoint | None = None):
+        self.source = source
         self.options, self.config, self.adapter = options, model.config, options.adapter
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
         self.optimiser = optimizers.optimizer(options.optimizer, options.weight_decay, options.clip)
@@ -112,7 +114,7 @@ class Trainer:
             folder, step = self.options.out / "checkpoints", self.checkpoints.latest
 
             def write() -> None:
-                export_model(self.options, Saved(folder, step).tensors(self.config))
+                export_model(self.options, self.source, Saved(folder, step).tensors(self.config))
 
             self.processes.once(write)
         else:

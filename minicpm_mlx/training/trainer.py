@@ -18,7 +18,7 @@ from minicpm_mlx.training import step as train
 from minicpm_mlx.training.losses import Objective
 from minicpm_mlx.training.run_checkpoints import Checkpoints
 from weights_io.adapters import read_adapter, save_adapter
-from weights_io.checkpoint import open_checkpoint
+from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.memory import ADAPTERS, check_training
 from weights_io.write import of_layers
 
@@ -26,9 +26,11 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Trainer:
-    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded from its
+    ``source``, whose tokenizer and config go with a model that is written."""
 
-    def __init__(self, model: Model, options: Any):
+    def __init__(self, model: Model, options: Any, source: Checkpoint | None = None):
+        self.source = source
         self.options, self.config, self.adapter, self.model = options, model.config, options.adapter, model
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
         self.optimiser = optimizers.OPTIMISERS[options.optimizer]()
@@ -96,7 +98,8 @@ class Trainer:
 
     def export(self) -> None:
         if self.adapter is None:
-            export_model(self.options, of_layers(self.config, {name: np.array(w) for name, w in self.weights.items()}))
+            weights = of_layers(self.config, {name: np.array(w) for name, w in self.weights.items()})
+            export_model(self.options, self.source, weights)
         else:
             adapter = adapters.to_adapter(self.config, adapters.matrices_of(self.model), self.adapter)
             save_adapter(self.options.out, adapter, self.config)
