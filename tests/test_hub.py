@@ -71,6 +71,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[tuple[str, str], dict[str, bytes]] = {(REPO, "main"): FILES}
         self.fetched: list[str] = []  # names of the files whose bytes were asked for, in order
+        self.asked: list[str] = []  # what was asked of repositories, in order
         self.claimed: dict[str, int | None] = {}  # sizes of files that are none
         self.fault: str | None = None  # "cut" | "stall" | "gated" | "broken"
         self.released = threading.Event()  # ends a stall
@@ -90,6 +91,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.fault == "broken":
             return self._reply(503)
         if path.startswith("api/models/"):
+            self.server.asked.append(path.removeprefix("api/models/"))
             owner, name, *rest = path.removeprefix("api/models/").split("/", 3)
             return self._repository(f"{owner}/{name}", *(rest or ["revision", "main"]))
         if path.count("/") < 4:  # what else the client may ask for is not there
