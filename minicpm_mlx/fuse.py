@@ -3,8 +3,7 @@
 python -m minicpm_mlx.fuse --model openbmb/MiniCPM-2B-sft-bf16 --adapter-path adapters --save-path fused_model
 """
 
-from minicpm_data.cli.fuse import main
-from weights_io.fuse import Options
+from weights_io.fuse import Options, main
 
 if __name__ == "__main__":
     from weights_io.command_line import run
