@@ -60,11 +60,11 @@ lint: $(VENV)/.test ## ruff and types alone
 	$(VENV)/bin/mypy
 
 pico: $(PICO)/tokenizer/tokenizer.json ## train the built-in model again (or go on with it) and put it in place
-	$(VENV)/bin/python -m minicpm_jax.pretrain --config minicpm_data/pico/config.json --data $(PICO)/corpus \
+	$(VENV)/bin/python -m minicpm_jax.pretrain --config weights_io/pico/config.json --data $(PICO)/corpus \
 	  --tokenizer $(PICO)/tokenizer --out $(PICO)/training --steps 6000 --decay-steps 1000 --half-life 250 \
 	  --batch-size 8 --save-dtype float32 $$(test ! -e $(PICO)/training/settings.json || echo --resume)
 	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(PICO)/training/model --require sum=95
-	cp $(PICO)/training/model/* minicpm_data/pico/
+	cp $(PICO)/training/model/* weights_io/pico/
 	mkdir -p docs && cp $(PICO)/training/loss.png docs/pico-loss.png
 
 $(PICO)/corpus/questions.jsonl: | $(VENV)/.backends

@@ -28,7 +28,7 @@ from minicpm_data.training.options import LoraOptions
 from weights_io import command_line
 from weights_io.config import ModelConfig
 
-PICO = Path(__file__).parents[1] / "minicpm_data" / "pico"
+PICO = Path(__file__).parents[1] / "weights_io" / "pico"
 RANK, ALPHA, TARGETS = 8, 32.0, ("q_proj", "v_proj")
 PEERS = ("ours", "ours, compiled", "ours, packed", "mlx_lm")  # compiled as on a GPU, with the C++ compiler
 # A Llama of 5 million numbers, most of which are head and embedding.

@@ -5,9 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from weights_io.errors import InputError
+from weights_io.errors import MOST_NAMES, InputError, listed
 
-NAMED = 3  # things that a sentence names; of the others it says how many there are
 SHOWN = 40  # characters of a name or a value in a sentence
 
 # Where a line comes from and what it is about, which nothing is trained of. They are passed over, and said to be.
@@ -72,15 +71,11 @@ def says_nothing(value: Any) -> bool:
 
 
 def few(names: Collection[str], quote: str = '"') -> str:
-    """At most three names, and how many others there are."""
-    first = [f"{quote}{short(name)}{quote}" for name in list(names)[:NAMED]]
-    more = len(names) - len(first)
-    if more:
-        return f"{', '.join(first)} and {more} more"
-    return " and ".join([", ".join(first[:-1]), *first[-1:]] if first[1:] else first) or "none"
+    """At most three keys, and how many others there are."""
+    return listed((f"{quote}{escaped(name)}{quote}" for name in names), last=" and ") or "none"
 
 
-def short(value: Any) -> str:
+def escaped(value: Any) -> str:
     """A text as it is, another value as JSON; on one line, its end left out where it is long."""
     return as_json(value)[1:-1] if isinstance(value, str) else as_json(value)
 
@@ -98,7 +93,7 @@ def _refusal(names: list[str]) -> str:
     if (reason := next(iter(reasons), None)) is not None:
         return f'has "{reason}", which {NOT_TRAINED[reason]}.'
     them, which = ("it", "is") if len(names) == 1 else ("them", "are")
-    flags = " ".join(short(name) for name in names[:NAMED]) + (" ..." if names[NAMED:] else "")
+    flags = " ".join(escaped(name) for name in names[:MOST_NAMES]) + (" ..." if names[MOST_NAMES:] else "")
     return (
         f"has {few(names)}, which {which} not understood; remove {them}, or have {them} passed over with "
         f"--ignore-keys {flags}."

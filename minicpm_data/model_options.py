@@ -1,4 +1,8 @@
-"""The options that name a model, and the model loaded from them."""
+"""The options that name a model, and the model loaded from them.
+
+A command opens its checkpoint once: in `load_model`, or before it in `open_source`, where it needs the config or the
+tokenizer before the weights.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -11,6 +15,7 @@ from weights_io.errors import InputError
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
+    from weights_io.checkpoint import Checkpoint
     from weights_io.config import ModelConfig
 
 
@@ -53,12 +58,32 @@ class ModelOptions(SourceOptions):
         return {"adapter": self.adapter_path, "quantize": self.quantize}
 
 
-def load_model(backend: Backend[ModelT], options: SourceOptions, decoding: bool = False) -> "tuple[ModelT, Tokenizer]":
-    """Model and tokenizer, where the options want them. ``decoding``: in the form that generates fastest."""
+@dataclass(frozen=True)
+class Source:
+    """What a model is loaded from."""
+
+    checkpoint: "Checkpoint"
+    placement: dict[str, Any]  # of the options
+
+
+def open_source(options: SourceOptions) -> Source:
+    """The checkpoint that the options name; no weight is read yet. Raises `InputError` as `open_model` does."""
+    from weights_io.checkpoint import open_model
+
     placement = options.placement()  # first: it may have to come before the first use of a device
+    return Source(open_model(options.model, options.revision, options.hub), placement)
+
+
+def load_model(
+    backend: Backend[ModelT], options: SourceOptions, decoding: bool = False, source: Source | None = None
+) -> "tuple[ModelT, Tokenizer]":
+    """Model and tokenizer, where the options want them. ``decoding``: in the form that generates fastest. ``source``:
+    what the options name, where it is open already."""
+    placement = options.placement() if source is None else source.placement  # before the first use of a device
+    named = {"revision": options.revision, "hub": options.hub} if source is None else {}
+    where = options.model if source is None else source.checkpoint
     dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **placement)
-    source = {"revision": options.revision, "hub": options.hub}
-    model, tokenizer = backend.load(options.model, dtype, decoding=decoding, **source, **options.loading(), **placement)
+    model, tokenizer = backend.load(where, dtype, decoding=decoding, **named, **options.loading(), **placement)
     if tokenizer is None:
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from minicpm_jax.cpu.form import form_of
 from minicpm_jax.parallel.chips import Chip, chip_of, platform
+from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
 from minicpm_jax.parallel.sharding import note_idle
 from weights_io.checkpoint import Checkpoint
 from weights_io.memory import host_free
@@ -39,10 +40,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False, mesh: Mesh | None = None) -> str:
+def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False, mesh: MeshChoice = None) -> str:
     """What to compute in unless told otherwise: what the form for ``decoding`` is fast in, or `usual_dtype` of the
     checkpoint's own."""
-    return form_of(decoding, mesh).dtype(checkpoint) or usual_dtype(checkpoint.dtype)
+    form = form_of(decoding, mesh_for(mesh, checkpoint.config))
+    return form.dtype(checkpoint) or usual_dtype(checkpoint.dtype)
 
 
 def usual_dtype(dtype: str) -> str:

@@ -38,6 +38,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Write a checkpoint of a training run as a Hugging Face folder."""
+    from minicpm_data.tokenizer.writing import carried_files
     from weights_io import convert
     from weights_io.files.json_text import read_json
     from weights_io.write import check_output
@@ -65,7 +66,8 @@ def main(options: Options) -> None:
     checkpoint = dataclasses.replace(start, tensors=tensors)
     dtype: Any = options.dtype or notes.get("save_dtype") or start.dtype
     print(f"step {step} of {run}")
-    print("\n".join(convert.convert(checkpoint, convert.Options(str(run), options.to, options.out, dtype=dtype))))
+    how = convert.Options(str(run), options.to, options.out, dtype=dtype)
+    print("\n".join(convert.convert(checkpoint, how, carried_files(checkpoint))))
 
 
 def find(folder: Path, step: int | None) -> tuple[Path, int]:
@@ -99,13 +101,12 @@ def pretrained(settings: Mapping[str, Any], source: str | None) -> "Checkpoint":
 
 def finetuned(settings: Mapping[str, Any], source: str | None) -> "Checkpoint":
     """The model that was fine-tuned."""
-    from weights_io.checkpoint import open_checkpoint
-    from weights_io.hub import resolve
+    from weights_io.checkpoint import open_model
 
     notes = settings.get("notes", {})
     model = source or notes.get("source", settings["model"])
     hub = notes.get("hub", "huggingface")
-    return open_checkpoint(resolve(model, revision=None if source else settings["revision"], hub=hub))
+    return open_model(model, None if source else settings["revision"], hub)
 
 
 if __name__ == "__main__":

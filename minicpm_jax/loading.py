@@ -1,12 +1,13 @@
 """From a checkpoint's file slices to placed (and, given a mesh, sharded) stacked arrays.
 
-On a CPU the arrays are those that the files were read into. For a device, and over a mesh, the host holds two tensors
-at a time: each is read, placed, and written into its row of the stacked array, which is donated and so updated in
-place, while the next one is read.
+There are three ways. On a CPU the arrays are those that the files were read into (`_read_whole`). For a device, and
+over a mesh, the host holds two tensors at a time: each is read, placed, and written into its row of the stacked array,
+which is donated and so updated in place, while the next one is read (`_placed`). What is kept in few bits is packed
+before it is written there (`_placed_packed`).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,14 @@ from minicpm_jax import device
 from minicpm_jax.adapters import attach, from_adapter
 from minicpm_jax.cpu.form import Packing, for_decoding, form_of
 from minicpm_jax.model import Model, linear, nested
-from minicpm_jax.parallel.mesh import automatic
+from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
 from minicpm_jax.parallel.sharding import padded, partition_spec, resized, share
 from minicpm_jax.quantization.model import axes_of, packing
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
-from weights_io.checkpoint import Checkpoint, open_checkpoint
+from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.config import ModelConfig
 from weights_io.files.memory_reading import read_stacked
-from weights_io.hub import resolve
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import Parameter, parameters
 from weights_io.progress import reading
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    path_or_repo: str | Path | None = None,
+    path_or_repo: str | Path | Checkpoint | None = None,
     dtype: str | Callable[[Checkpoint], str] | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
@@ -48,11 +48,12 @@ def load(
     decoding: bool = False,
     quantize_head: bool = True,
     remedy: str | None = None,
-    mesh: Mesh | None = None,
+    mesh: MeshChoice = None,
 ) -> "tuple[Model, Tokenizer | None]":
     """Load a released checkpoint as it stands.
 
-    ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
+    ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model. Or a
+    checkpoint that is open already.
     ``dtype``: float32, bfloat16 or float16, or what says so of a checkpoint (`device.preferred_dtype`); None is the
     checkpoint's own. ``revision``: a branch or commit of the hub.
     ``adapter``: a folder with an adapter of PEFT or mlx_lm, which is added to the model's layers.
@@ -60,12 +61,13 @@ def load(
     head as it is without ``quantize_head``, to train adapters. ``remedy``: what to do where there is no room for the
     weights (None: fewer bits, or a smaller model).
     ``decoding``: in the form that generates fastest here, and cannot be trained: on a CPU one array for each layer.
-    ``mesh``: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert. Returns the model and its tokenizer
-    (None where the folder holds no tokenizer files). Raises `InputError` with one sentence where something cannot be
-    used.
+    ``mesh``: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert, or what makes one (or None) of the
+    model's config (`sharding.serving_mesh`). Returns the model and its tokenizer (None where the folder holds no
+    tokenizer files). Raises `InputError` with one sentence where something cannot be used.
     """
-    path = resolve(path_or_repo, revision=revision, hub=hub, check=ModelConfig.from_dict)
-    checkpoint = open_checkpoint(path)
+    checkpoint = path_or_repo
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_model(checkpoint, revision, hub)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
     how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "remedy": remedy}
@@ -78,7 +80,7 @@ def load(
 def load_weights(
     checkpoint: Checkpoint,
     dtype: str | Callable[[Checkpoint], str] | None = None,
-    mesh: Mesh | None = None,
+    mesh: MeshChoice = None,
     *,
     decoding: bool = False,
     quantize: int | None = None,
@@ -89,7 +91,7 @@ def load_weights(
     ``decoding``: one for `cpu.form.for_decoding`."""
     target = jnp.dtype(checkpoint.target(dtype))
     device.check_dtype(target.name)
-    mesh = None if mesh is None else automatic(mesh)
+    mesh = mesh_for(mesh, checkpoint.config)
     config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
     form = form_of(decoding, mesh)
     as_read = mesh is None and quantize is None and jax.default_backend() == "cpu"
@@ -103,51 +105,81 @@ def load_weights(
     check_weights(kind, int(needed * share(shape, mesh)), device.free_memory(mesh), remedy)
     with reading(checkpoint) as checkpoint:
         if as_read:
-            arrays, first = read_stacked(checkpoint, target.name, matrices), jax.devices()[0]
-            leaves = {name: jax.device_put(x, first) for name, x in arrays.items()}
+            leaves = _read_whole(checkpoint, target.name, matrices)
+        elif quantize is None:
+            leaves = _placed(checkpoint, shape, target, mesh)
         else:
-            leaves = {p.name: _place(checkpoint, p, shape, target, mesh, packs.get(p.name)) for p in parameters(config)}
+            leaves = _placed_packed(checkpoint, shape, target, mesh, packs)
     model = Model(nested(leaves), config, checkpoint.eos_token_ids, mesh)
     for name in packs:
         linear(model, name).weight = leaves[name]
     return model
 
 
-def _place(
-    checkpoint: Checkpoint,
-    parameter: Parameter,
-    lies_as: ModelConfig,
-    dtype: Any,
-    mesh: Mesh | None,
-    pack: Callable[[jax.Array], Any] | None = None,
+Leaves = dict[str, Any]  # name of a parameter -> array, or packed weight
+
+
+def _read_whole(checkpoint: Checkpoint, dtype: str, matrices: str) -> Leaves:
+    """On a CPU: the arrays that the files were read into, of matrices in the dtype ``matrices``."""
+    first = jax.devices()[0]
+    return {name: jax.device_put(x, first) for name, x in read_stacked(checkpoint, dtype, matrices).items()}
+
+
+def _placed(checkpoint: Checkpoint, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None) -> Leaves:
+    """On a device or over a mesh, in the shape ``lies_as`` of `padded`."""
+    return {
+        p.name: _stacked(checkpoint, p, lies_as, mesh, _rows(checkpoint, p, lies_as, dtype, mesh))
+        for p in parameters(checkpoint.config)
+    }
+
+
+def _placed_packed(
+    checkpoint: Checkpoint, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None, packs: Mapping[str, Callable]
+) -> Leaves:
+    """The same, where of each parameter in ``packs`` there lies what that makes of its tensors, one after the other."""
+    leaves = {}
+    for p in parameters(checkpoint.config):
+        pack, rows = packs.get(p.name), _rows(checkpoint, p, lies_as, dtype, mesh)
+        leaves[p.name] = _stacked(checkpoint, p, lies_as, mesh, rows if pack is None else map(pack, rows))
+    return leaves
+
+
+def _where(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | None) -> Any:
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def _rows(
+    checkpoint: Checkpoint, parameter: Parameter, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None
+) -> Iterator[jax.Array]:
+    """The tensors of a parameter, each read and placed when its turn comes."""
+    depth, stored = len(parameter.stack(checkpoint.config)), parameter.tensor_shape(checkpoint.config)
+    shape = parameter.shape(lies_as)[depth:]
+    place = _where(parameter.logical_axes()[depth:], shape, mesh)
+    for name in parameter.tensors(checkpoint.config):
+        yield _read(checkpoint, name, stored, shape, dtype, place)
+
+
+def _stacked(
+    checkpoint: Checkpoint, parameter: Parameter, lies_as: ModelConfig, mesh: Mesh | None, rows: Iterator[Any]
 ) -> Any:
-    """A parameter as an array, or as what ``pack`` makes of its tensors, one after the other; ``lies_as``: the shape of
-    `padded`."""
-    shape, names = parameter.shape(lies_as), parameter.tensors(checkpoint.config)
-    stored = parameter.tensor_shape(checkpoint.config)
+    """A parameter made of its ``rows``, arrays or trees of them: stacked over layers and experts, where it has such."""
     axes, stack = parameter.logical_axes(), parameter.stack(checkpoint.config)
+    if not stack:
+        return next(rows)
 
-    def where(axes: tuple[str, ...], shape: tuple[int, ...]) -> Any:
-        if mesh is None:
-            return SingleDeviceSharding(jax.devices()[0])
-        return NamedSharding(mesh, partition_spec(axes, shape, mesh))
-
-    def stacked(path: Any, part: jax.Array) -> jax.Array:
-        """Of parts of a tensor, the first of which is given: zeros."""
+    def zeros(path: Any, part: jax.Array) -> jax.Array:
+        """Of parts of a tensor, the first of which is given."""
         own = (*stack, *part.shape)
-        return _zeros(own, part.dtype, where(axes_of(path, axes, len(own)), own))
+        return _zeros(own, part.dtype, _where(axes_of(path, axes, len(own)), own, mesh))
 
-    place_of_row = where(axes[len(stack) :], shape[len(stack) :])
     whole: list[jax.Array] = []
-    for place, name in zip(np.ndindex(*stack), names, strict=True):
-        row: Any = _read(checkpoint, name, stored, shape[len(stack) :], dtype, place_of_row)
-        row = row if pack is None else pack(row)
-        if not stack:
-            return row
-        whole = whole or jax.tree.leaves(jax.tree_util.tree_map_with_path(stacked, row))
+    for place, row in zip(np.ndindex(*stack), rows, strict=True):
+        whole = whole or jax.tree.leaves(jax.tree_util.tree_map_with_path(zeros, row))
         jax.block_until_ready(whole)  # the row before this one is written and given up: else rows would pile up
         parts, form = jax.tree.flatten(row)
-        whole = [_set_row(rows, part, place, rows.sharding) for rows, part in zip(whole, parts, strict=True)]
+        whole = [_set_row(stacked, part, place, stacked.sharding) for stacked, part in zip(whole, parts, strict=True)]
     return jax.tree.unflatten(form, whole)
 
 

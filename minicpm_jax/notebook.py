@@ -67,15 +67,14 @@ def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None
     """A model over all devices, arranged as `minicpm_jax.fit` compiles it (`sharding.default_mesh`): heads are split,
     then experts or the weights."""
     from minicpm_jax import device
-    from minicpm_jax.aot.programs import serving_mesh
     from minicpm_jax.loading import load as load_model
-    from weights_io.config import ModelConfig
-    from weights_io.hub import resolve
+    from minicpm_jax.parallel.sharding import serving_mesh
+    from weights_io.checkpoint import open_model
 
-    path = resolve(model, check=ModelConfig.from_dict)
-    mesh = serving_mesh(path)
+    checkpoint = open_model(model)
+    mesh = serving_mesh(checkpoint.config)
     print(f"{model} on {device.description()}" + ("" if mesh is None else f", {dict(mesh.shape)}"))
-    return load_model(path, dtype or device.preferred_dtype, mesh=mesh)
+    return load_model(checkpoint, dtype or device.preferred_dtype, mesh=mesh)
 
 
 def shares(model: "Model") -> Iterator[str]:

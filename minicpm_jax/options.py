@@ -7,7 +7,7 @@ One such command on each host; on Cloud TPU, Slurm or Open MPI the same ``... --
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from minicpm_jax.parallel.address import host_and_port
 from weights_io.errors import InputError, flag
@@ -76,16 +76,12 @@ class Placement(Devices):
 
 @dataclass(frozen=True, kw_only=True)
 class Serving(Devices):
-    """Before the options that name a model: without --mesh, what `minicpm_jax.fit` compiles to generate, heads on
-    devices of their own."""
+    """Without --mesh, what `minicpm_jax.fit` compiles to generate: heads on devices of their own."""
 
     def placement(self) -> dict[str, Any]:
-        found, named = super().placement(), cast(Any, self)
+        found = super().placement()
         if self.mesh is None and found["mesh"] is not None:
-            from minicpm_jax.aot.programs import serving_mesh
-            from weights_io.config import ModelConfig
-            from weights_io.hub import resolve
+            from minicpm_jax.parallel.sharding import serving_mesh
 
-            path = resolve(named.model, revision=named.revision, hub=named.hub, check=ModelConfig.from_dict)
-            found["mesh"] = serving_mesh(path)
+            found["mesh"] = serving_mesh  # of the config, once the checkpoint is open
         return found

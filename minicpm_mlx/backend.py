@@ -1,7 +1,7 @@
 """What commands shared by both backends ask of this package."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minicpm_data.generation.api import Backend, Generator
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from minicpm_mlx.model import Model
     from minicpm_mlx.training.pretraining import Pretrainer
     from minicpm_mlx.training.trainer import Trainer
+    from weights_io.checkpoint import Checkpoint
 
 
-def trainer(model: Any, options: "FinetuneOptions") -> "Trainer":
+def trainer(model: "Model", options: "FinetuneOptions", source: "Checkpoint") -> "Trainer":
     """What fine-tuning works with."""
     from minicpm_mlx.training.trainer import Trainer  # only now, so that --help answers at once
 
-    return Trainer(model, options)
+    return Trainer(model, options, source)
 
 
 def pretrainer(options: "PretrainOptions", bos_token_id: int) -> "Pretrainer":

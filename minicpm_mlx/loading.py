@@ -21,10 +21,8 @@ from minicpm_mlx.model import Model
 from minicpm_mlx.quantization.model import quantised
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
-from weights_io.checkpoint import Checkpoint, open_checkpoint
-from weights_io.config import ModelConfig
+from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.files.memory_reading import look_through
-from weights_io.hub import resolve
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import parameters
 from weights_io.progress import reading
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    path_or_repo: str | Path | None = None,
+    path_or_repo: str | Path | Checkpoint | None = None,
     dtype: str | Callable[[Checkpoint], str] | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
@@ -47,7 +45,8 @@ def load(
 ) -> "tuple[Model, Tokenizer | None]":
     """Load a released checkpoint as it stands.
 
-    ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model.
+    ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model. Or a
+    checkpoint that is open already.
     ``dtype``: float32, bfloat16 or float16, or what says so of a checkpoint (`device.preferred_dtype`); None is the
     checkpoint's own. ``adapter``: a folder with an adapter of PEFT or mlx_lm, which is added to the model's layers.
     ``revision``: a branch or commit of the hub.
@@ -58,8 +57,9 @@ def load(
     Returns the model and its tokenizer (None where the folder holds no tokenizer files). Raises `InputError` with one
     sentence where something cannot be used.
     """
-    path = resolve(path_or_repo, revision=revision, hub=hub, check=ModelConfig.from_dict)
-    checkpoint = open_checkpoint(path)
+    checkpoint = path_or_repo
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_model(checkpoint, revision, hub)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
     model = load_weights(checkpoint, dtype, quantize=quantize, quantize_head=quantize_head, remedy=remedy)

@@ -44,5 +44,4 @@ class BackendOptions(ModelOptions):
         self.check_placement()
         if self.backend == "mlx":
             return {}
-        named = {name: getattr(self, name) for name in ("mesh", "model", "revision", "hub")}
-        return module("jax", "chat").Options(**named).placement()
+        return module("jax", "chat").Options(mesh=self.mesh).placement()

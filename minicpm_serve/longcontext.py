@@ -16,7 +16,7 @@ import tyro
 
 from minicpm_data.cli.evaluate import replies, require_positive
 from minicpm_data.generation.options import CacheOptions
-from minicpm_data.model_options import ModelOptions, load_model, note_context
+from minicpm_data.model_options import load_model, note_context, open_source
 from minicpm_serve import backends
 from minicpm_serve.evaluation.needles import Encode, Sample, TaskName, answer_tokens, evaluation_samples, is_right
 from weights_io.config import ModelConfig
@@ -60,6 +60,8 @@ class Options(backends.BackendOptions):
 
 def main(options: Options) -> None:
     """Hide a needle in long texts, ask for it, and count the right answers by depth."""
+    from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
+
     options.check_placement()
     require_positive(options, "samples", "length", "batch_size")
     if wrong := [depth for depth in options.depth if not 0 <= depth <= 1]:
@@ -69,14 +71,18 @@ def main(options: Options) -> None:
     )
     scaling = [] if options.rope_scaling is None else [_parsed(options.rope_scaling)]
     backend = backends.get(options.backend)
-    config, tokenizer = opened(options)
+    source = open_source(options)
+    config, tokenizer = source.checkpoint.config, tokenizer_of(source.checkpoint)
+    if tokenizer is None:
+        path = source.checkpoint.path
+        raise InputError(f"{path} holds no tokenizer files; put the model's tokenizer.json beside its weights.")
     for raw in scaling:
         config = with_rope_scaling(config, raw)
     encode = _in_template(tokenizer) if options.chat else tokenizer.encode
     samples = evaluation_samples(options.task, encode, options.length, options.samples, options.seed, options.depth)
     most = answer_tokens(options.task, encode)
     note_context(config, max(len(sample.ids) for sample in samples) + most, "; --rope-scaling stretches them")
-    model, tokenizer = load_model(backend, options, decoding=True)
+    model, tokenizer = load_model(backend, options, decoding=True, source=source)
     backend.device.note_mesh(model, options.batch_size)
     model.config = config
     stop = tokenizer.turn_markers if options.chat else ()
@@ -87,19 +93,6 @@ def main(options: Options) -> None:
     print(f"{options.task} at {options.length} tokens: {counted(right)}")
     if options.json is not None:
         write_whole(options.json, json.dumps(_report(options, config, samples, said, right), indent=1) + "\n")
-
-
-def opened(options: ModelOptions) -> "tuple[ModelConfig, Tokenizer]":
-    """Config and tokenizer of the checkpoint, whose weights are not read yet. `InputError` where there is none."""
-    from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
-    from weights_io.checkpoint import open_checkpoint
-    from weights_io.hub import resolve
-
-    path = resolve(options.model, revision=options.revision, hub=options.hub, check=ModelConfig.from_dict)
-    checkpoint = open_checkpoint(path)
-    if (tokenizer := tokenizer_of(checkpoint)) is None:
-        raise InputError(f"{path} holds no tokenizer files; put the model's tokenizer.json beside its weights.")
-    return checkpoint.config, tokenizer
 
 
 def with_rope_scaling(config: ModelConfig, raw: Any) -> ModelConfig:

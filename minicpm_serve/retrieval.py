@@ -66,6 +66,7 @@ def main(options: Options) -> None:
 
 
 def _tokenizer(path_or_repo: str | None) -> "Tokenizer":
+    """That of a model of any kind: no config is asked for, and a folder of tokenizer files alone is enough."""
     from minicpm_data.tokenizer.folder import load_tokenizer
     from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
     from weights_io.checkpoint import open_checkpoint

@@ -133,9 +133,10 @@ def test_a_mesh_of_one_process(name):
 
 @pytest.mark.parametrize("name", [name for name in PLACED if name != "minicpm_jax.parity"])
 def test_a_mesh_of_eight_tpus(name, eight, four_heads):
-    """Without ``--mesh``, the one for the heads of the checkpoint."""
-    options, needed = importlib.import_module(name).Options, PLACED[name] | {"model": str(four_heads)}
-    assert options(**needed).placement()["mesh"].shape == {"fsdp": 2, "tensor": 4}
+    """Without ``--mesh``, the one for the heads of the checkpoint, once it is open: its name is not looked up."""
+    options, needed = importlib.import_module(name).Options, PLACED[name] | {"model": "no/such-model"}
+    rule = options(**needed).placement()["mesh"]
+    assert rule(open_checkpoint(four_heads).config).shape == {"fsdp": 2, "tensor": 4}
     assert options(mesh="fsdp=8", **needed).placement()["mesh"].shape == {"fsdp": 8}
 
 

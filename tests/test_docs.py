@@ -63,8 +63,8 @@ def given(tmp_path_factory):
     (folder / "lora.yaml").write_text(
         "data: data\nbatch_size: 4\nlora_parameters: {rank: 4, scale: 2.0, dropout: 0.0}\n"
     )
-    shutil.copy(ROOT / "minicpm_data" / "pico" / "config.json", folder)
-    checkpoint = open_checkpoint(ROOT / "minicpm_data" / "pico")
+    shutil.copy(ROOT / "weights_io" / "pico" / "config.json", folder)
+    checkpoint = open_checkpoint(ROOT / "weights_io" / "pico")
     save_adapter(folder / "adapters-of-others", tiny_adapter.make(checkpoint), checkpoint.config)
     ids = np.arange(3, 19)[None]
     np.savez(folder / "reference.npz", input_ids=ids, logits=np.asarray(minicpm_jax.load()[0](ids)))

@@ -72,6 +72,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos: dict[tuple[str, str], dict[str, bytes]] = {(REPO, "main"): FILES}
         self.fetched: list[str] = []  # names of the files whose bytes were asked for, in order
+        self.asked: list[str] = []  # what was asked of repositories, in order
         self.claimed: dict[str, int | None] = {}  # sizes of files that are none
         self.fault: str | None = None  # "cut" | "stall" | "gated" | "broken"
         self.released = threading.Event()  # ends a stall
@@ -91,6 +92,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.fault == "broken":
             return self._reply(503)
         if path.startswith("api/models/"):
+            self.server.asked.append(path.removeprefix("api/models/"))
             owner, name, *rest = path.removeprefix("api/models/").split("/", 3)
             return self._repository(f"{owner}/{name}", *(rest or ["revision", "main"]))
         if path.count("/") < 4:  # what else the client may ask for is not there
@@ -368,13 +370,11 @@ def test_paths(tmp_path, monkeypatch):
 
 
 def test_built_in_model_is_the_default(tmp_path, monkeypatch):
-    package = tmp_path / "minicpm_data"
-    (package / "pico").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.delitem(sys.modules, "minicpm_data", raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert hub.resolve() == hub.resolve("pico") == package / "pico"
-    (package / "pico").rmdir()
+    folder = tmp_path / "pico"
+    folder.mkdir()
+    monkeypatch.setattr("weights_io.built_in.FOLDER", folder)
+    assert hub.resolve() == hub.resolve("pico") == folder
+    folder.rmdir()
     with pytest.raises(InputError, match="built-in model is missing"):
         hub.resolve()
 

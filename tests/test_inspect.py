@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import tiny_model
 
+from minicpm_data.cli.inspect import inspect, look_up
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed, write_file
 from weights_io.files.tensor import FileTensor
-from weights_io.inspect import Options, inspect, lines, look_up, main
+from weights_io.inspect import Options, lines, main
 
 
 @pytest.fixture

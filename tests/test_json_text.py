@@ -112,9 +112,9 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
 
 def test_a_model_whose_files_are_none(reference, tmp_path):
     """Of each reader: nothing waits and nothing swells."""
+    from minicpm_data.cli.inspect import inspect
     from weights_io.adapters import read_adapter
     from weights_io.checkpoint import open_checkpoint
-    from weights_io.inspect import inspect
 
     config = (reference("dense_2b") / "config.json").read_bytes()
     names = ["config.json", "model.safetensors", "pytorch_model.bin", "generation_config.json"]

@@ -390,7 +390,7 @@ def test_pages_that_may_ask_are_told_so_before_the_key():
 
 def changed(folder, **parts):
     """The built-in tokenizer with other parts."""
-    spec = json.loads((ROOT / "minicpm_data/pico/tokenizer.json").read_text("utf-8"))
+    spec = json.loads((ROOT / "weights_io/pico/tokenizer.json").read_text("utf-8"))
     spec.update(parts)
     (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
     return load_tokenizer(folder)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from minicpm_data.cli.inspect import inspect
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from weights_io.checkpoint import open_checkpoint
-from weights_io.inspect import inspect, lines
+from weights_io.inspect import lines
 
 QUESTION = [{"role": "user", "content": "What is the capital of France? Explain in one sentence."}]
 BACKENDS = {"minicpm_jax": "jax", "minicpm_mlx": "mlx.core"}

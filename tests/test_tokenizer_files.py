@@ -233,7 +233,7 @@ def test_a_file_without_end_is_refused(tmp_path):
 )
 def test_legacy_and_add_prefix_space(tmp_path, config, ids):
     """The ids are those of transformers 4.57 and 5.24."""
-    pico = Path(__file__).parent.parent / "minicpm_data" / "pico" / "tokenizer.model"
+    pico = Path(__file__).parent.parent / "weights_io" / "pico" / "tokenizer.model"
     folder = tiny.write(tmp_path, {"tokenizer.model": pico.read_bytes()}, **config)
     tokenizer = load_tokenizer(folder)
     assert tokenizer.encode("a</s>b") == ids

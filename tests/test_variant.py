@@ -11,12 +11,12 @@ from shown import blocks
 
 import minicpm_jax.model
 import minicpm_mlx.model
+from minicpm_data.cli.inspect import inspect
 from minicpm_jax.parallel.mesh import make_mesh
 from minicpm_jax.training.step import weights_of
 from weights_io import config, convert
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
-from weights_io.inspect import inspect
 
 GAINS = "model.layers.{}.mlp.gain.weight"
 BACKENDS = [minicpm_jax, minicpm_mlx]

@@ -13,6 +13,7 @@ import tiny_model
 from minicpm_data.training import finetuning
 from minicpm_data.training.options import FinetuneOptions, FullOptions, LoraOptions
 from weights_io.adapters import Adapter, read_adapter
+from weights_io.checkpoint import open_checkpoint
 from weights_io.write import of_layers, unstacked
 
 BACKENDS = ("minicpm_jax", "minicpm_mlx")
@@ -90,8 +91,9 @@ def finetune(backend: str, options: FinetuneOptions) -> None:
 
 
 def trainer(backend: str, options: FinetuneOptions) -> Any:
-    model = load(backend, Path(options.model), options.dtype, **options.loading())
-    return part(backend, "training.trainer").Trainer(model, options)
+    source = open_checkpoint(Path(options.model))
+    model = load(backend, source, options.dtype, **options.loading())
+    return part(backend, "training.trainer").Trainer(model, options, source)
 
 
 def model_of(worker: Any) -> Any:

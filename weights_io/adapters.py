@@ -69,12 +69,11 @@ class Options:
 
 def main(options: Options) -> None:
     """Write an adapter in the form of PEFT or of mlx_lm. Only the config of its model is needed."""
-    from weights_io.hub import resolve
+    from weights_io.checkpoint import open_model
     from weights_io.write import check_output
 
     check_output(options.out)
-    path = resolve(options.model, revision=options.revision, hub=options.hub, weights=False)
-    config = ModelConfig.from_file(path / "config.json") if path.is_dir() else _of_file(path)
+    config = open_model(options.model, options.revision, options.hub, weights=False).config
     adapter = read_adapter(options.adapter_path, config)
     written = save_adapter(options.out, adapter, config, form=options.to, base_model=options.model)
     print(f"{options.out}: {summary(adapter)}")
@@ -154,12 +153,6 @@ def _open(path: Path) -> Mapping[str, LazyTensor]:
     if path.suffix not in (".safetensors", ".bin"):
         raise InputError(f"{path} is neither a .safetensors nor a .bin file; save the adapter again as one.")
     return (torch_pickle if path.suffix == ".bin" else safetensors).open_file(path)
-
-
-def _of_file(path: Path) -> ModelConfig:
-    from weights_io.checkpoint import open_checkpoint
-
-    return open_checkpoint(path).config
 
 
 if __name__ == "__main__":

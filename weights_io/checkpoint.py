@@ -1,7 +1,12 @@
-"""A checkpoint opened: its config, and its tensors checked against the parameter table before one is read."""
+"""A checkpoint opened: its config, and its tensors checked against the parameter table before one is read.
+
+`open_model` is the one way from what the user typed to a checkpoint. A command calls it once, and hands the checkpoint
+to whoever needs its config, its tokenizer or its weights.
+"""
 
 import heapq
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from weights_io import catalog
 from weights_io import config as config_module
+from weights_io.built_in import built_in
 from weights_io.casting import check_dtype, check_finite, numpy_dtype
 from weights_io.config import ModelConfig
 from weights_io.errors import MOST_NAMES, InputError, listed, short
 from weights_io.files.json_text import read_json, read_optional_json
 from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
+from weights_io.hub import resolve
 from weights_io.near_keys import refuse_near_keys
 from weights_io.parameters import EMBEDDING, EXPERTS, HEAD, NORM, tensor_shapes
 
@@ -94,30 +102,75 @@ class Checkpoint:
         return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a Hugging Face folder or a GGUF file. Every fault is an `InputError`; tensor faults are listed together."""
+def open_model(
+    path_or_repo: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    hub: str = "huggingface",
+    weights: bool = True,
+) -> Checkpoint:
+    """The checkpoint that a name stands for: the name is resolved once, and each header is read once.
+
+    Arguments:
+        path_or_repo, revision, hub: as in `hub.resolve`; None is the built-in model.
+        weights: False leaves the weights where they are, also on the hub; ``tensors`` is then empty.
+
+    Raises `InputError` as `hub.resolve` and `open_checkpoint` do. A hub's model whose config.json cannot be used is
+    refused before its weights are downloaded.
+    """
+    found: list[ModelConfig] = []  # of a hub
+
+    def check(raw: dict[str, Any], source: str) -> None:
+        found.append(ModelConfig.from_dict(raw, source))
+
+    path = resolve(path_or_repo, revision=revision, hub=hub, check=check, weights=weights)
+    return open_checkpoint(path, found[0] if found else None, weights)
+
+
+def config_of(model: str) -> ModelConfig:
+    """Of a folder, a config.json or a name of the catalogue, of which nothing is downloaded."""
+    path, entry = Path(model), catalog.find(model)
+    if entry is not None and entry.repo is None:
+        path = built_in()
+    elif entry is not None:
+        if entry.config is None:
+            raise InputError(f"the catalogue does not hold the config.json of {model}; download it, and give its path.")
+        return ModelConfig.from_dict(dict(entry.config), entry.name)
+    elif not path.exists():
+        close = catalog.nearest(model)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`python -m weights_io.catalog` lists the names."
+        raise InputError(f"{model} is neither a folder, a config.json nor a short name; {hint}")
+    return ModelConfig.from_file(path / "config.json" if path.is_dir() else path)
+
+
+def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool = True) -> Checkpoint:
+    """Open a Hugging Face folder or a GGUF file. Every fault is an `InputError`; tensor faults are listed together.
+
+    ``config``: that of the folder's config.json, where it has been made already. ``weights`` as in `open_model`.
+    """
+    tensors: Mapping[str, LazyTensor] = {}
+    metadata: Mapping[str, Any] | None = None
     if path.suffix == ".gguf":
         from weights_io.files import gguf
 
         file = gguf.open_file(path)
         raw, tensors, metadata = file.config, file.tensors, file.metadata
-        source = str(path)
+        config = ModelConfig.from_dict(raw, str(path))
     else:
         from weights_io.files.folder import open_folder
 
         if not path.is_dir():
             raise InputError(f"{path} is neither a model folder nor a .gguf file.")
-        source = str(path / "config.json")
         raw = read_json(path / "config.json")
-        ModelConfig.from_dict(raw, source)  # refuse the model before looking for its weights
-        tensors, metadata = open_folder(path), None
-    config = ModelConfig.from_dict(raw, source)
+        if config is None:  # the model is refused before its weights are looked for
+            config = ModelConfig.from_dict(raw, str(path / "config.json"))
+        if weights:
+            tensors = open_folder(path)
     begin, end = special_ids(path, raw, config.vocab_size)
     return Checkpoint(
         path=path,
         raw_config=raw,
         config=config,
-        tensors=check_tensors(config, tensors, path),
+        tensors=check_tensors(config, tensors, path) if weights else {},
         dtype=config_module.stored_dtype(raw) or _file_dtype(tensors),
         bos_token_ids=begin,
         eos_token_ids=end,

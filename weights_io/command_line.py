@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from weights_io.errors import InputError, flag
 
@@ -18,6 +19,9 @@ NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # most of any whole number, and of a seed
 MOST = {"length": 2**21, "lengths": 2**21, "samples": 10**6, "examples": 10**6, "documents": 10**7}
 MOST |= dict.fromkeys(("max_seq_length", "seq_length", "seq", "context"), 2**24)
 MOST |= dict.fromkeys(("batch_size", "batch", "rank", "experts", "slots", "waiting"), 2**16)
+# The commands of weights_io that need a tokenizer, which the package above it makes. No import goes up: what they do is
+# started by its name, here and nowhere else.
+ABOVE = {name: f"minicpm_data.cli.{name}" for name in ("convert", "fuse", "inspect", "upcycle")}
 MANY_FILES = 10240  # where there is no limit; more than that macOS does not take
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
@@ -54,6 +58,11 @@ def run(
             main(given)
         except InputError as error:
             raise InputError(as_typed(str(error), options)) from error
+
+
+def command_above(name: str) -> Callable[[Any], None]:
+    """The ``main`` of one of the commands in `ABOVE`."""
+    return importlib.import_module(ABOVE[name]).main
 
 
 def check_numbers(options: object) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from weights_io.casting import Rounding
-from weights_io.checkpoint import Checkpoint, open_checkpoint
+from weights_io.checkpoint import Checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError, flag
 from weights_io.parameters import count
-from weights_io.write import Tensor, check_output, save_checkpoint
+from weights_io.write import Tensor, save_checkpoint
 
 # What mlx_lm runs in place of its own models: a file beside the weights that names the classes.
 MODEL_FILE = "minicpm_mlx_model.py"
@@ -52,18 +52,16 @@ class Options:
 
 def main(options: Options) -> None:
     """Convert a model to a Hugging Face folder, in its own architecture or as a Llama."""
-    from weights_io.hub import resolve
+    from weights_io.command_line import command_above
 
-    _check(options)
-    check_output(options.out)
-    path = resolve(options.model, revision=options.revision, hub=options.hub, check=ModelConfig.from_dict)
-    check_output(options.out, path)
-    checkpoint = open_checkpoint(path)
-    print("\n".join(convert(checkpoint, options)))
+    command_above("convert")(options)
 
 
-def convert(checkpoint: Checkpoint, options: Options) -> list[str]:
-    """Write ``options.out``; the lines that say what was written and what it cost. Raises `InputError`."""
+def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[str, str]) -> list[str]:
+    """Write ``options.out``; the lines that say what was written and what it cost. Raises `InputError`.
+
+    ``tokenizer_files`` as in `write_model`.
+    """
     from weights_io.llama_format import from_llama, to_llama
 
     config = checkpoint.config
@@ -81,9 +79,8 @@ def convert(checkpoint: Checkpoint, options: Options) -> list[str]:
             options.dtype,
             rounding,
         )
-    lines = write_model(
-        options.out, checkpoint, config, tensors, options.dtype, rounding, for_mlx_lm=options.to == "mlx"
-    )
+    for_mlx_lm = options.to == "mlx"
+    lines = write_model(options.out, checkpoint, config, tensors, options.dtype, rounding, tokenizer_files, for_mlx_lm)
     if options.unfold:
         state = "are the same numbers and are tied" if config.tie_word_embeddings else "differ and stay untied"
         lines.append(f"unfolded with these scales, head and embedding {state}")
@@ -97,11 +94,14 @@ def write_model(
     tensors: Mapping[str, Tensor],
     dtype: str | None,
     rounding: Rounding,
+    tokenizer_files: Mapping[str, str],
     for_mlx_lm: bool = False,
 ) -> list[str]:
     """Write what was made of ``checkpoint``, with its tokenizer and its harmless keys; the lines that say so.
 
-    ``rounding`` may hold already what making the tensors cost. Raises `InputError`, see `save_checkpoint`.
+    ``rounding`` may hold already what making the tensors cost. ``tokenizer_files``: name -> text of those that the
+    checkpoint's folder does not hold, which are those of a GGUF file (`minicpm_data.tokenizer.writing.carried_files`).
+    Raises `InputError`, see `save_checkpoint`.
     """
     files = save_checkpoint(
         out,
@@ -110,8 +110,7 @@ def write_model(
         raw_config=checkpoint.raw_config,
         copy_from=checkpoint.path if checkpoint.path.is_dir() else None,
         added_keys={"model_file": MODEL_FILE} if for_mlx_lm else None,
-        # A tokenizer that cannot be written is refused before a gigabyte is.
-        extra_files=_tokenizer_files(checkpoint) | ({MODEL_FILE: MODEL_CODE} if for_mlx_lm else {}),
+        extra_files={**tokenizer_files, **({MODEL_FILE: MODEL_CODE} if for_mlx_lm else {})},
         dtype=dtype,
         rounding=rounding,
     )
@@ -126,7 +125,8 @@ def write_model(
     return lines
 
 
-def _check(options: Options) -> None:
+def check(options: Options) -> None:
+    """`InputError` for options that do not go together."""
     if options.unfold and options.to != "hf":
         raise InputError("--unfold leads away from the Llama format; use it with --to hf.")
     given = [
@@ -147,19 +147,6 @@ def _rounding_line(rounding: Rounding, dtypes: set[str]) -> str:
     if rounding.vanished:
         line += f", {rounding.vanished:,} became 0"
     return line if dtypes == {"float32"} else f"{line}; --dtype float32 keeps them to 6e-08"
-
-
-def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """The tokenizer that a GGUF file carries, as a folder's files; none for a folder, whose own are copied.
-
-    Raises `InputError` for the tokenizers with which the written folder could not be loaded.
-    """
-    # This package looks up to minicpm_data here and in inspect: it knows what tokenizers are made of.
-    from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
-    from minicpm_data.tokenizer.writing import tokenizer_files
-
-    tokenizer = tokenizer_of(checkpoint)
-    return {} if tokenizer is None or checkpoint.metadata is None else tokenizer_files(tokenizer)
 
 
 if __name__ == "__main__":

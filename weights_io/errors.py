@@ -44,8 +44,10 @@ def short(name: object) -> str:
     return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
 
 
-def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:
-    """``a, b, c and 5 more``."""
+def listed(names: Iterable[object], most: int = MOST_NAMES, last: str = ", ") -> str:
+    """``a, b, c and 5 more``. ``last``: what stands before the last one where all are named."""
     every = list(names)
-    shown = ", ".join(short(name) for name in every[:most])
-    return shown if len(every) <= most else f"{shown} and {len(every) - most} more"
+    shown = [short(name) for name in every[:most]]
+    if len(every) > most:
+        return f"{', '.join(shown)} and {len(every) - most} more"
+    return last.join([", ".join(shown[:-1]), *shown[-1:]] if shown[1:] else shown)

@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 
 from weights_io.casting import Rounding
-from weights_io.checkpoint import Checkpoint, open_checkpoint
-from weights_io.config import DTYPES, ModelConfig
+from weights_io.checkpoint import Checkpoint
+from weights_io.config import DTYPES
 from weights_io.lora import Adapter, Change
-from weights_io.write import Tensor, check_output
+from weights_io.write import Tensor
 
 BLOCK = 32  # numbers of a row that share a scale in most of GGUF's types
 
@@ -44,19 +44,16 @@ class Options:
 
 def main(options: Options) -> None:
     """Work an adapter into the weights of its model and write that as a Hugging Face folder."""
-    from weights_io.adapters import read_adapter
-    from weights_io.hub import resolve
+    from weights_io.command_line import command_above
 
-    check_output(options.save_path)
-    path = resolve(options.model, revision=options.revision, hub=options.hub, check=ModelConfig.from_dict)
-    check_output(options.save_path, path)
-    checkpoint = open_checkpoint(path)
-    adapter = read_adapter(options.adapter_path, checkpoint.config)
-    print("\n".join(fuse(checkpoint, adapter, options)))
+    command_above("fuse")(options)
 
 
-def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options) -> list[str]:
-    """Write ``options.save_path``; the lines that say what was written and what it cost. Raises `InputError`."""
+def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_files: Mapping[str, str]) -> list[str]:
+    """Write ``options.save_path``; the lines that say what was written and what it cost. Raises `InputError`.
+
+    ``tokenizer_files`` as in `convert.write_model`.
+    """
     from weights_io.adapters import fused, summary
     from weights_io.convert import write_model
     from weights_io.llama_format import to_llama
@@ -71,7 +68,7 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options) -> list[str
     else:
         tensors = fused(checkpoint, adapter, dtype, rounding, change)
     lines = [f"adapter: {summary(adapter)}"]
-    lines += write_model(options.save_path, checkpoint, config, tensors, dtype, rounding)
+    lines += write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files)
     line = f"the adapter changes the weights that it is on by {change.size:.2g} of their size (root mean square)"
     if change.lost:
         line += f", and rounding is {change.error:.2g} of that change"

@@ -14,14 +14,13 @@ from typing import Literal
 
 import numpy as np
 
-from weights_io.casting import Rounding
-from weights_io.checkpoint import Checkpoint, open_checkpoint
+from weights_io.checkpoint import Checkpoint
 from weights_io.config import MAX_EXPERTS, ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor
-from weights_io.parameters import EXPERTS, MLP, ROUTER, Parameter, count_active, parameters, short_name
-from weights_io.write import Tensor, check_output
+from weights_io.parameters import EXPERTS, MLP, ROUTER, Parameter, parameters, short_name
+from weights_io.write import Tensor
 
 ROUTER_STD = 0.1  # variance 0.01, arXiv 2404.06395
 COPIES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -49,16 +48,9 @@ class Options:
 
 def main(options: Options) -> None:
     """Write a dense model as a mixture of experts that computes the same, to be trained on."""
-    from weights_io.convert import write_model
-    from weights_io.hub import resolve
+    from weights_io.command_line import command_above
 
-    check_output(options.out)
-    path = resolve(options.model, revision=options.revision, hub=options.hub, check=ModelConfig.from_dict)
-    check_output(options.out, path)
-    checkpoint = open_checkpoint(path)
-    config, tensors = upcycled(checkpoint, options.experts, options.top_k, options.seed)
-    lines = write_model(options.out, checkpoint, config, tensors, options.dtype, Rounding())
-    print("\n".join([*lines, f"{count_active(config):,} parameters are used for each token"]))
+    command_above("upcycle")(options)
 
 
 def upcycled(

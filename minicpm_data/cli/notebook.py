@@ -119,8 +119,9 @@ def check_room(
 
     Raises `InputError` where a disk or the memory has no room.
     """
+    from minicpm_data.cli.inspect import look_up
     from weights_io.hub import to_download
-    from weights_io.inspect import Options, look_up
+    from weights_io.inspect import Options
 
     report, download = look_up(Options(model)), to_download(model)
     own = report.dtype if report.dtype in ITEM else "bfloat16"

@@ -1,14 +1,14 @@
 """Files of JSON objects: one a line, or in one array."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.keys import NAMED, as_json
-from weights_io.errors import InputError, not_utf8
+from minicpm_data.keys import as_json
+from weights_io.errors import MOST_NAMES, InputError, not_utf8
+from weights_io.files.json_text import KeyTwice, parse
 from weights_io.progress import progress_bar
 
 BOM = "\ufeff".encode()
@@ -39,7 +39,7 @@ def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
     if wrong and not is_json and path.suffix not in (".jsonl", ".json"):
         raise InputError(f"{path} holds no JSON; convert it to a .jsonl file, with one JSON object a line.")
     if wrong:
-        others = ", ".join(map(str, wrong[1 : NAMED + 1])) + (", ..." if len(wrong) > NAMED + 1 else "")
+        others = ", ".join(map(str, wrong[1 : MOST_NAMES + 1])) + (", ..." if len(wrong) > MOST_NAMES + 1 else "")
         are = f"{unit}s are" if wrong[2:] else f"{unit} is"
         more = f" ({len(wrong) - 1} more {are} wrong: {others})" if wrong[1:] else ""
         raise InputError(f"{path}, {why.removesuffix('.')}{more}.")
@@ -108,20 +108,12 @@ def _parsed(line: bytes, what: str) -> dict[str, Any] | InputError:
 
 def _json(text: bytes, what: str) -> Any:
     """The value of a JSON text, of any size: the user's own data is as large as it is."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-            raise InputError(f"{what} has the key {as_json(twice)} twice; keep one of them.")
-        return found
-
     if not (encoding := json.detect_encoding(text)).startswith("utf-8"):
         raise InputError(f"{what} is {encoding[:6].upper()} text; convert the file to UTF-8 first.")
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except InputError:
-        raise
+        return parse(text.decode("utf-8"))
+    except KeyTwice as error:
+        raise InputError(f"{what} has the key {as_json(error.key)} twice; keep one of them.") from None
     except UnicodeDecodeError as error:
         raise not_utf8(what, error, "convert the file to UTF-8 first") from None
     except RecursionError:

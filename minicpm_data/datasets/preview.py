@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from minicpm_data.keys import short
+from minicpm_data.keys import escaped
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -69,4 +69,4 @@ def _counted(ids: Sequence[int], trained: Sequence[bool], tokenizer: "Tokenizer"
 
 def _named(found: Iterable[int], tokenizer: "Tokenizer") -> Iterator[str]:
     for i in found:
-        yield f"{short(tokenizer.added_tokens[i])} = {i}"
+        yield f"{escaped(tokenizer.added_tokens[i])} = {i}"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minicpm_data.keys import TURN_NOTES, KeyRules, as_json, few, short
+from minicpm_data.keys import TURN_NOTES, KeyRules, as_json, escaped, few
 from minicpm_data.tokenizer.chat_template import check_messages
 from weights_io.errors import InputError
 
@@ -62,7 +62,7 @@ def _turn(item: Any, i: int, rules: KeyRules) -> tuple[Any, bool | None]:
     speaker = found[role]
     if role == "from":
         if not isinstance(speaker, str) or speaker not in ROLE_OF:
-            raise InputError(f"{what} is from {short(speaker)!r}; it must be from human, gpt or system.")
+            raise InputError(f"{what} is from {escaped(speaker)!r}; it must be from human, gpt or system.")
         speaker = ROLE_OF[speaker]
     return {"role": speaker, "content": _content(found[content], what, rules)}, _weight(found, speaker, what)
 
@@ -75,7 +75,7 @@ def _content(value: Any, what: str, rules: KeyRules) -> Any:
     for part in value:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else part
-            raise InputError(f'{what} has a part of type {short(kind)!r}; only {{"type": "text"}} can be trained.')
+            raise InputError(f'{what} has a part of type {escaped(kind)!r}; only {{"type": "text"}} can be trained.')
         found = rules.used(part, ("type", "text"), (), f"a part of {what}")
         if not isinstance(found.get("text"), str):
             raise InputError(f'{what} has a part whose "text" is no string; give it one.')

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from minicpm_data.keys import KeyRules, short
+from minicpm_data.keys import KeyRules, escaped
 from weights_io.errors import InputError
 
 # The prompt of MiniCPM-2B, -1B, -S and -MoE (2024): no newline, no EOS between turns; a system message has no tag.
@@ -38,7 +38,9 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise InputError(f'message {i} must have a "role" and a "content".')
         if message["role"] not in ROLES:
-            raise InputError(f"message {i} has the role '{short(message['role'])}'; the roles are {', '.join(ROLES)}.")
+            raise InputError(
+                f"message {i} has the role '{escaped(message['role'])}'; the roles are {', '.join(ROLES)}."
+            )
         KeyRules().used(message, ("role", "content"), (), f"message {i}")
         if not isinstance(message["content"], str):
             kind = type(message["content"]).__name__

@@ -3,7 +3,18 @@
 import json
 from typing import Any
 
+from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_data.tokenizer.tokenizer import Tokenizer
+from weights_io.checkpoint import Checkpoint
+
+
+def carried_files(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tokenizer that a GGUF file carries, as a folder's files; none for a folder, whose own are copied.
+
+    Raises `InputError` for the tokenizers with which a written folder could not be loaded.
+    """
+    tokenizer = tokenizer_of(checkpoint)
+    return {} if tokenizer is None or checkpoint.metadata is None else tokenizer_files(tokenizer)
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minicpm_data.generation.api import Backend
-from minicpm_data.model_options import load_model
+from minicpm_data.model_options import load_model, open_source
 from minicpm_data.tokenizer.chat_template import PLAIN_TEMPLATE
 from minicpm_data.training import loop
 from minicpm_data.training.loop import Arrays, Plan
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
     from minicpm_data.datasets.batches import Batches
     from minicpm_data.datasets.examples import Split, SplitName
+    from weights_io.checkpoint import Checkpoint
 
 
 class Trainer(loop.Trainer, Protocol):
-    """What a backend does for fine-tuning. Made of the model as it was loaded, and the options."""
+    """What a backend does for fine-tuning. Made of the model as it was loaded, the options, and the
+    checkpoint that it came from."""
 
     def row_width(self, length: int) -> int:
         """How wide rows are made that hold so many tokens."""
@@ -47,7 +49,7 @@ class Trainer(loop.Trainer, Protocol):
         """Take what `export` wrote."""
 
 
-Make = Callable[[Any, FinetuneOptions], Trainer]  # the first: the backend's model
+Make = Callable[[Any, FinetuneOptions, "Checkpoint"], Trainer]  # the first: the backend's model
 
 
 def run(backend: Callable[[], Backend], trainer: Make, options: type[FinetuneOptions], prog: str) -> None:
@@ -74,21 +76,22 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
         check_folder(options.out, options.resume)
         check_reporter(options.report_to)
     running = backend()
-    model, tokenizer = load_model(running, options)
+    source = open_source(options)
+    model, tokenizer = load_model(running, options, source=source)
     check_layers(options, model.config)
     if options.ignore_chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
     train = read_split(options, tokenizer, "train") if options.training else None
     valid = read_split(options, tokenizer, "valid", required=False) if options.training else None
     test = read_split(options, tokenizer, "test") if options.test else None
-    worker = trainer(model, options)  # which refuses a batch that a mesh does not divide
+    worker = trainer(model, options, source.checkpoint)  # which refuses a batch that a mesh does not divide
     running.device.note_mesh(model, options.batch_size)
     del model  # which a trainer of all weights does not keep
     with contextlib.closing(worker):
         if train is None:
             worker.load_export()
         else:
-            train_and_export(options, worker, train, valid)
+            train_and_export(options, worker, source.checkpoint, train, valid)
         if test is not None:
             found = mean_losses(worker, feed(options, worker, test), options.test_batches)
             loss, is_entropy = found["loss"], options.loss == "sft"
@@ -118,7 +121,9 @@ def read_split(options: FinetuneOptions, tokenizer: Any, name: "SplitName", requ
     return found
 
 
-def train_and_export(options: FinetuneOptions, trainer: Trainer, train: "Split", valid: "Split | None") -> None:
+def train_and_export(
+    options: FinetuneOptions, trainer: Trainer, base: "Checkpoint", train: "Split", valid: "Split | None"
+) -> None:
     """The run in its folder, in which nothing is written before all is known to fit."""
     from minicpm_data.training.run_folder import using
 
@@ -128,7 +133,7 @@ def train_and_export(options: FinetuneOptions, trainer: Trainer, train: "Split",
     settings = settings_of(options) | {"backend": backend, "examples": _fingerprint(train)}
     notes: dict[str, Any] = {"source": _lasting(options.model), "hub": options.hub}
     notes["save_dtype"] = options.save_dtype if isinstance(options, FullOptions) else None
-    notes |= {"base": _base(options), "valid": None if valid is None else _fingerprint(valid)}
+    notes |= {"base": _base(base), "valid": None if valid is None else _fingerprint(valid)}
     trainer.processes.check_same(json.dumps([settings, planned.steps, notes["base"]], sort_keys=True))
     with using(options.out, settings, options.resume, notes, trainer.processes):
         rows = f"{options.batch_size * options.grad_accumulation_steps} {'rows' if options.pack else 'examples'}"
@@ -243,13 +248,9 @@ def _lasting(model: str | None) -> str | None:
     return str(here.resolve()) if model and here.exists() else model
 
 
-def _base(options: FinetuneOptions) -> str:
+def _base(checkpoint: "Checkpoint") -> str:
     """A hash of some rows of the model that is trained: the same name may stand for another one when a run is gone on
     with."""
-    from weights_io.checkpoint import open_checkpoint
-    from weights_io.hub import resolve
-
-    checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
     ends = (f"model.layers.{layer}." for layer in (0, checkpoint.config.num_hidden_layers - 1))
     read, digest = (*ends, "model.norm."), hashlib.sha256()
     for name in sorted(name for name in checkpoint.tensors if name.startswith(read)):

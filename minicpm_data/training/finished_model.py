@@ -7,19 +7,18 @@ from minicpm_data.training.options import FullOptions, PretrainOptions
 from minicpm_data.training.run_folder import replace_model
 
 if TYPE_CHECKING:
+    from weights_io.checkpoint import Checkpoint
     from weights_io.config import ModelConfig
 
 
-def export_finetuned(options: FullOptions, tensors: Mapping[str, Any]) -> None:
-    """With all that lies beside the weights of the model that was fine-tuned."""
+def export_finetuned(options: FullOptions, source: "Checkpoint", tensors: Mapping[str, Any]) -> None:
+    """With all that lies beside the weights of ``source``, the checkpoint that was fine-tuned."""
+    from minicpm_data.tokenizer.writing import carried_files
     from weights_io.casting import Rounding
-    from weights_io.checkpoint import open_checkpoint
     from weights_io.convert import write_model
-    from weights_io.hub import resolve
 
-    checkpoint = open_checkpoint(resolve(options.model, revision=options.revision, hub=options.hub))
-    dtype = options.save_dtype or checkpoint.dtype
-    replace_model(options.out, lambda new: write_model(new, checkpoint, checkpoint.config, tensors, dtype, Rounding()))
+    how = source.config, tensors, options.save_dtype or source.dtype, Rounding(), carried_files(source)
+    replace_model(options.out, lambda new: write_model(new, source, *how))
 
 
 def export_pretrained(

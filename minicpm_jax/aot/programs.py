@@ -7,7 +7,6 @@ Dims: B batch, T new tokens, A micro-batches, S cache slots.
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,13 +21,12 @@ from minicpm_jax.layers.kv_cache import Cache, placement
 from minicpm_jax.model import Model, abstract, nested
 from minicpm_jax.parallel.chips import Topology
 from minicpm_jax.parallel.mesh import automatic, batch_sharding, make_mesh
-from minicpm_jax.parallel.sharding import default_mesh, padded, partition_spec, shardings
+from minicpm_jax.parallel.sharding import padded, partition_spec, serving_mesh, shardings
 from minicpm_jax.quantization.model import axes_of, names_of, quantised
 from minicpm_jax.training import optimizers, step
 from minicpm_jax.training.losses import Objective, PackedObjective
-from weights_io import catalog
 from weights_io.adapters import AdapterConfig
-from weights_io.checkpoint import open_checkpoint
+from weights_io.checkpoint import config_of
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.parameters import parameters
@@ -83,8 +81,10 @@ class Job:
     @functools.cached_property
     def placed(self) -> Mesh | None:
         """The mesh; None on a single device."""
-        text = self.mesh or default_mesh(self.config, len(self.devices), self.training)
-        mesh = make_mesh(text, self.devices)
+        if self.mesh is None and not self.training:
+            mesh = serving_mesh(self.config, self.devices)
+        else:
+            mesh = make_mesh(self.mesh, self.devices)
         return None if mesh is None or mesh.size == 1 else automatic(mesh)
 
     def traced(self) -> Any:
@@ -261,23 +261,3 @@ def compiled(lowered: Any) -> Any:
         return lowered.compile()
     finally:
         jax.config.update(name, before)
-
-
-def config_of(model: str) -> ModelConfig:
-    """Of a folder, a config.json or a name of the catalogue, of which nothing is downloaded."""
-    path, entry = Path(model), catalog.find(model)
-    if entry is not None:
-        if (config := entry.model_config()) is None:
-            raise InputError(f"the catalogue does not hold the config.json of {model}; download it, and give its path.")
-        return config
-    if not path.exists():
-        close = catalog.nearest(model)
-        hint = f"did you mean {' or '.join(close)}?" if close else "`python -m weights_io.catalog` lists the names."
-        raise InputError(f"{model} is neither a folder, a config.json nor a short name; {hint}")
-    return ModelConfig.from_file(path / "config.json" if path.is_dir() else path)
-
-
-def serving_mesh(path: Path) -> Mesh | None:
-    """`default_mesh` over the devices that are here, of the checkpoint in ``path``; None for one device."""
-    devices = jax.device_count()
-    return None if devices == 1 else make_mesh(default_mesh(open_checkpoint(path).config, devices, training=False))

@@ -5,16 +5,18 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
 AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
 BATCH = ("data", "fsdp")  # what a batch's rows are split over
+MeshChoice: TypeAlias = "Mesh | Callable[[ModelConfig], Mesh | None] | None"  # a mesh, or what makes one of a config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -110,6 +112,13 @@ def row_axes(mesh: Mesh | AbstractMesh, rows: int) -> tuple[str, ...]:
 def rows_split(mesh: Mesh | AbstractMesh | None) -> int:
     """Over how many parts a batch's rows are split."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
+
+
+def mesh_for(choice: MeshChoice, config: ModelConfig) -> Mesh | None:
+    """The mesh that is chosen for a model, as `automatic` has it; None: it lies on one device."""
+    if callable(choice) and not isinstance(choice, Mesh):  # a mesh can be called, too: it decorates functions
+        choice = choice(config)
+    return None if choice is None else automatic(choice)
 
 
 def automatic(mesh: Mesh) -> Mesh:

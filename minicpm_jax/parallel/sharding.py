@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from minicpm_jax.parallel.chips import LANES
-from minicpm_jax.parallel.mesh import BATCH, row_axes, rows_split
+from minicpm_jax.parallel.mesh import BATCH, make_mesh, row_axes, rows_split
 from weights_io.casting import GROUPS
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
@@ -143,6 +143,13 @@ def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | A
 def splits(name: str | None, size: int, mesh: Mesh | AbstractMesh) -> bool:
     """Whether the mesh has that axis and it divides a dimension of that size."""
     return name in mesh.shape and size % mesh.shape[name] == 0
+
+
+def serving_mesh(config: ModelConfig, given: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh to generate on, by `default_mesh`, over the ``given`` devices (None: all there are); None: a single one
+    needs none. `loading.load` takes this function as its ``mesh``."""
+    devices = jax.device_count() if given is None else len(given)
+    return None if devices == 1 else make_mesh(default_mesh(config, devices, training=False), given)
 
 
 def default_mesh(config: ModelConfig, devices: int, training: bool) -> str:

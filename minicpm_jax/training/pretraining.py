@@ -18,10 +18,9 @@ from minicpm_jax.training import step as train
 from minicpm_jax.training.losses import PackedObjective
 from minicpm_jax.training.run_checkpoints import Saved
 from minicpm_jax.training.trainer import Arrays, BaseTrainer
-from weights_io.checkpoint import open_checkpoint
+from weights_io.checkpoint import open_model
 from weights_io.config import ModelConfig
 from weights_io.files.json_text import read_json
-from weights_io.hub import resolve
 from weights_io.memory import SMALLER, check_training
 
 
@@ -75,7 +74,7 @@ def beginning(
         where = None if mesh is None else shardings(config, mesh)
         make = jax.jit(lambda key: train.weights_of(initialise(config, key)), out_shardings=where)
         return config, read_json(options.config), make(jax.random.key(options.seed))
-    checkpoint = open_checkpoint(resolve(options.init_from, check=ModelConfig.from_dict))
+    checkpoint = open_model(options.init_from)
     check(checkpoint.config)
     weights = train.weights_of(load_weights(checkpoint, "float32", mesh, remedy=SMALLER))
     return checkpoint.config, dict(checkpoint.raw_config), weights

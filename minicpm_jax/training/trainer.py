@@ -26,7 +26,7 @@ from minicpm_jax.training import step as train
 from minicpm_jax.training.losses import Objective
 from minicpm_jax.training.run_checkpoints import Checkpoints, Saved
 from weights_io.adapters import read_adapter, save_adapter
-from weights_io.checkpoint import open_checkpoint
+from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.memory import ADAPTERS, check_training
 
 Arrays = Mapping[str, np.ndarray]
@@ -90,14 +90,15 @@ class BaseTrainer:
 
 
 class Trainer(BaseTrainer):
-    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded from its
+    ``source``, whose tokenizer and config go with a model that is written."""
 
-    def __init__(self, model: Model, options: FinetuneOptions):
+    def __init__(self, model: Model, options: FinetuneOptions, source: Checkpoint | None = None):
         sharding = model.model.embed_tokens.weight[...].sharding
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         super().__init__(options.out, options.batch_size, options.seed, mesh)
         self.rows *= 1 if options.loss == "sft" else 2
-        self.options, self.config = options, model.config
+        self.options, self.config, self.source = options, model.config, source
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
         self.optimiser = optimizers.optimizer(options.optimizer, options.weight_decay, options.clip, model.config)
         if isinstance(options, LoraOptions):
@@ -133,9 +134,9 @@ class Trainer(BaseTrainer):
             adapter = adapters.to_adapter(self.config, self.state[0], options.adapter, layers)
             self.processes.once(lambda: save_adapter(options.out, adapter, self.config))
         else:  # from the disk, where a process alone can read all of it, a part at a time
-            assert isinstance(options, FullOptions)
-            saved = Saved(self.folder / "checkpoints", self.checkpoints.latest)
-            self.processes.once(lambda: export_finetuned(options, saved.tensors(self.config)))
+            assert isinstance(options, FullOptions) and self.source is not None
+            saved, source = Saved(self.folder / "checkpoints", self.checkpoints.latest), self.source
+            self.processes.once(lambda: export_finetuned(options, source, saved.tensors(self.config)))
 
     def load_export(self) -> None:
         if self.base is None:

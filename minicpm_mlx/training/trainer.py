@@ -28,7 +28,7 @@ from minicpm_mlx.training import step as train
 from minicpm_mlx.training.losses import Objective
 from minicpm_mlx.training.run_checkpoints import Checkpoints
 from weights_io.adapters import read_adapter, save_adapter
-from weights_io.checkpoint import open_checkpoint
+from weights_io.checkpoint import Checkpoint, open_checkpoint
 from weights_io.memory import ADAPTERS, check_training
 from weights_io.write import of_layers
 
@@ -98,10 +98,11 @@ class BaseTrainer:
 
 
 class Trainer(BaseTrainer):
-    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded."""
+    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded from its
+    ``source``, whose tokenizer and config go with a model that is written."""
 
-    def __init__(self, model: Model, options: FinetuneOptions):
-        self.options, self.config = options, model.config
+    def __init__(self, model: Model, options: FinetuneOptions, source: Checkpoint | None = None):
+        self.options, self.config, self.source = options, model.config, source
         if isinstance(options, LoraOptions):
             if options.resume_adapter_file is None:
                 layers = adapted_layers(options, model.config)
@@ -141,8 +142,8 @@ class Trainer(BaseTrainer):
             adapter = adapters.to_adapter(self.config, adapters.matrices_of(self.model), self.options.adapter)
             save_adapter(self.folder, adapter, self.config)
         else:
-            assert isinstance(self.options, FullOptions)
-            export_finetuned(self.options, self.tensors())
+            assert isinstance(self.options, FullOptions) and self.source is not None
+            export_finetuned(self.options, self.source, self.tensors())
 
     def load_export(self) -> None:
         if not isinstance(self.options, LoraOptions):

@@ -22,6 +22,19 @@ MAX_DEPTH = 100  # lists and objects in each other; a tokenizer.json has 8
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # may be half of a character, which has two of them
 
 
+class KeyTwice(ValueError):
+    """An object has a ``key`` twice, of which the last one would win in silence."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text, without bounds. Raises `KeyTwice`, and what `json.loads` does."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
 def loads(text: str | bytes, what: str, most: int = MAX_BYTES, remedy: str = "download it again") -> Any:
     """The value of a JSON text of at most ``most`` bytes.
 
@@ -32,11 +45,11 @@ def loads(text: str | bytes, what: str, most: int = MAX_BYTES, remedy: str = "do
     if len(data) > most or parts > most // BYTES_OF_PART:
         raise InputError(f"{what} is larger than any such JSON text is ({len(data)} bytes); {remedy}.")
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _object(pairs, what))
+        value = parse(data.decode("utf-8-sig"))
         if HALF.search(data):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except InputError:
-        raise
+    except KeyTwice as error:
+        raise InputError(f"{what} has the key {short(error.key)!r} twice; keep the one that is meant.") from None
     except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5000 digits
         raise InputError(f"{what} is not JSON ({error}); {remedy}.") from None
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deep(value):
@@ -64,12 +77,11 @@ def read_optional_json(path: Path, most: int = MAX_CONFIG) -> dict[str, Any]:
     return read_json(path, most) if os.path.lexists(path) else {}
 
 
-def _object(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise InputError(f"{what} has the key {short(twice)!r} twice; keep the one that is meant.")
+        raise KeyTwice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return result
 
 

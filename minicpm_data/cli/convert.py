@@ -1,0 +1,14 @@
+"""What ``python -m weights_io.convert`` does: its tokenizer is made, or refused, before a weight is written."""
+
+from minicpm_data.tokenizer.writing import carried_files
+from weights_io.checkpoint import open_model
+from weights_io.convert import Options, check, convert
+from weights_io.write import check_output
+
+
+def main(options: Options) -> None:
+    check(options)
+    check_output(options.out)
+    checkpoint = open_model(options.model, options.revision, options.hub)
+    check_output(options.out, checkpoint.path)
+    print("\n".join(convert(checkpoint, options, carried_files(checkpoint))))

@@ -1,0 +1,15 @@
+"""What ``python -m weights_io.fuse`` does: its tokenizer is made, or refused, before a weight is written."""
+
+from minicpm_data.tokenizer.writing import carried_files
+from weights_io.adapters import read_adapter
+from weights_io.checkpoint import open_model
+from weights_io.fuse import Options, fuse
+from weights_io.write import check_output
+
+
+def main(options: Options) -> None:
+    check_output(options.save_path)
+    checkpoint = open_model(options.model, options.revision, options.hub)
+    check_output(options.save_path, checkpoint.path)
+    adapter = read_adapter(options.adapter_path, checkpoint.config)
+    print("\n".join(fuse(checkpoint, adapter, options, carried_files(checkpoint))))
