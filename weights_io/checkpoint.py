@@ -17,6 +17,8 @@ from weights_io.files.json_text import read_json, read_optional_json
 from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
 from weights_io.near_keys import refuse_near_keys
 from weights_io.parameters import HEAD, MOE, NORM, tensor_shapes
+from weights_io.quantization.packed import Packed, PackedTensor, arithmetic_dtype
+from weights_io.quantization.reading import as_matrices
 
 EMBEDDING = "model.embed_tokens.weight"
 # Buffers that old files carry and every forward pass computes for itself.
@@ -63,6 +65,15 @@ class Checkpoint:
         Raises `InputError` as `checked` does.
         """
         return self.checked(name, dtype, np.ascontiguousarray(self.tensors[name].read(index)))
+
+    def packed(self, name: str, rows: slice = slice(None)) -> Packed | None:
+        """A matrix, or its ``rows``, as the file packs it; None where it is not packed (or in the blocks of a GGUF
+        file). `read` gives what it stands for. Raises `InputError` where the file contradicts its format."""
+        tensor = self.tensors[name]
+        if not isinstance(tensor, PackedTensor):
+            return None
+        start, stop, _ = rows.indices(tensor.shape[0])
+        return tensor.packed(start, stop)
 
     def read_rows(self, name: str, start: int, rows: np.ndarray) -> None:
         """Fill an array with the rows of a tensor from ``start`` on, cast to its dtype. Raises as `read` does."""
@@ -113,6 +124,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ModelConfig.from_dict(raw, source)  # refuse the model before looking for its weights
         tensors, metadata = open_folder(path), None
     config = ModelConfig.from_dict(raw, source)
+    if metadata is None:
+        config, tensors = as_matrices(config, raw, tensors, path)
     begin, end = special_ids(path, raw, config.vocab_size)
     return Checkpoint(
         path=path,
@@ -226,5 +239,5 @@ def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path) -> Non
 
 def _file_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     """Where config.json is silent: the dtype of the embedding in the file."""
-    name = tensors[EMBEDDING].dtype.name if EMBEDDING in tensors else "float32"
+    name = arithmetic_dtype(tensors[EMBEDDING]) if EMBEDDING in tensors else "float32"
     return name if name in config_module.DTYPES else "float32"

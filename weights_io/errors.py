@@ -1,7 +1,9 @@
 """The one error style: what the user gave cannot be used, said in one sentence that names the thing and the remedy."""
 
+import json
 import re
 from collections.abc import Iterable
+from typing import Any
 
 MOST_NAMES = 3  # that a message quotes; the rest is a count
 LONGEST_NAME = 80  # characters of a name that is quoted
@@ -39,3 +41,13 @@ def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:
     every = list(names)
     shown = ", ".join(short(name) for name in every[:most])
     return shown if len(every) <= most else f"{shown} and {len(every) - most} more"
+
+
+def shown(value: Any) -> str:
+    """A value of a JSON file as a message quotes it: short, whatever it is."""
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        text += part
+        if len(text) > LONGEST_NAME:
+            break
+    return short(text)
