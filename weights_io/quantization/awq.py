@@ -13,7 +13,7 @@ from weights_io.errors import InputError, short
 from weights_io.files.tensor import LazyTensor
 from weights_io.quantization.entries import LABELS, Scheme
 from weights_io.quantization.packed import Packed, PackedTensor, unpack
-from weights_io.quantization.parts import check_parts, groups_in, take
+from weights_io.quantization.parts import check_parts, groups_in
 
 REQUIRED, OPTIONAL = ("qweight", "qzeros", "scales"), ()
 INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -68,4 +68,4 @@ def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int],
         "scales": (None, (count, outputs)),
     }
     check_parts(name, parts, expected, scheme, shape)
-    return AWQTensor(shape, parts["qweight"].source, 4, group, **{each: take(parts, each) for each in REQUIRED})
+    return AWQTensor(shape, parts["qweight"].source, 4, group, *(parts[part] for part in REQUIRED))

@@ -15,7 +15,7 @@ from weights_io.errors import InputError, short
 from weights_io.files.tensor import LazyTensor
 from weights_io.quantization.entries import BEFORE_MARLIN, LABELS, Scheme
 from weights_io.quantization.packed import Packed, PackedTensor, unpack, words_of_columns
-from weights_io.quantization.parts import check_parts, groups_in, take
+from weights_io.quantization.parts import check_parts, groups_in
 
 REQUIRED, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx",)
 
@@ -82,7 +82,7 @@ def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int],
             f"{short(name)} is [{outputs}, {inputs}], which {bits} bits do not pack in words of 32; correct "
             f"{scheme.source}."
         )
-    if tuple(parts["qweight"].shape) == (inputs // 16, outputs * bits // 2):
+    if bits > 2 and tuple(parts["qweight"].shape) == (inputs // 16, outputs * bits // 2):
         raise InputError(f"{short(name)} in {parts['qweight'].source} {BEFORE_MARLIN}.")
     expected = {
         "qweight": (words, (inputs * bits // 32, outputs)),
@@ -97,6 +97,9 @@ def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int],
         bits=bits,
         group_size=group,
         name=name,
-        **{each: take(parts, each) for each in (*REQUIRED, *OPTIONAL)},
+        qweight=parts["qweight"],
+        qzeros=parts["qzeros"],
+        scales=parts["scales"],
+        g_idx=parts.get("g_idx"),
         zero_offset=scheme.zero_offset,
     )

@@ -1,8 +1,8 @@
 """MLX's affine form, read as `mlx_lm.convert` writes it and written as `mx.quantize` does.
 
 Layout, of a matrix [N out, K in]: ``weight`` uint32 [N, K * bits / 32], row n of which is the stream of its codes, the
-lowest bit first (3, 5 and 6 bits run over the ends of words); ``scales`` and ``biases`` [N, K / group], w = code * scale
-+ bias. Source: mlx 0.32.4, mlx/backend/cpu/quantized.cpp; the codes, scales and biases of `quantize` are those of
+lowest bit first (3, 5 and 6 bits run over the ends of words); ``scales`` and ``biases`` [N, K / group], w = code *
+scale + bias. Source: mlx 0.32.4, mlx/backend/cpu/quantized.cpp; the codes, scales and biases of `quantize` are those of
 `mx.quantize` on a CPU to the last bit, in float32, float16 and bfloat16.
 """
 
@@ -47,7 +47,8 @@ class AffineTensor(PackedTensor):
 
 
 def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int], scheme: Scheme) -> AffineTensor:
-    """As `gptq.open_tensor`. Where config.json does not name the module, the shapes tell bits and group, as in mlx_lm."""
+    """As `gptq.open_tensor`. Where config.json does not name the module, its shapes tell bits and group, as in
+    mlx_lm."""
     outputs, inputs = shape
     named = scheme.modules.get(name, (scheme.bits, scheme.group_size))
     if named is None:

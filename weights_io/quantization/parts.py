@@ -44,22 +44,18 @@ def check_parts(
             )
 
 
-def take(parts: Mapping[str, LazyTensor], part: str) -> Any:
-    return parts.get(part)
-
-
 def check_complete(
     name: str, parts: Mapping[str, LazyTensor], required: tuple[str, ...], optional: tuple[str, ...], label: str
 ) -> None:
     """`InputError` where parts are missing, or are those of another format."""
     source = next(iter(parts.values())).source
-    if missing := [part for part in required if part not in parts]:
-        raise InputError(
-            f"{short(name)} in {source} lacks {listed(missing)}, which {label} packs it in; download the weights "
-            "again, whole."
-        )
     if more := sorted(parts.keys() - {*required, *optional}):
         raise InputError(
             f"{short(name)} in {source} has {listed(more)}, which is none of {label}'s parts of a matrix; take config "
             "and weights, whole, from one checkpoint."
+        )
+    if missing := [part for part in required if part not in parts]:
+        raise InputError(
+            f"{short(name)} in {source} lacks {listed(missing)}, which {label} packs it in; download the weights "
+            "again, whole."
         )
