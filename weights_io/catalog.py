@@ -282,8 +282,8 @@ CATALOG: tuple[Entry, ...] = (
     Entry("minicpm5-1b", "openbmb/MiniCPM5-1B", "llama", 1_080_632_832, "bfloat16", "chat with thinking"),
 )
 NOT_YET = frozenset(
-    """minicpm-2b-int4 minicpm-2b-dpo-int4 minicpm-v minicpm-v-2 minicpm3-4b minicpm4-0.5b minicpm4-8b minicpm4.1-8b
-    bitcpm4-0.5b bitcpm4-1b""".split()
+    """minicpm-v minicpm-v-2 minicpm3-4b minicpm4-0.5b minicpm4-8b minicpm4.1-8b bitcpm4-0.5b
+    bitcpm4-1b""".split()
 )
 _SHAPES = {"minicpm-s-1b": _1B}  # what memory needs to know of one whose config is not known whole
 # What a command needs besides the name, to run on the least hardware.
@@ -298,6 +298,8 @@ FLAGS = {
 # begin with it. The built-in model has none.
 CHECKED = {
     "minicpm-2b": "dense_2b dense_bf16",
+    "minicpm-2b-int4": "quant/gptq_int4_g32_asym_desc_act",
+    "minicpm-2b-dpo-int4": "quant/gptq_int4_g32_asym_desc_act",
     "minicpm-2b-llama": "llama_format",
     "minicpm-2b-dpo-llama": "llama_format",
     "minicpm-2b-mlx": "llama_format",

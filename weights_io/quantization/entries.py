@@ -29,7 +29,7 @@ NOTES = {
     ),
     "awq": frozenset(
         """zero_point modules_to_not_convert backend do_fuse fuse_max_seq_len modules_to_fuse exllama_config
-        model_name_or_path quant_method""".split()
+        model_name_or_path sym desc_act lm_head meta quant_method""".split()
     ),
     "bitsandbytes": frozenset(
         """load_in_4bit load_in_8bit _load_in_4bit _load_in_8bit bnb_4bit_compute_dtype bnb_4bit_quant_type
@@ -40,7 +40,7 @@ NOTES = {
 # Keys that must hold one of these.
 NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
     "gptq": {"is_marlin_format": (False,), "pack_dtype": ("int32",), "dynamic": ({},), "adapter": ({},)},
-    "awq": {"version": ("gemm", "GEMM")},
+    "awq": dict.fromkeys(("version", "checkpoint_format", "format"), ("gemm", "GEMM")) | {"pack_dtype": ("int32",)},
     "bitsandbytes": {"bnb_4bit_quant_storage": ("uint8",), "llm_int8_has_fp16_weight": (False,)},
 }
 UNDERSTOOD = {
@@ -91,8 +91,8 @@ def scheme_of(entry: Mapping[str, Any], source: str) -> Scheme:
         return _mlx(entry, source)
     if not isinstance(method, str) or method not in NOTES:
         if "marlin" in str(method):
-            raise InputError(f"{source}.quant_method {shown(method)} {BEFORE_MARLIN}.")
-        raise InputError(f"{source}.quant_method {shown(method)} is not read here; {INSTEAD}.")
+            raise InputError(f"{_at(source, 'quant_method')} {shown(method)} {BEFORE_MARLIN}.")
+        raise InputError(f"{_at(source, 'quant_method')} {shown(method)} is not read here; {INSTEAD}.")
     formats = [entry[key] for key in ("checkpoint_format", "format", "version") if entry.get(key) is not None]
     marlin = next((each for each in formats if isinstance(each, str) and "marlin" in each), None)
     if marlin is not None or entry.get("is_marlin_format") is True:
@@ -102,14 +102,14 @@ def scheme_of(entry: Mapping[str, Any], source: str) -> Scheme:
             continue
         if key not in NEUTRAL[method]:
             raise InputError(
-                f"{source}.{short(key)} = {shown(value)} is not understood and may change the numbers; remove the key "
+                f"{_at(source, key)} = {shown(value)} is not understood and may change the numbers; remove the key "
                 "if it is only a note."
             )
         if value not in NEUTRAL[method][key]:
-            raise InputError(f"{source}.{short(key)} = {shown(value)} is not read here; {INSTEAD}.")
+            raise InputError(f"{_at(source, key)} = {shown(value)} is not read here; {INSTEAD}.")
     if method == "bitsandbytes":
         return _bitsandbytes(entry, source)
-    if any(each not in ("gptq", "gptq_v2") for each in formats if method == "gptq") or len(set(map(str, formats))) > 1:
+    if method == "gptq" and (any(each not in ("gptq", "gptq_v2") for each in formats) or len(set(formats)) > 1):
         raise InputError(f"{source} has the format {shown(formats)}, which is not read here; {INSTEAD}.")
     stated = formats[0] if method == "gptq" and formats else None
     bits, group = (_first(entry, keys) for keys in (("bits", "w_bit"), ("group_size", "q_group_size")))
@@ -145,14 +145,12 @@ def _mlx(entry: Mapping[str, Any], source: str) -> Scheme:
         if name in ("bits", "group_size", "mode", "quant_method"):
             continue
         if isinstance(value, dict):
-            modules[name] = _affine(
-                {"bits": bits, "group_size": group, **value}, f"{source}.{short(name)}", strict=True
-            )
+            modules[name] = _affine({"bits": bits, "group_size": group, **value}, _at(source, name), strict=True)
         elif isinstance(value, bool) and name != "dynamic":
             modules[name] = (bits, group) if value else None
         elif value is not None:
             raise InputError(
-                f"{source}.{short(name)} = {shown(value)} is not understood and may change the numbers; remove the key "
+                f"{_at(source, name)} = {shown(value)} is not understood and may change the numbers; remove the key "
                 "if it is only a note."
             )
     return Scheme("mlx", source, bits, group, modules=modules)
@@ -162,7 +160,7 @@ def _affine(entry: Mapping[str, Any], source: str, strict: bool = False) -> tupl
     """Bits and group of the whole model, or (``strict``) of a module. mlx_lm's defaults are none: it writes all."""
     mode = entry.get("mode", "affine")
     if mode != "affine":
-        raise InputError(f"{source}.mode {shown(mode)} is not read here; take the model's affine MLX files.")
+        raise InputError(f"{_at(source, 'mode')} {shown(mode)} is not read here; take the model's affine MLX files.")
     if strict and (unknown := sorted(entry.keys() - {"bits", "group_size", "mode"})):
         raise InputError(f"{source}.{short(unknown[0])} is not understood and may change the numbers; remove the key.")
     return _bits("mlx", entry.get("bits"), source), _group("mlx", entry.get("group_size"), source)
@@ -177,6 +175,11 @@ def _bitsandbytes(entry: Mapping[str, Any], source: str) -> Scheme:
     return Scheme("bitsandbytes", source, 4 if four else 8)
 
 
+def _at(source: str, key: str) -> str:
+    """How messages call a key of an object: of a whole file, or of an entry of config.json."""
+    return f"{source}{': ' if source.endswith('.json') else '.'}{short(key)}"
+
+
 def _first(entry: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((entry[key] for key in keys if entry.get(key) is not None), None)
 
@@ -184,12 +187,14 @@ def _first(entry: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 def _bits(method: str, value: Any, source: str) -> int:
     if type(value) is not int or value not in BITS[method]:
         known = ", ".join(map(str, BITS[method]))
-        raise InputError(f"{source}.bits is {shown(value)}, and {LABELS[method]} files are read in {known} bits.")
+        raise InputError(
+            f"{_at(source, 'bits')} is {shown(value)}, and {LABELS[method]} files are read in {known} bits."
+        )
     return value
 
 
 def _group(method: str, value: Any, source: str) -> int:
     if type(value) is not int or not (value in GROUPS[method] or (method != "mlx" and 0 < value < 2**31)):
         known = ", ".join(map(str, GROUPS["mlx"])) if method == "mlx" else "a positive number, or -1 for a whole row"
-        raise InputError(f"{source}.group_size is {shown(value)}; it must be {known}.")
+        raise InputError(f"{_at(source, 'group_size')} is {shown(value)}; it must be {known}.")
     return value

@@ -14,7 +14,7 @@ import numpy as np
 
 from weights_io.files.tensor import LazyTensor
 
-CHUNK = 1 << 20  # numbers that are made from codes at a time, whatever part of a matrix is read
+CHUNK = 1 << 22  # numbers that are made from codes at a time, whatever part of a matrix is read
 
 
 @dataclass(frozen=True)

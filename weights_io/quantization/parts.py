@@ -51,8 +51,8 @@ def check_complete(
     source = next(iter(parts.values())).source
     if more := sorted(parts.keys() - {*required, *optional}):
         raise InputError(
-            f"{short(name)} in {source} has {listed(more)}, which is none of {label}'s parts of a matrix; take config "
-            "and weights, whole, from one checkpoint."
+            f"{short(name)} in {source} has {listed(more)} beside what {label} packs a matrix in; take config and "
+            "weights, whole, from one checkpoint."
         )
     if missing := [part for part in required if part not in parts]:
         raise InputError(

@@ -68,7 +68,9 @@ def as_matrices(
         tensors[f"{name}.weight"] = _open(name, parts, shapes[name], scheme)
     if "tie_word_embeddings" not in raw and config.tie_word_embeddings and HEAD.tensor in tensors:
         embedding = tensors.get(EMBEDDING.tensor)
-        if embedding is not None and not same_numbers(embedding, tensors[HEAD.tensor]):
+        if embedding is not None and same_numbers(embedding, tensors[HEAD.tensor]):
+            del tensors[HEAD.tensor]  # compared already
+        else:
             config = untied
     return config, tensors
 
