@@ -23,6 +23,7 @@ from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.files.memory_reading import look_through
+from weights_io.files.tensor import FileTensor
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import parameters
 from weights_io.progress import reading
@@ -107,7 +108,8 @@ def _mapped(checkpoint: Checkpoint, dtype: str) -> dict[str, mx.array]:
         with contextlib.suppress(RuntimeError):  # a dtype that it has not
             found: Any = mx.load(str(source))
             arrays |= found
-    return {name: arrays[name] for name, x in checkpoint.tensors.items() if name in arrays and x.dtype.name == dtype}
+    plain = {name: tensor for name, tensor in checkpoint.tensors.items() if isinstance(tensor, FileTensor)}
+    return {name: arrays[name] for name, x in plain.items() if name in arrays and x.dtype.name == dtype}
 
 
 def _quantised(name: str, weight: mx.array, layer: Any) -> dict[str, mx.array]:

@@ -23,7 +23,7 @@ from minicpm_mlx.layers.rope import Positions, positions_of
 from weights_io.checkpoint import BUFFERS
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.parameters import HEAD, parameters
+from weights_io.parameters import HEAD, module_name, parameters
 
 
 class MLP(nn.Module):
@@ -199,9 +199,11 @@ class Model(nn.Module):
             if not (name.endswith(BUFFERS) or (self.config.tie_word_embeddings and name == HEAD.tensor))
         }
         for parameter in parameters(self.config):
-            for name, tensors in parameter.layers(self.config).items():
-                if parameter.of_expert and kept.keys() >= set(tensors):  # else saved from here, and stacked already
-                    kept[name] = mx.stack([kept.pop(tensor) for tensor in tensors])
+            for name, tensors in parameter.layers(self.config).items() if parameter.of_expert else ():
+                for part in ("weight", "scales", "biases"):
+                    experts = [f"{module_name(tensor)}.{part}" for tensor in tensors]
+                    if kept.keys() >= set(experts):  # else saved from here, and stacked already
+                        kept[f"{module_name(name)}.{part}"] = mx.stack([kept.pop(expert) for expert in experts])
         return kept
 
 

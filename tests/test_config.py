@@ -189,7 +189,6 @@ def test_a_dtype_that_is_none_of_ours(key, value):
         ("_sliding_window_pattern", 6),
         ("attention_bias", True),
         ("sliding_window", 4096),
-        ("quantization_config", {"quant_method": "gptq"}),
         ("partial_rotary_factor", 0.5),
         ("pruned_heads", {"0": [1]}),
     ],

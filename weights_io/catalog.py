@@ -300,6 +300,8 @@ FLAGS = {
 # begin with it. The built-in model has none.
 CHECKED = {
     "minicpm-2b": "dense_2b dense_bf16",
+    "minicpm-2b-int4": "quant/gptq_int4_g32_asym_desc_act",
+    "minicpm-2b-dpo-int4": "quant/gptq_int4_g32_asym_desc_act",
     "minicpm-2b-llama": "llama_format",
     "minicpm-2b-dpo-llama": "llama_format",
     "minicpm-2b-mlx": "llama_format",

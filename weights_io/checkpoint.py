@@ -25,6 +25,8 @@ from weights_io.files.tensor import FileTensor, LazyTensor, located, same_number
 from weights_io.hub import resolve
 from weights_io.near_keys import refuse_near_keys
 from weights_io.parameters import EMBEDDING, EXPERTS, HEAD, NORM, tensor_shapes
+from weights_io.quantization.packed import Packed, PackedTensor, arithmetic_dtype
+from weights_io.quantization.reading import as_matrices
 
 # Buffers that old files carry and every forward pass computes for itself.
 BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
@@ -70,6 +72,15 @@ class Checkpoint:
         Raises `InputError` as `checked` does.
         """
         return self.checked(name, dtype, np.ascontiguousarray(self.tensors[name].read(index)))
+
+    def packed(self, name: str, rows: slice = slice(None)) -> Packed | None:
+        """A matrix, or its ``rows``, as the file packs it; None where it is not packed (or in the blocks of a GGUF
+        file). `read` gives what it stands for. Raises `InputError` where the file contradicts its format."""
+        tensor = self.tensors[name]
+        if not isinstance(tensor, PackedTensor):
+            return None
+        start, stop, _ = rows.indices(tensor.shape[0])
+        return tensor.packed(start, stop)
 
     def read_rows(self, name: str, start: int, rows: np.ndarray) -> None:
         """Fill an array with the rows of a tensor from ``start`` on, cast to its dtype. Raises as `read` does."""
@@ -164,7 +175,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
         if config is None:  # the model is refused before its weights are looked for
             config = ModelConfig.from_dict(raw, str(path / "config.json"))
         if weights:
-            tensors = open_folder(path)
+            config, tensors = as_matrices(config, raw, open_folder(path), path)
     begin, end = special_ids(path, raw, config.vocab_size)
     return Checkpoint(
         path=path,
@@ -279,5 +290,6 @@ def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path) -> Non
 
 def _file_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     """Where config.json is silent: the dtype of the embedding in the file."""
-    name = tensors[EMBEDDING.tensor].dtype.name if EMBEDDING.tensor in tensors else "float32"
+    embedding = tensors.get(EMBEDDING.tensor)
+    name = "float32" if embedding is None else arithmetic_dtype(embedding)
     return name if name in config_module.DTYPES else "float32"

@@ -5,7 +5,6 @@ them with minicpm, 10000.0 and True. A key that would change the numbers and is 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from weights_io.config_keys import HARMLESS, NEUTRAL, PER_LAYER, among
-from weights_io.errors import LONGEST_NAME, InputError, short
+from weights_io.errors import InputError, short, shown
 from weights_io.files.json_text import read_json
+from weights_io.quantization.entries import KEYS, scheme_of_config
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ class _Reader:
         stored_dtype(self.raw, self.source)
         defaults = COMMON_DEFAULTS | FAMILIES[family].defaults
         values = {key: self.raw.get(key, default) for key, default in defaults.items()}
-        self.refuse_unknown(set(defaults))
+        scheme_of_config(self.raw, self.source)
+        self.refuse_unknown({*defaults, *KEYS})
         if "rope_parameters" in self.raw:
             self.read_rope_parameters(values)
         for key in ("num_key_value_heads", "head_dim"):
@@ -344,16 +345,6 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not SMALLEST <= value <= LARGEST:
             raise self.refuse(f"{key} is {shown(value)}; it must be a positive number that float32 holds.")
         return float(value)
-
-
-def shown(value: Any) -> str:
-    """A value of a JSON file as a message quotes it: short, whatever it is."""
-    text = ""
-    for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
-        text += part
-        if len(text) > LONGEST_NAME:
-            break
-    return short(text)
 
 
 def stored_dtype(raw: dict[str, Any], source: str = "config.json") -> str | None:

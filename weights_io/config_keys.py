@@ -13,8 +13,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (0, None),
     "sliding_window": (None,),
     "partial_rotary_factor": (1, 1.0, None),
-    "quantization_config": (None,),
-    "quantization": (None,),
     "sparse_config": (None,),
     "mup_denominator": (None,),  # of MiniCPM4
     "is_decoder": (None, False, True),

@@ -4,20 +4,24 @@
 
 ``--to hf`` rewrites any readable format (torch ``.bin`` files, GGUF) as safetensors. ``--to mlx`` does too, and adds
 what lets the commands of `mlx_lm` run the model with this package. ``--to llama`` folds MiniCPM's scales into the
-weights, for programs that know Llama only; ``--to hf --unfold`` turns such a model back.
+weights, for programs that know Llama only; ``--to hf --unfold`` turns such a model back. ``--to mlx -q`` packs the
+matrices in MLX's form; a model that is packed already (GPTQ, AWQ, bitsandbytes, MLX) is written whole without it.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError, flag
 from weights_io.parameters import count
+from weights_io.quantization.writing import Affine
 from weights_io.write import Tensor, save_checkpoint
 
 # What mlx_lm runs in place of its own models: a file beside the weights that names the classes.
@@ -48,6 +52,12 @@ class Options:
     """With --unfold: factor on each residual branch, times 1 / sqrt(layers)."""
     dim_model_base: int = 256
     """With --unfold: the logits are divided by hidden_size / dim_model_base."""
+    quantize: Annotated[bool, tyro.conf.arg(aliases=("-q",))] = False
+    """With --to mlx: pack the matrices in few bits, as mlx_lm convert does."""
+    q_bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    """With --quantize: bits of a number."""
+    q_group_size: Literal[32, 64, 128] = 64
+    """With --quantize: numbers of a row that share a scale and a bias."""
 
 
 def main(options: Options) -> None:
@@ -79,8 +89,10 @@ def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[s
             options.dtype,
             rounding,
         )
-    for_mlx_lm = options.to == "mlx"
-    lines = write_model(options.out, checkpoint, config, tensors, options.dtype, rounding, tokenizer_files, for_mlx_lm)
+    affine = Affine(options.q_bits, options.q_group_size) if options.quantize else None
+    dtype = options.dtype or (checkpoint.dtype if options.quantize else None)
+    how: dict[str, Any] = {"for_mlx_lm": options.to == "mlx", "affine": affine}
+    lines = write_model(options.out, checkpoint, config, tensors, dtype, rounding, tokenizer_files, **how)
     if options.unfold:
         state = "are the same numbers and are tied" if config.tie_word_embeddings else "differ and stay untied"
         lines.append(f"unfolded with these scales, head and embedding {state}")
@@ -96,6 +108,7 @@ def write_model(
     rounding: Rounding,
     tokenizer_files: Mapping[str, str],
     for_mlx_lm: bool = False,
+    affine: Affine | None = None,
 ) -> list[str]:
     """Write what was made of ``checkpoint``, with its tokenizer and its harmless keys; the lines that say so.
 
@@ -113,6 +126,7 @@ def write_model(
         extra_files={**tokenizer_files, **({MODEL_FILE: MODEL_CODE} if for_mlx_lm else {})},
         dtype=dtype,
         rounding=rounding,
+        affine=affine,
     )
     dtypes = {str(dtype or tensor.dtype) for tensor in tensors.values()}
     lines = [
@@ -120,6 +134,11 @@ def write_model(
         f"tensors in {' and '.join(sorted(dtypes))}"
     ]
     lines += [f"  {file.name:34} {file.stat().st_size:>14,} bytes" for file in files]
+    if affine is not None:
+        packed = affine.matrices(config)
+        lines.append(
+            f"{len(packed)} matrices in {affine.bits} bits and groups of {affine.group_size}, as MLX packs them"
+        )
     if rounding.count:
         lines.append(_rounding_line(rounding, dtypes))
     return lines
@@ -127,6 +146,12 @@ def write_model(
 
 def check(options: Options) -> None:
     """`InputError` for options that do not go together."""
+    if options.quantize and options.to != "mlx":
+        raise InputError("--quantize packs in MLX's form; use it with --to mlx.")
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    unused = [name for name in ("q_bits", "q_group_size") if getattr(options, name) != defaults[name]]
+    if unused and not options.quantize:
+        raise InputError(f"{flag(unused[0])} is only used with --quantize; leave it out or add --quantize.")
     if options.unfold and options.to != "hf":
         raise InputError("--unfold leads away from the Llama format; use it with --to hf.")
     given = [

@@ -1,7 +1,9 @@
 """The one error style: what the user gave cannot be used, said in one sentence that names the thing and the remedy."""
 
+import json
 import re
 from collections.abc import Iterable
+from typing import Any
 
 MOST_NAMES = 3  # that a message quotes; the rest is a count
 LONGEST_NAME = 80  # characters of a name that is quoted
@@ -47,7 +49,17 @@ def short(name: object) -> str:
 def listed(names: Iterable[object], most: int = MOST_NAMES, last: str = ", ") -> str:
     """``a, b, c and 5 more``. ``last``: what stands before the last one where all are named."""
     every = list(names)
-    shown = [short(name) for name in every[:most]]
+    quoted = [short(name) for name in every[:most]]
     if len(every) > most:
-        return f"{', '.join(shown)} and {len(every) - most} more"
-    return last.join([", ".join(shown[:-1]), *shown[-1:]] if shown[1:] else shown)
+        return f"{', '.join(quoted)} and {len(every) - most} more"
+    return last.join([", ".join(quoted[:-1]), *quoted[-1:]] if quoted[1:] else quoted)
+
+
+def shown(value: Any) -> str:
+    """A value of a JSON file as a message quotes it: short, whatever it is."""
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        text += part
+        if len(text) > LONGEST_NAME:
+            break
+    return short(text)

@@ -20,6 +20,8 @@ from weights_io.files.json_text import read_json
 from weights_io.files.tensor import LazyTensor
 from weights_io.memory import cache_bytes, packed_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
+from weights_io.quantization.packed import PackedTensor, arithmetic_dtype
+from weights_io.quantization.reading import as_matrices
 
 UNKNOWN = "unknown"
 DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
@@ -88,14 +90,21 @@ def without_tokenizer(path: Path, downloaded: bool = False) -> tuple[Report, Map
 
         metadata = None
         raw = read_json(path / "config.json")
-        ModelConfig.from_dict(raw, str(path / "config.json"))
+        config = ModelConfig.from_dict(raw, str(path / "config.json"))
         tensors: Mapping[str, LazyTensor] = {}
-        missing = None
+        missing = contradiction = None
         try:
             tensors = open_folder(path)
         except InputError as error:
             missing = str(error)
-        report = describe(str(path), raw, tensors)
+        if tensors:
+            try:
+                config, tensors = as_matrices(config, raw, tensors, path)
+            except InputError as error:
+                contradiction = str(error)
+        report = describe(str(path), raw, tensors, config)
+        if contradiction:
+            report.problems = [contradiction]  # and not what follows from it
         if missing and downloaded:
             report.unusual.append("the weights are not (or not wholly) downloaded; sizes and stored dtypes are unknown")
         elif missing:
@@ -112,9 +121,12 @@ def _collect(report: Report, check: Callable[..., object], *arguments: Any) -> N
         report.problems.append(str(error))
 
 
-def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> Report:
-    """The report on a config.json and, where they are at hand, the tensors of its files."""
-    config = ModelConfig.from_dict(dict(raw), source)
+def describe(
+    source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], config: ModelConfig | None = None
+) -> Report:
+    """The report on a config.json and, where they are at hand, the tensors of its files. ``config``: what they make of
+    it, where that is not config.json alone."""
+    config = config or ModelConfig.from_dict(dict(raw), source)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     stored = Counter(stored_as(tensor) for tensor in tensors.values())
     files: dict[str, dict[str, int]] = {}
@@ -122,7 +134,7 @@ def describe(source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTens
         file = files.setdefault(tensor.source.name, {"bytes": tensor.source.stat().st_size, "tensors": 0})
         file["tensors"] += 1
     embedding = tensors.get(EMBEDDING.tensor)
-    dtype = stored_dtype(dict(raw)) or (embedding.dtype.name if embedding is not None else UNKNOWN)
+    dtype = stored_dtype(dict(raw)) or (UNKNOWN if embedding is None else arithmetic_dtype(embedding))
     held = sum(file["bytes"] for file in files.values())
     as_stored = held or (weight_bytes(config, dtype) if dtype != UNKNOWN else None)
     report = Report(
@@ -216,7 +228,10 @@ def _absent_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
     defaults = COMMON_DEFAULTS | config.family.defaults | {"model_type": config.model_type}
     del defaults["initializer_range"]  # says how training began
     absent = [key for key, default in defaults.items() if default is not None and key not in given]
-    return [f"config.json has no {key}; the default {json.dumps(used[key])} is taken" for key in sorted(absent)]
+    notes = {key: f"the default {json.dumps(used[key])} is taken" for key in sorted(absent)}
+    if "tie_word_embeddings" in notes and config.tie_word_embeddings != defaults["tie_word_embeddings"]:
+        notes["tie_word_embeddings"] = "the stored head is taken, which differs from the embedding"
+    return [f"config.json has no {key}; {note}" for key, note in notes.items()]
 
 
 def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> list[str]:
@@ -226,7 +241,8 @@ def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mappi
     buffers = [name for name in tensors if name.endswith(BUFFERS)]
     if buffers:
         notes.append(f"rotary buffers are stored ({len(buffers)} tensors); they are passed over and computed anew")
-    dtypes = sorted({tensor.dtype.name for name, tensor in tensors.items() if name not in buffers})
+    whole = {name: x for name, x in tensors.items() if name not in buffers and not isinstance(x, PackedTensor)}
+    dtypes = sorted({tensor.dtype.name for tensor in whole.values()})
     said = stored_dtype(dict(raw))
     if len(dtypes) > 1:
         notes.append(f"the tensors are of several dtypes: {', '.join(dtypes)}")
@@ -240,12 +256,12 @@ def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mappi
 
 
 def stored_as(tensor: LazyTensor) -> str:
-    """``bfloat16``, or of a GGUF file's quantised tensor the type of its blocks: ``Q4_K``."""
+    """``bfloat16``, or of a quantized tensor its format: ``GPTQ 4-bit in groups of 32``, of a GGUF file's ``Q4_K``."""
     from weights_io.files.gguf import BlockTensor, UnpermutedTensor
 
     if isinstance(tensor, UnpermutedTensor):
         tensor = tensor.stored
-    return tensor.kind if isinstance(tensor, BlockTensor) else tensor.dtype.name
+    return tensor.kind if isinstance(tensor, BlockTensor | PackedTensor) else tensor.dtype.name
 
 
 if __name__ == "__main__":

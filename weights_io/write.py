@@ -1,6 +1,7 @@
 """Checkpoints going out: a Hugging Face folder, written one tensor at a time, that is there whole or not at all."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -23,6 +24,7 @@ from weights_io.files.safetensors import Computed, write_file
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import EMBEDDING, HEAD, parameters, tensor_shapes
 from weights_io.progress import progress_bar
+from weights_io.quantization.writing import Affine
 
 Tensor = LazyTensor | Computed
 
@@ -45,6 +47,7 @@ def save_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     rounding: Rounding | None = None,
+    affine: Affine | None = None,
 ) -> list[Path]:
     """Write a model folder and return its files, weights first.
 
@@ -55,6 +58,7 @@ def save_checkpoint(
     ``copy_from``: the source's folder; its tokenizer files and generation_config.json are copied.
     ``extra_files``: further files by name; they win over copied ones.
     ``dtype``: float32, bfloat16 or float16; None keeps each tensor's own. ``rounding`` collects what the cast cost.
+    ``affine``: pack the matrices, once they are cast, in MLX's form.
 
     The files are written to a folder beside ``out`` that takes its name at the very end: killed, the export leaves
     nothing under ``out``. Raises `InputError` where ``out`` cannot be used (see `check_output`), the disk is full or a
@@ -65,7 +69,11 @@ def save_checkpoint(
     out = check_output(out, copy_from)
     tensors = _of_the_table(config, tensors)
     dtypes = {name: numpy_dtype(dtype or tensor.dtype) for name, tensor in tensors.items()}
-    sizes = {name: int(np.prod(tensor.shape)) * dtypes[name].itemsize for name, tensor in tensors.items()}
+    parts = {name: _cast_tensor(name, tensor, dtypes[name], rounding) for name, tensor in tensors.items()}
+    if affine is not None:
+        parts = affine.parts(config, parts)
+        added_keys = {**(added_keys or {}), **affine.keys}
+    sizes = {name: int(np.prod(part.shape)) * part.dtype.itemsize for name, part in parts.items()}
     files = _side_files(config, dtype or _stated_dtype(raw_config, dtypes), raw_config, added_keys, copy_from) | dict(
         extra_files or {}
     )
@@ -75,10 +83,7 @@ def save_checkpoint(
             _check_space(out, sum(sizes.values()))
             with progress_bar(out.name, sum(sizes.values())) as bar:
                 for shard, names in shards.items():
-                    write_file(
-                        unfinished / shard,
-                        {name: _cast_tensor(name, tensors[name], dtypes[name], rounding, bar.update) for name in names},
-                    )
+                    write_file(unfinished / shard, {name: _told(parts[name], bar.update) for name in names})
             if len(shards) > 1:
                 files["model.safetensors.index.json"] = _index(shards, sizes)
             for name, content in files.items():
@@ -156,15 +161,22 @@ def _of_the_table(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
     return {name: tensors[name] for name in expected}
 
 
-def _cast_tensor(
-    name: str, tensor: Tensor, dtype: np.dtype, rounding: Rounding | None, written: Callable[[int], Any]
-) -> Computed:
+def _cast_tensor(name: str, tensor: Tensor, dtype: np.dtype, rounding: Rounding | None) -> Computed:
     def make() -> np.ndarray:
-        array = cast(located(name, tensor), tensor.read(), dtype, rounding=rounding)
+        return cast(located(name, tensor), tensor.read(), dtype, rounding=rounding)
+
+    return Computed(tuple(tensor.shape), dtype, make)
+
+
+def _told(tensor: Computed, written: Callable[[int], Any]) -> Computed:
+    """A tensor that says how many bytes it has when it is made."""
+
+    def make() -> np.ndarray:
+        array = tensor.make()
         written(array.nbytes)
         return array
 
-    return Computed(tuple(tensor.shape), dtype, make)
+    return dataclasses.replace(tensor, make=make)
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:

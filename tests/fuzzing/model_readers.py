@@ -250,6 +250,8 @@ READERS = [
         model,
         shards("model/model.safetensors.index.json", SHARDS, safetensors(SHARDS[1])),
     ),
+    Reader("gptq", 4, reference("quant/gptq_int4_g32_asym_desc_act"), model, safetensors(WEIGHTS)),
+    Reader("mlx-affine", 3, reference("quant/mlx_affine_4bit"), model, safetensors(WEIGHTS)),
     Reader("torch", 16, reference("bin"), model, torch_file("model/pytorch_model.bin")),
     Reader(
         "torch-sharded",

@@ -1,0 +1,105 @@
+"""GPTQ as AutoGPTQ, GPTQModel and transformers write it: 32-bit words of codes along the inputs.
+
+Layout, of a matrix [N out, K in] in G groups: ``qweight`` int32 [K * bits / 32, N], column n of which is the stream of
+the codes of output n, the lowest bit first (3 bits run over the ends of words); ``qzeros`` int32 [G, N * bits / 32],
+row g of which is the stream of the zero points of all outputs; ``scales`` [G, N]; ``g_idx`` int32 [K], the group of
+each input. The first format ("gptq") stores zero points less 1, "gptq_v2" as they are. Inputs stay in their order, with
+act-order too: only g_idx is permuted. Source: auto_gptq 0.7.1, nn_modules/qlinear/qlinear_cuda_old.py (pack, forward).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from weights_io.errors import InputError, short
+from weights_io.files.tensor import LazyTensor
+from weights_io.quantization.entries import BEFORE_MARLIN, LABELS, Scheme
+from weights_io.quantization.packed import Packed, PackedTensor, unpack, words_of_columns
+from weights_io.quantization.parts import check_parts, groups_in
+
+REQUIRED, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx",)
+
+
+@dataclass(frozen=True)
+class GPTQTensor(PackedTensor):
+    name: str  # of the module
+    qweight: LazyTensor
+    qzeros: LazyTensor
+    scales: LazyTensor
+    g_idx: LazyTensor | None
+    zero_offset: int
+
+    @property
+    def kind(self) -> str:
+        return f"{LABELS['gptq']} {self.bits}-bit {self.grouping}"
+
+    @property
+    def arithmetic(self) -> str:
+        return self.scales.dtype.name
+
+    def packed(self, start: int = 0, stop: int | None = None) -> Packed:
+        stop = self.shape[0] if stop is None else stop
+        columns = (slice(None), slice(start, stop))
+        words = np.ascontiguousarray(self.qweight.read(columns).T)  # [n, K * bits / 32]
+        zeros = words_of_columns(self.qzeros, self.bits, start, stop)
+        if self.zero_offset and (zeros == (1 << self.bits) - 1).any():
+            raise InputError(
+                f"{short(self.name)}.qzeros in {self.source} has zero points of 0, which AutoGPTQ's first format "
+                "cannot store (its readers disagree on them); quantize again with checkpoint_format gptq_v2, or "
+                "symmetrically."
+            )
+        return Packed(
+            codes=unpack(words.view(np.uint8), self.bits),
+            scales=np.ascontiguousarray(self.scales.read(columns).T),
+            bits=self.bits,
+            group_size=self.group_size,
+            zeros=np.ascontiguousarray(zeros.T).astype(np.int32) + self.zero_offset,
+            groups=self._groups(),
+        )
+
+    def _groups(self) -> np.ndarray | None:
+        """None where the inputs' groups follow each other."""
+        if self.g_idx is None:
+            return None
+        groups, inputs = self.g_idx.read().astype(np.int32), self.shape[1]
+        count = inputs // self.group_size
+        if groups.min() < 0 or groups.max() >= count:
+            raise InputError(
+                f"{short(self.name)}.g_idx in {self.source} names group "
+                f"{groups.min() if groups.min() < 0 else groups.max()} of {count}; download it again."
+            )
+        return None if np.array_equal(groups, np.arange(inputs) // self.group_size) else groups
+
+
+def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int], scheme: Scheme) -> GPTQTensor:
+    """``name``: of the module; ``parts``: its tensors by what follows that name. Raises `InputError` where they are not
+    what the scheme makes of a matrix of this shape."""
+    outputs, inputs = shape
+    group, count = groups_in(name, inputs, scheme)
+    bits, words = scheme.bits, np.dtype(np.int32)
+    if inputs * bits % 32 or outputs * bits % 32:
+        raise InputError(
+            f"{short(name)} is [{outputs}, {inputs}], which {bits} bits do not pack in words of 32; correct "
+            f"{scheme.source}."
+        )
+    if bits > 2 and tuple(parts["qweight"].shape) == (inputs // 16, outputs * bits // 2):
+        raise InputError(f"{short(name)} in {parts['qweight'].source} {BEFORE_MARLIN}.")
+    expected = {
+        "qweight": (words, (inputs * bits // 32, outputs)),
+        "qzeros": (words, (count, outputs * bits // 32)),
+        "scales": (None, (count, outputs)),
+        "g_idx": (words, (inputs,)),
+    }
+    check_parts(name, parts, expected, scheme, shape)
+    return GPTQTensor(
+        shape=shape,
+        source=parts["qweight"].source,
+        bits=bits,
+        group_size=group,
+        name=name,
+        qweight=parts["qweight"],
+        qzeros=parts["qzeros"],
+        scales=parts["scales"],
+        g_idx=parts.get("g_idx"),
+        zero_offset=scheme.zero_offset,
+    )

@@ -1,0 +1,128 @@
+"""The tensors of a quantized folder as a loader wants them: each packed matrix one tensor under its weight's name."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from weights_io.config import ModelConfig
+from weights_io.errors import InputError, listed, short
+from weights_io.files.json_text import read_optional_json
+from weights_io.files.tensor import FileTensor, LazyTensor, same_numbers
+from weights_io.parameters import EMBEDDING, HEAD, module_name, parameters, tensor_shapes
+from weights_io.quantization import awq, bitsandbytes, gptq, mlx_affine
+from weights_io.quantization.entries import (
+    LABELS,
+    SIDE_FILE,
+    Scheme,
+    reconciled,
+    scheme_of_config,
+    scheme_of_side_file,
+)
+from weights_io.quantization.packed import PackedTensor
+from weights_io.quantization.parts import check_complete
+
+FORMATS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes, "mlx": mlx_affine}
+WHOLE = frozenset({"weight", "bias"})  # the parts of a module that is not packed
+
+
+def as_matrices(
+    config: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], folder: Path
+) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+    """What a folder holds, with a `PackedTensor` in place of the parts of each packed matrix.
+
+    ``raw``: config.json. The config comes back, untied where config.json of a quantized folder is silent on that (as
+    those of MiniCPM-2B are) and the stored head holds other numbers than the embedding.
+
+    Raises `InputError` where config.json, quantize_config.json and the tensors contradict each other, or parts are
+    missing.
+    """
+    scheme = scheme_of_config(raw, str(folder / "config.json"))
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    shapes = {module_name(name): shape for name, shape in tensor_shapes(untied) if len(shape) == 2}
+    tensors = dict(tensors)
+    if scheme is not None and scheme.method == "mlx":
+        scheme = _experts_apart(config, scheme, tensors)
+    modules = _parts(tensors, shapes)
+    packed = {name: parts for name, parts in modules.items() if parts.keys() - WHOLE}
+    if packed:
+        settings = read_optional_json(folder / SIDE_FILE)
+        scheme = reconciled(scheme, scheme_of_side_file(settings, str(folder / SIDE_FILE)))
+    if scheme is None:
+        if packed:
+            raise InputError(
+                f"{folder} holds {len(packed)} packed matrices ({listed(packed)}), and neither config.json nor "
+                f"{SIDE_FILE} says how they are packed; download both again."
+            )
+        return config, tensors
+    if not packed:
+        raise InputError(
+            f"{scheme.source} says that the weights are packed ({LABELS[scheme.method]}), and none is; remove the key "
+            "if they are whole."
+        )
+    _check_modules(scheme, shapes, packed)
+    for name, parts in packed.items():
+        for part in parts:
+            del tensors[f"{name}.{part}"]
+        tensors[f"{name}.weight"] = _open(name, parts, shapes[name], scheme)
+    if "tie_word_embeddings" not in raw and config.tie_word_embeddings and HEAD.tensor in tensors:
+        embedding = tensors.get(EMBEDDING.tensor)
+        if embedding is not None and same_numbers(embedding, tensors[HEAD.tensor]):
+            del tensors[HEAD.tensor]  # compared already
+        else:
+            config = untied
+    return config, tensors
+
+
+def _open(name: str, parts: dict[str, LazyTensor], shape: tuple[int, ...], scheme: Scheme) -> PackedTensor:
+    form = FORMATS[scheme.method]
+    if scheme.method != "bitsandbytes":  # whose parts depend on what they say
+        check_complete(name, parts, form.REQUIRED, form.OPTIONAL, LABELS[scheme.method])
+    return form.open_tensor(name, parts, shape, scheme)
+
+
+def _parts(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, object]) -> dict[str, dict[str, LazyTensor]]:
+    """The tensors of each matrix by what follows its module's name."""
+    found: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        module = name
+        while module and module not in shapes:
+            module = module.rpartition(".")[0]
+        if module and module != name:
+            found.setdefault(module, {})[name[len(module) + 1 :]] = tensor
+    return found
+
+
+def _check_modules(scheme: Scheme, shapes: Mapping[str, object], packed: Mapping[str, object]) -> None:
+    """What MLX's config says of single modules must be modules, and packed ones."""
+    for name, how in scheme.modules.items():
+        if name not in shapes:
+            raise InputError(f"{scheme.source} names {short(name)}, which is no matrix of the model; remove the key.")
+        if how is not None and name not in packed and name != module_name(HEAD.tensor):  # which may be tied
+            raise InputError(
+                f"{scheme.source} says that {short(name)} is packed, and the file holds it whole; remove the key."
+            )
+
+
+def _experts_apart(config: ModelConfig, scheme: Scheme, tensors: dict[str, LazyTensor]) -> Scheme:
+    """mlx_lm saves a layer's experts stacked, as its model holds them: in ``tensors`` each becomes one of its own. The
+    scheme names them so, too."""
+    modules = dict(scheme.modules)
+    for parameter in parameters(config):
+        for name, experts in parameter.layers(config).items() if parameter.of_expert else ():
+            stack = module_name(name)
+            if stack in modules:
+                how = modules.pop(stack)
+                modules |= {module_name(expert): how for expert in experts}
+            for part in (*mlx_affine.REQUIRED, *mlx_affine.OPTIONAL):
+                tensor = tensors.get(f"{stack}.{part}")
+                if not isinstance(tensor, FileTensor) or len(tensor.shape) != 3 or tensor.shape[0] != len(experts):
+                    continue
+                del tensors[f"{stack}.{part}"]
+                step = tensor.strides[0] * tensor.dtype.itemsize
+                for i, expert in enumerate(experts):
+                    tensors[f"{module_name(expert)}.{part}"] = dataclasses.replace(
+                        tensor, offset=tensor.offset + i * step, shape=tensor.shape[1:], strides=tensor.strides[1:]
+                    )
+    return dataclasses.replace(scheme, modules=modules)
