@@ -3,17 +3,22 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 
-PIP    := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
+# `--constraint .ci/lowest.txt` in the row of the lowest versions.
+PIP_OPTIONS ?=
+PIP    := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_OPTIONS)
 # Broken files and requests of the fuzz run: 2000 are all of a seed, and take a quarter of an hour.
 MUTANTS ?= 200
 SEED    ?= 0
 
 PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+# A worker for each core, which takes the tests of another that has more left: neighbours stay together, as their module's
+# fixtures do. Eight at most: each holds up to 2 GB.
+BOTH   := --numprocesses auto --maxprocesses 8 --dist worksteal
 PROMPT := 12 + 7 = ?
 PICO   := runs/pico
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-heavy test-fuzz test-interop test-quick test-colab lint pico badges clean
+.PHONY: help demo test test-quick test-lowest test-heavy test-fuzz test-interop test-colab test-wheel dist lint pico badges clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -29,7 +34,13 @@ demo: $(VENV)/.backends ## install the backends this machine can have; each answ
 	done
 
 test: lint ## ruff, types and all tests but the following
-	$(PYTEST)
+	$(PYTEST) $(BOTH)
+
+test-quick: $(VENV)/.test ## two minutes of it: what proves an environment, or that a change broke nothing at once
+	$(PYTEST) $(BOTH) -m quick
+
+test-lowest: ## the same with the lowest versions that pyproject.toml admits: make test-lowest PYTHON=python3.11
+	@$(MAKE) --no-print-directory VENV=.venv-lowest PIP_OPTIONS='--constraint .ci/lowest.txt' test-quick
 
 test-heavy: $(VENV)/.test ## programs compiled for TPUs, the benchmarks at their smallest, MUTANTS broken files
 	$(PYTEST) -m "(tpu or benchmark or fuzz) and not interop" --mutants $(MUTANTS)
@@ -40,19 +51,21 @@ test-fuzz: $(VENV)/.test ## broken files and requests at every reader: make test
 test-interop: $(VENV)/.interop ## the live comparisons with PyTorch, transformers and peft
 	$(PYTEST) -m interop
 
-test-quick: ## the tests of a few seconds, on another Python: make test-quick PYTHON=python3.12
-	@$(MAKE) --no-print-directory VENV=.venv-$(notdir $(PYTHON)) run-quick
-
-.PHONY: run-quick
-run-quick: $(VENV)/.test
-	$(PYTEST) -m "not slow and not interop and not tpu and not benchmark and not fuzz and not colab"
-
 test-colab: ## the notebooks in Colab's TPU runtime, made anew: make test-colab PYTHON=python3.13
 	@$(MAKE) --no-print-directory VENV=.venv-colab run-colab
 
 .PHONY: run-colab
 run-colab: $(VENV)/.colab
 	$(PYTEST) -m colab tests/test_colab.py
+
+dist: ## the sdist and the wheel, in dist/
+	@test -x .venv-build/bin/python || $(PYTHON) -m venv .venv-build
+	.venv-build/bin/python -m pip install -qq --disable-pip-version-check build
+	rm -rf dist build
+	.venv-build/bin/python -m build --outdir dist
+
+test-wheel: dist ## the wheel alone answers a question, in an environment and a folder of its own
+	PYTHON=$(PYTHON) .ci/wheel
 
 lint: $(VENV)/.test ## ruff and types alone
 	$(VENV)/bin/ruff check .

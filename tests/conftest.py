@@ -20,7 +20,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     # A device that waits 40 s for the others ends the process: on busy cores they may well take longer.
     flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-# Programs compiled once per user and machine, not once per run; commands that tests start find them too.
+# Programs compiled once per user and machine, not once per run; commands that tests start find them too, and so do the
+# other workers of pytest-xdist. JAX compiles again, with a warning, what it finds half-written.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"minicpm-test-cache-{os.getuid()}")
 )
@@ -34,6 +35,30 @@ if find_spec("jax") is not None and version("jax").startswith("0.10."):
 
     jax.devices()
     os.environ["XLA_FLAGS"] = known
+
+
+# `make test-quick`: of these files (or tests, whose names begin so) what is not slow. They prove an environment and
+# most changes: the files' readers, configs, loading, generating, training and serving in both backends.
+QUICK = tuple(
+    f"tests/test_{name}"
+    for name in """
+    adapters.py answers.py batches.py checkpoint.py compiled_step.py config.py config_file.py config_of_mlp.py
+    convert.py docs.py examples.py files_folder.py files_gguf.py files_safetensors.py files_torch_pickle.py forms.py
+    fuse.py generate.py json_text.py lazy_exports.py lora.py openai_api.py packages.py pico.py streaming.py tokenizer.py
+    upcycle.py variant.py write.py commands.py::test_chat commands.py::test_generate
+    readme.py::test_the_readmes readme.py::test_what_is_made
+    """.split()
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config, items):
+    if gone := [name for name in QUICK if not (config.rootpath / name.partition("::")[0]).exists()]:
+        raise pytest.UsageError(f"{', '.join(gone[:3])}: no such file; QUICK of tests/conftest.py names it.")
+    others = ("slow", "interop", "tpu", "benchmark", "fuzz", "colab")
+    for item in items:
+        if item.nodeid.startswith(QUICK) and not any(map(item.get_closest_marker, others)):
+            item.add_marker("quick")
 
 
 def pytest_addoption(parser):

@@ -109,10 +109,12 @@ def test_commands_name_the_extras_that_there_are():
     assert shown and set(shown) <= set(extras)
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+@pytest.mark.parametrize(
+    "page", sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+)
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / page).read_text(encoding="utf-8")):
-        assert link.startswith("https://") or (ROOT / "docs" / link).exists(), link
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
 
 
 def test_the_tables_of_models_are_the_catalogue():
@@ -136,7 +138,7 @@ def test_each_model_has_its_command(row):
 
 def test_the_checks_named_are_there():
     """Of the pages that name folders, files and modules of the project in code."""
-    for page in ("models.md", "architecture.md"):
+    for page in ("models.md", "architecture.md", "../CONTRIBUTING.md"):
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         for name in re.findall(r"`((?:tests|weights_io|minicpm_\w+|benchmarks)/[\w/.]+)`", text):
             assert (ROOT / name).exists(), name

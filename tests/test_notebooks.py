@@ -241,9 +241,10 @@ def test_what_source_may_be(name, tmp_path, monkeypatch):
 
 
 def test_the_account_is_written_into_copies(tmp_path):
-    """Into badges and install lines alike, as often as one likes."""
+    """Into badges and install lines alike, as often as one likes, and into the READMEs."""
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
-    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("Makefile", "README.md", "README.zh.md"):
+        shutil.copy(ROOT / name, tmp_path)
 
     def make(*git):
         for arguments in git:
@@ -260,6 +261,10 @@ def test_the_account_is_written_into_copies(tmp_path):
         named = re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?=/blob/main/|\\\")", text)
         assert set(named) == {"second/an.other"} and len(named) == 2 + text.count("/blob/main/docs/")
         nbformat.validate(nbformat.read(path, as_version=4))
+    for name in ("README.md", "README.zh.md"):
+        written = (tmp_path / name).read_text(encoding="utf-8")
+        assert written == (ROOT / name).read_text(encoding="utf-8").replace("OWNER/minicpm-jax-mlx", "second/an.other")
+        assert "git+https://github.com/second/an.other'" in written
 
 
 def test_memory_is_what_fit_says():

@@ -4,9 +4,12 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 # Imports run one way.
@@ -177,3 +180,20 @@ def test_with_jax_but_not_flax_the_package_names_the_extra():
 def test_without_mlx_the_package_names_the_extra():
     expected = "ImportError: minicpm_mlx needs MLX: pip install 'minicpm-jax-mlx[mlx]'."
     assert alone("import minicpm_mlx") == expected
+
+
+def test_the_lowest_versions_are_those_that_are_tested():
+    """`make test-lowest` installs just what pyproject.toml admits, of all that it installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = ("jax", "fit", "mlx", "serve", "notebooks", "test")
+    needed = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    lowest = {}
+    for requirement in map(Requirement, (text for texts in needed for text in texts)):
+        if requirement.specifier:
+            (bound,) = requirement.specifier
+            assert bound.operator == ">=", requirement
+            lowest[requirement.name] = Version(bound.version)
+    lines = (ROOT / ".ci" / "lowest.txt").read_text("utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert lowest.keys() - tested.keys() == {"ruff", "mypy"}
+    assert {name: Version(version) for name, version in tested.items()} == {name: lowest[name] for name in tested}

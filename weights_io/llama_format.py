@@ -24,7 +24,7 @@ def refusal(config: ModelConfig) -> str | None:
     """Why a model cannot be written as a Llama; None: it can."""
     if config.model_type == "llama":
         return "the model is in the Llama format already; there is nothing to fold."
-    if config.family.table is not None:
+    if config.model_type != "minicpm":  # another family has parameters or numbers that are not folded here
         return f"a Llama has not all parameters of {config.family.architecture}; use --to hf."
     if config.num_experts:
         return "a Llama has no experts, so that an MoE cannot be written as one; use --to hf."
