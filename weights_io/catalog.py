@@ -182,8 +182,8 @@ CATALOG: tuple[Entry, ...] = (
         "minicpm-2b-llama as converted for MLX",
         config=_2B_LLAMA,
     ),
-    _later("minicpm-2b-int4", "openbmb/MiniCPM-2B-sft-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
-    _later("minicpm-2b-dpo-int4", "openbmb/MiniCPM-2B-dpo-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
+    Entry("minicpm-2b-int4", "openbmb/MiniCPM-2B-sft-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
+    Entry("minicpm-2b-dpo-int4", "openbmb/MiniCPM-2B-dpo-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
     Entry(
         "minicpm-2b-history",
         "openbmb/MiniCPM-2B-history",
