@@ -201,6 +201,6 @@ def test_a_mesh_may_follow_from_the_config(world, headers):
     from minicpm_jax.parallel.sharding import serving_mesh
 
     model, _ = load(world / "model", mesh=serving_mesh)
-    assert model.model.mesh.shape == {"fsdp": 8}  # heads of 32 fill no lanes of a device each
+    assert model.mesh.shape == {"fsdp": 8}  # heads of 32 fill no lanes of a device each
     assert headers == dict.fromkeys(shards(world), 1)
-    assert load(world / "model", mesh=lambda config: None)[0].model.mesh is None
+    assert load(world / "model", mesh=lambda config: None)[0].mesh is None

@@ -21,8 +21,11 @@ ABOVE = {
     "minicpm_serve": {"minicpm_jax", "minicpm_mlx", "jax", "flax", "mlx", "mlx_lm"},  # the backends by name alone
 }
 NEVER = {"torch", "transformers", "peft"}  # only mlx-lm brings them along
-# The one table of what is started by its name: commands of weights_io that need a tokenizer.
-EXCEPTIONS = {("weights_io/command_line.py", "minicpm_data")}
+# The one table of what is started by its name (commands of weights_io that need a tokenizer), and a name that is data.
+EXCEPTIONS = {
+    ("weights_io/command_line.py", "minicpm_data"),
+    ("minicpm_data/training/run_folder.py", "minicpm_jax"),  # a value in run folders of earlier versions; no import
+}
 BY_STRING = ("find_spec", "import_module", "__import__", "run_module", "run_path")
 # Calls of those whose module is no string in the source.
 BY_VARIABLE = {
