@@ -97,7 +97,12 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     multiplied in (models with relu or fatrelu, such as MiniCPM-S-1B)."""
 
     def cache_options(self) -> CacheOptions:
-        return CacheOptions(self.kv_bits, self.max_kv_size, self.prefill_step_size, self.kv_group_size)
+        return CacheOptions(
+            kv_bits=self.kv_bits,
+            max_kv_size=self.max_kv_size,
+            prefill_step_size=self.prefill_step_size,
+            kv_group_size=self.kv_group_size,
+        )
 
     def speculation(self, draft_model: Source | None) -> Speculation[Source]:
         """``draft_model``: that of the flag, or what it was loaded as."""
