@@ -38,7 +38,7 @@ class Trainer(Protocol):
         """One optimiser step on batches of ids (and labels and segments); its figures."""
 
     def evaluate(self, batch: Arrays) -> Figures:
-        """The objective's sums over a batch; ``weight`` is what they are divided by."""
+        """The objective's sums over a batch; ``weight`` is what they are divided by. Without one they are means."""
 
     def save(self, step: int) -> None:
         """Keep the state, whole or not at all."""
@@ -218,8 +218,10 @@ def means(trainer: Trainer, batches: Iterable[Arrays], limit: int | None, precis
     """The objective's means over at most ``limit`` batches (None: all). ``precision``: numpy's type in which they are
     added up."""
     sums: dict[str, Any] = {}
+    count = 0
     for batch in itertools.islice(batches, limit):
+        count += 1
         for name, value in trainer.evaluate(batch).items():
             sums[name] = sums.get(name, precision(0)) + precision(float(value))
-    weight = max(sums.pop("weight"), precision(1))
+    weight = max(sums.pop("weight", precision(count)), precision(1))
     return {name: float(value / weight) for name, value in sums.items()}

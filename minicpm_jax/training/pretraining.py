@@ -1,6 +1,6 @@
 """What `minicpm_data.training.pretraining` asks of a backend: the weights at the first step, and the finished model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -40,10 +40,6 @@ class Pretrainer(BaseTrainer):
             self.config, options.beta1, options.beta2, options.weight_decay, options.clip
         )
         self.state = train.beginning(weights, self.optimiser, mesh)
-
-    def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
-        figures = super().step(batches, rate, number)
-        return {name: figures[name] for name in ("loss", "gradient_norm")}
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
         """Every process runs all rows, of which there may be fewer than a mesh splits."""

@@ -125,7 +125,7 @@ def train_step(
     optimiser: optax.GradientTransformation,
 ) -> tuple[State, dict[str, Array]]:
     """One step on micro-batches (arrays [A, B, T]), whose tokens all weigh the same. Returns the state and figures:
-    means of the objective's sums, ``weight`` the sum itself."""
+    means of the objective's sums, ``weight`` the sum itself. An objective without a weight is a mean, of one batch."""
     weights, moments = state
 
     def gradients_of(batch: Batch, key: Array):
@@ -145,12 +145,13 @@ def train_step(
     else:
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients_of, *first))
         (sums, gradients), _ = jax.lax.scan(add, nothing, micros)
-    weight = jnp.maximum(sums["weight"], 1)
-    gradients = jax.tree.map(lambda g: g / weight, gradients)
+    if "weight" in sums:
+        weight = jnp.maximum(sums["weight"], 1)
+        gradients = jax.tree.map(lambda g: g / weight, gradients)
+        sums = {name: value / weight for name, value in sums.items()} | {"weight": sums["weight"]}
     updates, moments = optimiser.update(gradients, moments, weights)
     weights = jax.tree.map(lambda w, update: w + learning_rate * update, weights, updates)
-    figures = {name: value / weight for name, value in sums.items()} | {"weight": sums["weight"]}
-    return (weights, moments), figures | {"gradient_norm": optax.global_norm(gradients)}
+    return (weights, moments), sums | {"gradient_norm": optax.global_norm(gradients)}
 
 
 @functools.partial(jax.jit, static_argnames=("trained", "objective"))

@@ -30,14 +30,14 @@ class Objective(ObjectiveOptions):
 
 @dataclass(frozen=True)
 class PackedObjective:
-    """`packed_loss` of the windows of a batch: a mean, so that its weight is 1."""
+    """`packed_loss` of the windows of a batch: a mean, without a weight."""
 
     bos_token_id: int
     remat: bool = False
 
     def __call__(self, model: Model, batch: Batch) -> Sums:
         loss = packed_loss(model, batch["ids"], self.bos_token_id, self.remat)
-        return loss, {"loss": loss, "weight": mx.ones(())}
+        return loss, {"loss": loss}
 
 
 def packed_loss(model: Model, windows: mx.array, bos_token_id: int, remat: bool = False) -> mx.array:

@@ -1,6 +1,5 @@
 """What `minicpm_data.training.pretraining` asks of a backend: the weights at the first step, and the finished model."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ from minicpm_mlx.loading import load_weights
 from minicpm_mlx.model import Model, initialise
 from minicpm_mlx.training import optimizers
 from minicpm_mlx.training.losses import PackedObjective
-from minicpm_mlx.training.trainer import Arrays, BaseTrainer
+from minicpm_mlx.training.trainer import BaseTrainer
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.files.json_text import read_json
@@ -37,10 +36,6 @@ class Pretrainer(BaseTrainer):
             clip=options.clip,
             dtype=getattr(mx, dtype),
         )
-
-    def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
-        figures = super().step(batches, rate, number)
-        return {name: figures[name] for name in ("loss", "gradient_norm")}
 
     def export(self) -> None:
         export_pretrained(self.options, self.config, self.raw_config, self.tensors())

@@ -62,13 +62,15 @@ def update(
 ) -> tuple[Weights, Any, dict[str, mx.array]]:
     """Weights and moments after a step with the `gradients`, and its figures."""
     sums, found = totals
-    weight = mx.maximum(sums["weight"], 1)
-    found, norm = optim.clip_grad_norm({name: g / weight for name, g in found.items()}, clip)
+    if "weight" in sums:
+        weight = mx.maximum(sums["weight"], 1)
+        found = {name: g / weight for name, g in found.items()}
+        sums = {name: value / weight for name, value in sums.items()} | {"weight": sums["weight"]}
+    found, norm = optim.clip_grad_norm(found, clip)
     optimiser.state, optimiser.learning_rate = moments, learning_rate
     weights = {n: w * (1 - learning_rate * decay[n]) if n in decay else w for n, w in weights.items()}
     weights = optimiser.apply_gradients(found, weights)
-    figures = {name: value / weight for name, value in sums.items()}
-    return weights, optimiser.state, figures | {"weight": sums["weight"], "gradient_norm": norm}
+    return weights, optimiser.state, sums | {"gradient_norm": norm}
 
 
 class Step:
@@ -95,8 +97,9 @@ class Step:
         self, weights: Weights, batches: Sequence[Batch], learning_rate: float, key: mx.array
     ) -> tuple[Weights, dict[str, mx.array]]:
         """A step on micro-batches [B, T], whose tokens all weigh the same. Returns the weights, which the model then
-        has, and figures: means of the objective's sums, ``weight`` the sum itself. Both are still to be computed: by
-        then nobody should hold the weights of before, which lie where the new ones can."""
+        has, and figures: means of the objective's sums, ``weight`` the sum itself; an objective without a weight is a
+        mean, of one batch. Both are still to be computed: by then nobody should hold the weights of before, which lie
+        where the new ones can."""
         trained, totals = dict(tree_flatten(self.model.trainable_parameters())), None
         for batch, subkey in zip(batches, mx.random.split(key, max(len(batches), 2)), strict=False):
             if totals is not None:
