@@ -36,6 +36,14 @@ class Weight(nnx.Module):
 
     ``weight[...]`` reads it as an array. A subclass overrides what it does otherwise than with that array."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> Any:
+        raise NotImplementedError
+
     def __getitem__(self, index: Any) -> Array:
         raise NotImplementedError
 
@@ -50,6 +58,24 @@ class Weight(nnx.Module):
     def of_expert(self, expert: Int[Array, ""]) -> Any:
         """`of_expert`."""
         return of_expert(self[...], expert)
+
+
+class OwnProduct(Weight):
+    """A weight that is kept as it was, and of which a subclass says how it multiplies."""
+
+    def __init__(self, weight: nnx.Param | Weight):
+        self.weight = weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.weight.dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.weight[index]
 
 
 def product(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
