@@ -7,25 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minicpm_jax.layers.ops import FEW, Weight, of_expert, product, rows
+from minicpm_jax.layers.ops import FEW, OwnProduct, of_expert, product, rows
 
 
-class CpuMatrix(Weight):
+class CpuMatrix(OwnProduct):
     """A weight [O, I], or of experts [E, O, I], as an array or as what was packed."""
-
-    def __init__(self, weight: nnx.Param | Weight):
-        self.weight = weight
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.weight.dtype
-
-    def __getitem__(self, index: Any) -> Array:
-        return self.weight[index]
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         return product_on_cpu(self.weight[...], x)

@@ -34,7 +34,8 @@ def divided(x: Array, divisor: float) -> Array:
 class Weight(nnx.Module):
     """What stands in place of an `nnx.Param` where a weight [.., O, I] is kept, or multiplies, in a way of its own.
 
-    ``weight[...]`` reads it as an array. A subclass overrides what it does otherwise than with that array."""
+    ``weight[...]`` reads it as an array, whose ``shape`` and ``dtype`` it has. A subclass overrides what it does in
+    another way than with that array."""
 
     def __getitem__(self, index: Any) -> Array:
         raise NotImplementedError
@@ -50,6 +51,25 @@ class Weight(nnx.Module):
     def of_expert(self, expert: Int[Array, ""]) -> Any:
         """`of_expert`."""
         return of_expert(self[...], expert)
+
+
+class OwnProduct(Weight):
+    """A weight that is kept as it was, and of which a subclass says how it multiplies."""
+
+    def __init__(self, weight: Any):
+        """``weight``: an `nnx.Param`, or a `Weight`."""
+        self.weight = weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.weight.dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.weight[index]
 
 
 def product(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:

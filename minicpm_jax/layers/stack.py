@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import RMSNorm
-from minicpm_jax.layers.ops import Weight
+from minicpm_jax.layers.ops import OwnProduct
 from minicpm_jax.layers.rope import Positions
 from minicpm_jax.parallel.activations import ADDED_UP, by_tokens, copies, gathered_rows
 from minicpm_jax.parallel.mesh import ambient
@@ -45,17 +45,15 @@ def through(
     return x, cache, jnp.mean(each)
 
 
-class Copies(Weight):
-    """A norm's weight [D] of which each device of the ambient mesh has a copy of its own (`activations.copies`)."""
-
-    def __init__(self, weight: Float[Array, "P Q D"]):
-        self.array = nnx.Param(weight)
+class Copies(OwnProduct):
+    """A norm's weight [D] as [P, Q, D]: each device of the ambient mesh has a copy (`activations.copies`)."""
 
     def times(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Each number times that of its column."""
-        rows, tokens, width = self.array[...].shape
+        weight = self.weight[...]
+        rows, tokens, width = weight.shape
         parts = x.reshape(rows, len(x) // rows, tokens, -1, width)
-        return (parts * self.array[...][:, None, :, None]).reshape(x.shape)
+        return (parts * weight[:, None, :, None]).reshape(x.shape)
 
 
 def _own_norms(layers: Any, x: Float[Array, "B T D"]) -> Any:
@@ -68,7 +66,7 @@ def _own_norms(layers: Any, x: Float[Array, "B T D"]) -> Any:
         if not isinstance(part, RMSNorm):
             return part
         norm = RMSNorm(part.weight[...], part.eps)
-        norm.weight = Copies(copies(part.weight[...], x))
+        norm.weight = Copies(nnx.Param(copies(part.weight[...], x)))
         return norm
 
     return jax.tree.map(own, layers, is_leaf=lambda part: isinstance(part, RMSNorm))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from minicpm_jax import adapters
 from minicpm_jax.layers.linear import Linear
-from minicpm_jax.layers.ops import Weight, product
+from minicpm_jax.layers.ops import OwnProduct, Weight, product
 from minicpm_jax.layers.rope import positions_of
 from minicpm_jax.model import Model, linear, nested
 from minicpm_jax.parallel.mesh import ambient
@@ -48,20 +48,18 @@ class AllWeights:
         return _transposed(model) if "tensor" in self.mesh.shape else model
 
 
-class Transposed(Weight):
+class Transposed(OwnProduct):
     """A weight [O, I] of which what is summed over the devices of the ambient mesh, its gradient, is [I, O]. Split
     along its first axis a sum over fsdp is a reduce-scatter; along the last one of a matrix that tensor splits too, XLA
     adds all of it up on every device, and cuts."""
 
-    def __init__(self, weight: Float[Array, "O I"], axes: tuple[str, ...]):
+    def __init__(self, weight: nnx.Param | Weight, axes: tuple[str, ...]):
         """``axes``: the logical ones of [O, I]."""
-        self.array, self.axes = nnx.Param(weight), axes
-
-    def __getitem__(self, index: Any) -> Array:
-        return self.array[...] if index is Ellipsis else self.array[index]
+        super().__init__(weight)
+        self.axes = axes
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        weight, mesh = self.array[...], ambient()
+        weight, mesh = self.weight[...], ambient()
         assert mesh is not None
         out, width = partition_spec(self.axes, weight.shape, mesh)
         return product(jax.lax.with_sharding_constraint(weight.T, PartitionSpec(width, out)).T, x)
@@ -72,7 +70,7 @@ def _transposed(model: Model) -> Model:
     for parameter in parameters(model.config):
         layer, axes = linear(model, parameter.name), parameter.logical_axes()
         if isinstance(layer, Linear) and axes[0] == "layers" and axes[-1] == "embed":
-            layer.weight = Transposed(layer.weight[...], axes[1:])
+            layer.weight = Transposed(layer.weight, axes[1:])
     return model
 
 
