@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from weights_io.checkpoint import Checkpoint
 
 
-class Trainer(loop.Trainer, Protocol):
+class FinetuneTrainer(loop.Trainer, Protocol):
     """What a backend does for fine-tuning. Made of the model as it was loaded, the options, and the
     checkpoint that it came from."""
 
@@ -49,7 +49,7 @@ class Trainer(loop.Trainer, Protocol):
         """Take what `export` wrote."""
 
 
-Make = Callable[[Any, FinetuneOptions, "Checkpoint"], Trainer]  # the first: the backend's model
+Make = Callable[[Any, FinetuneOptions, "Checkpoint"], FinetuneTrainer]  # the first: the backend's model
 
 
 def run(backend: Callable[[], Backend], trainer: Make, options: type[FinetuneOptions], prog: str) -> None:
@@ -122,7 +122,7 @@ def read_split(options: FinetuneOptions, tokenizer: Any, name: "SplitName", requ
 
 
 def train_and_export(
-    options: FinetuneOptions, trainer: Trainer, base: "Checkpoint", train: "Split", valid: "Split | None"
+    options: FinetuneOptions, trainer: FinetuneTrainer, base: "Checkpoint", train: "Split", valid: "Split | None"
 ) -> None:
     """The run in its folder, in which nothing is written before all is known to fit."""
     from minicpm_data.training.run_folder import using
@@ -184,7 +184,7 @@ class Examples:
     """The `loop.Source` of fine-tuning."""
 
     options: FinetuneOptions
-    trainer: Trainer
+    trainer: FinetuneTrainer
     train: "Batches"
     known: "np.ndarray | None"  # `references` of the training examples
     valid: Sequence[Arrays]
@@ -204,7 +204,7 @@ class Examples:
         return self.train[step * self.options.grad_accumulation_steps].ids[0].tolist()
 
 
-def feed(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "list[dict[str, np.ndarray]]":
+def feed(options: FinetuneOptions, trainer: FinetuneTrainer, split: "Split") -> "list[dict[str, np.ndarray]]":
     """All batches of an evaluation."""
     from minicpm_data.datasets.batches import evaluation_batches
 
@@ -214,7 +214,7 @@ def feed(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "list[di
     return [batch.arrays(known, trainer.own) for batch in batches]
 
 
-def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "np.ndarray | None":
+def references(options: FinetuneOptions, trainer: FinetuneTrainer, split: "Split") -> "np.ndarray | None":
     """[n + 1, 2] float32 of pairs: log-probabilities of both answers before training; the last, of empty rows, are 0.
     None where the loss asks for none."""
     import numpy as np
@@ -235,7 +235,7 @@ def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "n
     return found
 
 
-def mean_losses(trainer: Trainer, batches: Sequence[Arrays], limit: int) -> dict[str, float]:
+def mean_losses(trainer: FinetuneTrainer, batches: Sequence[Arrays], limit: int) -> dict[str, float]:
     """The objective's means over at most ``limit`` batches (-1: all)."""
     import numpy as np
 

@@ -28,14 +28,14 @@ REPORT_EVERY = 10  # steps between lines of metrics.jsonl
 VALID_BATCHES = 16  # most batches of a validation loss
 
 
-class Trainer(loop.Trainer, Protocol):
+class PretrainTrainer(loop.Trainer, Protocol):
     """What a backend does for pretraining. Its batches are of ids alone, [B, T] of documents that begin with BOS."""
 
     config: "ModelConfig"
     raw_config: dict[str, Any]  # config.json
 
 
-Make = Callable[..., Trainer]  # of the options, the id of BOS, and what `PretrainOptions.placement` says
+Make = Callable[..., PretrainTrainer]  # of the options, the id of BOS, and what `PretrainOptions.placement` says
 
 
 def run(trainer: Make, options: type[PretrainOptions], prog: str) -> None:
@@ -154,7 +154,7 @@ class Windows:
     first batch on."""
 
     options: PretrainOptions
-    trainer: Trainer
+    trainer: PretrainTrainer
     stages: Mapping[str, Stage]
     decay_start: int
 
