@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from minicpm_data.generation import engine
 from minicpm_data.generation.api import Decoding
-from minicpm_data.generation.engine import TooMuch
+from minicpm_data.generation.engine import OutOfMemory
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     CHAT_TEMPERATURE,
@@ -42,7 +42,7 @@ WARM = 16  # tokens of a prompt, of the shortest kind
 Answered = Response | Exception
 
 
-class Ended(InputError):
+class EngineClosed(InputError):
     """Of a request that came after the engine's end, or was not over by then."""
 
 
@@ -59,7 +59,7 @@ class Answer:
         return next(self._responses)  # which asks for one token
 
 
-class Engine(Generic[ModelT]):
+class ServingEngine(Generic[ModelT]):
     def __init__(
         self,
         backend: BackendName,
@@ -71,7 +71,7 @@ class Engine(Generic[ModelT]):
     ):
         """``model``: as ``load(decoding=True)`` gives it; another form may be slower. ``slots`` and ``context``: None
         for both is up to 8 slots of as many tokens as the model was made for, as far as there is room: fewer slots,
-        then less context. The rest as in `minicpm_data.generation.engine.Engine`."""
+        then less context. The rest as in `minicpm_data.generation.engine.BatchEngine`."""
         self.model, self.tokenizer = model, tokenizer
         decoding: Decoding[ModelT] = backends.get(backend).generator.decoding
         if slots is None and context is None:
@@ -126,14 +126,14 @@ class Engine(Generic[ModelT]):
             if self.error is not None:
                 raise self.error
             self._answers[state.number] = answer
-        self._asked.put(lambda: self._engine.waiting.append(state))
+        self._asked.put(lambda: self._engine.queued.append(state))
         return state.number
 
     def prompt_ids(self, prompt: Prompt) -> PromptIds:
         return prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size)
 
     def request(self, ids: PromptIds, max_tokens: int, sampling: Sampling) -> GenerationRequest:
-        """For `submit`: with the ends and the cache of this engine. `NoRoom` for what is above its context."""
+        """For `submit`: with the ends and the cache of this engine. `PromptTooLong` for what is above its context."""
         self._engine.check_context(len(ids), max_tokens)
         return GenerationRequest((ids,), max_tokens, sampling, self._ends, self._engine.cache_options)
 
@@ -146,7 +146,7 @@ class Engine(Generic[ModelT]):
         self._asked.put(lambda: self._cancel(number))
 
     def close(self) -> None:
-        """End the thread; requests that are not over end with an `Ended`."""
+        """End the thread; requests that are not over end with an `EngineClosed`."""
         atexit.unregister(self.close)
         self._asked.put(None)
         self._thread.join()
@@ -185,7 +185,7 @@ class Engine(Generic[ModelT]):
         self._answers.pop(number, None)
 
     def _work(self) -> None:
-        error: Exception = Ended("the engine was closed.")
+        error: Exception = EngineClosed("the engine was closed.")
         try:
             while True:
                 # Wait only where there is nothing to compute.
@@ -212,12 +212,12 @@ class Engine(Generic[ModelT]):
             self._answers.clear()
 
 
-def _fitting(make: Callable[[int, int | None], engine.Engine[ModelT]]) -> engine.Engine[ModelT]:
+def _fitting(make: Callable[[int, int | None], engine.BatchEngine[ModelT]]) -> engine.BatchEngine[ModelT]:
     """What ``make`` makes of the most slots, or else of the longest context, that there is room for."""
     for slots in range(SLOTS, 0, -1):
         try:
             return make(slots, None)
-        except TooMuch as error:
+        except OutOfMemory as error:
             refused = error
     if refused.context is None:
         raise refused

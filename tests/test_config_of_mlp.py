@@ -88,8 +88,8 @@ def test_full_size():
     w1 = table["model.layers.mlp.experts.w1.weight"]
     assert w1.shape(config) == (40, 8, 5760, 2304)
     assert w1.logical_axes() == ("layers", "expert", "mlp", "embed")
-    assert w1.tensors(config)[9] == "model.layers.1.mlp.experts.1.w1.weight"
-    assert list(w1.layers(config))[39] == "model.layers.39.mlp.experts.w1.weight"
+    assert w1.hf_names(config)[9] == "model.layers.1.mlp.experts.1.w1.weight"
+    assert list(w1.mlx_names(config))[39] == "model.layers.39.mlp.experts.w1.weight"
     assert {short_name(p) for p in table.values() if p.adds_to_residual} == {"o_proj", "w2"}
     for name in ("gate", "experts.w1", "experts.w2", "experts.w3"):  # muP's matrices
         parameter = table[f"model.layers.mlp.{name}.weight"]

@@ -22,29 +22,28 @@ from weights_io.files.tensor import LazyTensor
 from weights_io.lora import (
     Adapter,
     AdapterConfig,
-    Matrices,
-    by_layer,
-    from_layers,
-    fused,
+    adapter_by_layer,
+    adapter_from_layers,
+    fuse_adapter,
     row_norms,
-    stacked,
-    unstacked,
+    stack_adapter,
+    unstack_adapter,
 )
 from weights_io.parameters import target_parameters
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
-    "Matrices",
-    "by_layer",
-    "from_layers",
-    "fused",
+    "LoRAMatrices",
+    "adapter_by_layer",
+    "adapter_from_layers",
+    "fuse_adapter",
     "read_adapter",
     "row_norms",
     "save_adapter",
-    "stacked",
+    "stack_adapter",
     "target_parameters",
-    "unstacked",
+    "unstack_adapter",
 ]
 Form = Literal["peft", "mlx_lm"]
 FORMS: dict[str, Any] = {"peft": peft_format, "mlx_lm": mlx_lm_format}

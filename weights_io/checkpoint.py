@@ -206,7 +206,7 @@ def special_ids(path: Path, raw: Mapping[str, Any], vocab_size: int) -> tuple[tu
 def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
     """The tensors of the table, in its order; missing, unexpected and misshapen ones are all in one `InputError`."""
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
-    copied_head = found.pop(HEAD.tensor, None) if config.tie_word_embeddings else None
+    copied_head = found.pop(HEAD.hf_name, None) if config.tie_word_embeddings else None
     expected = dict(tensor_shapes(config))
     _check_names(expected, found, path)
     _check_experts(config, found, path)
@@ -228,17 +228,17 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
             "quantisation."
         )
     if copied_head is not None:
-        _check_tied_head(found[EMBEDDING.tensor], copied_head, path)
+        _check_tied_head(found[EMBEDDING.hf_name], copied_head, path)
     return {name: found[name] for name in expected}
 
 
 def _check_names(expected: Mapping[str, object], found: Mapping[str, object], path: Path) -> None:
     """Names that are those of the table behind a wrapper's, or without their beginning, are all one fault."""
-    if NORM.tensor in found:
+    if NORM.hf_name in found:
         return
-    wrapped = (name for name in found if name.endswith(NORM.tensor))
+    wrapped = (name for name in found if name.endswith(NORM.hf_name))
     for name in heapq.nsmallest(MOST_NAMES, wrapped, key=len):  # each is looked for with the whole table
-        start = name.removesuffix(NORM.tensor)
+        start = name.removesuffix(NORM.hf_name)
         if 2 * sum(f"{start}{each}" in found for each in expected) > len(expected):
             remedy = next((text for known, text in WRAPPERS.items() if start.startswith(known)), None)
             raise InputError(
@@ -254,7 +254,7 @@ def _check_names(expected: Mapping[str, object], found: Mapping[str, object], pa
 
 def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: Path) -> None:
     """config.json and the files must agree on whether there are experts, else every tensor of an MLP is a fault."""
-    pattern = EXPERTS[0].tensor
+    pattern = EXPERTS[0].hf_name
     first, place = pattern.format(layer=0, expert=0), pattern[pattern.index("}") + 1 : pattern.index("{expert}")]
     stored = any(place in name for name in found)
     if config.num_experts and not stored:
@@ -290,6 +290,6 @@ def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path) -> Non
 
 def _file_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     """Where config.json is silent: the dtype of the embedding in the file."""
-    embedding = tensors.get(EMBEDDING.tensor)
+    embedding = tensors.get(EMBEDDING.hf_name)
     name = "float32" if embedding is None else arithmetic_dtype(embedding)
     return name if name in config_module.DTYPES else "float32"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_io.config_keys import HARMLESS, NEUTRAL, PER_LAYER, among
+from weights_io.config_keys import IGNORED_KEYS, PER_LAYER, UNSUPPORTED_UNLESS, among
 from weights_io.errors import InputError, short, shown
 from weights_io.files.json_text import read_json
 from weights_io.quantization.entries import KEYS, scheme_of_config
@@ -232,11 +232,11 @@ class _Reader:
 
     def refuse_unknown(self, understood: set[str]) -> None:
         for key, value in self.raw.items():
-            if key in understood | HARMLESS:
+            if key in understood | IGNORED_KEYS:
                 continue
-            elif key in NEUTRAL:
+            elif key in UNSUPPORTED_UNLESS:
                 items = value if key in PER_LAYER and isinstance(value, list) else [value]
-                if not all(among(item, NEUTRAL[key]) for item in items):
+                if not all(among(item, UNSUPPORTED_UNLESS[key]) for item in items):
                     raise self.refuse(
                         f"{key} = {shown(value)} changes the numbers and is not supported; take a model without it."
                     )

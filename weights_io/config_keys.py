@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # Keys that would change the numbers if they held anything but these values, where the family has no such number.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "pretraining_tp": (1, None),
@@ -29,7 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Keys that never reach the numbers of a forward pass: every other key that transformers writes (4 wrote its generation
 # settings here too), and notes of those who trained, converted or tuned a model. A key of no list is refused.
-HARMLESS = frozenset(
+IGNORED_KEYS = frozenset(
     """architectures auto_map model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id
     pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class model_max_length prefix
     attention_dropout hidden_dropout residual_dropout embd_pdrop resid_pdrop initializer_range rope_parameters
@@ -46,7 +46,7 @@ HARMLESS = frozenset(
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens""".split()
 )
-PER_LAYER = frozenset({"layer_types"})  # keys of `NEUTRAL` that list a value for each layer
+PER_LAYER = frozenset({"layer_types"})  # keys of `UNSUPPORTED_UNLESS` that list a value for each layer
 
 
 def among(value: Any, allowed: Sequence[Any]) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint
 from weights_io.config import DTYPES
-from weights_io.lora import Adapter, Change
+from weights_io.lora import Adapter, UpdateStats
 from weights_io.write import Tensor
 
 BLOCK = 32  # numbers of a row that share a scale in most of GGUF's types
@@ -54,40 +54,40 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_f
 
     ``tokenizer_files`` as in `convert.write_model`.
     """
-    from weights_io.adapters import fused, summary
+    from weights_io.adapters import fuse_adapter, summary
     from weights_io.convert import write_model
     from weights_io.llama_format import to_llama
 
-    rounding, change = Rounding(), Change()
+    rounding, change = Rounding(), UpdateStats()
     config = checkpoint.config
     dtype: str | None = options.dtype
     tensors: Mapping[str, Tensor]
     if options.to == "llama":
         dtype = dtype or checkpoint.dtype
-        config, tensors = to_llama(config, fused(checkpoint, adapter, "float32", change=change), dtype, rounding)
+        config, tensors = to_llama(config, fuse_adapter(checkpoint, adapter, "float32", change=change), dtype, rounding)
     else:
-        tensors = fused(checkpoint, adapter, dtype, rounding, change)
+        tensors = fuse_adapter(checkpoint, adapter, dtype, rounding, change)
     lines = [f"adapter: {summary(adapter)}"]
     lines += write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files)
     line = f"the adapter changes the weights that it is on by {change.size:.2g} of their size (root mean square)"
     if change.lost:
         line += f", and rounding is {change.error:.2g} of that change"
     lines.append(line)
-    if kinds := quantised_kinds(checkpoint):
+    if kinds := quantized_kinds(checkpoint):
         lines.append(
             f"{checkpoint.path.name} is quantised ({', '.join(kinds)}): the fused weights carry that error, by the "
-            f"steps of its blocks about {quantisation_error(checkpoint):.2g} of their size (root mean square); fuse "
+            f"steps of its blocks about {quantization_error(checkpoint):.2g} of their size (root mean square); fuse "
             "into the unquantised model where there is a choice"
         )
     return lines
 
 
-def quantised_kinds(checkpoint: Checkpoint) -> list[str]:
+def quantized_kinds(checkpoint: Checkpoint) -> list[str]:
     """Block types (``Q4_K``) of a GGUF file's quantised tensors; empty where every number is as it was trained."""
     return sorted(set(_kinds(checkpoint).values()))
 
 
-def quantisation_error(checkpoint: Checkpoint) -> float:
+def quantization_error(checkpoint: Checkpoint) -> float:
     """What quantisation took from the weights, over their size (both root mean square), by `step_error`."""
     squares = errors = 0.0
     for name, kind in _kinds(checkpoint).items():

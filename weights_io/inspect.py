@@ -133,7 +133,7 @@ def describe(
     for tensor in tensors.values():
         file = files.setdefault(tensor.source.name, {"bytes": tensor.source.stat().st_size, "tensors": 0})
         file["tensors"] += 1
-    embedding = tensors.get(EMBEDDING.tensor)
+    embedding = tensors.get(EMBEDDING.hf_name)
     dtype = stored_dtype(dict(raw)) or (UNKNOWN if embedding is None else arithmetic_dtype(embedding))
     held = sum(file["bytes"] for file in files.values())
     as_stored = held or (weight_bytes(config, dtype) if dtype != UNKNOWN else None)
@@ -236,7 +236,7 @@ def _absent_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
 
 def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> list[str]:
     notes = []
-    if config.tie_word_embeddings and HEAD.tensor in tensors:
+    if config.tie_word_embeddings and HEAD.hf_name in tensors:
         notes.append("the tied head is stored a second time; a loader compares it with the embedding")
     buffers = [name for name in tensors if name.endswith(BUFFERS)]
     if buffers:

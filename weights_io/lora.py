@@ -1,8 +1,10 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353) as arrays: which matrices they change, and how.
 
-An adapter holds its matrices by Hugging Face module name, one for each layer and expert. The JAX model wants them
-stacked as the parameter table has it (`stacked`, `unstacked`), the MLX model by layer (`by_layer`, `from_layers`), a
-checkpoint to be written has them added to its weights (`fused`).
+An adapter holds its matrices by Hugging Face module name, one pair per layer and expert. Three forms are made of it:
+
+- stacked over layers and experts, for the JAX model: `stack_adapter`, and back `unstack_adapter`;
+- one entry per layer, for the MLX model: `adapter_by_layer`, and back `adapter_from_layers`;
+- added to the weights of a checkpoint: `fuse_adapter`.
 
 Dims: r rank, I in, O out features of a matrix.
 """
@@ -51,7 +53,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class Matrices:
+class LoRAMatrices:
     """The change of one matrix W [O, I]: W + scale B A, with DoRA each row then set to the length ``magnitude``."""
 
     a: np.ndarray  # [r, I] float32
@@ -75,11 +77,11 @@ class Matrices:
 @dataclass(frozen=True)
 class Adapter:
     config: AdapterConfig
-    tensors: Mapping[str, Matrices]  # by module name: "model.layers.3.mlp.experts.5.w1"; scale of each may differ
+    tensors: Mapping[str, LoRAMatrices]  # by module name: "model.layers.3.mlp.experts.5.w1"; scale of each may differ
 
 
 @dataclass
-class Change:
+class UpdateStats:
     """How far an adapter moves the weights that it is on, and how much of that rounding takes: sums of squares."""
 
     weights: float = 0.0
@@ -108,7 +110,7 @@ def row_norms(checkpoint: Checkpoint) -> RowNorms:
     return lambda tensor: np.linalg.norm(checkpoint.read(tensor, "float32").astype(np.float32), axis=1)
 
 
-def stacked(parameter: Parameter, adapter: Adapter, model: ModelConfig, norms: RowNorms | None = None) -> Arrays:
+def stack_adapter(parameter: Parameter, adapter: Adapter, model: ModelConfig, norms: RowNorms | None = None) -> Arrays:
     """a [*stack, r, I], b [*stack, O, r] and, of DoRA, magnitude [*stack, O] for the JAX model; float32.
 
     ``stack`` is `Parameter.stack`, r the config's rank: smaller ones are padded with zeros. Scales that differ from the
@@ -117,29 +119,29 @@ def stacked(parameter: Parameter, adapter: Adapter, model: ModelConfig, norms: R
     ValueError where it is None).
     """
     stack = parameter.stack(model)
-    found = [_padded(parameter, tensor, adapter, model, norms) for tensor in parameter.tensors(model)]
+    found = [_padded(parameter, tensor, adapter, model, norms) for tensor in parameter.hf_names(model)]
     a, b, magnitude = _joined(found)
     return _reshaped(a, stack), _reshaped(b, stack), None if magnitude is None else _reshaped(magnitude, stack)
 
 
-def by_layer(parameter: Parameter, adapter: Adapter, model: ModelConfig) -> dict[str, Arrays]:
+def adapter_by_layer(parameter: Parameter, adapter: Adapter, model: ModelConfig) -> dict[str, Arrays]:
     """The same by module name of the MLX model (``model.layers.3.mlp.experts.w1``), for the layers that have any.
 
-    a [r, I] and b [O, r], of experts [E, r, I] and [E, O, r]; padded and scaled as in `stacked`.
+    a [r, I] and b [O, r], of experts [E, r, I] and [E, O, r]; padded and scaled as in `stack_adapter`.
     """
     result = {}
-    for name, tensors in parameter.layers(model).items():
+    for name, tensors in parameter.mlx_names(model).items():
         if not any(module_name(tensor) in adapter.tensors for tensor in tensors):
             continue
         found = [_padded(parameter, tensor, adapter, model, norms=None) for tensor in tensors]
-        result[module_name(name)] = _joined(found) if parameter.of_expert else found[0]
+        result[module_name(name)] = _joined(found) if parameter.per_expert else found[0]
     return result
 
 
-def unstacked(
+def unstack_adapter(
     config: AdapterConfig, arrays: Mapping[str, Arrays], model: ModelConfig, layers: Collection[int] | None = None
 ) -> Adapter:
-    """The adapter of arrays as `stacked` gives them, by `Parameter.name`.
+    """The adapter of arrays as `stack_adapter` gives them, by `Parameter.name`.
 
     Anything that ``np.asarray`` takes will do. ``layers``: those that have an adapter; None is all.
     """
@@ -147,30 +149,30 @@ def unstacked(
     tensors = {}
     for name, (a, b, magnitude) in arrays.items():
         parameter = table[name]
-        for place, tensor in zip(np.ndindex(*parameter.stack(model)), parameter.tensors(model), strict=True):
+        for place, tensor in zip(np.ndindex(*parameter.stack(model)), parameter.hf_names(model), strict=True):
             if layers is None or place[0] in layers:
                 tensors[module_name(tensor)] = _matrices(config, a[place], b[place], _at(magnitude, place))
     return Adapter(config, tensors)
 
 
-def from_layers(config: AdapterConfig, arrays: Mapping[str, Arrays], model: ModelConfig) -> Adapter:
-    """The adapter of arrays as `by_layer` gives them, by module name of the MLX model."""
-    table = {module_name(name): p for p in parameters(model) for name in p.layers(model)}
+def adapter_from_layers(config: AdapterConfig, arrays: Mapping[str, Arrays], model: ModelConfig) -> Adapter:
+    """The adapter of arrays as `adapter_by_layer` gives them, by module name of the MLX model."""
+    table = {module_name(name): p for p in parameters(model) for name in p.mlx_names(model)}
     tensors = {}
     for name, (a, b, magnitude) in arrays.items():
         parameter = table[name]
-        for i, tensor in enumerate(parameter.layers(model)[f"{name}.weight"]):
-            place = (i,) if parameter.of_expert else ()
+        for i, tensor in enumerate(parameter.mlx_names(model)[f"{name}.weight"]):
+            place = (i,) if parameter.per_expert else ()
             tensors[module_name(tensor)] = _matrices(config, a[place], b[place], _at(magnitude, place))
     return Adapter(config, tensors)
 
 
-def fused(
+def fuse_adapter(
     checkpoint: Checkpoint,
     adapter: Adapter,
     dtype: str | None = None,
     rounding: Rounding | None = None,
-    change: Change | None = None,
+    change: UpdateStats | None = None,
 ) -> dict[str, LazyTensor | Computed]:
     """The checkpoint's tensors with the adapter worked into them; each is made when it is read.
 
@@ -186,10 +188,10 @@ def fused(
 def _fused(
     name: str,
     checkpoint: Checkpoint,
-    matrices: Matrices,
+    matrices: LoRAMatrices,
     dtype: str | None,
     rounding: Rounding | None,
-    change: Change | None,
+    change: UpdateStats | None,
 ) -> Computed:
     tensor = checkpoint.tensors[name]
     target = numpy_dtype(dtype or tensor.dtype)
@@ -237,9 +239,9 @@ def _reshaped(array: np.ndarray, stack: tuple[int, ...]) -> np.ndarray:
     return array.reshape(*stack, *array.shape[1:])
 
 
-def _matrices(config: AdapterConfig, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None) -> Matrices:
+def _matrices(config: AdapterConfig, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None) -> LoRAMatrices:
     lengths = None if magnitude is None else np.asarray(magnitude, np.float32)
-    return Matrices(np.asarray(a, np.float32), np.asarray(b, np.float32), lengths, config.scale)
+    return LoRAMatrices(np.asarray(a, np.float32), np.asarray(b, np.float32), lengths, config.scale)
 
 
 def _at(array: np.ndarray | None, place: tuple[int, ...]) -> np.ndarray | None:

@@ -18,7 +18,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Parameter:
-    tensor: str  # "model.layers.{layer}.mlp.experts.{expert}.w1.weight"
+    hf_name: str  # "model.layers.{layer}.mlp.experts.{expert}.w1.weight"
     dims: str  # one letter a dimension, of one tensor: "F D"
     axes: tuple[str, ...]  # logical axes of those dimensions, for sharding rules
     init: str  # embedding | matrix | ones
@@ -26,40 +26,40 @@ class Parameter:
     @property
     def name(self) -> str:
         """Path in the JAX model: ``model.layers.mlp.experts.w1.weight``."""
-        return self.tensor.replace(".{layer}", "").replace(".{expert}", "")
+        return self.hf_name.replace(".{layer}", "").replace(".{expert}", "")
 
     @property
-    def stacked(self) -> bool:
+    def per_layer(self) -> bool:
         """Whether each layer has one (or one for each expert)."""
-        return "{layer}" in self.tensor
+        return "{layer}" in self.hf_name
 
     @property
-    def of_expert(self) -> bool:
-        return "{expert}" in self.tensor
+    def per_expert(self) -> bool:
+        return "{expert}" in self.hf_name
 
     @property
     def adds_to_residual(self) -> bool:
         """Whether its outputs are added to the residual stream: o_proj and down_proj, which write into D."""
-        return self.stacked and self.init == "matrix" and self.axes[0] == "embed"
+        return self.per_layer and self.init == "matrix" and self.axes[0] == "embed"
 
-    def layers(self, config: ModelConfig) -> dict[str, list[str]]:
+    def mlx_names(self, config: ModelConfig) -> dict[str, list[str]]:
         """Its names in the MLX model, one for each layer -> the Hugging Face names of the experts stacked there."""
-        layers = range(config.num_hidden_layers if self.stacked else 1)
-        experts = range(config.num_experts if self.of_expert else 1)
+        layers = range(config.num_hidden_layers if self.per_layer else 1)
+        experts = range(config.num_experts if self.per_expert else 1)
         return {
-            self.tensor.replace(".{expert}", "").format(layer=i): [
-                self.tensor.format(layer=i, expert=e) for e in experts
+            self.hf_name.replace(".{expert}", "").format(layer=i): [
+                self.hf_name.format(layer=i, expert=e) for e in experts
             ]
             for i in layers
         }
 
-    def tensors(self, config: ModelConfig) -> list[str]:
+    def hf_names(self, config: ModelConfig) -> list[str]:
         """Its Hugging Face names, in stacking order."""
-        return [tensor for experts in self.layers(config).values() for tensor in experts]
+        return [hf_name for experts in self.mlx_names(config).values() for hf_name in experts]
 
     def stack(self, config: ModelConfig) -> tuple[int, ...]:
-        """Sizes of the stacked axes, [L, E] at most: ``np.ndindex`` of them goes through `tensors` in order."""
-        return (config.num_hidden_layers,) * self.stacked + (config.num_experts,) * self.of_expert
+        """Sizes of the stacked axes, [L, E] at most: ``np.ndindex`` of them goes through `hf_names` in order."""
+        return (config.num_hidden_layers,) * self.per_layer + (config.num_experts,) * self.per_expert
 
     def tensor_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of one tensor in the files."""
@@ -71,7 +71,7 @@ class Parameter:
 
     def layer_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape in the MLX model: stacked over experts."""
-        return self.shape(config)[self.stacked :]
+        return self.shape(config)[self.per_layer :]
 
     @property
     def is_decayed(self) -> bool:
@@ -80,7 +80,7 @@ class Parameter:
 
     def logical_axes(self) -> tuple[str, ...]:
         """One logical axis for each dimension of `shape`."""
-        return ("layers",) * self.stacked + ("expert",) * self.of_expert + self.axes
+        return ("layers",) * self.per_layer + ("expert",) * self.per_expert + self.axes
 
     def init_std(self, config: ModelConfig) -> float:
         """Standard deviation at the start; muP divides a matrix's by sqrt(D / dim_model_base) (arXiv 2404.06395)."""
@@ -145,8 +145,8 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every Hugging Face tensor name with its shape, in file order."""
     for parameter in parameters(config):
-        for tensor in parameter.tensors(config):
-            yield tensor, parameter.tensor_shape(config)
+        for hf_name in parameter.hf_names(config):
+            yield hf_name, parameter.tensor_shape(config)
 
 
 def count(config: ModelConfig) -> int:
@@ -157,7 +157,7 @@ def count(config: ModelConfig) -> int:
 def count_active(config: ModelConfig) -> int:
     """Number of parameters that one token is computed with; 4,318,142,976 of MiniCPM-MoE-8x2B's."""
     idle = config.num_experts - config.num_experts_per_tok
-    experts = [parameter for parameter in parameters(config) if parameter.of_expert]
+    experts = [parameter for parameter in parameters(config) if parameter.per_expert]
     return count(config) - idle * sum(math.prod(p.shape(config)) // config.num_experts for p in experts)
 
 
@@ -173,7 +173,7 @@ def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Para
     "all-linear": every matrix of the layers but an MoE's router, which is adapted only where ``gate`` is named itself.
     Raises `InputError` for a name that matches nothing, and lists what there is.
     """
-    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
+    matrices = [p for p in parameters(config) if p.per_layer and p.init == "matrix"]
     found: set[str] = set()
     for target in targets:
         hits = {p.name for p in matrices if target == ALL_LINEAR and not is_router(p)}
@@ -205,5 +205,5 @@ def short_name(parameter: Parameter) -> str:
 
 def modules(config: ModelConfig) -> dict[str, Parameter]:
     """Every module that an adapter may change -> its row of the table, in table order (the router too)."""
-    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
-    return {module_name(tensor): p for p in matrices for tensor in p.tensors(config)}
+    matrices = [p for p in parameters(config) if p.per_layer and p.init == "matrix"]
+    return {module_name(hf_name): p for p in matrices for hf_name in p.hf_names(config)}

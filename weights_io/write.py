@@ -14,7 +14,7 @@ import numpy as np
 
 from weights_io.casting import Rounding, cast, check_dtype, numpy_dtype
 from weights_io.config import DTYPES, ModelConfig, stored_dtype
-from weights_io.config_keys import HARMLESS
+from weights_io.config_keys import IGNORED_KEYS
 from weights_io.errors import InputError, listed
 from weights_io.files.folder import SIDE_FILES
 from weights_io.files.json_text import MAX_BYTES
@@ -123,7 +123,7 @@ def check_output(out: Path, source: Path | None = None) -> Path:
     return out
 
 
-def unstacked(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Computed]:
+def unstack_params(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Computed]:
     """Arrays under the names of the parameter table, stacked over layers and experts -> tensors under Hugging Face
     names.
 
@@ -133,7 +133,7 @@ def unstacked(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Compu
     for parameter in parameters(config):
         array = arrays[parameter.name]
         places = np.ndindex(*parameter.stack(config))  # of nothing stacked: (), once
-        for place, tensor in zip(places, parameter.tensors(config), strict=True):
+        for place, tensor in zip(places, parameter.hf_names(config), strict=True):
 
             def make(array: Any = array, place: tuple[int, ...] = place) -> np.ndarray:
                 return np.asarray(array[place] if place else array)
@@ -146,8 +146,8 @@ def of_layers(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Compu
     """The same for arrays under the names of `Parameter.layers`, stacked over experts alone."""
     tensors: dict[str, Computed] = {}
     for parameter in parameters(config):
-        for name, experts in parameter.layers(config).items():
-            parts = arrays[name] if parameter.of_expert else [arrays[name]]
+        for name, experts in parameter.mlx_names(config).items():
+            parts = arrays[name] if parameter.per_expert else [arrays[name]]
             tensors |= {tensor: Computed.of(part) for tensor, part in zip(experts, parts, strict=True)}
     return tensors
 
@@ -155,7 +155,7 @@ def of_layers(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Compu
 def _of_the_table(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     expected = dict(tensor_shapes(config))
     wrong = [name for name, shape in expected.items() if name not in tensors or tuple(tensors[name].shape) != shape]
-    wrong += [name for name in tensors if name not in expected and name != HEAD.tensor]
+    wrong += [name for name in tensors if name not in expected and name != HEAD.hf_name]
     if wrong:
         raise ValueError(f"tensors missing, misshapen or not of the model: {listed(wrong)}")
     return {name: tensors[name] for name in expected}
@@ -206,7 +206,7 @@ def _side_files(
     added_keys: Mapping[str, Any] | None,
     copy_from: Path | None,
 ) -> dict[str, str | bytes]:
-    copied = {key for key in HARMLESS - NOT_COPIED_KEYS if not key.startswith("_")}
+    copied = {key for key in IGNORED_KEYS - NOT_COPIED_KEYS if not key.startswith("_")}
     kept = {key: value for key, value in (raw_config or {}).items() if key in copied}
     files: dict[str, str | bytes] = {
         "config.json": _json(kept | config.to_dict() | {"torch_dtype": dtype} | dict(added_keys or {}))
@@ -219,7 +219,7 @@ def _side_files(
 
 def _stated_dtype(raw_config: Mapping[str, Any] | None, dtypes: Mapping[str, np.dtype]) -> str:
     """What config.json is to say where no dtype was asked for: what the source's said, else the embedding's."""
-    embedding = dtypes[EMBEDDING.tensor].name
+    embedding = dtypes[EMBEDDING.hf_name].name
     return stored_dtype(dict(raw_config or {})) or (embedding if embedding in DTYPES else "float32")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minicpm_data.datasets.examples import IGNORED, Example, Own, Pair
+from minicpm_data.datasets.examples import IGNORED, Example, LocalRows, Pair
 from weights_io.errors import InputError
 
 MULTIPLE = 32  # of which widths are multiples
@@ -40,14 +40,14 @@ class Batch:
     length: int  # tokens in the rows of all processes, trained or not
     index: np.ndarray | None = None  # [B] int32, of pairs alone: which pair each row is, -1 an empty one
 
-    def arrays(self, references: np.ndarray | None = None, own: Own = range) -> dict[str, np.ndarray]:
+    def arrays(self, references: np.ndarray | None = None, local_rows: LocalRows = range) -> dict[str, np.ndarray]:
         """What a training step is given. ``references`` [n + 1, 2]: of both answers of each pair, and of an empty row;
-        each row, of which this process made its ``own``, gets its number."""
+        each row, of which this process made its ``local_rows``, gets its number."""
         found = {"ids": self.ids, "labels": self.labels, "segments": self.segments}
         if references is not None:
             assert self.index is not None
             both = references[self.index].T.reshape(-1)  # the chosen ones first
-            found["reference"] = both[list(own(self.size))]
+            found["reference"] = both[list(local_rows(self.size))]
         return found
 
     @property
@@ -104,14 +104,14 @@ class Batches:
     def __getitem__(self, n: int) -> Batch:
         return self.part(n, range)
 
-    def part(self, n: int, own: Own) -> Batch:
-        """Batch n, of which only the ``own`` rows are made. Its width is that of the whole."""
+    def part(self, n: int, local_rows: LocalRows) -> Batch:
+        """Batch n, of which only the ``local_rows`` rows are made. Its width is that of the whole."""
         if n < 0:
             raise IndexError(n)
         step, micro = divmod(n, self._accumulation)
         rows = self._global_rows(step)
         mine = rows[micro * self._batch_size : (micro + 1) * self._batch_size]
-        return _assemble(self._examples, [self._rows[row] for row in mine], self._width(rows), own)
+        return _assemble(self._examples, [self._rows[row] for row in mine], self._width(rows), local_rows)
 
     @functools.cached_property
     def padding(self) -> float:
@@ -153,11 +153,11 @@ def evaluation_batches(
     batch_size: int,
     max_seq_length: int,
     pack: bool = False,
-    own: Own = range,
+    local_rows: LocalRows = range,
     row_width: Callable[[int], int] = multiple,
 ) -> Iterator[Batch]:
     """Every example once. Rows of like length share a batch; the batches come in a fixed random order, so that the
-    first few are a fair sample. All have ``batch_size`` rows (pairs: twice that); missing ones are empty. ``own`` as
+    first few are a fair sample. All have ``batch_size`` rows (pairs: twice that); missing ones are empty. ``local_rows`` as
     in `Batches.part`, ``row_width`` as in `Batches`."""
     rows, widths = _rows(examples, max_seq_length, pack)
     order = sorted(range(len(rows)), key=lambda row: -widths[row])
@@ -165,7 +165,7 @@ def evaluation_batches(
     for b in np.random.default_rng(0).permutation(len(chunks)):
         width = min(row_width(widths[chunks[b][0]]), max_seq_length)
         chosen = [rows[row] for row in chunks[b]]
-        yield _assemble(examples, chosen + [[]] * (batch_size - len(chosen)), width, own)
+        yield _assemble(examples, chosen + [[]] * (batch_size - len(chosen)), width, local_rows)
 
 
 def _rows(examples: Sequence[Example] | Sequence[Pair], width: int, pack: bool) -> tuple[list[Row], list[int]]:
@@ -206,10 +206,12 @@ def best_fit(lengths: Sequence[int], width: int) -> list[Row]:
     return rows
 
 
-def _assemble(examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row], width: int, own: Own) -> Batch:
-    """One batch row for each of ``rows``; of pairs two, all chosen ones first. Of all these only the ``own`` ones."""
+def _assemble(
+    examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row], width: int, local_rows: LocalRows
+) -> Batch:
+    """One batch row for each of ``rows``; of pairs two, all chosen ones first. Of all these only the ``local_rows`` ones."""
     sides = len(examples[0].parts)
-    made = own(sides * len(rows))
+    made = local_rows(sides * len(rows))
     shape = (len(made), width)
     ids, labels, segments = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32), np.zeros(shape, np.int32)
     for b, place in enumerate(made):

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a label that is not trained, as in PyTorch
 
-Own = Callable[[int], Sequence[int]]  # which of so many rows this process makes, in order; the others make the rest
+# Number of batch rows -> the indices of those that this process makes, in order. The other processes make the rest.
+LocalRows = Callable[[int], Sequence[int]]
 
 SplitName = Literal["train", "valid", "test"]
 STEMS = {"train": ("train",), "valid": ("valid", "dev"), "test": ("test",)}  # OpenBMB's data has train and dev

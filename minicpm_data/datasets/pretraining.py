@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minicpm_data.datasets.examples import Own, ended
+from minicpm_data.datasets.examples import LocalRows, ended
 from minicpm_data.datasets.formats import Reader
 from minicpm_data.datasets.jsonl import read_items
 from minicpm_data.datasets.turns import messages_of
@@ -62,6 +62,6 @@ class WindowBatches:
     def __getitem__(self, n: int) -> np.ndarray:
         return self.part(n, range)
 
-    def part(self, n: int, own: Own) -> np.ndarray:
-        """Of batch n only the ``own`` rows."""
-        return np.stack([self._order[n * self._batch_size + row] for row in own(self._batch_size)])
+    def part(self, n: int, local_rows: LocalRows) -> np.ndarray:
+        """Of batch n only the ``local_rows`` rows."""
+        return np.stack([self._order[n * self._batch_size + row] for row in local_rows(self._batch_size)])

@@ -25,7 +25,7 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from minicpm_data.generation.engine import Engine
+    from minicpm_data.generation.engine import BatchEngine
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -52,8 +52,8 @@ class Decoding(Protocol[ModelT]):
         slots: int = 8,
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
-    ) -> "Engine[ModelT]":
-        """Many requests at once; as `minicpm_data.generation.engine.Engine`."""
+    ) -> "BatchEngine[ModelT]":
+        """Many requests at once; as `minicpm_data.generation.engine.BatchEngine`."""
 
 
 class Generator(Generic[ModelT]):

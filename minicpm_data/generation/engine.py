@@ -28,11 +28,11 @@ LEAST_SHARED = 16  # tokens at the beginning of two texts for which a copy pays
 PATIENCE = 0.05  # seconds that one call of decoding may take before a reader would notice
 
 
-class NoRoom(InputError):
+class PromptTooLong(InputError):
     """Of a prompt that is too long, with the answer that it is to have."""
 
 
-class TooMuch(InputError):
+class OutOfMemory(InputError):
     """Of caches that could not all be filled. ``context``: what there is room for with as many slots, if anything."""
 
     def __init__(self, sentence: str, context: int | None):
@@ -50,7 +50,7 @@ class RequestState:
     request: GenerationRequest
     group: int
     turn: int
-    made: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
 
     @property
     def prompt(self) -> PromptIds:
@@ -58,15 +58,15 @@ class RequestState:
 
     @property
     def left(self) -> int:
-        return self.request.max_tokens - len(self.made)
+        return self.request.max_tokens - len(self.generated)
 
     @property
-    def over(self) -> bool:
-        return self.left == 0 or bool(self.made and self.made[-1] in self.request.end_ids)
+    def finished(self) -> bool:
+        return self.left == 0 or bool(self.generated and self.generated[-1] in self.request.end_ids)
 
 
 @dataclass(frozen=True)
-class Made:
+class GeneratedToken:
     """A token of the request of that number; ``last``: no more will follow."""
 
     number: int
@@ -74,7 +74,7 @@ class Made:
     last: bool
 
 
-class Engine(ABC, Generic[ModelT]):
+class BatchEngine(ABC, Generic[ModelT]):
     """Not for several threads: `minicpm_serve.engine` is."""
 
     def __init__(
@@ -93,14 +93,14 @@ class Engine(ABC, Generic[ModelT]):
         if cache_options.max_kv_size is not None:
             raise InputError("an engine keeps every token; leave out max_kv_size.")
         self.model, self.slots, self.context, self.cache_options = model, slots, context, cache_options
-        self.waiting: deque[RequestState] = deque()
-        self.coming: tuple[RequestState, Iterator[None]] | None = None  # whose prompt is run
+        self.queued: deque[RequestState] = deque()
+        self.prefilling: tuple[RequestState, Iterator[None]] | None = None  # whose prompt is run
         self.running: dict[int, RequestState] = {}
         self._numbers = itertools.count()
         self._steps = 1
 
     def _check_room(self, needed: Callable[[int], int], free: int | None) -> None:
-        """`TooMuch` where the caches for requests of this context could not all be filled. ``needed``: their bytes
+        """`OutOfMemory` where the caches for requests of this context could not all be filled. ``needed``: their bytes
         by context, more for a longer one."""
         if free is None or needed(self.context) <= free:
             return
@@ -111,12 +111,12 @@ class Engine(ABC, Generic[ModelT]):
         else:
             remedy = "lower " + ("slots, or " if self.slots > 1 else "") + "context"
             remedy += "" if fits is None else f" (to {fits:,} tokens)"
-        raise TooMuch(no_room(what, needed(self.context), free, remedy), fits)
+        raise OutOfMemory(no_room(what, needed(self.context), free, remedy), fits)
 
     def add(self, request: GenerationRequest) -> int:
         """The number of the request. `InputError` as in `admitted`."""
         state = self.admitted(request)
-        self.waiting.append(state)
+        self.queued.append(state)
         return state.number
 
     def group(self) -> int:
@@ -132,63 +132,63 @@ class Engine(ABC, Generic[ModelT]):
         return RequestState(number, request, number if group is None else group, number)
 
     def check_context(self, length: int, max_tokens: int) -> None:
-        """`NoRoom` for so many tokens of a prompt and of its answer."""
+        """`PromptTooLong` for so many tokens of a prompt and of its answer."""
         if length + max_tokens > self.context:
             asked = f"a prompt of {length} tokens and {max_tokens} more"
-            raise NoRoom(f"{asked} are above the {self.context} that there is room for.")
+            raise PromptTooLong(f"{asked} are above the {self.context} that there is room for.")
 
     def cancel(self, number: int) -> None:
         """No more tokens of a request; nothing if it is over."""
-        self.waiting = deque(request for request in self.waiting if request.number != number)
-        if self.coming is not None and self.coming[0].number == number:
-            self.coming = None
+        self.queued = deque(request for request in self.queued if request.number != number)
+        if self.prefilling is not None and self.prefilling[0].number == number:
+            self.prefilling = None
         if number in self.running:
             self._free(self.running.pop(number))
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and self.coming is None and not self.running
+        return not self.queued and self.prefilling is None and not self.running
 
-    def step(self) -> list[Made]:
+    def step(self) -> list[GeneratedToken]:
         """Run a piece of a prompt that waits, if there is room, and decode; the tokens that came of it."""
-        made: list[Made] = []
-        if self.coming is None and (chosen := self._next()) is not None:
-            self.waiting.remove(chosen)
-            for request in self.waiting:
+        generated: list[GeneratedToken] = []
+        if self.prefilling is None and (chosen := self._next()) is not None:
+            self.queued.remove(chosen)
+            for request in self.queued:
                 if request.group == chosen.group:
                     request.turn = next(self._numbers)
-            self.coming = chosen, self._run(chosen)
-        if self.coming is not None:
-            request, pieces = self.coming
+            self.prefilling = chosen, self._run(chosen)
+        if self.prefilling is not None:
+            request, pieces = self.prefilling
             if next(pieces, self) is self:  # all of them
-                self.coming = None
+                self.prefilling = None
                 self.running[request.number] = request
         if self.running:
-            hurry = self.coming is not None or self._next() is not None
+            hurry = self.prefilling is not None or self._next() is not None
             room = min(request.left for request in self.running.values())
             began = time.perf_counter()
             steps = max(1, min(1 if hurry else self._steps, room))
             for number, token in self._decode(steps):
                 if number in self.running:  # else of a request that ended a few steps before
-                    made.append(self._made(self.running[number], token))
+                    generated.append(self._record(self.running[number], token))
             if steps == self._steps and not hurry:
                 fast = time.perf_counter() - began < PATIENCE / 2
                 self._steps = 2 * steps if fast else max(1, steps // 2)
-        return made
+        return generated
 
     def _next(self) -> RequestState | None:
         """Of those that wait the one that comes next, if a slot is free for it."""
-        if len(self.running) >= self.slots or not self.waiting:
+        if len(self.running) >= self.slots or not self.queued:
             return None
         taken = Counter(request.group for request in self.running.values())
-        first = min(self.waiting, key=lambda request: (taken[request.group], request.turn))
+        first = min(self.queued, key=lambda request: (taken[request.group], request.turn))
         return first if taken[first.group] < max(1, self.slots - 1) else None
 
-    def _made(self, state: RequestState, token: int) -> Made:
-        state.made.append(token)
-        if state.over:
+    def _record(self, state: RequestState, token: int) -> GeneratedToken:
+        state.generated.append(token)
+        if state.finished:
             self._free(self.running.pop(state.number))
-        return Made(state.number, token, state.over)
+        return GeneratedToken(state.number, token, state.finished)
 
     @abstractmethod
     def _run(self, state: RequestState) -> Iterator[None]:
@@ -211,7 +211,7 @@ def shared(config: ModelConfig, prompt: Sequence[int], old: RequestState) -> int
     if scaling is not None and scaling.type == "dynamic":
         if max(len(prompt), len(old.prompt)) > config.max_position_embeddings:
             return 0
-    text = (*old.prompt, *old.made[:-1])  # the last token went into no model
+    text = (*old.prompt, *old.generated[:-1])  # the last token went into no model
     most = min(len(prompt) - 1, len(text))
     same = next((i for i in range(most) if prompt[i] != text[i]), most)
     return same if same >= LEAST_SHARED else 0

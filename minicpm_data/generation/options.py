@@ -50,7 +50,7 @@ class Sampling:
         return self.temperature == 0
 
     @property
-    def penalised(self) -> bool:
+    def penalized(self) -> bool:
         return self.repetition_penalty != 1
 
     def row_keys(self, rows: int) -> "np.ndarray":

@@ -14,23 +14,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.training.processes import Alone
+from minicpm_data.training.processes import SingleProcess
 from weights_io.errors import InputError
 from weights_io.files.partial import SUFFIX, remove
 
-KEPT = 2
+MAX_TO_KEEP = 2
 SUMS = "checksums.json"
 THREADS = 8
 CHUNK = 1 << 22  # bytes that are read at once
 
 
 class CheckpointFolder:
-    """The states of a run by step, in ``folder``; the latest `KEPT` of them stay. ``processes``: those of the run, all
-    of which call the same methods in the same order."""
+    """The saved states of a run, by step. Only the latest `MAX_TO_KEEP` are kept.
 
-    def __init__(self, folder: Path, processes: Alone | None = None):
+    Arguments:
+        folder: the run's ``checkpoints`` folder.
+        processes: the run's processes. All of them call the same methods in the same order.
+    """
+
+    def __init__(self, folder: Path, processes: SingleProcess | None = None):
         self.folder = folder
-        self._processes = processes or Alone()
+        self._processes = processes or SingleProcess()
         self.latest = max(self.steps, default=0)  # 0: there is none
 
     @property
@@ -56,9 +60,9 @@ class CheckpointFolder:
             partial.rename(self.path(step))
 
         try:
-            self._processes.once(begin)
+            self._processes.on_main_process(begin)
             write(partial)
-            self._processes.once(finish)
+            self._processes.on_main_process(finish)
         except OSError as error:
             remove(partial)
             last = f"the last one, of step {self.latest}, is whole" if self.latest else "there is none yet"
@@ -66,7 +70,7 @@ class CheckpointFolder:
                 f"the checkpoint of step {step} cannot be written ({error}); {last}: make room, and --resume."
             ) from error
         self.latest = step
-        self._processes.once(self._prune)
+        self._processes.on_main_process(self._prune)
 
     def check(self, is_old: Callable[[Path], bool]) -> bool:
         """Whether the latest has checksums. ``is_old``: whether an earlier version wrote it, which gave it none. Raises
@@ -82,7 +86,7 @@ class CheckpointFolder:
                     file=sys.stderr,
                 )
 
-        self._processes.once(look)
+        self._processes.on_main_process(look)
         return (self.path(self.latest) / SUMS).exists()
 
     def wrong(self, step: int, is_old: Callable[[Path], bool]) -> str | None:
@@ -118,7 +122,7 @@ class CheckpointFolder:
         )
 
     def _prune(self) -> None:
-        for old in self.steps[:-KEPT]:
+        for old in self.steps[:-MAX_TO_KEEP]:
             partial = self.folder / f"{old}{SUFFIX}"  # one that is half removed is no checkpoint
             self.path(old).rename(partial)
             remove(partial)

@@ -134,7 +134,7 @@ def train_and_export(
     notes: dict[str, Any] = {"source": _lasting(options.model), "hub": options.hub}
     notes["save_dtype"] = options.save_dtype if isinstance(options, FullOptions) else None
     notes |= {"base": _base(base), "valid": None if valid is None else _fingerprint(valid)}
-    trainer.processes.check_same(json.dumps([settings, planned.steps, notes["base"]], sort_keys=True))
+    trainer.processes.check_consistent(json.dumps([settings, planned.steps, notes["base"]], sort_keys=True))
     with using(options.out, settings, options.resume, notes, trainer.processes):
         rows = f"{options.batch_size * options.grad_accumulation_steps} {'rows' if options.pack else 'examples'}"
         print(f"{planned.steps} steps of {rows}, {batches.padding:.1%} of them padding")
@@ -190,9 +190,9 @@ class Examples:
     valid: Sequence[Arrays]
 
     def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
-        several, own = self.options.grad_accumulation_steps, self.trainer.own
-        made = [self.train.part(step * several + i, own) for i in range(several)]
-        return [batch.arrays(self.known, own) for batch in made], sum(batch.length for batch in made)
+        several, local_rows = self.options.grad_accumulation_steps, self.trainer.local_rows
+        made = [self.train.part(step * several + i, local_rows) for i in range(several)]
+        return [batch.arrays(self.known, local_rows) for batch in made], sum(batch.length for batch in made)
 
     def figures(self, step: int) -> Mapping[str, Any]:
         return {"epoch": step * self.options.grad_accumulation_steps / self.train.per_epoch}
@@ -200,7 +200,7 @@ class Examples:
     def evaluation(self) -> Mapping[str, float]:
         return {"valid_loss": mean_losses(self.trainer, self.valid, self.options.val_batches)["loss"]}
 
-    def beginning(self, step: int) -> Sequence[int]:
+    def first_ids(self, step: int) -> Sequence[int]:
         return self.train[step * self.options.grad_accumulation_steps].ids[0].tolist()
 
 
@@ -210,8 +210,8 @@ def feed(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "list[di
 
     known = references(options, trainer, split)
     size = options.batch_size, options.max_seq_length
-    batches = evaluation_batches(split.examples, *size, options.pack, trainer.own, trainer.row_width)
-    return [batch.arrays(known, trainer.own) for batch in batches]
+    batches = evaluation_batches(split.examples, *size, options.pack, trainer.local_rows, trainer.row_width)
+    return [batch.arrays(known, trainer.local_rows) for batch in batches]
 
 
 def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "np.ndarray | None":
@@ -226,7 +226,7 @@ def references(options: FinetuneOptions, trainer: Trainer, split: "Split") -> "n
         return None
     found = np.zeros((len(split.examples) + 1, 2), np.float32)
     size = options.batch_size, options.max_seq_length
-    batches = evaluation_batches(split.examples, *size, own=trainer.own, row_width=trainer.row_width)
+    batches = evaluation_batches(split.examples, *size, local_rows=trainer.local_rows, row_width=trainer.row_width)
     total = -(-len(split.examples) // options.batch_size)
     quiet = trainer.processes.quiet
     for batch in tqdm(batches, total=total, unit="batch", desc="reference", leave=False, disable=quiet):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from minicpm_data.metrics import Metrics
-    from minicpm_data.training.processes import Alone, Interrupt
+    from minicpm_data.training.processes import Interrupt, SingleProcess
 
 Arrays = Mapping[str, "np.ndarray"]  # of one batch, by name
 Figures = Mapping[str, SupportsFloat]  # which may still be computed
@@ -29,9 +29,9 @@ SHOWN = 12  # ids of a step after which nothing is worth keeping
 class Trainer(Protocol):
     """What a backend does for the loop."""
 
-    processes: "Alone"
+    processes: "SingleProcess"
 
-    def own(self, rows: int) -> Sequence[int]:
+    def local_rows(self, rows: int) -> Sequence[int]:
         """Which of a batch's ``rows`` this process makes."""
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Figures:
@@ -65,7 +65,7 @@ class Source(Protocol):
     def evaluation(self) -> Mapping[str, float]:
         """Losses on data that is not trained on, by name."""
 
-    def beginning(self, step: int) -> Sequence[int]:
+    def first_ids(self, step: int) -> Sequence[int]:
         """The token ids with which the data of a step (from 0) begins."""
 
 
@@ -120,7 +120,7 @@ def fit(plan: Plan, trainer: Trainer, source: Source, step: int) -> None:
     if step < plan.steps:
         print(f"stopped after step {step} of {plan.steps}; the same command with --resume goes on from there.")
         raise KeyboardInterrupt
-    trainer.processes.once(lambda: metrics.draw(out / "loss.png", **plan.curve))
+    trainer.processes.on_main_process(lambda: metrics.draw(out / "loss.png", **plan.curve))
     print(f"finished: {out}, loss curve in {out / 'loss.png'}")
 
 
@@ -193,7 +193,7 @@ class _Recent:
     def _check(self, record: Mapping[str, Any]) -> None:
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(record[name]):
-                ids = " ".join(map(str, self._source.beginning(record["step"] - 1)[:SHOWN]))
+                ids = " ".join(map(str, self._source.first_ids(record["step"] - 1)[:SHOWN]))
                 raise InputError(
                     f"the {name.replace('_', ' ')} of step {record['step']} is {record[name]} (its first example "
                     f"begins with ids {ids}); what was saved before is kept: --resume with a lower --learning-rate, or "

@@ -76,7 +76,7 @@ def pretrain(options: PretrainOptions, trainer: Make) -> None:
         settings |= {"config": worker.config.to_dict(), "data": fingerprint}
         notes = {"config.json": worker.raw_config, "tokenizer": str(options.tokenizer.resolve())}
         notes["save_dtype"] = options.save_dtype
-        worker.processes.check_same(json.dumps(settings, sort_keys=True))
+        worker.processes.check_consistent(json.dumps(settings, sort_keys=True))
         with using(options.out, settings, options.resume, notes, worker.processes):
             planned = plan(options, schedule)
             step = loop.restored(planned, worker)
@@ -165,7 +165,7 @@ class Windows:
 
     def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
         name, number = self._stage(step)
-        ids = self.stages[name].train.part(number, self.trainer.own)
+        ids = self.stages[name].train.part(number, self.trainer.local_rows)
         return [{"ids": ids}], self._tokens
 
     def figures(self, step: int) -> Mapping[str, Any]:
@@ -187,6 +187,6 @@ class Windows:
             found[f"{name}_valid_loss"] = loop.means(self.trainer, batches, VALID_BATCHES, np.float32)["loss"]
         return found
 
-    def beginning(self, step: int) -> Sequence[int]:
+    def first_ids(self, step: int) -> Sequence[int]:
         name, number = self._stage(step)
         return self.stages[name].train[number][0].tolist()

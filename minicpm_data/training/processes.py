@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 
-class Alone:
+class SingleProcess:
     """The processes of a run: one. A backend that knows of several has its own of this form; all of them call the same
     methods in the same order."""
 
@@ -19,7 +19,7 @@ class Alone:
         """What tqdm is told of its bar: disabled (True), or drawn only on a terminal (None), not into log files."""
         return None if self.first else True
 
-    def once(self, action: Callable[[], object]) -> None:
+    def on_main_process(self, action: Callable[[], object]) -> None:
         """Do it in the first process, while the others wait. What it raises for the user, all raise."""
         action()
 
@@ -27,7 +27,7 @@ class Alone:
         """Whether one of the processes wants it."""
         return wanted
 
-    def check_same(self, said: str) -> None:
+    def check_consistent(self, said: str) -> None:
         """`InputError` in all of them where they say different things."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.training.processes import Alone
+from minicpm_data.training.processes import SingleProcess
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
 from weights_io.files.partial import SUFFIX, clear_folder, remove, try_lock, write_whole
@@ -48,7 +48,7 @@ def using(
     settings: dict[str, Any],
     resume: bool = False,
     notes: dict[str, Any] | None = None,
-    processes: Alone | None = None,
+    processes: SingleProcess | None = None,
 ) -> Iterator[None]:
     """Hold the folder of a run, which no other run may use within the context; the first of ``processes`` locks it.
 
@@ -76,7 +76,7 @@ def using(
                 write_whole(folder / SETTINGS, json.dumps(settings | {"notes": notes or {}}, indent=1))
             sign()
 
-        (processes or Alone()).once(begin)
+        (processes or SingleProcess()).on_main_process(begin)
         yield
 
 

@@ -72,7 +72,7 @@ def emptied(state: State, slot: Int[Array, ""]) -> State:
     return dataclasses.replace(state, done=state.done.at[slot].set(True))
 
 
-class Engine(engine.Engine[Model]):
+class Engine(engine.BatchEngine[Model]):
     def __init__(
         self,
         model: Model,
@@ -175,7 +175,7 @@ class Engine(engine.Engine[Model]):
             if f.name not in ("greedy", "penalised")
         }
         return Knobs(
-            **numbers, greedy=all(knobs.greedy for knobs in each), penalised=any(knobs.penalised for knobs in each)
+            **numbers, greedy=all(knobs.greedy for knobs in each), penalized=any(knobs.penalized for knobs in each)
         )
 
     def _free(self, state: RequestState) -> None:

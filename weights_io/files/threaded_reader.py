@@ -32,7 +32,7 @@ def read_stacked(checkpoint: Checkpoint, dtype: str, matrices: str | None = None
         own = matrices if matrices is not None and len(stored) > 1 else dtype
         arrays[parameter.name] = array = aligned(shape, numpy_dtype(own))
         rows = array.reshape(-1, *stored)
-        places |= zip(parameter.tensors(checkpoint.config), rows, strict=True)
+        places |= zip(parameter.hf_names(checkpoint.config), rows, strict=True)
 
     def read(name: str) -> None:
         for part in _pieces(checkpoint, name):

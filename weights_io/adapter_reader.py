@@ -11,7 +11,7 @@ from weights_io.casting import check_finite
 from weights_io.config import LARGEST, MAX_COUNT, ModelConfig, shown
 from weights_io.errors import InputError, short
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.lora import Adapter, AdapterConfig, Matrices
+from weights_io.lora import Adapter, AdapterConfig, LoRAMatrices
 from weights_io.parameters import Parameter, modules, short_name
 
 RANK = "r"  # stands in a shape for what the adapter chooses
@@ -19,7 +19,7 @@ Shape = tuple[int | str, ...]
 
 
 @dataclass
-class Found:
+class AdapterReader:
     """The parts of an adapter by module, as they come in."""
 
     source: str  # for messages
@@ -49,7 +49,7 @@ class Found:
             if not 0 < scale(module) < math.inf:
                 raise InputError(f"{self.source} scales {module} by {scale(module)}; alpha must be a positive number.")
         order = [module for module in modules(model) if module in self.parts]
-        return Adapter(config, {module: Matrices(**self.parts[module], scale=scale(module)) for module in order})
+        return Adapter(config, {module: LoRAMatrices(**self.parts[module], scale=scale(module)) for module in order})
 
     def ranks(self) -> dict[str, int]:
         return {module: len(parts["a"]) for module, parts in self.parts.items() if "a" in parts}
@@ -76,7 +76,7 @@ def read_part(name: str, tensor: LazyTensor, shape: Shape) -> np.ndarray:
     return np.ascontiguousarray(values, np.float32)
 
 
-def row_of_the_table(name: str, tensor: LazyTensor, module: str, table: Mapping[str, Parameter]) -> Parameter:
+def table_parameter(name: str, tensor: LazyTensor, module: str, table: Mapping[str, Parameter]) -> Parameter:
     """What ``module`` is in the model; `InputError` where an adapter cannot be on it."""
     if module in table:
         return table[module]
