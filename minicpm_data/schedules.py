@@ -13,7 +13,7 @@ Decay = Literal["exponential", "linear", "cosine", "1-sqrt"]
 class WarmupStableDecay:
     """The WSD schedule (arXiv 2404.06395, section 4): linear warm-up, constant, then a short decay.
 
-    ``steps``, ``warmup_steps``, ``decay_steps``, ``half_life`` in optimiser steps; ``peak`` is the constant rate. The
+    ``steps``, ``warmup_steps``, ``decay_steps``, ``half_life`` in optimizer steps; ``peak`` is the constant rate. The
     decay takes the last ``decay_steps``; ``exponential`` halves every ``half_life`` steps (the released models: 5000,
     over 18500 steps, so down to 0.077 of the peak), the other forms end at zero.
     """

@@ -64,7 +64,7 @@ def texts(data: Path, limit: int) -> Iterator[str]:
 
 
 def train(lines: Iterable[str], size: int) -> bytes:
-    """A serialised SentencePiece model of ``size`` pieces, in which every character of ``lines`` is a piece."""
+    """A serialized SentencePiece model of ``size`` pieces, in which every character of ``lines`` is a piece."""
     import io
 
     import sentencepiece

@@ -158,7 +158,7 @@ def test_shards_are_opened_one_after_the_other(tmp_path):
 def test_whole_numbers_are_refused_with_a_remedy(tmp_path):
     tensors = arrays()
     tensors[UP] = np.ones(tensors[UP].shape, np.int8)
-    refused(write(tmp_path, tensors), rf"not floating point \({UP}\); take the checkpoint before its quantisation")
+    refused(write(tmp_path, tensors), rf"not floating point \({UP}\); take the checkpoint before its quantization")
 
 
 def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path):

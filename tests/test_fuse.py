@@ -120,7 +120,7 @@ def test_a_quantised_source_is_told(reference, tmp_path, capsys):
     save_adapter(tmp_path / "adapter", adapter, checkpoint.config)
     main(Options(model=str(path), adapter_path=tmp_path / "adapter", save_path=tmp_path / "out"))
     assert re.search(
-        r"is quantised \(.*Q4_0.*\): the fused weights carry that error, .* about 0\.0\d+ of", capsys.readouterr().out
+        r"is quantized \(.*Q4_0.*\): the fused weights carry that error, .* about 0\.0\d+ of", capsys.readouterr().out
     )
     written = open_checkpoint(tmp_path / "out")
     for name, tensor in fuse_adapter(checkpoint, adapter).items():

@@ -70,7 +70,7 @@ def read_part(name: str, tensor: LazyTensor, shape: Shape) -> np.ndarray:
             "there; take the adapter with the model that it was trained on."
         )
     if tensor.dtype.kind not in "fV":  # bfloat16 is of kind V
-        raise InputError(f"{located(name, tensor)} is of {tensor.dtype}, not of floats; save the adapter unquantised.")
+        raise InputError(f"{located(name, tensor)} is of {tensor.dtype}, not of floats; save the adapter unquantized.")
     values = tensor.read()
     check_finite(located(name, tensor), values)
     return np.ascontiguousarray(values, np.float32)

@@ -22,6 +22,7 @@ from weights_io.files.tensor import LazyTensor
 from weights_io.lora import (
     Adapter,
     AdapterConfig,
+    LoRAMatrices,
     adapter_by_layer,
     adapter_from_layers,
     fuse_adapter,

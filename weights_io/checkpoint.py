@@ -225,7 +225,7 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
     if not_float:
         raise InputError(
             f"{path}: tensors that are not floating point ({listed(not_float)}); take the checkpoint before its "
-            "quantisation."
+            "quantization."
         )
     if copied_head is not None:
         _check_tied_head(found[EMBEDDING.hf_name], copied_head, path)

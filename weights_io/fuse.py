@@ -2,7 +2,7 @@
 
     python -m weights_io.fuse --model openbmb/MiniCPM-2B-sft-bf16 --adapter-path adapters --save-path fused_model
 
-The adapter is PEFT's or mlx_lm's; the weights are worked out in float32 and written unquantised, one tensor at a time.
+The adapter is PEFT's or mlx_lm's; the weights are worked out in float32 and written unquantized, one tensor at a time.
 Needs neither JAX nor MLX.
 """
 
@@ -75,20 +75,20 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_f
     lines.append(line)
     if kinds := quantized_kinds(checkpoint):
         lines.append(
-            f"{checkpoint.path.name} is quantised ({', '.join(kinds)}): the fused weights carry that error, by the "
+            f"{checkpoint.path.name} is quantized ({', '.join(kinds)}): the fused weights carry that error, by the "
             f"steps of its blocks about {quantization_error(checkpoint):.2g} of their size (root mean square); fuse "
-            "into the unquantised model where there is a choice"
+            "into the unquantized model where there is a choice"
         )
     return lines
 
 
 def quantized_kinds(checkpoint: Checkpoint) -> list[str]:
-    """Block types (``Q4_K``) of a GGUF file's quantised tensors; empty where every number is as it was trained."""
+    """Block types (``Q4_K``) of a GGUF file's quantized tensors; empty where every number is as it was trained."""
     return sorted(set(_kinds(checkpoint).values()))
 
 
 def quantization_error(checkpoint: Checkpoint) -> float:
-    """What quantisation took from the weights, over their size (both root mean square), by `step_error`."""
+    """What quantization took from the weights, over their size (both root mean square), by `step_error`."""
     squares = errors = 0.0
     for name, kind in _kinds(checkpoint).items():
         weights = checkpoint.tensors[name].read()

@@ -49,7 +49,7 @@ class Report:
     parameters_without_embedding: int  # nor head, where it has weights of its own
     parameters_active: int  # those that one token is computed with: fewer where a token takes some of the experts
     dtype: str  # what a loader takes if not told otherwise
-    stored: dict[str, int]  # dtype or quantised type in the files -> number of tensors
+    stored: dict[str, int]  # dtype or quantized type in the files -> number of tensors
     bytes: int  # of the weight files
     files: dict[str, dict[str, int]]  # name -> bytes, tensors
     memory: dict[str, int | None]  # bytes of all weights as stored, in bfloat16, and with --quantize; None: unknown

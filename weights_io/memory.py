@@ -11,7 +11,7 @@ from weights_io.errors import InputError
 from weights_io.parameters import EMBEDDING, HEAD, parameters, target_parameters
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-MOMENTS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 0, "adafactor": 0}  # an optimiser's, of each weight's size
+MOMENTS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 0, "adafactor": 0}  # an optimizer's, of each weight's size
 SMALLER = "take a smaller model, or in JAX more devices"  # what to do where there is no room
 ADAPTERS = "train adapters (the command lora), a smaller model, or in JAX on more devices"
 
@@ -71,7 +71,7 @@ def check_cache(rows: int, tokens: int, needed: int, free: int | None) -> None:
 
 
 def check_training(config: ModelConfig, optimizer: str, free: int | None, share: float = 1.0) -> None:
-    """`check_room` for training all weights, a ``share`` of which is here: masters, gradients and what the optimiser
+    """`check_room` for training all weights, a ``share`` of which is here: masters, gradients and what the optimizer
     keeps, in float32."""
     needed = int((2 + MOMENTS[optimizer]) * weight_bytes(config, "float32") * share)
     check_room("training all weights (masters, gradients and moments)", needed, free, ADAPTERS)

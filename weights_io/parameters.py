@@ -1,6 +1,6 @@
 """The one parameter table: what a model holds, under which name, in which shape, and how it begins.
 
-Loader, exporter, abstract shapes, shardings, initialisation and both backends read this table; there is no second list.
+Loader, exporter, abstract shapes, shardings, initialization and both backends read this table; there is no second list.
 A parameter's ``tensor`` is its name in Hugging Face files, one for each layer and expert. The MLX model stacks the
 experts of a layer; the JAX model, where ``name`` is its path, stacks the layers too. A stacked index leaves the name.
 Matrices keep the [out, in] order of the files.

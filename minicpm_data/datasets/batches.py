@@ -156,9 +156,19 @@ def evaluation_batches(
     local_rows: LocalRows = range,
     row_width: Callable[[int], int] = multiple,
 ) -> Iterator[Batch]:
-    """Every example once. Rows of like length share a batch; the batches come in a fixed random order, so that the
-    first few are a fair sample. All have ``batch_size`` rows (pairs: twice that); missing ones are empty. ``local_rows`` as
-    in `Batches.part`, ``row_width`` as in `Batches`."""
+    """Every example once, for a validation or test loss.
+
+    Rows of similar length share a batch. The batches come in a fixed random order, so that the first few are a fair
+    sample. Every batch has ``batch_size`` rows (twice that for pairs); the last one is padded with empty rows.
+
+    Arguments:
+        examples: as `load_split` returns them.
+        batch_size: rows of examples, or pairs, per batch.
+        max_seq_length: the widest row, in tokens.
+        pack: put several short examples into one row.
+        local_rows: the rows that this process makes; see `Batches.part`.
+        row_width: rounds a width in tokens up; see `Batches`.
+    """
     rows, widths = _rows(examples, max_seq_length, pack)
     order = sorted(range(len(rows)), key=lambda row: -widths[row])
     chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
@@ -209,7 +219,7 @@ def best_fit(lengths: Sequence[int], width: int) -> list[Row]:
 def _assemble(
     examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row], width: int, local_rows: LocalRows
 ) -> Batch:
-    """One batch row for each of ``rows``; of pairs two, all chosen ones first. Of all these only the ``local_rows`` ones."""
+    """One batch row for each of ``rows`` (two for a pair, all chosen answers first). Only the ``local_rows`` are made."""
     sides = len(examples[0].parts)
     made = local_rows(sides * len(rows))
     shape = (len(made), width)

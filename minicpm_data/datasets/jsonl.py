@@ -24,7 +24,7 @@ def read_items(path: Path, make: Callable[[dict], Any]) -> list[Any]:
     array = is_array(path)
     unit = "item" if array else "line"
     items, wrong, why, is_json = [], [], "", False
-    with progress_bar(f"tokenising {path.name}", path.stat().st_size) as bar:
+    with progress_bar(f"tokenizing {path.name}", path.stat().st_size) as bar:
         for number, document in (scan_array if array else scan_lines)(path, bar.update):
             try:
                 if isinstance(document, InputError):

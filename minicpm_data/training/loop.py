@@ -35,7 +35,7 @@ class Trainer(Protocol):
         """Which of a batch's ``rows`` this process makes."""
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Figures:
-        """One optimiser step on batches of ids (and labels and segments); its figures."""
+        """One optimizer step on batches of ids (and labels and segments); its figures."""
 
     def evaluate(self, batch: Arrays) -> Figures:
         """The objective's sums over a batch; ``weight`` is what they are divided by. Without one they are means."""
