@@ -219,7 +219,7 @@ def best_fit(lengths: Sequence[int], width: int) -> list[Row]:
 def _assemble(
     examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row], width: int, local_rows: LocalRows
 ) -> Batch:
-    """One batch row for each of ``rows`` (two for a pair, all chosen answers first). Only the ``local_rows`` are made."""
+    """One batch row for each of ``rows``, two for a pair (chosen answers first). Only ``local_rows`` are made."""
     sides = len(examples[0].parts)
     made = local_rows(sides * len(rows))
     shape = (len(made), width)

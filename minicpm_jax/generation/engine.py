@@ -172,7 +172,7 @@ class Engine(engine.BatchEngine[Model]):
         numbers = {
             f.name: np.stack([getattr(knobs, f.name) for knobs in each])[:, None]
             for f in dataclasses.fields(Knobs)
-            if f.name not in ("greedy", "penalised")
+            if f.name not in ("greedy", "penalized")
         }
         return Knobs(
             **numbers, greedy=all(knobs.greedy for knobs in each), penalized=any(knobs.penalized for knobs in each)

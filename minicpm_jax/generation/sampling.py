@@ -21,7 +21,7 @@ HOTTEST = 1e38  # more is infinite in float32; either way all tokens are alike
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["temperature", "top_p", "top_k", "min_p", "repetition_penalty"],
-    meta_fields=["greedy", "penalised"],
+    meta_fields=["greedy", "penalized"],
 )
 @dataclass(frozen=True)
 class Knobs:
