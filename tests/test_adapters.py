@@ -290,18 +290,26 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
     "form, tensors, said",
     [
         ("peft", holding(f"{Q}.lora_A.weight", NAN), r"q_proj.lora_A.weight in .*NaN"),
-        ("peft", holding(f"{Q}.lora_A.weight", NAN[:, :5]), r"q_proj.lora_A.weight in .* is \[4, 5\], .* \[r, 96\]"),
+        (
+            "peft",
+            holding(f"{Q}.lora_A.weight", NAN[:, :5]),
+            r"q_proj.lora_A.weight in .* has shape \[4, 5\], .* \[r, 96\]",
+        ),
         ("peft", holding(f"{Q}.lora_B.weight", np.ones((96, 3), np.float32)), "rank 4 and 3 in the two matrices"),
-        ("peft", holding(f"{Q}.lora_B.weight", np.ones((96, 4), np.int32)), "int32, not of floats"),
-        ("peft", holding(Q.replace("0", "9") + ".lora_A.weight", NAN), "layers.9.self_attn.q_proj, which is none of"),
-        ("peft", holding("base_model.model.lm_head.lora_A.weight", NAN), "for lm_head, which is none of the matrices"),
+        ("peft", holding(f"{Q}.lora_B.weight", np.ones((96, 4), np.int32)), "has dtype int32"),
+        (
+            "peft",
+            holding(Q.replace("0", "9") + ".lora_A.weight", NAN),
+            "layers.9.self_attn.q_proj, which is not a matrix",
+        ),
+        ("peft", holding("base_model.model.lm_head.lora_A.weight", NAN), "for lm_head, which is not a matrix"),
         ("peft", holding("base_model.model.lm_head.weight", NAN), "lm_head.weight in .* is no matrix of a LoRA"),
         ("peft", holding(f"{Q}.lora_magnitude_vector", np.ones(96, np.float32)), "has a magnitude, as only DoRA has"),
         ("peft", lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, "lacks the b of model.layers.0"),
         ("peft", lambda t: {}, "holds no tensors"),
         ("peft", holding(f"{Q}.lora_A.default.weight", np.ones((4, 96), np.float32)), "two tensors for the a of model"),
-        ("mlx_lm", holding("model.layers.0.self_attn.q_proj.lora_a", NAN), r"is \[4, 96\], .* \[96, r\]"),
-        ("mlx_lm", holding("model.embed_tokens.lora_a", NAN), "for model.embed_tokens, which is none of"),
+        ("mlx_lm", holding("model.layers.0.self_attn.q_proj.lora_a", NAN), r"has shape \[4, 96\], .* \[96, r\]"),
+        ("mlx_lm", holding("model.embed_tokens.lora_a", NAN), "for model.embed_tokens, which is not a matrix"),
     ],
 )
 def test_tensors_that_are_refused(dense, tmp_path, form, tensors, said):
@@ -318,7 +326,7 @@ def test_an_adapter_of_another_model(dense, moe, tmp_path):
     with pytest.raises(InputError, match=r"model.layers.0.*lora_A.weight in .* \[4, 96\].* \[r, 128\]"):
         read_adapter(tmp_path, wide)
     save_adapter(tmp_path, tiny_adapter.make(dense, ["down_proj"]), dense.config)
-    with pytest.raises(InputError, match="down_proj, which is none of the matrices"):
+    with pytest.raises(InputError, match="down_proj, which is not a matrix"):
         read_adapter(tmp_path, moe.config)
 
 

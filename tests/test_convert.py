@@ -245,7 +245,7 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(reference, tmp_path):
         (Options(model=str(tmp_path / "nowhere"), to="hf", out=out), "nowhere"),
         (Options(model=str(broken), to="hf", out=out), "is not JSON"),
         (Options(model=model, to="hf", out=broken), "is not empty"),
-        (Options(model=model, to="hf", out=reference("dense_2b") / "inside"), "lies in the model folder"),
+        (Options(model=model, to="hf", out=reference("dense_2b") / "inside"), "is inside the model folder"),
         (Options(model=model, to="hf", out=out, scale_emb=3.0), "--scale-emb is only used with --unfold"),
         (Options(model=model, to="llama", out=out, unfold=True), "use it with --to hf"),
         (Options(model=model, to="hf", out=out, unfold=True), "not in the Llama format"),

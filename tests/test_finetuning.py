@@ -342,7 +342,7 @@ def test_a_preference_on_the_test_examples(preferred, world, pairs, capsys):
     ("changes", "said"),
     [
         ({"rank": 0}, "the adapter's rank is 0"),
-        ({"targets": ("qq_proj",)}, "has no matrix 'qq_proj' that an adapter could change; choose among q_proj"),
+        ({"targets": ("qq_proj",)}, "has no matrix 'qq_proj' that an adapter can change; choose among q_proj"),
         ({"num_layers": 3}, "--num-layers is 3; the model has 2 layers"),
         ({"batch_size": 25}, "24 examples do not fill one batch of 25; give --batch-size 24"),
         ({"warmup_steps": 9}, "--warmup-steps 9 is more than the 4 steps"),

@@ -288,7 +288,7 @@ def test_a_checkpoint_becomes_a_model(whole, tmp_path, monkeypatch, capsys):
         (["--checkpoint", "{whole}/model"], "is no training run: it has no settings.json"),
         (["--checkpoint", "{whole}/checkpoints/20", "--step", 24], "is that of step 20, and --step is 24; give one."),
         (["--checkpoint", "{whole}", "--source", "nowhere"], "the run's tokenizer is not at nowhere any more"),
-        (["--checkpoint", "{whole}", "--out", "{whole}/checkpoints/x"], "lies in the model folder"),
+        (["--checkpoint", "{whole}", "--out", "{whole}/checkpoints/x"], "is inside the model folder"),
         (["--checkpoint", "{damaged}"], "checkpoints/24 is damaged ("),
     ],
 )

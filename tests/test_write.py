@@ -153,8 +153,8 @@ def test_refuses_what_exists_and_what_lies_in_the_source(tmp_path):
     for out, message in (
         (full, "is not empty"),
         (tmp_path / "file", "is a file"),
-        (source, "lies in the model folder"),
-        (source / "deep" / "er", "lies in the model folder"),
+        (source, "is inside the model folder"),
+        (source / "deep" / "er", "is inside the model folder"),
     ):
         before = contents(tmp_path)
         with pytest.raises(InputError, match=message):
