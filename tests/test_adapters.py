@@ -293,7 +293,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (
             "peft",
             holding(f"{Q}.lora_A.weight", NAN[:, :5]),
-            r"q_proj.lora_A.weight in .* has shape \[4, 5\], .* \[r, 96\]",
+            r"q_proj.lora_A.weight in .* has shape \[4, 5\] .* \[r, 96\]",
         ),
         ("peft", holding(f"{Q}.lora_B.weight", np.ones((96, 3), np.float32)), "rank 4 and 3 in the two matrices"),
         ("peft", holding(f"{Q}.lora_B.weight", np.ones((96, 4), np.int32)), "has dtype int32"),
@@ -308,7 +308,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ("peft", lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, "lacks the b of model.layers.0"),
         ("peft", lambda t: {}, "holds no tensors"),
         ("peft", holding(f"{Q}.lora_A.default.weight", np.ones((4, 96), np.float32)), "two tensors for the a of model"),
-        ("mlx_lm", holding("model.layers.0.self_attn.q_proj.lora_a", NAN), r"has shape \[4, 96\], .* \[96, r\]"),
+        ("mlx_lm", holding("model.layers.0.self_attn.q_proj.lora_a", NAN), r"has shape \[4, 96\] .* \[96, r\]"),
         ("mlx_lm", holding("model.embed_tokens.lora_a", NAN), "for model.embed_tokens, which is not a matrix"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_quantised_source_is_told(reference, tmp_path, capsys):
 def test_what_is_refused_leaves_nothing(source, reference, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_adapter.make(source), source.config)
     options = {"adapter_path": tmp_path / "adapter", "save_path": tmp_path / "out"}
-    with pytest.raises(InputError, match="take the adapter with the model"):
+    with pytest.raises(InputError, match="use the adapter with the model"):
         main(Options(model=str(reference("dense_1b")), **options))
     with pytest.raises(InputError, match="Llama format already"):
         llama = str(reference("llama_format"))
