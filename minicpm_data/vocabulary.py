@@ -59,7 +59,7 @@ def texts(data: Path, limit: int) -> Iterator[str]:
             try:
                 "".join(parts).encode()
             except UnicodeEncodeError:
-                raise InputError(f"{path}, line {number} has a lone surrogate; mend or delete the line.") from None
+                raise InputError(f"{path}, line {number} has a lone surrogate; correct or delete the line.") from None
             yield from parts
 
 

@@ -162,7 +162,7 @@ def test_ctrl_c_waits_for_the_step_and_says_how_to_go_on(backend, world, whole, 
     assert len(tiny.records(tmp_path / "out")) == 8
     monkeypatch.setattr(trainer, "step", step)
     tiny.finetune(backend, tiny.lora(world, tmp_path / "out", **LONG, resume=True))
-    assert "going on after step 8" in capsys.readouterr().out
+    assert "resuming after step 8" in capsys.readouterr().out
     assert figures(tmp_path / "out") == figures(whole)
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(whole)
 
@@ -394,7 +394,7 @@ def test_data_that_cannot_be(world, tmp_path, lines, said):
 
 def test_another_run_is_not_gone_on_with(backend, world, whole):
     before = figures(whole), adapter_bytes(whole)
-    with pytest.raises(InputError, match="holds a run; --resume goes on with it"):
+    with pytest.raises(InputError, match="holds a run; add --resume to continue it"):
         tiny.finetune(backend, tiny.lora(world, whole, **LONG))
     with pytest.raises(InputError, match="holds a run with another rank; choose another"):
         tiny.finetune(backend, tiny.lora(world, whole, **LONG, rank=4, resume=True))
