@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.models import random_model, wide
 from benchmarks.timing import alternating
-from minicpm_data.generation.engine import Engine
+from minicpm_data.generation.engine import BatchEngine
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_serve.backends import BackendName
 from weights_io import command_line
@@ -65,7 +65,7 @@ def main(options: Options) -> None:
         print(f"| {count} | engine | {shared:.1f} | {shared / speed:.2f} |")
 
 
-def answers(engine: Engine, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+def answers(engine: BatchEngine, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     numbers = [engine.add(GenerationRequest.of(engine.model, None, [prompt], tokens)) for prompt in prompts]
     found: dict[int, list[int]] = {number: [] for number in numbers}
     while not engine.idle:

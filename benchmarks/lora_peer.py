@@ -107,7 +107,7 @@ def write_world(folder: Path, count: int) -> None:
     config, random = ModelConfig.from_dict(SMALL), np.random.default_rng(0)
     tensors: dict[str, Any] = {}
     for p in parameters(config):
-        for name in p.tensors(config):
+        for name in p.hf_names(config):
             array = random.normal(0, p.init_std(config), p.tensor_shape(config)).astype(np.float32)
             array = np.ones_like(array) if p.init == "ones" else array
             tensors[name] = Computed(array.shape, array.dtype, functools.partial(np.asarray, array))

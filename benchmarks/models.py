@@ -61,7 +61,7 @@ def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:
     config, random = ModelConfig.from_dict(raw), np.random.default_rng(0)
     tensors: dict[str, Any] = {}
     for p in parameters(config):
-        for name in p.tensors(config):
+        for name in p.hf_names(config):
             array = random.normal(0, p.init_std(config), p.tensor_shape(config)).astype(numpy_dtype(dtype))
             array = np.ones_like(array) if p.init == "ones" else array
             tensors[name] = Computed(array.shape, array.dtype, functools.partial(np.asarray, array))

@@ -1,4 +1,4 @@
-"""Learning rates as plain functions of the step, computed on the host and handed to either backend's training step."""
+"""Learning rate schedules as functions of the step. They run on the host, for both backends."""
 
 import math
 from dataclasses import dataclass
@@ -13,9 +13,16 @@ Decay = Literal["exponential", "linear", "cosine", "1-sqrt"]
 class WarmupStableDecay:
     """The WSD schedule (arXiv 2404.06395, section 4): linear warm-up, constant, then a short decay.
 
-    ``steps``, ``warmup_steps``, ``decay_steps``, ``half_life`` in optimiser steps; ``peak`` is the constant rate. The
-    decay takes the last ``decay_steps``; ``exponential`` halves every ``half_life`` steps (the released models: 5000,
-    over 18500 steps, so down to 0.077 of the peak), the other forms end at zero.
+    Arguments:
+        peak: the constant learning rate.
+        steps: optimizer steps in all.
+        warmup_steps: steps of the warm-up.
+        decay_steps: the last steps, in which the rate decays.
+        decay: ``exponential`` halves the rate every ``half_life`` steps; the other forms end at 0.
+        half_life: steps. The released models used 5000 over 18500 steps, which ends at 0.077 of the peak.
+
+    Raises:
+        InputError: warm-up and decay do not fit into the steps, or the half-life is not positive.
     """
 
     peak: float
@@ -38,7 +45,7 @@ class WarmupStableDecay:
         return self.steps - self.decay_steps
 
     def __call__(self, step: int) -> float:
-        """The rate of step 0, 1, ... ``steps`` - 1."""
+        """The learning rate of a step, from 0 to ``steps`` - 1."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if step < self.decay_start:

@@ -59,12 +59,12 @@ def texts(data: Path, limit: int) -> Iterator[str]:
             try:
                 "".join(parts).encode()
             except UnicodeEncodeError:
-                raise InputError(f"{path}, line {number} has a lone surrogate; mend or delete the line.") from None
+                raise InputError(f"{path}, line {number} has a lone surrogate; correct or delete the line.") from None
             yield from parts
 
 
 def train(lines: Iterable[str], size: int) -> bytes:
-    """A serialised SentencePiece model of ``size`` pieces, in which every character of ``lines`` is a piece."""
+    """A serialized SentencePiece model of ``size`` pieces, in which every character of ``lines`` is a piece."""
     import io
 
     import sentencepiece

@@ -19,7 +19,7 @@ from minicpm_jax.layers.lora import LowRank, Matrices, _row_squares, ratio
 from minicpm_jax.model import linear
 from minicpm_jax.parallel.processes import fetched
 from minicpm_jax.parallel.sharding import resized
-from weights_io.adapters import Adapter, AdapterConfig, stacked, target_parameters, unstacked
+from weights_io.adapters import Adapter, AdapterConfig, stack_adapter, target_parameters, unstack_adapter
 from weights_io.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
     """The arrays of an adapter that was read. A layer without a part of it is zeros, magnitude too (see `ratio`)."""
     weights = {}
     for parameter in target_parameters(config, adapter.config.targets):
-        norms = dict.fromkeys(parameter.tensors(config), np.zeros(parameter.tensor_shape(config)[0], np.float32))
-        a, b, magnitude = stacked(parameter, adapter, config, norms.__getitem__)
+        norms = dict.fromkeys(parameter.hf_names(config), np.zeros(parameter.tensor_shape(config)[0], np.float32))
+        a, b, magnitude = stack_adapter(parameter, adapter, config, norms.__getitem__)
         weights[parameter.name] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
         if magnitude is not None:
             weights[parameter.name]["magnitude"] = jnp.asarray(magnitude)
@@ -89,4 +89,4 @@ def to_adapter(
         return tuple(None if part not in matrices else fetched(matrices[part]) for part in ("a", "b", "magnitude"))
 
     arrays: Any = {name: parts(matrices) for name, matrices in weights.items()}
-    return unstacked(adapter, arrays, config, layers)
+    return unstack_adapter(adapter, arrays, config, layers)

@@ -28,7 +28,7 @@ from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.config import ModelConfig
-from weights_io.files.memory_reading import read_stacked
+from weights_io.files.threaded_reader import read_stacked
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import Parameter, parameters
 from weights_io.progress import reading
@@ -157,7 +157,7 @@ def _rows(
     depth, stored = len(parameter.stack(checkpoint.config)), parameter.tensor_shape(checkpoint.config)
     shape = parameter.shape(lies_as)[depth:]
     place = _where(parameter.logical_axes()[depth:], shape, mesh)
-    for name in parameter.tensors(checkpoint.config):
+    for name in parameter.hf_names(checkpoint.config):
         yield _read(checkpoint, name, stored, shape, dtype, place)
 
 

@@ -27,7 +27,7 @@ def main(options: parity.Options) -> None:
     """Compare a model with numbers that another program computed from the same weights."""
     from minicpm_jax import load
 
-    parity.run(options, parity.Backend(load, logits, states, continued))
+    parity.run(options, parity.ParityBackend(load, logits, states, continued))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 
 from minicpm_mlx.layers.lora import LowRank, Matrices, dense
 from minicpm_mlx.model import Model
-from weights_io.adapters import Adapter, AdapterConfig, by_layer, from_layers, target_parameters
+from weights_io.adapters import Adapter, AdapterConfig, adapter_by_layer, adapter_from_layers, target_parameters
 from weights_io.config import ModelConfig
 
 
@@ -24,7 +24,7 @@ def initial(model: Model, config: AdapterConfig, layers: Collection[int], key: m
     names = [
         name.removesuffix(".weight")
         for parameter in target_parameters(model.config, config.targets)
-        for index, name in enumerate(parameter.layers(model.config))
+        for index, name in enumerate(parameter.mlx_names(model.config))
         if index in layers
     ]
     weights = {}
@@ -96,7 +96,7 @@ def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
     """The arrays of an adapter that was read."""
     weights = {}
     for parameter in target_parameters(config, adapter.config.targets):
-        for name, (a, b, magnitude) in by_layer(parameter, adapter, config).items():
+        for name, (a, b, magnitude) in adapter_by_layer(parameter, adapter, config).items():
             weights[name] = {"a": mx.array(a), "b": mx.array(b)}
             if magnitude is not None:
                 weights[name]["magnitude"] = mx.array(magnitude)
@@ -109,4 +109,4 @@ def to_adapter(config: ModelConfig, weights: dict[str, Matrices], adapter: Adapt
         name: (np.array(m["a"]), np.array(m["b"]), np.array(m["magnitude"]) if "magnitude" in m else None)
         for name, m in weights.items()
     }
-    return from_layers(adapter, arrays, config)
+    return adapter_from_layers(adapter, arrays, config)

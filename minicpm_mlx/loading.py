@@ -22,8 +22,8 @@ from minicpm_mlx.quantization.model import quantised
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_model
-from weights_io.files.memory_reading import look_through
 from weights_io.files.tensor import FileTensor
+from weights_io.files.threaded_reader import check_all_finite
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import parameters
 from weights_io.progress import reading
@@ -90,11 +90,11 @@ def load_weights(
     mapped = _mapped(checkpoint, target)
     leaves: dict[str, mx.array] = {}
     with reading(checkpoint) as checkpoint:
-        look_through(checkpoint, mapped, target)
+        check_all_finite(checkpoint, mapped, target)
         for parameter in parameters(checkpoint.config):
-            for name, tensors in parameter.layers(checkpoint.config).items():
+            for name, tensors in parameter.mlx_names(checkpoint.config).items():
                 arrays = [_read(checkpoint, tensor, target, mapped) for tensor in tensors]
-                array = _stacked(arrays) if parameter.of_expert else arrays.pop()
+                array = _stacked(arrays) if parameter.per_expert else arrays.pop()
                 leaves |= _quantised(name, array, packed[name]) if name in packed else {name: array}
                 del array  # what was packed, before the next one is read
     model.load_weights(list(leaves.items()))

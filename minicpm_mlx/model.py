@@ -196,10 +196,10 @@ class Model(nn.Module):
         kept = {
             name: array
             for name, array in weights.items()
-            if not (name.endswith(BUFFERS) or (self.config.tie_word_embeddings and name == HEAD.tensor))
+            if not (name.endswith(BUFFERS) or (self.config.tie_word_embeddings and name == HEAD.hf_name))
         }
         for parameter in parameters(self.config):
-            for name, tensors in parameter.layers(self.config).items() if parameter.of_expert else ():
+            for name, tensors in parameter.mlx_names(self.config).items() if parameter.per_expert else ():
                 for part in ("weight", "scales", "biases"):
                     experts = [f"{module_name(tensor)}.{part}" for tensor in tensors]
                     if kept.keys() >= set(experts):  # else saved from here, and stacked already
@@ -222,7 +222,7 @@ def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
     """The model with weights that are never computed unless they are used: for shapes and memory estimates."""
     model = Model(config)
     leaves = {
-        n: mx.zeros(p.layer_shape(config), getattr(mx, dtype)) for p in parameters(config) for n in p.layers(config)
+        n: mx.zeros(p.layer_shape(config), getattr(mx, dtype)) for p in parameters(config) for n in p.mlx_names(config)
     }
     model.load_weights(list(leaves.items()))
     return model
@@ -233,7 +233,7 @@ def initialise(config: ModelConfig, key: mx.array, dtype: str = "float32") -> Mo
     model, table = Model(config), parameters(config)
     leaves = {}
     for parameter, subkey in zip(table, mx.random.split(key, len(table)), strict=True):
-        names, shape = parameter.layers(config), parameter.layer_shape(config)
+        names, shape = parameter.mlx_names(config), parameter.layer_shape(config)
         for name, layer_key in zip(names, mx.random.split(subkey, len(names)), strict=True):
             if parameter.init == "ones":
                 leaves[name] = mx.ones(shape, getattr(mx, dtype))

@@ -1,11 +1,11 @@
-"""One engine for many threads: what a server hands its requests to.
+"""A thread-safe engine for concurrent requests, used by the server.
 
     model, tokenizer = minicpm_jax.load("minicpm-2b", decoding=True)
-    engine = Engine("jax", model, tokenizer, slots=16)
+    engine = ServingEngine("jax", model, tokenizer, slots=16)
     for response in engine.stream_generate("Hello", max_tokens=64): ...
 
-A thread of its own steps the backend's engine; the caller's thread gets its `Response`s as they come. Leaving the loop
-early cancels the request. `submit` is for those who cannot wait in a thread.
+One background thread steps the backend's engine and delivers each `Response` to its caller. Leaving the loop early
+cancels the request. `submit` is for callers that must not block.
 """
 
 import atexit
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from minicpm_data.generation import engine
 from minicpm_data.generation.api import Decoding
-from minicpm_data.generation.engine import TooMuch
+from minicpm_data.generation.engine import OutOfMemory
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     CHAT_TEMPERATURE,
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 
-SLOTS = 8  # where nobody says how many
-WARM = 16  # tokens of a prompt, of the shortest kind
+SLOTS = 8  # default number of concurrent requests
+WARM = 16  # tokens of the warm-up prompt
 
 Answered = Response | Exception
 
 
-class Ended(InputError):
-    """Of a request that came after the engine's end, or was not over by then."""
+class EngineClosed(InputError):
+    """The engine was closed before a request was finished, or before it was submitted."""
 
 
 class Answer:
-    """Where a request's `Response`s go, and how its tokens become them."""
+    """Turns the tokens of a request into `Response`s. ``deliver`` is called with each."""
 
     def __init__(self, deliver: Callable[[Answered], None], texts: Callable[[Iterator[int]], Iterator[Response]]):
         self.deliver = deliver
@@ -56,10 +56,12 @@ class Answer:
 
     def add(self, token: int) -> Response:
         self._tokens.append(token)
-        return next(self._responses)  # which asks for one token
+        return next(self._responses)  # pulls exactly one token
 
 
-class Engine(Generic[ModelT]):
+class ServingEngine(Generic[ModelT]):
+    """A `minicpm_data.generation.engine.BatchEngine` that may be used from several threads."""
+
     def __init__(
         self,
         backend: BackendName,
@@ -69,9 +71,19 @@ class Engine(Generic[ModelT]):
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
     ):
-        """``model``: as ``load(decoding=True)`` gives it; another form may be slower. ``slots`` and ``context``: None
-        for both is up to 8 slots of as many tokens as the model was made for, as far as there is room: fewer slots,
-        then less context. The rest as in `minicpm_data.generation.engine.Engine`."""
+        """
+        Arguments:
+            backend: ``jax`` or ``mlx``.
+            model: from ``load(decoding=True)``; other forms may be slower.
+            tokenizer: None where the checkpoint has none.
+            slots: concurrent requests.
+            context: most tokens of a prompt and its answer. With both None, 8 slots of the model's context are tried;
+                where memory is short, fewer slots are used, and then a shorter context.
+            cache_options: of every request's cache.
+
+        Raises:
+            InputError: as `BatchEngine`.
+        """
         self.model, self.tokenizer = model, tokenizer
         decoding: Decoding[ModelT] = backends.get(backend).generator.decoding
         if slots is None and context is None:
@@ -79,19 +91,19 @@ class Engine(Generic[ModelT]):
         else:
             self._engine = decoding.engine(model, SLOTS if slots is None else slots, context, cache_options)
         self._ends = end_ids(model, tokenizer)
-        self.error: Exception | None = None  # that ended everything
-        self._answers: dict[int, Answer] = {}  # of requests that are not over
+        self.error: Exception | None = None  # the error that stopped the engine
+        self._answers: dict[int, Answer] = {}  # of unfinished requests
         self._lock = threading.Lock()
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="minicpm-engine", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # a process that ends while the device computes would abort
+        atexit.register(self.close)  # a process that exits while the device computes aborts
 
     def warm_up(self) -> None:
-        """Begin a short chat and a completion, so that in JAX their programs are compiled before anybody waits."""
+        """Run a short chat and a completion, so that JAX compiles their programs before the first request."""
         if self.tokenizer is not None:
             self.tokenizer.warm_up()
-        ids = [0] * min(WARM, self.context - 1)  # a chat template may take no message of ours
+        ids = [0] * min(WARM, self.context - 1)  # ids, because a chat template may refuse any message
         for most, temperature in ((CHAT_TOKENS, CHAT_TEMPERATURE), (ANSWER_TOKENS, 0.0)):
             answer = self.stream_generate(ids, min(most, self.context - len(ids)), temperature=temperature)
             for _ in zip(range(2), answer, strict=False):  # the first token is the prompt's; then it is cancelled
@@ -100,13 +112,23 @@ class Engine(Generic[ModelT]):
     def stream_generate(
         self, prompt: Prompt, max_tokens: int = ANSWER_TOKENS, stop: str | Sequence[str] = (), **sampling: Any
     ) -> Iterator[Response]:
-        """As `minicpm_data.generation.api.Generator.stream_generate`; ``sampling`` under the names of `Sampling`.
-        Raises `InputError` before the first token for what has no room or is out of range."""
+        """Generate from one prompt; blocks until each token arrives.
+
+        Arguments:
+            prompt, max_tokens, stop: as for `minicpm_data.generation.api.Generator.stream_generate`.
+            sampling: the fields of `Sampling`.
+
+        Returns:
+            An iterator over `Response`.
+
+        Raises:
+            InputError: at the call, where a value is out of range or the prompt is too long.
+        """
         answer: queue.SimpleQueue[Answered] = queue.SimpleQueue()
         request = self.request(self.prompt_ids(prompt), max_tokens, Sampling(**sampling))
         number = self.submit(answer.put, request, stop)
         responses = self._responses(number, answer)
-        next(responses)  # from here on it is cancelled when nobody holds it any more
+        next(responses)  # enters the generator, whose end cancels the request
         return responses
 
     def submit(
@@ -116,44 +138,55 @@ class Engine(Generic[ModelT]):
         stop: str | Sequence[str] = (),
         group: int | None = None,
     ) -> int:
-        """As `stream_generate`, of what `request` makes, but returns at once, with the number by which it is known.
-        ``deliver`` is called on the engine's thread with each `Response` up to the one that has a ``finish_reason``, or
-        with the error that ended the engine; it must neither wait nor raise. ``group``: a number of `group`, for
-        requests that share a place in the queue."""
+        """Submit a request without waiting.
+
+        Arguments:
+            deliver: called on the engine's thread with each `Response`, the last of which has a ``finish_reason``, or
+                with the error that stopped the engine. It must neither block nor raise.
+            request: from `request`.
+            stop: strings that end the answer.
+            group: from `group`, for requests that share a place in the queue.
+
+        Returns:
+            The number of the request.
+
+        Raises:
+            InputError: the request does not fit the engine, or the engine is closed.
+        """
         state, ends, most = self._engine.admitted(request, group), request.end_ids, request.max_tokens
         answer = Answer(deliver, lambda tokens: stream_text(tokens, self.tokenizer, ends, stop, most))
         with self._lock:
             if self.error is not None:
                 raise self.error
             self._answers[state.number] = answer
-        self._asked.put(lambda: self._engine.waiting.append(state))
+        self._asked.put(lambda: self._engine.queued.append(state))
         return state.number
 
     def prompt_ids(self, prompt: Prompt) -> PromptIds:
         return prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size)
 
     def request(self, ids: PromptIds, max_tokens: int, sampling: Sampling) -> GenerationRequest:
-        """For `submit`: with the ends and the cache of this engine. `NoRoom` for what is above its context."""
+        """A request with this engine's EOS ids and cache options. Raises `PromptTooLong`."""
         self._engine.check_context(len(ids), max_tokens)
         return GenerationRequest((ids,), max_tokens, sampling, self._ends, self._engine.cache_options)
 
     def group(self) -> int:
-        """A number for requests that belong together: they never have all slots, and take turns with others."""
+        """The id of a new group of requests, which never takes all slots and takes turns with other groups."""
         return self._engine.group()
 
     def cancel(self, number: int) -> None:
-        """No more of a request; nothing if it is over."""
+        """Drop a request. Nothing happens if it is finished."""
         self._asked.put(lambda: self._cancel(number))
 
     def close(self) -> None:
-        """End the thread; requests that are not over end with an `Ended`."""
+        """Stop the thread. Unfinished requests get an `EngineClosed`."""
         atexit.unregister(self.close)
         self._asked.put(None)
         self._thread.join()
 
     @property
     def open(self) -> int:
-        """Requests that are not over."""
+        """Number of unfinished requests."""
         return len(self._answers)
 
     @property
@@ -166,7 +199,7 @@ class Engine(Generic[ModelT]):
         return self._engine.context
 
     def _responses(self, number: int, answer: "queue.SimpleQueue[Answered]") -> Iterator[Response]:
-        """First one that is none, then those that come."""
+        """Yield an empty response first, then those that arrive."""
         response = Response("", None)
         try:
             yield response
@@ -185,7 +218,7 @@ class Engine(Generic[ModelT]):
         self._answers.pop(number, None)
 
     def _work(self) -> None:
-        error: Exception = Ended("the engine was closed.")
+        error: Exception = EngineClosed("the engine was closed.")
         try:
             while True:
                 # Wait only where there is nothing to compute.
@@ -195,14 +228,14 @@ class Engine(Generic[ModelT]):
                         return
                     asked()
                 for made in self._engine.step():
-                    if made.number not in self._answers:  # of one that a stop string ended a few tokens ago
+                    if made.number not in self._answers:  # a stop string ended it a few tokens ago
                         continue
                     answer = self._answers[made.number]
                     response = answer.add(made.token)
                     if response.finish_reason is not None:
                         self._cancel(made.number)
                     answer.deliver(response)
-        except Exception as failed:  # of the device: nobody's request can go on
+        except Exception as failed:  # a device error, which ends all requests
             error = failed
         finally:
             with self._lock:
@@ -212,12 +245,12 @@ class Engine(Generic[ModelT]):
             self._answers.clear()
 
 
-def _fitting(make: Callable[[int, int | None], engine.Engine[ModelT]]) -> engine.Engine[ModelT]:
-    """What ``make`` makes of the most slots, or else of the longest context, that there is room for."""
+def _fitting(make: Callable[[int, int | None], engine.BatchEngine[ModelT]]) -> engine.BatchEngine[ModelT]:
+    """The engine with the most slots, else with the longest context, that fits the memory."""
     for slots in range(SLOTS, 0, -1):
         try:
             return make(slots, None)
-        except TooMuch as error:
+        except OutOfMemory as error:
             refused = error
     if refused.context is None:
         raise refused

@@ -69,7 +69,7 @@ class Options(backends.BackendOptions):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedModel:
     name: str
     model: str
     revision: str | None
@@ -89,7 +89,7 @@ def main(options: Options) -> None:
         evaluate_all(options, listed, documents)
 
 
-def evaluate_all(options: Options, listed: Sequence[Checkpoint], documents: Sequence[str]) -> None:
+def evaluate_all(options: Options, listed: Sequence[SavedModel], documents: Sequence[str]) -> None:
     """What is not in the folder yet; the curve is drawn anew after each."""
     from tqdm import tqdm
 
@@ -113,7 +113,7 @@ def evaluate_all(options: Options, listed: Sequence[Checkpoint], documents: Sequ
         draw(options.out / "history.png", {c.name: done[c.name][key] for c in listed if c.name in done}, label)
 
 
-def checkpoints(options: Options) -> list[Checkpoint]:
+def checkpoints(options: Options) -> list[SavedModel]:
     """What --revisions or --folders name, in their order. `InputError` where that is not one of the two."""
     if bool(options.revisions) == bool(options.folders):
         raise InputError("give the checkpoints with --revisions or with --folders, one of the two.")
@@ -123,13 +123,13 @@ def checkpoints(options: Options) -> list[Checkpoint]:
     if options.folders:
         entry = catalog.find(options.model) if options.model else None
         start = f"{entry.repo if entry and entry.repo else options.model}/" if options.model else ""
-        return [Checkpoint(name, start + name, options.revision) for name in names]
+        return [SavedModel(name, start + name, options.revision) for name in names]
     if options.model is None or options.revision is not None:
         raise InputError("--revisions are those of --model, and take the place of --revision.")
-    return [Checkpoint(name, options.model, name) for name in names]
+    return [SavedModel(name, options.model, name) for name in names]
 
 
-def evaluated(options: Options, checkpoint: Checkpoint, documents: Sequence[str]) -> dict[str, Any]:
+def evaluated(options: Options, checkpoint: SavedModel, documents: Sequence[str]) -> dict[str, Any]:
     """The figures of one checkpoint, whose memory is free again afterwards."""
     backend = backends.get(options.backend)
     here = dataclasses.replace(options, model=checkpoint.model, revision=checkpoint.revision)

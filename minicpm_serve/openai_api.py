@@ -20,7 +20,7 @@ from minicpm_data.cli.evaluate import require_positive
 from minicpm_data.generation.options import CacheOptions
 from minicpm_data.model_options import load_model, note_context
 from minicpm_serve import backends
-from minicpm_serve.engine import Engine
+from minicpm_serve.engine import ServingEngine
 from weights_io import command_line
 from weights_io.errors import InputError
 
@@ -79,7 +79,7 @@ def main(options: Options) -> None:
         backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options, decoding=True)
         cache_options = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
-        engine = Engine(options.backend, model, tokenizer, options.slots, options.context, cache_options)
+        engine = ServingEngine(options.backend, model, tokenizer, options.slots, options.context, cache_options)
         try:
             backend.device.note_mesh(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --context")
@@ -113,7 +113,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def server(
-    engine: Engine,
+    engine: ServingEngine,
     name: str,
     api_key: str | None = None,
     waiting: int = 256,

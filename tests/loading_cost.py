@@ -60,7 +60,7 @@ def weights(name: str) -> int:
 
 def layer(name: str) -> int:
     """Bytes in float32 of one layer."""
-    return 4 * sum(math.prod(p.layer_shape(CONFIGS[name])) for p in parameters(CONFIGS[name]) if p.stacked)
+    return 4 * sum(math.prod(p.layer_shape(CONFIGS[name])) for p in parameters(CONFIGS[name]) if p.per_layer)
 
 
 def big_checkpoint(folder: Path, name: str) -> Path:

@@ -12,11 +12,18 @@ import safetensors.numpy
 import tiny_adapter
 
 from weights_io import adapters
-from weights_io.adapters import AdapterConfig, read_adapter, save_adapter, stacked, target_parameters, unstacked
+from weights_io.adapters import (
+    AdapterConfig,
+    read_adapter,
+    save_adapter,
+    stack_adapter,
+    target_parameters,
+    unstack_adapter,
+)
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed, write_file
-from weights_io.lora import by_layer, from_layers, row_norms
+from weights_io.lora import adapter_by_layer, adapter_from_layers, row_norms
 from weights_io.parameters import module_name, modules
 
 FORMS = ("peft", "mlx_lm")
@@ -74,16 +81,16 @@ def test_stacks_and_back(request, name, dora):
     model = checkpoint.config
     adapter = tiny_adapter.make(checkpoint, dora=dora)
     table = target_parameters(model, ["all-linear"])
-    arrays = {p.name: stacked(p, adapter, model) for p in table}
+    arrays = {p.name: stack_adapter(p, adapter, model) for p in table}
     for p in table:
         a, b, magnitude = arrays[p.name]
         rows, columns = p.tensor_shape(model)
         assert a.shape == (*p.stack(model), 4, columns) and b.shape == (*p.stack(model), rows, 4)
         assert magnitude.shape == (*p.stack(model), rows) if dora else magnitude is None
-    tiny_adapter.same(unstacked(adapter.config, arrays, model), adapter)
-    layers = {name: arrays for p in table for name, arrays in by_layer(p, adapter, model).items()}
+    tiny_adapter.same(unstack_adapter(adapter.config, arrays, model), adapter)
+    layers = {name: arrays for p in table for name, arrays in adapter_by_layer(p, adapter, model).items()}
     assert len(layers) == 7 * model.num_hidden_layers
-    back = from_layers(adapter.config, layers, model)
+    back = adapter_from_layers(adapter.config, layers, model)
     tiny_adapter.same(dataclasses.replace(back, tensors={m: back.tensors[m] for m in adapter.tensors}), adapter)
 
 
@@ -91,26 +98,26 @@ def test_ranks_and_scales_become_one(moe):
     """Smaller ranks are padded, other scales folded into b: W changes by the same."""
     adapter = tiny_adapter.make(moe, ranks=(4, 2, 3))
     for p in target_parameters(moe.config, ["all-linear"]):
-        a, b, _ = stacked(p, adapter, moe.config)
-        for place, name in zip(np.ndindex(*p.stack(moe.config)), p.tensors(moe.config), strict=True):
+        a, b, _ = stack_adapter(p, adapter, moe.config)
+        for place, name in zip(np.ndindex(*p.stack(moe.config)), p.hf_names(moe.config), strict=True):
             change = adapter.config.scale * b[place] @ a[place]
             np.testing.assert_allclose(change, adapter.tensors[module_name(name)].change(), rtol=1e-5, atol=1e-6)
 
 
 def test_layers_without_an_adapter_change_nothing(dense):
     (q,) = target_parameters(dense.config, ["q_proj"])
-    names = q.tensors(dense.config)
+    names = q.hf_names(dense.config)
     adapter = tiny_adapter.make(dense, ["q_proj"], layers=[1], dora=True)
     with pytest.raises(ValueError, match="give the row norms"):
-        stacked(q, adapter, dense.config)
-    a, b, magnitude = stacked(q, adapter, dense.config, row_norms(dense))
+        stack_adapter(q, adapter, dense.config)
+    a, b, magnitude = stack_adapter(q, adapter, dense.config, row_norms(dense))
     assert not a[0].any() and not b[0].any() and a[1].any()
-    matrices = unstacked(adapter.config, {q.name: (a, b, magnitude)}, dense.config).tensors[module_name(names[0])]
+    matrices = unstack_adapter(adapter.config, {q.name: (a, b, magnitude)}, dense.config).tensors[module_name(names[0])]
     weight = dense.tensors[names[0]].read()
     np.testing.assert_allclose(matrices.applied(weight), weight, rtol=1e-6)
-    again = unstacked(adapter.config, {q.name: (a, b, magnitude)}, dense.config, layers=[1])
+    again = unstack_adapter(adapter.config, {q.name: (a, b, magnitude)}, dense.config, layers=[1])
     tiny_adapter.same(again, adapter)
-    assert list(by_layer(q, adapter, dense.config)) == ["model.layers.1.self_attn.q_proj"]
+    assert list(adapter_by_layer(q, adapter, dense.config)) == ["model.layers.1.self_attn.q_proj"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -283,18 +290,26 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
     "form, tensors, said",
     [
         ("peft", holding(f"{Q}.lora_A.weight", NAN), r"q_proj.lora_A.weight in .*NaN"),
-        ("peft", holding(f"{Q}.lora_A.weight", NAN[:, :5]), r"q_proj.lora_A.weight in .* is \[4, 5\], .* \[r, 96\]"),
+        (
+            "peft",
+            holding(f"{Q}.lora_A.weight", NAN[:, :5]),
+            r"q_proj.lora_A.weight in .* has shape \[4, 5\] .* \[r, 96\]",
+        ),
         ("peft", holding(f"{Q}.lora_B.weight", np.ones((96, 3), np.float32)), "rank 4 and 3 in the two matrices"),
-        ("peft", holding(f"{Q}.lora_B.weight", np.ones((96, 4), np.int32)), "int32, not of floats"),
-        ("peft", holding(Q.replace("0", "9") + ".lora_A.weight", NAN), "layers.9.self_attn.q_proj, which is none of"),
-        ("peft", holding("base_model.model.lm_head.lora_A.weight", NAN), "for lm_head, which is none of the matrices"),
+        ("peft", holding(f"{Q}.lora_B.weight", np.ones((96, 4), np.int32)), "has dtype int32"),
+        (
+            "peft",
+            holding(Q.replace("0", "9") + ".lora_A.weight", NAN),
+            "layers.9.self_attn.q_proj, which is not a matrix",
+        ),
+        ("peft", holding("base_model.model.lm_head.lora_A.weight", NAN), "for lm_head, which is not a matrix"),
         ("peft", holding("base_model.model.lm_head.weight", NAN), "lm_head.weight in .* is no matrix of a LoRA"),
         ("peft", holding(f"{Q}.lora_magnitude_vector", np.ones(96, np.float32)), "has a magnitude, as only DoRA has"),
         ("peft", lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, "lacks the b of model.layers.0"),
         ("peft", lambda t: {}, "holds no tensors"),
         ("peft", holding(f"{Q}.lora_A.default.weight", np.ones((4, 96), np.float32)), "two tensors for the a of model"),
-        ("mlx_lm", holding("model.layers.0.self_attn.q_proj.lora_a", NAN), r"is \[4, 96\], .* \[96, r\]"),
-        ("mlx_lm", holding("model.embed_tokens.lora_a", NAN), "for model.embed_tokens, which is none of"),
+        ("mlx_lm", holding("model.layers.0.self_attn.q_proj.lora_a", NAN), r"has shape \[4, 96\] .* \[96, r\]"),
+        ("mlx_lm", holding("model.embed_tokens.lora_a", NAN), "for model.embed_tokens, which is not a matrix"),
     ],
 )
 def test_tensors_that_are_refused(dense, tmp_path, form, tensors, said):
@@ -311,7 +326,7 @@ def test_an_adapter_of_another_model(dense, moe, tmp_path):
     with pytest.raises(InputError, match=r"model.layers.0.*lora_A.weight in .* \[4, 96\].* \[r, 128\]"):
         read_adapter(tmp_path, wide)
     save_adapter(tmp_path, tiny_adapter.make(dense, ["down_proj"]), dense.config)
-    with pytest.raises(InputError, match="down_proj, which is none of the matrices"):
+    with pytest.raises(InputError, match="down_proj, which is not a matrix"):
         read_adapter(tmp_path, moe.config)
 
 

@@ -24,16 +24,16 @@ def read(**changes):
     "changes, message",
     [
         ({"num_experts": 8}, "num_experts is 8 and num_experts_per_tok is 0 or missing"),
-        ({"num_experts": 8, "num_experts_per_tok": 0}, "num_experts_per_tok is 0 or missing; write how many"),
+        ({"num_experts": 8, "num_experts_per_tok": 0}, "num_experts_per_tok is 0 or missing; add the number"),
         ({"num_experts_per_tok": 2}, "num_experts_per_tok is 2 and num_experts is 0 or missing"),
         ({"num_experts": 8, "num_experts_per_tok": 9}, "num_experts_per_tok 9 is above num_experts 8"),
         ({"num_experts": -1, "num_experts_per_tok": 2}, "num_experts is -1; it must be a positive whole number"),
         ({"num_experts": 8, "num_experts_per_tok": 1.5}, "num_experts_per_tok is 1.5"),
         ({"num_experts": "8", "num_experts_per_tok": 2}, 'num_experts is "8"'),
-        ({"num_local_experts": 8}, "num_local_experts = 8 changes the numbers"),
-        ({"architectures": ["LlamaForCausalLM"], **MOE}, "num_experts = 8 changes the numbers and is not supported"),
-        ({"hidden_act": "fatrelu"}, 'hidden_act_param, its threshold, is missing; write "hidden_act_param": 0.01'),
-        ({"hidden_act": "fatrelu", "hidden_act_param": None}, r"ProSparse paper's value \(arXiv 2402.13516"),
+        ({"num_local_experts": 8}, "num_local_experts = 8 changes the logits"),
+        ({"architectures": ["LlamaForCausalLM"], **MOE}, "num_experts = 8 changes the logits and is not supported"),
+        ({"hidden_act": "fatrelu"}, 'hidden_act_param, its threshold, is missing; add .*"hidden_act_param": 0.01'),
+        ({"hidden_act": "fatrelu", "hidden_act_param": None}, r"hidden_act_param\": 0.01 \(arXiv 2402.13516"),
         (
             {"hidden_act": "fatrelu", "hidden_act_param": -0.1},
             "hidden_act_param is -0.1; the threshold of fatrelu must",
@@ -88,8 +88,8 @@ def test_full_size():
     w1 = table["model.layers.mlp.experts.w1.weight"]
     assert w1.shape(config) == (40, 8, 5760, 2304)
     assert w1.logical_axes() == ("layers", "expert", "mlp", "embed")
-    assert w1.tensors(config)[9] == "model.layers.1.mlp.experts.1.w1.weight"
-    assert list(w1.layers(config))[39] == "model.layers.39.mlp.experts.w1.weight"
+    assert w1.hf_names(config)[9] == "model.layers.1.mlp.experts.1.w1.weight"
+    assert list(w1.mlx_names(config))[39] == "model.layers.39.mlp.experts.w1.weight"
     assert {short_name(p) for p in table.values() if p.adds_to_residual} == {"o_proj", "w2"}
     for name in ("gate", "experts.w1", "experts.w2", "experts.w3"):  # muP's matrices
         parameter = table[f"model.layers.mlp.{name}.weight"]

@@ -22,7 +22,7 @@ from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed, write_file
 from weights_io.llama_format import from_llama, to_llama
 from weights_io.parameters import parameters
-from weights_io.write import save_checkpoint, unstacked
+from weights_io.write import save_checkpoint, unstack_params
 
 BFLOAT16_EPSILON = 2.0**-7
 
@@ -118,10 +118,10 @@ def test_stacked_experts_are_written_apart(reference, tmp_path):
     """What training saves: arrays stacked over layers and experts."""
     source = open_checkpoint(reference("moe_8x2b"))
     stacked = {
-        p.name: np.stack([source.tensors[t].read() for t in p.tensors(source.config)]).reshape(p.shape(source.config))
+        p.name: np.stack([source.tensors[t].read() for t in p.hf_names(source.config)]).reshape(p.shape(source.config))
         for p in parameters(source.config)
     }
-    save_checkpoint(tmp_path / "out", source.config, unstacked(source.config, stacked))
+    save_checkpoint(tmp_path / "out", source.config, unstack_params(source.config, stacked))
     for key, tensor in open_checkpoint(tmp_path / "out").tensors.items():
         np.testing.assert_array_equal(tensor.read(), source.tensors[key].read(), err_msg=key)
 
@@ -245,7 +245,7 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(reference, tmp_path):
         (Options(model=str(tmp_path / "nowhere"), to="hf", out=out), "nowhere"),
         (Options(model=str(broken), to="hf", out=out), "is not JSON"),
         (Options(model=model, to="hf", out=broken), "is not empty"),
-        (Options(model=model, to="hf", out=reference("dense_2b") / "inside"), "lies in the model folder"),
+        (Options(model=model, to="hf", out=reference("dense_2b") / "inside"), "is inside the model folder"),
         (Options(model=model, to="hf", out=out, scale_emb=3.0), "--scale-emb is only used with --unfold"),
         (Options(model=model, to="llama", out=out, unfold=True), "use it with --to hf"),
         (Options(model=model, to="hf", out=out, unfold=True), "not in the Llama format"),

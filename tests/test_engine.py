@@ -100,7 +100,7 @@ def test_a_group_never_has_the_last_slot_and_takes_turns(backend, model):
         engine = make(backend, model, slots=slots)
         group = engine.group()
         for _ in range(10):
-            engine.waiting.append(engine.admitted(asked(engine, [1, 7, 9], 12), group))
+            engine.queued.append(engine.admitted(asked(engine, [1, 7, 9], 12), group))
         run(engine, lambda found: bool(found))
         alone = [engine.add(asked(engine, [1, 5], 3)) for _ in range(2)]
         over = []
@@ -179,7 +179,7 @@ def test_engines_that_cannot_be(backend, model, options):
 
 @pytest.fixture
 def served(backend, model):
-    engine = serve.Engine(backend.__name__.removeprefix("minicpm_"), copy_of(backend, model), None, slots=2)
+    engine = serve.ServingEngine(backend.__name__.removeprefix("minicpm_"), copy_of(backend, model), None, slots=2)
     yield engine
     engine.close()
 

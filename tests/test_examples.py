@@ -391,7 +391,7 @@ def test_which_file(tmp_path):
         ("train.jsonl", "[1]\n", "item 1 is not an object"),
         ("train.json", json.dumps({"data": [FOX]}, indent=1), "line 1 ends before its JSON does; put one whole object"),
         ("train.jsonl", lines(FOX) + lines(FOX)[:-2], "line 2 ends before its JSON does"),
-        ("train.jsonl", '{"text": 1' + "0" * 5000 + "}", r"line 1 is not JSON \(Exceeds[^;]*\); mend or delete it"),
+        ("train.jsonl", '{"text": 1' + "0" * 5000 + "}", r"line 1 is not JSON \(Exceeds[^;]*\); correct or delete it"),
         ("train.jsonl", b"\xff\n", "line 1 is not UTF-8"),
         ("train.jsonl", lines(FOX).encode("utf-16"), "line 1 is UTF-16 text; convert the file to UTF-8 first"),
         ("train.jsonl", lines(FOX).encode("utf-16-le"), "line 1 is UTF-16 text; convert the file to UTF-8 first"),
@@ -434,7 +434,7 @@ def test_a_file_of_another_kind_is_told_as_one(tmp_path, minicpm, name, content)
 def test_a_line_without_end_is_refused(tmp_path, minicpm, name):
     with open(tmp_path / name, "wb") as file:
         file.truncate(20 << 30)  # holes alone
-    with pytest.raises(InputError, match=f"{name}, line 1 goes on for more than 67108864 bytes; end it before"):
+    with pytest.raises(InputError, match=f"{name}, line 1 is longer than 67108864 bytes; split it"):
         load_split(tmp_path, "train", minicpm, 64)
 
 

@@ -162,7 +162,7 @@ def test_ctrl_c_waits_for_the_step_and_says_how_to_go_on(backend, world, whole, 
     assert len(tiny.records(tmp_path / "out")) == 8
     monkeypatch.setattr(trainer, "step", step)
     tiny.finetune(backend, tiny.lora(world, tmp_path / "out", **LONG, resume=True))
-    assert "going on after step 8" in capsys.readouterr().out
+    assert "resuming after step 8" in capsys.readouterr().out
     assert figures(tmp_path / "out") == figures(whole)
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(whole)
 
@@ -342,7 +342,7 @@ def test_a_preference_on_the_test_examples(preferred, world, pairs, capsys):
     ("changes", "said"),
     [
         ({"rank": 0}, "the adapter's rank is 0"),
-        ({"targets": ("qq_proj",)}, "has no matrix 'qq_proj' that an adapter could change; choose among q_proj"),
+        ({"targets": ("qq_proj",)}, "has no matrix 'qq_proj' that an adapter can change; choose among q_proj"),
         ({"num_layers": 3}, "--num-layers is 3; the model has 2 layers"),
         ({"batch_size": 25}, "24 examples do not fill one batch of 25; give --batch-size 24"),
         ({"warmup_steps": 9}, "--warmup-steps 9 is more than the 4 steps"),
@@ -394,7 +394,7 @@ def test_data_that_cannot_be(world, tmp_path, lines, said):
 
 def test_another_run_is_not_gone_on_with(backend, world, whole):
     before = figures(whole), adapter_bytes(whole)
-    with pytest.raises(InputError, match="holds a run; --resume goes on with it"):
+    with pytest.raises(InputError, match="holds a run; add --resume to continue it"):
         tiny.finetune(backend, tiny.lora(world, whole, **LONG))
     with pytest.raises(InputError, match="holds a run with another rank; choose another"):
         tiny.finetune(backend, tiny.lora(world, whole, **LONG, rank=4, resume=True))

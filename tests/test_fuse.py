@@ -11,12 +11,12 @@ import pytest
 import tiny_adapter
 from gguf import GGMLQuantizationType, quants
 
-from weights_io.adapters import fused, read_adapter, save_adapter
+from weights_io.adapters import fuse_adapter, read_adapter, save_adapter
 from weights_io.casting import Rounding
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
 from weights_io.fuse import Options, main, step_error
-from weights_io.lora import Change
+from weights_io.lora import UpdateStats
 
 IDS = np.random.default_rng(0).integers(3, 200, (2, 12))
 
@@ -36,7 +36,7 @@ def test_the_weights(reference, name, dora):
     """Against the definition, in float64."""
     checkpoint = open_checkpoint(reference(name))
     adapter = tiny_adapter.make(checkpoint, ranks=(4, 2), layers=[0, 2], dora=dora)
-    tensors = fused(checkpoint, adapter)
+    tensors = fuse_adapter(checkpoint, adapter)
     assert list(tensors) == list(checkpoint.tensors)
     for tensor, original in checkpoint.tensors.items():
         matrices = adapter.tensors.get(tensor.removesuffix(".weight"))
@@ -51,8 +51,8 @@ def test_the_weights(reference, name, dora):
 
 def test_what_rounding_takes(reference):
     checkpoint = open_checkpoint(reference("dense_bf16"))
-    rounding, change = Rounding(), Change()
-    tensors = fused(checkpoint, tiny_adapter.make(checkpoint, ["q_proj"]), rounding=rounding, change=change)
+    rounding, change = Rounding(), UpdateStats()
+    tensors = fuse_adapter(checkpoint, tiny_adapter.make(checkpoint, ["q_proj"]), rounding=rounding, change=change)
     q = tensors["model.layers.0.self_attn.q_proj.weight"].read()
     assert q.dtype.name == "bfloat16" and rounding.count == q.size
     assert 1e-3 < rounding.worst < 2**-8 * 1.01
@@ -107,7 +107,7 @@ def test_the_command(reference, tmp_path, module):
     assert re.search(r"by 0?[\d.]+ of their size .*, and rounding is 0[\d.]+ of that change", ran.stdout)
     written = open_checkpoint(tmp_path / "out")
     assert written.config == checkpoint.config and written.dtype == "bfloat16"
-    for name, tensor in fused(checkpoint, adapter).items():
+    for name, tensor in fuse_adapter(checkpoint, adapter).items():
         np.testing.assert_array_equal(written.tensors[name].read(), tensor.read())
     again = subprocess.run([sys.executable, "-m", module, *options], capture_output=True, text=True)
     assert again.returncode == 2 and "exists and is not empty" in again.stderr
@@ -120,17 +120,17 @@ def test_a_quantised_source_is_told(reference, tmp_path, capsys):
     save_adapter(tmp_path / "adapter", adapter, checkpoint.config)
     main(Options(model=str(path), adapter_path=tmp_path / "adapter", save_path=tmp_path / "out"))
     assert re.search(
-        r"is quantised \(.*Q4_0.*\): the fused weights carry that error, .* about 0\.0\d+ of", capsys.readouterr().out
+        r"is quantized \(.*Q4_0.*\): the fused weights carry that error, .* about 0\.0\d+ of", capsys.readouterr().out
     )
     written = open_checkpoint(tmp_path / "out")
-    for name, tensor in fused(checkpoint, adapter).items():
+    for name, tensor in fuse_adapter(checkpoint, adapter).items():
         np.testing.assert_array_equal(written.tensors[name].read(), tensor.read())
 
 
 def test_what_is_refused_leaves_nothing(source, reference, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_adapter.make(source), source.config)
     options = {"adapter_path": tmp_path / "adapter", "save_path": tmp_path / "out"}
-    with pytest.raises(InputError, match="take the adapter with the model"):
+    with pytest.raises(InputError, match="use the adapter with the model"):
         main(Options(model=str(reference("dense_1b")), **options))
     with pytest.raises(InputError, match="Llama format already"):
         llama = str(reference("llama_format"))

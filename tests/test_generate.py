@@ -212,7 +212,7 @@ def draws(package, logits, seen, count, sampling):
         return np.asarray(sampler.sample(rows, seen_rows, knobs, jax.random.split(jax.random.key(0), count))).tolist()
     import mlx.core as mx
 
-    seen_rows = mx.array(seen_rows) if sampling.penalised else None
+    seen_rows = mx.array(seen_rows) if sampling.penalized else None
     keys = mx.random.split(mx.random.key(0), count)
     return np.asarray(sampler.sample(mx.array(rows), seen_rows, sampling, keys)).tolist()
 

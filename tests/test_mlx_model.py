@@ -336,7 +336,7 @@ def test_initialise_follows_the_parameter_table(experts):
     assert not experts or not mx.array_equal(ups[0][0], ups[0][1])
     assert mx.array_equal(model.model.norm.weight, mx.ones(64))
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
-    assert shapes == {name: p.layer_shape(config) for p in parameters(config) for name in p.layers(config)}
+    assert shapes == {name: p.layer_shape(config) for p in parameters(config) for name in p.mlx_names(config)}
     assert shapes == {name: array.shape for name, array in tree_flatten(abstract(config).parameters())}
 
 

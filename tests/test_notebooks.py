@@ -418,7 +418,7 @@ def test_a_training_in_drive_goes_on_after_a_disconnect(tmp_path, kernels, colab
     notebook, client = run_all("second", 24)
     client.execute()
     said = printed(notebook)
-    assert f"{run.name}: holds a run, which goes on" in said and "going on after step 20" in said
+    assert f"{run.name}: holds a run, which goes on" in said and "resuming after step 20" in said
     assert (run / "adapter_model.safetensors").exists() and not (tmp_path / "second" / "adapters").exists()
 
 

@@ -18,7 +18,7 @@ from shown import ROOT, served
 
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_serve import backends, openai_api
-from minicpm_serve.engine import Ended, Engine
+from minicpm_serve.engine import EngineClosed, ServingEngine
 from weights_io.errors import InputError
 
 SLOTS, WAITING = 2, 6
@@ -56,7 +56,7 @@ def api(request, tmp_path_factory):
     def alone(*prompt, **options):
         return list(backend.generator.stream_generate(model, tokenizer, *prompt, **options))
 
-    engine = Engine(request.param, backend.load(folder, "float32")[0], tokenizer, SLOTS)
+    engine = ServingEngine(request.param, backend.load(folder, "float32")[0], tokenizer, SLOTS)
     with listening(engine, waiting=WAITING) as found:
         found.alone, found.tokenizer = alone, tokenizer
         yield found
@@ -129,7 +129,7 @@ def test_without_a_word_about_it_a_chat_is_drawn_as_chat_does(api):
 
 def test_without_a_word_about_it_an_answer_is_as_long_as_there_is_room():
     with listening(played := Played()) as server:
-        threading.Thread(target=lambda: played.fail(Ended("over."))).start()
+        threading.Thread(target=lambda: played.fail(EngineClosed("over."))).start()
         assert ask(server.port, "/v1/completions", {"prompt": [1] * 60})[0] == 503
     assert played.asked == [(GenerationRequest((PromptIds([1] * 60, vocab_size=9),), 4), ())]
 
@@ -431,7 +431,7 @@ class Played:
     def __init__(self):
         self.delivers, self.asked = [], []
 
-    prompt_ids = Engine.prompt_ids
+    prompt_ids = ServingEngine.prompt_ids
 
     def request(self, ids, max_tokens, sampling):
         return GenerationRequest((ids,), max_tokens, sampling)
@@ -450,7 +450,7 @@ class Played:
             self.delivers.pop()(error)
 
     def close(self):
-        self.fail(Ended("this engine is closed."))
+        self.fail(EngineClosed("this engine is closed."))
 
 
 def test_a_signal_ends_the_command_as_it_should(tmp_path):

@@ -19,7 +19,7 @@ from test_openai_api import LONG, Played, ask, events, listening, wait_until
 from minicpm_data.tokenizer.folder import load_tokenizer
 from minicpm_data.tokenizer.text_bound import TextBound
 from minicpm_serve import backends
-from minicpm_serve.engine import Engine
+from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http import connections, gate
 from minicpm_serve.http.gate import checked_hosts, checked_key, checked_origins
 from weights_io.errors import InputError
@@ -32,7 +32,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 def api(request, tmp_path_factory):
     folder = tiny_model.write(tmp_path_factory.mktemp("besieged"), max_position_embeddings=4096)
     model, tokenizer = backends.get(request.param).load(folder, "float32")
-    engine = Engine(request.param, model, tokenizer, SLOTS)
+    engine = ServingEngine(request.param, model, tokenizer, SLOTS)
     engine.warm_up()
     with listening(engine, waiting=29) as found:
         yield found

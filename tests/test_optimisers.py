@@ -84,7 +84,7 @@ def test_weight_decay_goes_on_all_but_norms_and_magnitudes(model_type, kind):
     """Names of both backends, of every kind of model. Before the table was asked, a name with "norm" in it was
     spared."""
     config = ModelConfig(model_type=model_type, num_hidden_layers=L, **kind)
-    names = {name for p in parameters(config) for name in (p.name, *p.layers(config))}
+    names = {name for p in parameters(config) for name in (p.name, *p.mlx_names(config))}
     assert {name for name in names if is_decayed(name, config)} == {name for name in names if "norm" not in name}
     for layer in ("model.layers.mlp.up_proj.weight", "model.layers.0.mlp.up_proj"):
         assert [is_decayed(f"{layer}.{part}", config) for part in ("a", "b", "magnitude")] == [True, True, False]

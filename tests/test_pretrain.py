@@ -224,10 +224,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, whole, tmp_path, ho
     process.wait(60)
     stopped_early = not (out / "model").exists()
     refused = run(corpus, out)
-    assert refused.returncode == 2 and "holds a run; --resume goes on with it" in refused.stderr
+    assert refused.returncode == 2 and "holds a run; add --resume to continue it" in refused.stderr
     ran = run(corpus, out, "--resume")
     assert ran.returncode == 0, ran.stderr
-    assert not stopped_early or "going on after step" in ran.stdout
+    assert not stopped_early or "resuming after step" in ran.stdout
     assert how != signal.SIGINT or process.returncode in (130, 0)
     assert figures(out) == figures(whole)
     assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
@@ -250,7 +250,7 @@ def test_two_processes_train_as_one(corpus, whole, tmp_path):
     assert second.stdout == "" and "Traceback" not in first.stderr + second.stderr
     assert 8 <= step < 24 and (out / "checkpoints" / str(step)).exists() and not (out / "model").exists()
     ended = run(corpus, out, "--resume")
-    assert ended.returncode == 0 and f"going on after step {step}" in ended.stdout, ended.stderr
+    assert ended.returncode == 0 and f"resuming after step {step}" in ended.stdout, ended.stderr
     for mine, theirs in zip(figures(out), figures(whole), strict=True):
         numbers = [[record[name] for name in record if name != "stage"] for record in (mine, theirs)]
         np.testing.assert_allclose(*numbers, rtol=1e-5)
@@ -288,7 +288,7 @@ def test_a_checkpoint_becomes_a_model(whole, tmp_path, monkeypatch, capsys):
         (["--checkpoint", "{whole}/model"], "is no training run: it has no settings.json"),
         (["--checkpoint", "{whole}/checkpoints/20", "--step", 24], "is that of step 20, and --step is 24; give one."),
         (["--checkpoint", "{whole}", "--source", "nowhere"], "the run's tokenizer is not at nowhere any more"),
-        (["--checkpoint", "{whole}", "--out", "{whole}/checkpoints/x"], "lies in the model folder"),
+        (["--checkpoint", "{whole}", "--out", "{whole}/checkpoints/x"], "is inside the model folder"),
         (["--checkpoint", "{damaged}"], "checkpoints/24 is damaged ("),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_stopped_run_of_mlx_goes_on_as_if_it_had_not_been(world, whole, tmp_pa
     assert not (tmp_path / "out" / "model").exists()
     monkeypatch.setattr(trainer, "step", step)
     assert pretrain("minicpm_mlx", world, tmp_path / "out", resume=True) == figures(whole)
-    assert "going on after step 3" in capsys.readouterr().out
+    assert "resuming after step 3" in capsys.readouterr().out
     ours, theirs = (out / "model" / "model.safetensors" for out in (tmp_path / "out", whole))
     assert ours.read_bytes() == theirs.read_bytes()
     assert (whole / "loss.png").read_bytes()[:4] == b"\x89PNG"

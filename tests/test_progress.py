@@ -61,6 +61,6 @@ def test_only_a_terminal_sees_it(monkeypatch, capsys, terminal):
         bar._time = lambda: time.time() + 2  # seconds later
         bar.update(1_000_000)
     said = capsys.readouterr().err
-    assert processes.Alone().quiet is None  # so do the bars of training
+    assert processes.SingleProcess().quiet is None  # so do the bars of training
     assert ("loading:  50%" in said and "1.00M/2.00M" in said) == terminal
     assert terminal or not said

@@ -100,7 +100,7 @@ def test_a_prompt(backend, model, free):
 
 
 def test_an_engine_and_its_remedy(backend, model, free):
-    engine = importlib.import_module(f"{backend}.generation.engine").Engine
+    engine = importlib.import_module(f"{backend}.generation.engine").ServingEngine
     free(memory.cache_bytes(model.config, 8192, "float32"))
     with pytest.raises(
         InputError, match=r"of 8 slots x 4,096 tokens would take .* are free; lower slots, or context \("
@@ -130,7 +130,7 @@ def test_a_server_takes_what_there_is_room_for(backend, folder, free):
         free(None)
         model = tiny_training.load(backend, folder)
         free(bytes_left)
-        engine = serve.Engine(backend.removeprefix("minicpm_"), model, None, *asked)
+        engine = serve.ServingEngine(backend.removeprefix("minicpm_"), model, None, *asked)
         engine.close()
         return engine.slots, engine.context
 

@@ -102,7 +102,7 @@ def test_an_empty_or_renamed_checkpoint_is_found(backend, saved, tmp_path):
         restored(backend, tmp_path)
     (tmp_path / "20").rmdir()
     (tmp_path / "10").rename(tmp_path / "20")
-    with pytest.raises(InputError, match=r"saved as that of step 10\); delete .*20 and begin anew"):
+    with pytest.raises(InputError, match=r"saved as that of step 10\); delete .*20 and start a new run"):
         restored(backend, tmp_path)
     sums = json.loads((tmp_path / "20" / SUMS).read_text())
     (tmp_path / "20" / SUMS).write_text(json.dumps(sums | {"step": 20}))  # the state says it too
@@ -114,7 +114,9 @@ def test_where_several_are_damaged_all_are_named(backend, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     for step in (10, 20):
         flipped(next(path for path in (tmp_path / "run" / str(step)).rglob("*") if path.is_file()), random.Random(0))
-    with pytest.raises(InputError, match=r"step 20 .*; delete \S+/20, \S+/10 and begin anew: no checkpoint is whole"):
+    with pytest.raises(
+        InputError, match=r"step 20 .*; delete \S+/20, \S+/10 and start a new run: no checkpoint is whole"
+    ):
         restored(backend, tmp_path / "run")
 
 
@@ -275,12 +277,12 @@ def test_a_run_that_is_not_there_is_not_gone_on_with(tmp_path):
     run = begun(tmp_path / "adapters-sums")
     (tmp_path / "adapters-sum").mkdir()
     for name in ("adapter-sums", "adapters-sum"):
-        with pytest.raises(InputError, match=f"{name} holds no run to go on with; did you mean {run}\\?"):
+        with pytest.raises(InputError, match=f"{name} holds no run to resume; did you mean {run}\\?"):
             check_folder(tmp_path / name, resume=True)
-    with pytest.raises(InputError, match="holds no run to go on with; leave out --resume to begin one"):
+    with pytest.raises(InputError, match="holds no run to resume; leave out --resume to begin one"):
         check_folder(tmp_path / "model-of-another-kind", resume=True)
     (tmp_path / "adapters-sum" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not empty and holds no run to go on with; did you mean"):
+    with pytest.raises(InputError, match="is not empty and holds no run to resume; did you mean"):
         check_folder(tmp_path / "adapters-sum", resume=True)
     assert check_folder(run, resume=True) and not check_folder(tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters-sum", "adapters-sums"]
@@ -299,7 +301,7 @@ def test_what_a_run_left_is_not_written_over(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
     for resume in (False, True):
-        with pytest.raises(InputError, match="holds adapter_model.safetensors of a run whose checkpoints are gone"):
+        with pytest.raises(InputError, match="holds adapter_model.safetensors of a run without checkpoints"):
             check_folder(tmp_path, resume)
 
 
@@ -385,7 +387,7 @@ def test_other_valid_examples_are_noted(tmp_path, capsys):
     for valid, notes in (("one", 0), ("other", 1)):
         with using(tmp_path, {}, resume=True, notes={"valid": valid}):
             pass
-        assert capsys.readouterr().err.count("note: the valid examples are others") == notes
+        assert capsys.readouterr().err.count("note: the validation examples differ") == notes
 
 
 def test_a_write_that_ends_after_its_loop_prints_nothing():

@@ -21,7 +21,7 @@ from weights_io.errors import InputError
 from weights_io.files.partial import partial
 from weights_io.files.safetensors import Computed
 from weights_io.parameters import parameters, tensor_shapes
-from weights_io.write import save_checkpoint, unstacked
+from weights_io.write import save_checkpoint, unstack_params
 
 CONFIG = ModelConfig(
     vocab_size=11,
@@ -133,7 +133,7 @@ def test_side_files_and_harmless_keys_go_along_and_code_does_not(tmp_path):
 def test_stacked_arrays_come_out_layer_by_layer(tmp_path):
     rng = np.random.default_rng(1)
     arrays = {p.name: rng.normal(size=p.shape(CONFIG)).astype(np.float32) for p in parameters(CONFIG)}
-    save_checkpoint(tmp_path / "out", CONFIG, unstacked(CONFIG, arrays))
+    save_checkpoint(tmp_path / "out", CONFIG, unstack_params(CONFIG, arrays))
     loaded = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     np.testing.assert_array_equal(loaded["model.norm.weight"], arrays["model.norm.weight"])
     for layer in range(2):
@@ -153,8 +153,8 @@ def test_refuses_what_exists_and_what_lies_in_the_source(tmp_path):
     for out, message in (
         (full, "is not empty"),
         (tmp_path / "file", "is a file"),
-        (source, "lies in the model folder"),
-        (source / "deep" / "er", "lies in the model folder"),
+        (source, "is inside the model folder"),
+        (source / "deep" / "er", "is inside the model folder"),
     ):
         before = contents(tmp_path)
         with pytest.raises(InputError, match=message):

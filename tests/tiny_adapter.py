@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from weights_io.adapters import Adapter, AdapterConfig, Matrices, target_parameters
+from weights_io.adapters import Adapter, AdapterConfig, LoRAMatrices, target_parameters
 from weights_io.checkpoint import Checkpoint
 from weights_io.parameters import module_name
 
@@ -22,7 +22,7 @@ def make(
     tensors = {}
     for parameter in target_parameters(model, targets):
         rows, columns = parameter.tensor_shape(model)
-        for place, name in zip(np.ndindex(*parameter.stack(model)), parameter.tensors(model), strict=True):
+        for place, name in zip(np.ndindex(*parameter.stack(model)), parameter.hf_names(model), strict=True):
             if layers is not None and place[0] not in layers:
                 continue
             rank = ranks[len(tensors) % len(ranks)]
@@ -30,7 +30,7 @@ def make(
             lengths = np.linalg.norm(checkpoint.tensors[name].read().astype(np.float32), axis=1)
             magnitude = (lengths * random.uniform(0.5, 1.5, rows)).astype(np.float32) if dora else None
             scale = 2.0 * (1 + max(ranks) - rank)
-            tensors[module_name(name)] = Matrices(a, b, magnitude, scale)
+            tensors[module_name(name)] = LoRAMatrices(a, b, magnitude, scale)
     names = tuple(dict.fromkeys(name.rpartition(".")[2] for name in tensors))
     return Adapter(AdapterConfig(max(ranks), 2.0 * max(ranks), dora=dora, targets=names), tensors)
 

@@ -24,7 +24,7 @@ def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes) -> Pat
     random = np.random.default_rng(seed)
     tensors = {}
     for p in parameters(config):
-        for name in p.tensors(config):
+        for name in p.hf_names(config):
             array = random.normal(0, p.init_std(config), p.tensor_shape(config)).astype(numpy_dtype(dtype))
             array = np.ones_like(array) if p.init == "ones" else array
             tensors[name] = Computed(array.shape, array.dtype, lambda array=array: array)

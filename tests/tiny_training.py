@@ -14,7 +14,7 @@ from minicpm_data.training import finetuning
 from minicpm_data.training.options import FinetuneOptions, FullOptions, LoraOptions
 from weights_io.adapters import Adapter, read_adapter
 from weights_io.checkpoint import open_checkpoint
-from weights_io.write import of_layers, unstacked
+from weights_io.write import of_layers, unstack_params
 
 BACKENDS = ("minicpm_jax", "minicpm_mlx")
 DENSE = {"intermediate_size": 64}  # rows of 64, which have groups to be quantised in; two query heads share a key head
@@ -124,7 +124,7 @@ def gradients(backend: str, model: Any, batch: dict[str, np.ndarray], **objectiv
             return objective(whole.model(None, weights), batch)
 
         (_, sums), found = jax.jit(jax.value_and_grad(total, has_aux=True))(train.weights_of(model))
-        tensors = unstacked(model.config, found)
+        tensors = unstack_params(model.config, found)
     else:
         import mlx.core as mx
         import mlx.nn as nn

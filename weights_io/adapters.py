@@ -1,8 +1,8 @@
-"""Adapters in and out, as folders of Hugging Face's PEFT and of mlx_lm, and from one form to the other.
+"""Read and write adapters in the formats of Hugging Face PEFT and mlx_lm, and convert between the two.
 
     python -m weights_io.adapters --model minicpm-2b --adapter-path adapters --to peft --out peft-adapter
 
-What an adapter does to the weights is in `weights_io.lora`, whose names are here too.
+`weights_io.lora` holds the arrays and the arithmetic; its public names are re-exported here.
 """
 
 import errno
@@ -22,29 +22,29 @@ from weights_io.files.tensor import LazyTensor
 from weights_io.lora import (
     Adapter,
     AdapterConfig,
-    Matrices,
-    by_layer,
-    from_layers,
-    fused,
+    LoRAMatrices,
+    adapter_by_layer,
+    adapter_from_layers,
+    fuse_adapter,
     row_norms,
-    stacked,
-    unstacked,
+    stack_adapter,
+    unstack_adapter,
 )
 from weights_io.parameters import target_parameters
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
-    "Matrices",
-    "by_layer",
-    "from_layers",
-    "fused",
+    "LoRAMatrices",
+    "adapter_by_layer",
+    "adapter_from_layers",
+    "fuse_adapter",
     "read_adapter",
     "row_norms",
     "save_adapter",
-    "stacked",
+    "stack_adapter",
     "target_parameters",
-    "unstacked",
+    "unstack_adapter",
 ]
 Form = Literal["peft", "mlx_lm"]
 FORMS: dict[str, Any] = {"peft": peft_format, "mlx_lm": mlx_lm_format}
@@ -68,7 +68,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Write an adapter in the form of PEFT or of mlx_lm. Only the config of its model is needed."""
+    """Convert an adapter to the format of PEFT or of mlx_lm. Only the config of its model is needed."""
     from weights_io.checkpoint import open_model
     from weights_io.write import check_output
 
@@ -81,7 +81,7 @@ def main(options: Options) -> None:
 
 
 def summary(adapter: Adapter) -> str:
-    """One line: kind, rank, scale, and how many matrices of which names."""
+    """One line for the user: kind, rank, scale, number of matrices and targets."""
     config = adapter.config
     return (
         f"{'DoRA' if config.dora else 'LoRA'} of rank {config.rank}, scale {config.scale:g}, on "
@@ -90,12 +90,18 @@ def summary(adapter: Adapter) -> str:
 
 
 def read_adapter(path: Path | str, config: ModelConfig) -> Adapter:
-    """The adapter in the folder ``path`` (or with that safetensors file, its adapter_config.json beside it), as PEFT or
-    mlx_lm write it, for a model of this config; all of its tensors are read, as float32.
+    """Read an adapter written by PEFT or mlx_lm.
+
+    Arguments:
+        path: the adapter's folder, or its weights file with ``adapter_config.json`` beside it.
+        config: the config of its model.
+
+    Returns:
+        The adapter, with all tensors read as float32.
 
     Raises:
-        InputError: there is none, it is damaged, changes the model in a way that is not supported, holds NaN or
-            infinities, or is of another model: the first tensor that does not fit is named with both shapes.
+        InputError: there is no adapter, a file is damaged, a setting is not supported, a number is NaN or infinite,
+            or a tensor does not fit the model (the first one is named with both shapes).
     """
     path = Path(path).expanduser()
     folder = path if path.is_dir() else path.parent
@@ -120,13 +126,20 @@ def read_adapter(path: Path | str, config: ModelConfig) -> Adapter:
 def save_adapter(
     folder: Path | str, adapter: Adapter, config: ModelConfig, *, form: Form = "peft", base_model: str | None = None
 ) -> list[Path]:
-    """Write an adapter of a model of this config, in float32, and return its two files, weights first.
+    """Write an adapter in float32. Each file replaces the old one only when it is complete.
 
-    ``base_model`` (default: the adapter's own note) is what PEFT looks for when it opens the adapter alone. Each file
-    takes its name when it is whole: killed, or out of disk, the export leaves the adapter that was there before.
+    Arguments:
+        folder: the folder to write; it is made if it is missing.
+        adapter: the adapter.
+        config: the config of its model.
+        form: ``peft`` or ``mlx_lm``.
+        base_model: the model that PEFT loads when it opens the adapter alone; default: the adapter's own note.
+
+    Returns:
+        The two files, weights first.
 
     Raises:
-        InputError: the folder cannot be written or holds an adapter of the other form.
+        InputError: the folder cannot be written, or holds an adapter of the other format.
     """
     folder = Path(folder).expanduser()
     raw, tensors = FORMS[form].files(adapter, config, base_model or adapter.config.base_model)
@@ -135,14 +148,14 @@ def save_adapter(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any((folder / name).exists() for name in others):
-            raise InputError(f"{folder} holds an adapter of another form; choose another folder.")
+            raise InputError(f"{folder} holds an adapter of another format; choose another folder.")
         written = [folder / FORMS[form].WEIGHTS[0], folder / CONFIG]
         with partial(written[0]) as path:
             write_file(path, tensors)
         write_whole(written[1], text)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"the disk of {folder} is full, and what was there is left; make room.") from error
+            raise InputError(f"the disk of {folder} is full (no file was changed); free some space.") from error
         raise InputError(f"cannot write {folder} ({error.strerror or error}); choose another folder.") from error
     return written
 
@@ -151,7 +164,7 @@ def _open(path: Path) -> Mapping[str, LazyTensor]:
     from weights_io.files import safetensors, torch_pickle
 
     if path.suffix not in (".safetensors", ".bin"):
-        raise InputError(f"{path} is neither a .safetensors nor a .bin file; save the adapter again as one.")
+        raise InputError(f"{path} is neither a .safetensors nor a .bin file; save the adapter as one of these.")
     return (torch_pickle if path.suffix == ".bin" else safetensors).open_file(path)
 
 

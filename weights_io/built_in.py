@@ -1,4 +1,4 @@
-"""Where the model lies that comes with the package."""
+"""The built-in model, which is part of the package."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ FOLDER = Path(__file__).parent / "pico"
 
 
 def built_in() -> Path:
-    """The folder of the model that comes with this package."""
+    """The folder of the built-in model. Raises `InputError` where the installation lacks it."""
     if not FOLDER.is_dir():
         raise InputError(
             "The built-in model is missing from this installation: reinstall minicpm-jax-mlx or pass a folder."

@@ -1,4 +1,4 @@
-"""Numbers scaled and rounded to another dtype, with what that cost them."""
+"""Scale arrays, cast them to another dtype and record the rounding errors."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,26 @@ import numpy as np
 from weights_io.config import DTYPES
 from weights_io.errors import InputError
 
-BLOCK = 1 << 20  # elements worked on at a time, so that a 1 GB embedding needs no second copy in float32
-GROUPS = (64, 32)  # numbers of a row in few bits that share a scale: the first that divides the row
-CACHED = 1 << 16  # elements looked at together: their bits stay in the processor's cache
+BLOCK = 1 << 20  # elements cast at a time, so that a 1 GB embedding needs no second copy in float32
+GROUPS = (64, 32)  # quantization group sizes; the first that divides a row is used
+CACHED = 1 << 16  # elements compared at a time; they fit the processor's cache
 
 
 @dataclass
 class Rounding:
-    """Relative rounding errors |rounded - exact| / |exact|, summed up over all that `cast` was given with it."""
+    """Relative rounding errors |rounded - exact| / |exact|, accumulated over the calls of `cast`."""
 
     worst: float = 0.0
     total: float = 0.0
-    count: int = 0  # numbers rounded, zeros included
-    vanished: int = 0  # numbers that became 0
+    count: int = 0  # values rounded, zeros included
+    vanished: int = 0  # values that became 0
 
     @property
     def mean(self) -> float:
         return self.total / max(self.count, 1)
 
     def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
-        """Both of one shape, in the dtype of ``exact``."""
+        """Add the errors of an array. Both arguments have the same shape and dtype."""
         error = np.zeros_like(exact)
         magnitude = np.abs(exact)
         np.divide(np.abs(rounded - exact), magnitude, out=error, where=(magnitude > 0) & np.isfinite(magnitude))
@@ -44,10 +44,22 @@ def cast(
     divide: float = 1.0,
     rounding: Rounding | None = None,
 ) -> np.ndarray:
-    """``array * multiply / divide`` in ``dtype``, worked out in float32 (in float64 where that is to be float32).
+    """Compute ``array * multiply / divide`` and cast it to ``dtype``.
+
+    The product is computed in float32, or in float64 where ``dtype`` is float32.
+
+    Arguments:
+        name: the tensor's name in messages.
+        array: floats of any dtype.
+        dtype: the dtype of the result.
+        multiply, divide: the scale.
+        rounding: collects the rounding errors.
+
+    Returns:
+        The result; ``array`` itself where nothing changes.
 
     Raises:
-        InputError: a number of the tensor ``name`` is NaN or infinite, or would be infinite in ``dtype``.
+        InputError: a value is NaN or infinite, or would be infinite in ``dtype``.
     """
     dtype = numpy_dtype(dtype)
     check_finite(name, array)
@@ -59,7 +71,7 @@ def cast(
     source, target = array.reshape(-1), result.reshape(-1)
     for start in range(0, source.size, BLOCK):
         block = source[start : start + BLOCK]
-        with np.errstate(all="ignore"):  # overflow is found below
+        with np.errstate(all="ignore"):  # overflow is checked below
             exact = block.astype(working)
             if multiply != 1:
                 exact *= working.type(multiply)
@@ -75,21 +87,21 @@ def cast(
 
 
 def check_finite(what: str, values: np.ndarray) -> np.ndarray:
-    """The largest |x|. Raises `InputError`, naming ``what``, where any x is NaN or infinite."""
+    """The largest |x|. Raises `InputError`, with ``what`` as its subject, where an x is NaN or infinite."""
     largest = largest_magnitude(values)
     if not np.isfinite(largest):
         raise InputError(
-            f"{what} holds NaN or infinite numbers, and would make every logit NaN; download the file again or take "
+            f"{what} holds NaN or infinite numbers, and would make every logit NaN; download the file again or use "
             "another checkpoint."
         )
     return largest
 
 
 def largest_magnitude(values: np.ndarray) -> np.ndarray:
-    """The largest |x| of a float array (0 where it is empty); NaN or infinite where any x is.
+    """The largest |x| of a float array, 0 if it is empty; NaN or infinite where an x is.
 
-    Without the sign, floats are ordered as their bits are: whole numbers are compared, at 6 GB/s, where numpy would
-    look at bfloat16 and float16 one by one.
+    The bits of floats without the sign are ordered like the floats. Comparing them as integers takes 6 GB/s; numpy
+    compares bfloat16 and float16 values one by one.
     """
     bits = values.reshape(-1).view(f"u{values.dtype.itemsize}")
     no_sign = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
@@ -100,37 +112,37 @@ def largest_magnitude(values: np.ndarray) -> np.ndarray:
 
 
 def check_dtype(dtype: str) -> str:
-    """``dtype``, the name of one that weights are loaded and written in. Raises `InputError` for any other."""
+    """Return ``dtype`` if weights can be loaded and written in it. Raises `InputError` otherwise."""
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; choose {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     return dtype
 
 
 def check_bits(bits: int) -> int:
-    """``bits`` that weights can be kept in. Raises `InputError` for any other number."""
+    """Return ``bits`` if weights can be quantized to it. Raises `InputError` otherwise."""
     if bits not in (4, 8):
         raise InputError(f"quantize is {bits}; it must be 4 or 8.")
     return bits
 
 
 def group_of(width: int) -> int:
-    """The one of `GROUPS` for rows of so many numbers; the last where none divides them."""
+    """The quantization group size for rows of ``width`` values; the smallest of `GROUPS` where none divides it."""
     return next((group for group in GROUPS if width % group == 0), GROUPS[-1])
 
 
 def check_groups(name: str, width: int) -> None:
-    """Raises `InputError` where rows of so many numbers have no groups."""
+    """Raises `InputError` where no group size divides rows of ``width`` values."""
     if width % group_of(width):
-        raise InputError(f"rows of {width} in {name} have no groups of {GROUPS[-1]}; leave out --quantize.")
+        raise InputError(f"the rows of {name} ({width}) are not a multiple of {GROUPS[-1]}; leave out --quantize.")
 
 
 def numpy_dtype(dtype: np.dtype | str) -> np.dtype:
-    """A numpy dtype, also from "bfloat16", which numpy itself does not know."""
+    """The numpy dtype of a name, including "bfloat16", which numpy does not know."""
     import ml_dtypes
 
     return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
 
 
 def _trade(source: np.dtype, target: np.dtype) -> bool:
-    """Whether neither holds the other: bfloat16 and float16."""
+    """Whether neither dtype contains the other: bfloat16 and float16."""
     return source != target and source.itemsize == target.itemsize

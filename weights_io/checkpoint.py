@@ -1,7 +1,7 @@
-"""A checkpoint opened: its config, and its tensors checked against the parameter table before one is read.
+"""Open a checkpoint: read its config, and check its tensors against the parameter table before any weight is read.
 
-`open_model` is the one way from what the user typed to a checkpoint. A command calls it once, and hands the checkpoint
-to whoever needs its config, its tokenizer or its weights.
+`open_model` is the one way from what the user typed to a checkpoint. A command calls it once and passes the checkpoint
+on to everything that needs its config, its tokenizer or its weights.
 """
 
 import heapq
@@ -28,13 +28,13 @@ from weights_io.parameters import EMBEDDING, EXPERTS, HEAD, NORM, tensor_shapes
 from weights_io.quantization.packed import Packed, PackedTensor, arithmetic_dtype
 from weights_io.quantization.reading import as_matrices
 
-# Buffers that old files carry and every forward pass computes for itself.
+# Buffers that old files hold. The models compute them.
 BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
 OTHER_IDS = frozenset(
     "bos_token_id pad_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id".split()
 )
 MAX_SETTINGS = 1000  # keys of generation_config.json; transformers has about 70
-# What those that wrap a model put before its tensors' names -> what to do about it.
+# Prefix that a wrapper puts before the tensor names -> the rest of the message.
 WRAPPERS = {
     "_orig_mod.": "torch.compile put there; save the state_dict of the model before it was compiled",
     "module.": "DataParallel or an engine put there; save the state_dict of model.module",
@@ -46,36 +46,55 @@ WRAPPERS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model folder or a GGUF file holds."""
+    """An open model folder or GGUF file. Tensors are read on demand."""
 
     path: Path
-    raw_config: Mapping[str, Any]  # config.json as it stands
+    raw_config: Mapping[str, Any]  # config.json, unchanged
     config: ModelConfig
-    tensors: Mapping[str, LazyTensor]  # Hugging Face name -> tensor; exactly those of the parameter table
+    tensors: Mapping[str, LazyTensor]  # Hugging Face name -> tensor; exactly the names of the parameter table
     dtype: str  # float32 | bfloat16 | float16
     bos_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]  # union of config.json and generation_config.json
-    metadata: Mapping[str, Any] | None = None  # of a GGUF file
-    on_read: Callable[[int], object] | None = None  # told the bytes of each read, for a progress bar
+    metadata: Mapping[str, Any] | None = None  # of a GGUF file; None for a folder
+    on_read: Callable[[int], object] | None = None  # called with the bytes of each read, for a progress bar
 
     @property
     def folder(self) -> Path:
         return self.path if self.path.is_dir() else self.path.parent
 
     def target(self, dtype: "str | Callable[[Checkpoint], str] | None") -> str:
-        """What to load it in: ``dtype``, what a function says of it, or its own. Raises `InputError` for no such."""
+        """The dtype to load the weights in.
+
+        Arguments:
+            dtype: a dtype's name, a function of the checkpoint that returns one, or None for the checkpoint's own.
+
+        Raises:
+            InputError: the dtype is not supported.
+        """
         return check_dtype(dtype(self) if callable(dtype) else dtype or self.dtype)
 
     def read(self, name: str, dtype: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A tensor, or its slice ``index``, as the file has it (contiguous), for a loader that casts it to ``dtype``.
+        """Read a tensor in the dtype of its file.
 
-        Raises `InputError` as `checked` does.
+        Arguments:
+            name: its Hugging Face name.
+            dtype: the dtype that the caller casts it to; only checked for its range.
+            index: the slices to read; all by default.
+
+        Returns:
+            A contiguous array in the file's dtype.
+
+        Raises:
+            InputError: as `checked`.
         """
         return self.checked(name, dtype, np.ascontiguousarray(self.tensors[name].read(index)))
 
     def packed(self, name: str, rows: slice = slice(None)) -> Packed | None:
-        """A matrix, or its ``rows``, as the file packs it; None where it is not packed (or in the blocks of a GGUF
-        file). `read` gives what it stands for. Raises `InputError` where the file contradicts its format."""
+        """A quantized matrix in packed form, or its ``rows``. `read` dequantizes it instead.
+
+        Returns None for a matrix that is not quantized, and for GGUF blocks. Raises `InputError` where the file
+        contradicts its format.
+        """
         tensor = self.tensors[name]
         if not isinstance(tensor, PackedTensor):
             return None
@@ -83,7 +102,7 @@ class Checkpoint:
         return tensor.packed(start, stop)
 
     def read_rows(self, name: str, start: int, rows: np.ndarray) -> None:
-        """Fill an array with the rows of a tensor from ``start`` on, cast to its dtype. Raises as `read` does."""
+        """Fill the array ``rows`` with a tensor's rows from ``start`` on, cast to its dtype. Raises as `read` does."""
         tensor, dtype = self.tensors[name], rows.dtype.name
         if isinstance(tensor, FileTensor) and tensor.read_rows(start, rows):
             self.checked(name, dtype, rows)
@@ -91,9 +110,10 @@ class Checkpoint:
             rows[...] = self.read(name, dtype, (slice(start, start + len(rows)),))
 
     def checked(self, name: str, dtype: str, values: np.ndarray) -> np.ndarray:
-        """The values of a tensor, or of a part of it, which have been read.
+        """Check values that were read from a tensor, and return them.
 
-        Raises `InputError` where a number is NaN, infinite or too large for ``dtype``: one such makes every logit NaN.
+        Raises:
+            InputError: a value is NaN, infinite or too large for ``dtype``. One such value makes every logit NaN.
         """
         name = located(name, self.tensors[name])
         largest = check_finite(name, values)
@@ -109,7 +129,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors, as they are read."""
+        """Bytes of all tensors in the dtypes that `read` returns."""
         return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
 
 
@@ -119,14 +139,18 @@ def open_model(
     hub: str = "huggingface",
     weights: bool = True,
 ) -> Checkpoint:
-    """The checkpoint that a name stands for: the name is resolved once, and each header is read once.
+    """Find a model by its name, download it if needed, and open it.
 
     Arguments:
         path_or_repo, revision, hub: as in `hub.resolve`; None is the built-in model.
-        weights: False leaves the weights where they are, also on the hub; ``tensors`` is then empty.
+        weights: False neither downloads nor opens the weights; ``tensors`` is then empty.
 
-    Raises `InputError` as `hub.resolve` and `open_checkpoint` do. A hub's model whose config.json cannot be used is
-    refused before its weights are downloaded.
+    Returns:
+        The open checkpoint. Each header is read once.
+
+    Raises:
+        InputError: as `hub.resolve` and `open_checkpoint`. A repository whose config.json cannot be used is refused
+            before its weights are downloaded.
     """
     found: list[ModelConfig] = []  # of a hub
 
@@ -138,13 +162,13 @@ def open_model(
 
 
 def config_of(model: str) -> ModelConfig:
-    """Of a folder, a config.json or a name of the catalogue, of which nothing is downloaded."""
+    """The config of a folder, a config.json or a short name of the catalogue. Nothing is downloaded."""
     path, entry = Path(model), catalog.find(model)
     if entry is not None and entry.repo is None:
         path = built_in()
     elif entry is not None:
         if entry.config is None:
-            raise InputError(f"the catalogue does not hold the config.json of {model}; download it, and give its path.")
+            raise InputError(f"the catalogue does not hold the config.json of {model}; download it and give its path.")
         return ModelConfig.from_dict(dict(entry.config), entry.name)
     elif not path.exists():
         close = catalog.nearest(model)
@@ -154,9 +178,16 @@ def config_of(model: str) -> ModelConfig:
 
 
 def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool = True) -> Checkpoint:
-    """Open a Hugging Face folder or a GGUF file. Every fault is an `InputError`; tensor faults are listed together.
+    """Open a Hugging Face folder or a GGUF file.
 
-    ``config``: that of the folder's config.json, where it has been made already. ``weights`` as in `open_model`.
+    Arguments:
+        path: the folder or the file.
+        config: the folder's config, if it has been read already.
+        weights: as in `open_model`.
+
+    Raises:
+        InputError: config.json or a header cannot be used, or the tensors do not fit the config (all faults in one
+            message).
     """
     tensors: Mapping[str, LazyTensor] = {}
     metadata: Mapping[str, Any] | None = None
@@ -190,23 +221,30 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
 
 
 def special_ids(path: Path, raw: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """BOS ids of config.json, and EOS ids of config.json and generation_config.json together."""
+    """The BOS ids of config.json, and the union of the EOS ids of config.json and generation_config.json."""
     raw, source = dict(raw), str(path / "config.json") if path.is_dir() else str(path)
     ends = config_module.token_ids(raw, "eos_token_id", vocab_size, source)
     if path.is_dir():
         generation = path / "generation_config.json"
         settings = read_optional_json(generation)
         if len(settings) > MAX_SETTINGS:
-            raise InputError(f"{generation} has {len(settings)} keys, more than any model's; download it again.")
-        refuse_near_keys(settings, ("eos_token_id",), OTHER_IDS, generation)  # of the many keys there one is used
+            raise InputError(f"{generation} has {len(settings)} keys (at most {MAX_SETTINGS}); download it again.")
+        refuse_near_keys(settings, ("eos_token_id",), OTHER_IDS, generation)  # the only key that is used
         ends += config_module.token_ids(settings, "eos_token_id", vocab_size, str(generation))
     return config_module.token_ids(raw, "bos_token_id", vocab_size, source), tuple(dict.fromkeys(ends))
 
 
 def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
-    """The tensors of the table, in its order; missing, unexpected and misshapen ones are all in one `InputError`."""
+    """Check tensors against the parameter table.
+
+    Returns:
+        The tensors of the table, in table order. Buffers and the second copy of a tied head are left out.
+
+    Raises:
+        InputError: tensors are missing, unexpected, of another shape or not floating point (counted, with examples).
+    """
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
-    copied_head = found.pop(HEAD.tensor, None) if config.tie_word_embeddings else None
+    copied_head = found.pop(HEAD.hf_name, None) if config.tie_word_embeddings else None
     expected = dict(tensor_shapes(config))
     _check_names(expected, found, path)
     _check_experts(config, found, path)
@@ -224,37 +262,36 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
     not_float = [name for name in expected if not _is_float(found[name].dtype)]
     if not_float:
         raise InputError(
-            f"{path}: tensors that are not floating point ({listed(not_float)}); take the checkpoint before its "
-            "quantisation."
+            f"{path}: tensors are not floating point ({listed(not_float)}); use the checkpoint before its quantization."
         )
     if copied_head is not None:
-        _check_tied_head(found[EMBEDDING.tensor], copied_head, path)
+        _check_tied_head(found[EMBEDDING.hf_name], copied_head, path)
     return {name: found[name] for name in expected}
 
 
 def _check_names(expected: Mapping[str, object], found: Mapping[str, object], path: Path) -> None:
-    """Names that are those of the table behind a wrapper's, or without their beginning, are all one fault."""
-    if NORM.tensor in found:
+    """Report names with a wrapper's prefix, or without ``model.``, as one fault. Raises `InputError`."""
+    if NORM.hf_name in found:
         return
-    wrapped = (name for name in found if name.endswith(NORM.tensor))
-    for name in heapq.nsmallest(MOST_NAMES, wrapped, key=len):  # each is looked for with the whole table
-        start = name.removesuffix(NORM.tensor)
+    wrapped = (name for name in found if name.endswith(NORM.hf_name))
+    for name in heapq.nsmallest(MOST_NAMES, wrapped, key=len):  # each is compared with the whole table
+        start = name.removesuffix(NORM.hf_name)
         if 2 * sum(f"{start}{each}" in found for each in expected) > len(expected):
             remedy = next((text for known, text in WRAPPERS.items() if start.startswith(known)), None)
             raise InputError(
-                f"{path}: the names of the tensors begin with {short(start)!r}, which "
-                f"{remedy or 'is none of the model; save the state_dict of the model inside'}."
+                f"{path}: the tensor names begin with {short(start)!r}, which "
+                f"{remedy or 'is no prefix of the model; save the state_dict of the model inside'}."
             )
     if 2 * sum(each.removeprefix("model.") in found for each in expected) > len(expected):
         raise InputError(
-            f"{path}: the names of the tensors lack 'model.', as those of a model without its head; save the "
-            "ForCausalLM model whole."
+            f"{path}: the tensor names lack the prefix 'model.', as in a model without its head; save the whole "
+            "ForCausalLM model."
         )
 
 
 def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: Path) -> None:
-    """config.json and the files must agree on whether there are experts, else every tensor of an MLP is a fault."""
-    pattern = EXPERTS[0].tensor
+    """config.json and the files must agree on whether there are experts. Otherwise every MLP tensor is a fault."""
+    pattern = EXPERTS[0].hf_name
     first, place = pattern.format(layer=0, expert=0), pattern[pattern.index("}") + 1 : pattern.index("{expert}")]
     stored = any(place in name for name in found)
     if config.num_experts and not stored:
@@ -270,7 +307,7 @@ def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: P
 
 
 def _listed(kinds: Mapping[str, list[str]]) -> list[str]:
-    """How many of each kind, with `MOST_NAMES` names of all kinds together."""
+    """The number of faults of each kind, with at most `MOST_NAMES` names in all."""
     of_each = MOST_NAMES // max(1, len(kinds))
     return [f"{len(names)} {kind} ({listed(names, of_each)})" for kind, names in kinds.items()]
 
@@ -280,16 +317,16 @@ def _is_float(dtype: np.dtype) -> bool:
 
 
 def _check_tied_head(embedding: LazyTensor, head: LazyTensor, path: Path) -> None:
-    """A tied checkpoint may store its head a second time, but only the same numbers."""
+    """A tied checkpoint may store its head again, with the same values as the embedding. Raises `InputError`."""
     if not same_numbers(embedding, head):
         raise InputError(
             f"{path}: lm_head.weight differs from the embedding that config.json ties it to; "
-            'write "tie_word_embeddings": false into config.json if the stored head is meant.'
+            'set "tie_word_embeddings": false in config.json to use the stored head.'
         )
 
 
 def _file_dtype(tensors: Mapping[str, LazyTensor]) -> str:
-    """Where config.json is silent: the dtype of the embedding in the file."""
-    embedding = tensors.get(EMBEDDING.tensor)
+    """The dtype of the stored embedding, for a config.json that states none."""
+    embedding = tensors.get(EMBEDDING.hf_name)
     name = "float32" if embedding is None else arithmetic_dtype(embedding)
     return name if name in config_module.DTYPES else "float32"

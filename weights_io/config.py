@@ -1,7 +1,7 @@
-"""The numbers that make a MiniCPM what it is, read from ``config.json`` with the defaults of the model's own class.
+"""The model config: ``config.json`` with the defaults of the original configuration classes.
 
-Released MiniCPM configs carry no ``model_type``, ``rope_theta`` or ``tie_word_embeddings``; MiniCPM's own class fills
-them with minicpm, 10000.0 and True. A key that would change the numbers and is not understood is refused by name.
+Released MiniCPM configs have no ``model_type``, ``rope_theta`` or ``tie_word_embeddings``. The original class defaults
+them to minicpm, 10000.0 and True. An unknown key that may change the logits is refused by name.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_io.config_keys import HARMLESS, NEUTRAL, PER_LAYER, among
+from weights_io.config_keys import IGNORED_KEYS, PER_LAYER, UNSUPPORTED_UNLESS, among
 from weights_io.errors import InputError, short, shown
 from weights_io.files.json_text import read_json
 from weights_io.quantization.entries import KEYS, scheme_of_config
@@ -19,13 +19,13 @@ from weights_io.quantization.entries import KEYS, scheme_of_config
 
 @dataclass(frozen=True)
 class Family:
-    """What a ``model_type`` stands for. Another entry of `FAMILIES` is another kind of model: docs/architecture.md."""
+    """What a ``model_type`` means. docs/architecture.md tells how to add a family."""
 
-    architecture: str  # as config.json's ``architectures`` names it
-    defaults: dict[str, Any]  # of its configuration class, where they are not `COMMON_DEFAULTS`
-    scaled: bool = False  # embedding, residual branches and logits have muP's scales
-    heads_fill_hidden: bool = False  # its attention takes head_dim to be hidden_size / num_attention_heads
-    table: "Callable[[ModelConfig], Sequence[Any]] | None" = None  # of `weights_io.parameters`; None: the decoder's
+    architecture: str  # the entry of config.json's ``architectures``
+    defaults: dict[str, Any]  # defaults of its configuration class that differ from `COMMON_DEFAULTS`
+    scaled: bool = False  # muP's scales are applied to the embedding, the residual branches and the logits
+    heads_fill_hidden: bool = False  # its attention requires head_dim = hidden_size / num_attention_heads
+    table: "Callable[[ModelConfig], Sequence[Any]] | None" = None  # its parameter table; None: the standard decoder's
 
 
 # Defaults: MiniCPM's class (configuration_minicpm.py of April 2024) and Llama's (transformers).
@@ -63,21 +63,24 @@ COMMON_DEFAULTS: dict[str, Any] = {
 }
 ACTIVATIONS = ("silu", "relu", "fatrelu")
 DTYPES = ("float32", "bfloat16", "float16")
-DTYPE_NAMES = {name: name for name in DTYPES} | {"float": "float32", "half": "float16"}  # torch has two for some
+DTYPE_NAMES = {name: name for name in DTYPES} | {"float": "float32", "half": "float16"}  # torch's short names too
 MAX_COUNT = 2**31 - 1  # sizes and positions are int32 in both backends
-# The table is written out layer by layer and expert by expert; the deepest released MiniCPM has 62 layers, the widest
-# 40 times 8 experts.
+# The table lists every layer and expert. The deepest released MiniCPM has 62 layers, the widest 40 layers of 8 experts.
 MAX_LAYERS = 1000
 MAX_EXPERTS = 1024  # of a layer
 MAX_EXPERT_LAYERS = 100_000  # experts of all layers
 MOST = {"num_hidden_layers": MAX_LAYERS, "num_experts": MAX_EXPERTS}
-SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the normal float32 numbers, in which the scales are applied
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # range of normal float32 numbers; the scales are float32
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """``linear``: positions are divided by ``factor``. ``dynamic`` (NTK): above ``max_position_embeddings`` the base
-    grows with the length: theta * (factor * length / max - (factor - 1)) ** (H / (H - 2))."""
+    """RoPE scaling for contexts longer than the trained one.
+
+    - ``linear``: positions are divided by ``factor``.
+    - ``dynamic`` (NTK): for a length above ``max_position_embeddings`` (max) the base becomes
+      theta * (factor * length / max - (factor - 1)) ** (H / (H - 2)).
+    """
 
     type: str
     factor: float
@@ -85,8 +88,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and scales of one decoder. Names are those of ``config.json``; every number moves the logits
-    (``max_position_embeddings`` under dynamic RoPE scaling, ``initializer_range`` those of a freshly made model)."""
+    """Shape and scales of a decoder, under the names of ``config.json``.
+
+    Every number changes the logits: ``max_position_embeddings`` under dynamic RoPE scaling, ``initializer_range`` in a
+    newly initialized model.
+    """
 
     model_type: str = "minicpm"  # of `FAMILIES`
     vocab_size: int = 32000  # V
@@ -97,7 +103,7 @@ class ModelConfig:
     num_key_value_heads: int = 32  # K
     head_dim: int = 128  # H
     num_experts: int = 0  # E; 0: dense
-    num_experts_per_tok: int = 0  # C, chosen for each token
+    num_experts_per_tok: int = 0  # C: experts selected per token
     hidden_act: str = "silu"  # silu | relu | fatrelu
     hidden_act_param: float | None = None  # fatrelu's threshold
     rms_norm_eps: float = 1e-6
@@ -116,27 +122,36 @@ class ModelConfig:
 
     @property
     def embedding_scale(self) -> float:
-        """Factor on the embedding of token ids (not on embeddings that the caller gives)."""
+        """Factor on the token embedding (not on input embeddings that the caller passes)."""
         return self.scale_emb if self.family.scaled else 1.0
 
     @property
     def residual_scale(self) -> float:
-        """Factor on what attention and MLP add to the residual stream."""
+        """Factor on the output of attention and MLP before it is added to the residual stream."""
         return self.scale_depth / math.sqrt(self.num_hidden_layers) if self.family.scaled else 1.0
 
     @property
     def logit_divisor(self) -> float:
-        """The final hidden state is divided by this before the head, tied or not; it is also muP's width ratio."""
+        """Divisor of the final hidden state before the head, tied or not. It is also muP's width ratio."""
         return self.hidden_size / self.dim_model_base if self.family.scaled else 1.0
 
     @property
     def activation_threshold(self) -> float | None:
-        """The activation is x where x >= this, else 0 (FATReLU, arXiv 2402.13516, eq. 3; ReLU at 0); None: SiLU."""
+        """Threshold of the activation: x where x >= threshold, else 0 (FATReLU, arXiv 2402.13516, eq. 3; 0 is ReLU).
+        None means SiLU."""
         return {"silu": None, "relu": 0.0, "fatrelu": self.hidden_act_param}[self.hidden_act]
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "ModelConfig":
-        """From the contents of ``config.json``. Every fault is an `InputError` that names ``source`` and the key."""
+        """The config of a parsed ``config.json``.
+
+        Arguments:
+            raw: the contents.
+            source: the name of the file in messages.
+
+        Raises:
+            InputError: a value is wrong, or a key may change the logits and is not supported. Names source and key.
+        """
         return _Reader(raw, source).config()
 
     @classmethod
@@ -144,7 +159,7 @@ class ModelConfig:
         return cls.from_dict(read_json(path), str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a ``config.json`` that this class and transformers (Llama) read back as the same config."""
+        """The contents of a ``config.json`` that this class and transformers (for Llama) read back as this config."""
         raw: dict[str, Any] = {
             "architectures": [self.family.architecture],
             **dataclasses.asdict(self),
@@ -199,13 +214,13 @@ class _Reader:
                 f"{config.num_key_value_heads}; one of the two is wrong."
             )
         if config.head_dim % 2:
-            raise self.refuse(f"head_dim {config.head_dim} is odd, and rotary embeddings turn pairs; correct it.")
+            raise self.refuse(f"head_dim {config.head_dim} is odd, and RoPE rotates pairs; correct it.")
         if config.head_dim == 2 and config.rope_scaling and config.rope_scaling.type == "dynamic":
-            raise self.refuse("head_dim 2 has no dynamic rope_scaling, whose exponent is H / (H - 2); correct one.")
+            raise self.refuse("head_dim 2 and dynamic rope_scaling (exponent H / (H - 2)) exclude each other; fix one.")
         if config.family.heads_fill_hidden and config.head_dim * config.num_attention_heads != config.hidden_size:
             raise self.refuse(
                 f"hidden_size {config.hidden_size} is not num_attention_heads {config.num_attention_heads} x head_dim "
-                f"{config.head_dim}, as MiniCPM has it; one of them is wrong."
+                f"{config.head_dim}, as in MiniCPM; one of them is wrong."
             )
         return config
 
@@ -232,17 +247,17 @@ class _Reader:
 
     def refuse_unknown(self, understood: set[str]) -> None:
         for key, value in self.raw.items():
-            if key in understood | HARMLESS:
+            if key in understood | IGNORED_KEYS:
                 continue
-            elif key in NEUTRAL:
+            elif key in UNSUPPORTED_UNLESS:
                 items = value if key in PER_LAYER and isinstance(value, list) else [value]
-                if not all(among(item, NEUTRAL[key]) for item in items):
+                if not all(among(item, UNSUPPORTED_UNLESS[key]) for item in items):
                     raise self.refuse(
-                        f"{key} = {shown(value)} changes the numbers and is not supported; take a model without it."
+                        f"{key} = {shown(value)} changes the logits and is not supported; use a model without it."
                     )
             elif value is not None:
                 raise self.refuse(
-                    f"{short(key)} = {shown(value)} is not understood and may change the numbers; "
+                    f"{short(key)} = {shown(value)} is unknown and may change the logits; "
                     "remove the key if it is only a note."
                 )
 
@@ -260,14 +275,12 @@ class _Reader:
             set(rope) - {"rope_type", "type", "partial_rotary_factor"}
             or not among(rope.get("partial_rotary_factor"), (1, 1.0, None))
         ):
-            raise self.refuse(
-                f"rope_parameters {shown(rope)} holds more than a default RoPE has; take a model without it."
-            )
+            raise self.refuse(f"rope_parameters {shown(rope)} changes the default RoPE; use a model without it.")
         new = {"rope_theta": theta, "rope_scaling": rope if scaled else None}
         for key in [key for key in new if self.raw.get(key) is not None]:
             both = [self.rope_scaling(each[key]) if key == "rope_scaling" else each[key] for each in (self.raw, new)]
             if both[0] != both[1]:
-                raise self.refuse(f"{key} is {shown(self.raw[key])} and rope_parameters say another; remove one.")
+                raise self.refuse(f"{key} is {shown(self.raw[key])}, which rope_parameters contradicts; remove one.")
         values |= new
 
     def rope_scaling(self, raw: Any) -> RopeScaling | None:
@@ -279,14 +292,14 @@ class _Reader:
         kinds = [fields.pop(key) for key in ("rope_type", "type") if key in fields]
         kind = kinds[0] if kinds else None
         if kinds[1:] and kinds[1] != kind:
-            raise self.refuse(f"rope_scaling {shown(raw)} has two types; remove the one that is not meant.")
+            raise self.refuse(f"rope_scaling {shown(raw)} has two types; remove the wrong one.")
         if kind == "default" and not fields:
             return None
         factor = fields.pop("factor", None)
         if kind not in ("linear", "dynamic") or fields:
-            raise self.refuse(f"rope_scaling {shown(raw)} is not supported; types are linear and dynamic.")
+            raise self.refuse(f"rope_scaling {shown(raw)} is not supported; the types are linear and dynamic.")
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= LARGEST:
-            raise self.refuse(f"rope_scaling factor {shown(factor)} must be a number above 1 that float32 holds.")
+            raise self.refuse(f"rope_scaling factor is {shown(factor)}; it must be a float32 number above 1.")
         return RopeScaling(kind, float(factor))
 
     def threshold(self, activation: Any, value: Any) -> float | None:
@@ -302,13 +315,12 @@ class _Reader:
             return None
         if value is None:
             raise self.refuse(
-                'hidden_act is "fatrelu" and hidden_act_param, its threshold, is missing; write '
-                '"hidden_act_param": 0.01 into it, which is the ProSparse paper\'s value (arXiv 2402.13516, for models '
-                "of 7B and 13B), unless the model's card tells another."
+                'hidden_act is "fatrelu" and hidden_act_param, its threshold, is missing; add the value of the model '
+                'card, or "hidden_act_param": 0.01 (arXiv 2402.13516, for models of 7B and 13B).'
             )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST:
             raise self.refuse(
-                f"hidden_act_param is {shown(value)}; the threshold of fatrelu must be a number of 0 or more."
+                f"hidden_act_param is {shown(value)}; the threshold of fatrelu must be a number of at least 0."
             )
         return float(value)
 
@@ -316,23 +328,21 @@ class _Reader:
         experts, chosen = config.num_experts, config.num_experts_per_tok
         if experts and not chosen:
             raise self.refuse(
-                f"num_experts is {experts} and num_experts_per_tok is 0 or missing; write how many experts a token "
-                "takes (2 in MiniCPM-MoE-8x2B)."
+                f"num_experts is {experts} and num_experts_per_tok is 0 or missing; add the number of experts per "
+                "token (2 in MiniCPM-MoE-8x2B)."
             )
         if chosen and not experts:
             raise self.refuse(
-                f"num_experts_per_tok is {chosen} and num_experts is 0 or missing; write how many experts there are "
+                f"num_experts_per_tok is {chosen} and num_experts is 0 or missing; add the number of experts "
                 "(8 in MiniCPM-MoE-8x2B), or remove both keys if the model is dense."
             )
         if experts * config.num_hidden_layers > MAX_EXPERT_LAYERS:
             raise self.refuse(
-                f"num_experts {experts} in {config.num_hidden_layers} layers are more than the {MAX_EXPERT_LAYERS} "
-                "experts that a model may have; correct one of the two."
+                f"num_experts {experts} x {config.num_hidden_layers} layers is above the limit of {MAX_EXPERT_LAYERS} "
+                "experts; correct one of the two."
             )
         if chosen > experts:
-            raise self.refuse(
-                f"num_experts_per_tok {chosen} is above num_experts {experts}; a token takes each expert at most once."
-            )
+            raise self.refuse(f"num_experts_per_tok {chosen} is above num_experts {experts}; correct one of the two.")
 
     def count(self, values: dict[str, Any], key: str) -> int:
         value = values[key]
@@ -343,12 +353,12 @@ class _Reader:
 
     def number(self, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not SMALLEST <= value <= LARGEST:
-            raise self.refuse(f"{key} is {shown(value)}; it must be a positive number that float32 holds.")
+            raise self.refuse(f"{key} is {shown(value)}; it must be a positive number in float32's range.")
         return float(value)
 
 
 def stored_dtype(raw: dict[str, Any], source: str = "config.json") -> str | None:
-    """The dtype that ``config.json`` states (``torch_dtype``, or ``dtype`` as transformers 5 writes it), if any."""
+    """The dtype in ``config.json`` (``torch_dtype``, or ``dtype`` in transformers 5); None if it states none."""
     found = None
     for key in ("torch_dtype", "dtype"):
         value = raw.get(key)
@@ -357,21 +367,21 @@ def stored_dtype(raw: dict[str, Any], source: str = "config.json") -> str | None
         found = DTYPE_NAMES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
         if found is None:
             raise InputError(
-                f"{source}: {key} is {shown(value)}, which is none of {', '.join(DTYPES)}; write the one that the "
-                "weights are to be loaded in, or remove the key."
+                f"{source}: {key} is {shown(value)}; it must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, or be "
+                "removed."
             )
     return found
 
 
 def token_ids(raw: dict[str, Any], key: str, vocab_size: int, source: str = "config.json") -> tuple[int, ...]:
-    """``bos_token_id``/``eos_token_id`` of a config: absent, one id or a list; id 0 is an id."""
+    """The ids under a key such as ``eos_token_id``, which may be missing, one id or a list."""
     value = raw.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise InputError(f"{source}: {key} is {shown(value)}; it must be a token id or a list of them.")
     if any(i >= vocab_size for i in ids):
         raise InputError(
-            f"{source}: {key} is {shown(value)}, and the vocabulary has the ids 0 to {vocab_size - 1}; write the id "
-            "that the tokenizer has for that token."
+            f"{source}: {key} is {shown(value)}, and the vocabulary has the ids 0 to {vocab_size - 1}; use the "
+            "tokenizer's id of that token."
         )
     return tuple(ids)

@@ -1,10 +1,10 @@
-"""Keys of ``config.json`` that are no number of a model: those that must hold one value, and those that say nothing."""
+"""Keys of ``config.json`` that `ModelConfig` does not use: those with only one supported value, and ignored ones."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# Keys that would change the numbers if they held anything but these values, where the family has no such number.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+# Key -> the supported values. Any other value would change the logits.
+UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "pretraining_tp": (1, None),
@@ -20,16 +20,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "use_qk_norm": (False, None),
     "qk_norm": (False, None),
-    "layer_types": ("full_attention", None),  # one a layer
+    "layer_types": ("full_attention", None),  # one per layer
     "use_sliding_window": (False, None),
     "rope_interleaved": (False, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
     "pruned_heads": ({}, None),
 }
-# Keys that never reach the numbers of a forward pass: every other key that transformers writes (4 wrote its generation
-# settings here too), and notes of those who trained, converted or tuned a model. A key of no list is refused.
-HARMLESS = frozenset(
+# Keys that do not affect a forward pass: other keys that transformers writes (version 4 also wrote its generation
+# settings here), and notes of tools that train, convert or tune models. A key that is in neither list is refused.
+IGNORED_KEYS = frozenset(
     """architectures auto_map model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id
     pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class model_max_length prefix
     attention_dropout hidden_dropout residual_dropout embd_pdrop resid_pdrop initializer_range rope_parameters
@@ -46,9 +46,9 @@ HARMLESS = frozenset(
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens""".split()
 )
-PER_LAYER = frozenset({"layer_types"})  # keys of `NEUTRAL` that list a value for each layer
+PER_LAYER = frozenset({"layer_types"})  # keys of `UNSUPPORTED_UNLESS` that hold a list with one value per layer
 
 
 def among(value: Any, allowed: Sequence[Any]) -> bool:
-    """Whether a value of a JSON file is one of those, and of its kind: 1, 1.0 and true are three values."""
+    """Whether ``allowed`` has a value of a JSON file, of the same type: 1, 1.0 and true are three values."""
     return any(type(value) is type(each) and value == each for each in allowed)

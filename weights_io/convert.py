@@ -2,10 +2,13 @@
 
     python -m weights_io.convert --model openbmb/MiniCPM-2B-sft-bf16 --to llama --out minicpm-2b-llama
 
-``--to hf`` rewrites any readable format (torch ``.bin`` files, GGUF) as safetensors. ``--to mlx`` does too, and adds
-what lets the commands of `mlx_lm` run the model with this package. ``--to llama`` folds MiniCPM's scales into the
-weights, for programs that know Llama only; ``--to hf --unfold`` turns such a model back. ``--to mlx -q`` packs the
-matrices in MLX's form; a model that is packed already (GPTQ, AWQ, bitsandbytes, MLX) is written whole without it.
+- ``--to hf`` rewrites any readable format (torch ``.bin`` files, GGUF) as safetensors.
+- ``--to mlx`` does the same and adds the file with which the commands of `mlx_lm` run the model through this package.
+- ``--to mlx -q`` also quantizes the matrices in MLX's format.
+- ``--to llama`` folds MiniCPM's scales into the weights, for programs that only know Llama.
+- ``--to hf --unfold`` is the inverse of ``--to llama``.
+
+A quantized model (GPTQ, AWQ, bitsandbytes, MLX) is written dequantized unless ``-q`` is given.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ from weights_io.parameters import count
 from weights_io.quantization.writing import Affine
 from weights_io.write import Tensor, save_checkpoint
 
-# What mlx_lm runs in place of its own models: a file beside the weights that names the classes.
+# A file beside the weights that names the model classes. mlx_lm uses these instead of its own.
 MODEL_FILE = "minicpm_mlx_model.py"
 MODEL_CODE = "from minicpm_mlx.model import Model, ModelArgs  # noqa: F401\n"
 
@@ -68,9 +71,18 @@ def main(options: Options) -> None:
 
 
 def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[str, str]) -> list[str]:
-    """Write ``options.out``; the lines that say what was written and what it cost. Raises `InputError`.
+    """Write the converted model to ``options.out``.
 
-    ``tokenizer_files`` as in `write_model`.
+    Arguments:
+        checkpoint: the model to convert.
+        options: as on the command line.
+        tokenizer_files: as in `write_model`.
+
+    Returns:
+        Lines for the user: the files and the rounding errors.
+
+    Raises:
+        InputError: as `weights_io.write.save_checkpoint`.
     """
     from weights_io.llama_format import from_llama, to_llama
 
@@ -110,11 +122,22 @@ def write_model(
     for_mlx_lm: bool = False,
     affine: Affine | None = None,
 ) -> list[str]:
-    """Write what was made of ``checkpoint``, with its tokenizer and its harmless keys; the lines that say so.
+    """Write a model derived from ``checkpoint``, with the checkpoint's tokenizer and its ignored config keys.
 
-    ``rounding`` may hold already what making the tensors cost. ``tokenizer_files``: name -> text of those that the
-    checkpoint's folder does not hold, which are those of a GGUF file (`minicpm_data.tokenizer.writing.carried_files`).
-    Raises `InputError`, see `save_checkpoint`.
+    Arguments:
+        out: folder to write.
+        checkpoint: the source.
+        config, tensors, dtype, affine: as in `save_checkpoint`.
+        rounding: collects rounding errors; it may already hold those of computing the tensors.
+        tokenizer_files: file name -> text of a GGUF file's tokenizer (`minicpm_data.tokenizer.writing.carried_files`);
+            empty for a folder, whose files are copied.
+        for_mlx_lm: add the file that names the model classes for mlx_lm.
+
+    Returns:
+        Lines for the user: the files and the rounding errors.
+
+    Raises:
+        InputError: as `save_checkpoint`.
     """
     files = save_checkpoint(
         out,
@@ -145,7 +168,7 @@ def write_model(
 
 
 def check(options: Options) -> None:
-    """`InputError` for options that do not go together."""
+    """Raises `InputError` for options that exclude each other."""
     if options.quantize and options.to != "mlx":
         raise InputError("--quantize packs in MLX's form; use it with --to mlx.")
     defaults = {field.name: field.default for field in dataclasses.fields(options)}

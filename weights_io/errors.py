@@ -1,4 +1,4 @@
-"""The one error style: what the user gave cannot be used, said in one sentence that names the thing and the remedy."""
+"""The error for bad input: one sentence that names the thing and the remedy. Helpers to quote names and values."""
 
 import json
 import re
@@ -8,16 +8,15 @@ from typing import Any
 MOST_NAMES = 3  # that a message quotes; the rest is a count
 LONGEST_NAME = 80  # characters of a name that is quoted
 LONGEST_MESSAGE = 2000
-# What would break a line or turn a terminal's text around: control characters, line separators, halves of characters.
+# Characters that would break a line or reverse a terminal's text: controls, line separators, lone surrogates.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
-    """A file, flag, request or data line of the user's that cannot be used.
+    """A file, flag, request or data line of the user that cannot be used.
 
-    The message is one sentence. Command lines print it after ``error:`` and exit with status 2, without a traceback;
-    library callers catch it as a ``ValueError``, and a notebook shows the sentence alone. Whatever it quotes, it stays
-    one line of bounded length.
+    The message is one sentence, on one line of bounded length. Command lines print it after ``error:`` and exit with
+    status 2, without a traceback. Library callers catch it as a ``ValueError``. A notebook shows only the sentence.
     """
 
     def __init__(self, message: str) -> None:
@@ -36,18 +35,21 @@ def flag(name: str) -> str:
 
 
 def not_utf8(what: object, error: UnicodeDecodeError, remedy: str = "convert it first") -> InputError:
-    """That ``what``, a file or the like, is no text."""
+    """The error for a file (``what``) that is not UTF-8 text."""
     return InputError(f"{what} is not UTF-8 text (byte {error.start}); {remedy}.")
 
 
 def short(name: object) -> str:
-    """A name that a file gives, as a message quotes it."""
+    """A name from a file as a message quotes it: cut to `LONGEST_NAME` characters."""
     text = str(name)
     return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
 
 
 def listed(names: Iterable[object], most: int = MOST_NAMES, last: str = ", ") -> str:
-    """``a, b, c and 5 more``. ``last``: what stands before the last one where all are named."""
+    """At most ``most`` names and a count: ``a, b, c and 5 more``.
+
+    ``last``: the separator before the last name where all are listed.
+    """
     every = list(names)
     quoted = [short(name) for name in every[:most]]
     if len(every) > most:
@@ -56,7 +58,7 @@ def listed(names: Iterable[object], most: int = MOST_NAMES, last: str = ", ") ->
 
 
 def shown(value: Any) -> str:
-    """A value of a JSON file as a message quotes it: short, whatever it is."""
+    """A value of a JSON file as a message quotes it: JSON, cut to `LONGEST_NAME` characters."""
     text = ""
     for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
         text += part

@@ -1,9 +1,9 @@
-"""Work an adapter into the weights of its model: a Hugging Face folder that needs no adapter any more.
+"""Fuse an adapter into the weights of its model, and write the result as a Hugging Face folder.
 
     python -m weights_io.fuse --model openbmb/MiniCPM-2B-sft-bf16 --adapter-path adapters --save-path fused_model
 
-The adapter is PEFT's or mlx_lm's; the weights are worked out in float32 and written unquantised, one tensor at a time.
-Needs neither JAX nor MLX.
+The adapter is in the format of PEFT or mlx_lm. The weights are computed in float32 and written unquantized, one tensor
+at a time. Needs neither JAX nor MLX.
 """
 
 import math
@@ -18,10 +18,10 @@ import numpy as np
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint
 from weights_io.config import DTYPES
-from weights_io.lora import Adapter, Change
+from weights_io.lora import Adapter, UpdateStats
 from weights_io.write import Tensor
 
-BLOCK = 32  # numbers of a row that share a scale in most of GGUF's types
+BLOCK = 32  # values of a row that share a scale in most GGUF types
 
 
 @dataclass(frozen=True)
@@ -43,52 +43,62 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Work an adapter into the weights of its model and write that as a Hugging Face folder."""
+    """Fuse an adapter into the weights of its model and write the result as a Hugging Face folder."""
     from weights_io.command_line import command_above
 
     command_above("fuse")(options)
 
 
 def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_files: Mapping[str, str]) -> list[str]:
-    """Write ``options.save_path``; the lines that say what was written and what it cost. Raises `InputError`.
+    """Write the fused model to ``options.save_path``.
 
-    ``tokenizer_files`` as in `convert.write_model`.
+    Arguments:
+        checkpoint: the base model.
+        adapter: its adapter.
+        options: as on the command line.
+        tokenizer_files: as in `convert.write_model`.
+
+    Returns:
+        Lines for the user: the files, the size of the adapter's update and the rounding errors.
+
+    Raises:
+        InputError: as `weights_io.write.save_checkpoint`.
     """
-    from weights_io.adapters import fused, summary
+    from weights_io.adapters import fuse_adapter, summary
     from weights_io.convert import write_model
     from weights_io.llama_format import to_llama
 
-    rounding, change = Rounding(), Change()
+    rounding, change = Rounding(), UpdateStats()
     config = checkpoint.config
     dtype: str | None = options.dtype
     tensors: Mapping[str, Tensor]
     if options.to == "llama":
         dtype = dtype or checkpoint.dtype
-        config, tensors = to_llama(config, fused(checkpoint, adapter, "float32", change=change), dtype, rounding)
+        config, tensors = to_llama(config, fuse_adapter(checkpoint, adapter, "float32", change=change), dtype, rounding)
     else:
-        tensors = fused(checkpoint, adapter, dtype, rounding, change)
+        tensors = fuse_adapter(checkpoint, adapter, dtype, rounding, change)
     lines = [f"adapter: {summary(adapter)}"]
     lines += write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files)
-    line = f"the adapter changes the weights that it is on by {change.size:.2g} of their size (root mean square)"
+    line = f"the adapter changes its weights by {change.size:.2g} of their size (root mean square)"
     if change.lost:
         line += f", and rounding is {change.error:.2g} of that change"
     lines.append(line)
-    if kinds := quantised_kinds(checkpoint):
+    if kinds := quantized_kinds(checkpoint):
         lines.append(
-            f"{checkpoint.path.name} is quantised ({', '.join(kinds)}): the fused weights carry that error, by the "
-            f"steps of its blocks about {quantisation_error(checkpoint):.2g} of their size (root mean square); fuse "
-            "into the unquantised model where there is a choice"
+            f"{checkpoint.path.name} is quantized ({', '.join(kinds)}): the fused weights carry that error, by the "
+            f"steps of its blocks about {quantization_error(checkpoint):.2g} of their size (root mean square); fuse "
+            "into the unquantized model where there is a choice"
         )
     return lines
 
 
-def quantised_kinds(checkpoint: Checkpoint) -> list[str]:
-    """Block types (``Q4_K``) of a GGUF file's quantised tensors; empty where every number is as it was trained."""
+def quantized_kinds(checkpoint: Checkpoint) -> list[str]:
+    """The block types (``Q4_K``) of a GGUF file's quantized tensors; empty for unquantized weights."""
     return sorted(set(_kinds(checkpoint).values()))
 
 
-def quantisation_error(checkpoint: Checkpoint) -> float:
-    """What quantisation took from the weights, over their size (both root mean square), by `step_error`."""
+def quantization_error(checkpoint: Checkpoint) -> float:
+    """The quantization error of the weights relative to the weights (root mean square), from `step_error`."""
     squares = errors = 0.0
     for name, kind in _kinds(checkpoint).items():
         weights = checkpoint.tensors[name].read()
@@ -98,8 +108,15 @@ def quantisation_error(checkpoint: Checkpoint) -> float:
 
 
 def step_error(weights: np.ndarray, kind: str) -> float:
-    """The squared error, summed, that weights of blocks of ``kind`` (``Q4_K``) carry, as they themselves tell it: b
-    bits span a block in 2**b - 1 steps, and rounding is off by a step / sqrt(12). Within a tenth for normal numbers."""
+    """Estimate the summed squared quantization error of dequantized weights, without the original weights.
+
+    b bits divide the range of a block into 2**b - 1 steps, and rounding to a step has the error step / sqrt(12). The
+    estimate is within 10% for normally distributed weights.
+
+    Arguments:
+        weights: the dequantized weights.
+        kind: their block type (``Q4_K``).
+    """
     bits = int(re.sub(r"\D*(\d).*", r"\1", kind))
     steps = np.ptp(weights.reshape(-1, BLOCK), axis=1) / (2**bits - 1)
     return BLOCK * float(np.sum(steps**2, dtype=np.float64)) / 12

@@ -1,4 +1,4 @@
-"""From what the user typed to a folder on this disk: a path, a short name, or a repository of a hub."""
+"""Find a model by path, short name or hub repository, and download it if needed."""
 
 import errno
 import os
@@ -17,8 +17,8 @@ from weights_io.errors import InputError, short
 from weights_io.files.folder import KINDS, SIDE_FILES, USUAL, read_weight_map
 from weights_io.files.json_text import read_json
 
-# Beside the weights; code (*.py) and other frameworks' copies of the weights are never fetched. quantize_config.json is
-# AutoGPTQ's, which says how the weights are packed.
+# The files that are downloaded besides the weights. Code (*.py) and the weights in other frameworks' formats are never
+# downloaded. quantize_config.json is AutoGPTQ's description of the packing.
 FETCHED = ("config.json", "quantize_config.json", *SIDE_FILES)
 PART = r"[\w-][\w.-]*"
 REPOSITORY = re.compile(f"{PART}/{PART}")
@@ -29,16 +29,18 @@ class Hub(Protocol):
     """One repository at one revision."""
 
     def sizes(self) -> dict[str, int | None] | None:
-        """All files, those of sub-folders as ``sub/file``, with their bytes (None: the hub does not say); None where
-        the hub cannot be reached."""
+        """File name (``sub/file`` in a sub-folder) -> bytes, or None where the hub does not tell the size.
+
+        Returns None where the hub cannot be reached.
+        """
         ...
 
     def fetch(self, names: Collection[str]) -> Path:
-        """The folder that holds ``names``, after downloading those that are not in the cache."""
+        """Download the files that are not cached, and return the folder that holds all of ``names``."""
         ...
 
     def cached(self, names: Collection[str]) -> set[str]:
-        """Which of ``names`` `fetch` would not download."""
+        """The ``names`` that are in the cache."""
         ...
 
 
@@ -49,26 +51,34 @@ def resolve(
     check: Callable[[dict[str, Any], str], object] | None = None,
     weights: bool = True,
 ) -> Path:
-    """The folder (or .gguf file) that ``path_or_repo`` stands for, downloaded first where it is a hub's.
+    """The folder or .gguf file of a model, downloaded first if it is on a hub.
 
     Arguments:
-        path_or_repo: a folder, a .gguf file, a short name of the catalogue, ``owner/name`` or, where a repository keeps
-            several models, ``owner/name/sub/folder``; None: the built-in model.
+        path_or_repo: a folder, a .gguf file, a short name of the catalogue, ``owner/name``, or
+            ``owner/name/sub/folder`` for a repository with several models; None: the built-in model.
         revision: branch, tag or commit of a repository; None is its default branch.
-        hub: ``huggingface`` (heeds ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN``) or ``modelscope``.
-        check: called with a repository's config.json, and what to call it, before weights are asked for; raises
-            `InputError` to refuse it.
-        weights: False leaves the weights on the hub and brings only config and tokenizer.
+        hub: ``huggingface`` (uses ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN``) or ``modelscope``.
+        check: called with a repository's config.json and its name for messages before the weights are downloaded;
+            raises `InputError` to refuse the model.
+        weights: False downloads only the config and the tokenizer.
 
-    Raises `InputError`: no such thing, no access, no network and not in the cache, a full disk, `check` said no.
+    Returns:
+        The path on this disk.
+
+    Raises:
+        InputError: the model does not exist, access is denied, the network is down and the cache does not have it, the
+            disk is full, or ``check`` refused it.
     """
     found = locate(path_or_repo, revision, hub, check)
     return found if isinstance(found, Path) else _download(*found, check, weights)
 
 
 def to_download(path_or_repo: str | os.PathLike[str] | None = None, revision: str | None = None) -> "Download | None":
-    """What `resolve` would bring from Hugging Face; None where ``path_or_repo`` is on this disk. Of the files only
-    config.json and an index are fetched. Raises `InputError` as `resolve` does."""
+    """The files that `resolve` would download from Hugging Face.
+
+    Only config.json and the index of the weights are downloaded for this. Returns None for a model on this disk.
+    Raises `InputError` as `resolve` does.
+    """
     from huggingface_hub import constants
 
     found = locate(path_or_repo, revision)
@@ -78,22 +88,22 @@ def to_download(path_or_repo: str | os.PathLike[str] | None = None, revision: st
     sizes = source.sizes()
     wanted = _wanted(source, sizes, repo, None, weights=True)
     files = {name: None if sizes is None else sizes[name] for name in wanted}
-    present = set(wanted) if sizes is None else source.cached(wanted)  # without the hub all are here, or it has raised
+    present = set(wanted) if sizes is None else source.cached(wanted)  # offline, `_wanted` raises unless all are cached
     return Download(repo, Path(constants.HF_HUB_CACHE), files, {n: files[n] for n in wanted if n not in present})
 
 
 @dataclass(frozen=True)
 class Download:
-    """Files of a repository that a model is loaded from; a size of None is unknown."""
+    """The files of a repository that a model is loaded from. A size of None is unknown."""
 
     repo: str
     cache: Path  # the folder that downloads go to
-    files: dict[str, int | None]  # all of them, with their bytes
-    missing: dict[str, int | None]  # those that are not in the cache yet
+    files: dict[str, int | None]  # name -> bytes
+    missing: dict[str, int | None]  # the files that are not cached yet
 
     @property
     def missing_bytes(self) -> int | None:
-        """To be downloaded."""
+        """Bytes still to download; None where a size is unknown."""
         sizes = self.missing.values()
         return None if None in sizes else sum(size or 0 for size in sizes)
 
@@ -104,8 +114,10 @@ def locate(
     hub: str = "huggingface",
     check: Callable[[dict[str, Any], str], object] | None = None,
 ) -> "Path | tuple[Hub, str]":
-    """The path on this disk, or where it is downloaded from, and what it is called there. No hub is asked. Arguments
-    and errors are those of `resolve`."""
+    """The path on this disk, or the hub and the repository's name. No hub is contacted.
+
+    Arguments and errors: as `resolve`.
+    """
     if hub not in ("huggingface", "modelscope"):
         raise InputError(f"The hub {hub!r} is not known: choose huggingface or modelscope.")
     given = "pico" if path_or_repo is None else os.fspath(path_or_repo)
@@ -113,7 +125,7 @@ def locate(
     try:
         path = Path(given).expanduser()
         local = bool(path_or_repo) and path.exists()
-    except (OSError, RuntimeError) as error:  # too long, a folder that may not be entered, a home that is not there
+    except (OSError, RuntimeError) as error:  # name too long, folder not accessible, no home folder for ~
         detail = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise InputError(f"{shown(given)} cannot be looked up ({detail}): give another path or a short name.") from None
     if local or (entry and entry.repo is None):
@@ -143,9 +155,17 @@ def locate(
 
 
 def weight_files(names: Collection[str], fetch: Callable[[Collection[str]], Path]) -> list[str]:
-    """Which of a repository's top-level files ``names`` are its weights: one kind only, as `open_folder` takes.
+    """The weight files among a repository's top-level files, in the one format that `open_folder` would read.
 
-    Empty where there are none. `InputError` where its index is no index.
+    Arguments:
+        names: the repository's files.
+        fetch: downloads files and returns their folder; called for the index only.
+
+    Returns:
+        The names, the index first; empty if there are none.
+
+    Raises:
+        InputError: the index is damaged.
     """
     for name in USUAL:
         if name in names and name.endswith(".json"):
@@ -173,7 +193,7 @@ def _wanted(
     check: Callable[[dict[str, Any], str], object] | None,
     weights: bool,
 ) -> list[str]:
-    """The files that a model is loaded from, of those that the hub ``listed``. config.json and an index are fetched."""
+    """The files, among those that the hub ``listed``, that the model needs. Downloads config.json and the index."""
     if listed is not None and "config.json" not in listed:
         remedy = "choose another"
         if any(name.endswith(".gguf") for name in listed):
@@ -202,7 +222,7 @@ def _wanted(
 
 
 class Within:
-    """A sub-folder of a repository, as if it were one of its own."""
+    """A sub-folder of a repository, with the interface of a repository."""
 
     def __init__(self, source: Hub, folder: str) -> None:
         self.source, self.folder = source, folder
@@ -222,7 +242,7 @@ class Within:
 
 
 def _suggestion(given: str) -> str:
-    """The end of a sentence."""
+    """The end of the sentence: similar short names, or where they are listed."""
     close = catalog.nearest(given)
     return (
         f"; did you mean {' or '.join(close)}?" if close else "; `python -m weights_io.catalog` lists the short names"
@@ -230,7 +250,7 @@ def _suggestion(given: str) -> str:
 
 
 def _whole(repo: str) -> str:
-    """``owner/name`` of what may be a sub-folder of it."""
+    """The ``owner/name`` part of a repository or of a sub-folder of one."""
     return "/".join(repo.split("/")[:2])
 
 
@@ -240,7 +260,7 @@ def _unreachable(repo: str) -> str:
     state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{_endpoint()} cannot be reached"
     remedy = "unset it" if constants.HF_HUB_OFFLINE else "set HF_ENDPOINT to a mirror"
     return (
-        f"there is no folder {repo} here, {state} and it is not (or not wholly) in the cache "
+        f"there is no folder {repo} here, {state} and it is not (or not completely) in the cache "
         f"{constants.HF_HUB_CACHE}: {remedy}, or run "
         f"`hf download {_whole(repo)} --local-dir FOLDER` on a connected machine and pass that folder."
     )
@@ -253,26 +273,26 @@ def _endpoint() -> str:
 
 
 class HuggingFace:
-    """A repository of the Hugging Face hub or a mirror, kept in the cache that other programs use as well."""
+    """A repository of the Hugging Face hub or a mirror, in the cache that all Hugging Face programs share."""
 
     def __init__(self, repo: str, revision: str | None) -> None:
         self.repo, self.revision = repo, revision
-        self.asked = revision  # what the user typed; `revision` becomes the commit it stands for
+        self.asked = revision  # as the user typed it; `revision` becomes the commit
 
     def sizes(self) -> dict[str, int | None] | None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
         try:
-            # Not list_repo_files: without a network it tries for half a minute.
+            # Not list_repo_files: without a network it retries for 30 seconds.
             info = HfApi(endpoint=_endpoint()).model_info(self.repo, revision=self.revision, files_metadata=True)
             return {file.rfilename: file.size for file in info.siblings or ()}
         except HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise self._explained(error) from None
             return None
-        except HFValidationError:  # too long, "--" in it, ...
-            raise InputError(f"{shown(self.repo)} is no name that a repository can have: correct it.") from None
+        except HFValidationError:  # too long, contains "--", ...
+            raise InputError(f"{shown(self.repo)} is not a valid repository name: correct it.") from None
         except (HTTPError, OfflineModeIsEnabled):
             return None
 
@@ -284,12 +304,12 @@ class HuggingFace:
             folder = snapshot_download(
                 self.repo, revision=self.revision, allow_patterns=list(names), endpoint=_endpoint()
             )
-        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet, a transfer that broke off
+        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: an interrupted transfer of hf_xet
             raise self._explained(error) from None
         missing = [name for name in names if not (Path(folder) / name).is_file()]
-        if missing:  # older hub clients return whatever is in the cache
+        if missing:  # older clients return the cached files only
             raise InputError(_unreachable(self.repo))
-        self.revision = Path(folder).name  # the commit: every later file is of the same one
+        self.revision = Path(folder).name  # the commit, so that later files come from the same one
         return Path(folder)
 
     def cached(self, names: Collection[str]) -> set[str]:
@@ -328,11 +348,11 @@ class HuggingFace:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return InputError(f"The cache {cache} cannot be written: set HF_HOME to a folder that you may write.")
         detail = " ".join(str(error).split()) or type(error).__name__
-        return InputError(f"The download of {repo} broke off ({detail}): run the same command again to go on with it.")
+        return InputError(f"The download of {repo} was interrupted ({detail}): run the same command again to resume.")
 
 
 class ModelScope:
-    """A repository of ModelScope, by its own client and in its own cache."""
+    """A repository of ModelScope, through its client and in the client's cache."""
 
     def __init__(self, repo: str, revision: str | None) -> None:
         if not find_spec("modelscope"):
@@ -350,7 +370,7 @@ class ModelScope:
         return Path(self._ask(snapshot_download, allow_patterns=list(names)))
 
     def cached(self, names: Collection[str]) -> set[str]:
-        return set()  # its client does not say
+        return set()  # the client does not tell
 
     def _ask(self, request: Callable[..., Any], **options: Any) -> Any:
         from modelscope.hub.errors import HubError

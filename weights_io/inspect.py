@@ -1,6 +1,6 @@
-"""Say what a model is, from its config and the headers of its files, without reading a weight.
+"""Describe a model from its config and the headers of its files, without reading the weights.
 
-Only what is stored twice (the head of a tied model, a tensor in two shards) is read, to compare the two as a load does.
+Only tensors that are stored twice (the head of a tied model, a tensor in two shards) are read, to compare the copies.
 
 python -m weights_io.inspect --model openbmb/MiniCPM-2B-sft-bf16
 """
@@ -41,42 +41,48 @@ class Options:
 
 @dataclass
 class Report:
-    """What is known of a model. The fields are those of ``--json``."""
+    """The description of a model. The fields are those of ``--json``."""
 
     source: str  # folder, file or catalogue entry
     architecture: str
     parameters: int
-    parameters_without_embedding: int  # nor head, where it has weights of its own
-    parameters_active: int  # those that one token is computed with: fewer where a token takes some of the experts
-    dtype: str  # what a loader takes if not told otherwise
-    stored: dict[str, int]  # dtype or quantised type in the files -> number of tensors
-    bytes: int  # of the weight files
+    parameters_without_embedding: int  # without the head too, where it is not tied
+    parameters_active: int  # parameters that one token is computed with; fewer than all in a mixture of experts
+    dtype: str  # the dtype that a loader uses by default
+    stored: dict[str, int]  # dtype or quantized type in the files -> number of tensors
+    bytes: int  # size of the weight files
     files: dict[str, dict[str, int]]  # name -> bytes, tensors
     memory: dict[str, int | None]  # bytes of all weights as stored, in bfloat16, and with --quantize; None: unknown
     cache: dict[str, int]  # dtype -> bytes of the keys and values of 1,000 tokens
     context_length: int
     config: dict[str, Any]
-    derived: dict[str, float]  # what the scales of the config come to
+    derived: dict[str, float]  # factors computed from the scales of the config
     tokenizer: str | None = None
     tokenizer_ids: int | None = None
     chat_template: str = DEFAULT_TEMPLATE
     unusual: list[str] = dataclasses.field(default_factory=list)
-    problems: list[str] = dataclasses.field(default_factory=list)  # why it cannot be loaded as it is
+    problems: list[str] = dataclasses.field(default_factory=list)  # reasons why it cannot be loaded
 
 
 def main(options: Options) -> None:
-    """Say what a model is, from its config and the headers of its files, without reading a weight."""
+    """Describe a model from its config and the headers of its files, without reading the weights."""
     from weights_io.command_line import command_above
 
     command_above("inspect")(options)
 
 
 def without_tokenizer(path: Path, downloaded: bool = False) -> tuple[Report, Mapping[str, Any] | None]:
-    """The report on a model folder or GGUF file, but for its tokenizer, and the metadata of a GGUF file.
+    """The report on a model, without its tokenizer.
 
-    ``downloaded``: a hub's cache, whose weights may be missing.
+    Arguments:
+        path: a model folder or a GGUF file.
+        downloaded: the folder is a hub's cache, where the weights may be missing.
 
-    Raises `InputError` where config.json (or the GGUF header) cannot be used; other faults are listed in the report.
+    Returns:
+        The report, and the metadata of a GGUF file (None for a folder).
+
+    Raises:
+        InputError: config.json or the GGUF header cannot be used. Other faults are listed in the report.
     """
     if path.suffix == ".gguf":
         from weights_io.files import gguf
@@ -104,7 +110,7 @@ def without_tokenizer(path: Path, downloaded: bool = False) -> tuple[Report, Map
                 contradiction = str(error)
         report = describe(str(path), raw, tensors, config)
         if contradiction:
-            report.problems = [contradiction]  # and not what follows from it
+            report.problems = [contradiction]  # without the faults that follow from it
         if missing and downloaded:
             report.unusual.append("the weights are not (or not wholly) downloaded; sizes and stored dtypes are unknown")
         elif missing:
@@ -114,7 +120,7 @@ def without_tokenizer(path: Path, downloaded: bool = False) -> tuple[Report, Map
 
 
 def _collect(report: Report, check: Callable[..., object], *arguments: Any) -> None:
-    """Call ``check``; what it refuses becomes one of the report's problems."""
+    """Call ``check`` and add its `InputError`, if any, to the report's problems."""
     try:
         check(*arguments)
     except InputError as error:
@@ -124,8 +130,14 @@ def _collect(report: Report, check: Callable[..., object], *arguments: Any) -> N
 def describe(
     source: str, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], config: ModelConfig | None = None
 ) -> Report:
-    """The report on a config.json and, where they are at hand, the tensors of its files. ``config``: what they make of
-    it, where that is not config.json alone."""
+    """The report on a config and its tensors.
+
+    Arguments:
+        source: what the model is called in the report.
+        raw: the contents of config.json.
+        tensors: Hugging Face name -> tensor; empty where the weights are not available.
+        config: the config where it does not follow from ``raw`` alone.
+    """
     config = config or ModelConfig.from_dict(dict(raw), source)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     stored = Counter(stored_as(tensor) for tensor in tensors.values())
@@ -133,7 +145,7 @@ def describe(
     for tensor in tensors.values():
         file = files.setdefault(tensor.source.name, {"bytes": tensor.source.stat().st_size, "tensors": 0})
         file["tensors"] += 1
-    embedding = tensors.get(EMBEDDING.tensor)
+    embedding = tensors.get(EMBEDDING.hf_name)
     dtype = stored_dtype(dict(raw)) or (UNKNOWN if embedding is None else arithmetic_dtype(embedding))
     held = sum(file["bytes"] for file in files.values())
     as_stored = held or (weight_bytes(config, dtype) if dtype != UNKNOWN else None)
@@ -168,7 +180,7 @@ def describe(
 
 
 def lines(report: Report) -> list[str]:
-    """The report as a person reads it."""
+    """The report as lines of text."""
     config = report.config
     heads = f"{config['num_attention_heads']} heads"
     if config["num_key_value_heads"] != config["num_attention_heads"]:
@@ -236,7 +248,7 @@ def _absent_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
 
 def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> list[str]:
     notes = []
-    if config.tie_word_embeddings and HEAD.tensor in tensors:
+    if config.tie_word_embeddings and HEAD.hf_name in tensors:
         notes.append("the tied head is stored a second time; a loader compares it with the embedding")
     buffers = [name for name in tensors if name.endswith(BUFFERS)]
     if buffers:
@@ -256,7 +268,7 @@ def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mappi
 
 
 def stored_as(tensor: LazyTensor) -> str:
-    """``bfloat16``, or of a quantized tensor its format: ``GPTQ 4-bit in groups of 32``, of a GGUF file's ``Q4_K``."""
+    """How a tensor is stored: its dtype, or its quantization (``GPTQ 4-bit in groups of 32``, ``Q4_K`` for GGUF)."""
     from weights_io.files.gguf import BlockTensor, UnpermutedTensor
 
     if isinstance(tensor, UnpermutedTensor):

@@ -53,8 +53,8 @@ def to_llama(
     folded: dict[str, LazyTensor | Computed] = {}
     for parameter in parameters(llama):
         multiply, divide = _scale(parameter, config)
-        for name in parameter.tensors(llama):
-            stored = EMBEDDING.tensor if parameter == HEAD and config.tie_word_embeddings else name
+        for name in parameter.hf_names(llama):
+            stored = EMBEDDING.hf_name if parameter == HEAD and config.tie_word_embeddings else name
             folded[name] = _scaled(name, tensors[stored], multiply, divide, dtype, rounding)
     return llama, folded
 
@@ -82,13 +82,13 @@ def from_llama(
     scales = {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": dim_model_base}
     raw = dataclasses.replace(config, model_type="minicpm", tie_word_embeddings=False).to_dict()
     minicpm = ModelConfig.from_dict(raw | scales, "the unfolded model")
-    head = tensors[(EMBEDDING if config.tie_word_embeddings else HEAD).tensor]
-    if _tied(tensors[EMBEDDING.tensor], head, minicpm):
+    head = tensors[(EMBEDDING if config.tie_word_embeddings else HEAD).hf_name]
+    if _tied(tensors[EMBEDDING.hf_name], head, minicpm):
         minicpm = dataclasses.replace(minicpm, tie_word_embeddings=True)
     unfolded: dict[str, LazyTensor | Computed] = {}
     for parameter in parameters(minicpm):
         multiply, divide = _scale(parameter, minicpm)
-        for name in parameter.tensors(minicpm):
+        for name in parameter.hf_names(minicpm):
             tensor = head if parameter == HEAD else tensors[name]
             unfolded[name] = _scaled(name, tensor, divide, multiply, dtype, rounding)
     return minicpm, unfolded

@@ -1,8 +1,10 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353) as arrays: which matrices they change, and how.
+"""Low-rank adapters as numpy arrays: LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353).
 
-An adapter holds its matrices by Hugging Face module name, one for each layer and expert. The JAX model wants them
-stacked as the parameter table has it (`stacked`, `unstacked`), the MLX model by layer (`by_layer`, `from_layers`), a
-checkpoint to be written has them added to its weights (`fused`).
+An adapter holds its matrices by Hugging Face module name, one pair per layer and expert. Three forms are made of it:
+
+- stacked over layers and experts, for the JAX model: `stack_adapter`, and back `unstack_adapter`;
+- one entry per layer, for the MLX model: `adapter_by_layer`, and back `adapter_from_layers`;
+- added to the weights of a checkpoint: `fuse_adapter`.
 
 Dims: r rank, I in, O out features of a matrix.
 """
@@ -22,19 +24,19 @@ from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import Parameter, module_name, parameters
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # a, b and DoRA's magnitude
-RowNorms = Callable[[str], np.ndarray]  # Hugging Face tensor name -> Euclidean norms [O] of its rows
+RowNorms = Callable[[str], np.ndarray]  # Hugging Face tensor name -> the Euclidean norm [O] of each row
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is trained with. Raises `InputError` for numbers that no adapter has."""
+    """The hyperparameters of an adapter. Raises `InputError` for a rank, alpha or dropout out of range."""
 
-    rank: int  # r; of matrices of several ranks, the largest
-    alpha: float  # the update is alpha / rank times B A
-    dropout: float = 0.0  # on what goes into A, while training
+    rank: int  # r; the largest one where the matrices differ in rank
+    alpha: float  # the update is alpha / rank * B A
+    dropout: float = 0.0  # on the input of A, in training only
     dora: bool = False
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    base_model: str | None = None  # a note for the reader: the model it was trained on
+    base_model: str | None = None  # a note for the reader: the model that the adapter was trained on
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -51,12 +53,12 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """The change of one matrix W [O, I]: W + scale B A, with DoRA each row then set to the length ``magnitude``."""
+class LoRAMatrices:
+    """The update of one matrix W [O, I] to W + scale B A. DoRA then rescales each row to the norm ``magnitude``."""
 
     a: np.ndarray  # [r, I] float32
     b: np.ndarray  # [O, r] float32
-    magnitude: np.ndarray | None = None  # [O] float32, of DoRA
+    magnitude: np.ndarray | None = None  # [O] float32; DoRA only
     scale: float = 1.0
 
     def change(self) -> np.ndarray:
@@ -64,7 +66,7 @@ class Matrices:
         return np.float32(self.scale) * (self.b @ self.a)
 
     def applied(self, weight: np.ndarray) -> np.ndarray:
-        """The changed ``weight`` [O, I], worked out in float32 (DoRA: equation 5 of its paper)."""
+        """The updated ``weight`` [O, I], computed in float32 (DoRA: equation 5 of its paper)."""
         changed = weight.astype(np.float32) + self.change()
         if self.magnitude is None:
             return changed
@@ -74,17 +76,19 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Adapter:
+    """An adapter of one model: its hyperparameters and its matrices."""
+
     config: AdapterConfig
-    tensors: Mapping[str, Matrices]  # by module name: "model.layers.3.mlp.experts.5.w1"; scale of each may differ
+    tensors: Mapping[str, LoRAMatrices]  # by module name: "model.layers.3.mlp.experts.5.w1"; their scales may differ
 
 
 @dataclass
-class Change:
-    """How far an adapter moves the weights that it is on, and how much of that rounding takes: sums of squares."""
+class UpdateStats:
+    """Sums of squares that tell how much an adapter changes the weights, and how much of the change rounding loses."""
 
-    weights: float = 0.0
-    moved: float = 0.0
-    lost: float = 0.0
+    weights: float = 0.0  # of the adapted weights
+    moved: float = 0.0  # of the update
+    lost: float = 0.0  # of the rounding errors
 
     def add(self, weight: np.ndarray, exact: np.ndarray, rounded: np.ndarray) -> None:
         weight = weight.astype(np.float32)
@@ -94,88 +98,114 @@ class Change:
 
     @property
     def size(self) -> float:
-        """Root mean square of the change, relative to that of the weights."""
+        """Root mean square of the update, relative to the weights."""
         return math.sqrt(self.moved / (self.weights or 1))
 
     @property
     def error(self) -> float:
-        """Root mean square of the rounding errors, relative to that of the change."""
+        """Root mean square of the rounding errors, relative to the update."""
         return math.sqrt(self.lost / (self.moved or 1))
 
 
 def row_norms(checkpoint: Checkpoint) -> RowNorms:
-    """Of a checkpoint's matrices: what DoRA's magnitudes begin as, [O] float32 of a tensor read when asked for."""
+    """The row norms of a checkpoint's matrices, the initial magnitudes of DoRA. Each tensor is read when asked for."""
     return lambda tensor: np.linalg.norm(checkpoint.read(tensor, "float32").astype(np.float32), axis=1)
 
 
-def stacked(parameter: Parameter, adapter: Adapter, model: ModelConfig, norms: RowNorms | None = None) -> Arrays:
-    """a [*stack, r, I], b [*stack, O, r] and, of DoRA, magnitude [*stack, O] for the JAX model; float32.
+def stack_adapter(parameter: Parameter, adapter: Adapter, model: ModelConfig, norms: RowNorms | None = None) -> Arrays:
+    """An adapter's arrays for one parameter of the JAX model, stacked over layers and experts.
 
-    ``stack`` is `Parameter.stack`, r the config's rank: smaller ones are padded with zeros. Scales that differ from the
-    config's are folded into b, so that ``adapter.config.scale`` serves them all. A layer or expert without an adapter
-    is zeros and changes nothing; under DoRA it then needs the row lengths of its weights (``norms``, see `row_norms`;
-    ValueError where it is None).
+    Smaller ranks are padded with zeros to the config's rank. A scale that differs from the config's is folded into b,
+    so that ``adapter.config.scale`` holds for all. A layer or expert without an adapter gets zeros.
+
+    Arguments:
+        parameter: the row of the parameter table.
+        adapter: the adapter.
+        model: the model's config.
+        norms: the row norms of the weights (`row_norms`). DoRA needs them for layers without an adapter.
+
+    Returns:
+        a [*stack, r, I], b [*stack, O, r] and, for DoRA, magnitude [*stack, O], where ``stack`` is
+        ``parameter.stack(model)``; float32.
+
+    Raises:
+        ValueError: DoRA, a layer without an adapter, and no ``norms``.
     """
     stack = parameter.stack(model)
-    found = [_padded(parameter, tensor, adapter, model, norms) for tensor in parameter.tensors(model)]
+    found = [_padded(parameter, tensor, adapter, model, norms) for tensor in parameter.hf_names(model)]
     a, b, magnitude = _joined(found)
     return _reshaped(a, stack), _reshaped(b, stack), None if magnitude is None else _reshaped(magnitude, stack)
 
 
-def by_layer(parameter: Parameter, adapter: Adapter, model: ModelConfig) -> dict[str, Arrays]:
-    """The same by module name of the MLX model (``model.layers.3.mlp.experts.w1``), for the layers that have any.
+def adapter_by_layer(parameter: Parameter, adapter: Adapter, model: ModelConfig) -> dict[str, Arrays]:
+    """An adapter's arrays for one parameter of the MLX model, padded and scaled as in `stack_adapter`.
 
-    a [r, I] and b [O, r], of experts [E, r, I] and [E, O, r]; padded and scaled as in `stacked`.
+    Arguments: as for `stack_adapter`.
+
+    Returns:
+        Module name in the MLX model (``model.layers.3.mlp.experts.w1``) -> a [r, I], b [O, r] and, for DoRA,
+        magnitude [O]; experts have a leading axis E. Layers without an adapter are left out.
     """
     result = {}
-    for name, tensors in parameter.layers(model).items():
+    for name, tensors in parameter.mlx_names(model).items():
         if not any(module_name(tensor) in adapter.tensors for tensor in tensors):
             continue
         found = [_padded(parameter, tensor, adapter, model, norms=None) for tensor in tensors]
-        result[module_name(name)] = _joined(found) if parameter.of_expert else found[0]
+        result[module_name(name)] = _joined(found) if parameter.per_expert else found[0]
     return result
 
 
-def unstacked(
+def unstack_adapter(
     config: AdapterConfig, arrays: Mapping[str, Arrays], model: ModelConfig, layers: Collection[int] | None = None
 ) -> Adapter:
-    """The adapter of arrays as `stacked` gives them, by `Parameter.name`.
+    """The inverse of `stack_adapter`.
 
-    Anything that ``np.asarray`` takes will do. ``layers``: those that have an adapter; None is all.
+    Arguments:
+        config: the adapter's hyperparameters.
+        arrays: `Parameter.name` -> a, b and magnitude; anything that ``np.asarray`` takes.
+        model: the model's config.
+        layers: the layers that have an adapter; None means all.
     """
     table = {p.name: p for p in parameters(model)}
     tensors = {}
     for name, (a, b, magnitude) in arrays.items():
         parameter = table[name]
-        for place, tensor in zip(np.ndindex(*parameter.stack(model)), parameter.tensors(model), strict=True):
+        for place, tensor in zip(np.ndindex(*parameter.stack(model)), parameter.hf_names(model), strict=True):
             if layers is None or place[0] in layers:
                 tensors[module_name(tensor)] = _matrices(config, a[place], b[place], _at(magnitude, place))
     return Adapter(config, tensors)
 
 
-def from_layers(config: AdapterConfig, arrays: Mapping[str, Arrays], model: ModelConfig) -> Adapter:
-    """The adapter of arrays as `by_layer` gives them, by module name of the MLX model."""
-    table = {module_name(name): p for p in parameters(model) for name in p.layers(model)}
+def adapter_from_layers(config: AdapterConfig, arrays: Mapping[str, Arrays], model: ModelConfig) -> Adapter:
+    """The inverse of `adapter_by_layer`; ``arrays`` are keyed by module name in the MLX model."""
+    table = {module_name(name): p for p in parameters(model) for name in p.mlx_names(model)}
     tensors = {}
     for name, (a, b, magnitude) in arrays.items():
         parameter = table[name]
-        for i, tensor in enumerate(parameter.layers(model)[f"{name}.weight"]):
-            place = (i,) if parameter.of_expert else ()
+        for i, tensor in enumerate(parameter.mlx_names(model)[f"{name}.weight"]):
+            place = (i,) if parameter.per_expert else ()
             tensors[module_name(tensor)] = _matrices(config, a[place], b[place], _at(magnitude, place))
     return Adapter(config, tensors)
 
 
-def fused(
+def fuse_adapter(
     checkpoint: Checkpoint,
     adapter: Adapter,
     dtype: str | None = None,
     rounding: Rounding | None = None,
-    change: Change | None = None,
+    change: UpdateStats | None = None,
 ) -> dict[str, LazyTensor | Computed]:
-    """The checkpoint's tensors with the adapter worked into them; each is made when it is read.
+    """The checkpoint's tensors with the adapter added to the weights. A tensor is computed when it is read.
 
-    ``dtype`` is what the changed ones are rounded to (None: each one's own), from float32; ``rounding`` and ``change``
-    collect, while they are read, what that cost. The others are the checkpoint's own.
+    Arguments:
+        checkpoint: the base model.
+        adapter: its adapter.
+        dtype: dtype of the adapted tensors, which are computed in float32; None keeps each tensor's own.
+        rounding: collects the rounding errors as the tensors are read.
+        change: collects the size of the update as the tensors are read.
+
+    Returns:
+        Hugging Face name -> tensor. Tensors without an adapter are the checkpoint's own.
     """
     result: dict[str, LazyTensor | Computed] = dict(checkpoint.tensors)
     for module, matrices in adapter.tensors.items():
@@ -186,10 +216,10 @@ def fused(
 def _fused(
     name: str,
     checkpoint: Checkpoint,
-    matrices: Matrices,
+    matrices: LoRAMatrices,
     dtype: str | None,
     rounding: Rounding | None,
-    change: Change | None,
+    change: UpdateStats | None,
 ) -> Computed:
     tensor = checkpoint.tensors[name]
     target = numpy_dtype(dtype or tensor.dtype)
@@ -207,7 +237,7 @@ def _fused(
 
 
 def _padded(parameter: Parameter, tensor: str, adapter: Adapter, model: ModelConfig, norms: RowNorms | None) -> Arrays:
-    """One matrix's a, b and magnitude in the rank and scale of the whole adapter; zeros where it has none."""
+    """The a, b and magnitude of one matrix, in the rank and scale of the whole adapter; zeros without an adapter."""
     rows, columns = parameter.tensor_shape(model)
     config, magnitude = adapter.config, None
     a, b = np.zeros((config.rank, columns), np.float32), np.zeros((rows, config.rank), np.float32)
@@ -237,9 +267,9 @@ def _reshaped(array: np.ndarray, stack: tuple[int, ...]) -> np.ndarray:
     return array.reshape(*stack, *array.shape[1:])
 
 
-def _matrices(config: AdapterConfig, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None) -> Matrices:
+def _matrices(config: AdapterConfig, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None) -> LoRAMatrices:
     lengths = None if magnitude is None else np.asarray(magnitude, np.float32)
-    return Matrices(np.asarray(a, np.float32), np.asarray(b, np.float32), lengths, config.scale)
+    return LoRAMatrices(np.asarray(a, np.float32), np.asarray(b, np.float32), lengths, config.scale)
 
 
 def _at(array: np.ndarray | None, place: tuple[int, ...]) -> np.ndarray | None:

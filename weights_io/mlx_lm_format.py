@@ -10,22 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from weights_io.adapter_tensors import (
+from weights_io.adapter_reader import (
     RANK,
-    Found,
+    AdapterReader,
     Shape,
     check_booleans,
     read_note,
     read_number,
     read_part,
     read_whole,
-    row_of_the_table,
+    table_parameter,
 )
 from weights_io.config import ModelConfig, shown
 from weights_io.errors import InputError, short
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.lora import Adapter, AdapterConfig, by_layer
+from weights_io.lora import Adapter, AdapterConfig, adapter_by_layer
 from weights_io.parameters import LAYERS, layer_of, module_name, modules, parameters
 
 WEIGHTS = ("adapters.safetensors",)
@@ -51,22 +51,22 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
     `weights_io.adapters.read_adapter`."""
     kind = raw.get("fine_tune_type", "dora" if raw.get("use_dora") else "lora")  # the older key
     numbers = _numbers(raw, kind, source)
-    table = {module_name(name): p for p in modules(model).values() for name in p.layers(model)}
-    found = Found(source)
+    table = {module_name(name): p for p in modules(model).values() for name in p.mlx_names(model)}
+    found = AdapterReader(source)
     for name, tensor in tensors.items():
         match = NAME.fullmatch(name)
         if match is None:
             raise InputError(f"{located(name, tensor)} is no matrix of a LoRA; take a folder that mlx_lm.lora wrote.")
         module, part = match[1], PARTS[match[2]]
-        parameter = row_of_the_table(name, tensor, module, table)
+        parameter = table_parameter(name, tensor, module, table)
         rows, columns = parameter.tensor_shape(model)
         shapes: dict[str, Shape] = {"a": (columns, RANK), "b": (RANK, rows), "magnitude": (rows,)}
-        if parameter.of_expert:
+        if parameter.per_expert:
             experts = model.num_experts
             shapes = {"a": (experts, RANK, columns), "b": (experts, rows, RANK), "magnitude": (experts, rows)}
         values = read_part(name, tensor, shapes[part])
-        each = values if parameter.of_expert else [np.ascontiguousarray(values.T)]
-        for tensor_name, array in zip(parameter.layers(model)[f"{module}.weight"], each, strict=True):
+        each = values if parameter.per_expert else [np.ascontiguousarray(values.T)]
+        for tensor_name, array in zip(parameter.mlx_names(model)[f"{module}.weight"], each, strict=True):
             found.add(module_name(tensor_name), part, array)
     rank = max(found.ranks().values(), default=1)
     _check_modules(raw, numbers, found, model, source)
@@ -108,7 +108,7 @@ def _numbers(raw: Mapping[str, Any], kind: Any, source: str) -> dict[str, Any]:
 
 
 def _check_modules(
-    raw: Mapping[str, Any], numbers: Mapping[str, Any], found: Found, model: ModelConfig, source: str
+    raw: Mapping[str, Any], numbers: Mapping[str, Any], found: AdapterReader, model: ModelConfig, source: str
 ) -> None:
     """mlx_lm makes an adapter of this rank in the last ``num_layers`` of the layers (0 and below: in all), wherever a
     name is among ``keys``; it refuses tensors for others."""
@@ -138,14 +138,14 @@ def _check_modules(
 def files(adapter: Adapter, model: ModelConfig, base_model: str | None) -> tuple[dict[str, Any], dict[str, Computed]]:
     """adapter_config.json and the tensors of the weights' file, with which ``mlx_lm.load(adapter_path=)`` opens it."""
     config = adapter.config
-    targets = [p for p in parameters(model) if any(module_name(t) in adapter.tensors for t in p.tensors(model))]
+    targets = [p for p in parameters(model) if any(module_name(t) in adapter.tensors for t in p.hf_names(model))]
     tensors: dict[str, np.ndarray] = {}
     for parameter in targets:
-        if parameter.of_expert and config.dora:
+        if parameter.per_expert and config.dora:
             raise InputError("mlx_lm has no DoRA of experts; write the adapter in PEFT's form.")
-        for module, (a, b, magnitude) in by_layer(parameter, adapter, model).items():
-            tensors[f"{module}.lora_a"] = a if parameter.of_expert else a.T
-            tensors[f"{module}.lora_b"] = b if parameter.of_expert else b.T
+        for module, (a, b, magnitude) in adapter_by_layer(parameter, adapter, model).items():
+            tensors[f"{module}.lora_a"] = a if parameter.per_expert else a.T
+            tensors[f"{module}.lora_b"] = b if parameter.per_expert else b.T
             if magnitude is not None:
                 tensors[f"{module}.m"] = magnitude
     first = min(layer_of(module) for module in adapter.tensors)

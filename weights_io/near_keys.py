@@ -1,22 +1,25 @@
-"""Keys of files in which most say nothing here: one that is nearly a key that is used is a slip, and is refused."""
+"""Find misspelled keys in files where most keys are ignored."""
 
 import difflib
 from collections.abc import Collection, Iterable
 
 from weights_io.errors import InputError, short
 
-MOST_UNKNOWN = 1000  # keys of one file that are not known; real ones have some dozens
-MOST_DIFFERENT = 3  # characters that only one of two keys has: another one counts twice, "_id" at the end three times
+MOST_UNKNOWN = 1000  # unknown keys in one file; real files have a few dozen
+MOST_DIFFERENT = 3  # characters that only one of two keys has: a substitution counts 2, an added "_id" counts 3
 
 
 def refuse_near_keys(given: Iterable[str], used: Collection[str], others: Collection[str], source: object) -> None:
-    """`InputError` where a key is not known and nearly one that is used and is not there itself.
+    """Refuse an unknown key that resembles a key which is used and is missing.
 
     Arguments:
         given: the keys of a file or of an object in it.
-        used: those that are looked at.
-        others: those that are known to say nothing, however near they are.
-        source: names the file in an error.
+        used: the keys that are read.
+        others: known keys that are ignored, even if they resemble a used one.
+        source: the file's name in messages.
+
+    Raises:
+        InputError: there is such a key, or there are more than `MOST_UNKNOWN` unknown keys.
     """
     keys = set(given)
     unknown = sorted(keys.difference(used, others))

@@ -1,9 +1,13 @@
-"""The one parameter table: what a model holds, under which name, in which shape, and how it begins.
+"""The one parameter table: the name, shape, logical axes and initializer of every weight of a model.
 
-Loader, exporter, abstract shapes, shardings, initialisation and both backends read this table; there is no second list.
-A parameter's ``tensor`` is its name in Hugging Face files, one for each layer and expert. The MLX model stacks the
-experts of a layer; the JAX model, where ``name`` is its path, stacks the layers too. A stacked index leaves the name.
-Matrices keep the [out, in] order of the files.
+Loader, exporter, abstract shapes, shardings, initialization and both backends read this table; there is no second list.
+A parameter has a name in three layouts:
+
+- Hugging Face files (``hf_name``): one tensor per layer and expert.
+- The MLX model (`Parameter.mlx_names`): one array per layer, with the layer's experts stacked.
+- The JAX model (`Parameter.name`): one array, with layers and experts stacked.
+
+The index of a stacked axis is left out of the name. Matrices keep the [out, in] order of the files.
 """
 
 import math
@@ -18,77 +22,81 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Parameter:
-    tensor: str  # "model.layers.{layer}.mlp.experts.{expert}.w1.weight"
-    dims: str  # one letter a dimension, of one tensor: "F D"
-    axes: tuple[str, ...]  # logical axes of those dimensions, for sharding rules
+    """One row of the table: a weight that the model has once, once per layer, or once per layer and expert."""
+
+    hf_name: str  # "model.layers.{layer}.mlp.experts.{expert}.w1.weight"
+    dims: str  # one letter per dimension of the tensor in the files: "F D"
+    axes: tuple[str, ...]  # the logical axis of each dimension, for the sharding rules
     init: str  # embedding | matrix | ones
 
     @property
     def name(self) -> str:
         """Path in the JAX model: ``model.layers.mlp.experts.w1.weight``."""
-        return self.tensor.replace(".{layer}", "").replace(".{expert}", "")
+        return self.hf_name.replace(".{layer}", "").replace(".{expert}", "")
 
     @property
-    def stacked(self) -> bool:
-        """Whether each layer has one (or one for each expert)."""
-        return "{layer}" in self.tensor
+    def per_layer(self) -> bool:
+        """Whether each layer has its own."""
+        return "{layer}" in self.hf_name
 
     @property
-    def of_expert(self) -> bool:
-        return "{expert}" in self.tensor
+    def per_expert(self) -> bool:
+        """Whether each expert of a layer has its own."""
+        return "{expert}" in self.hf_name
 
     @property
     def adds_to_residual(self) -> bool:
-        """Whether its outputs are added to the residual stream: o_proj and down_proj, which write into D."""
-        return self.stacked and self.init == "matrix" and self.axes[0] == "embed"
+        """Whether its output is added to the residual stream: o_proj, and down_proj or the experts' w2."""
+        return self.per_layer and self.init == "matrix" and self.axes[0] == "embed"
 
-    def layers(self, config: ModelConfig) -> dict[str, list[str]]:
-        """Its names in the MLX model, one for each layer -> the Hugging Face names of the experts stacked there."""
-        layers = range(config.num_hidden_layers if self.stacked else 1)
-        experts = range(config.num_experts if self.of_expert else 1)
+    def mlx_names(self, config: ModelConfig) -> dict[str, list[str]]:
+        """Name in the MLX model, one per layer -> the Hugging Face names of the tensors stacked under it."""
+        layers = range(config.num_hidden_layers if self.per_layer else 1)
+        experts = range(config.num_experts if self.per_expert else 1)
         return {
-            self.tensor.replace(".{expert}", "").format(layer=i): [
-                self.tensor.format(layer=i, expert=e) for e in experts
+            self.hf_name.replace(".{expert}", "").format(layer=i): [
+                self.hf_name.format(layer=i, expert=e) for e in experts
             ]
             for i in layers
         }
 
-    def tensors(self, config: ModelConfig) -> list[str]:
-        """Its Hugging Face names, in stacking order."""
-        return [tensor for experts in self.layers(config).values() for tensor in experts]
+    def hf_names(self, config: ModelConfig) -> list[str]:
+        """The names of its tensors in Hugging Face files, in stacking order."""
+        return [hf_name for experts in self.mlx_names(config).values() for hf_name in experts]
 
     def stack(self, config: ModelConfig) -> tuple[int, ...]:
-        """Sizes of the stacked axes, [L, E] at most: ``np.ndindex`` of them goes through `tensors` in order."""
-        return (config.num_hidden_layers,) * self.stacked + (config.num_experts,) * self.of_expert
+        """Sizes of the stacked axes, at most (L, E). ``np.ndindex(*stack)`` runs in the order of `hf_names`."""
+        return (config.num_hidden_layers,) * self.per_layer + (config.num_experts,) * self.per_expert
 
     def tensor_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Shape of one tensor in the files."""
+        """Shape of one tensor in the files, without stacked axes."""
         return tuple(dimensions(config)[d] for d in self.dims.split())
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Shape in the JAX model: stacked over layers and experts where it belongs to one."""
+        """Shape in the JAX model: ``stack`` followed by `tensor_shape`."""
         return self.stack(config) + self.tensor_shape(config)
 
     def layer_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Shape in the MLX model: stacked over experts."""
-        return self.shape(config)[self.stacked :]
+        """Shape in the MLX model: stacked over experts only."""
+        return self.shape(config)[self.per_layer :]
 
     @property
     def is_decayed(self) -> bool:
-        """Whether fine-tuning's weight decay goes on it: not on what begins as ones, as norms do, which are lengths."""
+        """Whether fine-tuning applies weight decay to it. Norm weights, which start as ones, are not decayed."""
         return self.init != "ones"
 
     def logical_axes(self) -> tuple[str, ...]:
-        """One logical axis for each dimension of `shape`."""
-        return ("layers",) * self.stacked + ("expert",) * self.of_expert + self.axes
+        """The logical axis of each dimension of `shape`."""
+        return ("layers",) * self.per_layer + ("expert",) * self.per_expert + self.axes
 
     def init_std(self, config: ModelConfig) -> float:
-        """Standard deviation at the start; muP divides a matrix's by sqrt(D / dim_model_base) (arXiv 2404.06395)."""
+        """Standard deviation of the initial values. muP divides a matrix's by sqrt(D / dim_model_base)
+        (arXiv 2404.06395)."""
         width = config.logit_divisor if self.init == "matrix" else 1.0
         return config.initializer_range / math.sqrt(width)
 
     def learning_rate_scale(self, config: ModelConfig) -> float:
-        """muP's share of the global learning rate: 1 / (D / dim_model_base) for matrices, 1 for the rest."""
+        """muP's factor on the global learning rate: dim_model_base / D for matrices, 1 for the rest."""
         return 1 / config.logit_divisor if self.init == "matrix" else 1.0
 
 
@@ -123,7 +131,7 @@ DENSE = (EMBEDDING, *ATTENTION, *MLP, NORM)
 
 
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """The table of this architecture; a tied head has no parameter of its own."""
+    """The table of a config's architecture. A tied head has no row of its own."""
     if config.family.table is not None:
         return tuple(config.family.table(config))
     table = (EMBEDDING, *ATTENTION, *MOE, NORM) if config.num_experts else DENSE
@@ -131,7 +139,7 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
 
 
 def dimensions(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the letters in `Parameter.dims`."""
+    """The size of each letter of `Parameter.dims`."""
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -143,10 +151,10 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
 
 
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every Hugging Face tensor name with its shape, in file order."""
+    """Every Hugging Face tensor name with its shape, in table order."""
     for parameter in parameters(config):
-        for tensor in parameter.tensors(config):
-            yield tensor, parameter.tensor_shape(config)
+        for hf_name in parameter.hf_names(config):
+            yield hf_name, parameter.tensor_shape(config)
 
 
 def count(config: ModelConfig) -> int:
@@ -155,37 +163,44 @@ def count(config: ModelConfig) -> int:
 
 
 def count_active(config: ModelConfig) -> int:
-    """Number of parameters that one token is computed with; 4,318,142,976 of MiniCPM-MoE-8x2B's."""
+    """Number of parameters that one token is computed with: 4,318,142,976 in MiniCPM-MoE-8x2B."""
     idle = config.num_experts - config.num_experts_per_tok
-    experts = [parameter for parameter in parameters(config) if parameter.of_expert]
+    experts = [parameter for parameter in parameters(config) if parameter.per_expert]
     return count(config) - idle * sum(math.prod(p.shape(config)) // config.num_experts for p in experts)
 
 
 def module_name(tensor: str) -> str:
-    """``model.layers.0.self_attn.q_proj`` of a weight's name."""
+    """The module that a weight belongs to: its name without ``.weight`` (``model.layers.0.self_attn.q_proj``)."""
     return tensor.removesuffix(".weight")
 
 
 def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Parameter, ...]:
-    """The matrices that ``targets`` name, in table order.
+    """The matrices that an adapter's ``targets`` select.
 
-    A target is the last part of a module's name or more of it (``q_proj``, ``self_attn.q_proj``, ``w1``), or
-    "all-linear": every matrix of the layers but an MoE's router, which is adapted only where ``gate`` is named itself.
-    Raises `InputError` for a name that matches nothing, and lists what there is.
+    Arguments:
+        config: the model's.
+        targets: each is the end of a module name (``q_proj``, ``self_attn.q_proj``, ``w1``) or ``all-linear``, which
+            selects every matrix of the layers except an MoE router. The router is selected only by its name, ``gate``.
+
+    Returns:
+        The rows of the table, in table order.
+
+    Raises:
+        InputError: a target matches no matrix, or there is no target.
     """
-    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
+    matrices = [p for p in parameters(config) if p.per_layer and p.init == "matrix"]
     found: set[str] = set()
     for target in targets:
         hits = {p.name for p in matrices if target == ALL_LINEAR and not is_router(p)}
         hits |= {p.name for p in matrices if f".{module_name(p.name)}".endswith(f".{target}") and target}
         if not hits:
             raise InputError(
-                f"the model has no matrix {target!r} that an adapter could change; choose among "
+                f"the model has no matrix {target!r} that an adapter can change; choose among "
                 f"{', '.join(short_name(p) for p in matrices)} and {ALL_LINEAR}."
             )
         found |= hits
     if not found:
-        raise InputError(f"an adapter needs at least one target; {ALL_LINEAR} takes every matrix of the layers.")
+        raise InputError(f"an adapter needs at least one target; {ALL_LINEAR} selects every matrix of the layers.")
     return tuple(p for p in matrices if p.name in found)
 
 
@@ -194,16 +209,16 @@ def is_router(parameter: Parameter) -> bool:
 
 
 def layer_of(name: str) -> int:
-    """3 of ``model.layers.3.mlp.experts.5.w1``, a name within a layer."""
+    """The layer index in a name: 3 for ``model.layers.3.mlp.experts.5.w1``."""
     return int(name.removeprefix(LAYERS).partition(".")[0])
 
 
 def short_name(parameter: Parameter) -> str:
-    """``q_proj``, by which targets are told."""
+    """The last part of a module's name, as adapter targets are written: ``q_proj``."""
     return module_name(parameter.name).rpartition(".")[2]
 
 
 def modules(config: ModelConfig) -> dict[str, Parameter]:
-    """Every module that an adapter may change -> its row of the table, in table order (the router too)."""
-    matrices = [p for p in parameters(config) if p.stacked and p.init == "matrix"]
-    return {module_name(tensor): p for p in matrices for tensor in p.tensors(config)}
+    """Module name -> row of the table, for every module that an adapter may change, the router included."""
+    matrices = [p for p in parameters(config) if p.per_layer and p.init == "matrix"]
+    return {module_name(hf_name): p for p in matrices for hf_name in p.hf_names(config)}

@@ -9,16 +9,16 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from weights_io.adapter_tensors import (
+from weights_io.adapter_reader import (
     RANK,
-    Found,
+    AdapterReader,
     Shape,
     check_booleans,
     read_note,
     read_number,
     read_part,
     read_whole,
-    row_of_the_table,
+    table_parameter,
 )
 from weights_io.config import ModelConfig, shown
 from weights_io.errors import InputError, short
@@ -37,7 +37,7 @@ UNDERSTOOD = frozenset(
 )
 BOOLEANS = tuple("use_rslora use_dora fan_in_fan_out inference_mode lora_bias use_qalora ensure_weight_tying".split())
 # Keys that tell how the adapter was made or is kept. Any other that is set changes what it computes.
-HARMLESS = frozenset(
+IGNORED_KEYS = frozenset(
     """task_type auto_mapping peft_version revision inference_mode layers_pattern megatron_config
     megatron_core qalora_group_size loftq_config eva_config ensure_weight_tying""".split()
 )
@@ -59,7 +59,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
     `weights_io.adapters.read_adapter`."""
     _check(raw, source)
     table = modules(model)
-    found = Found(source)
+    found = AdapterReader(source)
     for name, tensor in tensors.items():
         match = NAME.fullmatch(name)
         if match is None:
@@ -68,7 +68,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
                 "with PEFT and load the result."
             )
         module, part = match[1], PARTS[match[2]]
-        rows, columns = row_of_the_table(name, tensor, module, table).tensor_shape(model)
+        rows, columns = table_parameter(name, tensor, module, table).tensor_shape(model)
         shapes: dict[str, Shape] = {"a": (RANK, columns), "b": (rows, RANK), "magnitude": (rows,)}
         found.add(module, part, read_part(name, tensor, shapes[part]))
     rank, ranks = read_whole(raw, "r", 8, source), found.ranks()
@@ -161,7 +161,7 @@ def _check(raw: Mapping[str, Any], source: str) -> None:
             "it with PEFT's path_initial_model_for_weight_conversion, or merged."
         )
     for key, value in raw.items():
-        if key not in UNDERSTOOD | HARMLESS and value:
+        if key not in UNDERSTOOD | IGNORED_KEYS and value:
             raise InputError(
                 f"{source} has {short(key)} = {shown(value)}, which may change the numbers and is not supported; merge "
                 "the adapter into its model with PEFT and load the result."

@@ -1,4 +1,4 @@
-"""The bar that long reading and writing shows."""
+"""The progress bar of long reads and writes."""
 
 import contextlib
 import dataclasses
@@ -8,8 +8,10 @@ from weights_io.checkpoint import Checkpoint
 
 
 def progress_bar(what: str, total: int):
-    """A `tqdm.tqdm` over ``total`` bytes, to be used as a context; ``update(bytes)`` moves it. It is drawn only on a
-    terminal, and only where the work takes longer than a second."""
+    """A `tqdm.tqdm` over ``total`` bytes, to be used as a context manager.
+
+    It is drawn only on a terminal, and only where the work takes longer than a second.
+    """
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, delay=1)  # None: only on a terminal
@@ -17,8 +19,10 @@ def progress_bar(what: str, total: int):
 
 @contextlib.contextmanager
 def reading(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
-    """The same checkpoint, whose reads move a bar over all its bytes (of several processes, each reads a part; of
-    several threads, one after the other counts)."""
+    """The checkpoint with a progress bar over its bytes, which every read advances, from any thread.
+
+    Where several processes load a model, each reads a part, and its bar ends early.
+    """
     with progress_bar("loading", checkpoint.nbytes) as bar:
 
         def on_read(count: int) -> None:

@@ -77,16 +77,16 @@ def upcycled(
     if seed < 0:
         raise InputError(f"--seed is {seed}; it must not be negative.")
     config = dataclasses.replace(dense, num_experts=experts, num_experts_per_tok=top_k)
-    sources = {expert.tensor: _source(expert) for expert in EXPERTS}
+    sources = {expert.hf_name: _source(expert) for expert in EXPERTS}
     tensors: dict[str, LazyTensor | Computed] = {}
     for parameter in parameters(config):
-        names = parameter.tensors(config)
+        names = parameter.hf_names(config)
         if parameter is ROUTER:
-            dtype = checkpoint.tensors[MLP[0].tensor.format(layer=0)].dtype
+            dtype = checkpoint.tensors[MLP[0].hf_name.format(layer=0)].dtype
             shape = parameter.tensor_shape(config)
             tensors |= {name: _router(shape, dtype, seed, layer) for layer, name in enumerate(names)}
         else:
-            source = sources.get(parameter.tensor)
+            source = sources.get(parameter.hf_name)
             for place, name in zip(np.ndindex(*parameter.stack(config)), names, strict=True):
                 tensors[name] = checkpoint.tensors[source.format(layer=place[0]) if source else name]
     return config, tensors
@@ -94,7 +94,7 @@ def upcycled(
 
 def _source(expert: Parameter) -> str:
     """``model.layers.{layer}.mlp.gate_proj.weight`` of ``model.layers.{layer}.mlp.experts.{expert}.w1.weight``."""
-    return next(p.tensor for p in MLP if short_name(p) == COPIES[short_name(expert)])
+    return next(p.hf_name for p in MLP if short_name(p) == COPIES[short_name(expert)])
 
 
 def _router(shape: tuple[int, ...], dtype: np.dtype, seed: int, layer: int) -> Computed:

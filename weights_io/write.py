@@ -1,4 +1,4 @@
-"""Checkpoints going out: a Hugging Face folder, written one tensor at a time, that is there whole or not at all."""
+"""Write a checkpoint as a Hugging Face folder, one tensor at a time. The folder appears only when it is complete."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from weights_io.casting import Rounding, cast, check_dtype, numpy_dtype
 from weights_io.config import DTYPES, ModelConfig, stored_dtype
-from weights_io.config_keys import HARMLESS
+from weights_io.config_keys import IGNORED_KEYS
 from weights_io.errors import InputError, listed
 from weights_io.files.folder import SIDE_FILES
 from weights_io.files.json_text import MAX_BYTES
@@ -29,9 +29,8 @@ from weights_io.quantization.writing import Affine
 Tensor = LazyTensor | Computed
 
 MAX_SHARD_BYTES = 5_000_000_000
-# Harmless keys of a source's config.json that its copy leaves out, as it does all that begin with "_": they point to
-# code that is not copied, to the place the source came from, or are written anew in the older spelling that every
-# reader knows.
+# Ignored keys of a source's config.json that its copy leaves out, like all keys that start with "_". They name code
+# that is not copied or the source's location, or they are written in the older spelling that every reader knows.
 NOT_COPIED_KEYS = frozenset({"auto_map", "model_file", "name_or_path", "rope_parameters", "dtype", "torch_dtype"})
 
 
@@ -49,20 +48,27 @@ def save_checkpoint(
     rounding: Rounding | None = None,
     affine: Affine | None = None,
 ) -> list[Path]:
-    """Write a model folder and return its files, weights first.
+    """Write a model folder. It is written under a temporary name beside ``out`` and renamed when it is complete.
 
-    ``tensors``: Hugging Face name -> anything with shape, dtype and read(), e.g. a `Computed`; all that the parameter
-    table has for ``config`` (lm_head.weight is passed over where the head is tied).
-    ``raw_config``: the source's config.json, whose harmless keys (token ids and the like) are kept.
-    ``added_keys``: further keys of config.json.
-    ``copy_from``: the source's folder; its tokenizer files and generation_config.json are copied.
-    ``extra_files``: further files by name; they win over copied ones.
-    ``dtype``: float32, bfloat16 or float16; None keeps each tensor's own. ``rounding`` collects what the cast cost.
-    ``affine``: pack the matrices, once they are cast, in MLX's form.
+    Arguments:
+        out: folder to write; it must not exist yet, or be empty.
+        config: the model's.
+        tensors: Hugging Face name -> an object with shape, dtype and ``read()``, for every name of the parameter table.
+            lm_head.weight is ignored where the head is tied.
+        raw_config: the source's config.json; its ignored keys (token ids and the like) are kept.
+        added_keys: more keys for config.json.
+        copy_from: the source's folder; its tokenizer files and generation_config.json are copied.
+        extra_files: file name -> content; these replace copied files.
+        dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+        max_shard_bytes: the size above which the weights are split into several files.
+        rounding: collects the rounding errors of the cast.
+        affine: quantize the matrices in MLX's format after the cast.
 
-    The files are written to a folder beside ``out`` that takes its name at the very end: killed, the export leaves
-    nothing under ``out``. Raises `InputError` where ``out`` cannot be used (see `check_output`), the disk is full or a
-    number does not fit ``dtype``.
+    Returns:
+        The files that were written, weights first.
+
+    Raises:
+        InputError: ``out`` cannot be used (see `check_output`), the disk is full, or a value does not fit ``dtype``.
     """
     if dtype is not None:
         check_dtype(dtype)
@@ -95,7 +101,7 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def folder_to_fill(folder: Path) -> Iterator[None]:
-    """Make the folder and those above it that are missing; of these, what is still empty at the end is removed."""
+    """Make a folder and its missing parents. Those that are still empty at the end are removed."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,33 +113,44 @@ def folder_to_fill(folder: Path) -> Iterator[None]:
 
 
 def check_output(out: Path, source: Path | None = None) -> Path:
-    """``out`` as an absolute path. `InputError` where it holds something, or lies in the model folder ``source``."""
+    """Check that a new folder can be written at ``out``.
+
+    Returns:
+        ``out`` as an absolute path.
+
+    Raises:
+        InputError: ``out`` is a file, is not empty, is inside the model folder ``source`` or cannot be accessed.
+    """
     try:
         out = Path(out).expanduser().resolve()
         if source is not None and source.is_dir() and out.is_relative_to(source.resolve()):
             raise InputError(
-                f"{out} lies in the model folder {source}, which stays as it is; choose a folder elsewhere."
+                f"{out} is inside the model folder {source}, which is not changed; choose a folder elsewhere."
             )
         if out.exists() and not out.is_dir():
             raise InputError(f"{out} is a file; choose a folder that does not exist yet.")
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"{out} exists and is not empty; choose another folder or remove it first.")
-    except (OSError, RuntimeError) as error:  # a loop of links, a folder that may not be listed, no home for ~
+    except (OSError, RuntimeError) as error:  # a loop of links, a folder without permission, no home for ~
         raise InputError(f"cannot use {out} as an output folder ({error}); choose another.") from error
     return out
 
 
-def unstacked(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Computed]:
-    """Arrays under the names of the parameter table, stacked over layers and experts -> tensors under Hugging Face
-    names.
+def unstack_params(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Computed]:
+    """Split the JAX model's arrays into Hugging Face tensors.
 
-    Anything that ``np.asarray`` takes will do, e.g. ``jax.Array``; one tensor at a time is fetched, when it is written.
+    Arguments:
+        config: the model's.
+        arrays: `Parameter.name` -> array of `Parameter.shape`; anything that ``np.asarray`` takes, e.g. ``jax.Array``.
+
+    Returns:
+        Hugging Face name -> tensor. Each is fetched from the device when it is written.
     """
     tensors = {}
     for parameter in parameters(config):
         array = arrays[parameter.name]
-        places = np.ndindex(*parameter.stack(config))  # of nothing stacked: (), once
-        for place, tensor in zip(places, parameter.tensors(config), strict=True):
+        places = np.ndindex(*parameter.stack(config))  # without stacked axes: (), once
+        for place, tensor in zip(places, parameter.hf_names(config), strict=True):
 
             def make(array: Any = array, place: tuple[int, ...] = place) -> np.ndarray:
                 return np.asarray(array[place] if place else array)
@@ -143,11 +160,11 @@ def unstacked(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Compu
 
 
 def of_layers(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Computed]:
-    """The same for arrays under the names of `Parameter.layers`, stacked over experts alone."""
+    """Split the MLX model's arrays (`Parameter.mlx_names`), stacked over experts only, into Hugging Face tensors."""
     tensors: dict[str, Computed] = {}
     for parameter in parameters(config):
-        for name, experts in parameter.layers(config).items():
-            parts = arrays[name] if parameter.of_expert else [arrays[name]]
+        for name, experts in parameter.mlx_names(config).items():
+            parts = arrays[name] if parameter.per_expert else [arrays[name]]
             tensors |= {tensor: Computed.of(part) for tensor, part in zip(experts, parts, strict=True)}
     return tensors
 
@@ -155,7 +172,7 @@ def of_layers(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Compu
 def _of_the_table(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     expected = dict(tensor_shapes(config))
     wrong = [name for name, shape in expected.items() if name not in tensors or tuple(tensors[name].shape) != shape]
-    wrong += [name for name in tensors if name not in expected and name != HEAD.tensor]
+    wrong += [name for name in tensors if name not in expected and name != HEAD.hf_name]
     if wrong:
         raise ValueError(f"tensors missing, misshapen or not of the model: {listed(wrong)}")
     return {name: tensors[name] for name in expected}
@@ -169,7 +186,7 @@ def _cast_tensor(name: str, tensor: Tensor, dtype: np.dtype, rounding: Rounding 
 
 
 def _told(tensor: Computed, written: Callable[[int], Any]) -> Computed:
-    """A tensor that says how many bytes it has when it is made."""
+    """A tensor that reports its bytes when it is computed."""
 
     def make() -> np.ndarray:
         array = tensor.make()
@@ -180,7 +197,7 @@ def _told(tensor: Computed, written: Callable[[int], Any]) -> Computed:
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-    """File name -> tensors, none above ``limit`` bytes unless a single tensor is."""
+    """File name -> tensor names. No file is above ``limit`` bytes unless a single tensor is."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -206,7 +223,7 @@ def _side_files(
     added_keys: Mapping[str, Any] | None,
     copy_from: Path | None,
 ) -> dict[str, str | bytes]:
-    copied = {key for key in HARMLESS - NOT_COPIED_KEYS if not key.startswith("_")}
+    copied = {key for key in IGNORED_KEYS - NOT_COPIED_KEYS if not key.startswith("_")}
     kept = {key: value for key, value in (raw_config or {}).items() if key in copied}
     files: dict[str, str | bytes] = {
         "config.json": _json(kept | config.to_dict() | {"torch_dtype": dtype} | dict(added_keys or {}))
@@ -218,8 +235,8 @@ def _side_files(
 
 
 def _stated_dtype(raw_config: Mapping[str, Any] | None, dtypes: Mapping[str, np.dtype]) -> str:
-    """What config.json is to say where no dtype was asked for: what the source's said, else the embedding's."""
-    embedding = dtypes[EMBEDDING.tensor].name
+    """The dtype for config.json where none was asked for: the source's, else the embedding's."""
+    embedding = dtypes[EMBEDDING.hf_name].name
     return stored_dtype(dict(raw_config or {})) or (embedding if embedding in DTYPES else "float32")
 
 
@@ -231,12 +248,13 @@ def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise InputError(
-            f"{out} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room or choose another."
+            f"{out} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; free some space or choose "
+            "another disk."
         )
 
 
 def _unwritable(out: Path, error: OSError) -> InputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"the disk of {out} is full and nothing was left there; make room or choose another.")
+        return InputError(f"the disk of {out} is full (nothing was written); free some space or choose another disk.")
     where = f" ({error.filename})" if error.filename else ""
     return InputError(f"cannot write {out}: {error.strerror or error}{where}; choose another folder.")

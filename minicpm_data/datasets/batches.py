@@ -1,4 +1,4 @@
-"""Examples to batches: whole examples packed into rows or rows of like length, in an order that a number decides."""
+"""Examples to batches: packed rows, or rows of similar length, in an order that the seed determines."""
 
 import bisect
 import functools
@@ -7,66 +7,72 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minicpm_data.datasets.examples import IGNORED, Example, Own, Pair
+from minicpm_data.datasets.examples import IGNORED, Example, LocalRows, Pair
 from weights_io.errors import InputError
 
-MULTIPLE = 32  # of which widths are multiples
+MULTIPLE = 32  # widths are multiples of it
 BUCKET = 32  # steps whose rows are sorted by length together
-MEASURED = 512  # steps of the first epoch over which the padding is counted
+MEASURED = 512  # steps over which the padding is measured
 
-Row = list[int]  # the examples that share a row; [] is an empty row
+Row = list[int]  # the indices of the examples in a row; [] is a padding row
 
 
 def multiple(width: int) -> int:
-    """The least multiple of 32 that holds ``width``."""
+    """``width`` rounded up to a multiple of 32."""
     return -(-width // MULTIPLE) * MULTIPLE
 
 
 def one_of_few(width: int) -> int:
-    """The least of 32, 48, 64, 96, 128, ... that holds ``width``: for a backend that compiles a program for each."""
+    """``width`` rounded up to one of 32, 48, 64, 96, 128, ...: for a backend that compiles a program per width."""
     power = max(MULTIPLE, 1 << (width - 1).bit_length())
     return power * 3 // 4 if power > MULTIPLE and width <= power * 3 // 4 else power
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one width. B is the batch size; of pairs 2 B: the chosen ones, then the rejected ones in the same order.
-    A row of nothing but padding is an empty row. Where several processes train, each has its own rows alone."""
+    """Rows of one width.
+
+    B is the batch size, doubled for pairs: first the chosen answers, then the rejected ones in the same order. With
+    several processes, the arrays hold only the rows of this process.
+    """
 
     ids: np.ndarray  # [B, T] int32
-    labels: np.ndarray  # [B, T] int32: the token itself where it is a target, else -100; position t - 1 predicts t
-    segments: np.ndarray  # [B, T] int32: 1, 2, ... number the examples of a row, 0 is padding
-    size: int  # B, of all processes
-    length: int  # tokens in the rows of all processes, trained or not
-    index: np.ndarray | None = None  # [B] int32, of pairs alone: which pair each row is, -1 an empty one
+    labels: np.ndarray  # [B, T] int32: the token id where it is a target, else -100; position t - 1 predicts t
+    segments: np.ndarray  # [B, T] int32: 1, 2, ... for the examples of a row, 0 for padding
+    size: int  # B over all processes
+    length: int  # tokens over all processes, targets or not
+    index: np.ndarray | None = None  # [B] int32, for pairs only: the index of each row's pair, -1 for padding rows
 
-    def arrays(self, references: np.ndarray | None = None, own: Own = range) -> dict[str, np.ndarray]:
-        """What a training step is given. ``references`` [n + 1, 2]: of both answers of each pair, and of an empty row;
-        each row, of which this process made its ``own``, gets its number."""
+    def arrays(self, references: np.ndarray | None = None, local_rows: LocalRows = range) -> dict[str, np.ndarray]:
+        """The arrays of a training step, by name.
+
+        Arguments:
+            references: [n + 1, 2], the reference log-probabilities of every pair's answers, and of a padding row.
+            local_rows: the rows of this process, which are looked up in ``references``.
+        """
         found = {"ids": self.ids, "labels": self.labels, "segments": self.segments}
         if references is not None:
             assert self.index is not None
-            both = references[self.index].T.reshape(-1)  # the chosen ones first
-            found["reference"] = both[list(own(self.size))]
+            both = references[self.index].T.reshape(-1)  # chosen answers first
+            found["reference"] = both[list(local_rows(self.size))]
         return found
 
     @property
     def tokens(self) -> int:
-        """How many tokens are targets."""
+        """Number of targets."""
         return int(np.count_nonzero(self.labels != IGNORED))
 
 
 class Batches:
-    """Training batches by number: ``batches[n]`` for any n >= 0 is a function of the arguments and n alone, so that a
-    resumed run needs no more than its step.
+    """Training batches by number. ``batches[n]`` depends only on the arguments and n, so a run can resume at any step.
 
-    ``accumulation`` batches in a row, of one width, make a step. Every epoch is a shuffle of its own. Where a step's
-    rows do not divide those of an epoch, its last step is filled up from the next one. Without packing, the rows of 32
-    steps in a row are sorted by length, which makes steps of rows of like length, and these steps are shuffled. Packed
-    rows are all ``max_seq_length`` wide; which examples share one is the same in each epoch.
+    ``accumulation`` consecutive batches of one width form a step. Each epoch is shuffled anew. An epoch's last step is
+    completed with rows of the next epoch. Without packing, the rows of 32 consecutive steps are sorted by length and
+    cut into steps of similar length, and these steps are shuffled. Packed rows are ``max_seq_length`` wide, and hold
+    the same examples in every epoch.
 
     Attributes:
-        per_epoch: batches in which every example occurs once, rounded up.
+        per_epoch: batches per epoch, rounded up.
     """
 
     def __init__(
@@ -80,14 +86,25 @@ class Batches:
         accumulation: int = 1,
         row_width: Callable[[int], int] = multiple,
     ):
-        """``row_width``: how wide rows are made that hold so many tokens; never above ``max_seq_length``. InputError
-        where the examples do not fill a batch."""
+        """
+        Arguments:
+            examples: as `load_split` returns them.
+            batch_size: examples, pairs or packed rows per batch.
+            max_seq_length: the widest row, in tokens.
+            seed: of the order.
+            pack: put several short examples into one row.
+            accumulation: batches per step.
+            row_width: rounds a width in tokens up; the result is cut to ``max_seq_length``.
+
+        Raises:
+            InputError: the examples do not fill one batch, or an argument is out of range.
+        """
         import grain
 
         if batch_size < 1:
-            raise InputError(f"--batch-size {batch_size} is no number of rows; give at least 1.")
+            raise InputError(f"--batch-size is {batch_size}; it must be at least 1.")
         if seed < 0:
-            raise InputError(f"--seed {seed} is negative; give 0 or more.")
+            raise InputError(f"--seed is {seed}; it must be at least 0.")
         self._examples, self._batch_size, self._accumulation = examples, batch_size, accumulation
         self._limit, self._seed, self._row_width = max_seq_length, seed, row_width
         self._rows, self._widths = _rows(examples, max_seq_length, pack)
@@ -104,18 +121,18 @@ class Batches:
     def __getitem__(self, n: int) -> Batch:
         return self.part(n, range)
 
-    def part(self, n: int, own: Own) -> Batch:
-        """Batch n, of which only the ``own`` rows are made. Its width is that of the whole."""
+    def part(self, n: int, local_rows: LocalRows) -> Batch:
+        """Batch n with only the ``local_rows``. The width is that of the whole batch."""
         if n < 0:
             raise IndexError(n)
         step, micro = divmod(n, self._accumulation)
         rows = self._global_rows(step)
         mine = rows[micro * self._batch_size : (micro + 1) * self._batch_size]
-        return _assemble(self._examples, [self._rows[row] for row in mine], self._width(rows), own)
+        return _assemble(self._examples, [self._rows[row] for row in mine], self._width(rows), local_rows)
 
     @functools.cached_property
     def padding(self) -> float:
-        """Share of the positions of the first epoch (of its first 512 steps at most) that hold no token."""
+        """The share of padding in the first epoch, over at most 512 steps."""
         steps = [self._global_rows(n) for n in range(min(self._start(1), MEASURED))]
         parts = [part for rows in steps for row in rows for i in self._rows[row] for part in self._examples[i].parts]
         places = len(self._examples[0].parts) * sum(len(rows) * self._width(rows) for rows in steps)
@@ -126,15 +143,15 @@ class Batches:
 
     @property
     def _size(self) -> int:
-        """Rows of a step."""
+        """Rows per step."""
         return self._batch_size * self._accumulation
 
     def _start(self, epoch: int) -> int:
-        """The first step of an epoch: none of its rows comes from the epoch before."""
+        """The first step of an epoch, with no row of the epoch before."""
         return -(-epoch * len(self._rows) // self._size)
 
     def _global_rows(self, n: int) -> list[int]:
-        """The rows of step n."""
+        """The rows of step n, of all processes."""
         epoch = n * self._size // len(self._rows)
         first, end = self._start(epoch), self._start(epoch + 1)
         bucket = first + (n - first) // BUCKET * BUCKET
@@ -153,39 +170,48 @@ def evaluation_batches(
     batch_size: int,
     max_seq_length: int,
     pack: bool = False,
-    own: Own = range,
+    local_rows: LocalRows = range,
     row_width: Callable[[int], int] = multiple,
 ) -> Iterator[Batch]:
-    """Every example once. Rows of like length share a batch; the batches come in a fixed random order, so that the
-    first few are a fair sample. All have ``batch_size`` rows (pairs: twice that); missing ones are empty. ``own`` as
-    in `Batches.part`, ``row_width`` as in `Batches`."""
+    """Every example once, for a validation or test loss.
+
+    Rows of similar length share a batch. The batches come in a fixed random order, so that the first few are a fair
+    sample. Every batch has ``batch_size`` rows (twice that for pairs); the last one is padded with empty rows.
+
+    Arguments:
+        examples: as `load_split` returns them.
+        batch_size: rows of examples, or pairs, per batch.
+        max_seq_length: the widest row, in tokens.
+        pack: put several short examples into one row.
+        local_rows: the rows that this process makes; see `Batches.part`.
+        row_width: rounds a width in tokens up; see `Batches`.
+    """
     rows, widths = _rows(examples, max_seq_length, pack)
     order = sorted(range(len(rows)), key=lambda row: -widths[row])
     chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     for b in np.random.default_rng(0).permutation(len(chunks)):
         width = min(row_width(widths[chunks[b][0]]), max_seq_length)
         chosen = [rows[row] for row in chunks[b]]
-        yield _assemble(examples, chosen + [[]] * (batch_size - len(chosen)), width, own)
+        yield _assemble(examples, chosen + [[]] * (batch_size - len(chosen)), width, local_rows)
 
 
 def _rows(examples: Sequence[Example] | Sequence[Pair], width: int, pack: bool) -> tuple[list[Row], list[int]]:
-    """Which examples share a row, and how wide each row is."""
+    """The examples of each row, and the width of each row in tokens."""
     lengths = [item.length for item in examples]
     if max(lengths, default=0) > width:
         raise InputError(f"an example has {max(lengths)} tokens, more than the {width} of a row; cut it.")
     if not pack:
         return [[i] for i in range(len(lengths))], lengths
     if isinstance(examples[0], Pair):
-        raise InputError("pairs cannot be packed; leave --pack away.")
+        raise InputError("pairs cannot be packed; leave out --pack.")
     rows = best_fit(lengths, width)
     return rows, [width] * len(rows)
 
 
 def best_fit(lengths: Sequence[int], width: int) -> list[Row]:
-    """Rows of at most ``width`` that hold every length once, by index: longest first, each goes where it leaves the
-    least room."""
+    """Pack lengths into rows of at most ``width`` (best-fit decreasing). Returns the indices of each row."""
     rows: list[Row] = []
-    with_room: dict[int, list[Row]] = {}  # by what is left of their width; ``rooms`` are its keys, sorted
+    with_room: dict[int, list[Row]] = {}  # free tokens -> rows; ``rooms`` are the sorted keys
     rooms: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(rooms, lengths[i])
@@ -206,10 +232,12 @@ def best_fit(lengths: Sequence[int], width: int) -> list[Row]:
     return rows
 
 
-def _assemble(examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row], width: int, own: Own) -> Batch:
-    """One batch row for each of ``rows``; of pairs two, all chosen ones first. Of all these only the ``own`` ones."""
+def _assemble(
+    examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row], width: int, local_rows: LocalRows
+) -> Batch:
+    """One batch row for each of ``rows``, two for a pair (chosen answers first). Only ``local_rows`` are made."""
     sides = len(examples[0].parts)
-    made = own(sides * len(rows))
+    made = local_rows(sides * len(rows))
     shape = (len(made), width)
     ids, labels, segments = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32), np.zeros(shape, np.int32)
     for b, place in enumerate(made):
@@ -220,7 +248,7 @@ def _assemble(examples: Sequence[Example] | Sequence[Pair], rows: Sequence[Row],
             here = slice(at, at + len(part.ids))
             ids[b, here], segments[b, here] = part.ids, number
             labels[b, here] = np.where(part.trained, part.ids, IGNORED)
-            labels[b, at] = IGNORED  # what stands in front of it is another example, or nothing
+            labels[b, at] = IGNORED  # the first token has no predecessor in its example
             at = here.stop
     index = np.array([row[0] if row else -1 for row in rows], np.int32) if sides == 2 else None
     length = sum(part.length for row in rows for i in row for part in examples[i].parts)

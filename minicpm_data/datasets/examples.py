@@ -1,4 +1,4 @@
-"""Fine-tuning data: a file of any known form to token ids, and which of them are trained."""
+"""Fine-tuning data: files in any known format to token ids, with a mask of the trained tokens."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # a label that is not trained, as in PyTorch
 
-Own = Callable[[int], Sequence[int]]  # which of so many rows this process makes, in order; the others make the rest
+# Number of batch rows -> the indices of those that this process makes, in order. The other processes make the rest.
+LocalRows = Callable[[int], Sequence[int]]
 
 SplitName = Literal["train", "valid", "test"]
 STEMS = {"train": ("train",), "valid": ("valid", "dev"), "test": ("test",)}  # OpenBMB's data has train and dev
@@ -28,13 +29,12 @@ SUFFIXES = (".jsonl", ".json")
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation or a text. BOS comes first where the tokenizer adds it; the first token is never trained, as
-    nothing predicts it."""
+    """A conversation or a text. It starts with BOS where the tokenizer adds it. The first token is never a target."""
 
     ids: np.ndarray  # [T] int32
     trained: np.ndarray  # [T] bool: which tokens are targets
-    empty: bool = False  # an answer without text is among what is trained
-    unanswered: bool = False  # it had messages after its last answer, which are left out
+    empty: bool = False  # one of the trained answers has no text
+    unanswered: bool = False  # messages after its last answer were left out
 
     @property
     def length(self) -> int:
@@ -47,14 +47,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt; the answer and its EOS are ``trained``."""
+    """Two answers to one prompt. The targets are the answer and its EOS."""
 
     chosen: Example
     rejected: Example
 
     @property
     def length(self) -> int:
-        """Of the longer one."""
+        """Length of the longer one in tokens."""
         return max(self.chosen.length, self.rejected.length)
 
     @property
@@ -67,13 +67,13 @@ class Split:
     """The examples of one file."""
 
     path: Path
-    examples: list[Any]  # of Example, or of Pair
-    dropped: int  # examples of whose trained tokens none lies within the window
-    cut: int  # examples cut at the window's end
-    unused: tuple[str, ...] = ()  # keys that were passed over
+    examples: list[Any]  # `Example` or `Pair`
+    dropped: int  # examples without a target within the window
+    cut: int  # examples truncated to the window
+    unused: tuple[str, ...] = ()  # keys of the data that were ignored
 
     def summary(self) -> str:
-        """One line for the user: how many examples and tokens, and what the window cost."""
+        """One line for the user: the number of examples and tokens, and what the window cut off."""
         parts = [part for item in self.examples for part in item.parts]
         tokens, trained = sum(part.length for part in parts), sum(int(part.trained.sum()) for part in parts)
         kind = ("pair" if isinstance(self.examples[0], Pair) else "example") + "s" * (len(self.examples) != 1)
@@ -98,13 +98,27 @@ def load_split(
     ignore_keys: Collection[str] = (),
     trusted: bool = True,
 ) -> Split | None:
-    """The examples of one split (with ``pairs``: `Pair`), none longer than ``max_seq_length`` tokens.
+    """Load the examples of one split.
 
-    ``data`` is a folder with ``train``, ``valid`` (or ``dev``) and ``test`` as ``.jsonl`` or ``.json``, or one file,
-    which then is the training split. None where the split is not there and not ``required``. InputError, before
-    anything trains, for missing or empty data and for wrong lines, of which all are found and the first is explained:
-    a key that is not understood makes one, unless it is one of ``ignore_keys``. ``trusted``: tokens of the vocabulary
-    that the data spells out become their ids.
+    Arguments:
+        data: a folder with ``train``, ``valid`` (or ``dev``) and ``test`` as ``.jsonl`` or ``.json``; or one file,
+            which is the training split.
+        split: the split to load.
+        tokenizer: the model's.
+        max_seq_length: examples are truncated to this many tokens.
+        pairs: read preference pairs.
+        mask_prompt: train only the answers.
+        required: whether a missing split is an error.
+        ignore_keys: keys of the data to ignore.
+        trusted: special tokens that the data spells out become their ids.
+
+    Returns:
+        The split; None where it is missing and not ``required``.
+
+    Raises:
+        InputError: the data is missing or empty, no example has a target within the window, or lines are wrong. All
+            lines are read; the first wrong one is explained and the others are counted. An unknown key makes a line
+            wrong unless it is in ``ignore_keys``.
     """
     path = find_split(data, split, required)
     if path is None:
@@ -126,7 +140,7 @@ def load_split(
 
 
 def show_first(split: Split, tokenizer: "Tokenizer") -> None:
-    """Print the first example, or both answers of the first pair."""
+    """Print the first example as the model sees it, or both answers of the first pair."""
     first = split.examples[0]
     names = ("example",) if len(first.parts) == 1 else ("chosen answer", "rejected answer")
     for name, part in zip(names, first.parts, strict=True):
@@ -134,7 +148,7 @@ def show_first(split: Split, tokenizer: "Tokenizer") -> None:
 
 
 def find_split(data: Path, split: SplitName, required: bool = True) -> Path | None:
-    """The file of a split, as `load_split` looks for it."""
+    """The file of a split; arguments and errors as for `load_split`."""
     if data.is_file() and split == "train":
         return data
     names = [f"{stem}{suffix}" for stem in STEMS[split] for suffix in SUFFIXES]
@@ -156,9 +170,19 @@ def make_example(
     reader: Reader | None = None,
     trusted: bool = True,
 ) -> Example:
-    """A text is trained from its second token to its EOS, a conversation in its answers; without ``mask_prompt`` it is
-    trained as a text is. What the data says not to train is not. ``trusted``: tokens of the vocabulary that it spells
-    out become their ids."""
+    """Tokenize one document.
+
+    Arguments:
+        document: a line of the data.
+        tokenizer: the model's.
+        mask_prompt: train only the answers of a conversation, except those that the data excludes. Otherwise all of it
+            is trained, like a text.
+        reader: reads the document's format.
+        trusted: special tokens that the document spells out become their ids.
+
+    Raises:
+        InputError: the document cannot be used.
+    """
     turns = (reader or Reader()).conversation(document)
     if isinstance(turns, str):
         if not turns:
@@ -167,13 +191,13 @@ def make_example(
         return _example(ids, [True] * len(ids))
     if not mask_prompt and any(turn.weight is False and turn.role != "assistant" for turn in turns):
         raise InputError(
-            "it has a message of no assistant that is not to be trained, and --train-on-prompt trains them all; leave "
-            "one of them out."
+            "it has a user or system message with weight 0, and --train-on-prompt trains all messages; leave out one "
+            "of the two."
         )
     trained = [turn.trained(mask_prompt) for turn in turns]
     answers = [flag for flag, turn in zip(trained, turns, strict=True) if turn.role == "assistant"]
     if answers and not any(answers) and mask_prompt:
-        raise InputError("it has no answer that is to be trained; delete it, or the weights of its messages.")
+        raise InputError("it has no answer to train; delete it, or the weights of its messages.")
     example = _example(*tokenizer.chat_example(messages_of(turns), trained, not mask_prompt, trusted))
     return replace(example, empty=_is_empty(turns, trained), unanswered=turns[-1].role != "assistant")
 
@@ -185,7 +209,7 @@ def make_pair(
     reader: Reader | None = None,
     trusted: bool = True,
 ) -> Pair:
-    """Of both conversations the last answer is trained, whatever ``mask_prompt`` is."""
+    """Tokenize a preference pair. Only the last answer of each conversation is trained, whatever ``mask_prompt`` is."""
     chosen, rejected = (
         replace(
             _example(*tokenizer.chat_example(messages_of(turns), _only_last(turns), trusted=trusted)),
@@ -216,7 +240,7 @@ def _within(item: Example | Pair, width: int) -> Example | Pair:
 
 
 def ended(ids: list[int], tokenizer: "Tokenizer") -> list[int]:
-    """``ids`` with EOS at their end, once."""
+    """``ids`` with one EOS at the end."""
     if not tokenizer.eos_token_ids:
         raise InputError("the tokenizer has no EOS token to end a text with; give it one in tokenizer_config.json.")
     return ids if ids and ids[-1] in tokenizer.eos_token_ids else [*ids, tokenizer.eos_token_ids[0]]

@@ -1,4 +1,4 @@
-"""Documents to full windows of token ids, and windows to batches in an order that a step number alone decides."""
+"""Pretraining data: documents to windows of token ids, and windows to batches in an order that the seed determines."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minicpm_data.datasets.examples import Own, ended
+from minicpm_data.datasets.examples import LocalRows, ended
 from minicpm_data.datasets.formats import Reader
 from minicpm_data.datasets.jsonl import read_items
 from minicpm_data.datasets.turns import messages_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def pretraining_ids(
     tokenizer: "Tokenizer", document: dict[str, Any], reader: Reader | None = None, trusted: bool = True
 ) -> list[int]:
-    """Token ids of a text or a conversation of any form, from BOS to EOS; chat is text in the chat format."""
+    """The token ids of a document in any format, from BOS to EOS. A conversation is rendered with the chat template."""
     turns = (reader or Reader()).conversation(document)
     if isinstance(turns, str):
         return ended(tokenizer.encode(turns, trusted=trusted), tokenizer)
@@ -33,8 +33,14 @@ def pretraining_ids(
 def pack(
     path: Path, tokenizer: "Tokenizer", width: int, ignore_keys: Collection[str] = (), trusted: bool = True
 ) -> np.ndarray:
-    """All documents of a ``.jsonl`` file, one after the other, cut into windows: [n, width] int32. The last, partial
-    window is dropped."""
+    """Concatenate the documents of a ``.jsonl`` file and cut them into windows. The last, partial window is dropped.
+
+    Returns:
+        [n, width] int32.
+
+    Raises:
+        InputError: a line is wrong, or the file does not fill one window.
+    """
     rules = KeyRules(ignore_keys)
     ids = read_items(path, lambda document: pretraining_ids(tokenizer, document, Reader(rules), trusted))
     if rules.unused:
@@ -47,11 +53,13 @@ def pack(
 
 
 class WindowBatches:
-    """Endless shuffled batches, addressed by number: ``batches[17]`` is [batch_size, width] whatever came before, so a
-    resumed run needs no more than its step. Each pass over the windows has an order of its own."""
+    """Endless shuffled batches by number: ``batches[n]`` is [batch_size, width] and depends only on n and the seed.
+
+    Each epoch is shuffled anew.
+    """
 
     def __init__(self, windows: np.ndarray, batch_size: int, seed: int):
-        """InputError where the windows do not fill a batch."""
+        """Raises `InputError` where the windows do not fill one batch."""
         import grain
 
         if len(windows) < batch_size:
@@ -62,6 +70,6 @@ class WindowBatches:
     def __getitem__(self, n: int) -> np.ndarray:
         return self.part(n, range)
 
-    def part(self, n: int, own: Own) -> np.ndarray:
-        """Of batch n only the ``own`` rows."""
-        return np.stack([self._order[n * self._batch_size + row] for row in own(self._batch_size)])
+    def part(self, n: int, local_rows: LocalRows) -> np.ndarray:
+        """Batch n with only the ``local_rows``."""
+        return np.stack([self._order[n * self._batch_size + row] for row in local_rows(self._batch_size)])

@@ -1,4 +1,4 @@
-"""Messages of training data: a role, a text, and what the data says of training it."""
+"""The messages of training data: role, text, and whether the data wants them trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from weights_io.errors import InputError
 
 ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 ROLE_OF |= {"chatgpt": "assistant"}  # of the first exports
-WEIGHTS = ("weight", "loss", "train")  # OpenAI's and mlx_lm's, and those of trainers: 0 or false, 1 or true
+WEIGHTS = ("weight", "loss", "train")  # keys of OpenAI, mlx_lm and other trainers: 0 or false, 1 or true
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Turn:
     """A message.
 
     Attributes:
-        weight: whether the data says that it is trained; None where it says nothing.
-        asked: it belongs to a prompt, whose answers are not trained unless ``weight`` says so.
+        weight: whether the data wants it trained; None where it does not say.
+        asked: it is part of a prompt, whose answers are trained only where ``weight`` is True.
     """
 
     role: str
@@ -28,7 +28,7 @@ class Turn:
     asked: bool = False
 
     def trained(self, mask_prompt: bool = True) -> bool:
-        """Whether its tokens are targets; without ``mask_prompt`` those of prompts are, too."""
+        """Whether its tokens are targets. Without ``mask_prompt`` the tokens of prompts are targets too."""
         if self.weight is not None:
             return self.weight
         return not mask_prompt or (self.role == "assistant" and not self.asked)
@@ -39,8 +39,11 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, str]]:
 
 
 def read_turns(value: Any, rules: KeyRules) -> list[Turn]:
-    """The turns of a list of messages, of ``role`` and ``content`` or of ``from`` and ``value`` (ShareGPT). InputError
-    for keys, roles, contents and weights that cannot be used."""
+    """The turns of a list of messages with ``role`` and ``content``, or ``from`` and ``value`` (ShareGPT).
+
+    Raises:
+        InputError: a key, role, content or weight cannot be used.
+    """
     if not isinstance(value, list):
         check_messages(value)
     read = [_turn(item, i, rules) for i, item in enumerate(value)]
@@ -50,7 +53,7 @@ def read_turns(value: Any, rules: KeyRules) -> list[Turn]:
 
 
 def _turn(item: Any, i: int, rules: KeyRules) -> tuple[Any, bool | None]:
-    """A message of role and content, still to be checked, and its weight."""
+    """A message of role and content, not checked yet, and its weight."""
     if not isinstance(item, Mapping):
         return item, None
     what = f"message {i}"
@@ -68,7 +71,7 @@ def _turn(item: Any, i: int, rules: KeyRules) -> tuple[Any, bool | None]:
 
 
 def _content(value: Any, what: str, rules: KeyRules) -> Any:
-    """The text of a list of parts; anything else as it is."""
+    """The joined text of a list of parts; any other value unchanged."""
     if not isinstance(value, list):
         return value
     texts = []
@@ -84,7 +87,7 @@ def _content(value: Any, what: str, rules: KeyRules) -> Any:
 
 
 def _weight(found: Mapping[str, Any], role: Any, what: str) -> bool | None:
-    """Whether a message is to be trained, where one of its keys says so."""
+    """Whether the data wants a message trained; None where none of its keys says so."""
     given = {key: found[key] for key in WEIGHTS if found.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
@@ -117,7 +120,7 @@ def asked(question: str, answer: str) -> list[Turn]:
 
 
 def response(document: Mapping[str, Any], key: str, role: str, rules: KeyRules) -> list[Turn]:
-    """Turns out of the text, the message or the list of messages that ``key`` holds."""
+    """The turns of the text, the message or the list of messages under ``key``."""
     value = document[key]
     if isinstance(value, str):
         return [Turn(role, value)]

@@ -67,7 +67,7 @@ def run(
     """``python -m PACKAGE.kv_error``; ``backend`` is called, and so imported, once the flags are right."""
 
     def main(options: Options) -> None:
-        """Say how far a quantised key/value cache moves the logits of a text."""
+        """Say how far a quantized key/value cache moves the logits of a text."""
         text, most = options.text(), options.max_tokens
         if most < 1:
             raise InputError(f"--max-tokens is {most}; it must be at least 1.")

@@ -63,7 +63,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Backend:
+class ParityBackend:
     """What a backend supplies; arrays are numpy's, results float32."""
 
     load: Callable[..., tuple[Any, Any]]
@@ -110,7 +110,7 @@ class Result:
         return f"{self.case:24} {self.worst:16.2e} {self.allowed:9.2e}  {verdict:5} {self.note}".rstrip()
 
 
-def run(options: Options, backend: Backend) -> None:
+def run(options: Options, backend: ParityBackend) -> None:
     """Print how the model compares, case by case. Exits with 1 where a case does not hold; raises `InputError`."""
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     if not 0 <= tolerance < math.inf:
@@ -137,7 +137,7 @@ def run(options: Options, backend: Backend) -> None:
     print(f"{options.model} in {options.dtype}: {held}")
 
 
-def compare_pass(part: Pass, backend: Backend, model: Any, tolerance: float) -> Iterator[Result]:
+def compare_pass(part: Pass, backend: ParityBackend, model: Any, tolerance: float) -> Iterator[Result]:
     expected = part.expected
     if expected.keys() & {"logits", "loss"}:
         logits = backend.logits(model, part.ids, part.mask)
@@ -153,7 +153,7 @@ def compare_pass(part: Pass, backend: Backend, model: Any, tolerance: float) -> 
                 yield difference(part.name.format(key), ours, expected[key], tolerance)
 
 
-def compare_continuation(part: Continuation, backend: Backend, model: Any, tolerance: float) -> Iterator[Result]:
+def compare_continuation(part: Continuation, backend: ParityBackend, model: Any, tolerance: float) -> Iterator[Result]:
     """The reference's tokens are fed, so that one that differs does not change those after it: ours are the same
     exactly where a free run's would be. Another token holds only as a tie, within what two logits may be off."""
     logits = backend.continued(model, part.prompts, part.tokens)

@@ -1,7 +1,7 @@
-"""What the two backends' generators share: the public calls, and what a backend hands over for them.
+"""The public generation functions, shared by the backends, and the interface that a backend implements for them.
 
-`Generator` makes ``stream_generate``, ``generate``, ``batch_generate`` and ``chat`` of a backend's `Decoding`, so that
-both have the same names, signatures and behaviour.
+`Generator` builds ``stream_generate``, ``generate``, ``batch_generate`` and ``chat`` on a backend's `Decoding`, so that
+both backends have the same names, signatures and behavior.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,26 +25,29 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from minicpm_data.generation.engine import Engine
+    from minicpm_data.generation.engine import BatchEngine
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, str]
 
 
 class Decoding(Protocol[ModelT]):
-    """How a backend answers a request: the functions of its ``generation/``."""
+    """The generation functions of a backend."""
 
     def check(self, model: ModelT, request: GenerationRequest) -> None:
-        """`InputError` for a kind of cache that is not there, or one that there is known to be no room for."""
+        """Raises `InputError` where the backend lacks the kind of cache, or the memory does not hold it."""
 
     def stream_tokens(self, model: ModelT, request: GenerationRequest) -> "Iterator[np.ndarray]":
-        """Token ids [B], one step after the other, until every row has met an id of ``end_ids`` or ``max_tokens``
-        steps. A row that has ended goes on with tokens of no meaning. ``request``: one that `check` has passed."""
+        """Yield the next token id of every batch row, [B], step by step.
+
+        It ends after ``max_tokens`` steps, or when every row has met an id of ``end_ids``. A finished row goes on with
+        meaningless tokens. The request must have passed `check`.
+        """
 
     def stream_speculated(
         self, model: ModelT, request: GenerationRequest, speculation: Speculation[ModelT]
     ) -> Iterator[tuple[int, bool]]:
-        """Token ids, and whether each was guessed: the tokens of `stream_tokens` for one prompt."""
+        """Yield the tokens of `stream_tokens` for one prompt, each with whether it was a draft token."""
 
     def engine(
         self,
@@ -52,8 +55,8 @@ class Decoding(Protocol[ModelT]):
         slots: int = 8,
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
-    ) -> "Engine[ModelT]":
-        """Many requests at once; as `minicpm_data.generation.engine.Engine`."""
+    ) -> "BatchEngine[ModelT]":
+        """The engine for concurrent requests; arguments as for `minicpm_data.generation.engine.BatchEngine`."""
 
 
 class Generator(Generic[ModelT]):
@@ -80,13 +83,26 @@ class Generator(Generic[ModelT]):
         prompt_lookup: bool = False,
         **cache_options: Any,
     ) -> Iterator[Response]:
-        """Yield a `Response` (``text``, ``token``, ``finish_reason``, ``from_draft``) for each new token.
+        """Generate from one prompt, and yield a `Response` for each new token.
 
-        ``prompt``: a text (BOS is added once, no template) or token ids. The sampling options are those of `Sampling`.
-        An answer ends at an EOS id of config, generation config or tokenizer, at a string of ``stop`` (not part of the
-        text), or after ``max_tokens``. ``draft_model``, ``num_draft_tokens``, ``prompt_lookup``: of `Speculation`; the
-        same tokens, sooner. ``cache_options``: what is kept of the tokens so far, under the names of `CacheOptions`.
-        Raises `InputError` for what is out of range.
+        The answer ends at an EOS id of config, generation config or tokenizer, at a stop string, or after
+        ``max_tokens``.
+
+        Arguments:
+            model, tokenizer: as ``load`` returns them; without a tokenizer the texts are empty.
+            prompt: a text (BOS is added once, no template is applied) or token ids.
+            max_tokens: most tokens to generate.
+            temperature, top_p, top_k, min_p, repetition_penalty, seed: see `Sampling`.
+            stop: strings that end the answer; they are not part of the text.
+            draft_model, num_draft_tokens, prompt_lookup: speculative decoding, see `Speculation`; the tokens are the
+                same.
+            cache_options: the fields of `CacheOptions`.
+
+        Returns:
+            An iterator over `Response` (``text``, ``token``, ``finish_reason``, ``from_draft``).
+
+        Raises:
+            InputError: an argument is out of range, or the memory does not hold the cache.
         """
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         kept, speculation = CacheOptions(**cache_options), Speculation(draft_model, prompt_lookup, num_draft_tokens)
@@ -101,7 +117,7 @@ class Generator(Generic[ModelT]):
         stop: str | Sequence[str] = (),
         speculation: Speculation[ModelT] | None = None,
     ) -> Iterator[Response]:
-        """`stream_generate` of a request that is made already, of one prompt."""
+        """`stream_generate` for a `GenerationRequest` with one prompt."""
 
         def texts(tokens: Iterator[int]) -> Iterator[Response]:
             return stream_text(tokens, tokenizer, request.end_ids, stop, request.max_tokens)
@@ -114,7 +130,7 @@ class Generator(Generic[ModelT]):
         return _marked(self.decoding.stream_speculated(model, request, speculation), texts)
 
     def generate(self, model: ModelT, tokenizer: "Tokenizer | None", prompt: Prompt, **options: Any) -> str:
-        """The whole answer; ``options`` as in `stream_generate`."""
+        """The whole answer as text; arguments as for `stream_generate`."""
         return "".join(r.text for r in self.stream_generate(model, tokenizer, prompt, **options))
 
     def batch_generate(
@@ -126,8 +142,19 @@ class Generator(Generic[ModelT]):
         stop: str | Sequence[str] = (),
         **options: Any,
     ) -> list[list[Response]]:
-        """The `Response` lists of several prompts of any lengths, computed together; each equal to a single run
-        (sampled rows draw from streams of their own). ``options`` as in `stream_generate`, but for guessing."""
+        """Generate from several prompts of any lengths in one batch.
+
+        Arguments:
+            prompts: the batch rows.
+            options: as in `stream_generate`, without speculative decoding.
+
+        Returns:
+            One list of `Response` per prompt. Each is what the prompt alone would give; sampled rows use separate
+            random streams.
+
+        Raises:
+            InputError: as `stream_generate`.
+        """
         if not prompts:
             return []
         kept = CacheOptions(**{f.name: options.pop(f.name) for f in fields(CacheOptions) if f.name in options})
@@ -141,7 +168,7 @@ class Generator(Generic[ModelT]):
         request: GenerationRequest,
         stop: str | Sequence[str] = (),
     ) -> list[list[Response]]:
-        """`batch_generate` of a request that is made already."""
+        """`batch_generate` for a `GenerationRequest`."""
         self.decoding.check(model, request)
         rows = zip(*self.decoding.stream_tokens(model, request), strict=True)
         return [list(stream_text(map(int, row), tokenizer, request.end_ids, stop, request.max_tokens)) for row in rows]
@@ -157,10 +184,21 @@ class Generator(Generic[ModelT]):
         top_p: float = CHAT_TOP_P,
         **options: Any,
     ) -> tuple[str, list[Message]]:
-        """The reply to ``query`` after ``history`` (messages of role and content), and the history with both added.
+        """Answer a chat message.
 
-        The defaults of temperature and top_p are the original's, and so is that the reply ends where the model writes
-        ``<用户>`` or ``<AI>``, if the chat template has them; ``options`` as in `stream_generate`.
+        As in the original, the reply also ends where the model writes ``<用户>`` or ``<AI>``, if the chat template has
+        them. The defaults of temperature and top_p are the original's.
+
+        Arguments:
+            query: the user's message.
+            history: the earlier messages, ``{"role", "content"}`` each.
+            options: as in `stream_generate`.
+
+        Returns:
+            The reply, and the history with query and reply appended.
+
+        Raises:
+            InputError: the checkpoint has no tokenizer, or as `stream_generate`.
         """
         if tokenizer is None:
             raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
@@ -175,7 +213,7 @@ class Generator(Generic[ModelT]):
 def _marked(
     found: Iterator[tuple[int, bool]], texts: Callable[[Iterator[int]], Iterator[Response]]
 ) -> Iterator[Response]:
-    """The responses to tokens, of which each comes as it is asked for; those that were guessed are marked."""
+    """The responses to a stream of tokens, with ``from_draft`` set for draft tokens. Tokens are pulled one by one."""
     from_draft = False
 
     def tokens() -> Iterator[int]:
@@ -191,7 +229,7 @@ Model_contra = TypeVar("Model_contra", contravariant=True)
 
 
 class Device(Protocol[Model_contra]):
-    """What a backend's ``device.py`` says of where its programs run."""
+    """A backend's ``device.py``: the devices that its programs run on."""
 
     preferred_dtype: Callable[..., str]
 
@@ -204,11 +242,11 @@ class Device(Protocol[Model_contra]):
 
 @dataclass(frozen=True)
 class Backend(Generic[ModelT]):
-    """What a backend hands over to the command lines."""
+    """What the command lines need of a backend."""
 
     load: "Callable[..., tuple[ModelT, Tokenizer | None]]"
     generator: Generator[ModelT]
     device: Device[ModelT]
     for_decoding: Callable[[ModelT], ModelT]
-    """The model in the form that decodes fastest; the one that was given is used up."""
+    """Converts a model to the form that decodes fastest. The argument must not be used afterwards."""
     activation_sparsity: "Callable[[ModelT, Sequence[int]], np.ndarray]"

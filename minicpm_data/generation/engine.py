@@ -1,11 +1,12 @@
-"""Continuous batching: many requests share one model, each coming and going when it likes.
+"""Continuous batching: requests join and leave a running batch at any time.
 
-An engine has slots. A request waits for one; its prompt is run piece by piece, and between the pieces the requests in
-the other slots go on decoding, all in one batch. What the prompt has in common with a text whose keys and values are
-still there is copied from it. Each request's tokens are those of a run by itself. A backend adds what computes.
+The batch has ``slots`` rows. A request is queued until a slot is free. Its prompt is then prefilled in chunks, and
+between two chunks the running requests decode a step. A prompt that shares a prefix with an earlier request reuses the
+keys and values that are still cached. Each request gets the tokens that it would get alone. The backends implement the
+computation.
 
-Requests may belong together, as several answers to one question do: such a group never has the last slot, and while
-others wait the slots go round among the groups.
+Requests may form a group, such as several answers to one question. A group never takes the last slot, and waiting
+groups take turns.
 """
 
 import bisect
@@ -23,17 +24,20 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.memory import no_room
 
-STEP = 256  # tokens, in which a context that is too long is shortened
-LEAST_SHARED = 16  # tokens at the beginning of two texts for which a copy pays
-PATIENCE = 0.05  # seconds that one call of decoding may take before a reader would notice
+STEP = 256  # tokens; a context that does not fit memory is shortened to a multiple of this
+LEAST_SHARED = 16  # tokens; copying the keys and values of a shorter shared prefix does not pay
+PATIENCE = 0.05  # seconds; a longer decode call would be visible in streamed text
 
 
-class NoRoom(InputError):
-    """Of a prompt that is too long, with the answer that it is to have."""
+class PromptTooLong(InputError):
+    """Prompt and answer together are longer than the context."""
 
 
-class TooMuch(InputError):
-    """Of caches that could not all be filled. ``context``: what there is room for with as many slots, if anything."""
+class OutOfMemory(InputError):
+    """The memory does not hold the key/value cache.
+
+    ``context``: the longest context that fits with the same number of slots; None if none fits.
+    """
 
     def __init__(self, sentence: str, context: int | None):
         super().__init__(sentence)
@@ -42,15 +46,21 @@ class TooMuch(InputError):
 
 @dataclass(eq=False)
 class RequestState:
-    """How far a request of one prompt has come. ``made``: tokens so far. ``number``: by which its owner knows it.
-    ``group``: what it belongs to, its own number where that is nothing. ``turn``: of those whose groups have as many
-    slots the lowest one comes first."""
+    """A request in the engine, with the tokens generated so far.
+
+    Attributes:
+        number: its id.
+        request: what was asked; exactly one prompt.
+        group: the id of its group; its own number where it has none.
+        turn: order in the queue among groups that hold equally many slots; the lowest is next.
+        generated: the token ids so far.
+    """
 
     number: int
     request: GenerationRequest
     group: int
     turn: int
-    made: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
 
     @property
     def prompt(self) -> PromptIds:
@@ -58,24 +68,28 @@ class RequestState:
 
     @property
     def left(self) -> int:
-        return self.request.max_tokens - len(self.made)
+        """Tokens that may still be generated."""
+        return self.request.max_tokens - len(self.generated)
 
     @property
-    def over(self) -> bool:
-        return self.left == 0 or bool(self.made and self.made[-1] in self.request.end_ids)
+    def finished(self) -> bool:
+        return self.left == 0 or bool(self.generated and self.generated[-1] in self.request.end_ids)
 
 
 @dataclass(frozen=True)
-class Made:
-    """A token of the request of that number; ``last``: no more will follow."""
+class GeneratedToken:
+    """A token of the request with this number. ``last``: the request is finished."""
 
     number: int
     token: int
     last: bool
 
 
-class Engine(ABC, Generic[ModelT]):
-    """Not for several threads: `minicpm_serve.engine` is."""
+class BatchEngine(ABC, Generic[ModelT]):
+    """The scheduler of a batch of requests; a backend's ``Engine`` implements the computation.
+
+    It is not thread-safe; `minicpm_serve.engine.ServingEngine` is.
+    """
 
     def __init__(
         self,
@@ -84,24 +98,36 @@ class Engine(ABC, Generic[ModelT]):
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
     ):
-        """``slots``: requests decoded at once. ``context``: most tokens of a prompt and its answer; None: as many as
-        the model was made for. ``cache_options``: of every request's cache; whole, or in 8 bits in JAX."""
+        """
+        Arguments:
+            model: the backend's model.
+            slots: concurrent requests.
+            context: most tokens of a prompt and its answer; None: the model's ``max_position_embeddings``.
+            cache_options: of every request's cache: unquantized, or 8 bits in JAX.
+
+        Raises:
+            InputError: a value is out of range, or the memory does not hold the caches (`OutOfMemory`).
+        """
         context = model.config.max_position_embeddings if context is None else context
-        for name, value, least in (("slots", slots, 1), ("context", context, 2)):  # a prompt and an answer
+        for name, value, least in (("slots", slots, 1), ("context", context, 2)):  # a prompt token and a new one
             if value != int(value) or value < least:
                 raise InputError(f"{name} is {value}; it must be a whole number, at least {least}.")
         if cache_options.max_kv_size is not None:
-            raise InputError("an engine keeps every token; leave out max_kv_size.")
+            raise InputError("an engine keeps all keys and values; leave out max_kv_size.")
         self.model, self.slots, self.context, self.cache_options = model, slots, context, cache_options
-        self.waiting: deque[RequestState] = deque()
-        self.coming: tuple[RequestState, Iterator[None]] | None = None  # whose prompt is run
+        self.queued: deque[RequestState] = deque()
+        self.prefilling: tuple[RequestState, Iterator[None]] | None = None  # its prefill, chunk by chunk
         self.running: dict[int, RequestState] = {}
         self._numbers = itertools.count()
         self._steps = 1
 
     def _check_room(self, needed: Callable[[int], int], free: int | None) -> None:
-        """`TooMuch` where the caches for requests of this context could not all be filled. ``needed``: their bytes
-        by context, more for a longer one."""
+        """Raises `OutOfMemory` where the caches do not fit.
+
+        Arguments:
+            needed: context -> bytes of all caches, increasing.
+            free: bytes of free memory; None where unknown, which passes.
+        """
         if free is None or needed(self.context) <= free:
             return
         fits = STEP * bisect.bisect_right(range(STEP, self.context + 1, STEP), free, key=needed) or None
@@ -111,107 +137,118 @@ class Engine(ABC, Generic[ModelT]):
         else:
             remedy = "lower " + ("slots, or " if self.slots > 1 else "") + "context"
             remedy += "" if fits is None else f" (to {fits:,} tokens)"
-        raise TooMuch(no_room(what, needed(self.context), free, remedy), fits)
+        raise OutOfMemory(no_room(what, needed(self.context), free, remedy), fits)
 
     def add(self, request: GenerationRequest) -> int:
-        """The number of the request. `InputError` as in `admitted`."""
+        """Queue a request, and return its number. Raises `InputError` as `admitted` does."""
         state = self.admitted(request)
-        self.waiting.append(state)
+        self.queued.append(state)
         return state.number
 
     def group(self) -> int:
-        """The number of a new one. Any thread may call this, and `admitted`, at any time."""
+        """The id of a new group. Like `admitted`, this may be called from any thread."""
         return next(self._numbers)
 
     def admitted(self, request: GenerationRequest, group: int | None = None) -> RequestState:
-        """What may be put into ``waiting``. `InputError` for a request that has no room, or asks for another cache."""
+        """The state of a new request, to be appended to ``queued``.
+
+        Raises:
+            PromptTooLong: prompt and answer do not fit the context.
+            InputError: the request's cache options differ from the engine's.
+        """
         if request.cache != self.cache_options:
-            raise InputError("an engine keeps one kind of cache; make the request with its cache_options.")
+            raise InputError("all requests of an engine share its cache_options; make the request with these.")
         self.check_context(len(request.prompt), request.max_tokens)
         number = next(self._numbers)
         return RequestState(number, request, number if group is None else group, number)
 
     def check_context(self, length: int, max_tokens: int) -> None:
-        """`NoRoom` for so many tokens of a prompt and of its answer."""
+        """Raises `PromptTooLong` where a prompt of ``length`` tokens and its answer do not fit the context."""
         if length + max_tokens > self.context:
             asked = f"a prompt of {length} tokens and {max_tokens} more"
-            raise NoRoom(f"{asked} are above the {self.context} that there is room for.")
+            raise PromptTooLong(f"{asked} are above the {self.context} that there is room for.")
 
     def cancel(self, number: int) -> None:
-        """No more tokens of a request; nothing if it is over."""
-        self.waiting = deque(request for request in self.waiting if request.number != number)
-        if self.coming is not None and self.coming[0].number == number:
-            self.coming = None
+        """Drop a request. Nothing happens if it is finished."""
+        self.queued = deque(request for request in self.queued if request.number != number)
+        if self.prefilling is not None and self.prefilling[0].number == number:
+            self.prefilling = None
         if number in self.running:
             self._free(self.running.pop(number))
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and self.coming is None and not self.running
+        """Whether there is no request."""
+        return not self.queued and self.prefilling is None and not self.running
 
-    def step(self) -> list[Made]:
-        """Run a piece of a prompt that waits, if there is room, and decode; the tokens that came of it."""
-        made: list[Made] = []
-        if self.coming is None and (chosen := self._next()) is not None:
-            self.waiting.remove(chosen)
-            for request in self.waiting:
+    def step(self) -> list[GeneratedToken]:
+        """Prefill one chunk of the next prompt, if a slot is free, and decode; returns the new tokens."""
+        generated: list[GeneratedToken] = []
+        if self.prefilling is None and (chosen := self._next()) is not None:
+            self.queued.remove(chosen)
+            for request in self.queued:
                 if request.group == chosen.group:
                     request.turn = next(self._numbers)
-            self.coming = chosen, self._run(chosen)
-        if self.coming is not None:
-            request, pieces = self.coming
-            if next(pieces, self) is self:  # all of them
-                self.coming = None
+            self.prefilling = chosen, self._run(chosen)
+        if self.prefilling is not None:
+            request, pieces = self.prefilling
+            if next(pieces, self) is self:  # the prefill is complete
+                self.prefilling = None
                 self.running[request.number] = request
         if self.running:
-            hurry = self.coming is not None or self._next() is not None
+            hurry = self.prefilling is not None or self._next() is not None
             room = min(request.left for request in self.running.values())
             began = time.perf_counter()
             steps = max(1, min(1 if hurry else self._steps, room))
             for number, token in self._decode(steps):
-                if number in self.running:  # else of a request that ended a few steps before
-                    made.append(self._made(self.running[number], token))
+                if number in self.running:  # else the request finished a few steps earlier
+                    generated.append(self._record(self.running[number], token))
             if steps == self._steps and not hurry:
                 fast = time.perf_counter() - began < PATIENCE / 2
                 self._steps = 2 * steps if fast else max(1, steps // 2)
-        return made
+        return generated
 
     def _next(self) -> RequestState | None:
-        """Of those that wait the one that comes next, if a slot is free for it."""
-        if len(self.running) >= self.slots or not self.waiting:
+        """The queued request that is next, if a slot is free for it."""
+        if len(self.running) >= self.slots or not self.queued:
             return None
         taken = Counter(request.group for request in self.running.values())
-        first = min(self.waiting, key=lambda request: (taken[request.group], request.turn))
+        first = min(self.queued, key=lambda request: (taken[request.group], request.turn))
         return first if taken[first.group] < max(1, self.slots - 1) else None
 
-    def _made(self, state: RequestState, token: int) -> Made:
-        state.made.append(token)
-        if state.over:
+    def _record(self, state: RequestState, token: int) -> GeneratedToken:
+        state.generated.append(token)
+        if state.finished:
             self._free(self.running.pop(state.number))
-        return Made(state.number, token, state.over)
+        return GeneratedToken(state.number, token, state.finished)
 
     @abstractmethod
     def _run(self, state: RequestState) -> Iterator[None]:
-        """Run the prompt of a request, yielding after each piece but the last, and give it a slot."""
+        """Prefill a request's prompt and give it a slot; yield after each chunk but the last."""
 
     @abstractmethod
     def _decode(self, steps: int) -> list[tuple[int, int]]:
-        """Decode up to so many steps; numbers and tokens in their order. At least one comes, or one is on its way."""
+        """Decode up to ``steps`` steps. Returns (request number, token) pairs in order.
+
+        The list may be empty only where a token has been started and comes with the next call.
+        """
 
     @abstractmethod
     def _free(self, state: RequestState) -> None:
-        """Give up the slot of a request."""
+        """Free the slot of a request."""
 
 
 def shared(config: ModelConfig, prompt: Sequence[int], old: RequestState) -> int:
-    """Tokens at the beginning of a prompt whose keys and values an older request has; 0 where a copy does not pay.
-    Less than the whole prompt: its last token has to be run. Under dynamic NTK keys are turned by the length of their
-    prompt once that is beyond the model's."""
+    """The length of the prefix that a prompt shares with an older request, whose keys and values can be copied.
+
+    It is shorter than the prompt, because the last token must be run. It is 0 where the copy does not pay, and under
+    dynamic NTK scaling for a prompt beyond the model's context, where the keys depend on the prompt's length.
+    """
     scaling = config.rope_scaling
     if scaling is not None and scaling.type == "dynamic":
         if max(len(prompt), len(old.prompt)) > config.max_position_embeddings:
             return 0
-    text = (*old.prompt, *old.made[:-1])  # the last token went into no model
+    text = (*old.prompt, *old.generated[:-1])  # the model never saw the last token
     most = min(len(prompt) - 1, len(text))
     same = next((i for i in range(most) if prompt[i] != text[i]), most)
     return same if same >= LEAST_SHARED else 0

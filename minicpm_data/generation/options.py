@@ -1,4 +1,4 @@
-"""Options of generation: sampling, the cache, lengths."""
+"""Options of generation: sampling, the key/value cache and lengths."""
 
 import math
 import secrets
@@ -11,18 +11,27 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-MOST = 2**31 - 1  # tokens, of anything
+MOST = 2**31 - 1  # upper bound of every number of tokens
 
-
-ANSWER_TOKENS = 256  # at most, where nobody says how many
+ANSWER_TOKENS = 256  # default of max_tokens
 CHAT_TOKENS, CHAT_TEMPERATURE, CHAT_TOP_P = 1024, 0.3, 0.8  # the original's temperature and top_p
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Applied in this order, as transformers does: ``repetition_penalty`` on every token
-    of prompt and answer so far (1: none), ``temperature`` (0: the likeliest token), ``top_k`` (0: all), ``top_p``
-    (1: all), ``min_p`` (share of the likeliest token's probability; 0: all). ``seed`` None: another draw each time."""
+    """How the next token is sampled. The steps are applied in the order of transformers.
+
+    Arguments, in that order:
+        repetition_penalty: on every token of the prompt and of the answer so far; 1 is none.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all tokens.
+        top_p: 1 keeps all tokens.
+        min_p: least probability relative to the most likely token's; 0 keeps all tokens.
+        seed: None draws a new seed for each request.
+
+    Raises:
+        InputError: a value is out of range.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -50,11 +59,11 @@ class Sampling:
         return self.temperature == 0
 
     @property
-    def penalised(self) -> bool:
+    def penalized(self) -> bool:
         return self.repetition_penalty != 1
 
     def row_keys(self, rows: int) -> "np.ndarray":
-        """A key [2] of uint32 for each row of a batch, by seed and row; both backends' generators take such keys."""
+        """Random keys [rows, 2] uint32, one per batch row, for the generators of both backends."""
         import numpy as np
 
         seed = secrets.randbits(63) if self.seed is None else self.seed
@@ -63,10 +72,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What is kept of the tokens so far. ``kv_bits``: keys and values in so many bits (JAX: 8; MLX: 4 or 8, in groups
-    of ``kv_group_size`` numbers, None: 64, or 32 where 64 does not divide a head); None: in the model's dtype (in
-    float32 where JAX decodes on a CPU). ``max_kv_size`` (MLX): only the first 4 and the latest so many; None: all.
-    ``prefill_step_size``: tokens of a prompt that are run together, a matter of memory alone."""
+    """The key/value cache.
+
+    Arguments:
+        kv_bits: quantize keys and values to this many bits (JAX: 8; MLX: 4 or 8). None keeps the model's dtype
+            (float32 where JAX decodes on a CPU).
+        max_kv_size: MLX only: keep the first 4 tokens and rotate the rest within this size. None keeps all tokens.
+        prefill_step_size: tokens per prefill chunk; it only affects memory.
+        kv_group_size: MLX only: quantization group size. None is 64, or 32 where 64 does not divide a head.
+
+    Raises:
+        InputError: a value is out of range, or kv_bits and max_kv_size are both given.
+    """
 
     kv_bits: int | None = None
     max_kv_size: int | None = None
@@ -84,11 +101,11 @@ class CacheOptions:
             raise InputError("kv_bits and max_kv_size do not go together; leave one of them out.")
 
 
-GREEDY, PLAIN_CACHE = Sampling(), CacheOptions()  # where nobody says otherwise
+GREEDY, PLAIN_CACHE = Sampling(), CacheOptions()  # the defaults
 
 
 def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> "np.ndarray":
-    """[B, V] bool: the tokens of each prompt, for the repetition penalty."""
+    """Which tokens of the vocabulary each prompt holds, [B, V] bool, for the repetition penalty."""
     import numpy as np
 
     seen = np.zeros((len(prompts), vocab_size), bool)

@@ -1,4 +1,4 @@
-"""What is asked of a model: one frozen object, made at the door and handed on as it is down to the device."""
+"""`GenerationRequest`: one frozen object for everything asked of a model, from the command line down to the device."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ Prompt = str | Sequence[int]
 
 
 class LanguageModel(Protocol):
-    """What generation asks of a backend's model here, where nobody knows its arrays.
+    """The attributes of a backend's model that shared code uses.
 
-    ``eos_token_ids``: what config.json and generation_config.json say ends a text."""
+    ``eos_token_ids``: the EOS ids of config.json and generation_config.json.
+    """
 
     config: "ModelConfig"
     eos_token_ids: tuple[int, ...]
@@ -27,9 +28,10 @@ ModelT = TypeVar("ModelT", bound=LanguageModel)  # a backend's own class of mode
 
 
 class PromptIds(tuple[int, ...]):
-    """The token ids of a prompt, all of them in a vocabulary of ``vocab_size``; `InputError` for others or none.
+    """The token ids of a prompt, checked once. Several answers to one prompt share the object.
 
-    Several answers to one prompt share it: it is neither checked nor copied again."""
+    Raises `InputError` where there is no id, or an id is outside the vocabulary.
+    """
 
     def __new__(cls, ids: Iterable[int], vocab_size: int) -> "PromptIds":
         checked = super().__new__(cls, (int(i) for i in ids))
@@ -42,7 +44,7 @@ class PromptIds(tuple[int, ...]):
 
 
 def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> PromptIds:
-    """The ids of a prompt: a text gets BOS once and no template; ids are taken as they are."""
+    """The token ids of a prompt. A text is encoded with BOS and without a template; ids are only checked."""
     if not isinstance(prompt, str):
         return PromptIds(prompt, vocab_size)
     if tokenizer is None:
@@ -51,21 +53,24 @@ def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -
 
 
 def end_ids(model: LanguageModel, tokenizer: "Tokenizer | None") -> frozenset[int]:
-    """The ids that end an answer: the union of config.json, generation_config.json and the tokenizer."""
+    """The ids that end an answer: those of config.json, generation_config.json and the tokenizer together."""
     return frozenset([*model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())])
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Prompts that are answered together, and all that decides which tokens follow them.
+    """The prompts of a batch, and everything that determines the tokens generated from them.
 
-    prompts: the rows of the batch, of any lengths; one in a request to an engine.
-    max_tokens: most tokens of each answer.
-    sampling: how each token is chosen.
-    end_ids: tokens that end an answer.
-    cache: what is kept of the tokens so far.
+    Arguments:
+        prompts: the batch rows, of any lengths; exactly one in a request to an engine.
+        max_tokens: most tokens of each answer.
+        sampling: how each token is sampled.
+        end_ids: tokens that end an answer.
+        cache: the options of the key/value cache.
 
-    Raises `InputError` for what is out of range: whoever holds a request need not check it again."""
+    Raises:
+        InputError: a value is out of range. A request that exists need not be checked again.
+    """
 
     prompts: tuple[PromptIds, ...]
     max_tokens: int = ANSWER_TOKENS
@@ -87,17 +92,17 @@ class GenerationRequest:
         sampling: Sampling = GREEDY,
         cache: CacheOptions = PLAIN_CACHE,
     ) -> "GenerationRequest":
-        """That of prompts as a caller gives them, for answers that end where this model and tokenizer end a text."""
+        """A request for prompts given as texts or ids, with the EOS ids of this model and tokenizer."""
         rows = tuple(prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts)
         return cls(rows, max_tokens, sampling, end_ids(model, tokenizer), cache)
 
     @property
     def prompt(self) -> PromptIds:
-        """The only one."""
+        """The prompt of a request that has exactly one."""
         (only,) = self.prompts
         return only
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Length of the longest prompt in tokens."""
         return max(map(len, self.prompts))

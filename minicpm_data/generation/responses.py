@@ -1,4 +1,4 @@
-"""The parts of an answer as they are handed out: text, token, why it ended."""
+"""The parts of a streamed answer: text, token and finish reason."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from weights_io.errors import InputError
 
 @dataclass(frozen=True)
 class Response:
-    """One generated token: ``text`` is what became certain with it, perhaps ""."""
+    """One generated token. ``text`` is the text that it completes, which may be empty."""
 
     text: str
     token: int | None
-    finish_reason: str | None = None  # "stop": EOS or a stop string; "length": max_tokens; None: more to come
-    from_draft: bool = False  # guessed, and found to be right
+    finish_reason: str | None = None  # "stop": EOS or a stop string; "length": max_tokens; None: not finished
+    from_draft: bool = False  # an accepted draft token of speculative decoding
 
 
 def stream_text(
@@ -25,13 +25,24 @@ def stream_text(
     stop: str | Sequence[str] = (),
     max_tokens: int = 256,
 ) -> Iterator[Response]:
-    """One `Response` for each of ``token_ids`` until EOS, a stop string or ``max_tokens``; then no more are pulled.
+    """Decode a stream of tokens, and end it at EOS, at a stop string or after ``max_tokens``.
 
-    The texts joined are the answer, without EOS and without the stop string; text that may be the beginning of a stop
-    string is held back until that is known. ``tokenizer`` None gives empty texts. Should ``token_ids`` end by itself
-    while text is held back, a last Response carries it, with ``token`` None and the reason "length".
+    The joined texts are the answer, without EOS and without the stop string. Text that may be the start of a stop
+    string is held back until the next tokens decide.
 
-    Raises InputError for an empty stop string, or stop strings without a tokenizer.
+    Arguments:
+        token_ids: the stream; no token is pulled after the end.
+        tokenizer: None gives empty texts.
+        eos_token_ids: ids that end the answer.
+        stop: strings that end the answer.
+        max_tokens: most tokens.
+
+    Returns:
+        An iterator with one `Response` per token. If ``token_ids`` ends while text is held back, a last one has this
+        text, ``token`` None and the finish reason "length".
+
+    Raises:
+        InputError: a stop string is empty, or there are stop strings and no tokenizer.
     """
     stop = stop_strings(stop)
     if stop and tokenizer is None:
@@ -40,7 +51,7 @@ def stream_text(
 
 
 def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """One stop string or several as a tuple. InputError where one is empty."""
+    """One or several stop strings as a tuple. Raises `InputError` where one is empty."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:
         raise InputError("a stop string must not be empty.")
@@ -71,7 +82,7 @@ def _stream(token_ids, text_of: Detokenizer | None, eos: frozenset[int], stop: t
 
 
 def _begun(text: str, stop: tuple[str, ...]) -> int:
-    """How many characters at the end of ``text`` may be the beginning of a stop string."""
+    """The number of characters at the end of ``text`` that may be the start of a stop string."""
     most = len(text) + 1
     lengths = (n for string in stop for n in range(1, min(len(string), most)) if text.endswith(string[:n]))
     return max(lengths, default=0)

@@ -1,8 +1,8 @@
-"""Speculative decoding: guess the next tokens, run the model over all of them at once, keep those it would have chosen.
+"""Speculative decoding: guess the next tokens, run the model on all of them at once, and accept the right ones.
 
-A decode step reads every weight for one token; a few tokens together cost hardly more. What is kept is what plain
-decoding gives, token for token: each is chosen from the model's own logits, with the same key where it is drawn, and a
-guess is only ever compared with it. Guesses come from a smaller model (arXiv 2211.17192) or from the text so far.
+A decode step reads every weight for one token; a few tokens together cost hardly more. The result equals plain
+decoding, token for token: every token is chosen from the model's own logits, with the same random key, and a guess is
+only compared with it. Guesses come from a smaller draft model (arXiv 2211.17192) or from the text so far.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,22 +12,30 @@ from typing import Generic, TypeVar
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from weights_io.errors import InputError
 
-GRAMS = (4, 3, 2)  # tokens that must have been seen together for the text after them to be a guess; longest first
+GRAMS = (4, 3, 2)  # n-gram lengths of prompt lookup, longest first
 PAUSE = 15  # most tokens without a guess
-MOST = 64  # guesses at once: beyond, arithmetic and not the reading of weights would decide
+MOST = 64  # most guesses at once; with more, a step is bound by arithmetic and not by reading weights
 
-Source = TypeVar("Source")  # a model, or what it is loaded from: the name that a command is given
+Source = TypeVar("Source")  # a model, or the name that it is loaded from
 
-# All tokens so far, and how many are wanted -> at most so many that may follow.
+# All tokens so far, the number of guesses wanted -> at most that many guesses.
 Guess = Callable[[Sequence[int], int], Sequence[int]]
-# Guesses -> the tokens that the model chooses: those of the guesses that it agrees with, and one of its own.
+# Guesses -> the accepted ones, followed by one token that the model chose.
 Verify = Callable[[Sequence[int]], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Speculation(Generic[Source]):
-    """Where guesses come from: ``draft_model`` (of the same backend and vocabulary, which is not checked further: a
-    wrong one costs time, never a token) or the text so far (``prompt_lookup``), ``num_draft_tokens`` at a time."""
+    """The source of the guesses.
+
+    Arguments:
+        draft_model: a smaller model of the same backend and vocabulary. A bad one costs time and changes no token.
+        prompt_lookup: guess from the text so far instead.
+        num_draft_tokens: guesses at a time.
+
+    Raises:
+        InputError: a value is out of range, or both sources are given.
+    """
 
     draft_model: Source | None = None
     prompt_lookup: bool = False
@@ -45,20 +53,20 @@ class Speculation(Generic[Source]):
         return self.draft_model is not None or self.prompt_lookup
 
     def check(self: "Speculation[ModelT]", model: ModelT, request: GenerationRequest) -> None:
-        """`InputError` for a draft of another vocabulary, or a cache that cannot be taken back."""
+        """Raises `InputError` for a draft model of another vocabulary, or a cache that cannot be rewound."""
         if request.cache.max_kv_size is not None:
-            raise InputError("a cache of max_kv_size cannot take back a wrong guess; leave one of them out.")
+            raise InputError("a cache with max_kv_size cannot rewind a wrong guess; leave out one of the two.")
         if self.draft_model is not None:
             draft, own = self.draft_model.config.vocab_size, model.config.vocab_size
             if draft != own:
-                raise InputError(f"the draft model has {draft} token ids, the model {own}; take one of its tokenizer.")
+                raise InputError(f"the draft model has {draft} token ids, the model {own}; use one with its tokenizer.")
 
 
 class PromptLookup:
-    """Guesses by the text so far: what followed the last few tokens when they stood there before."""
+    """Guesses the tokens that followed the last occurrence of the latest n-gram in the text so far."""
 
     def __init__(self) -> None:
-        self._after: dict[tuple[int, ...], int] = {}  # tokens -> where the text goes on after their last appearance
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the position after its last occurrence
         self._known = 1
 
     def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
@@ -78,18 +86,23 @@ class PromptLookup:
 
 
 class Draft:
-    """Guesses of a smaller model. A backend's ``propose(last, start, count)`` takes the model's cache back to its first
-    ``start`` tokens, runs the ``last`` ones after them, and returns the likeliest ``count`` that follow."""
+    """Guesses of a draft model.
+
+    A backend's ``propose(last, start, count)`` rewinds the draft model's cache to its first ``start`` tokens, runs the
+    tokens ``last``, and returns the ``count`` most likely next tokens.
+    """
 
     def __init__(self, prompt: Sequence[int], propose: Callable[[Sequence[int], int, int], list[int]]):
         self._propose, self._held, self._sure = propose, list(prompt), len(prompt)
 
     def __call__(self, tokens: Sequence[int], count: int) -> list[int]:
-        # What of the guesses that the cache holds became text; at least the last token is run, for what follows it.
+        # The cached guesses that were accepted need not be run again; at least the last token is run.
         same = self._sure
         while same < min(len(self._held), len(tokens) - 1) and self._held[same] == tokens[same]:
             same += 1
-        few = min(max(2, 1 << (len(tokens) - same - 1).bit_length()), len(tokens))  # of few sizes: few programs
+        few = min(
+            max(2, 1 << (len(tokens) - same - 1).bit_length()), len(tokens)
+        )  # few sizes, so few programs are compiled
         start = len(tokens) - few
         found = self._propose(tokens[start:], start, count)
         self._held, self._sure = [*tokens, *found[:-1]], len(tokens)
@@ -99,8 +112,19 @@ class Draft:
 def speculate(
     request: GenerationRequest, first: int, guess: Guess, verify: Verify, count: int
 ) -> Iterator[tuple[int, bool]]:
-    """The tokens of an answer that begins with ``first``, and whether each was guessed; ``count`` guesses at a time.
-    While none is right, guessing pauses for 1, 3, 7 and at last `PAUSE` tokens: it costs most where it is of no use."""
+    """Generate an answer from guesses.
+
+    After a round without an accepted guess, guessing pauses for 1, 3, 7 and at most `PAUSE` tokens.
+
+    Arguments:
+        request: the request, with one prompt.
+        first: the first token of the answer.
+        guess, verify: the functions of the backend.
+        count: guesses at a time.
+
+    Returns:
+        An iterator over the tokens, each with whether it was an accepted guess.
+    """
     prompt, max_tokens, end_ids = request.prompt, request.max_tokens, request.end_ids
     tokens = [*prompt, first]
     yield first, False

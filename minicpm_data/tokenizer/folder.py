@@ -20,11 +20,15 @@ LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
 # What would change ids if it were used, and the values with which it changes none. Other keys change no id in
 # transformers either (lengths, padding sides, class names, ...).
-WITHOUT_EFFECT = {"split_special_tokens": (None, False), "do_lower_case": (None, False), "sp_model_kwargs": (None, {})}
+UNSUPPORTED_UNLESS = {
+    "split_special_tokens": (None, False),
+    "do_lower_case": (None, False),
+    "sp_model_kwargs": (None, {}),
+}
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in the order in which transformers adds the missing ones
 USED = (
     *FLAGS,
-    *WITHOUT_EFFECT,
+    *UNSUPPORTED_UNLESS,
     *("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens", "extra_special_tokens"),
     *("added_tokens_decoder", "chat_template", "tokenizer_class"),
 )
@@ -106,7 +110,7 @@ def _config(folder: Path) -> dict[str, Any]:
     for name in FLAGS:
         if not isinstance(config.get(name), bool | None):
             raise InputError(f"{folder} has the {name} {short(config[name])!r}; it must be true or false.")
-    for name, without in WITHOUT_EFFECT.items():
+    for name, without in UNSUPPORTED_UNLESS.items():
         if config.get(name) not in without:
             raise InputError(
                 f"{folder} has the {name} {short(config[name])!r} in tokenizer_config.json, which is not supported; "

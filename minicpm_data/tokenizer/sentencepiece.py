@@ -36,7 +36,7 @@ def read_spm(path: Path) -> SpmModel:
     """Read a ``tokenizer.model``. InputError where it is cut short, no SentencePiece model, or not BPE."""
     pieces, scores, types = [], [], []
     trainer: dict[int, Any] = {}
-    normaliser: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
     data = read_regular(path, MAX_BYTES)
     try:
         for field, value in _fields(data):
@@ -48,7 +48,7 @@ def read_spm(path: Path) -> SpmModel:
             elif field == 2:
                 trainer = dict(_fields(value))
             elif field == 3:
-                normaliser = dict(_fields(value))
+                normalizer = dict(_fields(value))
         # Field numbers and defaults of TrainerSpec. Ids are int32: -1, for none, is stored as ten bytes.
         special = [trainer.get(field, default) & 0xFFFFFFFF for field, default in ((40, 0), (41, 1), (42, 2), (43, -1))]
     except (ValueError, LookupError, TypeError, AttributeError, struct.error):
@@ -58,7 +58,7 @@ def read_spm(path: Path) -> SpmModel:
     if trainer.get(3, 1) != BPE_MODEL:
         raise InputError(f"{path} is not a BPE model; only SentencePiece BPE vocabularies are supported.")
     unk, bos, eos, pad = (None if i >= len(pieces) else i for i in special)
-    return SpmModel(pieces, scores, types, bool(normaliser.get(3, True)), unk, bos, eos, pad)
+    return SpmModel(pieces, scores, types, bool(normalizer.get(3, True)), unk, bos, eos, pad)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

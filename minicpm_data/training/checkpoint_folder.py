@@ -1,8 +1,7 @@
-"""The checkpoints of a training run on disk, for both backends: a folder a step, there whole or not at all, with a
-checksum of each of its files.
+"""The checkpoints of a training run, for both backends: one folder per step, written atomically, with checksums.
 
-A checksum is zlib's CRC-32, which finds every change of up to 32 neighbouring bits: 2.7 GB/s in a thread, and the files
-of a checkpoint are read in several.
+The checksum of a file is zlib's CRC-32, which detects every change within 32 consecutive bits. It runs at 2.7 GB/s per
+thread; files are read in several threads.
 """
 
 import json
@@ -14,28 +13,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.training.processes import Alone
+from minicpm_data.training.processes import SingleProcess
 from weights_io.errors import InputError
 from weights_io.files.partial import SUFFIX, remove
 
-KEPT = 2
+MAX_TO_KEEP = 2
 SUMS = "checksums.json"
 THREADS = 8
-CHUNK = 1 << 22  # bytes that are read at once
+CHUNK = 1 << 22  # bytes per read
 
 
 class CheckpointFolder:
-    """The states of a run by step, in ``folder``; the latest `KEPT` of them stay. ``processes``: those of the run, all
-    of which call the same methods in the same order."""
+    """The saved states of a run, by step. Only the latest `MAX_TO_KEEP` are kept.
 
-    def __init__(self, folder: Path, processes: Alone | None = None):
+    Arguments:
+        folder: the run's ``checkpoints`` folder.
+        processes: the run's processes. All of them call the same methods in the same order.
+    """
+
+    def __init__(self, folder: Path, processes: SingleProcess | None = None):
         self.folder = folder
-        self._processes = processes or Alone()
-        self.latest = max(self.steps, default=0)  # 0: there is none
+        self._processes = processes or SingleProcess()
+        self.latest = max(self.steps, default=0)  # 0: there is no checkpoint
 
     @property
     def steps(self) -> list[int]:
-        """Of all that are there, whole or damaged."""
+        """The steps of all checkpoints, complete or damaged, in order."""
         names = [path.name for path in self.folder.glob("*") if path.name.isdecimal() and path.name.isascii()]
         return sorted(int(name) for name in names if name == str(int(name)))
 
@@ -43,8 +46,15 @@ class CheckpointFolder:
         return self.folder / str(step)
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Have the processes ``write`` a state into a folder that becomes the checkpoint of ``step`` when all of it is
-        there. Raises `InputError` where that meets an `OSError`; what was saved before is then left."""
+        """Save a checkpoint. It gets its name only when it is complete.
+
+        Arguments:
+            step: its step.
+            write: called in every process; writes the state into the folder that it is given.
+
+        Raises:
+            InputError: an `OSError` occurred; earlier checkpoints are kept.
+        """
         partial = self.folder / f"{step}{SUFFIX}"
 
         def begin() -> None:
@@ -56,9 +66,9 @@ class CheckpointFolder:
             partial.rename(self.path(step))
 
         try:
-            self._processes.once(begin)
+            self._processes.on_main_process(begin)
             write(partial)
-            self._processes.once(finish)
+            self._processes.on_main_process(finish)
         except OSError as error:
             remove(partial)
             last = f"the last one, of step {self.latest}, is whole" if self.latest else "there is none yet"
@@ -66,11 +76,20 @@ class CheckpointFolder:
                 f"the checkpoint of step {step} cannot be written ({error}); {last}: make room, and --resume."
             ) from error
         self.latest = step
-        self._processes.once(self._prune)
+        self._processes.on_main_process(self._prune)
 
     def check(self, is_old: Callable[[Path], bool]) -> bool:
-        """Whether the latest has checksums. ``is_old``: whether an earlier version wrote it, which gave it none. Raises
-        `InputError` where it is damaged, in all the processes."""
+        """Check the latest checkpoint.
+
+        Arguments:
+            is_old: whether an earlier version wrote a checkpoint, without checksums.
+
+        Returns:
+            Whether it has checksums.
+
+        Raises:
+            InputError: it is damaged; raised in all processes.
+        """
 
         def look() -> None:
             if wrong := self.wrong(self.latest, is_old):
@@ -82,11 +101,11 @@ class CheckpointFolder:
                     file=sys.stderr,
                 )
 
-        self._processes.once(look)
+        self._processes.on_main_process(look)
         return (self.path(self.latest) / SUMS).exists()
 
     def wrong(self, step: int, is_old: Callable[[Path], bool]) -> str | None:
-        """What is damaged in the checkpoint of a step; None where it is whole."""
+        """The damage of a checkpoint in words; None where it is intact."""
         path = self.path(step)
         try:
             saved_step, files = _read_sums(path / SUMS)
@@ -102,7 +121,7 @@ class CheckpointFolder:
         return different(path, files)
 
     def damaged(self, reason: str, is_old: Callable[[Path], bool]) -> InputError:
-        """For a latest checkpoint that cannot be read: the sentence names the last whole one."""
+        """The error for a damaged latest checkpoint; it names the last intact one."""
         broken = [self.latest]
         for step in reversed(self.steps[:-1]):
             if self.wrong(step, is_old) is None:
@@ -110,7 +129,7 @@ class CheckpointFolder:
                 break
             broken.append(step)
         else:
-            remedy = "begin anew: no checkpoint is whole"
+            remedy = "start a new run: no checkpoint is whole"
         paths = [str(self.path(step)) for step in broken]
         named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
         return InputError(
@@ -118,14 +137,14 @@ class CheckpointFolder:
         )
 
     def _prune(self) -> None:
-        for old in self.steps[:-KEPT]:
-            partial = self.folder / f"{old}{SUFFIX}"  # one that is half removed is no checkpoint
+        for old in self.steps[:-MAX_TO_KEEP]:
+            partial = self.folder / f"{old}{SUFFIX}"  # so that a half-removed one is no checkpoint
             self.path(old).rename(partial)
             remove(partial)
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size (bytes) and CRC-32 of each file in a folder and those in it, by its path there."""
+    """Relative path -> size in bytes and CRC-32, of all files below a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         found = list(pool.map(_crc, paths))
@@ -136,7 +155,7 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def different(folder: Path, files: Mapping[str, tuple[int, int]]) -> str | None:
-    """The first of these files (size and CRC-32 by name) that is not as it was saved; None where all are."""
+    """The first file that differs from its saved size and CRC-32, in words; None where all are intact."""
     for name, (size, _) in files.items():
         path = folder / name
         if not path.is_file():
@@ -154,7 +173,7 @@ def different(folder: Path, files: Mapping[str, tuple[int, int]]) -> str | None:
 
 
 def _read_sums(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
-    """The step, and size and CRC-32 of each file by name."""
+    """The step, and relative path -> (size, CRC-32)."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     files = {name: (int(entry["bytes"]), int(entry["crc32"], 16)) for name, entry in saved["files"].items()}
     if not files:

@@ -1,4 +1,4 @@
-"""Fine-tuning, as both backends have it: the examples, and what a backend's trainer is asked besides the loop."""
+"""Fine-tuning for both backends: options and data to a run of the training loop."""
 
 import contextlib
 import hashlib
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 
 class FinetuneTrainer(loop.Trainer, Protocol):
-    """What a backend does for fine-tuning. Made of the model as it was loaded, the options, and the
-    checkpoint that it came from."""
+    """The interface of a backend's trainer for fine-tuning. `Make` builds it."""
 
     def row_width(self, length: int) -> int:
-        """How wide rows are made that hold so many tokens."""
+        """Round the width of a row with ``length`` tokens up, to limit the number of shapes."""
 
     def reference(self, batch: Arrays) -> "np.ndarray":
-        """Log-probability of the trained tokens of every row (not only its own) under the model as it was before
-        training."""
+        """The log-probability of the trained tokens under the model before training, for all rows of all processes."""
 
     def load_export(self) -> None:
-        """Take what `export` wrote."""
+        """Load what `export` wrote."""
 
 
-Make = Callable[[Any, FinetuneOptions, "Checkpoint"], FinetuneTrainer]  # the first: the backend's model
+Make = Callable[
+    [Any, FinetuneOptions, "Checkpoint"], FinetuneTrainer
+]  # the loaded model, the options, the base checkpoint
 
 
 def run(backend: Callable[[], Backend], trainer: Make, options: type[FinetuneOptions], prog: str) -> None:
-    """``python -m PACKAGE.lora`` and ``.finetune``; ``backend`` is called (imported) when the flags are right."""
+    """``python -m PACKAGE.lora`` and ``.finetune``. ``backend`` is imported only when the flags are valid."""
 
     def main(options: FinetuneOptions) -> None:
         """Fine-tune a MiniCPM (or Llama) model on conversations, texts or preferences."""
@@ -67,7 +67,7 @@ def run(backend: Callable[[], Backend], trainer: Make, options: type[FinetuneOpt
 
 
 def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: Make) -> None:
-    """Train, and test, as the options say. Raises `InputError` for options, data or a run that cannot be used."""
+    """Train and test. Raises `InputError` for options, data or a run folder that cannot be used."""
     from minicpm_data.metrics import check_reporter
     from minicpm_data.training.run_folder import check_folder
 
@@ -84,9 +84,9 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     train = read_split(options, tokenizer, "train") if options.training else None
     valid = read_split(options, tokenizer, "valid", required=False) if options.training else None
     test = read_split(options, tokenizer, "test") if options.test else None
-    worker = trainer(model, options, source.checkpoint)  # which refuses a batch that a mesh does not divide
+    worker = trainer(model, options, source.checkpoint)  # refuses a batch that the mesh does not divide
     running.device.note_mesh(model, options.batch_size)
-    del model  # which a trainer of all weights does not keep
+    del model  # full fine-tuning does not keep it
     with contextlib.closing(worker):
         if train is None:
             worker.load_export()
@@ -100,7 +100,7 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
 
 
 def read_split(options: FinetuneOptions, tokenizer: Any, name: "SplitName", required: bool = True) -> "Split | None":
-    """A split of the data, which is described on the screen."""
+    """Load a split of the data, and print a summary of it."""
     from minicpm_data.datasets.examples import load_split, show_first
 
     found = load_split(
@@ -124,7 +124,7 @@ def read_split(options: FinetuneOptions, tokenizer: Any, name: "SplitName", requ
 def train_and_export(
     options: FinetuneOptions, trainer: FinetuneTrainer, base: "Checkpoint", train: "Split", valid: "Split | None"
 ) -> None:
-    """The run in its folder, in which nothing is written before all is known to fit."""
+    """Train in the run's folder. Nothing is written before all checks have passed."""
     from minicpm_data.training.run_folder import using
 
     batches = batches_of(options, train, trainer.row_width)
@@ -134,7 +134,7 @@ def train_and_export(
     notes: dict[str, Any] = {"source": _lasting(options.model), "hub": options.hub}
     notes["save_dtype"] = options.save_dtype if isinstance(options, FullOptions) else None
     notes |= {"base": _base(base), "valid": None if valid is None else _fingerprint(valid)}
-    trainer.processes.check_same(json.dumps([settings, planned.steps, notes["base"]], sort_keys=True))
+    trainer.processes.check_consistent(json.dumps([settings, planned.steps, notes["base"]], sort_keys=True))
     with using(options.out, settings, options.resume, notes, trainer.processes):
         rows = f"{options.batch_size * options.grad_accumulation_steps} {'rows' if options.pack else 'examples'}"
         print(f"{planned.steps} steps of {rows}, {batches.padding:.1%} of them padding")
@@ -145,7 +145,7 @@ def train_and_export(
 
 
 def batches_of(options: FinetuneOptions, train: "Split", row_width: Callable[[int], int]) -> "Batches":
-    """Raises `InputError` where the examples fill no batch."""
+    """The training batches. Raises `InputError` where the examples do not fill one batch."""
     from minicpm_data.datasets.batches import Batches
 
     return Batches(
@@ -160,7 +160,7 @@ def batches_of(options: FinetuneOptions, train: "Split", row_width: Callable[[in
 
 
 def plan(options: FinetuneOptions, batches: "Batches", evaluating: bool) -> Plan:
-    """Raises `InputError` where the warm-up is longer than the run."""
+    """The plan of the run. Raises `InputError` where the warm-up is longer than the run."""
     steps = options.iters or 1000
     if options.epochs is not None:
         steps = max(1, math.ceil(options.epochs * batches.per_epoch / options.grad_accumulation_steps))
@@ -190,9 +190,9 @@ class Examples:
     valid: Sequence[Arrays]
 
     def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
-        several, own = self.options.grad_accumulation_steps, self.trainer.own
-        made = [self.train.part(step * several + i, own) for i in range(several)]
-        return [batch.arrays(self.known, own) for batch in made], sum(batch.length for batch in made)
+        several, local_rows = self.options.grad_accumulation_steps, self.trainer.local_rows
+        made = [self.train.part(step * several + i, local_rows) for i in range(several)]
+        return [batch.arrays(self.known, local_rows) for batch in made], sum(batch.length for batch in made)
 
     def figures(self, step: int) -> Mapping[str, Any]:
         return {"epoch": step * self.options.grad_accumulation_steps / self.train.per_epoch}
@@ -200,23 +200,26 @@ class Examples:
     def evaluation(self) -> Mapping[str, float]:
         return {"valid_loss": mean_losses(self.trainer, self.valid, self.options.val_batches)["loss"]}
 
-    def beginning(self, step: int) -> Sequence[int]:
+    def first_ids(self, step: int) -> Sequence[int]:
         return self.train[step * self.options.grad_accumulation_steps].ids[0].tolist()
 
 
 def feed(options: FinetuneOptions, trainer: FinetuneTrainer, split: "Split") -> "list[dict[str, np.ndarray]]":
-    """All batches of an evaluation."""
+    """All batches of a validation or test split."""
     from minicpm_data.datasets.batches import evaluation_batches
 
     known = references(options, trainer, split)
     size = options.batch_size, options.max_seq_length
-    batches = evaluation_batches(split.examples, *size, options.pack, trainer.own, trainer.row_width)
-    return [batch.arrays(known, trainer.own) for batch in batches]
+    batches = evaluation_batches(split.examples, *size, options.pack, trainer.local_rows, trainer.row_width)
+    return [batch.arrays(known, trainer.local_rows) for batch in batches]
 
 
 def references(options: FinetuneOptions, trainer: FinetuneTrainer, split: "Split") -> "np.ndarray | None":
-    """[n + 1, 2] float32 of pairs: log-probabilities of both answers before training; the last, of empty rows, are 0.
-    None where the loss asks for none."""
+    """The log-probabilities of the answers before training, for DPO.
+
+    Returns:
+        [n + 1, 2] float32: chosen and rejected answer of each pair, and zeros for padding rows. None for other losses.
+    """
     import numpy as np
     from tqdm import tqdm
 
@@ -226,7 +229,7 @@ def references(options: FinetuneOptions, trainer: FinetuneTrainer, split: "Split
         return None
     found = np.zeros((len(split.examples) + 1, 2), np.float32)
     size = options.batch_size, options.max_seq_length
-    batches = evaluation_batches(split.examples, *size, own=trainer.own, row_width=trainer.row_width)
+    batches = evaluation_batches(split.examples, *size, local_rows=trainer.local_rows, row_width=trainer.row_width)
     total = -(-len(split.examples) // options.batch_size)
     quiet = trainer.processes.quiet
     for batch in tqdm(batches, total=total, unit="batch", desc="reference", leave=False, disable=quiet):
@@ -236,21 +239,20 @@ def references(options: FinetuneOptions, trainer: FinetuneTrainer, split: "Split
 
 
 def mean_losses(trainer: FinetuneTrainer, batches: Sequence[Arrays], limit: int) -> dict[str, float]:
-    """The objective's means over at most ``limit`` batches (-1: all)."""
+    """The means of the objective over at most ``limit`` batches (-1: all)."""
     import numpy as np
 
     return loop.means(trainer, batches, None if limit < 0 else limit, np.float64)
 
 
 def _lasting(model: str | None) -> str | None:
-    """What names the model from any folder."""
+    """The model's name, as an absolute path if it is a folder."""
     here = Path(model or "pico").expanduser()
     return str(here.resolve()) if model and here.exists() else model
 
 
 def _base(checkpoint: "Checkpoint") -> str:
-    """A hash of some rows of the model that is trained: the same name may stand for another one when a run is gone on
-    with."""
+    """A hash of some rows of the base model, because a name may mean another model when the run is resumed."""
     ends = (f"model.layers.{layer}." for layer in (0, checkpoint.config.num_hidden_layers - 1))
     read, digest = (*ends, "model.norm."), hashlib.sha256()
     for name in sorted(name for name in checkpoint.tensors if name.startswith(read)):

@@ -1,4 +1,4 @@
-"""The finished model of a run in Hugging Face layout, in place of one that an earlier run of the same folder wrote."""
+"""Write the finished model of a run in Hugging Face layout, replacing an earlier one in the run's folder."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def export_finetuned(options: FullOptions, source: "Checkpoint", tensors: Mapping[str, Any]) -> None:
-    """With all that lies beside the weights of ``source``, the checkpoint that was fine-tuned."""
+    """Write a fine-tuned model, with the tokenizer and config keys of ``source``, the checkpoint it started from."""
     from minicpm_data.tokenizer.writing import carried_files
     from weights_io.casting import Rounding
     from weights_io.convert import write_model
@@ -24,7 +24,7 @@ def export_finetuned(options: FullOptions, source: "Checkpoint", tensors: Mappin
 def export_pretrained(
     options: PretrainOptions, config: "ModelConfig", raw_config: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> None:
-    """With the run's tokenizer."""
+    """Write a pretrained model, with the run's tokenizer."""
     from weights_io.write import save_checkpoint
 
     further: dict[str, Any] = {"raw_config": raw_config, "copy_from": options.tokenizer, "dtype": options.save_dtype}

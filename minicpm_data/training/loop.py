@@ -1,7 +1,7 @@
-"""The training loop, round the `Trainer` of a backend and a `Source` of batches: fine-tuning and pretraining.
+"""The training loop of fine-tuning and pretraining. It drives a backend's `Trainer` with the batches of a `Source`.
 
-The order of the data, the learning rate and the dropout of a step follow from its number, so that weights, moments and
-the number are all that a resumed run needs.
+The data, the learning rate and the dropout of a step are functions of the step number. A resumed run therefore only
+needs the weights, the optimizer state and the number.
 """
 
 import contextlib
@@ -19,70 +19,79 @@ if TYPE_CHECKING:
     import numpy as np
 
     from minicpm_data.metrics import Metrics
-    from minicpm_data.training.processes import Alone, Interrupt
+    from minicpm_data.training.processes import Interrupt, SingleProcess
 
-Arrays = Mapping[str, "np.ndarray"]  # of one batch, by name
-Figures = Mapping[str, SupportsFloat]  # which may still be computed
-SHOWN = 12  # ids of a step after which nothing is worth keeping
+Arrays = Mapping[str, "np.ndarray"]  # the arrays of one batch, by name
+Figures = Mapping[str, SupportsFloat]  # metrics, which the device may still be computing
+SHOWN = 12  # token ids that the message of a non-finite loss quotes
 
 
 class Trainer(Protocol):
-    """What a backend does for the loop."""
+    """The interface of a backend's trainer."""
 
-    processes: "Alone"
+    processes: "SingleProcess"
 
-    def own(self, rows: int) -> Sequence[int]:
-        """Which of a batch's ``rows`` this process makes."""
+    def local_rows(self, rows: int) -> Sequence[int]:
+        """The indices of the batch rows, of ``rows`` in all, that this process makes."""
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Figures:
-        """One optimiser step on batches of ids (and labels and segments); its figures."""
+        """Take one optimizer step.
+
+        Arguments:
+            batches: the micro-batches, of ids and, in fine-tuning, labels and segments.
+            rate: the learning rate.
+            number: the step, from 0.
+
+        Returns:
+            The metrics, with at least ``loss`` and ``gradient_norm``.
+        """
 
     def evaluate(self, batch: Arrays) -> Figures:
-        """The objective's sums over a batch; ``weight`` is what they are divided by. Without one they are means."""
+        """The objective's sums over a batch, and ``weight``, their divisor. Without ``weight`` they are means."""
 
     def save(self, step: int) -> None:
-        """Keep the state, whole or not at all."""
+        """Save a checkpoint atomically."""
 
     def restore(self) -> int:
-        """Take the last state that was kept; its step, 0 where there is none."""
+        """Load the latest checkpoint, and return its step; 0 where there is none."""
 
     def export(self) -> None:
-        """Write the adapter, or the model. Nothing of a pretraining is trained after it."""
+        """Write the adapter or the finished model. In pretraining no step may follow."""
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Release the resources. No call may follow."""
 
 
 class Source(Protocol):
     """Where the batches of a run come from."""
 
     def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
-        """Those of a step (from 0), and how many tokens all processes have in them."""
+        """The micro-batches of a step (from 0), and the number of tokens in them over all processes."""
 
     def figures(self, step: int) -> Mapping[str, Any]:
-        """What a record says of the data up to the end of a step (from 1)."""
+        """The data's part of a metrics record, such as the epoch, after a step (from 1)."""
 
     def evaluation(self) -> Mapping[str, float]:
-        """Losses on data that is not trained on, by name."""
+        """The validation losses, by name."""
 
-    def beginning(self, step: int) -> Sequence[int]:
-        """The token ids with which the data of a step (from 0) begins."""
+    def first_ids(self, step: int) -> Sequence[int]:
+        """The token ids of the first row of a step (from 0)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is, and after which of its steps what is done."""
+    """The length of a run, and the steps after which it reports, evaluates and saves."""
 
-    out: Path  # its folder
+    out: Path  # the run's folder
     steps: int
-    schedule: Callable[[int], float]  # learning rate by step
+    schedule: Callable[[int], float]  # step -> learning rate
     save_every: int
     report_every: int
-    evaluate_every: int | None  # None: there is nothing to evaluate on
-    also: tuple[int, ...] = ()  # further steps that are reported and evaluated
-    record_all: bool = True  # metrics.jsonl gets every step, not only those that are reported
-    export_saved: bool = False  # every state that is saved is exported too, not only the last
-    first: int = 0  # the step with which a new run begins
+    evaluate_every: int | None  # None: there is no validation data
+    also: tuple[int, ...] = ()  # more steps that are reported and evaluated
+    record_all: bool = True  # metrics.jsonl gets every step, not only the reported ones
+    export_saved: bool = False  # export at every checkpoint, not only at the end
+    first: int = 0  # the step at which a new run starts
     report_to: str | None = None
     project_name: str | None = None
     curve: Mapping[str, Any] = field(default_factory=dict)  # for `Metrics.draw`
@@ -98,16 +107,26 @@ class Plan:
 
 
 def restored(plan: Plan, trainer: Trainer) -> int:
-    """The step from which the run goes on."""
+    """Restore the latest checkpoint, if any, and return the step to continue from."""
     step = trainer.restore() or plan.first
     if step:
-        print(f"going on after step {step}")
+        print(f"resuming after step {step}")
     return step
 
 
 def fit(plan: Plan, trainer: Trainer, source: Source, step: int) -> None:
-    """Train from a `restored` step to the export. Raises KeyboardInterrupt after a step that Ctrl-C has made the last
-    one, and `InputError` after one whose loss is not finite."""
+    """Train from a `restored` step to the end, and export the result.
+
+    Arguments:
+        plan: the plan of the run.
+        trainer: the backend's.
+        source: the batches.
+        step: from `restored`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the current step was completed and saved.
+        InputError: the loss or the gradient norm is not finite.
+    """
     from minicpm_data.metrics import Metrics
     from minicpm_data.training.processes import Interrupt
 
@@ -115,17 +134,17 @@ def fit(plan: Plan, trainer: Trainer, source: Source, step: int) -> None:
     metrics = Metrics(out / "metrics.jsonl", step, plan.report_to, plan.project_name, first)
     with contextlib.closing(metrics), Interrupt() as interrupt:
         step = _train(plan, trainer, source, metrics, interrupt, step)
-        if step >= plan.steps:  # also of a run that was killed between its last checkpoint and the export
+        if step >= plan.steps:  # also where a run was killed between its last checkpoint and the export
             trainer.export()
     if step < plan.steps:
         print(f"stopped after step {step} of {plan.steps}; the same command with --resume goes on from there.")
         raise KeyboardInterrupt
-    trainer.processes.once(lambda: metrics.draw(out / "loss.png", **plan.curve))
+    trainer.processes.on_main_process(lambda: metrics.draw(out / "loss.png", **plan.curve))
     print(f"finished: {out}, loss curve in {out / 'loss.png'}")
 
 
 def _train(plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics", interrupt: "Interrupt", step: int) -> int:
-    """The steps from ``step`` on; the number of those that are done."""
+    """Train from ``step`` on, and return the number of completed steps."""
     from tqdm import tqdm
 
     processes, recent = trainer.processes, _Recent(plan, source, metrics)
@@ -135,11 +154,11 @@ def _train(plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics", int
             batches, tokens = source.batches(step)
             rate = plan.schedule(step)
             figures = trainer.step(batches, rate, step)
-            recent.wait()  # one step is queued behind the one that runs, not more
+            recent.wait()  # at most one step is queued behind the running one
             step += 1
             recent.add({"step": step, **source.figures(step), "learning_rate": rate, **figures}, tokens)
             bar.update()
-            stopping = processes.any(interrupt.wanted)  # read once: a step after which the loop ends is saved
+            stopping = processes.any(interrupt.wanted)  # read once, so that the last step is saved
             reporting, saving = plan.reports(step), plan.saves(step) or stopping
             if reporting or saving:
                 last = recent.flush(source.evaluation if plan.evaluates(step) else dict, reporting)
@@ -155,7 +174,7 @@ def _train(plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics", int
 
 
 class _Recent:
-    """The steps since the last report, whose figures nobody has looked at."""
+    """The records of the steps since the last report. Their metrics may still be computing on the device."""
 
     def __init__(self, plan: Plan, source: Source, metrics: "Metrics"):
         self._plan, self._source, self._metrics = plan, source, metrics
@@ -163,7 +182,7 @@ class _Recent:
         self.restart()
 
     def restart(self) -> None:
-        """Count time and tokens from now on."""
+        """Start counting time and tokens."""
         self._began, self._tokens = time.perf_counter(), 0
 
     def add(self, record: dict[str, Any], tokens: int) -> None:
@@ -171,18 +190,18 @@ class _Recent:
         self._tokens += tokens
 
     def wait(self) -> None:
-        """For the device to have computed them."""
+        """Wait until the device has computed the metrics."""
         if self._records:
             float(self._records[-1]["loss"])
 
     def flush(self, evaluation: Callable[[], Mapping[str, float]], reporting: bool) -> dict[str, Any]:
-        """Write them down, with the ``evaluation`` in the last one, which is returned."""
+        """Write the records, and return the last one, to which the results of ``evaluation`` are added."""
         self.wait()
         last = self._records[-1]
         last["tokens_per_second"] = self._tokens / (time.perf_counter() - self._began)
         last |= evaluation()
         for record in self._records:
-            # What the device has made is a number by now.
+            # Convert the device's arrays, which are computed by now.
             record |= {name: x if isinstance(x, str | int) else float(x) for name, x in record.items()}
             self._check(record)
             if self._plan.record_all or (reporting and record is last):
@@ -193,17 +212,17 @@ class _Recent:
     def _check(self, record: Mapping[str, Any]) -> None:
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(record[name]):
-                ids = " ".join(map(str, self._source.beginning(record["step"] - 1)[:SHOWN]))
+                ids = " ".join(map(str, self._source.first_ids(record["step"] - 1)[:SHOWN]))
                 raise InputError(
                     f"the {name.replace('_', ' ')} of step {record['step']} is {record[name]} (its first example "
-                    f"begins with ids {ids}); what was saved before is kept: --resume with a lower --learning-rate, or "
-                    "mend the data and begin anew."
+                    f"begins with ids {ids}); earlier checkpoints are kept: --resume with a lower --learning-rate, or "
+                    "correct the data and start a new run."
                 )
 
 
 def line(record: Mapping[str, Any]) -> str:
-    """One step for the screen, in the words of mlx_lm. Of several losses on data that is not trained on, that of the
-    stage is shown."""
+    """A record as one line for the terminal, in the format of mlx_lm. With several validation losses, the one of the
+    record's stage is shown."""
     parts = [f"Iter {record['step']}: Train loss {record['loss']:.3f}"]
     if "accuracy" in record:
         parts.append(f"preferred {record['accuracy']:.1%}")
@@ -215,8 +234,10 @@ def line(record: Mapping[str, Any]) -> str:
 
 
 def means(trainer: Trainer, batches: Iterable[Arrays], limit: int | None, precision: type) -> dict[str, float]:
-    """The objective's means over at most ``limit`` batches (None: all). ``precision``: numpy's type in which they are
-    added up."""
+    """The means of the objective over at most ``limit`` batches (None: all).
+
+    ``precision``: the numpy type of the sums.
+    """
     sums: dict[str, Any] = {}
     count = 0
     for batch in itertools.islice(batches, limit):

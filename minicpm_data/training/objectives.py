@@ -1,8 +1,7 @@
-"""What training minimises, of the loss of each token, in the arrays of either backend: ``xp`` is `jax.numpy` or
-`mlx.core`.
+"""The training objectives for both backends, computed from the cross entropy of each token.
 
-Dims: B rows, T tokens. Labels are the tokens themselves where they are targets, -100 elsewhere; position t - 1 predicts
-the token at t.
+Dims: B rows, T tokens. A label is the token id where the token is a target, else -100. Position t - 1 predicts token t.
+``xp`` is `jax.numpy` or `mlx.core`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +16,14 @@ Sums = tuple[Any, dict[str, Any]]
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """``name``: sft (cross entropy), dpo (arXiv 2305.18290) or orpo (2403.07691), whose strength is ``beta``.
-    ``balance``: weight of the experts' `moe.imbalance`. ``remat``: recompute layers in the backward pass."""
+    """The choice of the objective.
+
+    Attributes:
+        name: sft (cross entropy), dpo (arXiv 2305.18290) or orpo (arXiv 2403.07691).
+        beta: the strength of dpo and orpo.
+        balance: weight of the load-balancing loss of a mixture of experts.
+        remat: recompute the layers in the backward pass.
+    """
 
     name: Literal["sft", "dpo", "orpo"] = "sft"
     beta: float = 0.1
@@ -26,9 +31,17 @@ class ObjectiveOptions:
     remat: bool = False
 
     def sums(self, xp: Any, losses: Any, batch: Batch, imbalance: Any | None) -> Sums:
-        """The sum to be minimised over a batch whose tokens have these ``losses`` [B, T], and sums to be reported:
-        ``weight`` is what they are divided by, the number of trained tokens (sft) or of pairs. ``imbalance``: None
-        where there are no experts."""
+        """The sum to minimize over a batch, and the sums to report.
+
+        Arguments:
+            xp: `jax.numpy` or `mlx.core`.
+            losses: the cross entropy of each token, [B, T - 1].
+            batch: its arrays.
+            imbalance: the load-balancing loss; None for a dense model.
+
+        Returns:
+            The sum, and the sums by name. ``weight`` is their divisor: the number of trained tokens (sft) or pairs.
+        """
         trained = batch["labels"][:, 1:] != IGNORED
         sums = OBJECTIVES[self.name](xp, losses, trained, batch, self.beta)
         total = sums["loss"]
@@ -43,10 +56,13 @@ def _supervised(xp: Any, losses: Any, trained: Any, batch: Batch, beta: float) -
 
 
 def _dpo(xp: Any, losses: Any, trained: Any, batch: Batch, beta: float) -> dict[str, Any]:
-    """-log sigmoid(beta (how much likelier than under the reference the chosen answer is, less that of the rejected)).
-    The first half of the rows are chosen, the second rejected ones; log-probabilities are sums over the answer."""
+    """-log sigmoid(beta (r_chosen - r_rejected)), where r is the log-probability of an answer minus the reference's.
+
+    The first half of the rows are the chosen answers, the second half the rejected ones. Log-probabilities are summed
+    over the tokens of an answer.
+    """
     chosen, rejected = xp.split(-xp.sum(losses, axis=1) - batch["reference"], 2)
-    real = xp.any(xp.split(trained, 2)[0], axis=1)  # not a row that fills up the batch
+    real = xp.any(xp.split(trained, 2)[0], axis=1)  # False for padding rows
     margin = beta * (chosen - rejected)
     return {
         "loss": -xp.sum(_log_sigmoid(xp, margin) * real),
@@ -57,10 +73,10 @@ def _dpo(xp: Any, losses: Any, trained: Any, batch: Batch, beta: float) -> dict[
 
 
 def _orpo(xp: Any, losses: Any, trained: Any, batch: Batch, beta: float) -> dict[str, Any]:
-    """Mean cross entropy of the chosen answer - beta log sigmoid(log odds ratio), with mean log-probabilities."""
+    """Cross entropy of the chosen answer - beta log sigmoid(log odds ratio), with log-probabilities per token."""
     mean = -xp.sum(losses, axis=1) / xp.maximum(xp.sum(trained, axis=1), 1)
     real = xp.any(xp.split(trained, 2)[0], axis=1)
-    # A row of nothing has the log-probability 0, whose odds are infinite.
+    # A padding row has the log-probability 0, whose odds are infinite.
     mean = xp.where(xp.any(trained, axis=1), mean, -1.0)
     odds = mean - xp.log(-xp.expm1(xp.minimum(mean, -1e-6)))
     (chosen, _), (better, worse) = xp.split(mean, 2), xp.split(odds, 2)
@@ -81,8 +97,16 @@ OBJECTIVES: dict[str, Callable[..., dict[str, Any]]] = {"sft": _supervised, "dpo
 
 
 def documents_apart(xp: Any, windows: Any, bos_token_id: int) -> dict[str, Any]:
-    """A batch of windows [B, T] of documents that each begin with BOS: a document neither sees nor predicts another
-    one."""
+    """A pretraining batch in which documents neither attend to nor predict each other.
+
+    Arguments:
+        xp: `jax.numpy` or `mlx.core`.
+        windows: token ids [B, T] of documents that each start with BOS.
+        bos_token_id: the id of BOS.
+
+    Returns:
+        ids, labels and segments, [B, T] each.
+    """
     begins = windows == bos_token_id
-    segments = 1 + xp.cumsum(begins.astype(xp.int32), axis=1)  # 1 is what a window begins in the middle of
+    segments = 1 + xp.cumsum(begins.astype(xp.int32), axis=1)  # 1 is a document that began in an earlier window
     return {"ids": windows, "labels": xp.where(begins, IGNORED, windows), "segments": segments}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weights_io.config import ModelConfig
 
 # A resumed run must agree on all options but these.
-FREE = frozenset(
+RESUMABLE_OPTIONS = frozenset(
     """train test iters epochs mask_prompt learning_rate lr_schedule warmup_steps clip steps_per_report steps_per_eval
     val_batches test_batches save_every valid_every resume report_to project_name hub data config init_from tokenizer
     grad_checkpoint remat adapter_path ignore_keys special_tokens_as_text save_path out save_dtype mesh distributed
@@ -34,7 +34,7 @@ FREE = frozenset(
 
 def settings_of(options: Any) -> dict[str, Any]:
     """What a resumed run must agree on, as JSON has it."""
-    kept = {name: value for name, value in vars(options).items() if name not in FREE}
+    kept = {name: value for name, value in vars(options).items() if name not in RESUMABLE_OPTIONS}
     return json.loads(json.dumps(kept, default=str))
 
 
@@ -301,7 +301,7 @@ def given_adapter(options: LoraOptions, config: "ModelConfig") -> "Adapter":
     found = read_adapter(options.resume_adapter_file, config)
     wanted = options.adapter
     layers = adapted_layers(options, config)
-    tensors = [t for p in target_parameters(config, wanted.targets) for of in p.layers(config).values() for t in of]
+    tensors = [t for p in target_parameters(config, wanted.targets) for of in p.mlx_names(config).values() for t in of]
     ours = {tensor.removesuffix(".weight") for tensor in tensors if layer_of(tensor) in layers}
     for name, there, here in (
         ("rank", found.config.rank, wanted.rank),
@@ -332,4 +332,4 @@ def is_decayed(name: str, config: "ModelConfig") -> bool:
 def _not_decayed(config: "ModelConfig") -> frozenset[str]:
     """Names in the JAX model, and in the MLX model."""
     spared = [parameter for parameter in parameters(config) if not parameter.is_decayed]
-    return frozenset(name for parameter in spared for name in (parameter.name, *parameter.layers(config)))
+    return frozenset(name for parameter in spared for name in (parameter.name, *parameter.mlx_names(config)))

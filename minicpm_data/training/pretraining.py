@@ -1,5 +1,4 @@
-"""Pretraining, as both backends have it: the stages and their windows, and what a backend's trainer is asked besides
-the loop."""
+"""Pretraining for both backends: options and data to a run of the training loop."""
 
 import contextlib
 import hashlib
@@ -29,7 +28,7 @@ VALID_BATCHES = 16  # most batches of a validation loss
 
 
 class PretrainTrainer(loop.Trainer, Protocol):
-    """What a backend does for pretraining. Its batches are of ids alone, [B, T] of documents that begin with BOS."""
+    """The interface of a backend's trainer for pretraining. Batches hold only ids [B, T]; documents start with BOS."""
 
     config: "ModelConfig"
     raw_config: dict[str, Any]  # config.json
@@ -39,10 +38,10 @@ Make = Callable[..., PretrainTrainer]  # of the options, the id of BOS, and what
 
 
 def run(trainer: Make, options: type[PretrainOptions], prog: str) -> None:
-    """``python -m PACKAGE.pretrain``; ``trainer`` imports its backend when the flags are right."""
+    """``python -m PACKAGE.pretrain``. ``trainer`` imports its backend only when the flags are valid."""
 
     def main(options: PretrainOptions) -> None:
-        """Train a MiniCPM from nothing (or go on with an interrupted run)."""
+        """Train a MiniCPM from scratch, or resume an interrupted run."""
         pretrain(options, trainer)
 
     with leaving_at_interrupts():
@@ -50,7 +49,7 @@ def run(trainer: Make, options: type[PretrainOptions], prog: str) -> None:
 
 
 def pretrain(options: PretrainOptions, trainer: Make) -> None:
-    """Train as the options say. Raises `InputError` for options, data or a run that cannot be used."""
+    """Pretrain. Raises `InputError` for options, data or a run folder that cannot be used."""
     from minicpm_data.tokenizer.folder import load_tokenizer
     from minicpm_data.training.run_folder import using
 
@@ -63,20 +62,22 @@ def pretrain(options: PretrainOptions, trainer: Make) -> None:
         options.decay,
         options.half_life,
     )
-    placement = options.placement()  # first: it may have to come before the first use of a device
+    placement = options.placement()  # must come before the first use of a device
     tokenizer = load_tokenizer(options.tokenizer)
     if tokenizer.bos_token_id is None or not tokenizer.eos_token_ids:
-        raise InputError(f"the tokenizer of {options.tokenizer} has no BOS or no EOS, which part the documents.")
+        raise InputError(
+            f"the tokenizer of {options.tokenizer} has no BOS or no EOS to separate documents; use another."
+        )
     worker = trainer(options, tokenizer.bos_token_id, **placement)
     with contextlib.closing(worker):
         stages, fingerprint = read_stages(options, tokenizer, worker.config.vocab_size)
-        # Of a run with these stages the schedule is a part, warm-up too.
+        # The stages follow from the schedule, so the warm-up must stay the same too.
         settings = settings_of(options) | {"warmup_steps": options.warmup_steps}
         settings |= {"backend": type(worker).__module__.partition(".")[0]}
         settings |= {"config": worker.config.to_dict(), "data": fingerprint}
         notes = {"config.json": worker.raw_config, "tokenizer": str(options.tokenizer.resolve())}
         notes["save_dtype"] = options.save_dtype
-        worker.processes.check_same(json.dumps(settings, sort_keys=True))
+        worker.processes.check_consistent(json.dumps(settings, sort_keys=True))
         with using(options.out, settings, options.resume, notes, worker.processes):
             planned = plan(options, schedule)
             step = loop.restored(planned, worker)
@@ -84,7 +85,7 @@ def pretrain(options: PretrainOptions, trainer: Make) -> None:
 
 
 def check(options: PretrainOptions) -> None:
-    """Refuse what cannot work before anything heavy is imported or anything is written."""
+    """Check the options before heavy imports and before anything is written. Raises `InputError`."""
     from minicpm_data.metrics import check_reporter
     from minicpm_data.training.run_folder import check_folder
 
@@ -96,7 +97,7 @@ def check(options: PretrainOptions) -> None:
     check_range(options, "seed", least=0, below=2**32)
     check_range(options, "beta1", "beta2", "weight_decay", least=0, below=1)
     if (options.config is None) == (options.init_from is None):
-        raise InputError("give either --config, for a new model, or --init-from, for one that is there.")
+        raise InputError("give either --config, for a new model, or --init-from, for an existing one.")
     if not 0 <= options.from_step < options.steps or (options.from_step and options.init_from is None):
         raise InputError(
             f"--from-step is {options.from_step}; it is for --init-from, and below the {options.steps} of --steps."
@@ -105,12 +106,14 @@ def check(options: PretrainOptions) -> None:
 
 
 class Stage(NamedTuple):
+    """The data of one stage of the schedule, stable or decay."""
+
     train: "WindowBatches"
     valid: "np.ndarray"  # windows [n, T]
 
 
 def read_stages(options: PretrainOptions, tokenizer: "Tokenizer", vocab_size: int) -> tuple[dict[str, Stage], str]:
-    """The windows of both stages, and a hash of all of them."""
+    """The data of both stages, and a hash of it."""
     from minicpm_data.datasets.pretraining import WindowBatches, pack
     from minicpm_data.datasets.preview import show
     from minicpm_data.tokenizer.from_checkpoint import check_vocab
@@ -131,6 +134,7 @@ def read_stages(options: PretrainOptions, tokenizer: "Tokenizer", vocab_size: in
 
 
 def plan(options: PretrainOptions, schedule: WarmupStableDecay) -> Plan:
+    """The plan of the run."""
     stable = (schedule.decay_start - options.from_step) * options.batch_size * options.seq_length
     return Plan(
         options.out,
@@ -150,8 +154,7 @@ def plan(options: PretrainOptions, schedule: WarmupStableDecay) -> Plan:
 
 @dataclass(frozen=True)
 class Windows:
-    """The `loop.Source` of pretraining. The decay stage, from step ``decay_start`` on, reads its own data from its
-    first batch on."""
+    """The `loop.Source` of pretraining. The decay stage starts at step ``decay_start``, with its own data."""
 
     options: PretrainOptions
     trainer: PretrainTrainer
@@ -159,13 +162,13 @@ class Windows:
     decay_start: int
 
     def _stage(self, step: int) -> tuple[str, int]:
-        """What a step belongs to, and how many steps of it this run has done by then."""
+        """The stage of a step, and the number of earlier steps of that stage in this run."""
         name, start = ("decay", self.decay_start) if step >= self.decay_start else ("stable", 0)
         return name, step - max(start, self.options.from_step)
 
     def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
         name, number = self._stage(step)
-        ids = self.stages[name].train.part(number, self.trainer.own)
+        ids = self.stages[name].train.part(number, self.trainer.local_rows)
         return [{"ids": ids}], self._tokens
 
     def figures(self, step: int) -> Mapping[str, Any]:
@@ -173,11 +176,11 @@ class Windows:
 
     @property
     def _tokens(self) -> int:
-        """Of a step."""
+        """Tokens per step."""
         return self.options.batch_size * self.options.seq_length
 
     def evaluation(self) -> Mapping[str, float]:
-        """Over the full batches of the validation windows."""
+        """The loss of each stage's validation data, over full batches."""
         import numpy as np
 
         found = {}
@@ -187,6 +190,6 @@ class Windows:
             found[f"{name}_valid_loss"] = loop.means(self.trainer, batches, VALID_BATCHES, np.float32)["loss"]
         return found
 
-    def beginning(self, step: int) -> Sequence[int]:
+    def first_ids(self, step: int) -> Sequence[int]:
         name, number = self._stage(step)
         return self.stages[name].train[number][0].tolist()

@@ -1,5 +1,4 @@
-"""A training run's processes: what is done once where several train together, and Ctrl-C that waits for the end of a
-step."""
+"""The processes of a training run, and Ctrl-C that waits for the end of a step."""
 
 import contextlib
 import os
@@ -8,34 +7,35 @@ import sys
 from collections.abc import Callable, Iterator
 
 
-class Alone:
-    """The processes of a run: one. A backend that knows of several has its own of this form; all of them call the same
-    methods in the same order."""
+class SingleProcess:
+    """A run with one process. JAX's `MultiProcess` has the same methods; all processes call them in the same order."""
 
-    first = True  # whether this process prints and writes
+    first = True  # whether this is process 0, which prints and writes
 
     @property
     def quiet(self) -> bool | None:
-        """What tqdm is told of its bar: disabled (True), or drawn only on a terminal (None), not into log files."""
+        """tqdm's ``disable``: True, or None to draw the bar only on a terminal."""
         return None if self.first else True
 
-    def once(self, action: Callable[[], object]) -> None:
-        """Do it in the first process, while the others wait. What it raises for the user, all raise."""
+    def on_main_process(self, action: Callable[[], object]) -> None:
+        """Run ``action`` in process 0 while the others wait. All processes raise the `InputError` that it raises."""
         action()
 
     def any(self, wanted: bool) -> bool:
-        """Whether one of the processes wants it."""
+        """Whether any process passes True."""
         return wanted
 
-    def check_same(self, said: str) -> None:
-        """`InputError` in all of them where they say different things."""
+    def check_consistent(self, said: str) -> None:
+        """Raises `InputError` in all processes where they pass different texts."""
 
 
 @contextlib.contextmanager
 def leaving_at_interrupts() -> Iterator[None]:
-    """Within it, and until a run's `Interrupt`, Ctrl-C ends the process, with status 130. As an exception it could come
-    up in a callback of a library, which swallows it. Whatever is written by then is there whole or not at all. Where
-    somebody else handles it (`notebook.run`), nothing changes."""
+    """A context in which Ctrl-C ends the process with status 130, until a run's `Interrupt` takes over.
+
+    A KeyboardInterrupt could be raised in a library's callback and be swallowed there. Files are written atomically,
+    so none is left half written. Nothing changes where Ctrl-C has another handler (`notebook.run`).
+    """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
@@ -52,7 +52,7 @@ def leaving_at_interrupts() -> Iterator[None]:
 
 
 class Interrupt:
-    """A context in which Ctrl-C only sets `wanted`, so that no step is cut in two; a second one stops at once."""
+    """A context in which the first Ctrl-C only sets `wanted`, so that the step is completed. A second one raises."""
 
     def __init__(self) -> None:
         self.wanted = False

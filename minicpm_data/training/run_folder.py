@@ -1,4 +1,4 @@
-"""A training run's folder: what a resumed run must agree on, one run at a time, and what a killed run left there."""
+"""The folder of a training run: settings that a resumed run must repeat, a lock, and the cleanup after a killed run."""
 
 import contextlib
 import difflib
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minicpm_data.training.processes import Alone
+from minicpm_data.training.processes import SingleProcess
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
 from weights_io.files.partial import SUFFIX, clear_folder, remove, try_lock, write_whole
@@ -20,20 +20,27 @@ SETTINGS = "settings.json"
 LOCK = "run.lock"
 CHECKPOINTS = "checkpoints"
 NEW_MODEL = "model.new"
-EXPORTS = ("adapter_model.safetensors", "model")  # what is left of a run whose checkpoints were deleted
+EXPORTS = ("adapter_model.safetensors", "model")  # results that remain where a run's checkpoints were deleted
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether there is a run to go on with."""
+    """Whether the folder holds a run that can be resumed."""
     return (folder / SETTINGS).exists() and _has_checkpoints(folder)
 
 
 def check_folder(folder: Path, resume: bool = False) -> bool:
-    """Whether the folder holds a run to go on with; one that ended before it saved anything is none. Nothing is
-    written.
+    """Check that a run may use the folder. Nothing is written.
 
-    ``resume``: a run that is there is gone on with. Raises `InputError` where it is not to be, where there is none to
-    ``resume``, where the folder holds something else, or where another run is using it.
+    Arguments:
+        folder: the run's folder.
+        resume: whether the user wants to resume a run.
+
+    Returns:
+        Whether the folder holds a run with a checkpoint.
+
+    Raises:
+        InputError: there is a run and ``resume`` is False, there is none to resume, the folder holds other files, or
+            another run is using it.
     """
     begun = _is_begun(folder, resume)
     with contextlib.suppress(FileNotFoundError), (folder / LOCK).open("rb") as file:
@@ -48,16 +55,19 @@ def using(
     settings: dict[str, Any],
     resume: bool = False,
     notes: dict[str, Any] | None = None,
-    processes: Alone | None = None,
+    processes: SingleProcess | None = None,
 ) -> Iterator[None]:
-    """Hold the folder of a run, which no other run may use within the context; the first of ``processes`` locks it.
+    """Lock the folder of a run within the context, and remove the partial files of a killed run.
 
-    The ``settings`` (as JSON has them) of a new run are written there, those of a run that is there are compared.
-    ``notes`` are written beside them; of these ``base`` is compared too, and another ``valid`` only printed. What a
-    killed run left half written is removed.
+    Arguments:
+        folder: the run's folder; it is made if it is missing.
+        settings: JSON values. A new run stores them; a resumed run must have the same.
+        resume: as in `check_folder`.
+        notes: stored beside the settings. A resumed run must have the same ``base``; another ``valid`` is only noted.
+        processes: the run's processes; process 0 takes the lock.
 
     Raises:
-        InputError: as `check_folder`, or the settings are others.
+        InputError: as `check_folder`, or the settings differ.
     """
     with contextlib.ExitStack() as held:
 
@@ -66,22 +76,22 @@ def using(
                 _compare(folder, settings, notes or {})
             folder.mkdir(parents=True, exist_ok=True)
             sign = held.enter_context(_locked(folder))
-            if begun := _is_begun(folder, resume):  # by now it may be another run
+            if begun := _is_begun(folder, resume):  # another run may have started meanwhile
                 _compare(folder, settings, notes or {})
                 _note_valid(folder, notes or {})
             _clear(folder)
             if not begun:
                 if resume:
-                    print(f"the run in {folder} was stopped before it saved anything; it begins anew")
+                    print(f"the run in {folder} was stopped before its first checkpoint; it starts again")
                 write_whole(folder / SETTINGS, json.dumps(settings | {"notes": notes or {}}, indent=1))
             sign()
 
-        (processes or Alone()).once(begin)
+        (processes or SingleProcess()).on_main_process(begin)
         yield
 
 
 def replace_model(folder: Path, write: Callable[[Path], object]) -> None:
-    """Have the run's finished model written, in place of one that the run wrote before."""
+    """Replace the run's finished model by the one that ``write`` writes into the folder it is given."""
     out, new = folder / "model", folder / NEW_MODEL
     remove(new)
     write(new)
@@ -90,7 +100,7 @@ def replace_model(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def _is_begun(folder: Path, resume: bool) -> bool:
-    """`check_folder`, but for other runs that are using the folder."""
+    """`check_folder` without the check of the lock."""
     if folder.is_file():
         raise InputError(f"{folder} is a file; choose a folder.")
     if not (folder / SETTINGS).exists():
@@ -99,16 +109,16 @@ def _is_begun(folder: Path, resume: bool) -> bool:
             near = _near_run(folder) if resume else None
             remedy = "choose another folder" if full else "leave out --resume to begin one"
             raise InputError(
-                f"{folder} {'is not empty and ' if full else ''}holds no run to go on with; "
+                f"{folder} {'is not empty and ' if full else ''}holds no run to resume; "
                 + (f"did you mean {near}?" if near else f"{remedy}.")
             )
         return False
     begun = _has_checkpoints(folder)
     if begun and not resume:
-        raise InputError(f"{folder} holds a run; --resume goes on with it, or choose another folder.")
+        raise InputError(f"{folder} holds a run; add --resume to continue it, or choose another folder.")
     if not begun and (left := next((name for name in EXPORTS if (folder / name).exists()), None)):
         raise InputError(
-            f"{folder} holds {left} of a run whose checkpoints are gone; choose another folder, or delete this one."
+            f"{folder} holds {left} of a run without checkpoints; choose another folder, or delete this one."
         )
     return begun
 
@@ -118,21 +128,21 @@ def _has_checkpoints(folder: Path) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a killed run left half written. Of checkpoints the run's lock says that nobody is writing them."""
+    """Remove the partial files of a killed run. The caller holds the lock, so no run is writing them."""
     clear_folder(folder)
     remove(folder / NEW_MODEL)
-    for kind in (f"*{SUFFIX}", "*.orbax-checkpoint-tmp*"):  # the second: of earlier versions
+    for kind in (f"*{SUFFIX}", "*.orbax-checkpoint-tmp*"):  # the second one is of earlier versions
         for path in folder.glob(f"{CHECKPOINTS}/{kind}"):
             remove(path)
 
 
 def _is_left(path: Path) -> bool:
-    """Whether it is what a run leaves that was killed before it wrote its settings."""
+    """Whether a file remains from a run that was killed before it wrote its settings."""
     return path.name == LOCK or (path.name.startswith(f".{SETTINGS}.") and path.name.endswith(SUFFIX))
 
 
 def _near_run(folder: Path) -> Path | None:
-    """A run beside the folder, with a name that resembles its name."""
+    """A run in the same parent folder with a similar name."""
     folder = folder.absolute()
     try:
         names = [
@@ -149,13 +159,13 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
         return read_json(folder / SETTINGS)
     except InputError as error:
         raise InputError(
-            f"{folder / SETTINGS} is damaged, so that the run cannot be gone on with; put a copy of it back, or choose "
+            f"{folder / SETTINGS} is damaged, and the run cannot be resumed; restore a copy of the file, or choose "
             "another folder."
         ) from error
 
 
 def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any]) -> None:
-    before = {"backend": "minicpm_jax"} | _saved_settings(folder)  # which earlier versions left out of a pretraining
+    before = {"backend": "minicpm_jax"} | _saved_settings(folder)  # earlier versions did not store it in pretraining
     changed = [name for name in settings if before.get(name) != settings[name]]
     if _noted(before, "base") not in (None, notes.get("base")):
         changed.append("model")
@@ -167,23 +177,25 @@ def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any]) -> N
 def _note_valid(folder: Path, notes: dict[str, Any]) -> None:
     if _noted(_saved_settings(folder), "valid") not in (None, notes.get("valid")):
         print(
-            "note: the valid examples are others than when the run began; losses on them do not compare",
+            "note: the validation examples differ from those at the start of the run; their losses do not compare",
             file=sys.stderr,
         )
 
 
 def _noted(settings: dict[str, Any], name: str) -> Any:
-    """One of a run's notes; None where it has none, as runs of earlier versions."""
+    """A note of a run; None where it has none, as in runs of earlier versions."""
     notes = settings.get("notes")
     return notes.get(name) if isinstance(notes, dict) else None
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[Callable[[], None]]:
-    """Lock the folder, until the context or the process ends; what is given writes down whose the lock is. `InputError`
-    where another run has it."""
+    """Lock the folder until the context or the process ends. Raises `InputError` where another run holds the lock.
+
+    Yields a function that writes the owner's name into the lock file.
+    """
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        for pause in (0.1, 0.2, 0.4, 0):  # another command may only be looking
+        for pause in (0.1, 0.2, 0.4, 0):  # another command may only be checking
             taken = try_lock(file.fileno())
             if taken is not False:
                 break

@@ -45,7 +45,7 @@ def _flat(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
         elif name == "optimizer_config":
             if value and not (isinstance(value, dict) and not any(value.values())):
                 raise InputError(
-                    f"--config {path} has an optimizer_config; the optimisers here have no further options."
+                    f"--config {path} has an optimizer_config; the optimizers here have no further options."
                 )
         elif name not in OF_ITS_MACHINE:
             yield name, value

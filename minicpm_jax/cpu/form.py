@@ -79,7 +79,7 @@ class CpuForm(Form):
         def packed(pack: Callable[[Array], Any], weight: Array) -> Any:
             return on_cpu(pack(weight))
 
-        alone = {p.name for p in parameters(config) if not p.of_expert}
+        alone = {p.name for p in parameters(config) if not p.per_expert}
         return {name: functools.partial(packed, pack) if name in alone else pack for name, pack in packs.items()}
 
     def cache_dtype(self, model: Model) -> Any:

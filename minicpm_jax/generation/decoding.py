@@ -217,7 +217,7 @@ def started(model: Model, request: GenerationRequest) -> State:
     cache, last = filled(model, request)
     sampling, vocab_size = request.sampling, model.config.vocab_size
     ends = np.array(sorted(request.end_ids) or [-1], np.int32)
-    seen = seen_tokens(request.prompts, vocab_size) if sampling.penalised else None
+    seen = seen_tokens(request.prompts, vocab_size) if sampling.penalized else None
     keys = from_first(sampling.row_keys(len(request.prompts)))
     return begin(model, cache, last, seen, keys, ends, Knobs.of(sampling, vocab_size))
 

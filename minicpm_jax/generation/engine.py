@@ -72,7 +72,7 @@ def emptied(state: State, slot: Int[Array, ""]) -> State:
     return dataclasses.replace(state, done=state.done.at[slot].set(True))
 
 
-class Engine(engine.Engine[Model]):
+class Engine(engine.BatchEngine[Model]):
     def __init__(
         self,
         model: Model,
@@ -172,10 +172,10 @@ class Engine(engine.Engine[Model]):
         numbers = {
             f.name: np.stack([getattr(knobs, f.name) for knobs in each])[:, None]
             for f in dataclasses.fields(Knobs)
-            if f.name not in ("greedy", "penalised")
+            if f.name not in ("greedy", "penalized")
         }
         return Knobs(
-            **numbers, greedy=all(knobs.greedy for knobs in each), penalised=any(knobs.penalised for knobs in each)
+            **numbers, greedy=all(knobs.greedy for knobs in each), penalized=any(knobs.penalized for knobs in each)
         )
 
     def _free(self, state: RequestState) -> None:

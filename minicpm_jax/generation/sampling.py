@@ -21,7 +21,7 @@ HOTTEST = 1e38  # more is infinite in float32; either way all tokens are alike
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["temperature", "top_p", "top_k", "min_p", "repetition_penalty"],
-    meta_fields=["greedy", "penalised"],
+    meta_fields=["greedy", "penalized"],
 )
 @dataclass(frozen=True)
 class Knobs:
@@ -34,7 +34,7 @@ class Knobs:
     min_p: Float[Array, ""] | Float[Array, "B 1"]
     repetition_penalty: Float[Array, ""] | Float[Array, "B 1"]
     greedy: bool
-    penalised: bool
+    penalized: bool
 
     @staticmethod
     def of(sampling: Sampling, vocab_size: int) -> "Knobs":
@@ -45,15 +45,15 @@ class Knobs:
             np.float32(sampling.min_p),
             np.float32(sampling.repetition_penalty),
             sampling.greedy,
-            sampling.penalised,
+            sampling.penalized,
         )
 
 
 def sample(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, knobs: Knobs, keys: Array) -> Int[Array, "B"]:
     """One token for each row. ``seen``: tokens of prompt and answer, for the repetition penalty; ``keys``: [B]."""
-    if knobs.penalised:
-        penalised = jnp.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
-        logits = jnp.where(seen, penalised, logits)
+    if knobs.penalized:
+        penalized = jnp.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
+        logits = jnp.where(seen, penalized, logits)
     likeliest = jnp.argmax(logits, axis=-1)
     if knobs.greedy:
         return likeliest

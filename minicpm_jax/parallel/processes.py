@@ -2,7 +2,8 @@
 
 JAX ends a process (with a trace and status 134) whose partners do not come; so they meet here first, where what is
 wrong can be said. Each then sees its own devices and those of all, runs the same program in the same order, and holds
-its part of every array. What is done once, the first of them does (`Together.once`), and prints and writes alone.
+its part of every array. Only process 0 prints and writes; work to be done once goes to it
+(`MultiProcess.on_main_process`).
 """
 
 import hashlib
@@ -14,18 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from minicpm_data.training.processes import Alone
+from minicpm_data.training.processes import SingleProcess
 from weights_io.errors import InputError
 
 
-class Together(Alone):
+class MultiProcess(SingleProcess):
     """The processes of a run that JAX has joined."""
 
     def __init__(self) -> None:
         self.first = jax.process_index() == 0
         self._asked: jax.Array | None = None
 
-    def once(self, action: Callable[[], object]) -> None:
+    def on_main_process(self, action: Callable[[], object]) -> None:
         wrong = b""
         if self.first:
             try:
@@ -44,7 +45,7 @@ class Together(Alone):
         before, self._asked = self._asked, jnp.any(mine)
         return before is not None and bool(before)
 
-    def check_same(self, said: str) -> None:
+    def check_consistent(self, said: str) -> None:
         from jax.experimental.multihost_utils import process_allgather
 
         digest = np.frombuffer(hashlib.sha256(said.encode()).digest(), np.uint8)
@@ -59,9 +60,9 @@ class Together(Alone):
 TEXT = 2048  # bytes of a sentence from one process to the others
 
 
-def processes() -> Alone:
+def processes() -> SingleProcess:
     """Those of this run."""
-    return Together() if jax.process_count() > 1 else Alone()
+    return MultiProcess() if jax.process_count() > 1 else SingleProcess()
 
 
 def wait() -> None:

@@ -123,7 +123,7 @@ def share(config: ModelConfig, mesh: Mesh | None) -> float:
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
     """The arrays, whole on every device. `device_put` would end a run whose processes have not the same, before it can
-    be said what they have not (`hosts.Together.check_same`)."""
+    be said what they have not (`hosts.MultiProcess.check_consistent`)."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:
         return jax.device_put(tree, everywhere)

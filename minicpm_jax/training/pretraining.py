@@ -53,7 +53,7 @@ class Pretrainer(BaseTrainer):
             tensors = Saved(self.options.out / "checkpoints", step).tensors(self.config)
             export_pretrained(self.options, self.config, self.raw_config, tensors)
 
-        self.processes.once(write)
+        self.processes.on_main_process(write)
 
 
 def beginning(

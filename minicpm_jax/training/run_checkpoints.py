@@ -20,7 +20,7 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.parameters import parameters
-from weights_io.write import unstacked
+from weights_io.write import unstack_params
 
 ITEM = "default"  # folder of the state in that of its step
 STATE, STEP = "state", "step"  # what is saved; earlier versions saved the state alone
@@ -155,7 +155,7 @@ class Saved:
                     f"{self._folder.parent} is of another model: its {parameter.name} is {found}, and the model's "
                     f"{parameter.shape(config)}."
                 )
-        return unstacked(config, {name: SavedArray(functools.partial(self._read, name)) for name in weights})
+        return unstack_params(config, {name: SavedArray(functools.partial(self._read, name)) for name in weights})
 
     @functools.cached_property
     def _described(self) -> Any:
@@ -185,7 +185,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class SavedArray:
-    """An array of a state on the disk, as far as `unstacked` looks at it."""
+    """An array of a state on the disk, as far as `unstack_params` looks at it."""
 
     read: Callable[[], np.ndarray]
     dtype: np.dtype = np.dtype(np.float32)

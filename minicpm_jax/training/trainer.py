@@ -52,7 +52,7 @@ class BaseTrainer:
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.folder / "checkpoints")
 
-    def own(self, rows: int) -> Sequence[int]:
+    def local_rows(self, rows: int) -> Sequence[int]:
         return own_rows(self.mesh, rows)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
@@ -132,11 +132,11 @@ class Trainer(BaseTrainer):
         if isinstance(options, LoraOptions):
             layers = adapted_layers(options, self.config)
             adapter = adapters.to_adapter(self.config, self.state[0], options.adapter, layers)
-            self.processes.once(lambda: save_adapter(options.out, adapter, self.config))
+            self.processes.on_main_process(lambda: save_adapter(options.out, adapter, self.config))
         else:  # from the disk, where a process alone can read all of it, a part at a time
             assert isinstance(options, FullOptions) and self.source is not None
             saved, source = Saved(self.folder / "checkpoints", self.checkpoints.latest), self.source
-            self.processes.once(lambda: export_finetuned(options, source, saved.tensors(self.config)))
+            self.processes.on_main_process(lambda: export_finetuned(options, source, saved.tensors(self.config)))
 
     def load_export(self) -> None:
         if self.base is None:

@@ -147,6 +147,6 @@ def started(model: Model, request: GenerationRequest) -> State:
     ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
     length = width if len(prompts) == 1 else mx.array(lengths)
     hidden = run(model, ids, cache, request.cache.prefill_step_size, length)
-    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalised else None
+    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
     state = State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts))))
     return chosen(state, model.head(hidden)[:, 0], sampling)

@@ -19,7 +19,7 @@ from minicpm_data.generation.engine import RequestState, shared
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
-from minicpm_mlx.generation.sampling import penalised, sample
+from minicpm_mlx.generation.sampling import penalized, sample
 from minicpm_mlx.layers.fused_linear import join
 from minicpm_mlx.model import Model
 from weights_io.errors import InputError
@@ -27,7 +27,7 @@ from weights_io.errors import InputError
 ENDLESS = 2**31  # tokens: the engine counts them
 
 
-class Engine(engine.Engine[Model]):
+class Engine(engine.BatchEngine[Model]):
     def __init__(
         self,
         model: Model,
@@ -111,6 +111,6 @@ def choosers(sampling: Sampling, prompt: list[int], vocab_size: int) -> tuple[Dr
     def penalise(context: mx.array, logits: mx.array) -> mx.array:
         nonlocal seen
         seen = mx.put_along_axis(seen, context[-1:][None], mx.array(True), axis=1)
-        return penalised(logits, seen, sampling)
+        return penalized(logits, seen, sampling)
 
-    return None if sampling.greedy else draw, [penalise] if sampling.penalised else []
+    return None if sampling.greedy else draw, [penalise] if sampling.penalized else []

@@ -14,14 +14,14 @@ def sample(logits: mx.array, seen: mx.array | None, sampling: Sampling, keys: mx
     """One token [B] for each row of ``logits`` [B, V]. ``seen`` [B, V]: tokens of prompt and answer, for the repetition
     penalty; ``keys`` [B, 2]: for the draws, if there are any."""
     if seen is not None:
-        logits = penalised(logits, seen, sampling)
+        logits = penalized(logits, seen, sampling)
     if sampling.greedy or keys is None:
         return mx.argmax(logits, axis=-1)
     kept = filtered(logits / max(sampling.temperature, COLDEST), sampling)
     return mx.stack([mx.random.categorical(row, key=key) for row, key in zip(kept, keys, strict=True)])
 
 
-def penalised(logits: mx.array, seen: mx.array, sampling: Sampling) -> mx.array:
+def penalized(logits: mx.array, seen: mx.array, sampling: Sampling) -> mx.array:
     """With the repetition penalty on the tokens that are ``seen`` [B, V]."""
     penalty = sampling.repetition_penalty
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -15,7 +15,7 @@ def quantised(model: Model, bits: int, head: bool = False) -> Model:
     check_bits(bits)
     for parameter in target_parameters(model.config, ("all-linear",)):
         check_groups(parameter.name, parameter.tensor_shape(model.config)[-1])
-        names |= {name.removesuffix(".weight"): bits for name in parameter.layers(model.config)}
+        names |= {name.removesuffix(".weight"): bits for name in parameter.mlx_names(model.config)}
 
     def how(name: str, layer: nn.Module) -> bool | dict[str, int]:
         return name in names and {"group_size": group_of(layer.weight.shape[-1]), "bits": names[name]}

@@ -102,4 +102,4 @@ def mup_decay(config: ModelConfig, weight_decay: float) -> dict[str, float]:
 
 def _table(config: ModelConfig) -> Mapping[str, Parameter]:
     """By the names of the MLX model."""
-    return {name: parameter for parameter in parameters(config) for name in parameter.layers(config)}
+    return {name: parameter for parameter in parameters(config) for name in parameter.mlx_names(config)}

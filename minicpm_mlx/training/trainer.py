@@ -19,7 +19,7 @@ from minicpm_data.training.options import (
     given_adapter,
     is_decayed,
 )
-from minicpm_data.training.processes import Alone
+from minicpm_data.training.processes import SingleProcess
 from minicpm_mlx import adapters, device
 from minicpm_mlx.loading import load_weights
 from minicpm_mlx.model import Model
@@ -53,7 +53,7 @@ class BaseTrainer:
         dtype: mx.Dtype | None = None,
     ):
         self.model, self.folder, self.seed = model, folder, seed
-        self.objective, self.optimiser, self.processes = objective, optimiser, Alone()
+        self.objective, self.optimiser, self.processes = objective, optimiser, SingleProcess()
         self.dtypes = {name: dtype or w.dtype for name, w in tree_flatten(model.trainable_parameters())}
         self.weights = train.weights_of(model)
         if dtype is not None:
@@ -65,7 +65,7 @@ class BaseTrainer:
         self.checkpoints = Checkpoints(folder / "checkpoints")
         model.train()
 
-    def own(self, rows: int) -> Sequence[int]:
+    def local_rows(self, rows: int) -> Sequence[int]:
         return range(rows)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from minicpm_data.generation import responses
 from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TEMPERATURE, CHAT_TOKENS, CHAT_TOP_P
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.tokenizer.chat_template import variables_of
-from minicpm_serve.engine import Answered, Engine
+from minicpm_serve.engine import Answered, ServingEngine
 from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body, http_error
 from minicpm_serve.http.gate import Access, add_gate
 from minicpm_serve.http.json_route import JsonRoute, StrictRequest
@@ -81,7 +81,7 @@ CHAT = Kind("chat.completion", "chat.completion.chunk", "chatcmpl-", message_cho
 TEXT = Kind("text_completion", "text_completion", "cmpl-", text_choice, text_choice)
 
 
-def application(engine: Engine, name: str, waiting: int = 256, access: Access | None = None) -> FastAPI:
+def application(engine: ServingEngine, name: str, waiting: int = 256, access: Access | None = None) -> FastAPI:
     """``name``: what requests call the model. ``waiting``: answers that may be open besides those in the slots."""
     app = FastAPI(title=f"{name} with OpenAI's API")
     app.router.route_class = JsonRoute
@@ -134,7 +134,7 @@ def application(engine: Engine, name: str, waiting: int = 256, access: Access | 
     return app
 
 
-def chat_choices(engine: Engine, body: ChatBody, limits: Limits) -> list[Choice]:
+def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[Choice]:
     """The answer to the messages."""
     tokenizer = engine.tokenizer
     if tokenizer is None:
@@ -154,7 +154,7 @@ def chat_choices(engine: Engine, body: ChatBody, limits: Limits) -> list[Choice]
     return [Choice(request, (*body.stops, *tokenizer.turn_markers))]
 
 
-def text_choices(engine: Engine, body: CompletionBody, limits: Limits) -> list[Choice]:
+def text_choices(engine: ServingEngine, body: CompletionBody, limits: Limits) -> list[Choice]:
     """The continuation of each prompt."""
     for prompt in body.prompts:
         if isinstance(prompt, str):
@@ -167,7 +167,7 @@ def text_choices(engine: Engine, body: CompletionBody, limits: Limits) -> list[C
     return [Choice(engine.request(ids, n, sampling), body.stops) for ids, n in zip(prompts, most, strict=True)]
 
 
-def _room(engine: Engine, ids: PromptIds, most: int | None, usual: int) -> int:
+def _room(engine: ServingEngine, ids: PromptIds, most: int | None, usual: int) -> int:
     """Most tokens of an answer; where the request does not say, no more than there is room for."""
     return max(1, min(usual, engine.context - len(ids))) if most is None else most
 
@@ -175,7 +175,7 @@ def _room(engine: Engine, ids: PromptIds, most: int | None, usual: int) -> int:
 class Answers:
     """The `Response`s of several choices as they come, each with the index of its choice. `close` cancels the rest."""
 
-    def __init__(self, engine: Engine, choices: Sequence[Choice], prompt_tokens: int):
+    def __init__(self, engine: ServingEngine, choices: Sequence[Choice], prompt_tokens: int):
         self.count = self._left = len(choices)
         self._usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
         self._engine, self._numbers = engine, list[int]()
@@ -276,7 +276,7 @@ def _event(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def _require_engine(engine: Engine) -> None:
+def _require_engine(engine: ServingEngine) -> None:
     if engine.error is not None:
         raise http_error(503, "the engine has ended; start the server again.", code="engine_ended")
 

@@ -7,8 +7,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from minicpm_data.generation.engine import NoRoom
-from minicpm_serve.engine import Ended
+from minicpm_data.generation.engine import PromptTooLong
+from minicpm_serve.engine import EngineClosed
 from minicpm_serve.http.schemas import sentence
 from weights_io.errors import InputError
 
@@ -37,9 +37,11 @@ def refusal(status: int, message: str, param: str | None = None, code: str | Non
 
 
 def body_of(error: InputError) -> tuple[int, dict]:
-    if isinstance(error, Ended):
+    if isinstance(error, EngineClosed):
         return 503, error_body(503, str(error), code="engine_ended")
-    return 400, error_body(400, str(error), code="context_length_exceeded" if isinstance(error, NoRoom) else None)
+    return 400, error_body(
+        400, str(error), code="context_length_exceeded" if isinstance(error, PromptTooLong) else None
+    )
 
 
 def http_error(status: int, message: str, param: str | None = None, code: str | None = None) -> HTTPException:

@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from minicpm_data.generation.engine import NoRoom
+from minicpm_data.generation.engine import PromptTooLong
 from minicpm_data.tokenizer.text_bound import TextBound
-from minicpm_serve.engine import Engine
+from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.errors import http_error
 from weights_io.errors import InputError
 
@@ -27,7 +27,7 @@ class Limits:
     bound: TextBound | None
 
     @staticmethod
-    def of(engine: Engine, waiting: int) -> "Limits":
+    def of(engine: ServingEngine, waiting: int) -> "Limits":
         """``waiting``: answers that may be open besides those in the slots. One request gets half the places."""
         places = engine.slots + waiting
         bound = None if engine.tokenizer is None else TextBound.of(engine.tokenizer)
@@ -39,13 +39,13 @@ class Limits:
             raise InputError(f"{asked} answers are asked for; ask for at most {self.choices} at once.")
 
     def check_texts(self, texts: Iterable[str]) -> None:
-        """`NoRoom` where texts that make one prompt are too long for the context however they are encoded."""
+        """`PromptTooLong` where texts that make one prompt are too long for the context however they are encoded."""
         if self.bound is None:
             return
         least = sum(map(self.bound.least_tokens, texts))
         if least > self.context:
             most = self.context * self.bound.per_token
-            raise NoRoom(
+            raise PromptTooLong(
                 f"the prompt has at least {least:,} tokens, and there is room for {self.context:,} with the answer; "
                 f"send less text (never more than {most:,} characters)."
             )
@@ -53,13 +53,13 @@ class Limits:
     def check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) >= self.context:
             room = f"there is room for {self.context:,} with the answer"
-            raise NoRoom(f"the prompt has {len(ids):,} tokens, and {room}; send fewer.")
+            raise PromptTooLong(f"the prompt has {len(ids):,} tokens, and {room}; send fewer.")
 
 
 class Places:
     """Counts the answers that are asked for but are not the engine's yet."""
 
-    def __init__(self, engine: Engine, most: int):
+    def __init__(self, engine: ServingEngine, most: int):
         self._engine, self._most = engine, most
         self._asked = 0
 

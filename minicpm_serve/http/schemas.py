@@ -17,7 +17,7 @@ from minicpm_data.generation.responses import stop_strings
 from weights_io.errors import InputError, listed, short
 
 # What is not supported, and the values with which it asks for nothing; null always does.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -54,7 +54,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
 }
-WITHOUT_EFFECT = {  # on the answer
+IGNORED_KEYS = {  # without effect on the answer
     "user",
     "name",
     "metadata",
@@ -89,12 +89,14 @@ class Strict(BaseModel):
         wrong = [
             name
             for name, value in (self.model_extra or {}).items()
-            if not (value is None or name in WITHOUT_EFFECT or any(_same(value, n) for n in NEUTRAL.get(name, ())))
+            if not (
+                value is None or name in IGNORED_KEYS or any(_same(value, n) for n in UNSUPPORTED_UNLESS.get(name, ()))
+            )
         ]
         if len(wrong) > 1:
             raise InputError(f"{listed(wrong)} are not supported; leave them out.")
         for name in wrong:
-            remedy = f" or give {json.dumps(NEUTRAL[name][0])}" if name in NEUTRAL else ""
+            remedy = f" or give {json.dumps(UNSUPPORTED_UNLESS[name][0])}" if name in UNSUPPORTED_UNLESS else ""
             raise InputError(f"{short(name)} is not supported; leave it out{remedy}.")
 
 

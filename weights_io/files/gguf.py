@@ -1,6 +1,6 @@
 """GGUF files of llama.cpp as Hugging Face checkpoints: tensors under Hugging Face names and a ``config.json`` dict.
 
-Quantised blocks are taken apart by ``gguf.quants``. The header is read here and not by ``gguf.GGUFReader`` (the oracle
+Quantized blocks are taken apart by ``gguf.quants``. The header is read here and not by ``gguf.GGUFReader`` (the oracle
 of the tests), which trusts every count in the file: one wrong array length makes it walk through the whole file.
 Format: github.com/ggml-org/ggml docs/gguf.md. What the numbers mean: llama.cpp, conversion and model code of the
 ``minicpm`` and ``llama`` architectures.
@@ -65,7 +65,7 @@ class GGUFFile:
 
 @dataclass(frozen=True)
 class BlockTensor:
-    """A tensor in quantised blocks along its last axis; the blocks asked for are dequantised to float32 when read."""
+    """A tensor in quantized blocks along its last axis; the blocks asked for are dequantized to float32 when read."""
 
     packed: FileTensor  # uint8, last axis in bytes
     shape: tuple[int, ...]
@@ -287,7 +287,7 @@ def _padded(position: int, alignment: int) -> int:
 
 @cache
 def _block(kind: int) -> tuple[str, int, int] | None:
-    """Name, elements and bytes of a block of a ggml type; None where the gguf package cannot dequantise it."""
+    """Name, elements and bytes of a block of a ggml type; None where the gguf package cannot dequantize it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     try:

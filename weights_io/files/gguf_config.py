@@ -27,7 +27,7 @@ USED = frozenset(
     rope.scaling.type rope.scaling.factor rope.scale_linear""".split()
 )
 # Those that would change the numbers if they held anything else: what a file without them has.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "expert_shared_count": (0,),
@@ -45,7 +45,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1.0,),
 }
 # Those that llama.cpp reads for other architectures or other kinds of RoPE scaling alone, or for nothing.
-HARMLESS = frozenset(
+IGNORED_KEYS = frozenset(
     """vocab_size tensor_data_layout pooling_type decoder_start_token_id attention.layer_norm_epsilon
     rope.scaling.original_context_length rope.scaling.finetuned""".split()
 )
@@ -120,9 +120,9 @@ class _Metadata:
                         f"{self.path} has {short(name)}, which reads like a key of {self.architecture} and is none; "
                         "convert the model anew."
                     )
-            elif key in NEUTRAL and not among(value, NEUTRAL[key]):
+            elif key in UNSUPPORTED_UNLESS and not among(value, UNSUPPORTED_UNLESS[key]):
                 raise InputError(f"{self.path} has {self._said(key, value)}, which is not supported in GGUF.")
-            elif key not in used | NEUTRAL.keys() | HARMLESS:
+            elif key not in used | UNSUPPORTED_UNLESS.keys() | IGNORED_KEYS:
                 raise InputError(
                     f"{self.path} has {self._said(key, value)}, which is not understood and may change the numbers; "
                     "convert the model anew."

@@ -38,7 +38,7 @@ NOTES = {
     ),
 }
 # Keys that must hold one of these.
-NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
+UNSUPPORTED_UNLESS: dict[str, dict[str, tuple[Any, ...]]] = {
     "gptq": {"is_marlin_format": (False,), "pack_dtype": ("int32",), "dynamic": ({},), "adapter": ({},)},
     "awq": dict.fromkeys(("version", "checkpoint_format", "format"), ("gemm", "GEMM")) | {"pack_dtype": ("int32",)},
     "bitsandbytes": {"bnb_4bit_quant_storage": ("uint8",), "llm_int8_has_fp16_weight": (False,)},
@@ -100,12 +100,12 @@ def scheme_of(entry: Mapping[str, Any], source: str) -> Scheme:
     for key, value in entry.items():
         if value is None or key in NOTES[method] | UNDERSTOOD[method]:
             continue
-        if key not in NEUTRAL[method]:
+        if key not in UNSUPPORTED_UNLESS[method]:
             raise InputError(
                 f"{_at(source, key)} = {shown(value)} is not understood and may change the numbers; remove the key "
                 "if it is only a note."
             )
-        if value not in NEUTRAL[method][key]:
+        if value not in UNSUPPORTED_UNLESS[method][key]:
             raise InputError(f"{_at(source, key)} = {shown(value)} is not read here; {INSTEAD}.")
     if method == "bitsandbytes":
         return _bitsandbytes(entry, source)

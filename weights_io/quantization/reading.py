@@ -66,10 +66,10 @@ def as_matrices(
         for part in parts:
             del tensors[f"{name}.{part}"]
         tensors[f"{name}.weight"] = _open(name, parts, shapes[name], scheme)
-    if "tie_word_embeddings" not in raw and config.tie_word_embeddings and HEAD.tensor in tensors:
-        embedding = tensors.get(EMBEDDING.tensor)
-        if embedding is not None and same_numbers(embedding, tensors[HEAD.tensor]):
-            del tensors[HEAD.tensor]  # compared already
+    if "tie_word_embeddings" not in raw and config.tie_word_embeddings and HEAD.hf_name in tensors:
+        embedding = tensors.get(EMBEDDING.hf_name)
+        if embedding is not None and same_numbers(embedding, tensors[HEAD.hf_name]):
+            del tensors[HEAD.hf_name]  # compared already
         else:
             config = untied
     return config, tensors
@@ -99,7 +99,7 @@ def _check_modules(scheme: Scheme, shapes: Mapping[str, object], packed: Mapping
     for name, how in scheme.modules.items():
         if name not in shapes:
             raise InputError(f"{scheme.source} names {short(name)}, which is no matrix of the model; remove the key.")
-        if how is not None and name not in packed and name != module_name(HEAD.tensor):  # which may be tied
+        if how is not None and name not in packed and name != module_name(HEAD.hf_name):  # which may be tied
             raise InputError(
                 f"{scheme.source} says that {short(name)} is packed, and the file holds it whole; remove the key."
             )
@@ -110,7 +110,7 @@ def _experts_apart(config: ModelConfig, scheme: Scheme, tensors: dict[str, LazyT
     scheme names them so, too."""
     modules = dict(scheme.modules)
     for parameter in parameters(config):
-        for name, experts in parameter.layers(config).items() if parameter.of_expert else ():
+        for name, experts in parameter.mlx_names(config).items() if parameter.per_expert else ():
             stack = module_name(name)
             if stack in modules:
                 how = modules.pop(stack)

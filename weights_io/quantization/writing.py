@@ -37,7 +37,7 @@ class Affine:
         """The tensors that are packed: all matrices, embedding and head too, whose rows have groups; no router, which
         is small and chooses. Raises `InputError` where there is none."""
         wide = [p for p in parameters(config) if len(p.tensor_shape(config)) == 2 and not is_router(p)]
-        names = [n for p in wide if p.tensor_shape(config)[-1] % self.group_size == 0 for n in p.tensors(config)]
+        names = [n for p in wide if p.tensor_shape(config)[-1] % self.group_size == 0 for n in p.hf_names(config)]
         if not names:
             raise InputError(
                 f"no matrix of the model has rows of groups of {self.group_size}; choose a smaller q_group_size."

@@ -6,7 +6,7 @@ import pytest
 from weights_io.casting import numpy_dtype
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
-from weights_io.files import memory_reading
+from weights_io.files import threaded_reader
 from weights_io.files.tensor import FileTensor
 from weights_io.parameters import parameters
 
@@ -15,21 +15,21 @@ from weights_io.parameters import parameters
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["dense_bf16", "dense_1b", "moe_8x2b", "bin", "gguf/model-q4_0.gguf"])
 def test_arrays_are_the_tensors_stacked(reference, monkeypatch, name, dtype, piece):
-    monkeypatch.setattr(memory_reading, "PIECE", piece)
+    monkeypatch.setattr(threaded_reader, "PIECE", piece)
     checkpoint, kind = open_checkpoint(reference(name)), numpy_dtype(dtype)
-    arrays = memory_reading.read_stacked(checkpoint, dtype)
+    arrays = threaded_reader.read_stacked(checkpoint, dtype)
     for parameter in parameters(checkpoint.config):
         array = arrays.pop(parameter.name)
-        rows = [checkpoint.read(tensor, dtype).astype(kind) for tensor in parameter.tensors(checkpoint.config)]
+        rows = [checkpoint.read(tensor, dtype).astype(kind) for tensor in parameter.hf_names(checkpoint.config)]
         np.testing.assert_array_equal(array, np.stack(rows).reshape(parameter.shape(checkpoint.config)))
-        assert array.dtype == kind and array.ctypes.data % memory_reading.ALIGNMENT == 0
+        assert array.dtype == kind and array.ctypes.data % threaded_reader.ALIGNMENT == 0
     assert not arrays
 
 
 def test_matrices_in_another_dtype(reference):
     checkpoint = open_checkpoint(reference("dense_bf16"))
-    mixed = memory_reading.read_stacked(checkpoint, "float32", matrices="bfloat16")
-    for name, array in memory_reading.read_stacked(checkpoint, "float32").items():
+    mixed = threaded_reader.read_stacked(checkpoint, "float32", matrices="bfloat16")
+    for name, array in threaded_reader.read_stacked(checkpoint, "float32").items():
         assert mixed[name].dtype.name == ("float32" if name.endswith("norm.weight") else "bfloat16")
         np.testing.assert_array_equal(mixed[name], array.astype(mixed[name].dtype))
 

@@ -1,8 +1,8 @@
-"""All weights of a checkpoint read by several threads: for a backend that computes on arrays which lie where numpy has
-put them, and for one that maps files and has only to know that their numbers are some.
+"""Read all weights of a checkpoint in several threads.
 
-Every number is written where it stays. A tensor is read in pieces that are looked through for NaN and cast while they
-are in a processor's cache, several tensors at a time: one thread alone waits for the pages of new memory.
+`read_stacked` is for a backend that computes on numpy's memory; `check_all_finite` is for a backend that maps the files
+and only needs the check. A tensor is read in pieces. Each piece is checked and cast while it is in the processor's
+cache, and is written to its final place. Several threads are needed because a single one waits for new memory pages.
 """
 
 import math
@@ -16,15 +16,25 @@ from weights_io.casting import numpy_dtype
 from weights_io.checkpoint import Checkpoint
 from weights_io.parameters import parameters
 
-ALIGNMENT = 64  # bytes; of an array that begins elsewhere XLA makes a copy
-PIECE = 1 << 20  # numbers
-THREADS = 4  # at most: more do not copy faster, and each holds a piece
+ALIGNMENT = 64  # bytes; XLA copies an array that is not aligned to it
+PIECE = 1 << 20  # values
+THREADS = 4  # more threads do not copy faster, and each holds a piece
 
 
 def read_stacked(checkpoint: Checkpoint, dtype: str, matrices: str | None = None) -> dict[str, np.ndarray]:
-    """Arrays in ``dtype`` by their names in the parameter table, each of a `Parameter.shape`, all aligned; ``matrices``
-    may be in another. Raises `InputError` as `Checkpoint.read` does. Peak memory is the arrays and a piece for each
-    thread."""
+    """Read all weights as the JAX model stacks them. Peak memory is the arrays plus one piece per thread.
+
+    Arguments:
+        checkpoint: the open checkpoint.
+        dtype: dtype of the arrays.
+        matrices: dtype of the matrices, if another.
+
+    Returns:
+        `Parameter.name` -> array of `Parameter.shape`, aligned to `ALIGNMENT`.
+
+    Raises:
+        InputError: as `Checkpoint.read`.
+    """
     arrays: dict[str, np.ndarray] = {}
     places: dict[str, np.ndarray] = {}
     for parameter in parameters(checkpoint.config):
@@ -32,7 +42,7 @@ def read_stacked(checkpoint: Checkpoint, dtype: str, matrices: str | None = None
         own = matrices if matrices is not None and len(stored) > 1 else dtype
         arrays[parameter.name] = array = aligned(shape, numpy_dtype(own))
         rows = array.reshape(-1, *stored)
-        places |= zip(parameter.tensors(checkpoint.config), rows, strict=True)
+        places |= zip(parameter.hf_names(checkpoint.config), rows, strict=True)
 
     def read(name: str) -> None:
         for part in _pieces(checkpoint, name):
@@ -42,8 +52,8 @@ def read_stacked(checkpoint: Checkpoint, dtype: str, matrices: str | None = None
     return arrays
 
 
-def look_through(checkpoint: Checkpoint, names: Iterable[str], dtype: str) -> None:
-    """Read tensors as `read_stacked` does, for nothing but its errors."""
+def check_all_finite(checkpoint: Checkpoint, names: Iterable[str], dtype: str) -> None:
+    """Read tensors only to check them. Raises `InputError` as `Checkpoint.read` does."""
 
     def read(name: str) -> None:
         for part in _pieces(checkpoint, name):
@@ -61,12 +71,12 @@ def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[slice]:
 
 def _in_threads(read: Callable[[str], None], names: Iterable[str]) -> None:
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(read, names):  # raises what the first one raised, and drops the others
+        for _ in pool.map(read, names):  # raises the first error, and cancels the rest
             pass
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins at a multiple of `ALIGNMENT`."""
+    """An uninitialized array whose address is a multiple of `ALIGNMENT`."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

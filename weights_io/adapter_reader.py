@@ -1,4 +1,4 @@
-"""What both forms of adapters share: tensors, each checked against the model's table as it is read, and numbers."""
+"""Reading an adapter, for the PEFT and the mlx_lm format: tensors checked against the model, and config values."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,19 +11,19 @@ from weights_io.casting import check_finite
 from weights_io.config import LARGEST, MAX_COUNT, ModelConfig, shown
 from weights_io.errors import InputError, short
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.lora import Adapter, AdapterConfig, Matrices
+from weights_io.lora import Adapter, AdapterConfig, LoRAMatrices
 from weights_io.parameters import Parameter, modules, short_name
 
-RANK = "r"  # stands in a shape for what the adapter chooses
+RANK = "r"  # in an expected shape: the adapter's rank, which may be any
 Shape = tuple[int | str, ...]
 
 
 @dataclass
-class Found:
-    """The parts of an adapter by module, as they come in."""
+class AdapterReader:
+    """Collects the arrays of an adapter by module, and checks that they are complete."""
 
-    source: str  # for messages
-    parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # module -> a | b | magnitude
+    source: str  # the adapter's folder, for messages
+    parts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # module -> {"a", "b", "magnitude"}
 
     def add(self, module: str, part: str, array: np.ndarray) -> None:
         parts = self.parts.setdefault(module, {})
@@ -32,7 +32,16 @@ class Found:
         parts[part] = array
 
     def adapter(self, config: AdapterConfig, model: ModelConfig, scale: Callable[[str], float]) -> Adapter:
-        """All of them, in table order. ``scale``: of a module. `InputError` where a part is missing."""
+        """The adapter, its modules in table order.
+
+        Arguments:
+            config: its hyperparameters.
+            model: the config of its model.
+            scale: module name -> factor on B A.
+
+        Raises:
+            InputError: a module lacks an array, the ranks of A and B differ, or a scale is not positive.
+        """
         if not self.parts:
             raise InputError(f"{self.source} holds no tensors; save the adapter again.")
         wanted = ("a", "b", "magnitude") if config.dora else ("a", "b")
@@ -49,7 +58,7 @@ class Found:
             if not 0 < scale(module) < math.inf:
                 raise InputError(f"{self.source} scales {module} by {scale(module)}; alpha must be a positive number.")
         order = [module for module in modules(model) if module in self.parts]
-        return Adapter(config, {module: Matrices(**self.parts[module], scale=scale(module)) for module in order})
+        return Adapter(config, {module: LoRAMatrices(**self.parts[module], scale=scale(module)) for module in order})
 
     def ranks(self) -> dict[str, int]:
         return {module: len(parts["a"]) for module, parts in self.parts.items() if "a" in parts}
@@ -60,29 +69,30 @@ class Found:
 
 
 def read_part(name: str, tensor: LazyTensor, shape: Shape) -> np.ndarray:
-    """The tensor as float32. `InputError` where it is not of ``shape``, not of floats, or not finite."""
+    """A tensor of an adapter as float32. Raises `InputError` for another shape, another kind of dtype, NaN or
+    infinity."""
     fits = len(tensor.shape) == len(shape) and all(
         n == wanted or (wanted == RANK and n > 0) for n, wanted in zip(tensor.shape, shape, strict=True)
     )
     if not fits:
         raise InputError(
-            f"{located(name, tensor)} is {shape_text(tensor.shape)}, and the model has room for {shape_text(shape)} "
-            "there; take the adapter with the model that it was trained on."
+            f"{located(name, tensor)} has shape {shape_text(tensor.shape)} and the model expects {shape_text(shape)}; "
+            "use the adapter with the model that it was trained on."
         )
     if tensor.dtype.kind not in "fV":  # bfloat16 is of kind V
-        raise InputError(f"{located(name, tensor)} is of {tensor.dtype}, not of floats; save the adapter unquantised.")
+        raise InputError(f"{located(name, tensor)} has dtype {tensor.dtype}; save the adapter in floats, unquantized.")
     values = tensor.read()
     check_finite(located(name, tensor), values)
     return np.ascontiguousarray(values, np.float32)
 
 
-def row_of_the_table(name: str, tensor: LazyTensor, module: str, table: Mapping[str, Parameter]) -> Parameter:
-    """What ``module`` is in the model; `InputError` where an adapter cannot be on it."""
+def table_parameter(name: str, tensor: LazyTensor, module: str, table: Mapping[str, Parameter]) -> Parameter:
+    """The row of the parameter table for ``module``. Raises `InputError` for a module that takes no adapter."""
     if module in table:
         return table[module]
     raise InputError(
-        f"{located(name, tensor)} is for {short(module)}, which is none of the matrices of the layers, and an adapter "
-        "can change these alone; take the adapter with the model that it was trained on."
+        f"{located(name, tensor)} is for {short(module)}, which is not a matrix of the model's layers; use the adapter "
+        "with the model that it was trained on."
     )
 
 
@@ -101,14 +111,14 @@ def read_whole(raw: Mapping[str, Any], key: str, default: int, source: str) -> i
 
 
 def read_note(raw: Mapping[str, Any], key: str, source: str) -> str | None:
-    """A name that the config tells for the reader."""
+    """A string of the config that is only a note, such as the base model's name."""
     if not isinstance(raw.get(key), str | None):
         raise InputError(f"{source} has {key} {shown(raw[key])}; it must be a name.")
     return raw.get(key)
 
 
 def check_booleans(raw: Mapping[str, Any], keys: Iterable[str], source: str) -> None:
-    """`InputError` where one of the keys is there and is neither true nor false (nor null)."""
+    """Raises `InputError` where the value of one of these keys is not true, false or null."""
     for key in keys:
         if not isinstance(raw.get(key), bool | None):
             raise InputError(f"{source} has {key} {shown(raw[key])}; it must be true or false.")
