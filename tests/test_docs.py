@@ -15,6 +15,7 @@ import tomllib
 import numpy as np
 import pytest
 import tiny_adapter
+import tiny_model
 import tyro
 from shown import ROOT, blocks, commands, run, served
 
