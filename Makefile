@@ -33,7 +33,7 @@ demo: $(VENV)/.backends ## install the backends this machine can have; each answ
 	  fi; \
 	done
 
-test: lint ## ruff, types and all tests but the following
+test: lint ## ruff, types and the suite, on all cores; what it leaves out has a target of its own
 	$(PYTEST) $(BOTH)
 
 test-quick: $(VENV)/.test ## two minutes of it: what proves an environment, or that a change broke nothing at once

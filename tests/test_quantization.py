@@ -1,7 +1,7 @@
 """Quantized folders: what the real tools packed, read bit for bit; what contradicts itself, refused in one sentence.
 
 Each folder of tests/reference/quant was made by the tool itself (auto_gptq 0.7.1, autoawq 0.2.9, bitsandbytes 0.50.2,
-mlx_lm 0.32.2); ``deq.`` in its reference.npz is the exact float32 matrix, ``logits`` the float32 forward with them.
+mlx_lm 0.32.2); ``deq.`` in its reference.npz is the exact float32 matrix, ``logits`` the float32 forward with those.
 """
 
 import dataclasses
