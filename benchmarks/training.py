@@ -268,9 +268,7 @@ def packing(options: Options) -> None:
         batches = Batches(examples, options.rows, width, 0, pack=name == "packed", row_width=worker.row_width)
         feeds[name] = [batches[n].arrays() for n in range(batches.per_epoch)]
     seconds = alternating({name: functools.partial(epoch, worker, wait, feeds[name]) for name in feeds}, options.rounds)
-    print(
-        "| rows | steps per epoch | positions, padding | seconds per step | tokens per second | gain, predicted | gain |"
-    )
+    print("| rows | steps per epoch | positions, padding | s per step | tokens per second | gain, predicted | gain |")
     print("|---|---|---|---|---|---|---|")
     rates = {}
     for name, feed in feeds.items():
