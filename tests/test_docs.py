@@ -129,8 +129,17 @@ def test_commands_name_the_extras_that_there_are():
     "page", sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 )
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
-        assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
+    for link, heading in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", (ROOT / page).read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            target = (ROOT / page).parent.joinpath(link) if link else ROOT / page
+            assert target.exists(), link
+            assert not heading or heading in headings(target), f"{link}#{heading}"
+
+
+def headings(page):
+    """As GitHub names them in links."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 def test_the_tables_of_models_are_the_catalogue():

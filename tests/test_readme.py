@@ -26,7 +26,8 @@ def test_the_readmes_show_the_same():
 def test_what_is_made_and_installed_is_what_the_makefile_does():
     """The lines that CI runs by way of make: its targets exist, and plain pip installs and runs the same."""
     shown, makefile = "".join(blocks("README.md", "bash")), (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make ([\w-]+)", shown, re.MULTILINE):
+    named = "".join(page.read_text(encoding="utf-8") for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+    for target in {*re.findall(r"^make ([\w-]+)", shown, re.MULTILINE), *re.findall(r"`make ([\w-]+)", named)}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for wanted in (
         "'.[jax,mlx]'",
