@@ -14,14 +14,19 @@ from weights_io.memory import size
 
 TEXT = """# What it takes on a TPU
 
-Every line is the program that this package runs, compiled for chips that need not be there, and what
-`python -m minicpm_jax.fit` says of it: memory a chip as XLA planned it (arguments and temporaries, of all that a chip
-has), bytes of HBM that one call reads and writes (a step of decoding, with the cache full; a piece of 512 tokens of a
-prompt, whose attention is that of a full cache; a step of training), what travels between chips, and tokens a second at
-most: no chip reads or multiplies faster. bfloat16; training with `--grad-checkpoint`; `--quantize` without training
-keeps the head in 8 bits. Where the HBM traffic is unknown, JAX cannot read the program back from libtpu, and
-multiplying alone bounds its speed. Nothing here has been run on a TPU, and real programs stay below.
-`python -m benchmarks.fit_table` writes this file; the seconds of compiling are those of two busy cores.
+Each row is a program of this package, compiled for absent chips by `python -m minicpm_jax.fit`. The columns are:
+
+- **memory a chip**: the memory that XLA planned (arguments + temporaries), of the memory of a chip;
+- **HBM traffic**: the bytes that one call reads and writes. A call is a decoding step with a full cache, a prefill
+  chunk of 512 tokens that attends to a full cache, or a training step. If it is unknown, JAX cannot read the program
+  back from libtpu;
+- **between chips**: the bytes of each kind of collective;
+- **tokens/s**: an upper bound from the HBM traffic and the arithmetic, or from the arithmetic alone if the traffic is
+  unknown.
+
+The dtype is bfloat16. Training uses `--grad-checkpoint`. In generation, `--quantize` stores the head in 8 bits.
+Nothing here has been run on a TPU, and real programs are slower. `python -m benchmarks.fit_table` writes this file.
+Compile times are those of two busy cores.
 
 | program | chips | rows x tokens | mesh | memory a chip | fits | compiling | HBM traffic | between chips | tokens/s |
 |---|---|---|---|---|---|---|---|---|---|

@@ -62,7 +62,7 @@ def steps(model: Any) -> Iterator[tuple[str, tuple[Any, int]]]:
     theirs = peer(model.config)
     theirs.load_weights(tree_flatten(model.parameters()))
     yield "mlx_lm", step(theirs, lambda ids, cache: theirs(ids, cache=cache))
-    yield "ours, layers apart", step(model, lambda ids, cache: model(ids, cache=cache))
+    yield "ours, without fused products", step(model, lambda ids, cache: model(ids, cache=cache))
     join(model)
     yield "ours", step(model, lambda ids, cache: model(ids, cache=cache))
 

@@ -62,11 +62,11 @@ def main(options: Options) -> None:
 
 HEADER = """# Loading a model of {model}'s shape
 
-`python -m benchmarks.loading` writes this file: a random Llama in one bfloat16 file, read whole by each program on the
-same two cores of a CPU, with everything imported and the file in the page cache; medians of runs that took turns.
-"Peak" is the most memory that loading added; on a CPU without AMX the JAX package computes in float32, so that there
-the weights take twice the bytes of the file. transformers maps the file and copies nothing: its weights are the page
-cache.
+`python -m benchmarks.loading` writes this file. Each program reads the same random Llama from one bfloat16 file, on
+the same two CPU cores. Everything is imported and the file is in the page cache. The programs take turns, and each
+figure is a median. "Peak" is the most memory that loading added. On a CPU without AMX the JAX package computes in
+float32; its weights are then twice the size of the file. transformers maps the file and copies nothing: its weights
+are the page cache.
 
 """
 

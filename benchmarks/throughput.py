@@ -103,10 +103,11 @@ def main(options: Options) -> None:
 
 HEADER = """# Beside other programs, on two cores of a CPU
 
-`python -m benchmarks.throughput` writes this file: random weights of a Llama of MiniCPM-1B's width with as many layers
-and words as stated, one prompt, two threads, medians of runs that took turns; ratios travel further than seconds.
-Loading: with everything imported and the file in the page cache; "peak" is the most memory that loading added, as a
-multiple of the file. "Of ours" below 1 is slower than ours.
+`python -m benchmarks.throughput` writes this file. All programs run the same Llama of MiniCPM-1B's width with random
+weights. The number of layers and the vocabulary ("words") are stated. Each program gets one prompt and two threads.
+The programs take turns, and each figure is a median. Ratios are more reliable than seconds. "Loading" is measured
+with everything imported and the file in the page cache. "Peak" is the most memory that loading added, as a multiple
+of the file size. A value of "of ours" below 1 is slower than ours.
 
 ![tokens a second](throughput.png)
 

@@ -264,18 +264,18 @@ def packing(options: Options) -> None:
     examples = [Example(i, np.arange(len(i)) > len(i) // 4) for i in ids]
     worker, wait = trainer(options, config)
     feeds: dict[str, list[dict[str, np.ndarray]]] = {}
-    for name in ("a row each", "packed"):
+    for name in ("one example each", "packed"):
         batches = Batches(examples, options.rows, width, 0, pack=name == "packed", row_width=worker.row_width)
         feeds[name] = [batches[n].arrays() for n in range(batches.per_epoch)]
     seconds = alternating({name: functools.partial(epoch, worker, wait, feeds[name]) for name in feeds}, options.rounds)
-    print("| rows | steps an epoch | places, padding | seconds a step | tokens a second | gain, predicted | gain |")
+    print("| rows | steps per epoch | positions, padding | s per step | tokens per second | gain, predicted | gain |")
     print("|---|---|---|---|---|---|---|")
     rates = {}
     for name, feed in feeds.items():
         tokens = sum(int((batch["segments"] > 0).sum()) for batch in feed)
         computed = sum(batch["ids"].size for batch in feed)
         rates[name] = tokens / computed, tokens / seconds[name]  # padding is all that differs
-        (share, rate), (share_before, rate_before) = rates[name], rates["a row each"]
+        (share, rate), (share_before, rate_before) = rates[name], rates["one example each"]
         print(
             f"| {name} | {len(feed)} | {computed:,}, {1 - share:.0%} | {seconds[name] / len(feed):.2f}"
             f" | {rate:,.0f} | {share / share_before:.2f} | {rate / rate_before:.2f} |"

@@ -65,12 +65,17 @@ NEEDED = ("tunix", "libtpu")
 
 HEADER = """# Beside google-tunix, compiled for TPUs
 
-`python -m benchmarks.tunix_peer` writes the table: Llama3 of google-tunix 0.1.7 and ours in the shape of MiniCPM-1B
-({layers} layers, {words:,} words), bfloat16, both compiled for chips that need not be there by the same jax and libtpu.
-Decoding is the greedy loop of each one's sampler, its cache of 4,096 full; training is the loss and its gradients of
-all weights, each layer recomputed, no optimiser. Seconds are those of two busy cores. HBM traffic and what travels
-between chips are of one step on one chip, by `minicpm_jax.aot.hlo_cost`; a chip's memory is arguments and temporaries.
-Where tunix decodes, its axis fsdp splits rows and no weights, as our axis data does, which is what ours is given there.
+`python -m benchmarks.tunix_peer` writes the table. It compares the Llama3 of google-tunix 0.1.7 with our model, both
+in the shape of MiniCPM-1B ({layers} layers, a vocabulary of {words:,}) and in bfloat16. The same jax and libtpu
+compile both for absent chips.
+
+- Decoding is the greedy loop of each sampler, with a cache of 4,096 that is full.
+- Training is the loss and its gradients for all weights, with each layer recomputed and without an optimizer.
+- Compile times are those of two busy cores.
+- HBM traffic and the bytes between chips are those of one step on one chip, from `minicpm_jax.aot.hlo_cost`. The
+  memory of a chip is arguments and temporaries.
+- When tunix decodes, its axis fsdp shards rows and no weights. Our axis data does the same, so our program uses that
+  axis.
 
 | program | of | tracing | compiling | code | lines of HLO | arguments | temporaries | HBM traffic | between chips |
 |---|---|---|---|---|---|---|---|---|---|

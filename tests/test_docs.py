@@ -15,6 +15,7 @@ import tomllib
 import numpy as np
 import pytest
 import tiny_adapter
+import tiny_model
 import tyro
 from shown import ROOT, blocks, commands, run, served
 
@@ -26,6 +27,7 @@ from weights_io.checkpoint import open_checkpoint
 
 MEASURED = ("fit.md", "benchmarks.md", "throughput.md", "loading.md", "tunix.md")
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in MEASURED)
+ELSEWHERE = ("serve.md", "pico.md")  # by the test of the server below, and by tests/test_pico.py
 RELEASED = r"minicpm-(?:2b|1b|2b-128k)"
 PAGE_URL = "http://127.0.0.1:8000/v1"
 SHORTER = {
@@ -38,7 +40,8 @@ SHORTER = {
     r"(minicpm_\w+.pretrain .*--batch-size) 8": r"\1 2 --seq-length 64",
     r"--from-step \d+": "--from-step 2",
     r"--documents \d+": "--documents 2400",
-    r"--limit \d+": "--limit 4 --max-tokens 4",
+    r"(\.evaluate .*--limit) \d+": r"\1 4 --max-tokens 4",
+    r"--model minicpm-2b-history --revisions (.*--limit) \d+": r"--model saved --folders \1 4",
     r"--batch-size \d{2}": "--batch-size 8",
     r"--max-seq-length \d+": "--max-seq-length 64",
     r"--length \d+": "--length 200 --samples 1",
@@ -66,6 +69,9 @@ def given(tmp_path_factory):
     shutil.copy(ROOT / "weights_io" / "pico" / "config.json", folder)
     checkpoint = open_checkpoint(ROOT / "weights_io" / "pico")
     save_adapter(folder / "adapters-of-others", tiny_adapter.make(checkpoint), checkpoint.config)
+    (folder / "saved").mkdir()  # stand for the revisions of a repository
+    for step in ("step10000", "step20000"):
+        tiny_model.write(folder / step).rename(folder / "saved" / step)
     ids = np.arange(3, 19)[None]
     np.savez(folder / "reference.npz", input_ids=ids, logits=np.asarray(minicpm_jax.load()[0](ids)))
     return folder
@@ -77,7 +83,7 @@ def folder(given, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(f"docs/{page}") and page != "serve.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(f"docs/{page}") and page not in ELSEWHERE])
 def test_commands(page, folder, monkeypatch, capsys):
     for command in commands(f"docs/{page}"):
         run(shortened(command), folder, monkeypatch)
@@ -103,6 +109,16 @@ def test_what_the_page_of_the_server_asks_it(folder, capsys):
     assert re.fullmatch(r"12 \+ 30 = 42 \d+\n12 \+ 30 = 42", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", *(f"docs/{page}" for page in PAGES)])
+def test_a_sentence_shows_no_command_that_is_not_run(page):
+    """A command with options stands in a block, which is run, and not in a sentence."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    run_by_others = "".join(catalog.how_to_run())
+    for command in re.findall(r"`python -m ([^`]*)`", text):
+        if f"python -m {command}" not in commands(page) and f"`python -m {command}`" not in run_by_others:
+            assert importlib.util.find_spec(command.removeprefix("pydoc ")), command
+
+
 def test_commands_name_the_extras_that_there_are():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     shown = [e for page in PAGES for block in blocks(f"docs/{page}", "bash") for e in re.findall(r"\.\[(\w+)\]", block)]
@@ -113,8 +129,17 @@ def test_commands_name_the_extras_that_there_are():
     "page", sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 )
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
-        assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
+    for link, heading in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", (ROOT / page).read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            target = (ROOT / page).parent.joinpath(link) if link else ROOT / page
+            assert target.exists(), link
+            assert not heading or heading in headings(target), f"{link}#{heading}"
+
+
+def headings(page):
+    """As GitHub names them in links."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 def test_the_tables_of_models_are_the_catalogue():

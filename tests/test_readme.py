@@ -9,6 +9,8 @@ import pytest
 import tiny_model
 from shown import ROOT, blocks, commands, run
 
+from weights_io.command_line import print_commands
+
 READMES = ["README.md", "README.zh.md"]
 DOWNLOADED = ("openbmb/MiniCPM-2B-sft-bf16", "minicpm-1b")
 
@@ -24,7 +26,8 @@ def test_the_readmes_show_the_same():
 def test_what_is_made_and_installed_is_what_the_makefile_does():
     """The lines that CI runs by way of make: its targets exist, and plain pip installs and runs the same."""
     shown, makefile = "".join(blocks("README.md", "bash")), (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make ([\w-]+)", shown, re.MULTILINE):
+    named = "".join(page.read_text(encoding="utf-8") for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+    for target in {*re.findall(r"^make ([\w-]+)", shown, re.MULTILINE), *re.findall(r"`make ([\w-]+)", named)}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for wanted in (
         "'.[jax,mlx]'",
@@ -37,37 +40,11 @@ def test_what_is_made_and_installed_is_what_the_makefile_does():
         assert wanted in shown and wanted in makefile, wanted
 
 
-def fine_tuning():
-    """The commands that go on from one another, in the folder of the first."""
-    (block,) = [block for block in blocks("README.md", "bash") if "minicpm_data.exercise" in block]
-    return block.splitlines()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["minicpm_jax", "minicpm_mlx"])
-def test_the_exercise_goes_from_nothing_to_nine_in_ten(backend, tmp_path, monkeypatch, capsys):
-    """In MLX, which takes the same steps (tests/test_lora.py) four times as slowly on Linux, it goes a few of them."""
-    pytest.importorskip({"minicpm_jax": "jax", "minicpm_mlx": "mlx.core"}[backend])
-    shorter = {} if backend == "minicpm_jax" else {"--iters 80": "--iters 3", "test.jsonl": "test.jsonl --limit 20"}
-    for command in fine_tuning():
-        for shown, tried in {"minicpm_jax": backend, **shorter}.items():
-            command = command.replace(shown, tried)
-        run(command, tmp_path, monkeypatch)
-    shares = [float(share) for share in re.findall(r"right, ([\d.]+)%", capsys.readouterr().out)]
-    assert shares[0] == 0 and (shorter or shares[1] >= 90)
-    assert (tmp_path / "adapters" / "loss.png").exists() and (tmp_path / "fused" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("command", [c for c in commands("README.md") if c not in fine_tuning()])
+@pytest.mark.parametrize("command", commands("README.md"))
 def test_command(command, tmp_path, monkeypatch, capsys):
     for name in DOWNLOADED:
         if f"--model {name}" in command:
             command = command.replace(name, str(tiny_model.write(tmp_path / "downloaded")))
-    if "--revisions" in command:  # folders on this disk stand for them
-        for step in ("step10000", "step20000"):
-            (tmp_path / "saved").mkdir(exist_ok=True)
-            tiny_model.write(tmp_path / step).rename(tmp_path / "saved" / step)
-        command = command.replace("--model minicpm-2b-history --revisions", "--model saved --folders")
     run(command, tmp_path, monkeypatch)
     out = capsys.readouterr().out.strip()
     assert out
@@ -89,5 +66,22 @@ def test_every_file_named_exists():
         text = (ROOT / readme).read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert link.startswith("https://") or (ROOT / link).exists(), link
-        for folder in re.findall(r"^\| `([\w/]+)`", text, re.MULTILINE):
-            assert (ROOT / folder).is_dir(), folder
+        folders = re.findall(r"`(\w+)/`", text)
+        assert folders and all((ROOT / folder).is_dir() for folder in folders)
+
+
+def test_the_table_of_commands(capsys):
+    """Names every command there is, the same in both READMEs, each with a page that shows it (and so runs it)."""
+    tables = [re.findall(r"^\| (`\w+_.*?`) \|.*\| (\[.*) \|$", (ROOT / r).read_text("utf-8"), re.M) for r in READMES]
+    named = []
+    for names, pages in tables[0]:
+        shown = [command for page in re.findall(r"\((docs/[\w-]+\.md)\)", pages) for command in commands(page)]
+        for name in re.findall(r"`([\w.*]+)`", names):
+            command = rf"python -m {name.replace('*', '(jax|mlx)')}( |$)"
+            assert any(re.match(command, line) for line in shown), name
+            named += [name.replace("*", backend) for backend in (("jax", "mlx") if "*" in name else ("",))]
+    for package in ("minicpm_jax", "minicpm_mlx", "minicpm_serve", "minicpm_data", "weights_io"):
+        print_commands(package)
+    assert sorted(named) == sorted(re.findall(r"^python -m (\S+)", capsys.readouterr().out, re.M))
+    one, other = ([(re.findall(r"`[^`]+`", n), re.findall(r"\(.*?\)", p)) for n, p in table] for table in tables)
+    assert one == other
