@@ -29,27 +29,30 @@ EXPERTS = dataclasses.replace(  # 251 MB, 57 MB a layer
 )
 CONFIGS = {"dense": DENSE, "experts": EXPERTS}
 MEASURED = Path("/proc/self/clear_refs").exists()  # Linux: its peak is this process's own, and can be set back
-# Loads twice, as the first time compiles. The peak counts from what the process holds before the second time.
+DTYPES = {"float32": 1.0, "bfloat16": 0.5}  # and what a model is of its size in float32
+# Loads once more than it counts, as the first time compiles. The peak counts from what the process holds before.
 SCRIPT = """
 import gc, importlib, json, re, sys
 from pathlib import Path
-backend, folder, dtype = sys.argv[1:]
+backend, tries, *runs = sys.argv[1:]
 status = lambda key: 1024 * int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 load = importlib.import_module(f"minicpm_{backend}").load
-loaded = load(folder, dtype=dtype)
+def cost(folder, dtype):
+    gc.collect()
+    if backend == "mlx":
+        mlx.core.clear_cache()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    loaded = load(folder, dtype=dtype)
+    if backend == "mlx":
+        mlx.core.eval(loaded[0].parameters())
+    return status("VmHWM") - before, status("VmRSS") - before
 if backend == "mlx":
     import mlx.core
-    mlx.core.eval(loaded[0].parameters())
-del loaded
-gc.collect()
-if backend == "mlx":
-    mlx.core.clear_cache()
-Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
-loaded = load(folder, dtype=dtype)
-if backend == "mlx":
-    mlx.core.eval(loaded[0].parameters())
-print(json.dumps([status("VmHWM") - before, status("VmRSS") - before]))
+for run in runs:
+    folder, dtype = run.rsplit(":", 1)
+    cost(folder, dtype)
+    print(json.dumps(min(cost(folder, dtype) for _ in range(int(tries)))))
 """
 
 
@@ -74,13 +77,15 @@ def big_checkpoint(folder: Path, name: str) -> Path:
     return folder
 
 
-def peak_and_held(backend: str, folder: Path, dtype: str) -> tuple[int, int]:
-    """Bytes above the process before loading: at the most, and afterwards."""
+def peaks_and_held(backend: str, root: Path, tries: int = 1) -> dict[tuple[str, str], tuple[int, int]]:
+    """Bytes above the process before loading, at the most and afterwards: the least of so many tries, of each config in
+    each dtype, whose checkpoints come under ``root``."""
+    folders = {name: big_checkpoint(root / name, name) for name in CONFIGS}
+    runs = [(name, dtype) for name in CONFIGS for dtype in DTYPES]
     # Freed memory goes back at once, so that what is measured is what the loader holds, not what malloc keeps.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, backend, str(folder), dtype],
+        [sys.executable, "-c", SCRIPT, backend, str(tries), *(f"{folders[name]}:{dtype}" for name, dtype in runs)],
         capture_output=True, text=True, check=True, env=env, cwd=Path(__file__).parents[1],
     )  # fmt: skip
-    peak, held = json.loads(done.stdout)
-    return peak, held
+    return {run: tuple(json.loads(line)) for run, line in zip(runs, done.stdout.splitlines(), strict=True)}

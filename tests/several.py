@@ -1,14 +1,29 @@
 """Runs of one command in several processes of two devices each, as several hosts would have them."""
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 DEVICES = 2
+END = "that was the command that ends with"
+IN_TURN = f"""
+import json, runpy, sys
+*flags, commands = sys.argv[1:]
+for command in json.loads(commands):
+    sys.argv, code = [*command, *flags], 0
+    try:
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code or 0
+    for stream in (sys.stdout, sys.stderr):
+        print("{END}", code, file=stream, flush=True)
+sys.exit(code)
+"""
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -53,6 +68,23 @@ def ends(running: Sequence[subprocess.Popen]) -> list[subprocess.CompletedProces
 
 def run(*command: Any, **options: Any) -> list[subprocess.CompletedProcess]:
     return ends(start(*command, **options))
+
+
+def in_turn(
+    commands: Mapping[str, Sequence[Any]], more: Mapping[str, Sequence[Sequence[str]]]
+) -> dict[str, list[subprocess.CompletedProcess]]:
+    """How each command ends in both processes, which run one after the other and exit as the last one does. ``more``:
+    what each process adds to a command."""
+    given = [[[*map(str, typed), *more.get(name, ((), ()))[n]] for name, typed in commands.items()] for n in range(2)]
+    found: dict[str, list[subprocess.CompletedProcess]] = {name: [] for name in commands}
+    for process in run("-c", IN_TURN, more=[[json.dumps(of)] for of in given]):
+        said = [re.split(rf"{END} (\d+)\n", text) for text in (process.stderr, process.stdout)]
+        codes = [int(code) for code in said[0][1::2]]
+        assert len(codes) == len(commands) and process.returncode == codes[-1], process.stderr
+        out = said[1][::2] if len(said[1]) > 1 else said[1] * len(codes)
+        for name, code, *texts in zip(commands, codes, out, said[0][::2], strict=False):
+            found[name].append(subprocess.CompletedProcess(name, code, *texts))
+    return found
 
 
 def alone(*command: Any, devices: int = 1) -> subprocess.CompletedProcess:

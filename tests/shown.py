@@ -4,11 +4,15 @@ import contextlib
 import io
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from minicpm_data.cli import notebook
 
@@ -29,6 +33,32 @@ def commands(page):
         re.MULTILINE,
     )
     return [line or cell for line, cell in found]
+
+
+def typed(module: str, *arguments: Any, stdin: str = "") -> subprocess.CompletedProcess:
+    """``python -m MODULE ARGUMENTS`` in this process, which has imported and compiled already what it needs: how it
+    ends and what it says, as `subprocess.run` would tell it. An exception that would be a traceback is raised."""
+    command = [module, *map(str, arguments)]
+    written = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    read = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+    streams = zip(("stdout", "stderr", "stdin"), (*written, read), strict=True)
+    code: int | str | None = 0
+    with contextlib.ExitStack() as changed:
+        for name, stream in streams:
+            changed.enter_context(mock.patch.object(sys, name, stream))
+        changed.enter_context(mock.patch.object(sys, "argv", command))
+        changed.enter_context(mock.patch.dict(os.environ, HF_HUB_OFFLINE="1"))
+        changed.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # it may be the second time
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code or 0
+    said = []
+    for stream in written:
+        stream.flush()
+        said.append(stream.buffer.getvalue().decode())
+    return subprocess.CompletedProcess(command, code, *said)
 
 
 def run(command, folder, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_adapter
 import tiny_model
+from shown import typed
 
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
@@ -43,14 +45,22 @@ COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.f
 COMMANDS += ["benchmarks.speculation", "benchmarks.concurrency", "benchmarks.graph_nodes", "benchmarks.throughput"]
 COMMANDS += ["benchmarks.loading", "benchmarks.tunix_peer"]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
+# Asks each command that it reads for its help, in a child that has imported nothing but what all of them need.
 ASKING_FOR_HELP = """
-import runpy, sys
-sys.argv = [sys.argv[1], "--help"]
-try:
-    runpy.run_module(sys.argv[0], run_name="__main__")
-except SystemExit as end:
-    sys.stderr.write(" ".join(sys.modules))
-    sys.exit(end.code)
+import contextlib, io, json, os, runpy, sys
+import tyro, weights_io.command_line
+for module in map(str.strip, sys.stdin):
+    if os.fork():
+        os.wait()
+        continue
+    sys.argv, said, code = [module, "--help"], io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    print(json.dumps([code or 0, said.getvalue(), list(sys.modules)]), flush=True)
+    os._exit(0)
 """
 
 
@@ -83,12 +93,23 @@ def run(module, *arguments, stdin="", **environment):
     )
 
 
+@pytest.fixture(scope="module")
+def helpful():
+    """A process to ask for help."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", ASKING_FOR_HELP], **pipes) as process:
+        yield process
+        process.stdin.close()
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("module", COMMANDS)
-def test_help_costs_no_heavy_import(module):
-    ran = subprocess.run([sys.executable, "-c", ASKING_FOR_HELP, module], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert f"python -m {module}" in ran.stdout
-    assert not HEAVY & set(ran.stderr.split())
+def test_help_costs_no_heavy_import(module, helpful):
+    print(module, file=helpful.stdin, flush=True)
+    code, said, imported = json.loads(helpful.stdout.readline())
+    assert code == 0
+    assert f"python -m {module}" in said
+    assert not HEAVY & set(imported)
 
 
 # What each command needs besides a mesh.
@@ -105,7 +126,7 @@ def eight(monkeypatch):
 
     mesh = meshes.make_mesh("fsdp=8")
     make_mesh = meshes.make_mesh
-    monkeypatch.setattr(meshes, "make_mesh", lambda text: mesh if text is None else make_mesh(text))
+    monkeypatch.setattr(meshes, "make_mesh", lambda text, *given: make_mesh(text, *given) if text else mesh)
     return mesh
 
 
@@ -173,7 +194,7 @@ def test_generate(package, folder):
     assert re.search(r"Prompt: \d+ tokens, [\d.]+ tokens-per-sec\n", ran.stderr)
     assert re.search(r"Generation: \d+ tokens, [\d.]+ tokens-per-sec\n", ran.stderr)
     assert re.search(r"Peak memory: [\d.]+ GB on ", ran.stderr)
-    quiet = run(
+    quiet = typed(
         f"{package}.generate", "--model", folder, "-p", "The fox", "-m", 12, "--verbose", "False", "--dtype", "float32"
     )
     assert quiet.stdout == ran.stdout
@@ -182,12 +203,12 @@ def test_generate(package, folder):
 
 def test_the_prompt_comes_from_standard_input(package, folder):
     options = ("--model", folder, "--max-tokens", 8, "--verbose", "False")
-    typed = run(f"{package}.generate", *options, "--prompt", "你好，世界")
-    piped = run(f"{package}.generate", *options, "--prompt", "-", stdin="你好，世界")
-    assert typed.returncode == piped.returncode == 0, piped.stderr
-    assert typed.stdout == piped.stdout
-    raw = run(f"{package}.generate", *options, "--prompt", "你好，世界", "--ignore-chat-template")
-    assert raw.returncode == 0 and raw.stdout != typed.stdout
+    given = typed(f"{package}.generate", *options, "--prompt", "你好，世界")
+    piped = typed(f"{package}.generate", *options, "--prompt", "-", stdin="你好，世界")
+    assert given.returncode == piped.returncode == 0, piped.stderr
+    assert given.stdout == piped.stdout
+    raw = typed(f"{package}.generate", *options, "--prompt", "你好，世界", "--ignore-chat-template")
+    assert raw.returncode == 0 and raw.stdout != given.stdout
 
 
 @pytest.mark.parametrize(
@@ -208,16 +229,16 @@ def test_the_prompt_comes_from_standard_input(package, folder):
 def test_wrong_calls(package, folder, arguments, said):
     filled = [a.format(folder=folder) for a in arguments]
     model = [] if "--model" in filled else ["--model", folder]
-    ran = run(f"{package}.generate", *model, *filled, "--seed", 4)
+    ran = typed(f"{package}.generate", *model, *filled, "--seed", 4)
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr and said in ran.stderr
 
 
 def test_answers_beyond_the_context_are_noted(package, tmp_path):
     folder = tiny_model.write(tmp_path, max_position_embeddings=8)
-    ran = run(f"{package}.generate", "--model", folder, "--prompt", "The fox and the dog", "-m", 3)
+    ran = typed(f"{package}.generate", "--model", folder, "--prompt", "The fox and the dog", "-m", 3)
     assert ran.returncode == 0 and re.search(r"note: \d+ tokens are more than the 8", ran.stderr)
-    talked = run(f"{package}.chat", "--model", folder, "-m", 3, stdin="The fox and the dog\n")
+    talked = typed(f"{package}.chat", "--model", folder, "-m", 3, stdin="The fox and the dog\n")
     assert "/reset begins anew" in talked.stderr
 
 
@@ -270,7 +291,7 @@ def test_numbers_beyond_all_use(name, value, said):
 )
 def test_a_command_takes_no_number_beyond_all_use(command, tmp_path):
     module, *flags = command.format(out=tmp_path / "out").split()
-    ran = run(module, *flags, 10**30)
+    ran = typed(module, *flags, 10**30)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1) and not list(tmp_path.iterdir())
     assert ran.stderr.startswith(f"error: {flags[-1]} is 1000000000000000000000000000000; it must be at most ")
 
@@ -315,15 +336,19 @@ def test_a_folder_that_is_gone_is_not_called_none(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("package", ["weights_io", "minicpm_data", *BACKENDS, "minicpm_serve"])
 def test_what_there_is_to_run(package):
-    """All commands of a package; a reader that goes away is no error."""
-    ran = run(package)
-    assert [line.split()[2] for line in ran.stdout.splitlines()] == sorted(c for c in COMMANDS if package in c)
+    """All commands of a package."""
+    said = typed(f"{package}.__main__").stdout
+    assert [line.split()[2] for line in said.splitlines()] == sorted(c for c in COMMANDS if package in c)
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """And an output that cannot be written is one."""
     with open(os.devnull) as closed:
-        left = subprocess.run([sys.executable, "-m", package], stdout=closed, stderr=subprocess.PIPE, text=True)
+        left = subprocess.run([sys.executable, "-m", "weights_io"], stdout=closed, stderr=subprocess.PIPE, text=True)
     assert left.returncode == 2 and left.stderr.count("\n") == 1
-    command = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-m', {package!r}], stdout=-1, stderr=-1)"
-    command += "; p.stdout.close(); print(p.stderr.read(), p.wait())"
-    assert subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout == "b'' 0\n"
+    with subprocess.Popen([sys.executable, "-m", "weights_io"], stdout=-1, stderr=-1) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 def test_undecodable_standard_input_is_refused(package, folder):
@@ -334,18 +359,18 @@ def test_undecodable_standard_input_is_refused(package, folder):
 
 def test_chat(package, folder):
     lines = "Hello\n/help\n/reset\n\n你好\n/quit\nnever read\n"
-    ran = run(f"{package}.chat", "--model", folder, "--seed", 1, "--max-tokens", 6, stdin=lines)
+    ran = typed(f"{package}.chat", "--model", folder, "--seed", 1, "--max-tokens", 6, stdin=lines)
     assert ran.returncode == 0, ran.stderr
     assert "/reset" in ran.stdout
-    ended = run(f"{package}.chat", "--model", folder, "--seed", 1, "--max-tokens", 6, stdin="Hello\n")
+    ended = typed(f"{package}.chat", "--model", folder, "--seed", 1, "--max-tokens", 6, stdin="Hello\n")
     assert ended.returncode == 0 and ran.stdout.startswith(ended.stdout)
 
 
 def test_evaluate_counts(package, folder):
-    ran = run(f"{package}.evaluate", "--model", folder, "--limit", 6, "--max-tokens", 4)
+    ran = typed(f"{package}.evaluate", "--model", folder, "--limit", 6, "--max-tokens", 4)
     assert ran.returncode == 0, ran.stderr
     assert re.search(r"sum +0 of +4 right, 0.0%", ran.stdout) and "count" in ran.stdout
-    assert run(f"{package}.evaluate", "--limit", 0).returncode == 2
+    assert typed(f"{package}.evaluate", "--limit", 0).returncode == 2
 
 
 def test_a_run_that_compiles_says_only_how_long(folder, tmp_path):
@@ -360,7 +385,7 @@ def test_an_adapter_changes_the_answer(package, folder, tmp_path):
     loud = {name: dataclasses.replace(matrices, b=30 * matrices.b) for name, matrices in adapter.tensors.items()}
     save_adapter(tmp_path / "adapter", dataclasses.replace(adapter, tensors=loud), checkpoint.config)
     call = (f"{package}.generate", "--model", folder, "-p", "The fox", "-m", 12, "--verbose", "False")
-    plain, adapted = run(*call), run(*call, "--adapter-path", tmp_path / "adapter")
+    plain, adapted = typed(*call), typed(*call, "--adapter-path", tmp_path / "adapter")
     assert adapted.returncode == 0, adapted.stderr
     assert adapted.stdout.strip() and adapted.stdout != plain.stdout
 
@@ -370,6 +395,6 @@ def test_adapters_that_do_not_fit_are_refused_in_a_sentence(package, folder, tmp
     save_adapter(tmp_path / "adapter", tiny_adapter.make(other), other.config)
     first = "layers.0.self_attn.q_proj.lora_A.weight in {}/adapter_model.safetensors is [4, 64], and the model has room"
     for command, path, said in (("generate", tmp_path / "adapter", first), ("chat", tmp_path, "{} is no adapter")):
-        ran = run(f"{package}.{command}", "--model", folder, "--adapter-path", path)
+        ran = typed(f"{package}.{command}", "--model", folder, "--adapter-path", path)
         assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
         assert said.format(path) in ran.stderr

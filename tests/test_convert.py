@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_model
+from shown import typed
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import open_checkpoint
@@ -25,10 +26,7 @@ from weights_io.parameters import parameters
 from weights_io.write import save_checkpoint, unstack_params
 
 BFLOAT16_EPSILON = 2.0**-7
-
-
-def run(*arguments: object, module: str = "weights_io.convert") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True)
+CONVERT = "weights_io.convert"
 
 
 def test_folding_gives_the_llama_of_the_reference(reference):
@@ -258,16 +256,16 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(reference, tmp_path):
 
 
 def test_command_line_says_one_sentence_and_exits_with_2(reference, tmp_path):
-    done = run("--model", reference("dense_2b"), "--to", "hf", "--out", reference("dense_2b"))
+    done = typed(CONVERT, "--model", reference("dense_2b"), "--to", "hf", "--out", reference("dense_2b"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert run("--model", reference("dense_2b"), "--to", "onnx", "--out", tmp_path / "x").returncode == 2
+    assert typed(CONVERT, "--model", reference("dense_2b"), "--to", "onnx", "--out", tmp_path / "x").returncode == 2
 
 
 @pytest.mark.parametrize("module", ["weights_io.convert", "weights_io.inspect"])
 def test_help_is_quick(module):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run("--help", module=module)
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "--model" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # seconds of processor time
@@ -304,18 +302,14 @@ def test_mlx_lm_runs_the_mlx_export_with_our_model(reference, tmp_path, name):
 
 @pytest.mark.slow
 def test_the_commands_of_mlx_lm_take_the_mlx_export(tmp_path):
-    """generate, lora, chat and server, as a user types them."""
+    """generate, lora, chat and server, as a user types them; the server alone in a process of its own."""
     main(Options(model="pico", to="mlx", out=tmp_path / "pico"))
     rows = [{"prompt": f"{i} + 1 = ?", "completion": f"{i} + 1 = {i + 1}"} for i in range(8)]
     for split in ("train", "valid"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def mlx_lm(verb, *arguments):
-        return [sys.executable, "-m", "mlx_lm", verb, "--trust-remote-code", *map(str, arguments)]
-
-    def said(verb, *arguments, typed=""):
-        command = mlx_lm(verb, *arguments)
-        ran = subprocess.run(command, input=typed, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
+    def said(verb, *arguments, lines=""):
+        ran = typed("mlx_lm", verb, "--trust-remote-code", *arguments, stdin=lines)
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
 
@@ -324,13 +318,15 @@ def test_the_commands_of_mlx_lm_take_the_mlx_export(tmp_path):
     tuned = ["--train", "--data", tmp_path, "--iters", 2, "--batch-size", 2, "--num-layers", 2, "--val-batches", 1]
     said("lora", "--model", tmp_path / "pico", *tuned, "--adapter-path", tmp_path / "adapters")
     assert "12 + 7" in said("generate", *asked, "--adapter-path", tmp_path / "adapters")
-    talk = said("chat", "--model", tmp_path / "pico", "--temp", 0, typed="12 + 7 = ?\n20 + 4 = ?\nq\n")
+    talk = said("chat", "--model", tmp_path / "pico", "--temp", 0, lines="12 + 7 = ?\n20 + 4 = ?\nq\n")
     assert "12 + 7 = 19" in talk and "20 + 4 = 24" in talk
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    served = mlx_lm("server", "--model", tmp_path / "pico", "--port", port)
-    server = subprocess.Popen(served, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    served = ["mlx_lm", "server", "--trust-remote-code", "--model", str(tmp_path / "pico"), "--port", str(port)]
+    server = subprocess.Popen(
+        [sys.executable, "-m", *served], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         body = {"messages": [{"role": "user", "content": "12 + 7 = ?"}], "max_tokens": 12, "temperature": 0}
         answer = posted(f"http://127.0.0.1:{port}/v1/chat/completions", body)

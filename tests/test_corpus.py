@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shown import typed
 
 from minicpm_data import corpus, load_tokenizer, vocabulary
 from minicpm_data.pico_corpus import facts
@@ -176,12 +177,7 @@ def test_is_right(kind, answer, reply, right):
 
 
 def command(module: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"minicpm_data.{module}", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
+    return typed(f"minicpm_data.{module}", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -74,28 +74,11 @@ def test_a_run_learns_and_says_so(whole, world):
     assert read_adapter(whole, open_checkpoint(world / "model").config).config.dropout == 0.1
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(backend, world, whole, tmp_path):
-    options = tiny.lora(world, tmp_path / "out", **LONG)
-    command = [sys.executable, "-m", f"{backend}.lora", *tiny.flags(options)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "out" / "checkpoints" / "3").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    process.wait(60)
-    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
-    tiny.finetune(backend, tiny.lora(world, tmp_path / "out", **LONG, resume=True))
-    assert figures(tmp_path / "out") == figures(whole)
-    assert adapter_bytes(tmp_path / "out") == adapter_bytes(whole)
-
-
-def test_a_run_killed_at_random_moments_is_the_run_that_was_not(backend, world, tmp_path):
-    """With a checkpoint after each step, so that the kills fall into saves too. Between them the figures are whole."""
-    options = {"iters": 40, "save_every": 1, "steps_per_eval": 7}
-    tiny.finetune(backend, tiny.lora(world, tmp_path / "whole", **options))
-    out, chance, resumed = tmp_path / "out", random.Random(7), 0
-    for kill in range(4):
+def test_a_run_killed_at_random_moments_is_the_run_that_was_not(backend, world, whole, tmp_path):
+    """Twice, the first time between two of its checkpoints or in one; between the kills the figures are whole."""
+    options, out = {**LONG, "save_every": 2}, tmp_path / "out"
+    chance, resumed = random.Random(7), 0
+    for kill in range(2):
         given = tiny.lora(world, out, **options, resume=kill > 0)
         command = [sys.executable, "-m", f"{backend}.lora", *tiny.flags(given)]
         with (tmp_path / "said").open("w") as said:
@@ -104,39 +87,22 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(backend, world, 
             while process.poll() is None and last_step(out) <= before:
                 assert time.monotonic() < deadline
                 time.sleep(0.002)
-            time.sleep(chance.uniform(0, 0.2))
+            time.sleep(chance.uniform(0, 0.1) if kill else 0)
             process.kill()
             process.wait(60)
         assert process.returncode in (-signal.SIGKILL, 0), (tmp_path / "said").read_text()
+        assert kill or process.returncode, "it ended before it was killed"
         resumed = last_step(out)
         steps = [record["step"] for record in read_records(out / "metrics.jsonl")]
         assert steps == list(range(1, len(steps) + 1)) and len(steps) >= resumed
     tiny.finetune(backend, tiny.lora(world, out, **options, resume=True))
-    assert figures(out) == figures(tmp_path / "whole")
-    assert adapter_bytes(out) == adapter_bytes(tmp_path / "whole")
+    assert figures(out) == figures(whole)
+    assert adapter_bytes(out) == adapter_bytes(whole)
     assert not [path for path in out.rglob("*") if "partial" in path.name or "tmp" in path.name]
 
 
 def last_step(out):
     return max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdecimal()), default=0)
-
-
-def test_a_second_run_in_the_same_folder_is_refused(backend, world, whole, tmp_path):
-    """By the command, while the first one runs; the first goes on."""
-    out = tmp_path / "out"
-    long = {**LONG, "iters": 2000}
-    command = [sys.executable, "-m", f"{backend}.lora", *tiny.flags(tiny.lora(world, out, **long))]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
-        try:
-            deadline = time.monotonic() + 120
-            while not last_step(out) and first.poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            second = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-            assert second.returncode == 2 and f"in use by another run (process {first.pid} on" in second.stderr
-            assert second.stderr.count("error:") == 1 and first.poll() is None
-        finally:
-            first.kill()
 
 
 def command_line(monkeypatch, backend, *arguments):
@@ -145,6 +111,24 @@ def command_line(monkeypatch, backend, *arguments):
     with pytest.raises(SystemExit) as end:
         finetuning.run(part(backend, "backend").backend, part(backend, "backend").trainer, LoraOptions, "lora")
     return end.value.code
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, monkeypatch, capsys):
+    """By the command, while the first one runs; the first goes on."""
+    options = tiny.flags(tiny.lora(world, out := tmp_path / "out", **{**LONG, "iters": 2000}))
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-m", "minicpm_mlx.lora", *options], **pipes) as first:
+        try:
+            deadline = time.monotonic() + 120
+            while not last_step(out) and first.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert command_line(monkeypatch, "minicpm_mlx", *options, "--resume") == 2
+            said = capsys.readouterr().err
+            assert f"in use by another run (process {first.pid} on" in said
+            assert said.count("error:") == 1 and first.poll() is None
+        finally:
+            first.kill()
 
 
 def test_ctrl_c_waits_for_the_step_and_says_how_to_go_on(backend, world, whole, tmp_path, monkeypatch, capsys):

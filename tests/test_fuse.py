@@ -3,13 +3,12 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tiny_adapter
 from gguf import GGMLQuantizationType, quants
+from shown import typed
 
 from weights_io.adapters import fuse_adapter, read_adapter, save_adapter
 from weights_io.casting import Rounding
@@ -100,7 +99,7 @@ def test_the_command(reference, tmp_path, module):
     adapter = tiny_adapter.make(checkpoint)
     save_adapter(tmp_path / "adapter", adapter, checkpoint.config)
     options = ["--model", checkpoint.path, "--adapter-path", tmp_path / "adapter", "--save-path", tmp_path / "out"]
-    ran = subprocess.run([sys.executable, "-m", module, *options], capture_output=True, text=True)
+    ran = typed(module, *options)
     assert ran.returncode == 0, ran.stderr
     assert f"adapter: LoRA of rank 4, scale 2, on {len(adapter.tensors)} matrices" in ran.stdout
     assert re.search(r"rounded to bfloat16: worst relative error 0.0039, mean 0.001\d of [\d,]+ numbers", ran.stdout)
@@ -109,7 +108,7 @@ def test_the_command(reference, tmp_path, module):
     assert written.config == checkpoint.config and written.dtype == "bfloat16"
     for name, tensor in fuse_adapter(checkpoint, adapter).items():
         np.testing.assert_array_equal(written.tensors[name].read(), tensor.read())
-    again = subprocess.run([sys.executable, "-m", module, *options], capture_output=True, text=True)
+    again = typed(module, *options)
     assert again.returncode == 2 and "exists and is not empty" in again.stderr
 
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_model
-from test_commands import run
+from shown import typed
 
 from minicpm_data.diagnostics import parity
 from minicpm_serve import backends, history
@@ -45,12 +45,12 @@ def records(out):
 def test_loss_over_folders(backend, run_folder, tmp_path):
     options = ("--backend", backend, "--model", run_folder, "--evaluation", "loss", "--length", 16, "--out", tmp_path)
     options += ("--data", run_folder / "text.jsonl", "--folders", "step100")
-    failed = run(COMMAND, *options, "step150", "step200")
+    failed = typed(COMMAND, *options, "step150", "step200")
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     assert f"error: step150: '{run_folder}/step150' is no folder" in failed.stderr
     assert [record["name"] for record in records(tmp_path)] == ["step100"], "what was done is kept"
     shutil.copytree(run_folder / "step100", tmp_path / "step100")
-    ran = run(COMMAND, *options, "step200")
+    ran = typed(COMMAND, *options, "step200")
     assert ran.returncode == 0, ran.stderr
     first, second = records(tmp_path)
     assert (first["name"], second["name"]) == ("step100", "step200") and first["tokens"] == second["tokens"]

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import several
-import tiny_model
+import shown
 import tiny_training as tiny
 
 from minicpm_jax.parallel import rendezvous
@@ -91,49 +91,68 @@ def world(tmp_path_factory):
     return root
 
 
-def typed(world, out, **changes):
-    return tiny.flags(tiny.lora(world, out, iters=2, **changes))
+PAIRS = {"loss": "dpo", "beta": 0.5, "alpha": 16.0, "dropout": 0.0}
+BABBLE = ("--prompt", "The fox", "--max-tokens", 12)
 
 
-def test_pairs_in_two_processes_are_those_of_one(world, tmp_path):
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """With a run of another model in ``other``."""
+    folder = tmp_path_factory.mktemp("out")
+    (folder / "other" / "checkpoints" / "1").mkdir(parents=True)
+    (folder / "other" / "settings.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(world, out):
+    """Commands of two processes, one after the other: to start the processes takes longer than what they do."""
+
+    def typed(name, mesh, **changes):
+        options = tiny.lora(world, out / name, iters=2, **changes)
+        return ["minicpm_jax.lora", *tiny.flags(options), "--mesh", mesh]
+
+    commands = {
+        "batches": typed("none", "fsdp=4", batch_size=3),
+        "seeds": typed("none", "tensor=4"),
+        "pairs": typed("pairs", "fsdp=2,tensor=2", data=world / "pairs", **PAIRS),
+        "answer": ["minicpm_jax.generate", "--model", world / "model", *BABBLE, "--mesh", "tensor=2,fsdp=2"],
+        "other": typed("other", "tensor=4", resume=True),
+    }
+    return several.in_turn(commands, {"seeds": [["--seed", "1"], ["--seed", "2"]]})
+
+
+def test_pairs_in_two_processes_are_those_of_one(world, out, ended, tmp_path):
     """The chosen answers of a batch lie with one process, the rejected ones with the other. Measured: within 1e-7."""
-    pairs = {"data": world / "pairs", "loss": "dpo", "beta": 0.5, "alpha": 16.0, "dropout": 0.0}
-    tiny.finetune("minicpm_jax", tiny.lora(world, tmp_path / "alone", iters=2, **pairs))
-    flags = [*typed(world, tmp_path / "two", **pairs), "--mesh", "fsdp=2,tensor=2"]
-    first, second = several.run("-m", "minicpm_jax.lora", *flags)
+    tiny.finetune("minicpm_jax", tiny.lora(world, tmp_path, iters=2, data=world / "pairs", **PAIRS))
+    first, second = ended["pairs"]
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert second.stdout == "" and first.stdout.count("Iter 2: ") == 1
-    records = [tiny.records(tmp_path / name) for name in ("alone", "two")]
+    records = [tiny.records(folder) for folder in (tmp_path, out / "pairs")]
     for name in ("loss", "gradient_norm", "margin"):
         np.testing.assert_allclose(*([record[name] for record in of] for of in records), rtol=1e-5, atol=1e-6)
     config = open_checkpoint(world / "model").config
-    tiny.same_adapters(*(read_adapter(tmp_path / name, config) for name in ("two", "alone")), 1e-3)
+    tiny.same_adapters(*(read_adapter(folder, config) for folder in (out / "pairs", tmp_path)), 1e-3)
 
 
-def test_what_cannot_be_is_said_in_each_process(world, tmp_path):
+def test_what_cannot_be_is_said_in_each_process(out, ended):
     """And by all of them where only the first looks: into the run's folder."""
-    command, out = ("-m", "minicpm_jax.lora"), tmp_path / "out"
-    for process in several.run(*command, *typed(world, out, batch_size=3), "--mesh", "fsdp=4"):
+    for process in ended["batches"]:
         assert process.returncode == 2
         said = process.stderr.splitlines()  # gloo tells of its connections
         assert [line for line in said if not line.startswith("[Gloo]")] == [
             "error: --batch-size 3 does not divide over the 4 devices of fsdp."
         ]
-    seeds = [["--seed", "1"], ["--seed", "2"]]
-    for process in several.run(*command, *typed(world, out), "--mesh", "tensor=4", more=seeds):
+    for process in ended["seeds"]:
         assert process.returncode == 2 and "process 1 has other options, another model or other data" in process.stderr
-    assert not out.exists()
-    (out / "checkpoints" / "1").mkdir(parents=True)
-    (out / "settings.json").write_text("{}")
-    for process in several.run(*command, *typed(world, out, resume=True), "--mesh", "tensor=4"):
-        assert process.returncode == 2 and "out holds a run with another model, " in process.stderr
+    assert not (out / "none").exists()
+    for process in ended["other"]:
+        assert process.returncode == 2 and "other holds a run with another model, " in process.stderr
 
 
-def test_an_answer_of_two_processes_is_that_of_one(tmp_path):
-    folder = tiny_model.write(tmp_path)
-    answer = ["-m", "minicpm_jax.generate", "--model", folder, "--prompt", "The fox", "--max-tokens", 12]
-    expected = several.alone(*answer, devices=8)
-    first, second = several.run(*answer, "--mesh", "tensor=2,fsdp=2")
+def test_an_answer_of_two_processes_is_that_of_one(world, ended):
+    expected = shown.typed("minicpm_jax.generate", "--model", world / "model", *BABBLE)
+    first, second = ended["answer"]
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout == expected.stdout != "" and second.stdout == ""
     assert "tokens-per-sec" in first.stderr and "tokens-per-sec" not in second.stderr

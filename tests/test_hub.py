@@ -1,5 +1,6 @@
 """Paths, short names and downloads, the latter from a hub of our own on loopback."""
 
+import contextlib
 import errno
 import hashlib
 import http.server
@@ -13,10 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from minicpm_data.cli.notebook import check_room
 from weights_io import catalog, hub
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import FAMILIES
@@ -48,20 +52,12 @@ SHARDS = {
     "pytorch_model-2.bin": b"2",
     "training_args.bin": b"never",
 }
-# What a user's program does, in a process of its own since the client reads its settings when it is imported.
+# What a user's program does, in a process of its own, whose client reads its settings when it is imported.
 CLIENT = """
 import sys
-from weights_io.errors import InputError
 from weights_io.hub import resolve
 
-def check(config, source):
-    if config["hidden_size"] != 8:
-        raise InputError(f"{source}: hidden_size 9 is not supported.")
-
-try:
-    print(resolve(sys.argv[1], sys.argv[2] or None, check=check))
-except InputError as error:
-    sys.exit(f"error: {error}")
+print(resolve(sys.argv[1]))
 """
 
 
@@ -150,19 +146,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-# What a notebook prints before a download, with so many bytes of memory.
-ROOM = """
-import sys
-from minicpm_data.cli.notebook import check_room
-from weights_io.errors import InputError
-
-try:
-    check_room(sys.argv[1], [None, "float32"], memory=int(sys.argv[2] or 10**9))
-except InputError as error:
-    sys.exit(f"error: {error}")
-"""
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
     with Server() as server:
@@ -174,13 +157,11 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def start(
-    server: Server, home: Path, repo: str, revision: str = "", client: str = CLIENT, **environment: str
-) -> subprocess.Popen[str]:
+def start(server: Server, home: Path, **environment: str) -> subprocess.Popen[str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home), **environment}
     return subprocess.Popen(
-        [sys.executable, "-c", client, repo, revision],
+        [sys.executable, "-c", CLIENT, REPO],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -189,17 +170,41 @@ def start(
     )
 
 
-def download(server: Server, home: Path, repo: str, revision: str = "", **environment: str) -> Path:
-    out, err = start(server, home, repo, revision, **environment).communicate(timeout=60)
+def download_alone(server: Server, home: Path, **environment: str) -> Path:
+    """Of what the others do in this process."""
+    out, err = start(server, home, **environment).communicate(timeout=60)
     assert out, err
     return Path(out.splitlines()[-1])
 
 
-def refusal(server: Server, home: Path, repo: str, revision: str = "", **environment: str) -> str:
-    client = start(server, home, repo, revision, **environment)
-    err = client.communicate(timeout=60)[1]
-    assert client.returncode == 1 and "Traceback" not in err, err
-    return next(line for line in err.splitlines() if line.startswith("error: "))
+@contextlib.contextmanager
+def client(server: Server, home: Path, offline: bool = False, endpoint: str | None = None) -> Iterator[None]:
+    """The client's settings as a process that begins with them would have them."""
+    from huggingface_hub import constants
+
+    at = endpoint or f"http://127.0.0.1:{server.server_port}"
+    with (
+        mock.patch.dict(os.environ, HF_ENDPOINT=at, no_proxy="127.0.0.1"),
+        mock.patch.multiple(constants, HF_HUB_OFFLINE=offline, HF_HUB_CACHE=str(home / "hub")),
+    ):
+        yield
+
+
+def check(config: dict, source: str) -> None:
+    if config["hidden_size"] != 8:
+        raise InputError(f"{source}: hidden_size 9 is not supported.")
+
+
+def download(server: Server, home: Path, repo: str, revision: str | None = None, **settings: Any) -> Path:
+    with client(server, home, **settings):
+        return hub.resolve(repo, revision, check=check)
+
+
+def refusal(server: Server, home: Path, repo: str, revision: str | None = None, **settings: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        download(server, home, repo, revision, **settings)
+    assert "\n" not in str(caught.value)
+    return f"error: {caught.value}"
 
 
 def stored(home: Path, name: str) -> list[Path]:
@@ -207,13 +212,13 @@ def stored(home: Path, name: str) -> list[Path]:
 
 
 def test_only_needed_files_are_fetched_and_then_work_offline(server, tmp_path):
-    folder = download(server, tmp_path, REPO)
+    folder = download_alone(server, tmp_path)
     assert sorted(server.fetched) == NEEDED == sorted(path.name for path in folder.iterdir())
     assert server.fetched[0] == "config.json"
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert download(server, tmp_path, REPO) == folder
-    assert download(server, tmp_path, REPO, HF_HUB_OFFLINE="1") == folder
-    assert download(server, tmp_path, REPO, HF_ENDPOINT="http://127.0.0.1:9") == folder  # nobody listens there
+    assert download_alone(server, tmp_path, HF_HUB_OFFLINE="1") == folder
+    assert download(server, tmp_path, REPO, endpoint="http://127.0.0.1:9") == folder  # nobody listens there
     assert sorted(server.fetched) == NEEDED, "something was fetched a second time"
 
 
@@ -242,27 +247,33 @@ def test_subfolder(server, tmp_path):
     folder = download(server, tmp_path, f"{REPO}/steps/2")
     assert sorted(server.fetched) == [f"steps/2/{name}" for name in NEEDED]
     assert (folder / "model.safetensors").read_bytes() == b"later" and folder.parts[-2:] == ("steps", "2")
-    assert download(server, tmp_path, f"{REPO}/steps/2", HF_HUB_OFFLINE="1") == folder
+    assert download(server, tmp_path, f"{REPO}/steps/2", offline=True) == folder
     server.repos[REPO, "other"] = {name.replace("steps", "saved"): data for name, data in steps.items()}
     assert download(server, tmp_path, f"{REPO}/saved/1", "other").name == "1"
-    assert f"hf download {REPO} --local" in refusal(server, tmp_path, f"{REPO}/steps/1", HF_HUB_OFFLINE="1")
+    assert f"hf download {REPO} --local" in refusal(server, tmp_path, f"{REPO}/steps/1", offline=True)
     assert f"{REPO}/steps/3 holds no config.json" in refusal(server, tmp_path, f"{REPO}/steps/3")
     whole = refusal(server, tmp_path, REPO)
     assert f"steps/1/onnx and steps/2 and more do, so name {REPO}/steps/1" in whole
 
 
-def test_what_a_download_takes_is_known_before_it(server, tmp_path):
+def test_what_a_download_takes_is_known_before_it(server, tmp_path, capsys):
     """Of the files that a model is loaded from, those that are not in the cache yet; none of them is fetched for it."""
     config = (Path(__file__).parent / "reference" / "dense_1b" / "config.json").read_bytes()
     files = {**FILES, "config.json": config}
     del files["tokenizer.model"], files["chat_template.jinja"]
     server.repos[REPO, "main"] = files
 
-    def room(*arguments: str) -> tuple[str, str]:
-        return start(server, tmp_path, REPO, *arguments, client=ROOM).communicate(timeout=60)
+    def room(memory: int = 10**9) -> tuple[str, str]:
+        """What a notebook prints before a download, and why it refuses one."""
+        with client(server, tmp_path):
+            try:
+                check_room(REPO, [None, "float32"], memory=memory)
+            except InputError as error:
+                return capsys.readouterr().out, str(error)
+        return capsys.readouterr().out, ""
 
-    out, err = room()
-    assert "error: " not in err and "download       1.0 MB in 1 file of openbmb/tiny\n" in out
+    out, refused = room()
+    assert refused == "" and "download       1.0 MB in 1 file of openbmb/tiny\n" in out
     assert (
         f"disk           1.0 MB in {tmp_path}/hub and 2.7 MB at most for the copies that this notebook writes;" in out
     )
@@ -272,25 +283,25 @@ def test_what_a_download_takes_is_known_before_it(server, tmp_path):
     )
     assert "first answer   in seconds; an estimate, not timed on a TPU\n" in out
     assert "model.safetensors" not in server.fetched
-    assert "error: the weights of openbmb/tiny in float32 would take 1.2 MB, and 1.0 MB are free" in room("1000000")[1]
+    assert "the weights of openbmb/tiny in float32 would take 1.2 MB, and 1.0 MB are free" in room(1000000)[1]
     server.claimed = {"model.safetensors": 10**10, "tf_model.h5": 10**15}
     assert "first answer   about 100 s from here (100 s to download at 100 MB/s)" in room()[0]
     server.claimed = {"model.safetensors": 10**16}
-    assert re.search(r"\nerror: openbmb/tiny on the disk of /.* would take 10,000,000.* are free; make room", room()[1])
+    assert re.match(r"openbmb/tiny on the disk of /.* would take 10,000,000.* are free; make room", room()[1])
     server.claimed = {"model.safetensors": None}  # a mirror that does not say
     assert "download       unknown in 1 file " in (said := room()[0]) and "first answer" not in said
     server.claimed = {}
-    unchecked = "import sys; from weights_io.hub import resolve; resolve(sys.argv[1])"
-    start(server, tmp_path, REPO, client=unchecked).communicate(timeout=60)
+    with client(server, tmp_path):
+        hub.resolve(REPO)
     assert "download       nothing: openbmb/tiny is in the cache" in room()[0]
 
 
 def test_refusals_are_one_sentence(server, tmp_path):
     assert "no repository openbmb/MiniCPM-2B-sft" in (text := refusal(server, tmp_path, "openbmb/MiniCPM-2B-sft"))
     assert text.endswith("did you mean minicpm-2b or minicpm-2b-fp32 or minicpm-2b-int4?")
-    offline = refusal(server, tmp_path, REPO, HF_HUB_OFFLINE="1")
+    offline = refusal(server, tmp_path, REPO, offline=True)
     assert "HF_HUB_OFFLINE is set" in offline and f"hf download {REPO}" in offline
-    assert "http://127.0.0.1:9 cannot be reached" in refusal(server, tmp_path, REPO, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached" in refusal(server, tmp_path, REPO, endpoint="http://127.0.0.1:9")
     server.repos[REPO, "gguf"] = {"tiny-q4.gguf": b""}
     assert f"hf download {REPO} FILE.gguf" in refusal(server, tmp_path, REPO, "gguf")
     server.repos[REPO, "bare"] = {"config.json": CONFIG}
@@ -308,20 +319,20 @@ def test_cut_download_leaves_no_half_file(server, tmp_path):
     assert "was interrupted" in refusal(server, tmp_path, REPO)
     assert stored(tmp_path, "config.json") and not stored(tmp_path, "model.safetensors")
     # Half a snapshot is not a model.
-    assert "not completely" in refusal(server, tmp_path, REPO, HF_HUB_OFFLINE="1")
+    assert "not completely" in refusal(server, tmp_path, REPO, offline=True)
     server.fault = None
     assert (download(server, tmp_path, REPO) / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_killed_download_leaves_no_half_file(server, tmp_path):
     server.fault = "stall"
-    client = start(server, tmp_path, REPO)
+    process = start(server, tmp_path)
     until = time.monotonic() + 30
     while not ("model.safetensors" in server.fetched and list(tmp_path.rglob("*.incomplete"))):
         assert time.monotonic() < until
         time.sleep(0.02)
-    client.kill()
-    client.communicate()
+    process.kill()
+    process.communicate()
     assert "model.safetensors" in server.fetched and not stored(tmp_path, "model.safetensors")
     server.fault = None
     assert (download(server, tmp_path, REPO) / "model.safetensors").read_bytes() == WEIGHTS

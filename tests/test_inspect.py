@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import tiny_model
+from shown import typed
 
 from minicpm_data.cli.inspect import inspect, look_up
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
@@ -264,9 +265,7 @@ def test_json_is_for_machines(reference, capsys):
 def test_bad_input_is_one_sentence_and_status_2(tmp_path):
     (tmp_path / "config.json").write_text('{"num_experts": 8}')
     for model in (tmp_path, tmp_path / "nowhere"):
-        done = subprocess.run(
-            [sys.executable, "-m", "weights_io.inspect", "--model", str(model)], capture_output=True, text=True
-        )
+        done = typed("weights_io.inspect", "--model", model)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 

@@ -32,9 +32,20 @@ MESHES = {
 }
 
 
-@pytest.fixture(params=MESHES)
+@pytest.fixture(scope="module", params=MESHES)
 def axes(request):
     return collections.Counter(MESHES[request.param])  # an axis that is not there counts as none
+
+
+@pytest.fixture(scope="module")
+def over_mesh(folder, axes):
+    return load(str(folder), mesh=mesh_of(axes))[0]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """Its weights on one device."""
+    return weights_of(load(folder)[0])
 
 
 def mesh_of(axes):
@@ -52,16 +63,14 @@ def test_a_folder_without_tokenizer_gives_none(folder):
     assert model.eos_token_ids == (2,)
 
 
-def test_logits_do_not_depend_on_the_mesh(folder, axes):
+def test_logits_do_not_depend_on_the_mesh(folder, over_mesh):
     data = np.load(folder / "reference.npz")
-    model, _ = load(str(folder), mesh=mesh_of(axes))
-    logits = np.asarray(model(data["input_ids"]))
+    logits = np.asarray(over_mesh(data["input_ids"]))
     np.testing.assert_allclose(logits, data["logits"], rtol=0, atol=2e-5)  # measured: 4.4e-6
 
 
-def test_each_device_holds_its_part(folder, axes):
-    model, _ = load(folder, mesh=mesh_of(axes))
-    weights = weights_of(model)
+def test_each_device_holds_its_part(over_mesh, axes, whole):
+    weights = weights_of(over_mesh)
     fsdp, tensor = axes["fsdp"] or 1, axes["tensor"] or 1
     expected = {
         "model.embed_tokens.weight": (352 // tensor, 96 // fsdp),
@@ -71,7 +80,6 @@ def test_each_device_holds_its_part(folder, axes):
         "model.layers.mlp.down_proj.weight": (4, 96 // fsdp, 144 // tensor),
         "model.layers.input_layernorm.weight": (4, 96),
     }
-    whole = weights_of(load(folder)[0])
     for name, shape in expected.items():
         shards = weights[name].addressable_shards
         assert len({shard.device for shard in shards}) == 8
@@ -80,7 +88,7 @@ def test_each_device_holds_its_part(folder, axes):
             np.testing.assert_array_equal(shard.data, whole[name][shard.index], err_msg=name)
     held = sum(array.addressable_shards[0].data.size for array in weights.values())
     norms = sum(array.size for name, array in weights.items() if "norm" in name)
-    assert held == (count(model.config) - norms) // (fsdp * tensor) + norms
+    assert held == (count(over_mesh.config) - norms) // (fsdp * tensor) + norms
 
 
 def test_a_dimension_that_the_mesh_does_not_divide_is_filled_up(reference):
@@ -122,11 +130,19 @@ def form_of(model):
         return getattr(model.model.layers.mlp.form((2, 5)), "__name__", "in place")
 
 
-@pytest.mark.parametrize(
-    "axes",
-    [{"expert": 8}, {"expert": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"tensor": 8}, {"fsdp": 8}],
-)
-def test_experts_on_a_mesh(reference, axes):
+def gradients(model, ids):
+    return weights_of(jax.jit(jax.grad(packed_loss), static_argnums=2)(model, ids, 1))
+
+
+@pytest.fixture(scope="module")
+def whole_gradients(reference):
+    """Of the mixture on one device."""
+    folder = reference("moe_8x2b")
+    return gradients(load(folder)[0], np.load(folder / "reference.npz")["input_ids"])
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}])
+def test_experts_on_a_mesh(reference, axes, whole_gradients):
     """Each device holds its experts, and logits, a cached step and gradients do not depend on where they are."""
     folder = reference("moe_8x2b")  # E 8, D 64, F 40
     data = np.load(folder / "reference.npz")
@@ -141,11 +157,10 @@ def test_experts_on_a_mesh(reference, axes):
     np.testing.assert_allclose(np.asarray(model(data["input_ids"])), data["logits"], rtol=0, atol=2e-5)
     prompt, expected = data["prompt_ids"][0].tolist(), data["greedy_ids"][8:].tolist()
     assert [r.token for r in stream_generate(model, None, prompt, max_tokens=24)] == expected
-    gradients = weights_of(jax.jit(jax.grad(packed_loss), static_argnums=2)(model, jnp.asarray(data["input_ids"]), 1))
-    whole = weights_of(jax.jit(jax.grad(packed_loss), static_argnums=2)(load(folder)[0], data["input_ids"], 1))
-    for name, gradient in gradients.items():
-        scale = np.abs(np.asarray(whole[name])).max()
-        np.testing.assert_allclose(gradient, whole[name], rtol=0, atol=1e-4 * scale, err_msg=name)
+    for name, gradient in gradients(model, jnp.asarray(data["input_ids"])).items():
+        whole = np.asarray(whole_gradients[name])
+        scale = np.abs(whole).max()
+        np.testing.assert_allclose(gradient, whole, rtol=0, atol=1e-4 * scale, err_msg=name)
 
 
 def test_experts_that_the_mesh_does_not_divide_stay_whole(reference):
@@ -206,14 +221,18 @@ def test_a_path_of_nothing_is_refused(tmp_path):
         load(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory):
+    # XLA's threads and the compiler's pages only ever add, up to 12 MB where the cores are shared.
+    return loading_cost.peaks_and_held("jax", tmp_path_factory.mktemp("big"), tries=2)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not loading_cost.MEASURED, reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype, size", [("float32", 1.0), ("bfloat16", 0.5)])
+@pytest.mark.parametrize("dtype", loading_cost.DTYPES)
 @pytest.mark.parametrize("config", loading_cost.CONFIGS)
-def test_peak_memory_is_the_weights_and_less_than_a_layer(tmp_path, config, dtype, size):
+def test_peak_memory_is_the_weights_and_less_than_a_layer(costs, config, dtype):
     """Measured: nothing above the weights' 194 MB in float32, 10 above the 97 in bfloat16; a layer has 28."""
-    folder = loading_cost.big_checkpoint(tmp_path / "model", config)
-    # The least of three: XLA's threads and the compiler's pages only ever add, up to 12 MB where the cores are shared.
-    peak, held = min(loading_cost.peak_and_held("jax", folder, dtype) for _ in range(3))
-    weights = size * loading_cost.weights(config)
+    peak, held = costs[config, dtype]
+    weights = loading_cost.DTYPES[dtype] * loading_cost.weights(config)
     assert 0.95 * weights < held <= peak < weights + loading_cost.layer(config)

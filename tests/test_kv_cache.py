@@ -2,12 +2,11 @@
 
 import importlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tiny_model
+from shown import typed
 
 from minicpm_data.diagnostics import kv_error
 from minicpm_data.generation.options import CacheOptions
@@ -103,13 +102,10 @@ def test_the_figures_of_a_difference():
 
 
 def test_the_command_says_how_far_the_logits_move(backend, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", f"{backend.__name__}.kv_error", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-
+    command = f"{backend.__name__}.kv_error"
     text = tmp_path / "text"
     text.write_text("12 + 30 = 42. 中国的首都是北京。" * 20, encoding="utf-8")
-    ran = run("--data", str(text), "--max-tokens", "150")
+    ran = typed(command, "--data", text, "--max-tokens", 150)
     assert ran.returncode == 0, ran.stderr
     assert "150 tokens; a cache of 8 bits against the plain one" in ran.stdout
     assert re.search(r"largest error .*%.*\nrms error .*%.*\nKL divergence .*nats a token\nsame top token", ran.stdout)
@@ -122,7 +118,7 @@ def test_the_command_says_how_far_the_logits_move(backend, tmp_path):
         (["--prompt", ""], "the text is empty"),
         (["--prompt", "a", "--max-tokens", "0"], "--max-tokens is 0"),
     ):
-        ran = run(*arguments)
+        ran = typed(command, *arguments)
         assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1) and said in ran.stderr
 
 

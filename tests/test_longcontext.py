@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_model
-from test_commands import run
+from shown import typed
 
 from minicpm_data import load_tokenizer
 from minicpm_data.cli.evaluate import replies
@@ -121,7 +121,7 @@ def test_number_strings_repeat_digits():
 def test_training_data(folder, encode, tmp_path):
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for path in paths:
-        ran = run(
+        ran = typed(
             "minicpm_serve.retrieval", "--tokenizer", folder, "--lengths", 300, 900, "--samples", 30, "--out", path
         )
         assert ran.returncode == 0, ran.stderr
@@ -140,7 +140,7 @@ def test_training_data(folder, encode, tmp_path):
         (("--samples", 0), "--samples is 0"),
         (("--task", "needle"), "needle"),
     ):
-        ran = run("minicpm_serve.retrieval", "--tokenizer", folder, *wrong, "--out", tmp_path / "none.jsonl")
+        ran = typed("minicpm_serve.retrieval", "--tokenizer", folder, *wrong, "--out", tmp_path / "none.jsonl")
         assert ran.returncode == 2 and said in ran.stderr and not (tmp_path / "none.jsonl").exists()
 
 
@@ -183,7 +183,7 @@ def test_command(backend, folder, tmp_path):
     for extra in ((), ("--batch-size", 3, "--prefill-step-size", 64)):
         report = tmp_path / "report.json"
         options = ("--backend", backend, "--model", folder, "--length", 300, "--samples", 3, "--json", report)
-        ran = run(COMMAND, *options, *extra)
+        ran = typed(COMMAND, *options, *extra)
         assert ran.returncode == 0, ran.stderr
         assert "passkey at 300 tokens: 0 of 3 right, 0.0 % (0.0 to" in ran.stdout and "note" not in ran.stderr
         said.append([sample["reply"] for sample in json.loads(report.read_text())["samples"]])
@@ -193,7 +193,7 @@ def test_command(backend, folder, tmp_path):
 def test_chat_asks_in_the_template(backend, folder, tmp_path):
     report = tmp_path / "report.json"
     options = ("--backend", backend, "--model", folder, "--length", 330, "--samples", 2, "--json", report)
-    ran = run(COMMAND, *options, "--chat", "--task", "number_string")
+    ran = typed(COMMAND, *options, "--chat", "--task", "number_string")
     assert ran.returncode == 0, ran.stderr
     for sample in json.loads(report.read_text())["samples"]:
         assert 330 - 12 - 72 < sample["tokens"] <= 330 - 12
@@ -223,7 +223,7 @@ def test_rope_scaling_on_the_command_line(backend, tmp_path):
     said = []
     for scaling, applied in (("null", None), ('{"rope_type": "linear", "factor": 4}', RopeScaling("linear", 4.0))):
         options = ("--backend", backend, "--length", 300, "--samples", 1, "--json", report, "--rope-scaling", scaling)
-        ran = run(COMMAND, *options)
+        ran = typed(COMMAND, *options)
         assert ran.returncode == 0, ran.stderr
         noted = re.search(r"note: \d+ tokens are more than the 256 .*--rope-scaling", ran.stderr) is not None
         assert noted == (applied is None)
@@ -252,7 +252,7 @@ def test_rope_scaling_on_the_command_line(backend, tmp_path):
 )
 def test_wrong_calls(folder, arguments, said):
     filled = [str(a).format(folder=folder) if "{f" in str(a) else a for a in arguments]
-    ran = run(COMMAND, "--backend", "mlx", "--model", folder, "--length", 300, *filled)
+    ran = typed(COMMAND, "--backend", "mlx", "--model", folder, "--length", 300, *filled)
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr and said in ran.stderr
 

@@ -76,15 +76,19 @@ def test_packed_while_it_is_read_is_what_a_loaded_model_would_be_packed_to(tmp_p
         assert mx.get_peak_memory() - before < held + 1.5 * largest
 
 
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory):
+    return loading_cost.peaks_and_held("mlx", tmp_path_factory.mktemp("big"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not loading_cost.MEASURED, reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype, size", [("float32", 1.0), ("bfloat16", 0.5)])
+@pytest.mark.parametrize("dtype", loading_cost.DTYPES)
 @pytest.mark.parametrize("config", loading_cost.CONFIGS)
-def test_peak_memory_is_the_weights_and_less_than_a_layer(tmp_path, config, dtype, size):
+def test_peak_memory_is_the_weights_and_less_than_a_layer(costs, config, dtype):
     """Measured: nothing above the weights' 194 MB where they are mapped; 13 above the 97 where they are cast to
     bfloat16, and a layer of the file has 28."""
-    folder = loading_cost.big_checkpoint(tmp_path / "model", config)
-    peak, held = loading_cost.peak_and_held("mlx", folder, dtype)
-    weights = size * loading_cost.weights(config)
+    peak, held = costs[config, dtype]
+    weights = loading_cost.DTYPES[dtype] * loading_cost.weights(config)
     assert 0.95 * weights < held
     assert max(held, peak) < weights + loading_cost.layer(config)  # equal to a page where nothing but weights is held

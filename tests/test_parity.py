@@ -13,6 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from shown import typed
 
 from minicpm_data.diagnostics import parity
 from weights_io import command_line
@@ -253,14 +254,14 @@ def refused(error, message):
 
 @pytest.mark.slow
 def test_as_a_command(backend, reference, tmp_path):
-    command = [sys.executable, "-m", backend.__name__]
+    command = backend.__name__
     arguments = ["--model", str(reference("dense_2b")), "--reference", str(reference("dense_2b") / "reference.npz")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    done = typed(command, *arguments)
     assert done.returncode == 0 and done.stdout.endswith("all 11 cases hold\n")
-    done = subprocess.run([*command, *arguments, "--tolerance", "1e-9"], capture_output=True, text=True)
+    done = typed(command, *arguments, "--tolerance", "1e-9")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "cases FAIL" in done.stdout
     arguments[1] = str(tmp_path)
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    done = typed(command, *arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
