@@ -1,4 +1,4 @@
-"""What a training run writes down: ``metrics.jsonl``, one JSON object a line, and the picture of it."""
+"""The metrics of a training run: ``metrics.jsonl``, one JSON object per line, and the loss curve as a picture."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ MAX_BYTES = 2**28  # of a run of a million steps
 
 
 class Metrics:
-    """A run's figures by step. One that resumes after step ``start`` drops what was written after it."""
+    """The metrics of a run by step. A run that resumes after step ``start`` drops the records after it."""
 
     def __init__(
         self,
@@ -24,8 +24,14 @@ class Metrics:
         project_name: str | None = None,
         writing: bool = True,
     ):
-        """``report_to``: wandb (there under ``project_name``) or tensorboard get every record too; see
-        `check_reporter`. Not ``writing``: what is written goes nowhere, as another process writes it."""
+        """
+        Arguments:
+            path: the ``metrics.jsonl`` of the run.
+            start: the step after which the run resumes; 0 for a new run.
+            report_to: ``wandb`` or ``tensorboard``, which get every record too; see `check_reporter`.
+            project_name: the project in wandb.
+            writing: False in processes other than process 0, which write nothing.
+        """
         self.path, self._writing = path, writing
         check_reporter(report_to)
         self._also = REPORTERS[report_to if writing else None](path.parent, project_name, start)
@@ -45,7 +51,13 @@ class Metrics:
         self._also.close()
 
     def draw(self, picture: Path, decay_at: float | None = None, by: str = "tokens") -> None:
-        """Loss and learning rate against tokens or steps; a line at ``decay_at`` of them, where the decay begins."""
+        """Draw loss and learning rate.
+
+        Arguments:
+            picture: the PNG file to write.
+            decay_at: tokens or steps at which the decay starts; a vertical line marks it.
+            by: the x axis, ``tokens`` or ``step``.
+        """
         from matplotlib.figure import Figure  # not pyplot, whose backend is a notebook's or a window's
         from matplotlib.ticker import NullFormatter
 
@@ -70,7 +82,7 @@ class Metrics:
         axes.set(xlabel=axis, ylabel="loss (nats)", yscale="log")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        # Over several decades the labels between the powers of ten would lie on one another.
+        # Over several decades the labels between the powers of ten would overlap.
         axes.yaxis.set_minor_formatter((lambda value, _: f"{value:g}") if high < 30 * low else NullFormatter())
         rates = axes.twinx()
         rates.plot(at, [r["learning_rate"] for r in drawn], color="tab:red", lw=0.8, alpha=0.5)
@@ -82,8 +94,8 @@ class Metrics:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``.jsonl`` file that were written whole. A last one that a killed process left without its end is
-    left out in silence, others that are damaged with a note."""
+    """The records of a ``.jsonl`` file. A last line that a killed process left incomplete is skipped; other damaged
+    lines are skipped with a note."""
     records, damaged = [], []
     lines = read_regular(path, MAX_BYTES).split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -102,18 +114,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _until(start: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of a run up to a step, each step once, in order."""
+    """The records up to step ``start``, one per step, in order."""
     steps = {r["step"]: r for r in records if type(r.get("step")) is int and r["step"] <= start}
     return [steps[step] for step in sorted(steps)]
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a figure can be drawn: a file that is read again may hold anything."""
+    """Whether a value can be drawn; a file may hold anything."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
 class _Reporter:
-    """Where records go besides the file: nowhere."""
+    """A destination of records besides the file. This one drops them."""
 
     def __init__(self, folder: Path, project_name: str | None, start: int):
         pass
@@ -158,8 +170,8 @@ PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboardX"}
 
 
 def check_reporter(report_to: str | None) -> None:
-    """`InputError` where its package is not installed."""
+    """Raises `InputError` where the package of a reporter is not installed."""
     if report_to is not None and find_spec(PACKAGES[report_to]) is None:
         raise InputError(
-            f"--report-to {report_to} needs a package that is not here: pip install {PACKAGES[report_to]}."
+            f"--report-to {report_to} needs a package that is not installed: pip install {PACKAGES[report_to]}."
         )

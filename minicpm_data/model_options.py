@@ -1,6 +1,6 @@
-"""The options that name a model, and the model loaded from them.
+"""The options that name a model, and loading a model from them.
 
-A command opens its checkpoint once: in `load_model`, or before it in `open_source`, where it needs the config or the
+A command opens its checkpoint once: in `load_model`, or earlier in `open_source` if it needs the config or the
 tokenizer before the weights.
 """
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class OneDevice:
-    """Options that say nothing of devices; a backend that knows of several puts its own before them."""
+    """Options without a mesh. A backend with several devices overrides these methods."""
 
     def check_placement(self) -> None:
-        """`InputError` where `placement` could not be."""
+        """Raises `InputError` where `placement` would fail."""
 
     def placement(self) -> dict[str, Any]:
-        """What a backend's ``load`` is told of the devices."""
+        """The arguments of a backend's ``load`` that concern devices."""
         return {}
 
 
@@ -43,7 +43,7 @@ class SourceOptions(OneDevice):
     and the CPU has AMX."""
 
     def loading(self) -> dict[str, Any]:
-        """What it is told of the weights."""
+        """The arguments of a backend's ``load`` that concern weights."""
         return {}
 
 
@@ -60,25 +60,34 @@ class ModelOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class Source:
-    """What a model is loaded from."""
+    """An open checkpoint, and the devices to load it on."""
 
     checkpoint: "Checkpoint"
-    placement: dict[str, Any]  # of the options
+    placement: dict[str, Any]  # from the options
 
 
 def open_source(options: SourceOptions) -> Source:
-    """The checkpoint that the options name; no weight is read yet. Raises `InputError` as `open_model` does."""
+    """Open the checkpoint that the options name. No weight is read. Raises `InputError` as `open_model` does."""
     from weights_io.checkpoint import open_model
 
-    placement = options.placement()  # first: it may have to come before the first use of a device
+    placement = options.placement()  # must come before the first use of a device
     return Source(open_model(options.model, options.revision, options.hub), placement)
 
 
 def load_model(
     backend: Backend[ModelT], options: SourceOptions, decoding: bool = False, source: Source | None = None
 ) -> "tuple[ModelT, Tokenizer]":
-    """Model and tokenizer, where the options want them. ``decoding``: in the form that generates fastest. ``source``:
-    what the options name, where it is open already."""
+    """Load the model and the tokenizer that the options name.
+
+    Arguments:
+        backend: the backend to load with.
+        options: the model, dtype, adapter and placement.
+        decoding: load the weights in the form that generates fastest.
+        source: from `open_source`, if the checkpoint is open already.
+
+    Raises:
+        InputError: the model cannot be loaded, or has no tokenizer.
+    """
     placement = options.placement() if source is None else source.placement  # before the first use of a device
     named = {"revision": options.revision, "hub": options.hub} if source is None else {}
     where = options.model if source is None else source.checkpoint
@@ -92,7 +101,7 @@ def load_model(
 
 
 def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
-    """Beyond the length that a model was trained for it answers, but with nonsense."""
+    """Print a note where more tokens are asked for than the model was trained for; it would write nonsense."""
     context = config.max_position_embeddings
     if tokens > context and config.rope_scaling is None:
         print(f"note: {tokens} tokens are more than the {context} this model is made for{remedy}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What is refused of an option's number, in one sentence that names the flag."""
+"""Range checks of options."""
 
 import math
 from typing import Any
@@ -9,8 +9,15 @@ from weights_io.errors import InputError, flag
 def check_range(
     options: Any, *names: str, least: float | None = None, above: float | None = None, below: float = math.inf
 ) -> None:
-    """`InputError` where an option of these names is not in its range: at ``least`` so much, or ``above`` it, and
-    ``below`` what comes after the range. None, an option that was not given, is in any."""
+    """Raises `InputError`, which names the flag, where an option is outside its range. None is always accepted.
+
+    Arguments:
+        options: the dataclass.
+        names: the fields to check.
+        least: the least value.
+        above: values must be above it.
+        below: values must be below it.
+    """
     for name in names:
         value = getattr(options, name)
         if value is None:

@@ -1,4 +1,4 @@
-"""The two backends by name, each imported when it is asked for."""
+"""The backends by name. Each is imported on first use."""
 
 import importlib
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ BackendName = Literal["jax", "mlx"]
 
 
 def module(backend: BackendName, name: str) -> ModuleType:
-    """``minicpm_BACKEND.NAME``. InputError where what the backend needs is not installed."""
+    """The module ``minicpm_BACKEND.NAME``. Raises `InputError` where the backend's packages are not installed."""
     try:
         return importlib.import_module(f"minicpm_{backend}.{name}")
-    except ModuleNotFoundError:  # of a part of ours, or of theirs
+    except ModuleNotFoundError:  # a defect of the installation
         raise
     except ImportError as error:  # the package says which extra to install
         raise InputError(str(error)) from None
 
 
 def get(backend: BackendName) -> Backend:
-    """What the command lines ask of a backend."""
+    """The backend's interface for command lines."""
     return module(backend, "backend").backend()
 
 
@@ -40,7 +40,7 @@ class BackendOptions(ModelOptions):
             raise InputError("--mesh arranges the devices of JAX; leave it out with --backend mlx.")
 
     def placement(self) -> dict[str, Any]:
-        """That of ``minicpm_jax.chat``."""
+        """The placement of ``minicpm_jax.chat``."""
         self.check_placement()
         if self.backend == "mlx":
             return {}

@@ -1,10 +1,10 @@
-"""One evaluation over the checkpoints of a training run, and the curve that it draws.
+"""Evaluate the checkpoints of a training run, and draw the curve.
 
     python -m minicpm_serve.history --backend jax --model minicpm-2b-history --revisions step10000 step20000 \\
         --evaluation loss --data text.txt --out history
 
-Checkpoints are revisions of ``--model``, or folders in it (on the hub or on this disk). Each result is a line of
-``history.jsonl`` in ``--out`` as soon as it is there, and the same command goes on where it was stopped.
+Checkpoints are revisions of ``--model``, or folders in it (on the hub or on this disk). Each result is appended to
+``history.jsonl`` in ``--out``, and the same command resumes where it was stopped.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from weights_io.write import folder_to_fill
 if TYPE_CHECKING:
     pass
 
-VALUES = {  # what each evaluation draws
+VALUES = {  # evaluation -> the value that is drawn, and its label
     "questions": ("score", "share of the questions answered rightly"),
     "passkey": ("score", "share of the pass keys found"),
     "loss": ("loss", "cross entropy (nats per token)"),
@@ -62,14 +62,16 @@ class Options(backends.BackendOptions):
     """Questions, texts or windows together."""
 
     def settings(self) -> dict[str, Any]:
-        """What tells the results of one curve from those of another."""
+        """The settings that all results of one curve share."""
         names = ("evaluation", *SETTINGS[self.evaluation], "dtype")
         values = {name: getattr(self, name) for name in names}
         return {"model": self.model} | {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}
 
 
 @dataclass(frozen=True)
-class SavedModel:
+class RunCheckpoint:
+    """One checkpoint of the run, and where to load it from."""
+
     name: str
     model: str
     revision: str | None
@@ -89,14 +91,14 @@ def main(options: Options) -> None:
         evaluate_all(options, listed, documents)
 
 
-def evaluate_all(options: Options, listed: Sequence[SavedModel], documents: Sequence[str]) -> None:
-    """What is not in the folder yet; the curve is drawn anew after each."""
+def evaluate_all(options: Options, listed: Sequence[RunCheckpoint], documents: Sequence[str]) -> None:
+    """Evaluate the checkpoints without a result, and redraw the curve after each."""
     from tqdm import tqdm
 
     kept, settings = options.out / "history.jsonl", options.settings()
     earlier = read_records(kept) if kept.exists() else []
     if kept.exists():
-        write_whole(kept, "".join(json.dumps(record) + "\n" for record in earlier))  # less a line that was cut
+        write_whole(kept, "".join(json.dumps(record) + "\n" for record in earlier))  # without an incomplete line
     done = {r["name"]: r for r in earlier if r.items() >= settings.items()}
     done = {c.name: done[c.name] for c in listed if c.name in done}
     key, label = VALUES[options.evaluation]
@@ -113,8 +115,8 @@ def evaluate_all(options: Options, listed: Sequence[SavedModel], documents: Sequ
         draw(options.out / "history.png", {c.name: done[c.name][key] for c in listed if c.name in done}, label)
 
 
-def checkpoints(options: Options) -> list[SavedModel]:
-    """What --revisions or --folders name, in their order. `InputError` where that is not one of the two."""
+def checkpoints(options: Options) -> list[RunCheckpoint]:
+    """The checkpoints of --revisions or --folders, in order. Raises `InputError` unless exactly one is given."""
     if bool(options.revisions) == bool(options.folders):
         raise InputError("give the checkpoints with --revisions or with --folders, one of the two.")
     names = options.revisions or options.folders
@@ -123,14 +125,14 @@ def checkpoints(options: Options) -> list[SavedModel]:
     if options.folders:
         entry = catalog.find(options.model) if options.model else None
         start = f"{entry.repo if entry and entry.repo else options.model}/" if options.model else ""
-        return [SavedModel(name, start + name, options.revision) for name in names]
+        return [RunCheckpoint(name, start + name, options.revision) for name in names]
     if options.model is None or options.revision is not None:
         raise InputError("--revisions are those of --model, and take the place of --revision.")
-    return [SavedModel(name, options.model, name) for name in names]
+    return [RunCheckpoint(name, options.model, name) for name in names]
 
 
-def evaluated(options: Options, checkpoint: SavedModel, documents: Sequence[str]) -> dict[str, Any]:
-    """The figures of one checkpoint, whose memory is free again afterwards."""
+def evaluated(options: Options, checkpoint: RunCheckpoint, documents: Sequence[str]) -> dict[str, Any]:
+    """The results of one checkpoint. Its memory is freed afterwards."""
     backend = backends.get(options.backend)
     here = dataclasses.replace(options, model=checkpoint.model, revision=checkpoint.revision)
     model, tokenizer = load_model(backend, here)

@@ -1,8 +1,8 @@
-"""How well a model finds what lies far back: the retrieval tasks of InfiniteBench at a length of your choice.
+"""Long-context retrieval: the needle tasks of InfiniteBench at any length.
 
     python -m minicpm_serve.longcontext --backend mlx --model minicpm-2b-128k --task passkey --length 16384
 
-The score is given by the needle's depth. ``--rope-scaling`` compares ways to stretch the positions of one model.
+The score is reported by the depth of the needle. ``--rope-scaling`` overrides the RoPE scaling of the model.
 """
 
 import json
@@ -96,12 +96,12 @@ def main(options: Options) -> None:
 
 
 def with_rope_scaling(config: ModelConfig, raw: Any) -> ModelConfig:
-    """The config with the ``rope_scaling`` of a config.json in place of its own. `InputError` where it is none."""
+    """The config with another ``rope_scaling``, written as in config.json. Raises `InputError` for an invalid one."""
     return ModelConfig.from_dict({**config.to_dict(), "rope_scaling": raw}, "--rope-scaling")
 
 
 def table(samples: Sequence[Sample], right: Sequence[bool]) -> list[str]:
-    """A line for each tenth of the depth that has a needle."""
+    """The score as lines, one per tenth of the depth that has a needle."""
     lines = [f"{'depth':>10} {'right':>6} {'of':>4}"]
     for group in range(GROUPS):
         here = [r for s, r in zip(samples, right, strict=True) if min(int(s.depth * GROUPS), GROUPS - 1) == group]

@@ -1,8 +1,8 @@
-"""An HTTP server with OpenAI's API: chat and completions of many clients at once, decoded together.
+"""An HTTP server with OpenAI's API. Concurrent requests are decoded in one batch.
 
     python -m minicpm_serve.openai_api --backend mlx --model minicpm-2b --port 8000
 
-``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health``. Ctrl-C ends it.
+It serves ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models`` and ``/health``. Ctrl-C stops it.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     import uvicorn
 
-QUEUED = 1024  # connections that the system keeps until they are taken
+QUEUED = 1024  # connections that the system queues until they are accepted
 GRACE = 5.0  # seconds that answers have to come to their end once the server is told to
 GOODBYE = 0.5  # seconds more, for the word that they did not
 
@@ -74,7 +74,9 @@ def main(options: Options) -> None:
 
     key, origins = checked_key(options.api_key), checked_origins(options.allowed_origins)
     most_connections()
-    with bound(options.host, options.port) as listening:  # before the model is read: it may fail at once
+    with bound(
+        options.host, options.port
+    ) as listening:  # before the model is loaded, so that a port in use is reported at once
         hosts = checked_hosts(options.host, listening.getsockname()[0], options.allowed_hosts)
         backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options, decoding=True)
@@ -84,7 +86,7 @@ def main(options: Options) -> None:
             backend.device.note_mesh(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --context")
             engine.warm_up()
-            gc.freeze()  # else reading a large body looks through all of this again: 4 times as long
+            gc.freeze()  # else garbage collection makes parsing a large body 4 times as slow
             name = options.model or "pico"
             server(engine, name, key, options.waiting, hosts, origins).run(sockets=[listening])
         finally:
@@ -92,7 +94,7 @@ def main(options: Options) -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens at that address, so that nobody else can. `InputError` where there can be none."""
+    """A socket that listens at the address. Raises `InputError` where the address is in use or not available."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind)
@@ -120,10 +122,17 @@ def server(
     hosts: frozenset[str] | None = None,
     origins: tuple[str, ...] = (),
 ) -> "uvicorn.Server":
-    """``api_key``, ``hosts`` and ``origins`` as in `gate.Access`, ``waiting`` as in `app.application`.
+    """The uvicorn server of the API.
 
-    One that ends without fail or fuss when a signal comes: open answers then have `GRACE` seconds, and at a second
-    signal none; nor is a step waited for then that takes longer than `GOODBYE`."""
+    On a signal it waits up to `GRACE` seconds for unfinished answers. A second signal stops it at once, or after
+    `GOODBYE` seconds if a step is running.
+
+    Arguments:
+        engine: runs the model.
+        name: the model's name in requests.
+        api_key, hosts, origins: as in `gate.Access`.
+        waiting: as in `app.application`.
+    """
     import uvicorn
 
     from minicpm_serve.http.app import application
@@ -150,10 +159,10 @@ def server(
             if engine.open and not self.hurry:
                 many = f"{engine.open} answer{'s' * (engine.open > 1)}"
                 said = f"waiting up to {GRACE:g} s for {many}; Ctrl-C again ends at once\n"
-                os.write(2, said.encode())  # a print may be going on: this interrupts anything
+                os.write(2, said.encode())  # not print, which the signal may have interrupted
 
         async def patience(self, task: asyncio.Task, seconds: float) -> None:
-            """Wait until it is over, but no longer than that, nor beyond a second signal."""
+            """Wait for the task, at most ``seconds`` and until a second signal."""
             last = time.monotonic() + seconds
             while not task.done() and not self.hurry and time.monotonic() < last:
                 await asyncio.wait([task], timeout=0.1)
@@ -162,15 +171,15 @@ def server(
             ending = asyncio.create_task(super().shutdown(sockets))
             await self.patience(ending, GRACE)
             if not ending.done():
-                closing = asyncio.create_task(asyncio.to_thread(engine.close))  # waits for the step that is computed
+                closing = asyncio.create_task(asyncio.to_thread(engine.close))  # waits for the running step
                 await self.patience(closing, math.inf)
                 await asyncio.wait([closing], timeout=GOODBYE)
                 if not closing.done():
                     os.write(2, b"ended in the middle of a step\n")
-                    os._exit(128 + self.last_signal)  # an exit that unwinds would wait for the device, or abort
+                    os._exit(128 + self.last_signal)  # a normal exit would wait for the device, or abort
                 await closing
                 await asyncio.wait([ending], timeout=GOODBYE)
-            for connection in list(self.server_state.connections):  # of a client that sends or reads no further
+            for connection in list(self.server_state.connections):  # clients that neither send nor read
                 connection.transport.abort()
             await ending
 
@@ -179,7 +188,7 @@ def server(
         app,
         http=connection_class(),
         backlog=ACCEPTED,
-        log_level="error",  # warnings are of what strangers send
+        log_level="error",  # warnings are about invalid requests
         access_log=False,
         proxy_headers=False,
         ws="none",

@@ -163,7 +163,10 @@ def test_dynamic_ntk_turns_each_prompt_by_its_own_length(backend, reference):
         (lambda engine: engine.add(asked(engine, [10**6], 4)), "1000000"),
         (lambda engine: engine.add(asked(engine, [1], 0)), "max_tokens is 0"),
         (lambda engine: engine.add(asked(engine, [1] * 30, 40)), "30 tokens and 40 more are above the 64"),
-        (lambda engine: engine.add(GenerationRequest.of(engine.model, None, [[1]], cache=CacheOptions(8))), "one kind"),
+        (
+            lambda engine: engine.add(GenerationRequest.of(engine.model, None, [[1]], cache=CacheOptions(8))),
+            "share its cache_options",
+        ),
     ],
 )
 def test_what_an_engine_cannot_take(backend, model, call, said):

@@ -1,4 +1,4 @@
-"""Chat prompts: the checkpoint's Jinja template, and message contents that cannot forge its special tokens."""
+"""Render chat prompts with a checkpoint's Jinja template, and keep message contents from forging special tokens."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,24 +14,26 @@ MINICPM_TEMPLATE = (
     "{{'<用户>' + message['content'].strip() + '<AI>'}}"
     "{% else %}{{message['content'].strip()}}{% endif %}{% endfor %}"
 )
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # no template: contents as they stand
-)
-TURN_MARKERS = ("<用户>", "<AI>")  # plain text, not special tokens: a model may write them and so begin a turn
-# Tokens with which chat templates end a turn, whatever the EOS of the tokenizer is. llama.cpp knows them by text too.
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # the contents only
+TURN_MARKERS = ("<用户>", "<AI>")  # plain text, not special tokens: a model may write one and start a turn
+# Tokens with which chat templates end a turn, whatever the tokenizer's EOS is. llama.cpp finds them by their text too.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 ROLES = ("system", "user", "assistant")
 LONGEST_MARKERS = 200_000  # characters of all special tokens together; Gemma's 6,400 have 80,000
-END = ""  # no character
-THINK, THOUGHT = "<think>", "</think>"  # around the thought with which an answer may begin
-PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # code points that mean nothing by themselves
+END = ""  # marks the end of a token in the tree of `Markers`
+THINK, THOUGHT = "<think>", "</think>"  # around the reasoning at the start of an answer
+PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # code points without a meaning
 
 Message = Mapping[str, str]
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The role and content of each message. InputError where one is missing or no text, and for another key that says
-    something, which no template here is given."""
+    """Check messages, and return their role and content.
+
+    Raises:
+        InputError: the list is empty, a role or content is missing or wrong, or a message has another key with a value,
+            which no template would get.
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise InputError('messages must be a list such as [{"role": "user", "content": "Hello"}], with one or more.')
     for i, message in enumerate(messages):
@@ -49,8 +51,20 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def render(template: str, messages: Sequence[Message], add_generation_prompt: bool = True, /, **variables: Any) -> str:
-    """The prompt text, rendered in a process with limits of time and memory. ``variables`` are ``bos_token`` and the
-    like, values of JSON. InputError where the template fails, refuses or goes beyond the limits."""
+    """Render a chat template in a separate process with limits of time and memory.
+
+    Arguments:
+        template: Jinja source.
+        messages: role and content each.
+        add_generation_prompt: end with the start of an assistant turn.
+        variables: other variables of the template such as ``bos_token``, JSON values.
+
+    Returns:
+        The prompt text.
+
+    Raises:
+        InputError: the template fails, raises an exception of its own, or exceeds a limit.
+    """
     from minicpm_data.tokenizer import template_process
 
     given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -58,25 +72,34 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
 
 
 def variables_of(template: str) -> frozenset[str]:
-    """The names that ``template`` may be given values for. InputError where it cannot be read within the limits."""
+    """The variables that a template uses. Raises `InputError` where it cannot be parsed within the limits."""
     from minicpm_data.tokenizer import template_process
 
     return template_process.variables_of(template)
 
 
 def cut_at_answers(prompt: str, outside: Sequence[str], contents: Sequence[str]) -> list[str]:
-    """``prompt`` in pieces: what stands before the first answer, the answer, what stands between it and the next, ...
+    """Split a rendered prompt at its answers.
 
-    ``outside`` is what the template writes around the answers where these are plain texts; ``contents`` are the answers
-    of ``prompt``. The template may have stripped them there, have put other spaces around the ``<think>`` and
-    ``</think>`` of their thoughts, and have left out the thoughts of all but the last. InputError where it changed them
-    otherwise.
+    The template may have stripped the answers, changed the spaces around ``<think>`` and ``</think>``, and dropped the
+    reasoning of all answers but the last.
+
+    Arguments:
+        prompt: the rendered conversation.
+        outside: the texts that the template writes around plain answers.
+        contents: the answers.
+
+    Returns:
+        The text before the first answer, the first answer, the text up to the second answer, and so on.
+
+    Raises:
+        InputError: the template changed the answers in another way.
     """
     pieces: list[str] = []
     at, last = 0, len(contents) - 1
 
     def befores(k: int) -> list[str]:
-        """What may stand before answer k: a thought takes the place of the empty one that a template writes."""
+        """The texts that may precede answer k. Reasoning replaces an empty reasoning block of the template."""
         whole = outside[k]
         opened = whole.rfind(THINK) if k <= last and _has_thought(contents[k]) else -1
         return [whole] if opened < 0 else [whole, whole[:opened]]
@@ -103,7 +126,7 @@ def _has_thought(content: str) -> bool:
 
 
 def _ends(prompt: str, start: int, content: str, last: bool) -> Iterator[int]:
-    """Where an answer that begins at ``start`` may end, the longest form first."""
+    """The possible ends of an answer that starts at ``start``, for the longest form first."""
     for form in (content, content.lstrip("\n"), content.lstrip(), content.rstrip(), content.strip()):
         if prompt.startswith(form, start):
             yield start + len(form)
@@ -128,14 +151,14 @@ def _ends(prompt: str, start: int, content: str, last: bool) -> Iterator[int]:
             if prompt.startswith(spaces, end):
                 yield end + len(spaces)
             yield end
-            yield len(prompt) - len(prompt[end:].lstrip())  # a thought with nothing behind it
+            yield len(prompt) - len(prompt[end:].lstrip())  # reasoning without an answer after it
 
 
 class Markers:
-    """The special tokens of a vocabulary, to be looked for in texts."""
+    """Finds the special tokens of a vocabulary in texts."""
 
     def __init__(self, specials: Iterable[str]):
-        """InputError where they are too many for any vocabulary: a chat would take the memory that they ask for."""
+        """Raises `InputError` where the special tokens have more than `LONGEST_MARKERS` characters in all."""
         specials = [special for special in specials if special]
         if (length := sum(map(len, specials))) > LONGEST_MARKERS:
             raise InputError(f"the vocabulary has special tokens of {length:,} characters in all; they are too many.")
@@ -149,14 +172,14 @@ class Markers:
             node[END] = {}
 
     def hide(self, text: str, hidden: Mapping[str, str]) -> str:
-        """``text``, in which the first character of each special token is replaced by that of ``hidden``."""
+        """``text`` with the first character of each special token replaced by its value in ``hidden``."""
         solid = len(text.rstrip())
         return self._candidate.sub(
             lambda match: hidden[match[0]] if self._begins(text, match.start(), solid) else match[0], text
         )
 
     def _begins(self, text: str, at: int, solid: int) -> bool:
-        """Whether a special token stands at ``at``, or one begins there and only spaces follow, from ``solid`` on."""
+        """Whether a special token is at ``at``, or one starts there and reaches the end of the text (``solid``)."""
         node = self._tree
         while at < len(text) and text[at] in node:
             node, at = node[text[at]], at + 1
@@ -166,10 +189,10 @@ class Markers:
 
 
 class Disguise:
-    """Hides special tokens that are spelled out in ``texts``, so that only the template's own are seen as such.
+    """Hides special tokens that are spelled out in ``texts``, so that only the template's special tokens take effect.
 
-    The first character of each is replaced by a private-use character that occurs in none of ``texts``. The same goes
-    for the beginning of a special token at the end of a text, which the next text could complete.
+    The first character of each is replaced by a private-use character that occurs in none of ``texts``. The start of a
+    special token at the end of a text is replaced too, because the next text could complete it.
 
     ``end`` is one more character that occurs in none of ``texts``.
     """
@@ -189,7 +212,7 @@ class Disguise:
         return self._markers.hide(text, self._hidden)
 
     def hide_all(self, value: Any) -> Any:
-        """A JSON value with every string in it hidden."""
+        """A JSON value with the special tokens in all its strings hidden."""
         if isinstance(value, str):
             return self.hide(value)
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Text as it is generated: whole characters only, up to a stop string or the end of the answer."""
+"""Decode a stream of tokens to text, in whole characters."""
 
 import codecs
 from collections.abc import Callable, Collection
@@ -23,9 +23,9 @@ codecs.register_error("each_byte", _each_byte)
 
 
 class Decoder:
-    """What each token adds to the text, by the ``decoder`` of a ``tokenizer.json``.
+    """The text of single tokens, from the ``decoder`` of a ``tokenizer.json``.
 
-    ``piece(id)`` is bytes where the token may be part of a character, str where it is text by itself.
+    ``piece(id)`` is bytes where the token may be part of a character, and str otherwise.
     """
 
     def __init__(self, spec: dict | None, id_to_token: Callable[[int], str | None]):
@@ -67,14 +67,14 @@ class Decoder:
         return token
 
 
-# `tokenizers.decoders.DecodeStream` (0.23.3) gives the same pieces of well-formed text, but not of what a model may
-# write: of 300 random sequences of ids of a byte-fallback vocabulary 195 came in other pieces, and in 42 it raised
-# "Invalid prefix"; of a byte-level one 230. Nor does it have an end: bytes of an unfinished character are lost.
+# `tokenizers.decoders.DecodeStream` (0.23.3) is not used. It agrees on well-formed text, but not on arbitrary ids: with
+# 300 random sequences of a byte-fallback vocabulary, 195 were split differently and 42 raised "Invalid prefix"; with a
+# byte-level one, 230 were split differently. It also has no end, so the bytes of an unfinished character are lost.
 class Detokenizer:
-    """Ids in, text out, at constant cost per token. All that `add` and `finish` return, joined, is the decoded text.
+    """Decodes token by token, at constant cost per token. The joined results of `add` and `finish` are the whole text.
 
-    `add` returns text that no later token can change: "" while a character is incomplete. Bytes that form no
-    character come out as U+FFFD.
+    `add` returns text that no later token can change; it is empty while a character is incomplete. Invalid bytes become
+    U+FFFD.
     """
 
     def __init__(self, decoder: Decoder, skip: Collection[int] = ()):

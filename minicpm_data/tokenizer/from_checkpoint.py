@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to an opened checkpoint."""
+"""Load the tokenizer of an open checkpoint."""
 
 import sys
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ _noted: set[str] = set()
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
-    """From the folder's tokenizer files or the GGUF's metadata; None where there are none.
+    """The tokenizer of a folder's files or a GGUF file's metadata; None where there is none.
 
-    Raises `InputError` as `tokenizer_in` does. A note of `check_vocab` is printed on stderr, once.
+    A note of `check_vocab` is printed on stderr, once. Raises `InputError` as `tokenizer_in` does.
     """
     tokenizer, note = tokenizer_in(checkpoint.folder, checkpoint.metadata, checkpoint.config.vocab_size)
     if note is not None and note not in _noted:
@@ -29,10 +29,18 @@ def tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
 def tokenizer_in(
     folder: Path, metadata: Mapping[str, Any] | None, vocab_size: int
 ) -> "tuple[Tokenizer | None, str | None]":
-    """The tokenizer of a model folder, or of a GGUF file's ``metadata`` (None for a folder), and a note about it; None
-    where there is none.
+    """Load a tokenizer and check it against the model.
 
-    Raises `InputError` where it cannot be used, or not with a table of ``vocab_size`` rows.
+    Arguments:
+        folder: the model folder.
+        metadata: of a GGUF file; None for a folder.
+        vocab_size: rows of the model's embedding.
+
+    Returns:
+        The tokenizer, and a note for the user; None for either where there is none.
+
+    Raises:
+        InputError: the tokenizer cannot be used, or does not fit the embedding.
     """
     from minicpm_data.tokenizer.folder import has_tokenizer, load_tokenizer
 
@@ -48,10 +56,16 @@ def tokenizer_in(
 
 
 def check_vocab(tokenizer: "Tokenizer", vocab_size: int) -> str | None:
-    """Whether each id of the tokenizer has one of the ``vocab_size`` rows of a model's table.
+    """Check that every id of a tokenizer has a row in the model's embedding.
 
-    Tokens that were added just behind a table that was not made larger (such as ``[PAD]``) are let pass: the return is
-    a note that names them, and from now on the tokenizer refuses texts with them. Raises `InputError` for others.
+    Some checkpoints add tokens such as ``[PAD]`` without enlarging the embedding. They are accepted, and from then on
+    the tokenizer refuses texts that contain these tokens.
+
+    Returns:
+        A note that names such tokens; None where all ids have a row.
+
+    Raises:
+        InputError: ids that are not such added tokens are beyond the embedding.
     """
     if tokenizer.vocab_size <= vocab_size:
         return None

@@ -1,4 +1,4 @@
-"""Token ids that a caller hands to a model."""
+"""Check the token ids that a caller passes to a model."""
 
 from typing import Any
 
@@ -8,11 +8,19 @@ from weights_io.errors import InputError
 
 
 def checked_ids(ids: Any, vocab_size: int, device_array: Any) -> Any:
-    """``ids``, as a numpy array unless they are a ``device_array`` already: only the shape of such is checked, as to
-    look at the values is to wait for the device.
+    """Check input ids. On a device, an id outside the vocabulary would silently read a wrong row or none.
 
-    Raises `InputError` where they are not [B, T] whole numbers from 0 to ``vocab_size`` - 1. (On a device, an id beyond
-    the table reads some row or none, without a word.)
+    Arguments:
+        ids: [B, T] integers: nested lists, a numpy array or an array of the backend.
+        vocab_size: ids must be below it.
+        device_array: the backend's array type. Only the shape of such an array is checked, because reading its values
+            would wait for the device.
+
+    Returns:
+        ``ids`` as int32 numpy array; a device array unchanged.
+
+    Raises:
+        InputError: another shape or dtype, or an id out of range.
     """
     if isinstance(ids, device_array):
         if ids.ndim != 2:

@@ -1,13 +1,13 @@
-"""Variants of a ``tokenizer.json``: one that reaches no special token, one for the inside of a text."""
+"""Variants of a ``tokenizer.json``: one without special tokens, and one for the continuation of a text."""
 
 from collections.abc import Set
 from typing import Any
 
 
 def plain_spec(spec: dict[str, Any], markers: Set[str]) -> dict[str, Any]:
-    """``spec`` with no way to the tokens ``markers``: none added, and no merge that spells one."""
+    """``spec`` without the tokens ``markers``: they are not added tokens, and no merge produces one."""
     model = spec["model"]
-    unreachable = {token: f"\0 {token}" for token in markers}  # no text is merged to this
+    unreachable = {token: f"\0 {token}" for token in markers}  # no merge produces this
     everything = {**model["vocab"], **{token["content"]: token["id"] for token in spec["added_tokens"]}}
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
     model = {
@@ -21,7 +21,7 @@ def plain_spec(spec: dict[str, Any], markers: Set[str]) -> dict[str, Any]:
 
 
 def without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
-    """``spec`` with nothing that puts a space in front of a text."""
+    """``spec`` without the steps that put a space in front of a text."""
 
     def bare(part: dict[str, Any] | None) -> dict[str, Any] | None:
         if part is None or part["type"] == "Prepend":

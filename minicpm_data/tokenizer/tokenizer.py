@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer files as ids: text, chats, and text back again."""
+"""The tokenizer of a checkpoint: texts and chats to ids, and ids to text."""
 
 import functools
 import json
@@ -11,24 +11,24 @@ from minicpm_data.tokenizer.fast_tokenizer import FastTokenizer
 from minicpm_data.tokenizer.special_tokens import plain_spec, without_prefix
 from weights_io.errors import InputError, short
 
-MOST_IDS = 2**24  # the library writes its file out by looking for every id from 0 on, present or not
+MOST_IDS = 2**24  # the library's serializer looks up every id from 0 to the highest one
 
 
 class Tokenizer:
     """Text to ids and back.
 
     Attributes:
-        vocab_size: the highest id + 1; a model may have more rows (padding), never fewer.
+        vocab_size: the highest id + 1. The model's embedding may have more rows (padding), never fewer.
         bos_token_id, pad_token_id: None where there is none.
-        eos_token_ids: the ids that end an answer: the tokenizer's own EOS first, then those with which the chat
+        eos_token_ids: the ids that end an answer: the tokenizer's EOS first, then the tokens with which the chat
             template ends a turn (`TURN_ENDS`).
-        chat_template: Jinja source; MiniCPM's own where the checkpoint has none.
-        chat_template_given: whether the checkpoint has it.
-        tool_template: the one that the checkpoint has for chats with tools, where it has two.
-        rows: of the model's table, where some added tokens have no row in it; None where all have one.
-        added_tokens: id -> text of those beside the model's own pieces, special or not.
-        turn_markers: the texts with which the template begins a turn, where these are no special tokens. A model may
-            write one after its answer, so that a chat's answer ends there.
+        chat_template: Jinja source; MiniCPM's template where the checkpoint has none.
+        chat_template_given: whether the checkpoint has a template.
+        tool_template: the checkpoint's separate template for chats with tools, if any.
+        rows: rows of the model's embedding where some added tokens are beyond it; None otherwise.
+        added_tokens: id -> text of all added tokens, special or not.
+        turn_markers: texts, not special tokens, with which the template starts a turn. A model may write one after its
+            answer, so a chat's answer ends there.
     """
 
     def __init__(
@@ -44,9 +44,13 @@ class Tokenizer:
         chat_template: str | None = None,
         tool_template: str | None = None,
     ):
-        """``add_bos``, ``add_eos``: None leaves it to ``fast``.
+        """
+        Arguments:
+            fast: the tokenizer of the `tokenizers` library.
+            add_bos, add_eos: whether `encode` adds them; None keeps what ``fast`` does.
 
-        InputError where ``fast`` is not BPE, or decodes in a way that is not supported.
+        Raises:
+            InputError: ``fast`` is not BPE, or its decoder is not supported.
         """
         if fast.kind != "BPE":
             raise InputError(f"{fast.source} holds a {fast.kind} model; only BPE tokenizers are supported.")
@@ -81,22 +85,27 @@ class Tokenizer:
         self._spelled = chat.Markers(self._markers.values())
 
     def encode(self, text: str, add_bos: bool = True, trusted: bool = True) -> list[int]:
-        """Ids of ``text``; special tokens that it spells out become their ids, unless it is not ``trusted``.
+        """Encode a text.
 
-        With ``add_bos`` BOS (and EOS) come as the checkpoint's tokenizer adds them: BOS never twice.
-        InputError for a lone surrogate, which is no Unicode text, and for a token for which the model has no row.
+        Arguments:
+            text: any Unicode text.
+            add_bos: add BOS (and EOS) as the checkpoint's tokenizer does; BOS is never added twice.
+            trusted: special tokens spelled out in the text become their ids. Otherwise they are encoded as text.
+
+        Raises:
+            InputError: the text has a lone surrogate, or a token without a row in the model's embedding.
         """
         encoder = self._fast if trusted else self._plain
         ids = self._in_table(encoder.encode(_checked(text)).ids)
         return self._with_bos(ids) + self._after if add_bos else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``. Bytes that form no character come out as U+FFFD, ids of padding rows as nothing."""
+        """Decode ids to text. Invalid UTF-8 bytes become U+FFFD, and ids of padding rows become nothing."""
         detokenizer = self.detokenizer(skip_special_tokens)
         return "".join([detokenizer.add(int(i)) for i in ids]) + detokenizer.finish()
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """A fresh state for decoding token by token."""
+        """A new decoder for a stream of tokens."""
         return Detokenizer(self._decoder, self._special_ids if skip_special_tokens else ())
 
     def token_to_id(self, token: str) -> int | None:
@@ -104,21 +113,21 @@ class Tokenizer:
 
     @property
     def fast(self) -> FastTokenizer:
-        """The library's tokenizer, for those who look into it."""
+        """The tokenizer of the `tokenizers` library."""
         return self._fast
 
     def warm_up(self) -> None:
-        """Make what the first text that spells a special token would wait for: 1 s for 122,753 tokens."""
+        """Build the tokenizer for untrusted text now, which takes 1 s for 122,753 tokens."""
         _ = self._plain
 
     def added_from(self, first: int) -> dict[int, str]:
-        """The added tokens from an id on that are no entries of the model's own vocabulary, by id."""
+        """Id -> text of the added tokens from id ``first`` on that are not in the model's vocabulary."""
         own = self._fast.vocabulary(added=False)
         added = sorted(self._fast.added_tokens().items())
         return {i: token.content for i, token in added if i >= first and token.content not in own}
 
     def add_eos_token(self, token: str) -> None:
-        """Let ``token`` end answers too. InputError where the vocabulary has no such token."""
+        """Let another token end answers. Raises `InputError` where the vocabulary does not have it."""
         i = self.token_to_id(token)
         if i is None:
             raise InputError(
@@ -134,14 +143,23 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
         trusted: bool = False,
     ) -> list[int]:
-        """Ids of the chat prompt, BOS included once where the checkpoint's tokenizer adds it.
+        """Render messages with the chat template and encode them, with one BOS where the tokenizer adds it.
 
-        ``messages`` are ``{"role": "system" | "user" | "assistant", "content": str}``. With ``continue_final_message``
-        the prompt ends with the last of them, unfinished, and nothing after it; spaces at its end go where the template
-        strips them. ``variables`` are more variables of the template, as values of JSON; with ``tools`` among them,
-        the checkpoint's template for tools is used, if it has one. A special token spelled out in a content or a
-        variable stays text; only the template makes special tokens, unless the messages are ``trusted``. InputError for
-        messages, variables or a template that cannot be used.
+        Arguments:
+            messages: ``{"role": "system" | "user" | "assistant", "content": str}`` each.
+            add_generation_prompt: end with the start of an assistant turn.
+            continue_final_message: end with the last message, to be continued; trailing spaces are removed where the
+                template strips them.
+            variables: more variables of the template, JSON values. With ``tools``, the checkpoint's template for tools
+                is used, if it has one.
+            trusted: special tokens spelled out in a content or a variable become their ids. Otherwise they are encoded
+                as text, and only the template makes special tokens.
+
+        Returns:
+            The token ids of the prompt.
+
+        Raises:
+            InputError: the messages, the variables or the template cannot be used.
         """
         messages, variables = chat.check_messages(messages), _checked_variables(variables or {})
         hidden, disguise = self._hidden(messages, variables, trusted)
@@ -153,7 +171,7 @@ class Tokenizer:
         if continue_final_message:
             final, found, after = prompt.rpartition(disguise.end)
             if not found:
-                raise InputError("the chat template leaves out the message that the answer should go on from.")
+                raise InputError("the chat template drops the last message, which the answer should continue.")
             text = messages[-1]["content"]
             spaces = text[len(text.rstrip()) :]
             prompt = final if after.startswith(" ") else final.removesuffix(spaces)
@@ -166,14 +184,24 @@ class Tokenizer:
         prompts: bool = False,
         trusted: bool = True,
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation up to the end of its last answer, and which of them are targets: of each answer that is
-        ``trained`` (a bool for each message; by default all) its tokens, and the EOS with which the template ends it;
-        with ``prompts`` also all that is of no answer. The last answer ends with the tokenizer's own EOS where the
-        template writes none. A special token that a content spells out becomes its id, unless it is not ``trusted``.
+        """Encode a conversation for training, up to the end of its last answer.
 
-        The ids in front of an answer are those of `apply_chat` for that turn's prompt, as far as the template writes
-        the same text: where a token would span the seam, the answer is encoded by itself. InputError as there, and
-        where there is no answer or the template changes answers beyond what `chat.cut_at_answers` allows.
+        The targets are the tokens of the answers and the EOS after each. The last answer ends with the tokenizer's EOS
+        where the template writes none. The ids before an answer are those of `apply_chat` for that turn's prompt, if
+        the template writes the same text; an answer is encoded separately where a token would span the boundary.
+
+        Arguments:
+            messages: as in `apply_chat`.
+            trained: for each message, whether it is trained if it is an answer; None trains all answers.
+            prompts: train everything that is not an answer, too.
+            trusted: as in `apply_chat`.
+
+        Returns:
+            The token ids, and for each whether it is a target.
+
+        Raises:
+            InputError: as `apply_chat`; there is no answer; or the template changes answers beyond what
+                `chat.cut_at_answers` allows.
         """
         messages = chat.check_messages(messages)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -191,11 +219,11 @@ class Tokenizer:
 
         ids: list[int] = []
         targets: list[bool] = []
-        text, before = "", list[int]()  # the pieces so far, as one text
+        text, before = "", list[int]()  # the pieces so far: their text and its ids
         for k, piece in enumerate(pieces):
             text += piece
             whole = self._undisguised(text, disguise) if piece else before
-            spans = whole[: len(before)] != before  # a token would span the seam
+            spans = whole[: len(before)] != before  # a token would span the boundary
             new = self._undisguised(piece, disguise, begun=True) if spans else whole[len(before) :]
             before = whole
             if k == len(pieces) - 1:
@@ -211,7 +239,7 @@ class Tokenizer:
     def _hidden(
         self, messages: list[dict], variables: Mapping[str, Any], trusted: bool
     ) -> tuple[list[dict], chat.Disguise]:
-        """``messages`` in which no content spells a special token, unless they are ``trusted``."""
+        """``messages`` with the special tokens in their contents disguised, unless they are ``trusted``."""
         texts = [*(_checked(m["content"]) for m in messages), self._template(variables)]
         markers = chat.Markers(()) if trusted else self._spelled
         disguise = chat.Disguise(markers, [*texts, json.dumps(variables, ensure_ascii=False)])
@@ -233,12 +261,14 @@ class Tokenizer:
         return self.tool_template
 
     def _undisguised(self, prompt: str, disguise: chat.Disguise, begun: bool = False) -> list[int]:
-        """Ids of ``prompt``, in which what was disguised is text. ``begun``: it goes on from other text, so that no
-        space is put in front of it."""
+        """The ids of a rendered prompt, with disguised special tokens encoded as text.
+
+        ``begun``: the prompt continues a text, so no space is put in front of it.
+        """
         encoded = self._fast.encode(prompt)
         if not begun and disguise.show(prompt) == prompt:
             return encoded.ids
-        # Between two special tokens the ids stand, unless something was disguised there.
+        # The ids between two special tokens are kept unless a disguise was there.
         ids: list[int] = []
         stretch: list[int] = []
         start = 0
@@ -258,11 +288,11 @@ class Tokenizer:
         return ids
 
     def _in_table(self, ids: list[int]) -> list[int]:
-        """``ids``, unless one has no row in the model's table."""
+        """Return ``ids``. Raises `InputError` where one has no row in the model's embedding."""
         if self.rows is not None and (wrong := next((i for i in ids if i >= self.rows), None)) is not None:
             raise InputError(
-                f"the text has the token {short(self._fast.id_to_token(wrong))!r} (id {wrong}), for which the model of "
-                f"{self.rows} rows has none; leave it out."
+                f"the text has the token {short(self._fast.id_to_token(wrong))!r} (id {wrong}), beyond the "
+                f"{self.rows} rows of the model's embedding; leave it out."
             )
         return ids
 
@@ -272,18 +302,18 @@ class Tokenizer:
 
     @functools.cached_property
     def _plain(self) -> FastTokenizer:
-        """The same tokenizer with no way to a special token."""
+        """The tokenizer without special tokens."""
         return FastTokenizer(plain_spec(self._fast.spec(), set(self._markers.values())), self._fast.source)
 
     @functools.cached_property
     def _inner(self) -> FastTokenizer:
-        """`_plain` for the inside of a text: it puts no space in front."""
+        """`_plain` for the continuation of a text: it puts no space in front."""
         spec = plain_spec(self._fast.spec(), set(self._markers.values()))
         return FastTokenizer(without_prefix(spec), self._fast.source)
 
 
 def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``variables`` of a chat template, unless they are no JSON or would take the place of what the template is for."""
+    """Return the template variables. Raises `InputError` where they are not JSON, or would replace the messages."""
     taken = [name for name in ("messages", "add_generation_prompt") if name in variables]
     if taken:
         raise InputError(f"the template variable {taken[0]} cannot be given; it is made of the messages.")
@@ -296,7 +326,7 @@ def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _checked(text: str) -> str:
-    """``text``, unless it has a surrogate in it, which no UTF-8 can hold."""
+    """Return ``text``. Raises `InputError` where it has a lone surrogate, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

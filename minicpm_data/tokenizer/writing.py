@@ -1,4 +1,4 @@
-"""A tokenizer going out: the files that `load_tokenizer` and transformers read back as the same one."""
+"""Write a tokenizer as files that `load_tokenizer` and transformers read back as the same tokenizer."""
 
 import json
 from typing import Any
@@ -9,17 +9,21 @@ from weights_io.checkpoint import Checkpoint
 
 
 def carried_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """The tokenizer that a GGUF file carries, as a folder's files; none for a folder, whose own are copied.
+    """The tokenizer of a GGUF file as files; empty for a folder, whose files are copied.
 
-    Raises `InputError` for the tokenizers with which a written folder could not be loaded.
+    Returns:
+        File name -> text.
+
+    Raises:
+        InputError: the tokenizer cannot be loaded, so a folder with it could not be loaded either.
     """
     tokenizer = tokenizer_of(checkpoint)
     return {} if tokenizer is None or checkpoint.metadata is None else tokenizer_files(tokenizer)
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """File name -> contents: ``tokenizer.json`` and ``tokenizer_config.json``, and where there are several EOS ids the
-    ``generation_config.json`` that lists them."""
+    """A tokenizer as files: ``tokenizer.json``, ``tokenizer_config.json`` and, for several EOS ids,
+    ``generation_config.json``. Returns file name -> text."""
     ids = {
         "bos_token": tokenizer.bos_token_id,
         "eos_token": tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else None,
@@ -46,7 +50,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _around_text(tokenizer: Tokenizer, before: list[int], after: list[int]) -> dict[str, Any] | None:
-    """The post-processor that writes the ids ``before`` and ``after`` a text."""
+    """The post-processor that adds the ids ``before`` and ``after`` a text; None where there are none."""
     if not before and not after:
         return None
     names = {i: tokenizer._fast.id_to_token(i) for i in (*before, *after)}

@@ -1,4 +1,4 @@
-"""Mean cross entropy of texts, in windows."""
+"""The mean cross entropy of texts, computed in windows."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,21 @@ def loss_of(
     length: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Mean cross entropy in nats over all tokens that have one before them in their window."""
+    """The loss of a model on texts.
+
+    Arguments:
+        backend: ``jax`` or ``mlx``.
+        model, tokenizer: as ``load`` returns them.
+        documents: the texts.
+        length: tokens per window.
+        batch_size: windows per batch.
+
+    Returns:
+        ``loss``, the mean cross entropy in nats per predicted token, and ``tokens``, the number of predicted tokens.
+
+    Raises:
+        InputError: the texts have fewer than two tokens.
+    """
     mean_loss = backends.module(backend, "training.losses").mean_loss
     encoded = [tokenizer.encode(text) for text in documents]
     rows = [row for ids in encoded for row in windows(ids, length, tokenizer.bos_token_id)]
@@ -32,20 +46,22 @@ def loss_of(
         total += float(mean_loss(model, ids, labels)) * here
         count += here
     if not count:
-        raise InputError("the text of --data holds no two tokens of this tokenizer; give more text.")
+        raise InputError("the text of --data has fewer than two tokens; give more text.")
     return {"loss": total / count, "tokens": count}
 
 
 def windows(ids: Sequence[int], width: int, bos_token_id: int | None) -> Iterator[list[int]]:
-    """Pieces of at most ``width`` tokens that predict each token of a document once; each begins with BOS if the
-    document does, else with the token before."""
+    """Cut a document into windows of at most ``width`` tokens, so that each token is predicted once.
+
+    A window starts with BOS if the document does, else with the preceding token.
+    """
     for start in range(1, len(ids), width - 1):
         first = ids[0] if ids[0] == bos_token_id else ids[start - 1]
         yield [first, *ids[start : start + width - 1]]
 
 
 def batches(rows: Sequence[list[int]], width: int, size: int) -> "Iterator[tuple[np.ndarray, np.ndarray]]":
-    """Ids and labels [size, width] int32, filled up with tokens that do not count: all of one shape."""
+    """Ids and labels, [size, width] int32 each. All batches have one shape and are padded with ignored tokens."""
     import numpy as np
 
     for start in range(0, len(rows), size):
@@ -56,14 +72,14 @@ def batches(rows: Sequence[list[int]], width: int, size: int) -> "Iterator[tuple
 
 
 def read_texts(path: Path) -> list[str]:
-    """The documents of a text file (one) or of ``.jsonl``. `InputError` where it is neither."""
+    """The documents of a ``.jsonl`` file, or a text file as one document. Raises `InputError` for other files."""
     from minicpm_data.datasets.formats import Reader
     from minicpm_data.datasets.jsonl import read_items
 
     def text(document: dict[str, Any]) -> str:
         found = Reader().conversation(document)
         if not isinstance(found, str):
-            raise InputError('it is no "text"; give texts alone.')
+            raise InputError('it has no "text"; give only texts.')
         return found
 
     if path.suffix == ".jsonl":

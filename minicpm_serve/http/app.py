@@ -1,6 +1,6 @@
-"""The HTTP side of the API: OpenAI's paths, answers and errors over `minicpm_serve.engine`.
+"""OpenAI's HTTP API over `minicpm_serve.engine.ServingEngine`.
 
-No thread waits for a token: the engine puts each into the event loop, so that any number of answers can be open.
+The engine puts each token into the event loop. No thread waits for a token, so any number of answers can be open.
 """
 
 import asyncio
@@ -30,20 +30,20 @@ from minicpm_serve.http.limits import Limits, Places
 from minicpm_serve.http.schemas import ChatBody, CompletionBody
 from weights_io.errors import InputError, short
 
-CLIENT_LEFT = 499  # nginx's; nobody reads it
-LARGE = 64 << 10  # bytes of a body; larger ones are encoded one after the other: 2 million characters take 1 GB and 5 s
+CLIENT_LEFT = 499  # nginx's status for a client that disconnected
+LARGE = 64 << 10  # bytes; larger bodies are tokenized one at a time: 2 million characters take 1 GB and 5 s
 NO_MODEL = "model_not_found"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer that is asked for."""
+    """A requested answer."""
 
     request: GenerationRequest
     stop: tuple[str, ...]
 
     def drawn(self, number: int) -> "Choice":
-        """Of several alike the one of that number: with a seed, each draws from the next one."""
+        """The answer with this number of ``n`` equal ones. With a seed, each uses the next seed."""
         sampling = self.request.sampling
         if number == 0 or sampling.seed is None:
             return self
@@ -53,7 +53,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Kind:
-    """How the answers of a path look: whole, and in pieces. ``first``: the piece before the first text, if any."""
+    """The JSON of an endpoint's answers: whole, and as stream chunks. ``first``: the chunk before the first text."""
 
     name: str
     piece_name: str
@@ -82,7 +82,14 @@ TEXT = Kind("text_completion", "text_completion", "cmpl-", text_choice, text_cho
 
 
 def application(engine: ServingEngine, name: str, waiting: int = 256, access: Access | None = None) -> FastAPI:
-    """``name``: what requests call the model. ``waiting``: answers that may be open besides those in the slots."""
+    """The API as an ASGI application.
+
+    Arguments:
+        engine: runs the model.
+        name: the model's name in requests.
+        waiting: most queued answers, besides the running ones.
+        access: who may use it; None: everybody.
+    """
     app = FastAPI(title=f"{name} with OpenAI's API")
     app.router.route_class = JsonRoute
     limits = Limits.of(engine, waiting)
@@ -135,7 +142,7 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
 
 
 def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[Choice]:
-    """The answer to the messages."""
+    """The answer to a chat request. Raises `InputError`."""
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
@@ -143,7 +150,7 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
         raise InputError(f"there are {len(body.messages):,} messages; send at most {limits.context:,}.")
     messages = body.plain()
     variables = body.chat_template_kwargs or {}
-    given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are encoded as the messages are
+    given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are part of the prompt
     limits.check_texts([message["content"] for message in messages] + given)
     asking = [name for name, value in variables.items() if value not in (None, False)]
     if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
@@ -155,7 +162,7 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
 
 
 def text_choices(engine: ServingEngine, body: CompletionBody, limits: Limits) -> list[Choice]:
-    """The continuation of each prompt."""
+    """The continuation of each prompt of a completion request. Raises `InputError`."""
     for prompt in body.prompts:
         if isinstance(prompt, str):
             limits.check_texts([prompt])
@@ -168,12 +175,15 @@ def text_choices(engine: ServingEngine, body: CompletionBody, limits: Limits) ->
 
 
 def _room(engine: ServingEngine, ids: PromptIds, most: int | None, usual: int) -> int:
-    """Most tokens of an answer; where the request does not say, no more than there is room for."""
+    """Most tokens of an answer: as requested, or the default as far as the context allows."""
     return max(1, min(usual, engine.context - len(ids))) if most is None else most
 
 
 class Answers:
-    """The `Response`s of several choices as they come, each with the index of its choice. `close` cancels the rest."""
+    """Iterates over the `Response`s of several choices as they arrive, with the index of the choice.
+
+    `close` cancels the unfinished ones.
+    """
 
     def __init__(self, engine: ServingEngine, choices: Sequence[Choice], prompt_tokens: int):
         self.count = self._left = len(choices)
@@ -184,7 +194,7 @@ class Answers:
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, made: Answered) -> None:  # on the engine's thread
-            with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody to tell
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(self._made.put_nowait, (index, made))
 
         try:
@@ -208,7 +218,7 @@ class Answers:
         return {**self._usage, "total_tokens": sum(self._usage.values())}
 
     async def end_with(self, request: Request) -> None:
-        """Once the client goes away, whoever waits for the answers gets `ClientDisconnect`."""
+        """Wait until the client disconnects, and then raise `ClientDisconnect` in the iteration."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._made.put_nowait((0, ClientDisconnect()))
@@ -219,7 +229,7 @@ class Answers:
 
 
 async def whole(answers: Answers, frame: dict, kind: Kind, request: Request) -> Response:
-    """The answers when all of them are there."""
+    """The response with all answers, once they are finished."""
     texts, reasons = [""] * answers.count, [""] * answers.count
     watching = asyncio.create_task(answers.end_with(request))
     try:
@@ -235,7 +245,7 @@ async def whole(answers: Answers, frame: dict, kind: Kind, request: Request) -> 
 
 
 class Events(StreamingResponse):
-    """Server-sent events; when they end, or nobody reads them any more, so do the answers."""
+    """Server-sent events. When they end or the client disconnects, the answers are cancelled."""
 
     def __init__(self, answers: Answers, made: AsyncIterator[str]):
         super().__init__(made, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -249,7 +259,7 @@ class Events(StreamingResponse):
 
 
 async def events(answers: Answers, frame: dict, kind: Kind, with_usage: bool) -> AsyncIterator[str]:
-    """A line for each piece of text, then "[DONE]"; an error in between is the last one."""
+    """One event per chunk of text, then "[DONE]". An error ends the stream."""
 
     def event(*choices: dict, usage: dict | None = None) -> str:
         return _event({**frame, "choices": choices, **({"usage": usage} if with_usage else {})})

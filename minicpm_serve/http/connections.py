@@ -1,5 +1,7 @@
-"""The connections of the server: each has so long to ask, and where there are too many the one that has kept everybody
-waiting longest goes. uvicorn times only the pause after an answer, and refuses whoever comes last."""
+"""The server's connections: timeouts for requests and readers, and eviction of the one that has idled longest.
+
+uvicorn only limits the pause after an answer, and refuses new connections when there are too many.
+"""
 
 import asyncio
 import functools
@@ -16,24 +18,24 @@ from weights_io.command_line import allow_open_files
 from weights_io.errors import InputError
 
 REQUEST_SECONDS = 10  # from the connection, or the last answer, to the end of a request's headers
-READING_SECONDS = 60  # for which a client may read nothing of an answer
+READING_SECONDS = 60  # a client that reads nothing of its answer for this time is disconnected
 CLOSING_SECONDS = 2
 MOST_CONNECTIONS = 1000
-ACCEPTED = 64  # connections that are taken at once, before any of them is seen
-OTHER_FILES = 128
-UNREAD = 64 << 20  # bytes that may still come of a request that was refused, so that the refusal is read
-CROWD = 8  # connections beyond which none has a request read that it sent ahead: 600 in one packet take a second
+ACCEPTED = 64  # connections accepted in one turn of the event loop
+OTHER_FILES = 128  # open files besides connections
+UNREAD = 64 << 20  # bytes of a refused request that are still read, so that the client reads the refusal
+CROWD = 8  # with more connections, pipelined requests are not read ahead: 600 in one packet take a second
 
 Timer = asyncio.TimerHandle | None
 
 
 def connection_class() -> Any:
-    """What uvicorn makes for each connection."""
+    """The protocol class that uvicorn uses for each connection."""
     return functools.partial(Connection, waiting={}, most=most_connections())
 
 
 def most_connections() -> int:
-    """`InputError` where this process may open too few files for any."""
+    """The most connections that the limit of open files allows. Raises `InputError` where it is below 32."""
     limit = allow_open_files()
     most = min(MOST_CONNECTIONS, limit - ACCEPTED - OTHER_FILES)
     if most < 32:
@@ -42,8 +44,10 @@ def most_connections() -> int:
 
 
 class Lingering:
-    """A transport that closes its own side alone while ``unread()``: where a connection is closed before all that
-    came is read, the system forgets the answer that is on its way."""
+    """A transport that only closes its write side while ``unread()``.
+
+    If a connection is closed before all received data is read, the system drops the answer that is being sent.
+    """
 
     def __init__(self, transport: Any, unread: Callable[[], bool], loop: asyncio.AbstractEventLoop):
         self._transport, self._unread, self._loop = transport, unread, loop

@@ -1,4 +1,4 @@
-"""The API's refusals: OpenAI's JSON, ``{"error": {"message", "type", "param", "code"}}``, each message one sentence."""
+"""Errors as OpenAI's JSON, ``{"error": {"message", "type", "param", "code"}}``. Each message is one sentence."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from minicpm_serve.engine import EngineClosed
 from minicpm_serve.http.schemas import sentence
 from weights_io.errors import InputError
 
-LONGEST = 600  # characters of a message, which may repeat what was sent
+LONGEST = 600  # characters of a message, which may quote the request
 DEFECT = "an error of the server's own; its log says more."
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Whatever goes wrong in ``app`` is answered in this way."""
+    """Answer all errors of ``app`` in this format."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(InputError, _refused)
     app.add_exception_handler(HTTPException, _http)
@@ -59,7 +59,7 @@ def _refused(_: Request, error: Any) -> JSONResponse:
 
 
 def _http(request: Request, error: Any) -> JSONResponse:
-    """Ours, and those of the framework: paths and methods that there are not, a body that is no text."""
+    """Our HTTP errors, and the framework's: unknown paths and methods, a body that is not text."""
     if isinstance(error.detail, dict):
         body = error.detail
     elif error.status_code in (404, 405):

@@ -1,5 +1,4 @@
-"""What a request has to pass before the API sees it: the name it asks for, the page it comes from, the key, and the
-size, the time and the share of memory of its body."""
+"""Checks of a request before the API sees it: host name, origin, API key, and the size and duration of its body."""
 
 import asyncio
 import ipaddress
@@ -20,40 +19,39 @@ from minicpm_serve.http.errors import http_error, refusal
 from weights_io.errors import InputError
 
 KEY_VARIABLE = "MINICPM_API_KEY"
-OPEN_PATHS = ("/health",)  # without the key, for those who watch over servers
-BODY_SECONDS, BODY_RATE = 20, 16 << 10  # a body may take so long, and a second more for so many bytes of it
-BODIES = 256 << 20  # bytes of all bodies at once, beyond which each may have its share alone
+OPEN_PATHS = ("/health",)  # no key is needed, for monitoring
+BODY_SECONDS, BODY_RATE = 20, 16 << 10  # a body may take 20 s, and one more second per 16 KiB
+BODIES = 256 << 20  # bytes of all bodies at once; above it, each body may have an equal share
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who is let in. ``hosts``: names of this server that a request may ask for; None: any. ``origins``: of pages in
-    browsers, such as http://localhost:3000, or "*"."""
+    """Who may use the server."""
 
-    api_key: str | None = None
-    hosts: frozenset[str] | None = None
-    origins: tuple[str, ...] = ()
+    api_key: str | None = None  # None: everybody
+    hosts: frozenset[str] | None = None  # accepted Host headers; None: any
+    origins: tuple[str, ...] = ()  # origins of browser pages, such as http://localhost:3000, or "*"
 
 
 def add_gate(app: FastAPI, access: Access, largest: int) -> None:
-    """In front of all paths of ``app``. ``largest``: bytes of a body."""
+    """Add the checks to all paths of ``app``. ``largest``: most bytes of a body."""
     app.add_middleware(Gate, access=access, largest=largest)
     if access.origins:
         app.add_middleware(Cors, allow_origins=access.origins, allow_methods=("GET", "POST"), allow_headers=("*",))
-    if access.hosts is not None:  # what comes last stands in front
+    if access.hosts is not None:  # the middleware added last runs first
         app.add_middleware(Hosts, hosts=access.hosts)
 
 
 class Hosts:
-    """Answers only to its own names: a page elsewhere can let its own name point to this machine, and is then, to the
-    browser, at home here (DNS rebinding)."""
+    """Refuses requests with another Host header (DNS rebinding: a page's own name may resolve to this machine, and the
+    browser then treats the server as the page's origin)."""
 
     def __init__(self, app: Any, hosts: frozenset[str]):
         self.app, self._hosts = app, hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and (asked := Headers(scope=scope).get("host")):  # HTTP/1.0 needs none
+        if scope["type"] == "http" and (asked := Headers(scope=scope).get("host")):  # HTTP/1.0 has none
             host = _host_of(asked)
             if host not in self._hosts and not host.endswith(".localhost"):
                 message = f"this server does not go by the name {asked[:100]!r}; start it with --allowed-hosts NAME."
@@ -64,7 +62,7 @@ class Hosts:
 class Cors(CORSMiddleware):
     def __init__(self, *given: Any, **options: Any):
         super().__init__(*given, **options)
-        self.allow_private_network = True  # a page that is allowed here may come from anywhere
+        self.allow_private_network = True  # an allowed page may come from a public network
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
@@ -76,12 +74,12 @@ class Cors(CORSMiddleware):
 
 
 class Gate:
-    """Lets nobody in without the key, if there is one, nor a body that is too large or too slow."""
+    """Refuses requests without the API key, and bodies that are too large or too slow."""
 
     def __init__(self, app: Any, access: Access, largest: int):
         self.app, self._largest = app, largest
         self._key = None if access.api_key is None else access.api_key.encode()
-        self._sizes: dict[object, int] = {}  # of the bodies that are there
+        self._sizes: dict[object, int] = {}  # bytes received of each open body
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -91,12 +89,12 @@ class Gate:
             message = "the API key is missing or wrong; send it as Authorization: Bearer KEY."
             return await refusal(401, message, code="invalid_api_key")(scope, receive, send)
         if "transfer-encoding" in headers and "content-length" in headers:
-            # A proxy in front may go by the other one, and take a part of this body for a request of somebody else.
+            # Request smuggling: a proxy may use the other header, and read part of this body as another request.
             message = "the request has both Transfer-Encoding and Content-Length; send one of them."
             response = refusal(400, message)
             response.headers["connection"] = "close"
             return await response(scope, receive, send)
-        if int(headers.get("content-length", 0)) > self._largest:  # whole numbers, says h11
+        if int(headers.get("content-length", 0)) > self._largest:  # h11 accepts only whole numbers
             return await refusal(413, self._too_large(), code="body_too_large")(scope, receive, send)
         request = object()
         try:
@@ -114,12 +112,12 @@ class Gate:
         return f"the body is larger than {self._largest:,} bytes, which is what the context allows; send less."
 
     def _counted(self, request: object, receive: Any) -> Any:
-        """``receive``, until the body is too much."""
+        """``receive`` with the limits of size and time."""
         began, more = time.monotonic(), True
 
         async def counted() -> Any:
             nonlocal more
-            if not more:  # it waits for the client to go away
+            if not more:  # waiting for the client to disconnect
                 return await receive()
             size = self._sizes.get(request, 0)
             left = began + BODY_SECONDS + size / BODY_RATE - time.monotonic()
@@ -139,7 +137,7 @@ class Gate:
 
 
 def checked_key(flag: str | None) -> str | None:
-    """The key of --api-key, else that of the environment, if there is one. `InputError` for one that cannot be."""
+    """The API key from --api-key or the environment; None without one. Raises `InputError` for an invalid key."""
     name, key = ("--api-key", flag) if flag is not None else (KEY_VARIABLE, os.environ.get(KEY_VARIABLE))
     if key is None:
         return None
@@ -150,8 +148,20 @@ def checked_key(flag: str | None) -> str | None:
 
 
 def checked_hosts(host: str, address: str, allowed: Sequence[str]) -> frozenset[str] | None:
-    """The names of a server that was told to listen at ``host``, and does at ``address``; None: any. Where other
-    machines can reach it, it may have names that it knows nothing of, and has any unless ``allowed`` lists them."""
+    """The accepted Host headers.
+
+    Arguments:
+        host: from --host.
+        address: the address that the server listens at.
+        allowed: from --allowed-hosts.
+
+    Returns:
+        The names; None for any. A server that other machines can reach may have names that it does not know, so any is
+        accepted unless ``allowed`` lists them.
+
+    Raises:
+        InputError: an entry of ``allowed`` is not a host name.
+    """
     for name in allowed:
         if name != "*" and not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", name):
             raise InputError(
@@ -164,7 +174,7 @@ def checked_hosts(host: str, address: str, allowed: Sequence[str]) -> frozenset[
 
 
 def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
-    """As browsers write them. `InputError` for what they would never send."""
+    """The origins of --allowed-origins in lower case. Raises `InputError` for a text that is not an origin."""
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", origin):
             raise InputError(
@@ -174,7 +184,7 @@ def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
 
 
 def _host_of(header: str) -> str:
-    """Without the port; nothing where it is not a host, with a port or not."""
+    """The host of a Host header, without the port; empty for an invalid header."""
     found = re.fullmatch(r"(\[[^][]*\]|[^][:]*)(?::[0-9]*)?", header)
     return _plain(found[1]) if found else ""
 

@@ -1,4 +1,4 @@
-"""The JSON of a request: all of it, or a refusal."""
+"""Strict parsing of JSON bodies."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from weights_io.files import json_text
 
 
 class JsonRoute(APIRoute):
-    """Reads bodies strictly: Python's own reader keeps the last of two values of one name, and takes any depth."""
+    """Parses bodies strictly. Python's parser keeps the last of two equal keys, and has no limit of depth."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         handle = super().get_route_handler()
@@ -29,7 +29,7 @@ class StrictRequest(Request):
 
     async def json(self) -> Any:
         body = await self.body()
-        self.size, self._body = len(body), b""  # an answer may take minutes
+        self.size, self._body = len(body), b""  # free the body, because an answer may take minutes
         try:
             return await run_in_threadpool(
                 json_text.loads, body, "the body", self.app.state.largest_body, "send other JSON"

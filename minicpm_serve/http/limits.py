@@ -1,4 +1,4 @@
-"""How much one request may ask for, all of it found before any of the work is done."""
+"""The limits of a request, checked before any work is done."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,25 +10,24 @@ from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.errors import http_error
 from weights_io.errors import InputError
 
-# Bytes of a body for each token of the context: three prompts in Chinese, each character written as \uXXXX.
+# Bytes of a body per token of the context: three prompts in Chinese, with every character written as \uXXXX.
 BYTES_PER_TOKEN = 32
 LEAST_BODY = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``context``: tokens of a prompt and its answer. ``choices``: answers to one request. ``places``: answers that are
-    made or wait. ``body``: bytes. ``bound``: of the tokenizer, if there is one."""
+    """The limits of the server."""
 
-    context: int
-    choices: int
-    places: int
-    body: int
-    bound: TextBound | None
+    context: int  # most tokens of a prompt and its answer
+    choices: int  # most answers to one request
+    places: int  # most answers that are running or queued
+    body: int  # most bytes of a body
+    bound: TextBound | None  # least tokens of a text; None without a tokenizer
 
     @staticmethod
     def of(engine: ServingEngine, waiting: int) -> "Limits":
-        """``waiting``: answers that may be open besides those in the slots. One request gets half the places."""
+        """The limits for an engine. ``waiting``: most queued answers. A request may use half of all places."""
         places = engine.slots + waiting
         bound = None if engine.tokenizer is None else TextBound.of(engine.tokenizer)
         body = LEAST_BODY + BYTES_PER_TOKEN * engine.context
@@ -36,10 +35,10 @@ class Limits:
 
     def check_choices(self, asked: int) -> None:
         if asked > self.choices:
-            raise InputError(f"{asked} answers are asked for; ask for at most {self.choices} at once.")
+            raise InputError(f"the request asks for {asked} answers; ask for at most {self.choices} at once.")
 
     def check_texts(self, texts: Iterable[str]) -> None:
-        """`PromptTooLong` where texts that make one prompt are too long for the context however they are encoded."""
+        """Raises `PromptTooLong` where the texts of a prompt are too long for the context under any encoding."""
         if self.bound is None:
             return
         least = sum(map(self.bound.least_tokens, texts))
@@ -57,7 +56,7 @@ class Limits:
 
 
 class Places:
-    """Counts the answers that are asked for but are not the engine's yet."""
+    """Reserves places for answers until they are submitted to the engine."""
 
     def __init__(self, engine: ServingEngine, most: int):
         self._engine, self._most = engine, most
@@ -65,10 +64,10 @@ class Places:
 
     @contextlib.contextmanager
     def kept(self, count: int) -> Iterator[None]:
-        """So many until they are the engine's; 503 where there are not as many."""
+        """Reserve ``count`` places within the context. Raises HTTP 503 where there are fewer."""
         taken = self._engine.open + self._asked
         if taken + count > self._most:
-            raise http_error(503, f"{taken} answers are being made or wait; try again later.", code="overloaded")
+            raise http_error(503, f"{taken} answers are running or queued; try again later.", code="overloaded")
         self._asked += count
         try:
             yield

@@ -85,7 +85,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     def check_rest(self) -> None:
-        """`InputError` for what is not supported and asks for something."""
+        """Raises `InputError` for unsupported fields, unless their value has no effect."""
         wrong = [
             name
             for name, value in (self.model_extra or {}).items()
@@ -105,7 +105,7 @@ class Part(Strict):
     text: str | None = None
 
     def plain(self) -> str:
-        """Its text."""
+        """The text of the part. Raises `InputError` for parts that are not text."""
         if self.type != "text":
             raise InputError(f"a message holds a part of type {short(self.type)!r}; this model reads only text.")
         self.check_rest()
@@ -119,7 +119,7 @@ class Message(Strict):
     content: str | list[Any]
 
     def plain(self) -> dict[str, str]:
-        """As `minicpm_data.tokenizer.chat_template` has them; "developer" is OpenAI's newer name of "system"."""
+        """The message as `minicpm_data.tokenizer.chat_template` expects it. "developer" means "system"."""
         self.check_rest()
         text = self.content
         if not isinstance(text, str):
@@ -146,7 +146,7 @@ class Body(Strict):
     stream_options: StreamOptions | None = None
 
     def check(self) -> None:
-        """`InputError` for what pydantic cannot see, but for what `Sampling` and the engine check."""
+        """Raises `InputError` for values that neither pydantic nor `Sampling` nor the engine checks."""
         self.check_rest()
         if not 1 <= self.choices <= MOST_CHOICES:
             raise InputError(f"n is {self.n}; it must be from 1 to {MOST_CHOICES}.")
@@ -163,7 +163,7 @@ class Body(Strict):
 
     @property
     def answers(self) -> int:
-        """All that the request asks for."""
+        """Number of answers that the request asks for."""
         return self.choices
 
     @property
@@ -175,7 +175,7 @@ class Body(Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(self, **usual: float) -> Sampling:
-        """What is given, or else ``usual``, under the names of `Sampling`."""
+        """The sampling options of the request; ``usual`` are the defaults."""
         given = {f.name: value for f in fields(Sampling) if (value := getattr(self, f.name)) is not None}
         if self.top_k == NO_TOP_K:
             given["top_k"] = 0
@@ -190,10 +190,10 @@ class ChatBody(Body):
     def check(self) -> None:
         super().check()
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise InputError("max_tokens and max_completion_tokens are two names of one thing; give one of them.")
+            raise InputError("max_tokens and max_completion_tokens mean the same; give one of them.")
 
     def plain(self) -> list[dict[str, str]]:
-        """The messages as `minicpm_data.tokenizer.chat_template` has them."""
+        """The messages as `minicpm_data.tokenizer.chat_template` expects them."""
         return [_valid(Message, message, "messages", i).plain() for i, message in enumerate(self.messages)]
 
     @property
@@ -207,7 +207,7 @@ class CompletionBody(Body):
     @field_validator("prompt", mode="plain")
     @classmethod
     def _one_shape(cls, prompt: Any) -> Any:
-        """Four types in one would be tried one after the other, over millions of items."""
+        """Check the type by hand. pydantic would try four types in turn, over millions of items."""
         kinds = {str} if isinstance(prompt, str) else _types(prompt)
         if kinds not in (set(), {str}, {int}, {list}):
             raise ValueError
@@ -217,7 +217,7 @@ class CompletionBody(Body):
 
     @property
     def prompts(self) -> list[Any]:
-        """One or more, each a text or token ids."""
+        """The prompts, each a text or token ids."""
         one = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
         return [self.prompt] if one else self.prompt
 
@@ -227,14 +227,14 @@ class CompletionBody(Body):
 
 
 def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """Pydantic's first error as a sentence, and the field that it is about."""
+    """Pydantic's first error as a sentence, and the field that it concerns."""
     error = errors[0]
     place = error["loc"][1:]  # after "body"
     if error["type"] == "json_invalid":
         return f"the body is not JSON ({error['ctx']['error']}).", None
     if not place:
         return "the body must be a JSON object, sent with Content-Type: application/json.", None
-    # Behind a field of several shapes stand the shape's name and the place within it.
+    # In a field with several shapes, the path goes on with the shape's name and the place within it.
     ends = next((i + 1 for i, part in enumerate(place) if part in SHAPES), len(place))
     path = ".".join(map(str, place[:ends]))
     if error["type"] == "missing":
@@ -245,7 +245,7 @@ def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
 
 
 def _valid(kind: type[Model], value: Any, *place: Any) -> Model:
-    """``value`` as a ``kind``; an error is one of the whole body."""
+    """Validate ``value`` as a ``kind``. An error is reported with its place in the whole body."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -254,7 +254,7 @@ def _valid(kind: type[Model], value: Any, *place: Any) -> Model:
 
 
 def _types(value: Any) -> set[type]:
-    """Of the items of a list; another value is of none that would do."""
+    """The types of a list's items; for a value that is no list, a type that is never accepted."""
     return set(map(type, value)) if isinstance(value, list) else {type(None)}
 
 
