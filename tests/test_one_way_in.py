@@ -25,20 +25,20 @@ from weights_io.write import save_checkpoint
 REPO = "openbmb/sharded"
 MESH = {"--mesh": "fsdp=2,tensor=4"}
 TRAIN = {"--data": "{data}", "--iters": 1, "--batch-size": 2, "--max-seq-length": 32, "--warmup-steps": 0}
-# What each command needs besides its model, and whether a mesh may be named.
-COMMANDS = {
-    "generate": ({"--prompt": "The fox", "--max-tokens": 1}, True),
-    "chat": ({}, True),
-    "lora": ({**TRAIN, "--adapter-path": "{out}"}, True),
-    "finetune": ({**TRAIN, "--save-path": "{out}"}, True),
-    "fuse": ({"--adapter-path": "{adapter}", "--save-path": "{out}"}, False),
-    "evaluate": ({"--data": "{data}/valid.jsonl", "--limit": 1, "--max-tokens": 1, "--batch-size": 1}, True),
-    "parity": ({"--reference": "{reference}"}, True),
-    "kv_error": ({"--prompt": "The fox", "--max-tokens": 4}, True),
+# What each command needs besides its model.
+COMMANDS: dict[str, dict] = {
+    "generate": {"--prompt": "The fox", "--max-tokens": 1},
+    "chat": {},
+    "lora": {**TRAIN, "--adapter-path": "{out}"},
+    "finetune": {**TRAIN, "--save-path": "{out}"},
+    "fuse": {"--adapter-path": "{adapter}", "--save-path": "{out}"},
+    "evaluate": {"--data": "{data}/valid.jsonl", "--limit": 1, "--max-tokens": 1, "--batch-size": 1},
+    "parity": {"--reference": "{reference}"},
+    "kv_error": {"--prompt": "The fox", "--max-tokens": 4},
 }
 SERVED = {
-    "openai_api": ({"--port": 0, "--slots": 1, "--context": 16}, True),
-    "longcontext": ({"--length": 300, "--samples": 1}, True),
+    "openai_api": {"--port": 0, "--slots": 1, "--context": 16},
+    "longcontext": {"--length": 300, "--samples": 1},
 }
 OTHERS = {
     "minicpm_serve.retrieval": {"--lengths": (300, 310), "--samples": 1, "--out": "{out}/x.jsonl"},
@@ -48,13 +48,14 @@ OTHERS = {
     "weights_io.adapters": {"--to": "mlx_lm", "--adapter-path": "{adapter}", "--out": "{out}"},
 }
 WITHOUT_WEIGHTS = ("minicpm_serve.retrieval", "weights_io.inspect", "weights_io.adapters")
-CASES = [(f"minicpm_{backend}.{name}", *how) for backend in ("jax", "mlx") for name, how in COMMANDS.items()]
+CASES = [(f"minicpm_{backend}.{name}", flags) for backend in ("jax", "mlx") for name, flags in COMMANDS.items()]
 CASES += [
-    (f"minicpm_serve.{name}", {"--backend": backend, **flags}, mesh)
+    (f"minicpm_serve.{name}", {"--backend": backend, **flags})
     for backend in ("jax", "mlx")
-    for name, (flags, mesh) in SERVED.items()
+    for name, flags in SERVED.items()
 ]
-CASES += [(name, flags, False) for name, flags in OTHERS.items()]
+CASES += OTHERS.items()
+MESHED = ("minicpm_jax.generate", "minicpm_jax.lora")
 QUICK = ("minicpm_jax.generate", "minicpm_mlx.generate", "minicpm_mlx.finetune", *OTHERS)
 
 
@@ -152,24 +153,25 @@ def read_once(command: str, flags: dict, world: Path) -> dict[str, int]:
     return dict.fromkeys(names | ({"adapter_model.safetensors"} if "{adapter}" in flags.values() else set()), 1)
 
 
-def cases(mesh: bool) -> list:
-    """With ``mesh`` those of JAX name one."""
+def cases() -> list:
+    """Two of JAX name a mesh: one that generates and one that trains."""
     found = []
-    for command, flags, meshed in CASES:
-        of_jax = "jax" in command or flags.get("--backend") == "jax"
-        more = MESH if mesh and meshed and of_jax else {}
+    for command, flags in CASES:
+        more = MESH if command in MESHED else {}
         marks = () if command in QUICK else pytest.mark.slow
         found.append(pytest.param(command, flags | more, id=f"{command} {flags.get('--backend', '')}", marks=marks))
     return found
 
 
-@pytest.mark.parametrize(("command", "flags"), cases(mesh=False))
-def test_a_folder_is_opened_once(command, flags, world, headers, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", QUICK)
+def test_a_folder_is_opened_once(command, world, headers, tmp_path, monkeypatch):
+    """What comes from a hub is such a folder too, so that of most commands the next test says it."""
+    flags = dict(CASES)[command]
     run(command, flags, str(world / "model"), world, tmp_path / "out", monkeypatch)
     assert headers == read_once(command, flags, world)
 
 
-@pytest.mark.parametrize(("command", "flags"), cases(mesh=True))
+@pytest.mark.parametrize(("command", "flags"), cases())
 def test_a_hub_is_asked_once(command, flags, world, server, headers, tmp_path, monkeypatch):
     """As often as for one download; the model is then opened once, over several devices too."""
     cache(tmp_path / "one", monkeypatch)
