@@ -72,7 +72,7 @@ def training_steps(config: ModelConfig) -> Iterator[tuple[str, int]]:
     import mlx.core as mx
 
     from minicpm_data.training.options import LoraOptions
-    from minicpm_mlx.model import initialise
+    from minicpm_mlx.model import initialize
     from minicpm_mlx.training import step as train
     from minicpm_mlx.training.trainer import Trainer
 
@@ -82,10 +82,10 @@ def training_steps(config: ModelConfig) -> Iterator[tuple[str, int]]:
     yield "mlx_lm", peer_training(config, ids)
     for name, compiled in (("ours", lambda function: function), ("ours, compiled", mx.compile)):
         with mock.patch.object(train, "compiled", compiled):
-            worker = Trainer(initialise(config, mx.random.key(0)), options)
-        mx.eval(worker.weights, worker.optimiser.state)
+            worker = Trainer(initialize(config, mx.random.key(0)), options)
+        mx.eval(worker.weights, worker.optimizer.state)
         weights, figures = worker.train_step(worker.weights, [batch], 1e-5, mx.random.key(0))
-        yield name, nodes(weights, worker.optimiser.state, figures)
+        yield name, nodes(weights, worker.optimizer.state, figures)
 
 
 def peer_training(config: ModelConfig, ids: Any) -> int:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from minicpm_jax.cpu.form import form_of
 from minicpm_jax.parallel.chips import Chip, chip_of, platform
 from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
-from minicpm_jax.parallel.sharding import note_idle
+from minicpm_jax.parallel.sharding import warn_idle_mesh_axes
 from weights_io.checkpoint import Checkpoint
 from weights_io.memory import host_free
 
@@ -64,9 +64,9 @@ def _chip() -> Chip | None:
     return chip_of(jax.devices()[0].device_kind) if platform() == "tpu" else None
 
 
-def note_mesh(model: "Model", rows: int) -> None:
-    """`note_idle` of the model's mesh, for so many prompts together."""
-    note_idle(model.config, model.mesh, rows)
+def warn_idle_axes(model: "Model", rows: int) -> None:
+    """`warn_idle_mesh_axes` of the model's mesh, for so many prompts together."""
+    warn_idle_mesh_axes(model.config, model.mesh, rows)
 
 
 def peak_memory() -> int:

@@ -88,12 +88,12 @@ def main(options: CommandOptions) -> None:
     """Compile a job of a model for a TPU that need not be here: what it takes, and how fast it can be at most."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is here would be taken from those who use it
     from minicpm_jax.parallel.chips import Topology
-    from minicpm_jax.parallel.sharding import note_idle
+    from minicpm_jax.parallel.sharding import warn_idle_mesh_axes
 
     Topology.parse(options.topology).devices()  # first what costs nothing
     job = job_of(options)
     found = report(job)
-    note_idle(job.config, job.placed, job.batch)
+    warn_idle_mesh_axes(job.config, job.placed, job.batch)
     if options.json:
         import json
 

@@ -20,9 +20,9 @@ from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_jax import device
 from minicpm_jax.adapters import attach, from_adapter
 from minicpm_jax.cpu.form import Packing, for_decoding, form_of
-from minicpm_jax.model import Model, linear, nested
+from minicpm_jax.model import Model, get_layer, nested
 from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
-from minicpm_jax.parallel.sharding import padded, partition_spec, resized, share
+from minicpm_jax.parallel.sharding import fraction_per_device, pad_config, pad_or_trim, partition_spec
 from minicpm_jax.quantization.model import axes_of, packing
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
@@ -92,7 +92,7 @@ def load_weights(
     target = jnp.dtype(checkpoint.target(dtype))
     device.check_dtype(target.name)
     mesh = mesh_for(mesh, checkpoint.config)
-    config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
+    config, shape = checkpoint.config, pad_config(checkpoint.config, mesh, packed=quantize is not None)
     form = form_of(decoding, mesh)
     as_read = mesh is None and quantize is None and jax.default_backend() == "cpu"
     packs: Packing = {}
@@ -102,7 +102,7 @@ def load_weights(
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(shape, target.name, quantize, quantize_head)
         packs = form.packing(config, packing(config, quantize, quantize_head))
-    check_weights(kind, int(needed * share(shape, mesh)), device.free_memory(mesh), remedy)
+    check_weights(kind, int(needed * fraction_per_device(shape, mesh)), device.free_memory(mesh), remedy)
     with reading(checkpoint) as checkpoint:
         if as_read:
             leaves = _read_whole(checkpoint, target.name, matrices)
@@ -112,7 +112,7 @@ def load_weights(
             leaves = _placed_packed(checkpoint, shape, target, mesh, packs)
     model = Model(nested(leaves), config, checkpoint.eos_token_ids, mesh)
     for name in packs:
-        linear(model, name).weight = leaves[name]
+        get_layer(model, name).weight = leaves[name]
     return model
 
 
@@ -126,7 +126,7 @@ def _read_whole(checkpoint: Checkpoint, dtype: str, matrices: str) -> Leaves:
 
 
 def _placed(checkpoint: Checkpoint, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None) -> Leaves:
-    """On a device or over a mesh, in the shape ``lies_as`` of `padded`."""
+    """On a device or over a mesh, in the shape ``lies_as`` of `pad_config`."""
     return {
         p.name: _stacked(checkpoint, p, lies_as, mesh, _rows(checkpoint, p, lies_as, dtype, mesh))
         for p in parameters(checkpoint.config)
@@ -214,7 +214,7 @@ def _read(
         key = spans(index)
         if key not in parts:  # replicated axes ask for the same part once for each device
             size = tuple(len(range(n)[s]) for s, n in zip(index, shape, strict=True))
-            parts[key] = np.ascontiguousarray(resized(read(key), size))
+            parts[key] = np.ascontiguousarray(pad_or_trim(read(key), size))
         return parts[key]
 
     return jax.make_array_from_callback(shape, sharding, part_of)

@@ -23,10 +23,10 @@ from minicpm_jax.layers.attention import Attention
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Embedding, Linear, RMSNorm
 from minicpm_jax.layers.moe import MoE
-from minicpm_jax.layers.ops import divided, gated, scaled
+from minicpm_jax.layers.ops import divide, gated_act, scale
 from minicpm_jax.layers.rope import Positions, positions_of
-from minicpm_jax.layers.stack import through
-from minicpm_jax.parallel.activations import gathered_tokens, scattered_tokens
+from minicpm_jax.layers.stack import run_layers
+from minicpm_jax.parallel.activations import all_gather_sequence, reduce_scatter_sequence
 from minicpm_jax.parallel.mesh import over_its_mesh
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
@@ -43,7 +43,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         with jax.named_scope("mlp"):
-            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.threshold))
+            return self.down_proj(gated_act(self.gate_proj(x), self.up_proj(x), self.threshold))
 
 
 class DecoderLayer(nnx.Module):
@@ -62,16 +62,16 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
     ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
-        """Hidden state, cache, and the `moe.imbalance` of this layer (0 where it has no experts)."""
-        normed = gathered_tokens(self.input_layernorm(x), cache)
+        """Hidden state, cache, and the `moe.aux_loss` of this layer (0 where it has no experts)."""
+        normed = all_gather_sequence(self.input_layernorm(x), cache)
         added, cache = self.self_attn(normed, positions, cache, layer)
-        x = x + scaled(scattered_tokens(added, cache), self.residual_scale)
-        normed = gathered_tokens(self.post_attention_layernorm(x), cache)
+        x = x + scale(reduce_scatter_sequence(added, cache), self.residual_scale)
+        normed = all_gather_sequence(self.post_attention_layernorm(x), cache)
         if isinstance(self.mlp, MoE):
-            added, imbalance = self.mlp(normed, positions.real)
+            added, aux_loss = self.mlp(normed, positions.real)
         else:
-            added, imbalance = self.mlp(normed), jnp.float32(0)
-        return x + scaled(scattered_tokens(added, cache), self.residual_scale), cache, imbalance
+            added, aux_loss = self.mlp(normed), jnp.float32(0)
+        return x + scale(reduce_scatter_sequence(added, cache), self.residual_scale), cache, aux_loss
 
 
 LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another
@@ -90,15 +90,15 @@ class Decoder(nnx.Module):
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         with jax.named_scope("embed"):
             words = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # the model's, whatever the table's
-            return scaled(words, self.embedding_scale)
+            return scale(words, self.embedding_scale)
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, remat: bool = False
     ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
         """Run the layers over embeddings; returns the hidden state before the final norm, the cache, and the mean of
-        the layers' `moe.imbalance`, which costs nothing where it is not used. ``remat``: recompute each layer in the
+        the layers' `moe.aux_loss`, which costs nothing where it is not used. ``remat``: recompute each layer in the
         backward pass instead of keeping what it computed."""
-        return through(self.layers, x, positions, cache, remat)
+        return run_layers(self.layers, x, positions, cache, remat)
 
 
 class Model(nnx.Module):
@@ -130,21 +130,21 @@ class Model(nnx.Module):
 
     def hidden_states(self, ids: Int[Array, "B T"], positions: Positions):
         """[B, T, D] after the final norm: what the head reads."""
-        return self.states_and_imbalance(ids, positions)[0]
+        return self.hidden_states_and_aux_loss(ids, positions)[0]
 
     @over_its_mesh
-    def states_and_imbalance(
+    def hidden_states_and_aux_loss(
         self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """`hidden_states`, and the mean of the layers' `moe.imbalance`, for training."""
-        x, _, imbalance = self.model(self.model.embed(ids), positions, remat=remat)
-        return self.model.norm(x), imbalance
+        """`hidden_states`, and the mean of the layers' `moe.aux_loss`, for training."""
+        x, _, aux_loss = self.model(self.model.embed(ids), positions, remat=remat)
+        return self.model.norm(x), aux_loss
 
     @over_its_mesh
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32 from the normed hidden state, which is divided by D / dim_model_base, tied or not."""
         with jax.named_scope("head"):
-            x = divided(x, self.config.logit_divisor)
+            x = divide(x, self.config.logit_divisor)
             logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
             return logits[..., : self.config.vocab_size].astype(jnp.float32)  # a mesh may have filled up the words
 
@@ -195,7 +195,7 @@ def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
     return Model(nested(leaves), config)
 
 
-def initialise(config: ModelConfig, key: Array, dtype: str = "float32") -> Model:
+def initialize(config: ModelConfig, key: Array, dtype: str = "float32") -> Model:
     """A fresh model with muP's initialisation, from the parameter table."""
     table = parameters(config)
     leaves = {}
@@ -208,6 +208,6 @@ def initialise(config: ModelConfig, key: Array, dtype: str = "float32") -> Model
     return Model(nested(leaves), config)
 
 
-def linear(model: "Model", name: str) -> Any:
+def get_layer(model: "Model", name: str) -> Any:
     """The layer of the weight ``name`` of the parameter table."""
     return functools.reduce(getattr, name.split(".")[:-1], model)

@@ -11,13 +11,15 @@ from collections.abc import Collection
 import mlx.core as mx
 import numpy as np
 
-from minicpm_mlx.layers.lora import LowRank, Matrices, dense
+from minicpm_mlx.layers.lora import LoRALayer, LoRAParams, dense
 from minicpm_mlx.model import Model
 from weights_io.adapters import Adapter, AdapterConfig, by_layer, from_layers, target_parameters
 from weights_io.config import ModelConfig
 
 
-def initial(model: Model, config: AdapterConfig, layers: Collection[int], key: mx.array) -> dict[str, Matrices]:
+def init_lora_params(
+    model: Model, config: AdapterConfig, layers: Collection[int], key: mx.array
+) -> dict[str, LoRAParams]:
     """Where training begins: A ~ Normal(0, 1 / R) as in peft's "gaussian", B = 0, DoRA's magnitudes the norms of W; for
     the targets in ``layers``."""
     found = dict(model.named_modules())
@@ -31,13 +33,13 @@ def initial(model: Model, config: AdapterConfig, layers: Collection[int], key: m
     for name, subkey in zip(names, mx.random.split(key, len(names) + 1), strict=False):
         weight = dense(found[name])
         *stack, out, width = weight.shape
-        matrices = {
+        params = {
             "a": mx.random.normal((*stack, config.rank, width), key=subkey) / config.rank,
             "b": mx.zeros((*stack, out, config.rank)),
         }
         if config.dora:
-            matrices["magnitude"] = norms(weight)
-        weights[name] = matrices
+            params["magnitude"] = norms(weight)
+        weights[name] = params
     return weights
 
 
@@ -46,15 +48,15 @@ def norms(weight: mx.array) -> mx.array:
     return mx.sqrt((weight.astype(mx.float32) ** 2).sum(axis=-1))
 
 
-def attach(model: Model, weights: dict[str, Matrices], scale: float, dropout: float = 0.0) -> Model:
+def attach(model: Model, weights: dict[str, LoRAParams], scale: float, dropout: float = 0.0) -> Model:
     """The model itself, with adapters, which alone it trains."""
     model.freeze()
     found = dict(model.named_modules())
-    for name, matrices in weights.items():
+    for name, params in weights.items():
         parent, _, last = name.rpartition(".")
-        base = found[name].base if isinstance(found[name], LowRank) else found[name]
-        layer = LowRank(base, matrices, scale, dropout)
-        layer.unfreeze(keys=list(matrices), recurse=False)
+        base = found[name].base if isinstance(found[name], LoRALayer) else found[name]
+        layer = LoRALayer(base, params, scale, dropout)
+        layer.unfreeze(keys=list(params), recurse=False)
         setattr(found[parent], last, layer)
     return model
 
@@ -62,7 +64,7 @@ def attach(model: Model, weights: dict[str, Matrices], scale: float, dropout: fl
 def settle(model: Model) -> Model:
     """The model itself, for generation: DoRA's ratios are worked out once, not with each token."""
     for _, layer in model.named_modules():
-        if isinstance(layer, LowRank) and layer.magnitude is not None:
+        if isinstance(layer, LoRALayer) and layer.magnitude is not None:
             layer._ratio = layer.ratio()
             mx.eval(layer._ratio)
     return model
@@ -70,7 +72,7 @@ def settle(model: Model) -> Model:
 
 def use_keys(model: Model, key: mx.array | None) -> None:
     """Let each adapter drop inputs, by a key of its own; None: drop none."""
-    layers = [layer for _, layer in model.named_modules() if isinstance(layer, LowRank)]
+    layers = [layer for _, layer in model.named_modules() if isinstance(layer, LoRALayer)]
     for index, layer in enumerate(layers):
         layer._key = None if key is None or not layer.dropout else mx.random.split(key, len(layers) + 1)[index]
 
@@ -79,20 +81,20 @@ def untrained(model: Model) -> dict[str, mx.array]:
     """What would make the adapters of a model change nothing, by parameter name."""
     weights = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, LowRank):
+        if isinstance(layer, LoRALayer):
             weights[f"{name}.b"] = mx.zeros_like(layer.b)
             if layer.magnitude is not None:
                 weights[f"{name}.magnitude"] = norms(dense(layer.base))
     return weights
 
 
-def matrices_of(model: Model) -> dict[str, Matrices]:
+def lora_params(model: Model) -> dict[str, LoRAParams]:
     """What the adapters of a model hold."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALayer)}
     return {name: dict(layer.trainable_parameters()) for name, layer in layers.items()}
 
 
-def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
+def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, LoRAParams]:
     """The arrays of an adapter that was read."""
     weights = {}
     for parameter in target_parameters(config, adapter.config.targets):
@@ -103,7 +105,7 @@ def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
     return weights
 
 
-def to_adapter(config: ModelConfig, weights: dict[str, Matrices], adapter: AdapterConfig) -> Adapter:
+def to_adapter(config: ModelConfig, weights: dict[str, LoRAParams], adapter: AdapterConfig) -> Adapter:
     """The adapter to be saved."""
     arrays = {
         name: (np.array(m["a"]), np.array(m["b"]), np.array(m["magnitude"]) if "magnitude" in m else None)

@@ -36,7 +36,7 @@ def for_decoding(model: Model) -> Model:
     return model
 
 
-def note_mesh(model: Model, rows: int) -> None:
+def warn_idle_axes(model: Model, rows: int) -> None:
     """Nothing: MLX has one device."""
 
 

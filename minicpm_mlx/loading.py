@@ -18,7 +18,7 @@ from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_mlx import device
 from minicpm_mlx.adapters import attach, from_adapter, settle
 from minicpm_mlx.model import Model
-from minicpm_mlx.quantization.model import quantised
+from minicpm_mlx.quantization.model import quantize_model
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_model
@@ -84,7 +84,7 @@ def load_weights(
         kind, needed = target, weight_bytes(config, target)
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(config, target, quantize, quantize_head)
-        model = quantised(model, quantize, quantize_head)  # of weights that are never computed
+        model = quantize_model(model, quantize, quantize_head)  # of weights that are never computed
     check_weights(kind, needed, device.free_memory(), remedy)
     packed = {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "group_size")}
     mapped = _mapped(checkpoint, target)
@@ -95,7 +95,7 @@ def load_weights(
             for name, tensors in parameter.layers(checkpoint.config).items():
                 arrays = [_read(checkpoint, tensor, target, mapped) for tensor in tensors]
                 array = _stacked(arrays) if parameter.of_expert else arrays.pop()
-                leaves |= _quantised(name, array, packed[name]) if name in packed else {name: array}
+                leaves |= _quantized(name, array, packed[name]) if name in packed else {name: array}
                 del array  # what was packed, before the next one is read
     model.load_weights(list(leaves.items()))
     return model.eval()
@@ -112,7 +112,7 @@ def _mapped(checkpoint: Checkpoint, dtype: str) -> dict[str, mx.array]:
     return {name: arrays[name] for name, x in plain.items() if name in arrays and x.dtype.name == dtype}
 
 
-def _quantised(name: str, weight: mx.array, layer: Any) -> dict[str, mx.array]:
+def _quantized(name: str, weight: mx.array, layer: Any) -> dict[str, mx.array]:
     """The arrays of a quantised layer, computed now: else MLX would hold ``weight`` till they are."""
     parts = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, layer.group_size, layer.bits), strict=True))
     mx.eval(*parts.values())

@@ -18,7 +18,7 @@ from minicpm_data.tokenizer.input_ids import checked_ids
 from minicpm_mlx.layers.attention import Attention
 from minicpm_mlx.layers.fused_linear import Joined, added, joined
 from minicpm_mlx.layers.moe import MoE
-from minicpm_mlx.layers.ops import divided, gated, scaled
+from minicpm_mlx.layers.ops import divide, gated_act, scale
 from minicpm_mlx.layers.rope import Positions, positions_of
 from weights_io.checkpoint import BUFFERS
 from weights_io.config import ModelConfig
@@ -51,7 +51,7 @@ class MLP(nn.Module):
             gate, up = mx.split(self._joined(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return gated(gate, up, self.threshold)
+        return gated_act(gate, up, self.threshold)
 
 
 class DecoderLayer(nn.Module):
@@ -67,7 +67,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: mx.array, positions: Positions, cache: Any | None = None, last: bool = False
     ) -> tuple[mx.array, mx.array]:
-        """[B, T, D] to [B, T, D], and the `moe.imbalance` of this layer (0 where it has no experts); ``cache``: this
+        """[B, T, D] to [B, T, D], and the `moe.aux_loss` of this layer (0 where it has no experts); ``cache``: this
         layer's, written in place. ``last``: only the last token's [B, 1, D]."""
         normed, kept = self.input_layernorm(x), x[:, -1:] if last else x
         if type(self.self_attn) is Attention:  # a variant's own may do more
@@ -75,16 +75,16 @@ class DecoderLayer(nn.Module):
             x = added(kept, self.self_attn.o_proj, mixed, self.residual_scale)
         else:
             more = self.self_attn(normed, positions, cache)
-            x = kept + scaled(more[:, -1:] if last else more, self.residual_scale)
+            x = kept + scale(more[:, -1:] if last else more, self.residual_scale)
         normed = self.post_attention_layernorm(x)
-        imbalance = mx.array(0.0)
+        aux_loss = mx.array(0.0)
         if type(self.mlp) is MLP:
-            return added(x, self.mlp.down_proj, self.mlp.hidden(normed), self.residual_scale), imbalance
+            return added(x, self.mlp.down_proj, self.mlp.hidden(normed), self.residual_scale), aux_loss
         if isinstance(self.mlp, MoE):
-            more, imbalance = self.mlp(normed, positions.real)
+            more, aux_loss = self.mlp(normed, positions.real)
         else:
             more = self.mlp(normed)
-        return x + scaled(more, self.residual_scale), imbalance
+        return x + scale(more, self.residual_scale), aux_loss
 
 
 LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
 
     def embed(self, ids: mx.array) -> mx.array:
         """[B, T] to [B, T, D]."""
-        return scaled(self.embed_tokens(ids), self.embedding_scale)
+        return scale(self.embed_tokens(ids), self.embedding_scale)
 
     def __call__(
         self,
@@ -114,14 +114,14 @@ class Decoder(nn.Module):
         last: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Run the layers over embeddings; returns the hidden state before the final norm, and the mean of the layers'
-        `moe.imbalance`, which costs nothing where it is not used. ``remat``: recompute each layer in the backward pass
+        `moe.aux_loss`, which costs nothing where it is not used. ``remat``: recompute each layer in the backward pass
         instead of keeping what it computed. ``last``: the state of the last token alone."""
         each = []
         for index, layer in enumerate(self.layers):
             run = nn.utils.checkpoint(layer) if remat else layer
             own = None if cache is None else cache[index]
-            x, imbalance = run(x, positions, own, last and index == len(self.layers) - 1)
-            each.append(imbalance)
+            x, aux_loss = run(x, positions, own, last and index == len(self.layers) - 1)
+            each.append(aux_loss)
         return x, mx.stack(each).mean()
 
 
@@ -163,12 +163,18 @@ class Model(nn.Module):
 
     def hidden_states(self, ids: mx.array, positions: Positions) -> mx.array:
         """[B, T, D] after the final norm: what the head reads."""
-        x, _ = self.model(self.model.embed(ids), positions)
-        return self.model.norm(x)
+        return self.hidden_states_and_aux_loss(ids, positions)[0]
+
+    def hidden_states_and_aux_loss(
+        self, ids: mx.array, positions: Positions, remat: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """`hidden_states`, and the mean of the layers' `moe.load_balancing_loss`, for training."""
+        x, aux_loss = self.model(self.model.embed(ids), positions, remat=remat)
+        return self.model.norm(x), aux_loss
 
     def head(self, x: mx.array) -> mx.array:
         """Logits in float32 from the normed hidden state, which is divided by D / dim_model_base, tied or not."""
-        x = divided(x, self.config.logit_divisor)
+        x = divide(x, self.config.logit_divisor)
         logits = self.model.embed_tokens.as_linear(x) if self.lm_head is None else self.lm_head(x)
         return logits.astype(mx.float32)
 
@@ -228,7 +234,7 @@ def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
     return model
 
 
-def initialise(config: ModelConfig, key: mx.array, dtype: str = "float32") -> Model:
+def initialize(config: ModelConfig, key: mx.array, dtype: str = "float32") -> Model:
     """A fresh model with muP's initialisation, from the parameter table. ``key``: from `mx.random.key`."""
     model, table = Model(config), parameters(config)
     leaves = {}

@@ -85,7 +85,7 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     valid = read_split(options, tokenizer, "valid", required=False) if options.training else None
     test = read_split(options, tokenizer, "test") if options.test else None
     worker = trainer(model, options, source.checkpoint)  # which refuses a batch that a mesh does not divide
-    running.device.note_mesh(model, options.batch_size)
+    running.device.warn_idle_axes(model, options.batch_size)
     del model  # which a trainer of all weights does not keep
     with contextlib.closing(worker):
         if train is None:

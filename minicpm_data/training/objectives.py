@@ -18,7 +18,7 @@ Sums = tuple[Any, dict[str, Any]]
 @dataclass(frozen=True)
 class ObjectiveOptions:
     """``name``: sft (cross entropy), dpo (arXiv 2305.18290) or orpo (2403.07691), whose strength is ``beta``.
-    ``balance``: weight of the experts' `moe.imbalance`. ``remat``: recompute layers in the backward pass."""
+    ``balance``: weight of the experts' `moe.load_balancing_loss`. ``remat``: recompute layers in the backward pass."""
 
     name: Literal["sft", "dpo", "orpo"] = "sft"
     beta: float = 0.1

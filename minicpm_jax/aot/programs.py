@@ -16,13 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from minicpm_data.generation.options import Sampling
 from minicpm_jax import adapters
 from minicpm_jax.generation import decoding
-from minicpm_jax.generation.sampling import Knobs
+from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.layers.kv_cache import Cache, placement
 from minicpm_jax.model import Model, abstract, nested
 from minicpm_jax.parallel.chips import Topology
 from minicpm_jax.parallel.mesh import automatic, batch_sharding, make_mesh
-from minicpm_jax.parallel.sharding import padded, partition_spec, serving_mesh, shardings
-from minicpm_jax.quantization.model import axes_of, names_of, quantised
+from minicpm_jax.parallel.sharding import pad_config, partition_spec, serving_mesh, shardings
+from minicpm_jax.quantization.model import axes_of, names_of, quantize_model
 from minicpm_jax.training import optimizers, step
 from minicpm_jax.training.losses import Objective, PackedObjective
 from weights_io.adapters import AdapterConfig
@@ -132,24 +132,24 @@ class Job:
         return self._everywhere(jax.ShapeDtypeStruct(shape, dtype))
 
     def _model(self) -> Model:
-        """As `loading.load` would give it, and `quantised`."""
+        """As `loading.load` would give it, and `quantize_model`."""
         mesh = self.placed
         model = abstract(self.config, self.dtype) if mesh is None else self._over(mesh)
         if self.quantize is not None:
-            model = self._quantised(model, self.quantize)
+            model = self._quantized(model, self.quantize)
         return self._everywhere(model) if mesh is None else model
 
     def _over(self, mesh: Mesh) -> Model:
         """The model's shapes, filled up and placed."""
-        shape, dtype = padded(self.config, mesh, packed=self.quantize is not None), jnp.dtype(self.dtype)
+        shape, dtype = pad_config(self.config, mesh, packed=self.quantize is not None), jnp.dtype(self.dtype)
         where = shardings(shape, mesh)
         leaves = {
             p.name: jax.ShapeDtypeStruct(p.shape(shape), dtype, sharding=where[p.name]) for p in parameters(self.config)
         }
         return Model(nested(leaves), self.config, mesh=mesh)
 
-    def _quantised(self, model: Model, bits: int) -> Model:
-        packed = jax.eval_shape(functools.partial(quantised, bits=bits, head=not self.training), model)
+    def _quantized(self, model: Model, bits: int) -> Model:
+        packed = jax.eval_shape(functools.partial(quantize_model, bits=bits, head=not self.training), model)
         if self.placed is None:
             return packed
         rules = {p.name: p.logical_axes() for p in parameters(self.config)}
@@ -176,7 +176,7 @@ class Job:
 
     @property
     def slots(self) -> int:
-        return decoding.bucket(self.seq)
+        return decoding.bucket_length(self.seq)
 
     def _rows(self, dtype: Any) -> Any:
         return self._array((self.batch,), dtype)
@@ -185,8 +185,8 @@ class Job:
         keys = self._everywhere(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch)))
         ends = self._array((1,), jnp.int32)
         state = decoding.State(self._cache(), self._rows(jnp.int32), None, keys, self._rows(bool), ends)
-        knobs = self._everywhere(Knobs.of(Sampling(), self.config.vocab_size))
-        return Call(decoding.decode, (self._model(), state, self._array((), jnp.int32), knobs), {})
+        params = self._everywhere(SamplingParams.of(Sampling(), self.config.vocab_size))
+        return Call(decoding.decode, (self._model(), state, self._array((), jnp.int32), params), {})
 
     def _prefill(self) -> Call:
         ids = self._array((self.batch, self.tokens // self.batch), jnp.int32)
@@ -203,7 +203,7 @@ class Job:
             one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.placed, self.batch, "--batch"))
         return dict.fromkeys(("ids", "labels", "segments"), one)
 
-    def _state(self, optimiser: Any, weights: step.Weights) -> step.State:
+    def _state(self, optimizer: Any, weights: step.Weights) -> step.State:
         """The moments lie as their weights do; XLA makes zeros where what they are like is."""
 
         def where(path, leaf):
@@ -211,7 +211,7 @@ class Job:
             same = isinstance(own, jax.ShapeDtypeStruct) and own.shape == leaf.shape
             return own if same else self._array(leaf.shape, leaf.dtype)
 
-        return weights, jax.tree_util.tree_map_with_path(where, jax.eval_shape(optimiser.init, weights))
+        return weights, jax.tree_util.tree_map_with_path(where, jax.eval_shape(optimizer.init, weights))
 
     def _masters(self) -> step.Weights:
         """float32, of all parameters."""
@@ -223,32 +223,32 @@ class Job:
 
     def _train(self) -> Call:
         objective = Objective(remat=self.grad_checkpoint)
-        optimiser = optimizers.optimizer("adamw", 0.01, 1.0, self.config)
+        optimizer = optimizers.optimizer("adamw", 0.01, 1.0, self.config)
         base: Model | None = None
-        trained: step.Trained
+        trained: step.Trainable
         if self.job == "lora":
             base = self._model()
             adapter = AdapterConfig(self.rank, 4.0 * self.rank, 0.1, targets=self.targets)
-            trained = step.LowRankWeights(adapter.scale, adapter.dropout)
+            trained = step.LoraFinetune(adapter.scale, adapter.dropout)
             layers = range(self.config.num_hidden_layers)
-            initial = functools.partial(adapters.initial, config=adapter, layers=layers, key=jax.random.key(0))
+            initial = functools.partial(adapters.init_lora_params, config=adapter, layers=layers, key=jax.random.key(0))
             weights = self._everywhere(jax.eval_shape(initial, base))
         else:
-            trained = step.AllWeights(self.config, self.dtype, self.placed)
+            trained = step.FullFinetune(self.config, self.dtype, self.placed)
             weights = self._masters()
         key = self._everywhere(jax.eval_shape(lambda: jax.random.key(0)))
-        arguments = self._state(optimiser, weights), base, self._batches(), self._array((), jnp.float32), key
-        return Call(step.train_step, arguments, {"trained": trained, "objective": objective, "optimiser": optimiser})
+        arguments = self._state(optimizer, weights), base, self._batches(), self._array((), jnp.float32), key
+        return Call(step.train_step, arguments, {"trained": trained, "objective": objective, "optimizer": optimizer})
 
     def _pretrain(self) -> Call:
         fixed = {
-            "trained": step.AllWeights(self.config, self.dtype, self.placed),
+            "trained": step.FullFinetune(self.config, self.dtype, self.placed),
             "objective": PackedObjective(bos_token_id=1, remat=self.grad_checkpoint),
-            "optimiser": optimizers.mup_optimizer(self.config, 0.9, 0.95, 0.1, 1.0),
+            "optimizer": optimizers.mup_optimizer(self.config, 0.9, 0.95, 0.1, 1.0),
         }
         windows = {"ids": self._batches()["ids"]}
         key = self._everywhere(jax.eval_shape(lambda: jax.random.key(0)))
-        state = self._state(fixed["optimiser"], self._masters())
+        state = self._state(fixed["optimizer"], self._masters())
         return Call(step.train_step, (state, None, windows, self._array((), jnp.float32), key), fixed)
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from minicpm_jax.cpu.packed import PackedOnCpu, RowsOnCpu, on_cpu
+from minicpm_jax.cpu.packed import CpuQuantizedEmbedding, CpuQuantizedWeight, on_cpu
 from minicpm_jax.cpu.products import CpuMatrix
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Embedding, Linear
@@ -67,7 +67,7 @@ class CpuForm(Form):
         return "bfloat16" if fast else None
 
     def matrices_dtype(self, checkpoint: Checkpoint, dtype: str) -> str:
-        """In the file's bfloat16 those of a model in float32, where `product_on_cpu` loses nothing by it and a matrix
+        """In the file's bfloat16 those of a model in float32, where `linear_on_cpu` loses nothing by it and a matrix
         unit makes it the faster one."""
         exact = all(tensor.dtype.name == "bfloat16" for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1)
         kept = dtype == "float32" and exact and not checkpoint.config.num_experts and has_matrix_unit()
@@ -87,7 +87,7 @@ class CpuForm(Form):
         return jnp.float32
 
     def of(self, model: Model) -> Model:
-        return unstack(model, give_up=True)
+        return unstack_layers(model, donate=True)
 
 
 def form_of(decoding: bool, mesh: Mesh | None) -> Form:
@@ -108,16 +108,16 @@ def for_decoding(model: Model) -> Model:
 class Layers(nnx.List):
     """Layers with arrays of their own, which run one after the other."""
 
-    def through(self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None) -> Ran:
-        """As `layers.stack.through`."""
-        positions, each = _worked_out(positions), []
+    def run_layers(self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None) -> Ran:
+        """As `layers.stack.run_layers`."""
+        positions, each = _materialize(positions), []
         for index, layer in enumerate(self):
-            x, cache, imbalance = layer(x, positions, cache, index)
-            each.append(imbalance)
+            x, cache, aux_loss = layer(x, positions, cache, index)
+            each.append(aux_loss)
         return x, cache, jnp.mean(jnp.stack(each))
 
 
-def _worked_out(positions: Positions) -> Positions:
+def _materialize(positions: Positions) -> Positions:
     """The same, as products with ones, which are exact and which XLA:CPU makes once. Where the layers are no loop it
     would work out sines and cosines in each layer, for each of its heads."""
     ones = jnp.eye(positions.cos.shape[-1])
@@ -125,9 +125,9 @@ def _worked_out(positions: Positions) -> Positions:
     return dataclasses.replace(positions, cos=cos, sin=sin)
 
 
-def unstack(model: Model, give_up: bool = False) -> Model:
+def unstack_layers(model: Model, donate: bool = False) -> Model:
     """The same weights with one array for each layer. Those lie where the stacked ones do; only layers that do not
-    begin at a multiple of 64 bytes are copied. ``give_up``: the model that was given loses its layers, one stacked
+    begin at a multiple of 64 bytes are copied. ``donate``: the model that was given loses its layers, one stacked
     array after the other. One that is unstacked already is given back."""
     if isinstance(model.model.layers, Layers):
         return model
@@ -138,7 +138,7 @@ def unstack(model: Model, give_up: bool = False) -> Model:
         stacked, place = np.asarray(leaf), next(iter(leaf.devices()))
         for layer, own in zip(each, stacked, strict=True):
             layer.append(jax.device_put(own, place))
-        if give_up:
+        if donate:
             leaf.delete()
     copy = jax.tree.map(lambda x: x, model)
     copy.model.layers = Layers([jax.tree.unflatten(form, layer) for layer in each])
@@ -152,7 +152,7 @@ def _converted(part: Any) -> Any:
     """A layer with its weight in the form for a CPU."""
     if isinstance(part, MATRICES):
         weight = part.weight if isinstance(part, ExpertLinear) else on_cpu(part.weight)
-        part.weight = weight if isinstance(weight, PackedOnCpu | RowsOnCpu) else CpuMatrix(weight)
+        part.weight = weight if isinstance(weight, CpuQuantizedWeight | CpuQuantizedEmbedding) else CpuMatrix(weight)
     return part
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minicpm_jax.layers.ops import FEW, Weight, of_expert, product, rows
+from minicpm_jax.layers.ops import FEW, Weight, linear, of_expert, rows
 
 
 class CpuMatrix(Weight):
@@ -28,7 +28,7 @@ class CpuMatrix(Weight):
         return self.weight[index]
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        return product_on_cpu(self.weight[...], x)
+        return linear_on_cpu(self.weight[...], x)
 
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "... I"]:
         return rows_on_cpu(self.weight, index)
@@ -37,14 +37,14 @@ class CpuMatrix(Weight):
         return CpuMatrix(nnx.Param(of_expert(self.weight[...], expert)))
 
 
-def product_on_cpu(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    """`product`, but of a weight in bfloat16 in the form in which XLA:CPU gives it to a processor's matrix unit (AMX):
+def linear_on_cpu(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """`linear`, but of a weight in bfloat16 in the form in which XLA:CPU gives it to a processor's matrix unit (AMX):
     summed up in float32, and of two rows or more. One row alone would read the weight at 2 GB/s, two read it at 28.
 
     An x in float32 goes in as the three bfloat16 that it is the sum of, each a row: a product of float32 that reads
     half as much (measured: nearer to the exact one than that of float32 weights, and twice as fast for one token)."""
     if weight.dtype != jnp.bfloat16:
-        return product(weight, x)
+        return linear(weight, x)
     flat = x.reshape(-1, x.shape[-1])
     count = len(flat)
     if x.dtype == jnp.float32:

@@ -26,7 +26,7 @@ from minicpm_data.generation.options import CacheOptions, seen_tokens
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
-from minicpm_jax.generation.sampling import Knobs, sample
+from minicpm_jax.generation.sampling import SamplingParams, sample
 from minicpm_jax.layers.kv_cache import STORED, Cache, placement
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.processes import fetched, from_first
@@ -41,7 +41,7 @@ ROOM = 1024  # cache slots for an answer; a longer one makes the cache grow
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "token", "seen", "keys", "done", "end_ids"],
+    data_fields=["cache", "token", "token_mask", "rng", "finished", "eos_ids"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class State:
 
     cache: Cache
     token: Int[Array, "B"]  # the last one chosen, not yet in the cache
-    seen: Bool[Array, "B V"] | None  # for the repetition penalty
-    keys: Array  # [B] of jax.random
-    done: Bool[Array, "B"]  # rows that have ended
-    end_ids: Int[Array, "E"] | Int[Array, "B E"]
+    token_mask: Bool[Array, "B V"] | None  # for the repetition penalty
+    rng: Array  # [B] of jax.random
+    finished: Bool[Array, "B"]  # rows that have ended
+    eos_ids: Int[Array, "E"] | Int[Array, "B E"]
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
@@ -111,59 +111,59 @@ def prefill(
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def begin(
+def first_token(
     model: Model,
     cache: Cache,
     last: Float[Array, "B 1 D"],
-    seen: Bool[Array, "B V"] | None,
-    keys: UInt32[Array, "B 2"],
-    end_ids: Int[Array, "E"] | Int[Array, "B E"],
-    knobs: Knobs,
+    token_mask: Bool[Array, "B V"] | None,
+    rng: UInt32[Array, "B 2"],
+    eos_ids: Int[Array, "E"] | Int[Array, "B E"],
+    params: SamplingParams,
 ) -> State:
     """Choose the first token of each row after its prompt."""
     batch = len(last)
-    draws = jax.random.wrap_key_data(keys)
-    state = State(cache, jnp.zeros(batch, jnp.int32), seen, draws, jnp.zeros(batch, bool), end_ids)
-    return chosen(state, model.head(last)[:, 0], knobs)
+    draws = jax.random.wrap_key_data(rng)
+    state = State(cache, jnp.zeros(batch, jnp.int32), token_mask, draws, jnp.zeros(batch, bool), eos_ids)
+    return sample_next(state, model.head(last)[:, 0], params)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def decode(
-    model: Model, state: State, steps: Int[Array, ""], knobs: Knobs
+    model: Model, state: State, steps: Int[Array, ""], params: SamplingParams
 ) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
     """Up to ``steps`` (at most `STEPS`) more tokens for each row, fewer where all rows end. Returns the state, the
     tokens [STEPS, B] and how many of them are real."""
 
     def step(carry):
         state, tokens, count = carry
-        hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.done, 0, 1))
-        state = chosen(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], knobs)
+        hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.finished, 0, 1))
+        state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params)
         return state, tokens.at[count].set(state.token), count + 1
 
     def more(carry):
         state, _, count = carry
-        return (count < steps) & ~jnp.all(state.done)
+        return (count < steps) & ~jnp.all(state.finished)
 
     tokens = jnp.zeros((STEPS, *state.token.shape), jnp.int32)
     return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
 
 
-def chosen(state: State, logits: Float[Array, "B V"], knobs: Knobs) -> State:
+def sample_next(state: State, logits: Float[Array, "B V"], params: SamplingParams) -> State:
     """The state with the next token of each row."""
-    both = jax.vmap(jax.random.split)(state.keys)
-    token = sample(logits, state.seen, knobs, both[:, 1]).astype(jnp.int32)
-    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
-    done = state.done | jnp.any(token[:, None] == state.end_ids, axis=1)
-    return State(state.cache, token, seen, both[:, 0], done, state.end_ids)
+    both = jax.vmap(jax.random.split)(state.rng)
+    token = sample(logits, state.token_mask, params, both[:, 1]).astype(jnp.int32)
+    token_mask = None if state.token_mask is None else state.token_mask.at[jnp.arange(len(token)), token].set(True)
+    finished = state.finished | jnp.any(token[:, None] == state.eos_ids, axis=1)
+    return State(state.cache, token, token_mask, both[:, 0], finished, state.eos_ids)
 
 
-def grown(state: State, slots: int) -> State:
+def resize_state(state: State, slots: int) -> State:
     """The same with S cache slots."""
-    return dataclasses.replace(state, cache=longer(state.cache, slots))
+    return dataclasses.replace(state, cache=resize_cache(state.cache, slots))
 
 
 @functools.partial(jax.jit, static_argnames="slots")
-def longer(cache: Cache, slots: int) -> Cache:
+def resize_cache(cache: Cache, slots: int) -> Cache:
     """The same with S slots."""
     more = slots - cache.slots
 
@@ -189,21 +189,21 @@ def check(model: Model, request: GenerationRequest) -> None:
 def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarray]:
     """`minicpm_data.generation.api.Decoding.stream_tokens`."""
     batch, longest, max_tokens = len(request.prompts), request.longest, request.max_tokens
-    knobs = Knobs.of(request.sampling, model.config.vocab_size)
-    state = started(model, request)
+    params = SamplingParams.of(request.sampling, model.config.vocab_size)
+    state = prefill_and_sample(model, request)
     yield fetched(state.token)
     slots = state.cache.slots
     made, steps = 1, 1
     while made < max_tokens:
-        if fetched(state.done).all():
+        if fetched(state.finished).all():
             return
         if longest + made > slots:
-            slots = bucket(slots + ROOM)
+            slots = bucket_length(slots + ROOM)
             check_cache(model, batch, slots, request.cache)
-            state = grown(state, slots)
+            state = resize_state(state, slots)
         began = time.perf_counter()
         room = min(steps, max_tokens - made, slots - longest - made + 1)
-        state, tokens, count = decode(model, state, np.int32(room), knobs)
+        state, tokens, count = decode(model, state, np.int32(room), params)
         count = int(count)
         yield from fetched(tokens)[:count]
         made += count
@@ -212,23 +212,23 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
         steps = min(STEPS, 2 * steps) if quick else steps
 
 
-def started(model: Model, request: GenerationRequest) -> State:
+def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     """Each prompt run, and its row's first token chosen."""
-    cache, last = filled(model, request)
+    cache, last = prefill_prompts(model, request)
     sampling, vocab_size = request.sampling, model.config.vocab_size
     ends = np.array(sorted(request.end_ids) or [-1], np.int32)
-    seen = seen_tokens(request.prompts, vocab_size) if sampling.penalised else None
-    keys = from_first(sampling.row_keys(len(request.prompts)))
-    return begin(model, cache, last, seen, keys, ends, Knobs.of(sampling, vocab_size))
+    token_mask = seen_tokens(request.prompts, vocab_size) if sampling.penalised else None
+    rng = from_first(sampling.row_keys(len(request.prompts)))
+    return first_token(model, cache, last, token_mask, rng, ends, SamplingParams.of(sampling, vocab_size))
 
 
-def filled(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:
+def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """A cache that holds the prompts and has room for an answer, and the last hidden state of each."""
-    prompts, longest, slots = request.prompts, request.longest, slots_for(request)
+    prompts, longest, slots = request.prompts, request.longest, cache_length(request)
     check_cache(model, len(prompts), slots, request.cache)
     use_compilation_cache()
     lengths = np.array([len(p) for p in prompts], np.int32)
-    width = piece_of(longest, request.cache)
+    width = prefill_chunk(longest, request.cache)
     cache, last = empty(model, len(prompts), slots, request.cache.kv_bits)
     for start in range(0, longest, width):
         ids = np.zeros((len(prompts), width), np.int32)
@@ -239,18 +239,18 @@ def filled(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array
     return cache, last
 
 
-def slots_for(request: GenerationRequest) -> int:
+def cache_length(request: GenerationRequest) -> int:
     """Cache slots for the prompts, padding included, and for the answer, but of that at first `ROOM` at most."""
-    width = piece_of(request.longest, request.cache)
-    return max(-(-request.longest // width) * width, bucket(request.longest + min(request.max_tokens, ROOM)))
+    width = prefill_chunk(request.longest, request.cache)
+    return max(-(-request.longest // width) * width, bucket_length(request.longest + min(request.max_tokens, ROOM)))
 
 
-def piece_of(longest: int, cache_options: CacheOptions) -> int:
+def prefill_chunk(longest: int, cache_options: CacheOptions) -> int:
     """Tokens of a prompt that are run together."""
-    return min(bucket(longest), bucket(cache_options.prefill_step_size))
+    return min(bucket_length(longest), bucket_length(cache_options.prefill_step_size))
 
 
-def bucket(length: int) -> int:
+def bucket_length(length: int) -> int:
     """The least of 32, 64, ... 1024, 2048, 3072, ... that holds ``length``: always doubling would waste long caches."""
     return max(32, 1 << (int(length) - 1).bit_length()) if length <= 1024 else -(-int(length) // 1024) * 1024
 

@@ -19,8 +19,8 @@ from minicpm_data.generation.engine import RequestState, shared
 from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
 from minicpm_jax import device
 from minicpm_jax.generation import decoding
-from minicpm_jax.generation.decoding import STEPS, State, bucket
-from minicpm_jax.generation.sampling import Knobs
+from minicpm_jax.generation.decoding import STEPS, State, bucket_length
+from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.layers.kv_cache import STORED, Cache
 from minicpm_jax.model import Model
 
@@ -40,14 +40,14 @@ def insert(state: State, row: State, slot: Int[Array, ""]) -> State:
 
     cache, new = state.cache, row.cache
     written = {name: write_cache(getattr(cache, name), getattr(new, name)) for name in STORED}
-    keys = write(jax.random.key_data(state.keys), jax.random.key_data(row.keys))
+    rng = write(jax.random.key_data(state.rng), jax.random.key_data(row.rng))
     return State(
         dataclasses.replace(cache, lengths=write(cache.lengths, new.lengths), **written),
         write(state.token, row.token),
-        write(state.seen, row.seen),
-        jax.random.wrap_key_data(keys),
-        write(state.done, row.done),
-        write(state.end_ids, row.end_ids),
+        write(state.token_mask, row.token_mask),
+        jax.random.wrap_key_data(rng),
+        write(state.finished, row.finished),
+        write(state.eos_ids, row.eos_ids),
     )
 
 
@@ -69,7 +69,7 @@ def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: in
 
 @functools.partial(jax.jit, donate_argnames="state")
 def emptied(state: State, slot: Int[Array, ""]) -> State:
-    return dataclasses.replace(state, done=state.done.at[slot].set(True))
+    return dataclasses.replace(state, finished=state.finished.at[slot].set(True))
 
 
 class Engine(engine.Engine[Model]):
@@ -86,7 +86,7 @@ class Engine(engine.Engine[Model]):
 
         def most(context: int) -> int:
             """Cache slots of a request whose last piece is padded."""
-            return bucket(context + decoding.piece_of(context, cache_options))
+            return bucket_length(context + decoding.prefill_chunk(context, cache_options))
 
         def needed(context: int, times: int = 1) -> int:
             """With the row of the prompt that is run."""
@@ -97,12 +97,12 @@ class Engine(engine.Engine[Model]):
         self._check_room(needed, free)
         # A cache that grows is there twice for a moment.
         roomy = free is None or needed(self.context, 2) <= free
-        begun = bucket(1) if roomy else most(self.context)
+        begun = bucket_length(1) if roomy else most(self.context)
         cache, _ = decoding.empty(model, slots, begun, cache_options.kv_bits)
-        keys = jax.random.split(jax.random.key(0), slots)
+        rng = jax.random.split(jax.random.key(0), slots)
         nobody = np.full((slots, ENDS), -1, np.int32)
-        seen = jnp.zeros((slots, model.config.vocab_size), bool)
-        self.state = State(cache, jnp.zeros(slots, jnp.int32), seen, keys, jnp.ones(slots, bool), nobody)
+        token_mask = jnp.zeros((slots, model.config.vocab_size), bool)
+        self.state = State(cache, jnp.zeros(slots, jnp.int32), token_mask, rng, jnp.ones(slots, bool), nobody)
         self.rows: list[RequestState | None] = [None] * slots  # who is, or was last, in each slot
         self.order = list(range(slots))  # slots, the one that was given up longest ago first
         self.first: list[tuple[int, int]] = []  # tokens that came with the prompt
@@ -110,9 +110,9 @@ class Engine(engine.Engine[Model]):
     def _run(self, state: RequestState) -> Iterator[None]:
         request, prompt = state.request, state.prompt
         source, start = self._source(prompt)
-        width = decoding.piece_of(len(prompt) - start, request.cache)
+        width = decoding.prefill_chunk(len(prompt) - start, request.cache)
         ends = range(start + width, len(prompt) + width, width)  # of the pieces, the last one padded
-        slots = bucket(max(len(prompt) + 1, ends[-1]))
+        slots = bucket_length(max(len(prompt) + 1, ends[-1]))
         if start:
             cache, last = row_of(self.state.cache, np.int32(source), np.int32(start), slots), self._nothing()
         else:
@@ -126,14 +126,14 @@ class Engine(engine.Engine[Model]):
             ids[0, : len(part)] = part
             cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(end - width), lengths)
         found, sampling = sorted(request.end_ids)[:ENDS], request.sampling
-        end_ids = np.array([found + [-1] * (ENDS - len(found))], np.int32)
+        eos_ids = np.array([found + [-1] * (ENDS - len(found))], np.int32)
         vocabulary = self.model.config.vocab_size
-        seen, knobs = seen_tokens([prompt], vocabulary), Knobs.of(sampling, vocabulary)
-        row = decoding.begin(self.model, cache, last, seen, sampling.row_keys(1), end_ids, knobs)
+        token_mask, params = seen_tokens([prompt], vocabulary), SamplingParams.of(sampling, vocabulary)
+        row = decoding.first_token(self.model, cache, last, token_mask, sampling.row_keys(1), eos_ids, params)
         slot = self._take(source if start else None)
-        needed = max(slots, bucket(len(prompt) + request.max_tokens + 1))
+        needed = max(slots, bucket_length(len(prompt) + request.max_tokens + 1))
         if needed > self.state.cache.slots:
-            self.state = decoding.grown(self.state, needed)
+            self.state = decoding.resize_state(self.state, needed)
         self.state = insert(self.state, row, np.int32(slot))
         self.rows[slot] = state
         self.first.append((state.number, int(row.token[0])))
@@ -158,24 +158,24 @@ class Engine(engine.Engine[Model]):
         if made:  # so that nobody is decoded beyond its end
             return made
         here = [(slot, row) for slot, row in enumerate(self.rows) if row is not None and row.number in self.running]
-        knobs = self._knobs(
+        params = self._params(
             [row.request.sampling if row and row.number in self.running else GREEDY for row in self.rows]
         )
-        self.state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), knobs)
+        self.state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), params)
         found = np.asarray(tokens)[: int(count)]
         return [(row.number, int(step[slot])) for step in found for slot, row in here]
 
-    def _knobs(self, samplings: list[Sampling]) -> Knobs:
+    def _params(self, samplings: list[Sampling]) -> SamplingParams:
         """[B, 1] of each, greedy in an empty slot."""
         vocabulary = self.model.config.vocab_size
-        each = [Knobs.of(sampling, vocabulary) for sampling in samplings]
+        each = [SamplingParams.of(sampling, vocabulary) for sampling in samplings]
         numbers = {
-            f.name: np.stack([getattr(knobs, f.name) for knobs in each])[:, None]
-            for f in dataclasses.fields(Knobs)
+            f.name: np.stack([getattr(params, f.name) for params in each])[:, None]
+            for f in dataclasses.fields(SamplingParams)
             if f.name not in ("greedy", "penalised")
         }
-        return Knobs(
-            **numbers, greedy=all(knobs.greedy for knobs in each), penalised=any(knobs.penalised for knobs in each)
+        return SamplingParams(
+            **numbers, greedy=all(params.greedy for params in each), penalised=any(params.penalised for params in each)
         )
 
     def _free(self, state: RequestState) -> None:

@@ -24,7 +24,7 @@ HOTTEST = 1e38  # more is infinite in float32; either way all tokens are alike
     meta_fields=["greedy", "penalised"],
 )
 @dataclass(frozen=True)
-class Knobs:
+class SamplingParams:
     """`Sampling` for a compiled program: the numbers are inputs, [B, 1] where rows differ; only whether to draw and to
     penalise (any row) recompiles."""
 
@@ -37,8 +37,8 @@ class Knobs:
     penalised: bool
 
     @staticmethod
-    def of(sampling: Sampling, vocab_size: int) -> "Knobs":
-        return Knobs(
+    def of(sampling: Sampling, vocab_size: int) -> "SamplingParams":
+        return SamplingParams(
             np.float32(min(max(sampling.temperature, COLDEST), HOTTEST)),
             np.float32(sampling.top_p),
             np.int32(min(sampling.top_k or vocab_size, vocab_size)),
@@ -49,31 +49,33 @@ class Knobs:
         )
 
 
-def sample(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, knobs: Knobs, keys: Array) -> Int[Array, "B"]:
-    """One token for each row. ``seen``: tokens of prompt and answer, for the repetition penalty; ``keys``: [B]."""
-    if knobs.penalised:
-        penalised = jnp.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
-        logits = jnp.where(seen, penalised, logits)
+def sample(
+    logits: Float[Array, "B V"], token_mask: Bool[Array, "B V"] | None, params: SamplingParams, keys: Array
+) -> Int[Array, "B"]:
+    """One token for each row. ``token_mask``: tokens of prompt and answer, for the repetition penalty; ``keys``: [B]."""
+    if params.penalised:
+        penalised = jnp.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        logits = jnp.where(token_mask, penalised, logits)
     likeliest = jnp.argmax(logits, axis=-1)
-    if knobs.greedy:
+    if params.greedy:
         return likeliest
-    drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits / knobs.temperature, knobs))
-    return jnp.where(jnp.ravel(knobs.temperature) <= COLDEST, likeliest, drawn)
+    drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits / params.temperature, params))
+    return jnp.where(jnp.ravel(params.temperature) <= COLDEST, likeliest, drawn)
 
 
-def filtered(logits: Float[Array, "B V"], knobs: Knobs) -> Float[Array, "B V"]:
+def filtered(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
     """-inf for every token outside top-k, then top-p, then min-p; each is a lowest logit that still passes. Nothing is
     sorted: on a CPU that takes 20 ms for 73,440 words, and finding where to cut, bit by bit, a tenth of it."""
     ordered = _ordered(logits)
-    kept = ordered >= _cut(ordered, lambda above: jnp.sum(above, axis=-1, keepdims=True) >= knobs.top_k)
+    kept = ordered >= _cut(ordered, lambda above: jnp.sum(above, axis=-1, keepdims=True) >= params.top_k)
     probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
 
     def enough(above):
         mass = jnp.sum(jnp.where(above, probabilities, 0), axis=-1, keepdims=True)
-        return (mass >= knobs.top_p) & (knobs.top_p < 1)
+        return (mass >= params.top_p) & (params.top_p < 1)
 
     likeliest = jnp.max(probabilities, axis=-1, keepdims=True)  # it always stays
-    stays = kept & (ordered >= _cut(ordered, enough)) & (probabilities >= knobs.min_p * likeliest)
+    stays = kept & (ordered >= _cut(ordered, enough)) & (probabilities >= params.min_p * likeliest)
     return jnp.where(stays, logits, -jnp.inf)
 
 

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from minicpm_data.diagnostics.sparsity import checked_threshold
 from minicpm_data.generation.request import prompt_ids
-from minicpm_jax.generation.decoding import bucket, empty
+from minicpm_jax.generation.decoding import bucket_length, empty
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Linear
-from minicpm_jax.layers.ops import gated
+from minicpm_jax.layers.ops import gated_act
 from minicpm_jax.layers.rope import positions_of
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.mesh import over_its_mesh
@@ -34,7 +34,7 @@ class Counting:
     def __call__(self, x: Float[Array, "1 T D"]) -> Float[Array, "1 T F"]:
         gate = self.gate_proj(x)
         own = gate[..., : self.neurons]  # a mesh may have filled them up
-        self.zeros = jnp.sum(gated(own, jnp.ones_like(own), self.threshold) == 0, axis=(0, 2))  # [T]
+        self.zeros = jnp.sum(gated_act(own, jnp.ones_like(own), self.threshold) == 0, axis=(0, 2))  # [T]
         return gate
 
 
@@ -46,7 +46,7 @@ def activation_sparsity(model: Model, ids: Sequence[int]) -> np.ndarray:
     checked_threshold(model.config)
     tokens = np.array([prompt_ids(None, ids, model.config.vocab_size)], np.int32)
     length = tokens.shape[1]
-    width = min(bucket(length), PIECE)
+    width = min(bucket_length(length), PIECE)
     tokens = np.pad(tokens, [(0, 0), (0, -length % width)])
     cache, _ = empty(model, 1, tokens.shape[1], None)
     zeros = np.zeros(model.config.num_hidden_layers, np.int64)

@@ -18,8 +18,8 @@ from minicpm_data.generation.options import MOST
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_jax.generation import decoding
-from minicpm_jax.generation.decoding import ROOM, State, bucket, chosen
-from minicpm_jax.generation.sampling import Knobs
+from minicpm_jax.generation.decoding import ROOM, State, bucket_length, sample_next
+from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.processes import fetched
@@ -27,7 +27,7 @@ from minicpm_jax.parallel.processes import fetched
 
 @functools.partial(jax.jit, donate_argnames="state")
 def verify(
-    model: Model, state: State, guesses: Int[Array, "K"], knobs: Knobs
+    model: Model, state: State, guesses: Int[Array, "K"], params: SamplingParams
 ) -> tuple[State, Int[Array, "W"], Int[Array, ""]]:
     """Run the last token and the guesses (-1: none). Returns the state after the guesses that the model agrees with
     and one token more, the tokens that it chooses after each, and how many guesses were right."""
@@ -36,7 +36,7 @@ def verify(
     hidden, cache = model.decode(ids, state.cache, ids.shape[1], length=_lengths(before, ids.shape[1]))
 
     def choose(state, logits):
-        state = chosen(state, logits, knobs)
+        state = sample_next(state, logits, params)
         return state, state
 
     logits = model.head(hidden).swapaxes(0, 1)  # [W, 1, V]
@@ -78,12 +78,12 @@ def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Dra
     """Guesses of a smaller model; as many at a time whatever is wanted: another number is another program."""
     model, count = speculation.draft_model, speculation.num_draft_tokens
     assert model is not None
-    cache, _ = decoding.filled(model, roomy(request, count))
+    cache, _ = decoding.prefill_prompts(model, roomy(request, count))
 
     def proposed(last: Sequence[int], start: int, wanted: int) -> list[int]:
         nonlocal cache
         if start + len(last) + count > cache.slots:
-            cache = decoding.longer(cache, bucket(cache.slots + ROOM))
+            cache = decoding.resize_cache(cache, bucket_length(cache.slots + ROOM))
         cache, found = propose(model, cache, np.array([last], np.int32), np.int32(start), count)
         return fetched(found)[:wanted].tolist()
 
@@ -100,8 +100,8 @@ def stream_speculated(
 ) -> Iterator[tuple[int, bool]]:
     """`minicpm_data.generation.api.Decoding.stream_speculated`."""
     count = speculation.num_draft_tokens
-    knobs = Knobs.of(request.sampling, model.config.vocab_size)
-    state = decoding.started(model, roomy(request, count))
+    params = SamplingParams.of(request.sampling, model.config.vocab_size)
+    state = decoding.prefill_and_sample(model, roomy(request, count))
     first, filled = int(fetched(state.token)[0]), len(request.prompt)
 
     def verified(guesses: Sequence[int]) -> list[int]:
@@ -109,8 +109,8 @@ def stream_speculated(
         padded = np.full(count if guesses else 0, -1, np.int32)
         padded[: len(guesses)] = guesses
         if filled + 1 + len(padded) > state.cache.slots:
-            state = decoding.grown(state, bucket(state.cache.slots + ROOM))
-        state, tokens, right = verify(model, state, padded, knobs)
+            state = decoding.resize_state(state, bucket_length(state.cache.slots + ROOM))
+        state, tokens, right = verify(model, state, padded, params)
         accepted = int(fetched(right)) + 1
         filled += accepted
         return fetched(tokens)[:accepted].tolist()

@@ -10,12 +10,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from minicpm_jax.layers.blockwise import BLOCK, attend_blocks, attend_blocks_in_turn
+from minicpm_jax.layers.blockwise import BLOCK, blockwise_attention, blockwise_attention_in_turn
 from minicpm_jax.layers.kernels.cache_attention import cache_attention
 from minicpm_jax.layers.kernels.causal_attention import causal_attention
 from minicpm_jax.layers.kv_cache import Cache, placement
-from minicpm_jax.layers.rope import Positions, rotate
-from minicpm_jax.parallel.activations import by_heads
+from minicpm_jax.layers.rope import Positions, apply_rope
+from minicpm_jax.parallel.activations import shard_heads
 from minicpm_jax.parallel.mesh import ambient, row_axes
 from weights_io.config import ModelConfig
 
@@ -31,17 +31,17 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         batch, width, _ = x.shape
         with jax.named_scope("attention"):
-            q, k, v = (by_heads(project(x), cache) for project in (self.q_proj, self.k_proj, self.v_proj))
-            q = rotate(q.reshape(batch, width, -1, self.head_dim), positions)
-            k = rotate(k.reshape(batch, width, -1, self.head_dim), positions)
+            q, k, v = (shard_heads(project(x), cache) for project in (self.q_proj, self.k_proj, self.v_proj))
+            q = apply_rope(q.reshape(batch, width, -1, self.head_dim), positions)
+            k = apply_rope(k.reshape(batch, width, -1, self.head_dim), positions)
             v = v.reshape(k.shape)
             if cache is not None:
-                mixed, cache = through_cache(q, k, v, cache, layer, positions.index)
+                mixed, cache = cached_attention(q, k, v, cache, layer, positions.index)
                 return self.o_proj(mixed), cache
-            return self.o_proj(attend_rows(q, k, v, positions.segments)), cache
+            return self.o_proj(self_attention(q, k, v, positions.segments)), cache
 
 
-def through_cache(
+def cached_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -55,7 +55,7 @@ def through_cache(
     mesh = ambient()
 
     def own(q, k, v, cache, layer, index):
-        cache = cache.written(layer, k, v, index)
+        cache = cache.update(layer, k, v, index)
         return attend_cache(q, cache, layer, index), cache
 
     if mesh is None:
@@ -89,8 +89,8 @@ def attend_cache(
     def kernel(q, cache, layer, index):
         return cache_attention(q, cache, layer, index[:, 0])
 
-    forms = {"tpu": attend_blocks if q.dtype == jnp.float16 else kernel, "cpu": attend_blocks_in_turn}
-    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, **forms, default=attend_blocks)
+    forms = {"tpu": blockwise_attention if q.dtype == jnp.float16 else kernel, "cpu": blockwise_attention_in_turn}
+    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, **forms, default=blockwise_attention)
 
 
 def attend(
@@ -109,16 +109,16 @@ def attend(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * head_dim)
 
 
-def attend_rows(
+def self_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T NH"]:
-    """`attend` of whole rows to themselves: a token sees those of its segment up to itself.
+    """`attend` of whole rows without a cache: a token attends to the tokens of its segment up to itself.
 
-    In bfloat16 compiled for a TPU this is a Pallas kernel, over the devices of a mesh as in `through_cache`; in other
-    dtypes XLA's form."""
+    In bfloat16 on a TPU this is a Pallas kernel, sharded over a mesh as in `cached_attention`. Other dtypes use
+    `chunked_attention`."""
     mesh = ambient()
 
     def spread(q, k, v, segments):
@@ -129,18 +129,18 @@ def attend_rows(
         return jax.shard_map(causal_attention, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, segments)
 
     if q.dtype != jnp.bfloat16:
-        return attend_parts(q, k, v, segments)
+        return chunked_attention(q, k, v, segments)
     tpu = causal_attention if mesh is None else spread
-    return jax.lax.platform_dependent(q, k, v, segments, tpu=tpu, default=attend_parts)
+    return jax.lax.platform_dependent(q, k, v, segments, tpu=tpu, default=chunked_attention)
 
 
-def attend_parts(
+def chunked_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T NH"]:
-    """XLA's form of `attend_rows`. Of more than `BLOCK` tokens the scores are made for so many at a time, and made
+    """XLA's form of `self_attention`. Of more than `BLOCK` tokens the scores are made for so many at a time, and made
     again in the backward pass: those of 4 rows of 2048 tokens and 36 heads are 2.4 GB, of which a backward pass without
     blocks holds two and a half."""
     batch, width, _, _ = q.shape

@@ -18,7 +18,7 @@ def _at_once(part: Callable, given: Any) -> Array:
     return jax.vmap(part)(given)
 
 
-def attend_blocks(
+def blockwise_attention(
     q: Float[Array, "B T N H"],
     cache: Cache,
     layer: ArrayLike,
@@ -56,7 +56,7 @@ def attend_blocks(
             # Without the barrier XLA:CPU makes a copy of the whole cache in float32 before the loop.
             held, slot = jax.lax.optimization_barrier((cache, first))
             like = jax.ShapeDtypeStruct((block, together, head_dim), dtype)
-            k, v = (x.reshape(block, -1, lanes) for x in held.read(layer, row, slot, head, like))
+            k, v = (x.reshape(block, -1, lanes) for x in held.read_block(layer, row, slot, head, like))
             slots = first + jnp.arange(block)
             visible = (slots >= i * block) & (slots <= index[row][:, None])  # [T, S]
             if wide:  # scaled before they are turned: else XLA would turn the keys, and not what comes of them
@@ -86,8 +86,8 @@ def attend_blocks(
     return mixed.reshape(batch, width, heads * head_dim)
 
 
-def attend_blocks_in_turn(
+def blockwise_attention_in_turn(
     q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"]
 ) -> Float[Array, "B T NH"]:
-    """`attend_blocks`, one part after the other, up to a row's own end: their keys and scores stay in a CPU's cache."""
-    return attend_blocks(q, cache, layer, index, jax.lax.map)
+    """`blockwise_attention`, one part after the other: the keys and scores of a part stay in a CPU's cache."""
+    return blockwise_attention(q, cache, layer, index, jax.lax.map)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Int, Int8
 
 from minicpm_jax.parallel.mesh import row_axes
-from minicpm_jax.parallel.sharding import padded
+from minicpm_jax.parallel.sharding import pad_config
 from weights_io.config import ModelConfig
 
 STORED = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # arrays of a cache, and their axis of slots
@@ -42,7 +42,7 @@ class Cache:
         config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None = None, mesh: Mesh | None = None
     ) -> "Cache":
         """``bits`` 8: int8; None: ``dtype``. Of a model on a ``mesh``."""
-        config, parts = padded(config, mesh), 1 if mesh is None else mesh.shape.get("tensor", 1)
+        config, parts = pad_config(config, mesh), 1 if mesh is None else mesh.shape.get("tensor", 1)
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch, slots, heads * config.head_dim)
         lengths = jnp.zeros(batch, jnp.int32)
@@ -57,7 +57,7 @@ class Cache:
     def slots(self) -> int:
         return self.k.shape[2]
 
-    def written(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "Cache":
+    def update(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "Cache":
         """With k and v [B, T, K, H] of one layer in the slots ``index``: T in a row from the same one in every row, or
         one in each row."""
         batch, width, heads, _ = k.shape
@@ -84,12 +84,12 @@ class Cache:
         if self.k_scale is None or self.v_scale is None:
             k, v = (x.reshape(batch, width, -1) for x in (k, v))
             return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
-        (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+        (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
         k, v = (x.reshape(batch, width, -1) for x in (k, v))
         k_scale, v_scale = write_scale(self.k_scale, k_scale), write_scale(self.v_scale, v_scale)
         return Cache(write(self.k, k), write(self.v, v), self.lengths, k_scale, v_scale)
 
-    def read(
+    def read_block(
         self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, head: ArrayLike, like: Float[Array, "S K H"]
     ) -> tuple[Array, Array]:
         """Keys and values of one row, in the shape and dtype of ``like``: from ``slot`` and key/value ``head`` on."""
@@ -106,7 +106,7 @@ class Cache:
         return part(self.k, self.k_scale), part(self.v, self.v_scale)
 
 
-def quantised(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Float[Array, "B T K"]]:
+def quantize_kv(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Float[Array, "B T K"]]:
     """int8 and the scale of each head."""
     wide = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30) / 127

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minicpm_jax.layers.lora import LowRank
-from minicpm_jax.layers.ops import Weight, product, rows
+from minicpm_jax.layers.lora import LoRALayer
+from minicpm_jax.layers.ops import Weight, linear, rows
 
 
 class Linear(nnx.Module):
@@ -14,10 +14,10 @@ class Linear(nnx.Module):
 
     def __init__(self, weight: Float[Array, "O I"]):
         self.weight: nnx.Param | Weight = nnx.Param(weight)
-        self.adapter: LowRank | None = nnx.data(None)
+        self.adapter: LoRALayer | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = product(self.weight, x)
+        y = linear(self.weight, x)
         return y if self.adapter is None else self.adapter(x, y)
 
 
@@ -31,7 +31,7 @@ class Embedding(nnx.Module):
         return rows(self.weight, ids)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return product(self.weight, x)
+        return linear(self.weight, x)
 
 
 class RMSNorm(nnx.Module):

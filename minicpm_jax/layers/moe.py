@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.layers.kernels.precision import precision
-from minicpm_jax.layers.lora import LowRank, Product
-from minicpm_jax.layers.ops import Weight, gated, of_expert, product
+from minicpm_jax.layers.lora import LoRALayer, MatMul
+from minicpm_jax.layers.ops import Weight, gated_act, linear, of_expert
 from minicpm_jax.parallel.mesh import BATCH, ambient, rows_split
 from minicpm_jax.parallel.sharding import splits
 from weights_io.config import ModelConfig
@@ -35,13 +35,13 @@ class ExpertLinear(nnx.Module):
 
     def __init__(self, weight: Float[Array, "E O I"]):
         self.weight: nnx.Param | Weight = nnx.Param(weight)
-        self.adapter: LowRank | None = nnx.data(None)
+        self.adapter: LoRALayer | None = nnx.data(None)
 
     def of(self, expert: Int[Array, ""], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Rows that all take one expert."""
 
         def of_one(weight: Any, x: Array) -> Array:
-            return product(of_expert(weight, expert), x)
+            return linear(of_expert(weight, expert), x)
 
         return self._adapted(self.weight, x, of_one, lambda ratio: ratio[expert])
 
@@ -62,9 +62,9 @@ class ExpertLinear(nnx.Module):
 
         return self._adapted(self.weight[...], x, product, lambda ratio: ratio)
 
-    def _adapted(self, weight: Any, x: Array, product: Product, ratio: Callable[[Array], Array]) -> Array:
-        y = product(weight, x)
-        return y if self.adapter is None else self.adapter(x, y, product, ratio)
+    def _adapted(self, weight: Any, x: Array, matmul: MatMul, ratio: Callable[[Array], Array]) -> Array:
+        y = matmul(weight, x)
+        return y if self.adapter is None else self.adapter(x, y, matmul, ratio)
 
 
 class Experts(nnx.Module):
@@ -77,52 +77,52 @@ class Experts(nnx.Module):
         self.count, self.threshold = config.num_experts, config.activation_threshold
 
     def __call__(
-        self, x: Float[Array, "R D"], weights: Float[Array, "R C"], chosen: Int[Array, "R C"]
+        self, x: Float[Array, "R D"], weights: Float[Array, "R C"], expert_ids: Int[Array, "R C"]
     ) -> Float[Array, "R D"]:
         """Each row through its ``chosen`` experts, times their ``weights`` in the model's dtype, then added up."""
-        if chosen.size <= self.count:  # reads no more than all experts
-            y = self.picked(x, chosen)
+        if expert_ids.size <= self.count:  # reads no more than all experts
+            y = self.gather_experts(x, expert_ids)
         else:
-            y = self.in_groups(x, chosen)
+            y = self.grouped(x, expert_ids)
         return jnp.sum(y * weights[..., None], axis=1)
 
-    def picked(self, x: Float[Array, "R D"], chosen: Int[Array, "R C"]) -> Float[Array, "R C D"]:
+    def gather_experts(self, x: Float[Array, "R D"], expert_ids: Int[Array, "R C"]) -> Float[Array, "R C D"]:
         """One row and expert after the other."""
-        y = [jnp.stack([self.of(e, row) for e in experts]) for row, experts in zip(x, chosen, strict=True)]
+        y = [jnp.stack([self.of(e, row) for e in experts]) for row, experts in zip(x, expert_ids, strict=True)]
         return jnp.stack(y)
 
-    def in_groups(self, x: Float[Array, "R D"], chosen: Int[Array, "R C"]) -> Float[Array, "R C D"]:
+    def grouped(self, x: Float[Array, "R D"], expert_ids: Int[Array, "R C"]) -> Float[Array, "R C D"]:
         """All rows of an expert together, filled up to whole blocks."""
-        order, sizes = self.sort(chosen)
+        order, sizes = self.sort(expert_ids)
         height = min(max(order.size // (2 * self.count), LOWEST), HIGHEST)  # filling adds at most a half
         blocks = -(-sizes // height)  # of each expert
         ends = jnp.cumsum(blocks)
-        experts = chosen.reshape(-1)[order]
+        experts = expert_ids.reshape(-1)[order]
         shift = (ends - blocks) * height - (jnp.cumsum(sizes) - sizes)  # from place among the sorted rows to slot
         slots = jnp.arange(order.size) + shift[experts]
         most = order.size // height + self.count  # blocks of any choice
         owners = jnp.minimum(jnp.searchsorted(ends, jnp.arange(most), side="right"), self.count - 1)
-        rows = jnp.zeros((most * height, x.shape[1]), x.dtype).at[slots].set(x[order // chosen.shape[1]])
+        rows = jnp.zeros((most * height, x.shape[1]), x.dtype).at[slots].set(x[order // expert_ids.shape[1]])
         rows = rows.reshape(most, height, -1)
         gate, up = self.w1.in_blocks(rows, owners), self.w3.in_blocks(rows, owners)
-        y = self.w2.in_blocks(gated(gate, up, self.threshold), owners).reshape(most * height, -1)
-        return y[slots[jnp.argsort(order)]].reshape(*chosen.shape, -1)
+        y = self.w2.in_blocks(gated_act(gate, up, self.threshold), owners).reshape(most * height, -1)
+        return y[slots[jnp.argsort(order)]].reshape(*expert_ids.shape, -1)
 
-    def everywhere(
-        self, x: Float[Array, "R D"], weights: Float[Array, "R C"], chosen: Int[Array, "R C"]
+    def dense_experts(
+        self, x: Float[Array, "R D"], weights: Float[Array, "R C"], expert_ids: Int[Array, "R C"]
     ) -> Float[Array, "R D"]:
         """Every expert on every row, those that are not chosen with the weight 0."""
-        y = self.w2.all(gated(self.w1.all(x), self.w3.all(x), self.threshold))
-        shares = jnp.sum(jax.nn.one_hot(chosen, self.count, dtype=x.dtype) * weights[..., None], axis=1)  # [R, E]
+        y = self.w2.all(gated_act(self.w1.all(x), self.w3.all(x), self.threshold))
+        shares = jnp.sum(jax.nn.one_hot(expert_ids, self.count, dtype=x.dtype) * weights[..., None], axis=1)  # [R, E]
         return jnp.sum(y * shares[..., None], axis=1)
 
     def of(self, expert: Int[Array, ""], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Rows that all take one expert."""
-        return self.w2.of(expert, gated(self.w1.of(expert, x), self.w3.of(expert, x), self.threshold))
+        return self.w2.of(expert, gated_act(self.w1.of(expert, x), self.w3.of(expert, x), self.threshold))
 
-    def sort(self, chosen: Int[Array, "R C"]) -> tuple[Int[Array, "M"], Int[Array, "E"]]:
+    def sort(self, expert_ids: Int[Array, "R C"]) -> tuple[Int[Array, "M"], Int[Array, "E"]]:
         """The order that sorts all choices by expert, and how many each expert has."""
-        experts = chosen.reshape(-1)
+        experts = expert_ids.reshape(-1)
         return jnp.argsort(experts), jnp.bincount(experts, length=self.count)
 
 
@@ -130,29 +130,31 @@ class MoE(nnx.Module):
     def __init__(self, gate: nnx.Module, weights: dict[str, Any], config: ModelConfig):
         self.gate = gate  # the router: D to E
         self.experts = Experts(weights, config)
-        self.chosen = config.num_experts_per_tok
+        self.top_k = config.num_experts_per_tok
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """Also the layer's `imbalance` over the tokens that are ``real`` (None: all), for training."""
+        """Also the layer's `load_balancing_loss` over the tokens that are ``real`` (None: all), for training."""
         with jax.named_scope("moe"):
             rows = x.reshape(-1, x.shape[-1])
             logits = self.gate(rows)
-            weights, chosen = route(logits, self.chosen)
-            return self.form(x.shape)(rows, weights, chosen).reshape(x.shape), imbalance(logits, chosen, real)
+            weights, expert_ids = route(logits, self.top_k)
+            return self.form(x.shape)(rows, weights, expert_ids).reshape(x.shape), load_balancing_loss(
+                logits, expert_ids, real
+            )
 
     def form(self, shape: tuple[int, ...]) -> Callable[[Array, Array, Array], Array]:
         """How the experts run on rows [B, T] of that shape: all of them where the ambient mesh spreads them over its
         devices, each device on its own rows where it has many, else where the rows are."""
         mesh = ambient()
         if mesh is not None and splits("expert", self.experts.count, mesh):
-            return self.experts.everywhere
+            return self.experts.dense_experts
         parts = rows_split(mesh)
         return self.by_device if parts > 1 and shape[1] > 1 and shape[0] % parts == 0 else self.experts
 
     def by_device(
-        self, x: Float[Array, "R D"], weights: Float[Array, "R C"], chosen: Int[Array, "R C"]
+        self, x: Float[Array, "R D"], weights: Float[Array, "R C"], expert_ids: Int[Array, "R C"]
     ) -> Float[Array, "R D"]:
         """Each device sorts its own rows: of rows sorted over all devices XLA adds up every block over all of them, 92
         GB in a step of LoRA over 8. Without the barrier it may gather an expert for every block: 272 GB in a prefill of
@@ -165,18 +167,18 @@ class MoE(nnx.Module):
             in_specs=(P(), rows, rows, rows),
             out_specs=rows,
             check_vma=False,
-        )(self.experts, x, weights, chosen)
+        )(self.experts, x, weights, expert_ids)
 
 
-def route(logits: Float[Array, "R E"], chosen: int) -> tuple[Float[Array, "R C"], Int[Array, "R C"]]:
-    """Weights and numbers of the experts that each row takes: softmax over all experts in float32, the ``chosen``
+def route(logits: Float[Array, "R E"], top_k: int) -> tuple[Float[Array, "R C"], Int[Array, "R C"]]:
+    """Weights and numbers of the experts that each row takes: softmax over all experts in float32, the ``top_k``
     largest, divided by their sum, rounded to the model's dtype."""
-    weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), chosen)
+    weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), top_k)
     return (weights / jnp.sum(weights, axis=-1, keepdims=True)).astype(logits.dtype), experts
 
 
-def imbalance(
-    logits: Float[Array, "R E"], chosen: Int[Array, "R C"], real: Bool[Array, "B T"] | None = None
+def load_balancing_loss(
+    logits: Float[Array, "R E"], expert_ids: Int[Array, "R C"], real: Bool[Array, "B T"] | None = None
 ) -> Float[Array, ""]:
     """E sum_e f_e P_e: the share f of all choices that fell on an expert times its mean probability P (arXiv
     2101.03961, equation 4). 1 where the experts are used alike; training adds a hundredth of it to the loss. Only the
@@ -185,7 +187,7 @@ def imbalance(
     rows = jnp.ones(len(logits)) if real is None else real.reshape(-1).astype(jnp.float32)
     rows = rows / jnp.maximum(jnp.sum(rows), 1)
     shares = jnp.sum(jax.nn.softmax(logits.astype(jnp.float32), axis=-1) * rows[:, None], axis=0)
-    taken = jnp.mean(jax.nn.one_hot(chosen, count), axis=1)  # [R, E]
+    taken = jnp.mean(jax.nn.one_hot(expert_ids, count), axis=1)  # [R, E]
     return count * jnp.sum(jnp.sum(taken * rows[:, None], axis=0) * shares)
 
 

@@ -15,18 +15,18 @@ from minicpm_jax.layers.kernels.precision import precision
 FEW = 32
 
 
-def gated(gate: Array, up: Array, threshold: float | None = None) -> Array:
+def gated_act(gate: Array, up: Array, threshold: float | None = None) -> Array:
     """silu(gate) * up; with a ``threshold`` FATReLU in place of SiLU: gate where gate >= threshold, else 0."""
     active = jax.nn.silu(gate) if threshold is None else jnp.where(gate >= threshold, gate, 0)
     return active * up
 
 
-def scaled(x: Array, factor: float) -> Array:
+def scale(x: Array, factor: float) -> Array:
     """x * factor with the product in float32, rounded once to x's dtype, as PyTorch does."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def divided(x: Array, divisor: float) -> Array:
+def divide(x: Array, divisor: float) -> Array:
     """x / divisor, rounded likewise."""
     return (x.astype(jnp.float32) / divisor).astype(x.dtype)
 
@@ -40,8 +40,8 @@ class Weight(nnx.Module):
         raise NotImplementedError
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        """`product`."""
-        return product(self[...], x)
+        """`linear`."""
+        return linear(self[...], x)
 
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "... I"]:
         """`rows`."""
@@ -52,7 +52,7 @@ class Weight(nnx.Module):
         return of_expert(self[...], expert)
 
 
-def product(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+def linear(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
     """W x in x's dtype. The type of the weight chooses how: an array [O, I] (or its `nnx.Param`), or a `Weight`."""
     if isinstance(weight, Weight):
         return weight.times(x)

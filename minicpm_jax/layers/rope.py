@@ -74,7 +74,7 @@ def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:
+def apply_rope(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:
     """Turn each pair (h, h + H/2) by its angle, in float32, and round back to x's dtype. The halves change places by a
     product with ones, which is exact: cut out, 32 numbers of 64 would each fill 128 lanes of a TPU, a third of the
     bytes that attention moves in training."""

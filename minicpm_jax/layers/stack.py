@@ -15,28 +15,28 @@ from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import RMSNorm
 from minicpm_jax.layers.ops import Weight
 from minicpm_jax.layers.rope import Positions
-from minicpm_jax.parallel.activations import ADDED_UP, by_tokens, copies, gathered_rows
+from minicpm_jax.parallel.activations import ADDED_UP, gather_then_shard_sequence, replicate_per_device, shard_sequence
 from minicpm_jax.parallel.mesh import ambient
 
 Ran = tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]  # what comes of layers
 
 
-def through(
+def run_layers(
     layers: Any, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, remat: bool = False
 ) -> Ran:
-    """x through all layers: the hidden state, the cache, and the mean of the layers' `moe.imbalance`. ``remat``:
+    """x through all layers: the hidden state, the cache, and the mean of the layers' `moe.aux_loss`. ``remat``:
     recompute each layer in the backward pass instead of keeping what it computed."""
     if isinstance(layers, nnx.List):
-        return layers.through(x, positions, cache)  # type: ignore[attr-defined]
+        return layers.run_layers(x, positions, cache)  # type: ignore[attr-defined]
     if cache is None:
-        x = gathered_rows(x)
-        layers = _own_norms(layers, x)
+        x = gather_then_shard_sequence(x)
+        layers = replicate_norm_weights(layers, x)
 
     def step(carry, layer):
         x, cache = carry
         weights, index = layer
-        x, cache, imbalance = weights(x if cache is not None else by_tokens(x), positions, cache, index)
-        return (x, cache), imbalance
+        x, cache, aux_loss = weights(x if cache is not None else shard_sequence(x), positions, cache, index)
+        return (x, cache), aux_loss
 
     if remat:  # what is kept are 0.7 GB of 4.8 of MiniCPM-1B over fsdp, tensor
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(ADDED_UP))
@@ -45,8 +45,8 @@ def through(
     return x, cache, jnp.mean(each)
 
 
-class Copies(Weight):
-    """A norm's weight [D] of which each device of the ambient mesh has a copy of its own (`activations.copies`)."""
+class PerDeviceWeight(Weight):
+    """A norm's weight [D], replicated once per device of the ambient mesh (`activations.replicate_per_device`)."""
 
     def __init__(self, weight: Float[Array, "P Q D"]):
         self.array = nnx.Param(weight)
@@ -58,9 +58,9 @@ class Copies(Weight):
         return (parts * self.array[...][:, None, :, None]).reshape(x.shape)
 
 
-def _own_norms(layers: Any, x: Float[Array, "B T D"]) -> Any:
-    """The layers, stacked, with norms of which each device of the ambient mesh has `copies`: their gradients are added
-    up over the devices once, not in every layer."""
+def replicate_norm_weights(layers: Any, x: Float[Array, "B T D"]) -> Any:
+    """Replicate the norm weights of stacked layers per device of the ambient mesh. Their gradients are then summed
+    over the devices once, not in every layer."""
     if ambient() is None:
         return layers
 
@@ -68,7 +68,7 @@ def _own_norms(layers: Any, x: Float[Array, "B T D"]) -> Any:
         if not isinstance(part, RMSNorm):
             return part
         norm = RMSNorm(part.weight[...], part.eps)
-        norm.weight = Copies(copies(part.weight[...], x))
+        norm.weight = PerDeviceWeight(replicate_per_device(part.weight[...], x))
         return norm
 
     return jax.tree.map(own, layers, is_leaf=lambda part: isinstance(part, RMSNorm))

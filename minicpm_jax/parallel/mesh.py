@@ -75,7 +75,7 @@ def batch_sharding(mesh: Mesh, rows: int, flag: str = "--batch-size") -> NamedSh
     return NamedSharding(mesh, PartitionSpec(None, names))
 
 
-def own_rows(mesh: Mesh | None, rows: int) -> Sequence[int]:
+def local_rows(mesh: Mesh | None, rows: int) -> Sequence[int]:
     """Which of a batch's ``rows`` lie on devices of this process, in order."""
     if mesh is None:
         return range(rows)
@@ -84,10 +84,10 @@ def own_rows(mesh: Mesh | None, rows: int) -> Sequence[int]:
 
 
 def placed_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) -> Mapping[str, Any]:
-    """Arrays [A, B, ...] over the mesh, of each of which this process has its `own_rows` alone: [A, own, ...]."""
+    """Arrays [A, B, ...] over the mesh, of each of which this process has its `local_rows` alone: [A, own, ...]."""
     if mesh is None:
         return arrays
-    sharding, own = batch_sharding(mesh, rows), own_rows(mesh, rows)
+    sharding, own = batch_sharding(mesh, rows), local_rows(mesh, rows)
 
     def placed(array: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:

@@ -32,13 +32,13 @@ RULES = {
 }
 
 
-def note_idle(config: ModelConfig, mesh: Mesh | None, rows: int) -> None:
+def warn_idle_mesh_axes(config: ModelConfig, mesh: Mesh | None, rows: int) -> None:
     """Say on standard error which axes of a mesh have devices that all do the same while so many rows run together.
     Over an axis that splits weights rows that it does not divide run on all devices, each with its part of those."""
     if mesh is None or jax.process_index() > 0:
         return
     sizes = {name: size for name, size in mesh.shape.items() if size > 1}
-    of_weights = {name for sharding in shardings(padded(config, mesh), mesh).values() for name in sharding.spec}
+    of_weights = {name for sharding in shardings(pad_config(config, mesh), mesh).values() for name in sharding.spec}
     of_rows = row_axes(mesh, rows)
     whole = [n for n in BATCH if n in sizes and n not in of_rows and n not in of_weights]
     if whole:
@@ -51,7 +51,7 @@ def note_idle(config: ModelConfig, mesh: Mesh | None, rows: int) -> None:
         print(f"note: {what}, and its devices all run the same; take another axis", file=sys.stderr)
 
 
-def padded(config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> ModelConfig:
+def pad_config(config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> ModelConfig:
     """The shape in which a model lies on a mesh: what is split over tensor is filled up, with zeros at its end, to what
     tensor divides. ``packed``: its matrices are in few bits.
 
@@ -60,11 +60,11 @@ def padded(config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> Mode
     there are zero, too."""
     parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
     tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
-    return padded_over(config, parts, LANES if tpu else 1, packed)
+    return pad_config_over(config, parts, LANES if tpu else 1, packed)
 
 
-def padded_over(config: ModelConfig, parts: int, lanes: int = LANES, packed: bool = False) -> ModelConfig:
-    """`padded`, over so many ``parts``. Key/value heads come with the query heads that read them. Those of a device
+def pad_config_over(config: ModelConfig, parts: int, lanes: int = LANES, packed: bool = False) -> ModelConfig:
+    """`pad_config`, over so many ``parts``. Key/value heads come with the query heads that read them. Those of a device
     fill whole registers of ``lanes``: of a cache with 9 heads of 64 XLA would keep the axes in another order, and copy
     it for the kernel; in rows it takes as much room as one with 10. So do the neurons of what is ``packed``, which are
     whole groups besides: of 720 neurons of the 2B a device XLA would copy all layers in each step."""
@@ -85,7 +85,7 @@ def _multiple(size: int, of: int) -> int:
     return -(-size // of) * of
 
 
-def resized(x: Any, shape: tuple[int, ...]) -> Any:
+def pad_or_trim(x: Any, shape: tuple[int, ...]) -> Any:
     """Each axis cut off at its end, or filled up there with zeros."""
     if x.shape == shape:
         return x
@@ -94,25 +94,25 @@ def resized(x: Any, shape: tuple[int, ...]) -> Any:
     return (np if isinstance(x, np.ndarray) else jnp).pad(x, more)
 
 
-def reshaped(weights: Mapping[str, Any], config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """Parameters `resized` to the shapes of a config (a model's own, or that of `padded`), where those lie."""
+def pad_or_trim_params(weights: Mapping[str, Any], config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Parameters `pad_or_trim` to the shapes of a config (a model's own, or that of `pad_config`), where those lie."""
     where = shardings(config, mesh)
     changed = {p.name: p.shape(config) for p in parameters(config) if weights[p.name].shape != p.shape(config)}
     made = {
-        name: jax.jit(resized, static_argnums=1, out_shardings=where[name])(weights[name], shape)
+        name: jax.jit(pad_or_trim, static_argnums=1, out_shardings=where[name])(weights[name], shape)
         for name, shape in changed.items()
     }
     return {**weights, **made}
 
 
 def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Of every parameter of the table; with the config of `padded`, of every one of a model on the mesh."""
+    """Of every parameter of the table; with the config of `pad_config`, of every one of a model on the mesh."""
     return {
         p.name: NamedSharding(mesh, partition_spec(p.logical_axes(), p.shape(config), mesh)) for p in parameters(config)
     }
 
 
-def share(config: ModelConfig, mesh: Mesh | None) -> float:
+def fraction_per_device(config: ModelConfig, mesh: Mesh | None) -> float:
     """How much of all weights of these shapes each device has."""
     if mesh is None:
         return 1.0
@@ -160,7 +160,7 @@ def default_mesh(config: ModelConfig, devices: int, training: bool) -> str:
         return f"fsdp={devices}"
 
     def cost(parts: int) -> tuple[int, int]:
-        heads = padded_over(config, parts).num_key_value_heads
+        heads = pad_config_over(config, parts).num_key_value_heads
         return heads // parts, heads
 
     heads = min((parts for parts in range(1, devices + 1) if devices % parts == 0), key=cost)

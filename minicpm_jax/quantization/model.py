@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jaxtyping import Array
 
-from minicpm_jax.model import linear
-from minicpm_jax.quantization.packed import Packed, quantise, quantise_rows
+from minicpm_jax.model import get_layer
+from minicpm_jax.quantization.packed import QuantizedWeight, quantize_embedding, quantize_weight
 from weights_io.adapters import target_parameters
 from weights_io.casting import check_bits, check_groups, group_of
 from weights_io.config import ModelConfig
@@ -23,9 +23,9 @@ def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Cal
     """How each weight that is kept in ``bits`` bits is packed, by its name in the parameter table: the matrices of the
     layers, but a router. ``head``: the head in int8, too, and with it an embedding that is the same table. For
     generation: a step reads the head whole. What they are given is used up."""
-    bits, pack = check_bits(bits), jax.jit(quantise, static_argnums=(1, 2))
+    bits, pack = check_bits(bits), jax.jit(quantize_weight, static_argnums=(1, 2))
 
-    def packed(name: str, width: int, weight: Array) -> Packed:
+    def packed(name: str, width: int, weight: Array) -> QuantizedWeight:
         check_groups(name, width)
         return pack(weight, bits, group_of(math.gcd(width, weight.shape[-1])))  # a mesh may have filled the rows up
 
@@ -35,7 +35,7 @@ def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Cal
         found[name] = functools.partial(_given_up, functools.partial(packed, name, width))
     if head:
         table = EMBEDDING if config.tie_word_embeddings else HEAD
-        found[table.name] = functools.partial(_given_up, jax.jit(quantise_rows))
+        found[table.name] = functools.partial(_given_up, jax.jit(quantize_embedding))
     return found
 
 
@@ -48,18 +48,18 @@ def _given_up(pack: Callable[[Array], Any], weight: Array) -> Any:
     return packed
 
 
-def quantised(model: "Model", bits: int, head: bool = False) -> "Model":
+def quantize_model(model: "Model", bits: int, head: bool = False) -> "Model":
     """The model with the weights of `packing` packed; its arrays are given up."""
     model = jax.tree.map(lambda x: x, model)
     for name, pack in packing(model.config, bits, head).items():
-        layer = linear(model, name)
+        layer = get_layer(model, name)
         layer.weight = pack(layer.weight[...])
     return model
 
 
 def axes_of(path: Any, axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
     """Logical axes of the leaf at ``path`` of a weight with those ``axes``, packed or not."""
-    turned = {"numbers", "scales"} & set(names_of(path))
+    turned = {"qweight", "scales"} & set(names_of(path))
     return (*axes[:-2], axes[-1], axes[-2]) if turned else axes[:ndim]  # a head has a scale for each row
 
 

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from minicpm_data.datasets.examples import IGNORED
 from minicpm_jax.layers.kernels.precision import precision
-from minicpm_jax.layers.ops import divided, product
+from minicpm_jax.layers.ops import divide, linear
 from minicpm_jax.model import Model
-from minicpm_jax.parallel.activations import by_rows
+from minicpm_jax.parallel.activations import shard_batch
 from minicpm_jax.parallel.mesh import over_its_mesh, row_axes, rows_split
 from minicpm_jax.parallel.sharding import partition_spec
 
@@ -23,7 +23,7 @@ LOGITS = 2**26  # most logits at once: 0.27 GB in float32
 @over_its_mesh
 def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Cross entropy of each label in float32, at its own position; 0 where there is none."""
-    hidden = divided(hidden, model.config.logit_divisor)
+    hidden = divide(hidden, model.config.logit_divisor)
     weight = model.model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
     mesh, words, (rows, width) = model.mesh, model.config.vocab_size, labels.shape
     own = -(-rows // rows_split(mesh))  # rows of a device
@@ -32,7 +32,7 @@ def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array,
     more, filling = own * rows_split(mesh) - rows, -width % chunk
     hidden = jnp.pad(hidden, [(0, more), (0, filling), (0, 0)])
     targets = jnp.pad(labels[:, 1:], [(0, more), (0, 1 + filling)], constant_values=IGNORED)
-    losses = _chunked(chunk, words, mesh, by_rows(hidden), weight, by_rows(targets))
+    losses = _chunked(chunk, words, mesh, shard_batch(hidden), weight, shard_batch(targets))
     return jnp.pad(losses[:rows, : width - 1], [(0, 0), (1, 0)])
 
 
@@ -172,7 +172,7 @@ def _logits(
     weight: Float[Array, "V D"], x: Float[Array, "B C D"], words: int | Int[Array, ""]
 ) -> Float[Array, "B C V"]:
     """In float32; -inf for rows of the head that are no ``words`` but fill it up."""
-    logits = product(weight, x).astype(jnp.float32)
+    logits = linear(weight, x).astype(jnp.float32)
     if isinstance(words, int) and words == len(weight):
         return logits
     return jnp.where(jnp.arange(len(weight)) < words, logits, -jnp.inf)

@@ -26,9 +26,9 @@ class Objective(ObjectiveOptions):
     def __call__(self, model: Model, batch: Batch) -> Sums:
         """`ObjectiveOptions.sums` of a batch."""
         positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
-        states, imbalance = model.states_and_imbalance(batch["ids"], positions, remat=self.remat)
+        states, aux_loss = model.hidden_states_and_aux_loss(batch["ids"], positions, remat=self.remat)
         losses = token_losses(model, states, batch["labels"])
-        return self.sums(jnp, losses, batch, imbalance if model.config.num_experts else None)
+        return self.sums(jnp, losses, batch, aux_loss if model.config.num_experts else None)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def _muon(decay: float, decayed: Mask) -> optax.GradientTransformation:
     return optax.chain(updates, optax.add_decayed_weights(-decay, mask=decayed))  # the updates point downwards already
 
 
-OPTIMISERS: dict[str, Callable[[float, Mask], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[float, Mask], optax.GradientTransformation]] = {
     "adamw": lambda decay, decayed: optax.adamw(1.0, weight_decay=decay, mask=decayed),
     "adam": lambda decay, decayed: optax.adam(1.0),
     "sgd": lambda decay, decayed: optax.sgd(1.0),
@@ -58,6 +58,6 @@ def mup_optimizer(
 
 @functools.cache
 def optimizer(name: str, weight_decay: float, clip: float, config: ModelConfig) -> optax.GradientTransformation:
-    """One of `OPTIMISERS` for a learning rate of 1, over gradients of at most the norm ``clip``. The same arguments
+    """One of `OPTIMIZERS` for a learning rate of 1, over gradients of at most the norm ``clip``. The same arguments
     give the same object, for which `train_step` is compiled once."""
-    return optax.chain(optax.clip_by_global_norm(clip), OPTIMISERS[name](weight_decay, _decayed(config)))
+    return optax.chain(optax.clip_by_global_norm(clip), OPTIMIZERS[name](weight_decay, _decayed(config)))

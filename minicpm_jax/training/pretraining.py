@@ -11,8 +11,8 @@ from minicpm_data.training.finished_model import export_pretrained
 from minicpm_data.training.options import PretrainOptions
 from minicpm_jax import device
 from minicpm_jax.loading import load_weights
-from minicpm_jax.model import initialise
-from minicpm_jax.parallel.sharding import note_idle, shardings, share
+from minicpm_jax.model import initialize
+from minicpm_jax.parallel.sharding import fraction_per_device, shardings, warn_idle_mesh_axes
 from minicpm_jax.training import optimizers
 from minicpm_jax.training import step as train
 from minicpm_jax.training.losses import PackedObjective
@@ -32,14 +32,14 @@ class Pretrainer(BaseTrainer):
         dtype = options.dtype or device.usual_dtype("bfloat16")
         device.check_dtype(dtype)
         super().__init__(options.out, options.batch_size, options.seed, mesh)
-        self.config, self.raw_config, weights = beginning(options, mesh)
-        note_idle(self.config, mesh, options.batch_size)
-        self.trained = train.AllWeights(self.config, dtype, mesh)
+        self.config, self.raw_config, weights = initial_weights(options, mesh)
+        warn_idle_mesh_axes(self.config, mesh, options.batch_size)
+        self.trained = train.FullFinetune(self.config, dtype, mesh)
         self.objective = PackedObjective(bos_token_id, options.remat)
-        self.optimiser = optimizers.mup_optimizer(
+        self.optimizer = optimizers.mup_optimizer(
             self.config, options.beta1, options.beta2, options.weight_decay, options.clip
         )
-        self.state = train.beginning(weights, self.optimiser, mesh)
+        self.state = train.init_train_state(weights, self.optimizer, mesh)
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
         """Every process runs all rows, of which there may be fewer than a mesh splits."""
@@ -56,19 +56,19 @@ class Pretrainer(BaseTrainer):
         self.processes.once(write)
 
 
-def beginning(
+def initial_weights(
     options: PretrainOptions, mesh: Mesh | None
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, jax.Array | np.ndarray]]:
     """Config, config.json and float32 weights at the first step. A new model's are made where they are to be."""
 
     def check(config: ModelConfig) -> None:
-        check_training(config, "adamw", device.free_memory(mesh), share(config, mesh))
+        check_training(config, "adamw", device.free_memory(mesh), fraction_per_device(config, mesh))
 
     if options.config is not None:
         config = ModelConfig.from_file(options.config)
         check(config)
         where = None if mesh is None else shardings(config, mesh)
-        make = jax.jit(lambda key: train.weights_of(initialise(config, key)), out_shardings=where)
+        make = jax.jit(lambda key: train.weights_of(initialize(config, key)), out_shardings=where)
         return config, read_json(options.config), make(jax.random.key(options.seed))
     checkpoint = open_model(options.init_from)
     check(checkpoint.config)

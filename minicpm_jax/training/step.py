@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 
 from minicpm_jax import adapters
 from minicpm_jax.layers.linear import Linear
-from minicpm_jax.layers.ops import Weight, product
+from minicpm_jax.layers.ops import Weight, linear
 from minicpm_jax.layers.rope import positions_of
-from minicpm_jax.model import Model, linear, nested
+from minicpm_jax.model import Model, get_layer, nested
 from minicpm_jax.parallel.mesh import ambient
-from minicpm_jax.parallel.sharding import padded, partition_spec, replicated, reshaped, shardings
+from minicpm_jax.parallel.sharding import pad_config, pad_or_trim_params, partition_spec, replicated, shardings
 from minicpm_jax.training.cross_entropy import token_losses
 from minicpm_jax.training.losses import Batch, Objective, PackedObjective
 from weights_io.config import ModelConfig
@@ -29,7 +29,7 @@ State = tuple[Weights, Any]  # and the optimiser's moments
 
 
 @dataclass(frozen=True)
-class AllWeights:
+class FullFinetune:
     """What is trained: every weight, as float32 masters (over the devices of a ``mesh``) of a model that computes in
     ``dtype``. Masters, moments and what is saved have the shapes of the table: the model is filled up as it is made."""
 
@@ -43,7 +43,7 @@ class AllWeights:
             return Model(nested(weights), self.config)
         # Of words that tensor does not divide XLA would split the optimiser's work, and gather what comes of it.
         weights = jax.lax.with_sharding_constraint(weights, shardings(self.config, self.mesh))
-        weights = reshaped(weights, padded(self.config, self.mesh), self.mesh)
+        weights = pad_or_trim_params(weights, pad_config(self.config, self.mesh), self.mesh)
         model = Model(nested(weights), self.config, mesh=self.mesh)
         return _transposed(model) if "tensor" in self.mesh.shape else model
 
@@ -64,20 +64,20 @@ class Transposed(Weight):
         weight, mesh = self.array[...], ambient()
         assert mesh is not None
         out, width = partition_spec(self.axes, weight.shape, mesh)
-        return product(jax.lax.with_sharding_constraint(weight.T, PartitionSpec(width, out)).T, x)
+        return linear(jax.lax.with_sharding_constraint(weight.T, PartitionSpec(width, out)).T, x)
 
 
 def _transposed(model: Model) -> Model:
     """With the layers' matrices that fsdp splits along their last axis `Transposed`, as the parameter table says."""
     for parameter in parameters(model.config):
-        layer, axes = linear(model, parameter.name), parameter.logical_axes()
+        layer, axes = get_layer(model, parameter.name), parameter.logical_axes()
         if isinstance(layer, Linear) and axes[0] == "layers" and axes[-1] == "embed":
             layer.weight = Transposed(layer.weight[...], axes[1:])
     return model
 
 
 @dataclass(frozen=True)
-class LowRankWeights:
+class LoraFinetune:
     """What is trained: adapters on a base."""
 
     scale: float
@@ -89,22 +89,22 @@ class LowRankWeights:
         return adapters.attach(base, weights, self.scale, self.dropout, key)
 
 
-Trained = AllWeights | LowRankWeights
-Minimised = Objective | PackedObjective
+Trainable = FullFinetune | LoraFinetune
+AnyObjective = Objective | PackedObjective
 
 
-def beginning(weights: Weights, optimiser: optax.GradientTransformation, mesh: Mesh | None) -> State:
+def init_train_state(weights: Weights, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> State:
     """The state before the first step. Of the moments, those that are as large as a weight lie as it does; the others
     go to every device, as a checkpoint is read to where they are. Everything is bound to its devices, as what a step
     returns is: else the second one would be compiled anew."""
-    moments = optimiser.init(weights)
+    moments = optimizer.init(weights)
     if mesh is None:
         return jax.device_put((weights, moments), jax.devices()[0])
     moments = jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else replicated(x, mesh), moments)
     return weights, moments
 
 
-def where_it_was(state: State, before: State) -> State:
+def restore_sharding(state: State, before: State) -> State:
     """What a step returned, where what it was given lay: XLA chooses otherwise for some arrays, and the next step would
     be compiled anew."""
     return jax.tree.map(
@@ -112,7 +112,7 @@ def where_it_was(state: State, before: State) -> State:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("trained", "objective", "optimiser"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("trained", "objective", "optimizer"), donate_argnums=0)
 def train_step(
     state: State,
     base: Model | None,
@@ -120,9 +120,9 @@ def train_step(
     learning_rate: Array,
     key: Array,
     *,
-    trained: Trained,
-    objective: Minimised,
-    optimiser: optax.GradientTransformation,
+    trained: Trainable,
+    objective: AnyObjective,
+    optimizer: optax.GradientTransformation,
 ) -> tuple[State, dict[str, Array]]:
     """One step on micro-batches (arrays [A, B, T]), whose tokens all weigh the same. Returns the state and figures:
     means of the objective's sums, ``weight`` the sum itself. An objective without a weight is a mean, of one batch."""
@@ -149,19 +149,19 @@ def train_step(
         weight = jnp.maximum(sums["weight"], 1)
         gradients = jax.tree.map(lambda g: g / weight, gradients)
         sums = {name: value / weight for name, value in sums.items()} | {"weight": sums["weight"]}
-    updates, moments = optimiser.update(gradients, moments, weights)
+    updates, moments = optimizer.update(gradients, moments, weights)
     weights = jax.tree.map(lambda w, update: w + learning_rate * update, weights, updates)
     return (weights, moments), sums | {"gradient_norm": optax.global_norm(gradients)}
 
 
 @functools.partial(jax.jit, static_argnames=("trained", "objective"))
-def evaluation(weights: Weights, base: Model | None, batch: Batch, *, trained: Trained, objective: Minimised):
+def evaluation(weights: Weights, base: Model | None, batch: Batch, *, trained: Trainable, objective: AnyObjective):
     """The objective's sums over a batch, without a step."""
     return objective(trained.model(base, weights), batch)[1]
 
 
 @functools.partial(jax.jit, static_argnames="trained")
-def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, trained: Trained) -> Float[Array, "B"]:
+def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, trained: Trainable) -> Float[Array, "B"]:
     """Of the targets of each row together."""
     model = trained.model(base, weights)
     positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
@@ -172,4 +172,4 @@ def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, tra
 def weights_of(model: Model) -> Weights:
     """The model's arrays under the names of the parameter table, and in its shapes: without what a mesh filled up."""
     weights = {p.name: functools.reduce(getattr, p.name.split("."), model)[...] for p in parameters(model.config)}
-    return weights if model.mesh is None else reshaped(weights, model.config, model.mesh)
+    return weights if model.mesh is None else pad_or_trim_params(weights, model.config, model.mesh)

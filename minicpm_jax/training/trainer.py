@@ -18,9 +18,9 @@ from minicpm_data.training.options import FinetuneOptions, FullOptions, LoraOpti
 from minicpm_jax import adapters, device
 from minicpm_jax.loading import load_weights
 from minicpm_jax.model import Model
-from minicpm_jax.parallel.mesh import batch_sharding, own_rows, placed_rows
+from minicpm_jax.parallel.mesh import batch_sharding, local_rows, placed_rows
 from minicpm_jax.parallel.processes import fetched, processes
-from minicpm_jax.parallel.sharding import replicated, share
+from minicpm_jax.parallel.sharding import fraction_per_device, replicated
 from minicpm_jax.training import optimizers
 from minicpm_jax.training import step as train
 from minicpm_jax.training.losses import Objective
@@ -37,9 +37,9 @@ class BaseTrainer:
     split over the ``mesh``. Raises `InputError` where they cannot be."""
 
     state: train.State
-    trained: train.Trained
-    objective: train.Minimised
-    optimiser: optax.GradientTransformation
+    trained: train.Trainable
+    objective: train.AnyObjective
+    optimizer: optax.GradientTransformation
     base: Model | None = None  # of adapters
 
     def __init__(self, folder: Path, rows: int, seed: int, mesh: Mesh | None):
@@ -53,7 +53,7 @@ class BaseTrainer:
         return Checkpoints(self.folder / "checkpoints")
 
     def own(self, rows: int) -> Sequence[int]:
-        return own_rows(self.mesh, rows)
+        return local_rows(self.mesh, rows)
 
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
         state, figures = train.train_step(
@@ -64,9 +64,9 @@ class BaseTrainer:
             jax.random.fold_in(self.key, number),
             trained=self.trained,
             objective=self.objective,
-            optimiser=self.optimiser,
+            optimizer=self.optimizer,
         )
-        self.state = train.where_it_was(state, self.state)
+        self.state = train.restore_sharding(state, self.state)
         return figures
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
@@ -100,25 +100,25 @@ class Trainer(BaseTrainer):
         self.rows *= 1 if options.loss == "sft" else 2
         self.options, self.config, self.source = options, model.config, source
         self.objective = Objective(options.loss, options.beta, remat=options.grad_checkpoint)
-        self.optimiser = optimizers.optimizer(options.optimizer, options.weight_decay, options.clip, model.config)
+        self.optimizer = optimizers.optimizer(options.optimizer, options.weight_decay, options.clip, model.config)
         if isinstance(options, LoraOptions):
             adapter, self.base = options.adapter, model
-            self.trained = train.LowRankWeights(adapter.scale, adapter.dropout)
+            self.trained = train.LoraFinetune(adapter.scale, adapter.dropout)
             if options.resume_adapter_file is None:
-                weights = adapters.initial(model, adapter, adapted_layers(options, model.config), self.key)
+                weights = adapters.init_lora_params(model, adapter, adapted_layers(options, model.config), self.key)
             else:
                 weights = adapters.from_adapter(model.config, given_adapter(options, model.config))
             before = jax.tree.map(jnp.array, weights)
             if mesh is not None:
                 before, weights = replicated((before, weights), mesh)
         else:
-            self.trained = train.AllWeights(model.config, model.model.embed_tokens.weight.dtype.name, mesh)
+            self.trained = train.FullFinetune(model.config, model.model.embed_tokens.weight.dtype.name, mesh)
             free = device.free_memory(mesh)
-            check_training(model.config, options.optimizer, free, share(model.config, mesh))
+            check_training(model.config, options.optimizer, free, fraction_per_device(model.config, mesh))
             before = train.weights_of(model)
             weights = {name: jnp.array(w, jnp.float32) for name, w in before.items()}
         self.before = before if options.loss == "dpo" else None
-        self.state = train.beginning(weights, self.optimiser, mesh)
+        self.state = train.init_train_state(weights, self.optimizer, mesh)
 
     def row_width(self, length: int) -> int:
         return one_of_few(length)
@@ -144,7 +144,7 @@ class Trainer(BaseTrainer):
             self.state = train.weights_of(found), None
         else:
             adapter = read_adapter(self.folder, self.config)
-            self.trained = train.LowRankWeights(adapter.config.scale, 0.0)
+            self.trained = train.LoraFinetune(adapter.config.scale, 0.0)
             weights = adapters.from_adapter(self.config, adapter)
             self.state = (weights if self.mesh is None else replicated(weights, self.mesh)), None
 

@@ -34,8 +34,8 @@ class State:
 
     cache: list[Any]  # one for each layer, written in place
     token: mx.array  # [B], the last one chosen, not yet in the cache
-    seen: mx.array | None  # [B, V] bool, for the repetition penalty
-    keys: mx.array  # [B, 2] of mx.random
+    token_mask: mx.array | None  # [B, V] bool, for the repetition penalty
+    rng: mx.array  # [B, 2] of mx.random
 
 
 def make_cache(model: Model, padding: Sequence[int], cache_options: CacheOptions) -> list[Any]:
@@ -71,7 +71,7 @@ def check_cache(model: Model, batch: int, length: int, cache_options: CacheOptio
     memory.check_cache(batch, length, needed, device.free_memory(model))
 
 
-def run(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int | mx.array) -> mx.array:
+def prefill_chunks(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int | mx.array) -> mx.array:
     """The last hidden state [B, 1, D] of tokens [B, T], or of those that end a prompt of ``length``."""
     for start in range(0, ids.shape[1], pieces):
         hidden = model.decode(ids[:, start : start + pieces], cache, length, last=True)
@@ -83,19 +83,23 @@ def run(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int 
 def step(model: Model, state: State, sampling: Sampling) -> State:
     """One more token for each row."""
     hidden = model.decode(state.token[:, None], state.cache)
-    return chosen(state, model.head(hidden)[:, 0], sampling)
+    return sample_next(state, model.head(hidden)[:, 0], sampling)
 
 
-def chosen(state: State, logits: mx.array, sampling: Sampling) -> State:
+def sample_next(state: State, logits: mx.array, sampling: Sampling) -> State:
     """The state with the next token of each row, from logits [B, V]."""
-    keys, draws = state.keys, None
+    rng, draws = state.rng, None
     if not sampling.greedy:
-        both = mx.stack([mx.random.split(key) for key in state.keys])
-        keys, draws = both[:, 0], both[:, 1]
-    token = sample(logits, state.seen, sampling, draws)
-    seen = None if state.seen is None else mx.put_along_axis(state.seen, token[:, None], mx.array(True), axis=1)
+        both = mx.stack([mx.random.split(key) for key in state.rng])
+        rng, draws = both[:, 0], both[:, 1]
+    token = sample(logits, state.token_mask, sampling, draws)
+    token_mask = (
+        None
+        if state.token_mask is None
+        else mx.put_along_axis(state.token_mask, token[:, None], mx.array(True), axis=1)
+    )
     mx.async_eval(token)
-    return replace(state, token=token, seen=seen, keys=keys)
+    return replace(state, token=token, token_mask=token_mask, rng=rng)
 
 
 def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
@@ -123,21 +127,21 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
     """`minicpm_data.generation.api.Decoding.stream_tokens`."""
     max_tokens, sampling = request.max_tokens, request.sampling
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
-        state = started(model, request)
-        ends, done = np.array(sorted(request.end_ids)), np.zeros(len(request.prompts), bool)
+        state = prefill_and_sample(model, request)
+        ends, finished = np.array(sorted(request.end_ids)), np.zeros(len(request.prompts), bool)
         for made in range(1, max_tokens + 1):
             following = step(model, state, sampling) if made < max_tokens else state
             tokens = np.asarray(state.token)
             yield tokens
-            done |= np.isin(tokens, ends)
-            if done.all():
+            finished |= np.isin(tokens, ends)
+            if finished.all():
                 return
             state = following
             if made % CLEAR_EVERY == 0:
                 mx.clear_cache()
 
 
-def started(model: Model, request: GenerationRequest) -> State:
+def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     """Each prompt run, and its row's first token chosen."""
     join(model)
     prompts, sampling, width = request.prompts, request.sampling, request.longest
@@ -146,7 +150,7 @@ def started(model: Model, request: GenerationRequest) -> State:
     cache = make_cache(model, padding, request.cache)
     ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
     length = width if len(prompts) == 1 else mx.array(lengths)
-    hidden = run(model, ids, cache, request.cache.prefill_step_size, length)
-    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalised else None
-    state = State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts))))
-    return chosen(state, model.head(hidden)[:, 0], sampling)
+    hidden = prefill_chunks(model, ids, cache, request.cache.prefill_step_size, length)
+    token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalised else None
+    state = State(cache, ids[:, -1], token_mask, mx.array(sampling.row_keys(len(prompts))))
+    return sample_next(state, model.head(hidden)[:, 0], sampling)

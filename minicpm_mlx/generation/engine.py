@@ -58,7 +58,7 @@ class Engine(engine.Engine[Model]):
             if start > begun:
                 yield
             part = prompt[start : min(start + width, len(prompt) - 1)]
-            decoding.run(self.model, mx.array([part]), cache, len(part), len(prompt))
+            decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), len(prompt))
         draw, processors = choosers(request.sampling, prompt, self.model.config.vocab_size)
         (uid,) = self.batch.insert(
             [prompt[-1:]],
@@ -98,9 +98,9 @@ Processor = Callable[[mx.array, mx.array], mx.array]  # tokens so far, logits [1
 
 
 def choosers(sampling: Sampling, prompt: list[int], vocab_size: int) -> tuple[Draw | None, list[Processor]]:
-    """How `mlx_lm` chooses a request's tokens, as `decoding.chosen` would; None: the likeliest, of all such rows at
-    once."""
-    key, seen = mx.array(sampling.row_keys(1)[0]), mx.array(seen_tokens([prompt], vocab_size))
+    """The sampler and logits processors with which `mlx_lm` samples as `decoding.sample_next` does. A sampler of None
+    is greedy, batched over all such rows."""
+    key, token_mask = mx.array(sampling.row_keys(1)[0]), mx.array(seen_tokens([prompt], vocab_size))
 
     def draw(logits: mx.array) -> mx.array:
         nonlocal key
@@ -109,8 +109,8 @@ def choosers(sampling: Sampling, prompt: list[int], vocab_size: int) -> tuple[Dr
         return sample(logits, None, sampling, both[1:])
 
     def penalise(context: mx.array, logits: mx.array) -> mx.array:
-        nonlocal seen
-        seen = mx.put_along_axis(seen, context[-1:][None], mx.array(True), axis=1)
-        return penalised(logits, seen, sampling)
+        nonlocal token_mask
+        token_mask = mx.put_along_axis(token_mask, context[-1:][None], mx.array(True), axis=1)
+        return penalised(logits, token_mask, sampling)
 
     return None if sampling.greedy else draw, [penalise] if sampling.penalised else []

@@ -10,21 +10,21 @@ from minicpm_data.generation.options import Sampling
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 
 
-def sample(logits: mx.array, seen: mx.array | None, sampling: Sampling, keys: mx.array | None) -> mx.array:
-    """One token [B] for each row of ``logits`` [B, V]. ``seen`` [B, V]: tokens of prompt and answer, for the repetition
+def sample(logits: mx.array, token_mask: mx.array | None, sampling: Sampling, keys: mx.array | None) -> mx.array:
+    """One token [B] for each row of ``logits`` [B, V]. ``token_mask`` [B, V]: tokens of prompt and answer, for the repetition
     penalty; ``keys`` [B, 2]: for the draws, if there are any."""
-    if seen is not None:
-        logits = penalised(logits, seen, sampling)
+    if token_mask is not None:
+        logits = penalised(logits, token_mask, sampling)
     if sampling.greedy or keys is None:
         return mx.argmax(logits, axis=-1)
     kept = filtered(logits / max(sampling.temperature, COLDEST), sampling)
     return mx.stack([mx.random.categorical(row, key=key) for row, key in zip(kept, keys, strict=True)])
 
 
-def penalised(logits: mx.array, seen: mx.array, sampling: Sampling) -> mx.array:
-    """With the repetition penalty on the tokens that are ``seen`` [B, V]."""
+def penalised(logits: mx.array, token_mask: mx.array, sampling: Sampling) -> mx.array:
+    """With the repetition penalty on the tokens that are ``token_mask`` [B, V]."""
     penalty = sampling.repetition_penalty
-    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return mx.where(token_mask, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filtered(logits: mx.array, sampling: Sampling) -> mx.array:

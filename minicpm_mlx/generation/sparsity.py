@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from minicpm_data.diagnostics.sparsity import checked_threshold
 from minicpm_data.generation.request import prompt_ids
-from minicpm_mlx.layers.ops import gated
+from minicpm_mlx.layers.ops import gated_act
 from minicpm_mlx.model import Model
 
 PIECE = 512  # tokens that run together
@@ -28,7 +28,7 @@ class Counting(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate = self.gate_proj(x)
-        self.zeros = self.zeros + (gated(gate, mx.ones_like(gate), self.threshold) == 0).sum()
+        self.zeros = self.zeros + (gated_act(gate, mx.ones_like(gate), self.threshold) == 0).sum()
         return gate
 
 

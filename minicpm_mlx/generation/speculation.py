@@ -15,7 +15,7 @@ from minicpm_data.generation.options import PLAIN_CACHE, Sampling
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_mlx.generation import decoding
-from minicpm_mlx.generation.decoding import State, chosen
+from minicpm_mlx.generation.decoding import State, sample_next
 from minicpm_mlx.layers.fused_linear import join
 from minicpm_mlx.model import Model
 
@@ -27,7 +27,7 @@ def verify(model: Model, state: State, guesses: Sequence[int], sampling: Samplin
     logits = model.head(_decode(model, ids, state.cache))  # [1, W, V]
     states = []
     for index in range(ids.shape[1]):
-        state = chosen(state, logits[:, index], sampling)
+        state = sample_next(state, logits[:, index], sampling)
         states.append(state)
     tokens = _ids([each.token for each in states])
     right = next((i for i, guess in enumerate(guesses) if guess != tokens[i]), len(guesses))
@@ -53,7 +53,7 @@ def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Dra
     assert model is not None
     join(model)
     cache = decoding.make_cache(model, [0], PLAIN_CACHE)
-    decoding.run(model, mx.array([list(prompt)]), cache, request.cache.prefill_step_size, len(prompt))
+    decoding.prefill_chunks(model, mx.array([list(prompt)]), cache, request.cache.prefill_step_size, len(prompt))
 
     def likeliest(hidden: mx.array) -> mx.array:
         token = mx.argmax(model.head(hidden[:, -1:])[:, 0], axis=-1)
@@ -75,7 +75,7 @@ def stream_speculated(
 ) -> Iterator[tuple[int, bool]]:
     """`minicpm_data.generation.api.Decoding.stream_speculated`."""
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
-        state = decoding.started(model, request)
+        state = decoding.prefill_and_sample(model, request)
 
         def verified(guesses: Sequence[int]) -> list[int]:
             nonlocal state

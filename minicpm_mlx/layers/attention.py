@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from minicpm_mlx.layers.fused_linear import Joined, joined
-from minicpm_mlx.layers.rope import Positions, rotate
+from minicpm_mlx.layers.rope import Positions, apply_rope
 from weights_io.config import ModelConfig
 
 
@@ -46,13 +46,13 @@ class Attention(nn.Module):
         if joined(self, x):
             assert self._joined is not None
             every = heads(self._joined(x))  # [B, N + 2K, T, H]
-            turned = rotate(every[:, : -self.kv_heads], positions)
+            turned = apply_rope(every[:, : -self.kv_heads], positions)
             q, k, v = turned[:, : self.heads], turned[:, self.heads :], every[:, -self.kv_heads :]
         else:
-            k, v = rotate(heads(self.k_proj(x)), positions), heads(self.v_proj(x))
+            k, v = apply_rope(heads(self.k_proj(x)), positions), heads(self.v_proj(x))
             if last:
                 x, positions = x[:, -1:], positions.last(x.shape[1])
-            q = rotate(heads(self.q_proj(x)), positions)
+            q = apply_rope(heads(self.q_proj(x)), positions)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         return attend(q, k, v, positions.mask, cache)

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from minicpm_mlx.layers.ops import scaled
+from minicpm_mlx.layers.ops import scale
 
 
 class Joined:
@@ -63,8 +63,8 @@ def join(model: nn.Module) -> None:
                 module._joined = Joined(layers)
 
 
-def added(x: mx.array, layer: Any, inner: mx.array, scale: float) -> mx.array:
-    """x + scale * layer(inner); of a plain layer in one product, rounded once."""
+def added(x: mx.array, layer: Any, inner: mx.array, factor: float) -> mx.array:
+    """x + factor * layer(inner); of a plain layer in one product, rounded once."""
     if joinable([layer]):
-        return mx.addmm(x, inner, layer.weight.T, alpha=scale)
-    return x + scaled(layer(inner), scale)
+        return mx.addmm(x, inner, layer.weight.T, alpha=factor)
+    return x + scale(layer(inner), factor)

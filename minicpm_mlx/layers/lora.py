@@ -5,17 +5,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-Matrices = dict[str, mx.array]  # a [.., R, I], b [.., O, R], and for DoRA magnitude [.., O]
+LoRAParams = dict[str, mx.array]  # a [.., R, I], b [.., O, R], and for DoRA magnitude [.., O]
 
 
-class LowRank(nn.Module):
+class LoRALayer(nn.Module):
     """What an adapter makes of y = W x: y + scale B A x, and with DoRA each output times its ratio, magnitude / norm of
     the row of W + scale B A."""
 
-    def __init__(self, base: nn.Module, matrices: Matrices, scale: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Module, params: LoRAParams, scale: float, dropout: float = 0.0):
         super().__init__()
         self.base = base
-        self.a, self.b, self.magnitude = matrices["a"], matrices["b"], matrices.get("magnitude")
+        self.a, self.b, self.magnitude = params["a"], params["b"], params.get("magnitude")
         self.scale, self.dropout = scale, dropout
         self._key: mx.array | None = None  # of dropout; None: no dropout
         self._ratio: mx.array | None = None  # kept by `settle`

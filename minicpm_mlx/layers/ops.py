@@ -19,19 +19,19 @@ fused = functools.partial(compiled, shapeless=True)
 
 
 @fused
-def gated(gate: mx.array, up: mx.array, threshold: float | None = None) -> mx.array:
+def gated_act(gate: mx.array, up: mx.array, threshold: float | None = None) -> mx.array:
     """silu(gate) * up; with a ``threshold`` FATReLU in place of SiLU: gate where gate >= threshold, else 0."""
     active = gate * mx.sigmoid(gate) if threshold is None else mx.where(gate >= threshold, gate, 0)
     return active * up
 
 
 @fused
-def scaled(x: mx.array, factor: float) -> mx.array:
+def scale(x: mx.array, factor: float) -> mx.array:
     """x * factor with the product in float32, rounded once to x's dtype, as PyTorch does."""
     return (x.astype(mx.float32) * factor).astype(x.dtype)
 
 
 @fused
-def divided(x: mx.array, divisor: float) -> mx.array:
+def divide(x: mx.array, divisor: float) -> mx.array:
     """x / divisor, rounded likewise."""
     return (x.astype(mx.float32) / divisor).astype(x.dtype)

@@ -86,7 +86,7 @@ def rope_tables(offset: int | mx.array, width: int, freqs: mx.array) -> tuple[mx
     return mx.concatenate([cos, cos], axis=-1)[:, None], mx.concatenate([-sin, sin], axis=-1)[:, None]
 
 
-def rotate(x: mx.array, positions: Positions) -> mx.array:
+def apply_rope(x: mx.array, positions: Positions) -> mx.array:
     """Turn each pair (h, h + H/2) of x [B, N or K, T, H] by its angle, in float32, and round back to x's dtype."""
     if positions.tables is None:
         offset, freqs = positions.offset, positions.freqs

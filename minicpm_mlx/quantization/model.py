@@ -7,7 +7,7 @@ from weights_io.adapters import target_parameters
 from weights_io.casting import check_bits, check_groups, group_of
 
 
-def quantised(model: Model, bits: int, head: bool = False) -> Model:
+def quantize_model(model: Model, bits: int, head: bool = False) -> Model:
     """The model itself, with the matrices of its layers, but a router, in ``bits`` bits. ``head``: the head in 8, too,
     and with it an embedding that is the same table. For generation: a step reads the head whole."""
     table = "model.embed_tokens" if model.lm_head is None else "lm_head"

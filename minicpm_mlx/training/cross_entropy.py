@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from minicpm_data.datasets.examples import IGNORED
-from minicpm_mlx.layers.ops import divided
+from minicpm_mlx.layers.ops import divide
 from minicpm_mlx.model import Model
 
 LOGITS = 2**25  # most logits at once: 134 MB in float32, of which MLX holds six to ten arrays at once
@@ -14,7 +14,7 @@ LOGITS = 2**25  # most logits at once: 134 MB in float32, of which MLX holds six
 def token_losses(model: Model, hidden: mx.array, labels: mx.array) -> mx.array:
     """Cross entropy of each label [B, T] in float32, at its own position, from hidden [B, T, D]; 0 where there is
     none."""
-    hidden = divided(hidden, model.config.logit_divisor)
+    hidden = divide(hidden, model.config.logit_divisor)
     head = model.model.embed_tokens if model.lm_head is None else model.lm_head
     chunk = max(1, LOGITS // (labels.shape[0] * model.config.vocab_size))
     trained_head = bool(head.trainable_parameters())

@@ -23,9 +23,9 @@ class Objective(ObjectiveOptions):
     def __call__(self, model: Model, batch: Batch) -> Sums:
         """`ObjectiveOptions.sums` of a batch."""
         positions = positions_of(model.config, batch["ids"], segments=batch["segments"])
-        x, imbalance = model.model(model.model.embed(batch["ids"]), positions, remat=self.remat)
-        losses = token_losses(model, model.model.norm(x), batch["labels"])
-        return self.sums(mx, losses, batch, imbalance if model.config.num_experts else None)
+        states, aux_loss = model.hidden_states_and_aux_loss(batch["ids"], positions, remat=self.remat)
+        losses = token_losses(model, states, batch["labels"])
+        return self.sums(mx, losses, batch, aux_loss if model.config.num_experts else None)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def _muon() -> Groups:
     return Groups(parts, lambda name, w: 0 if w.ndim == 2 and ".layers." in name else 1)
 
 
-OPTIMISERS: dict[str, Callable[[], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {
     "adamw": lambda: optim.Adam(0.0, bias_correction=True),  # `train_step` decays, as AdamW would, but not all weights
     "adam": lambda: optim.Adam(0.0, bias_correction=True),
     "sgd": lambda: optim.SGD(0.0),

@@ -16,7 +16,7 @@ from minicpm_mlx.training.cross_entropy import token_losses
 from minicpm_mlx.training.losses import Batch, Objective, PackedObjective
 
 Weights = dict[str, mx.array]  # name -> what is trained, float32
-Minimised = Objective | PackedObjective
+AnyObjective = Objective | PackedObjective
 
 
 def weights_of(model: Model) -> Weights:
@@ -31,7 +31,7 @@ def use_weights(model: Model, weights: Weights, dtypes: Mapping[str, Any]) -> No
 
 def gradients(
     model: Model,
-    objective: Minimised,
+    objective: AnyObjective,
     weights: Weights,
     batch: Batch,
     key: mx.array,
@@ -52,7 +52,7 @@ def gradients(
 
 
 def update(
-    optimiser: Any,
+    optimizer: Any,
     decay: Mapping[str, float],
     clip: float,
     weights: Weights,
@@ -67,10 +67,10 @@ def update(
         found = {name: g / weight for name, g in found.items()}
         sums = {name: value / weight for name, value in sums.items()} | {"weight": sums["weight"]}
     found, norm = optim.clip_grad_norm(found, clip)
-    optimiser.state, optimiser.learning_rate = moments, learning_rate
+    optimizer.state, optimizer.learning_rate = moments, learning_rate
     weights = {n: w * (1 - learning_rate * decay[n]) if n in decay else w for n, w in weights.items()}
-    weights = optimiser.apply_gradients(found, weights)
-    return weights, optimiser.state, sums | {"gradient_norm": norm}
+    weights = optimizer.apply_gradients(found, weights)
+    return weights, optimizer.state, sums | {"gradient_norm": norm}
 
 
 class Step:
@@ -83,15 +83,15 @@ class Step:
         model: Model,
         *,
         dtypes: Mapping[str, Any],
-        objective: Minimised,
-        optimiser: Any,
+        objective: AnyObjective,
+        optimizer: Any,
         decay: Mapping[str, float],
         clip: float,
     ):
         mx.eval(model.parameters())  # of a file that is mapped, a program would read them with each step
-        self.model, self.dtypes, self.optimiser = model, dtypes, optimiser
+        self.model, self.dtypes, self.optimizer = model, dtypes, optimizer
         self.gradients = compiled(functools.partial(gradients, model, objective))
-        self.update = compiled(functools.partial(update, optimiser, decay, clip))
+        self.update = compiled(functools.partial(update, optimizer, decay, clip))
 
     def __call__(
         self, weights: Weights, batches: Sequence[Batch], learning_rate: float, key: mx.array
@@ -105,8 +105,8 @@ class Step:
             if totals is not None:
                 mx.async_eval(totals)  # gives up what the backward pass of the batch before needed
             totals = self.gradients(trained, batch, subkey, totals)
-        weights, moments, figures = self.update(weights, self.optimiser.state, totals, mx.array(learning_rate))
-        self.optimiser.state = moments
+        weights, moments, figures = self.update(weights, self.optimizer.state, totals, mx.array(learning_rate))
+        self.optimizer.state = moments
         use_weights(self.model, weights, self.dtypes)
         return weights, figures
 

@@ -46,21 +46,21 @@ class BaseTrainer:
         folder: Path,
         seed: int,
         *,
-        objective: train.Minimised,
-        optimiser: optimizers.Optimizer,
+        objective: train.AnyObjective,
+        optimizer: optimizers.Optimizer,
         decay: Mapping[str, float],
         clip: float,
         dtype: mx.Dtype | None = None,
     ):
         self.model, self.folder, self.seed = model, folder, seed
-        self.objective, self.optimiser, self.processes = objective, optimiser, Alone()
+        self.objective, self.optimizer, self.processes = objective, optimizer, Alone()
         self.dtypes = {name: dtype or w.dtype for name, w in tree_flatten(model.trainable_parameters())}
         self.weights = train.weights_of(model)
         if dtype is not None:
             train.use_weights(model, self.weights, self.dtypes)
-        optimiser.init(self.weights)
+        optimizer.init(self.weights)
         self.train_step = train.Step(
-            model, dtypes=self.dtypes, objective=objective, optimiser=optimiser, decay=decay, clip=clip
+            model, dtypes=self.dtypes, objective=objective, optimizer=optimizer, decay=decay, clip=clip
         )
         self.checkpoints = Checkpoints(folder / "checkpoints")
         model.train()
@@ -71,7 +71,7 @@ class BaseTrainer:
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
         key = mx.random.key(self.seed * 1_000_003 + number)
         self.weights, figures = self.train_step(self.weights, [_arrays(batch) for batch in batches], rate, key)
-        mx.async_eval(self.weights, self.optimiser.state, figures)
+        mx.async_eval(self.weights, self.optimizer.state, figures)
         return figures
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
@@ -85,11 +85,11 @@ class BaseTrainer:
         return of_layers(self.model.config, {name: np.array(w) for name, w in self.weights.items()})
 
     def save(self, step: int) -> None:
-        self.checkpoints.save(step, {"weights": self.weights, "moments": self.optimiser.state})
+        self.checkpoints.save(step, {"weights": self.weights, "moments": self.optimizer.state})
 
     def restore(self) -> int:
-        state = self.checkpoints.restore({"weights": self.weights, "moments": self.optimiser.state})
-        self.weights, self.optimiser.state = state["weights"], state["moments"]
+        state = self.checkpoints.restore({"weights": self.weights, "moments": self.optimizer.state})
+        self.weights, self.optimizer.state = state["weights"], state["moments"]
         train.use_weights(self.model, self.weights, self.dtypes)
         return self.checkpoints.latest
 
@@ -106,10 +106,10 @@ class Trainer(BaseTrainer):
         if isinstance(options, LoraOptions):
             if options.resume_adapter_file is None:
                 layers = adapted_layers(options, model.config)
-                matrices = adapters.initial(model, options.adapter, layers, mx.random.key(options.seed))
+                params = adapters.init_lora_params(model, options.adapter, layers, mx.random.key(options.seed))
             else:
-                matrices = adapters.from_adapter(model.config, given_adapter(options, model.config))
-            adapters.attach(model, matrices, options.adapter.scale, options.adapter.dropout)
+                params = adapters.from_adapter(model.config, given_adapter(options, model.config))
+            adapters.attach(model, params, options.adapter.scale, options.adapter.dropout)
         else:
             check_training(model.config, options.optimizer, device.free_memory(model))
         names = [name for name, _ in tree_flatten(model.trainable_parameters())]
@@ -119,7 +119,7 @@ class Trainer(BaseTrainer):
             options.out,
             options.seed,
             objective=Objective(options.loss, options.beta, remat=options.grad_checkpoint),
-            optimiser=optimizers.OPTIMISERS[options.optimizer](),
+            optimizer=optimizers.OPTIMIZERS[options.optimizer](),
             decay={name: share for name in names if is_decayed(name, model.config)},
             clip=options.clip,
         )
@@ -139,7 +139,7 @@ class Trainer(BaseTrainer):
 
     def export(self) -> None:
         if isinstance(self.options, LoraOptions):
-            adapter = adapters.to_adapter(self.config, adapters.matrices_of(self.model), self.options.adapter)
+            adapter = adapters.to_adapter(self.config, adapters.lora_params(self.model), self.options.adapter)
             save_adapter(self.folder, adapter, self.config)
         else:
             assert isinstance(self.options, FullOptions) and self.source is not None
