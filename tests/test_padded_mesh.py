@@ -112,7 +112,7 @@ def test_what_is_drawn_kept_in_8_bits_or_quantised_is_that_of_one_device(folder,
     one = quantize_model(load(folder, "float32")[0], 4, True)(IDS)
     packed = load(folder, "float32", quantize=4, mesh=mesh)[0]
     down = packed.model.layers.mlp.down_proj.weight
-    assert [x[...].sharding.shard_shape(x.shape)[1] for x in (down.numbers, down.scales)] == [64, 2]
+    assert [x[...].sharding.shard_shape(x.shape)[1] for x in (down.qweight, down.scales)] == [64, 2]
     for model in (packed, quantize_model(on(folder, "tensor=4", 4), 4, True)):
         np.testing.assert_allclose(model(IDS), one, rtol=0, atol=1e-5)
 

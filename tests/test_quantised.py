@@ -20,7 +20,7 @@ from minicpm_jax.cpu import form  # noqa: E402
 from minicpm_jax.cpu.form import unstack_layers  # noqa: E402
 from minicpm_jax.cpu.packed import FEW_OF_GROUPS, FEW_OF_HEAD, fixed_point, on_cpu  # noqa: E402
 from minicpm_jax.layers.rope import positions_of  # noqa: E402
-from minicpm_jax.parallel.sharding import resized  # noqa: E402
+from minicpm_jax.parallel.sharding import pad_or_trim  # noqa: E402
 from minicpm_jax.quantization.model import quantize_model  # noqa: E402
 from minicpm_jax.quantization.packed import quantize_embedding, quantize_weight  # noqa: E402
 from weights_io.adapters import save_adapter  # noqa: E402
@@ -48,7 +48,7 @@ def test_loading_packs_what_a_loaded_model_would_be_packed_to(tmp_path, experts)
         assert found.keys() == expected.keys()
         for path, array in found.items():
             assert array.dtype == expected[path].dtype
-            wanted = resized(np.asarray(expected[path]), array.shape)
+            wanted = pad_or_trim(np.asarray(expected[path]), array.shape)
             np.testing.assert_array_equal(np.asarray(array), wanted, err_msg=path)
     packed = [x for x in jax.tree.leaves(load(folder, quantize=8, mesh=mesh)[0]) if x.dtype == jnp.int8]
     assert len(packed) == 8

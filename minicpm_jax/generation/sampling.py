@@ -52,7 +52,9 @@ class SamplingParams:
 def sample(
     logits: Float[Array, "B V"], token_mask: Bool[Array, "B V"] | None, params: SamplingParams, keys: Array
 ) -> Int[Array, "B"]:
-    """One token for each row. ``token_mask``: tokens of prompt and answer, for the repetition penalty; ``keys``: [B]."""
+    """One token for each row.
+
+    ``token_mask``: the tokens of prompt and answer, for the repetition penalty. ``keys``: [B] random keys."""
     if params.penalised:
         penalised = jnp.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
         logits = jnp.where(token_mask, penalised, logits)

@@ -11,8 +11,10 @@ COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 
 
 def sample(logits: mx.array, token_mask: mx.array | None, sampling: Sampling, keys: mx.array | None) -> mx.array:
-    """One token [B] for each row of ``logits`` [B, V]. ``token_mask`` [B, V]: tokens of prompt and answer, for the repetition
-    penalty; ``keys`` [B, 2]: for the draws, if there are any."""
+    """One token [B] for each row of ``logits`` [B, V].
+
+    ``token_mask`` [B, V]: the tokens of prompt and answer, for the repetition penalty. ``keys`` [B, 2]: random keys, or
+    None to take the likeliest token."""
     if token_mask is not None:
         logits = penalised(logits, token_mask, sampling)
     if sampling.greedy or keys is None:
@@ -22,7 +24,7 @@ def sample(logits: mx.array, token_mask: mx.array | None, sampling: Sampling, ke
 
 
 def penalised(logits: mx.array, token_mask: mx.array, sampling: Sampling) -> mx.array:
-    """With the repetition penalty on the tokens that are ``token_mask`` [B, V]."""
+    """Apply the repetition penalty to the tokens in ``token_mask`` [B, V]."""
     penalty = sampling.repetition_penalty
     return mx.where(token_mask, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
