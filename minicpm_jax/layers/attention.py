@@ -21,10 +21,12 @@ from weights_io.config import ModelConfig
 
 
 class Attention(nnx.Module):
+    """Projections, RoPE, attention (over the cache, if there is one) and the output projection."""
+
     def __init__(self, projections: dict[str, nnx.Module], config: ModelConfig):
         self.q_proj, self.k_proj = projections["q_proj"], projections["k_proj"]
         self.v_proj, self.o_proj = projections["v_proj"], projections["o_proj"]
-        self.head_dim = config.head_dim  # how many heads there are the weights say: a mesh may have filled them up
+        self.head_dim = config.head_dim  # the head count comes from the weights: a mesh may have padded it
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
@@ -49,9 +51,12 @@ def cached_attention(
     layer: ArrayLike,
     index: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T NH"], Cache]:
-    """`attend_cache` once keys and values are written into the slots ``index``. Over a mesh each device does both for
-    its rows and heads, the tensor axis dividing them (`sharding.padded`): XLA cannot split a kernel by itself, and
-    would send what is written in slots that differ by row to every device."""
+    """Write keys and values into the cache slots ``index``, then `attend_cache`.
+
+    Over a mesh this is a `shard_map`: each device handles its rows and heads, and tensor divides the heads
+    (`sharding.pad_config`). XLA cannot partition a Pallas kernel by itself, and would send updates whose slots
+    differ by row to every device.
+    """
     mesh = ambient()
 
     def own(q, k, v, cache, layer, index):
@@ -65,8 +70,8 @@ def cached_attention(
     whole = tuple(name for name in row_axes(mesh, batch) if name != "fsdp")
 
     def few(x, *axes):
-        """Whole over fsdp, if there are fewer tokens than a weight has rows: their sums travel more cheaply than the
-        weights, which XLA would gather for a hidden state that is split as the cache is."""
+        """Replicate over fsdp if there are fewer tokens than rows in a weight. Summing these activations moves fewer
+        bytes than gathering the weights, which XLA does if the hidden state is sharded like the cache."""
         if batch * width >= each * head_dim:
             return x
         return jax.lax.with_sharding_constraint(x, P(whole, None, *axes))
@@ -81,9 +86,9 @@ def cached_attention(
 def attend_cache(
     q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"]
 ) -> Float[Array, "B T NH"]:
-    """`attend` over the filled slots of one layer; T tokens in a row see the slots up to their own, ``index``.
+    """`attend` over the filled slots of one layer's cache. A token sees the slots up to its own, ``index``.
 
-    Compiled for a TPU this is a Pallas kernel, but in float16, which the kernels' compiler does not know.
+    On a TPU this is a Pallas kernel, except in float16, which Mosaic does not support.
     """
 
     def kernel(q, cache, layer, index):
@@ -96,9 +101,9 @@ def attend_cache(
 def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "#B T S"]
 ) -> Float[Array, "B T NH"]:
-    """softmax(q k / sqrt(H)) v with scores and softmax in float32; head n reads key/value head n // G."""
+    """softmax(q k / sqrt(H)) v, with scores and softmax in float32. Query head n reads key/value head n // G."""
     batch, width, heads, head_dim = q.shape
-    # Turn the small operands, not the scores: with batch and head axes leading, no [T, S] array is ever transposed.
+    # Transpose the small operands, not the scores: with batch and head axes leading, no [T, S] array is transposed.
     q = q.reshape(batch, width, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
     highest = jax.lax.Precision.HIGHEST
@@ -140,9 +145,9 @@ def chunked_attention(
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T NH"]:
-    """XLA's form of `self_attention`. Of more than `BLOCK` tokens the scores are made for so many at a time, and made
-    again in the backward pass: those of 4 rows of 2048 tokens and 36 heads are 2.4 GB, of which a backward pass without
-    blocks holds two and a half."""
+    """`self_attention` in plain XLA. With more than `BLOCK` tokens the scores are computed for one block of queries at
+    a time and recomputed in the backward pass. Unblocked, the scores of 4 rows of 2048 tokens and 36 heads take 2.4
+    GB, and the backward pass holds two and a half such arrays."""
     batch, width, _, _ = q.shape
     blocks = -(-width // BLOCK)
     size = -(-width // blocks)
@@ -156,7 +161,7 @@ def chunked_attention(
     if blocks == 1:
         return part(0, q, segments)
 
-    def parts(x):  # along T, so that a batch that is spread over devices stays so
+    def parts(x):  # split along T: a batch sharded over devices stays sharded
         x = jnp.pad(x, [(0, 0), (0, blocks * size - width)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, blocks, size, *x.shape[2:]), 1, 0)
 

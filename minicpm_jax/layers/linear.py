@@ -10,7 +10,7 @@ from minicpm_jax.layers.ops import Weight, linear, rows
 
 
 class Linear(nnx.Module):
-    """y = W x, without bias. The weight keeps the [out, in] order of the checkpoint."""
+    """y = W x without bias. The weight keeps the checkpoint's [out, in] order."""
 
     def __init__(self, weight: Float[Array, "O I"]):
         self.weight: nnx.Param | Weight = nnx.Param(weight)
@@ -22,7 +22,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of rows; a tied head is its `attend`."""
+    """An embedding table. `attend` computes the logits of a tied head."""
 
     def __init__(self, weight: Float[Array, "V D"]):
         self.weight: nnx.Param | Weight = nnx.Param(weight)
@@ -35,7 +35,7 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x), rounded to the model's dtype, then times the weight (in this order, as the original)."""
+    """x / rms(x) is rounded to the model's dtype, then multiplied by the weight: the order of the original code."""
 
     def __init__(self, weight: Float[Array, "D"], eps: float):
         self.weight: nnx.Param | Weight = nnx.Param(weight)

@@ -1,7 +1,7 @@
-"""A stack of layers, and how it runs.
+"""A stack of layers and how it runs.
 
-The layers are stacked on axis 0 (every leaf has a leading axis L) and scanned, so that the program is as long as one
-layer. A list of layers runs itself (`cpu.form.Layers`).
+The layers are stacked on axis 0 (every leaf has a leading axis L) and scanned, so the program is only one layer
+long. A list of unstacked layers runs itself (`cpu.form.Layers`).
 """
 
 from typing import Any
@@ -18,14 +18,17 @@ from minicpm_jax.layers.rope import Positions
 from minicpm_jax.parallel.activations import ADDED_UP, gather_then_shard_sequence, replicate_per_device, shard_sequence
 from minicpm_jax.parallel.mesh import ambient
 
-Ran = tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]  # what comes of layers
+Ran = tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]  # hidden state, cache, load-balancing loss
 
 
 def run_layers(
     layers: Any, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, remat: bool = False
 ) -> Ran:
-    """x through all layers: the hidden state, the cache, and the mean of the layers' `moe.aux_loss`. ``remat``:
-    recompute each layer in the backward pass instead of keeping what it computed."""
+    """Run x through all layers.
+
+    Returns the hidden state, the cache and the mean of the layers' `moe.load_balancing_loss`. ``remat``: recompute
+    each layer in the backward pass instead of storing its activations.
+    """
     if isinstance(layers, nnx.List):
         return layers.run_layers(x, positions, cache)  # type: ignore[attr-defined]
     if cache is None:
@@ -38,7 +41,7 @@ def run_layers(
         x, cache, aux_loss = weights(x if cache is not None else shard_sequence(x), positions, cache, index)
         return (x, cache), aux_loss
 
-    if remat:  # what is kept are 0.7 GB of 4.8 of MiniCPM-1B over fsdp, tensor
+    if remat:  # the saved sums take 0.7 GB of 4.8 for MiniCPM-1B over fsdp, tensor
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(ADDED_UP))
     depth = jax.tree.leaves(layers)[0].shape[0]
     (x, cache), each = jax.lax.scan(step, (x, cache), (layers, jnp.arange(depth)))
@@ -52,7 +55,7 @@ class PerDeviceWeight(Weight):
         self.array = nnx.Param(weight)
 
     def times(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Each number times that of its column."""
+        """x times the weight, elementwise; each device uses its own copy."""
         rows, tokens, width = self.array[...].shape
         parts = x.reshape(rows, len(x) // rows, tokens, -1, width)
         return (parts * self.array[...][:, None, :, None]).reshape(x.shape)

@@ -16,6 +16,8 @@ from weights_io.config import ModelConfig
 
 
 class Attention(nn.Module):
+    """Projections, RoPE, attention (over the cache, if there is one) and the output projection."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
@@ -34,11 +36,11 @@ class Attention(nn.Module):
         return [self.q_proj, self.k_proj, self.v_proj]
 
     def __call__(self, x: mx.array, positions: Positions, cache: Any | None = None) -> mx.array:
-        """[B, T, D] to [B, T, D]; ``cache``: this layer's, written in place."""
+        """[B, T, D] to [B, T, D]. ``cache``: this layer's cache, updated in place."""
         return self.o_proj(self.mixed(x, positions, cache))
 
     def mixed(self, x: mx.array, positions: Positions, cache: Any | None = None, last: bool = False) -> mx.array:
-        """[B, T, D] to [B, T, NH], which ``o_proj`` reads; ``last``: the last token's [B, 1, NH] alone."""
+        """[B, T, D] to [B, T, NH]: the input of ``o_proj``. ``last``: only the last token's [B, 1, NH]."""
 
         def heads(y):
             return y.reshape(*y.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
@@ -59,8 +61,8 @@ class Attention(nn.Module):
 
 
 def attend(q: mx.array, k: Any, v: Any, mask: mx.array | str | None, cache: Any | None = None) -> mx.array:
-    """softmax(q k / sqrt(H)) v [B, T, NH] of q [B, N, T, H] and k, v [B, K, S, H] (packed ones of a quantised
-    ``cache``), with the softmax in float32; head n reads key/value head n // G."""
+    """softmax(q k / sqrt(H)) v as [B, T, NH], with the softmax in float32, of q [B, N, T, H] and k, v [B, K, S, H]
+    (quantized triples for a quantized ``cache``). Query head n reads key/value head n // G."""
     batch, heads, width, head_dim = q.shape
     out = scaled_dot_product_attention(q, k, v, cache=cache, scale=head_dim**-0.5, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, width, heads * head_dim)
