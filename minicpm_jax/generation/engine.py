@@ -1,8 +1,9 @@
-"""`minicpm_data.generation.engine` on the compiled programs of `decoding`: one decode step for all slots.
+"""`minicpm_data.generation.engine` on the compiled programs of `decoding`: one decode step serves all slots.
 
-A prompt runs in a cache of its own, a row, that is then written into its slot; so no program depends on the slot, and
-decoding goes on beside it. An empty slot is a row that has ended.
-Dims: B slots, S cache slots of each, E ids that end an answer, V vocabulary.
+A prompt is prefilled in a one-row cache of its own, which is then copied into the request's slot. So no program
+depends on the slot, and decoding continues meanwhile. An empty slot is a finished row.
+
+Dims: B slots (concurrent requests), S cache slots of each, E end-of-text ids, V vocabulary.
 """
 
 import dataclasses
@@ -24,12 +25,12 @@ from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.layers.kv_cache import STORED, Cache
 from minicpm_jax.model import Model
 
-ENDS = 8  # ids that end an answer on the device; more are seen by the host, a few steps later
+ENDS = 8  # end-of-text ids checked on the device; the host checks the rest, a few steps later
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def insert(state: State, row: State, slot: Int[Array, ""]) -> State:
-    """With a row of fewer cache slots written into a slot."""
+    """Copy a one-row state, whose cache may be shorter, into a slot."""
 
     def write(stored, new):
         at = (slot,) + (0,) * (stored.ndim - 1)
@@ -53,14 +54,14 @@ def insert(state: State, row: State, slot: Int[Array, ""]) -> State:
 
 @functools.partial(jax.jit, static_argnames="slots")
 def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: int) -> Cache:
-    """A cache of one row with the first ``length`` tokens of a slot's."""
+    """A one-row cache with the first ``length`` tokens of a slot."""
 
     def part(stored, axis):
         if stored is None:
             return None
         more = slots - stored.shape[axis]
         begun = jax.lax.slice_in_dim(stored, 0, min(slots, stored.shape[axis]), axis=axis)
-        row = jnp.take(begun, slot[None], axis=1, mode="clip")  # sliced out of a mesh all rows would travel
+        row = jnp.take(begun, slot[None], axis=1, mode="clip")  # slicing over a mesh would communicate all rows
         return jnp.pad(row, [(0, max(more, 0) if i == axis else 0) for i in range(4)])
 
     arrays = {name: part(getattr(cache, name), axis) for name, axis in STORED.items()}
@@ -69,6 +70,7 @@ def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: in
 
 @functools.partial(jax.jit, donate_argnames="state")
 def emptied(state: State, slot: Int[Array, ""]) -> State:
+    """Mark the slot's row as finished."""
     return dataclasses.replace(state, finished=state.finished.at[slot].set(True))
 
 
@@ -85,17 +87,17 @@ class Engine(engine.Engine[Model]):
         decoding.use_compilation_cache()
 
         def most(context: int) -> int:
-            """Cache slots of a request whose last piece is padded."""
+            """Cache slots of a request of ``context`` tokens, with its padded last chunk."""
             return bucket_length(context + decoding.prefill_chunk(context, cache_options))
 
         def needed(context: int, times: int = 1) -> int:
-            """With the row of the prompt that is run."""
+            """Bytes of ``times`` full caches and of the one-row cache in prefill."""
             full, row = (decoding.cache_bytes(model, n, most(context), cache_options) for n in (slots, 1))
             return times * full + row
 
         free = device.free_memory(model.mesh)
         self._check_room(needed, free)
-        # A cache that grows is there twice for a moment.
+        # A cache that grows is held twice for a moment.
         roomy = free is None or needed(self.context, 2) <= free
         begun = bucket_length(1) if roomy else most(self.context)
         cache, _ = decoding.empty(model, slots, begun, cache_options.kv_bits)
@@ -103,15 +105,15 @@ class Engine(engine.Engine[Model]):
         nobody = np.full((slots, ENDS), -1, np.int32)
         token_mask = jnp.zeros((slots, model.config.vocab_size), bool)
         self.state = State(cache, jnp.zeros(slots, jnp.int32), token_mask, rng, jnp.ones(slots, bool), nobody)
-        self.rows: list[RequestState | None] = [None] * slots  # who is, or was last, in each slot
-        self.order = list(range(slots))  # slots, the one that was given up longest ago first
-        self.first: list[tuple[int, int]] = []  # tokens that came with the prompt
+        self.rows: list[RequestState | None] = [None] * slots  # the present or last request of each slot
+        self.order = list(range(slots))  # free slots, least recently used first
+        self.first: list[tuple[int, int]] = []  # (request, token) sampled at the end of prefill
 
     def _run(self, state: RequestState) -> Iterator[None]:
         request, prompt = state.request, state.prompt
         source, start = self._source(prompt)
         width = decoding.prefill_chunk(len(prompt) - start, request.cache)
-        ends = range(start + width, len(prompt) + width, width)  # of the pieces, the last one padded
+        ends = range(start + width, len(prompt) + width, width)  # of the chunks; the last one is padded
         slots = bucket_length(max(len(prompt) + 1, ends[-1]))
         if start:
             cache, last = row_of(self.state.cache, np.int32(source), np.int32(start), slots), self._nothing()
@@ -142,12 +144,12 @@ class Engine(engine.Engine[Model]):
         return jnp.zeros((1, 1, self.model.config.hidden_size), self.model.model.norm.weight.dtype)
 
     def _source(self, prompt: Sequence[int]) -> tuple[int, int]:
-        """The slot whose text begins most like the prompt, and how many tokens of it can be copied."""
+        """The slot whose text shares the longest prefix with the prompt, and how many of those tokens can be copied."""
         lengths = [0 if old is None else shared(self.model.config, prompt, old) for old in self.rows]
         return int(np.argmax(lengths)), max(lengths)
 
     def _take(self, wanted: int | None) -> int:
-        """A free slot: the wanted one if it is, else the one that was given up longest ago."""
+        """A free slot: ``wanted`` if it is free, otherwise the least recently used."""
         slot = wanted if wanted in self.order else self.order[0]
         assert slot is not None
         self.order.remove(slot)
@@ -155,7 +157,7 @@ class Engine(engine.Engine[Model]):
 
     def _decode(self, steps: int) -> list[tuple[int, int]]:
         made, self.first = self.first, []
-        if made:  # so that nobody is decoded beyond its end
+        if made:  # deliver first tokens first: a request may already be finished
             return made
         here = [(slot, row) for slot, row in enumerate(self.rows) if row is not None and row.number in self.running]
         params = self._params(
@@ -166,7 +168,7 @@ class Engine(engine.Engine[Model]):
         return [(row.number, int(step[slot])) for step in found for slot, row in here]
 
     def _params(self, samplings: list[Sampling]) -> SamplingParams:
-        """[B, 1] of each, greedy in an empty slot."""
+        """The rows' parameters [B, 1]; empty slots are greedy."""
         vocabulary = self.model.config.vocab_size
         each = [SamplingParams.of(sampling, vocabulary) for sampling in samplings]
         numbers = {

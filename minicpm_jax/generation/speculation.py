@@ -1,6 +1,7 @@
 """Speculative decoding: `minicpm_data.generation.speculation` on the programs of `decoding`, one row at a time.
 
-Taking back wrong guesses costs nothing: the cache's length is set back, and what lies beyond is written over.
+Rejecting guesses is free: the cache's length is set back, and later tokens overwrite what is beyond it.
+
 Dims: K guesses, W = K + 1, S cache slots, V vocabulary.
 """
 
@@ -29,8 +30,11 @@ from minicpm_jax.parallel.processes import fetched
 def verify(
     model: Model, state: State, guesses: Int[Array, "K"], params: SamplingParams
 ) -> tuple[State, Int[Array, "W"], Int[Array, ""]]:
-    """Run the last token and the guesses (-1: none). Returns the state after the guesses that the model agrees with
-    and one token more, the tokens that it chooses after each, and how many guesses were right."""
+    """Run the last token and the guesses (-1: no guess) through the model.
+
+    Returns the state after the accepted guesses and one further token, the token sampled after each input, and the
+    number of accepted guesses.
+    """
     ids = jnp.concatenate([state.token, jnp.maximum(guesses, 0)])[None]
     before = state.cache.lengths
     hidden, cache = model.decode(ids, state.cache, ids.shape[1], length=_lengths(before, ids.shape[1]))
@@ -40,7 +44,7 @@ def verify(
         return state, state
 
     logits = model.head(hidden).swapaxes(0, 1)  # [W, 1, V]
-    nothing: Any = None  # the cache does not go through the loop
+    nothing: Any = None  # the cache is not carried through the scan
     _, states = jax.lax.scan(choose, dataclasses.replace(state, cache=nothing), logits)
     tokens = states.token[:, 0]
     right = jnp.sum(jnp.cumprod(tokens[:-1] == guesses))
@@ -52,7 +56,7 @@ def verify(
 def propose(
     model: Model, cache: Cache, last: Int[Array, "1 T"], start: Int[Array, ""], count: int
 ) -> tuple[Cache, Int[Array, "K"]]:
-    """The likeliest ``count`` tokens after a text whose ``last`` tokens stand from position ``start`` on."""
+    """The ``count`` greedy tokens after a text whose ``last`` tokens begin at position ``start``."""
     start = start[None]
     length = _lengths(start, last.shape[1])
     hidden, cache = model.decode(last, dataclasses.replace(cache, lengths=start), last.shape[1], length=length)
@@ -70,12 +74,12 @@ def propose(
 
 
 def _lengths(start: Int[Array, "1"], width: int) -> Int[Array, "1 W"]:
-    """Each token's own, as plain decoding has it: dynamic NTK takes its base."""
+    """The length at each token, as in plain decoding: dynamic NTK depends on it."""
     return start[:, None] + 1 + jnp.arange(width)
 
 
 def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Draft:
-    """Guesses of a smaller model; as many at a time whatever is wanted: another number is another program."""
+    """Guesses of a draft model. It always proposes the full number, because another number would be another program."""
     model, count = speculation.draft_model, speculation.num_draft_tokens
     assert model is not None
     cache, _ = decoding.prefill_prompts(model, roomy(request, count))
@@ -91,7 +95,7 @@ def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Dra
 
 
 def roomy(request: GenerationRequest, guesses: int) -> GenerationRequest:
-    """The request for whose answer and so many guesses beyond it a cache has room."""
+    """The request with room in the cache for ``guesses`` tokens beyond its answer."""
     return dataclasses.replace(request, max_tokens=min(request.max_tokens + guesses, MOST))
 
 

@@ -1,7 +1,7 @@
-"""`minicpm_data.generation.engine` on the batch generator of `mlx_lm`: its caches grow and shrink.
+"""`minicpm_data.generation.engine` on the batch generator of `mlx_lm`, whose caches grow and shrink.
 
-A prompt runs in a cache of its own, which then joins the batch. What finished requests leave is kept for prompts that
-begin alike.
+A prompt is prefilled in a cache of its own, which then joins the batch. The caches of finished requests are kept for
+prompts with a common prefix.
 """
 
 import copy
@@ -24,7 +24,7 @@ from minicpm_mlx.layers.fused_linear import join
 from minicpm_mlx.model import Model
 from weights_io.errors import InputError
 
-ENDLESS = 2**31  # tokens: the engine counts them
+ENDLESS = 2**31  # max_tokens of the batch generator: our engine counts tokens itself
 
 
 class Engine(engine.Engine[Model]):
@@ -39,14 +39,14 @@ class Engine(engine.Engine[Model]):
         if cache_options.kv_bits is not None:
             raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for an engine.")
         join(model)
-        mx.eval(model.parameters())  # what is not read yet could be by the thread alone that loaded it
+        mx.eval(model.parameters())  # lazy weights can only be read by the loading thread
         self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)
-        self.numbers: dict[int, int] = {}  # by the batch generator's own
-        # Requests that are over, and their caches: as many as there are slots, of as many tokens as one can have.
+        self.numbers: dict[int, int] = {}  # the batch generator's uid -> request number
+        # Finished requests and their caches: at most one per slot, together at most one context's tokens.
         self.kept: deque[tuple[RequestState, list[Any]]] = deque(maxlen=slots)
 
         def needed(context: int) -> int:
-            """With those that are kept, and the prompt that is run."""
+            """Bytes of all requests' caches, of the kept ones and of the prompt in prefill."""
             return decoding.cache_bytes(model, slots + 2, context, cache_options)
 
         self._check_room(needed, device.free_memory(model))
@@ -71,7 +71,7 @@ class Engine(engine.Engine[Model]):
         self.numbers[uid] = state.number
 
     def _begun(self, state: RequestState) -> list[Any]:
-        """A cache with as much of the prompt as a text that is kept has in common with it."""
+        """A cache that already holds the longest prefix which the prompt shares with a kept text."""
         lengths = [shared(self.model.config, state.prompt, old) for old, _ in self.kept]
         if not any(lengths):
             return decoding.make_cache(self.model, [0], self.cache_options)

@@ -1,4 +1,4 @@
-"""The next token from logits: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
+"""Sample the next token from logits: greedy, or randomly with temperature, top-k, top-p and min-p.
 
 Dims: B batch, V vocabulary.
 """
@@ -30,8 +30,9 @@ def penalised(logits: mx.array, token_mask: mx.array, sampling: Sampling) -> mx.
 
 
 def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
-    """-inf for every token outside top-k, then top-p, then min-p; each is a lowest logit that still passes. `mlx_lm`'s
-    samplers cut before they divide by the temperature, transformers and the JAX twin after."""
+    """-inf for every token outside top-k, then top-p, then min-p; each filter is a threshold on the logits.
+    `mlx_lm`'s samplers filter before they divide by the temperature; transformers and the JAX twin filter
+    afterwards."""
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return logits
     size = logits.shape[-1]
@@ -40,7 +41,7 @@ def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
     in_top_k = rank < min(sampling.top_k or size, size)
     probabilities = mx.softmax(mx.where(in_top_k, descending, -mx.inf), axis=-1, precise=True)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
-    # A token stays while the likelier ones do not reach top_p by themselves; the likeliest always stays.
+    # A token is kept while the likelier ones do not reach top_p by themselves; the likeliest is always kept.
     stays = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1]) & in_top_k
     lowest = mx.min(mx.where(stays, descending, mx.inf), axis=-1, keepdims=True)
     return mx.where(logits >= lowest, logits, -mx.inf)

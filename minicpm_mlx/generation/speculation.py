@@ -1,6 +1,7 @@
 """Speculative decoding: `minicpm_data.generation.speculation` on the caches of `mlx_lm`, one row at a time.
 
-Taking back wrong guesses costs nothing: the caches are trimmed, and what lies beyond is written over.
+Rejecting guesses is free: the caches are trimmed, and later tokens overwrite what is beyond.
+
 Dims: K guesses, W = K + 1, V vocabulary.
 """
 
@@ -21,8 +22,8 @@ from minicpm_mlx.model import Model
 
 
 def verify(model: Model, state: State, guesses: Sequence[int], sampling: Sampling) -> tuple[State, list[int]]:
-    """Run the last token and the guesses. Returns the state after the guesses that the model agrees with and one token
-    more, and the tokens that it chose."""
+    """Run the last token and the guesses through the model. Returns the state after the accepted guesses and one
+    further token, and those tokens."""
     ids = mx.concatenate([state.token.astype(mx.int32), mx.array(list(guesses), mx.int32)])[None]
     logits = model.head(_decode(model, ids, state.cache))  # [1, W, V]
     states = []
@@ -36,19 +37,19 @@ def verify(model: Model, state: State, guesses: Sequence[int], sampling: Samplin
 
 
 def _decode(model: Model, ids: mx.array, cache: list[Any]) -> mx.array:
-    """[1, T, D] of tokens that follow a text, each of which has the length of the answer that ends with it, as plain
-    decoding has it: dynamic NTK takes its base."""
+    """[1, T, D] of tokens that follow the cached text. Each has the length that it has in plain decoding: dynamic
+    NTK depends on it."""
     return model.decode(ids, cache, cache[0].offset + 1 + mx.arange(ids.shape[1])[None])
 
 
 def _ids(tokens: list[mx.array]) -> list[int]:
-    """Of arrays [1]."""
+    """The ids in arrays [1]."""
     found: Any = mx.concatenate(tokens).tolist()
     return found
 
 
 def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Draft:
-    """Guesses of a smaller model, whose cache is a plain one."""
+    """Guesses of a draft model with a plain cache."""
     model, prompt = speculation.draft_model, request.prompt
     assert model is not None
     join(model)

@@ -1,4 +1,4 @@
-"""Logits of a given text as generation computes them: whole, in pieces, token by token."""
+"""Logits of a given text, computed as generation does: as a whole, in chunks, token by token."""
 
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,13 @@ if TYPE_CHECKING:
 
 
 def logits(model: "Model", ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """[B, T, V] of ids [B, T]."""
+    """[B, T, V] logits of ids [B, T]."""
     return np.asarray(model(ids, mask))
 
 
 def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of ids [1, T]: the embeddings and what each layer gives [L + 1, T, D], and after the final norm [T, D]."""
+    """Of ids [1, T]: the embeddings and each layer's output [L + 1, T, D], and the states after the final norm [T,
+    D]."""
     import mlx.core as mx
 
     from minicpm_mlx.layers.rope import positions_of
@@ -27,7 +28,8 @@ def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """[B, N, V]: what each of the tokens [B, N] is chosen from when they follow the prompts through a cache."""
+    """[B, N, V]: the logits from which each of the tokens [B, N] is chosen when they follow the prompts through a
+    cache."""
     import mlx.core as mx
     from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
