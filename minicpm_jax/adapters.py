@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685) and DoRA (2402.09353) on the linear layers of a model.
 
-Dims: L layers, E experts (leading axes where a layer or an expert has one), O out, I in, R rank.
+Dims: L layers, E experts (leading axes, where a layer or an expert has one), O out, I in, R rank.
 
-The trained numbers are a plain dictionary, table name -> {"a", "b"[, "magnitude"]}, in float32 whatever the model's
-dtype; `attach` gives a model that uses them. The base's weights stay what they are.
+The trained parameters are a plain dictionary, parameter name -> {"a", "b"[, "magnitude"]}, in float32 for any dtype
+of the model. `attach` returns a model that uses them; the base's weights are not changed.
 """
 
 from collections.abc import Collection
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def init_lora_params(
     model: "Model", config: AdapterConfig, layers: Collection[int], key: Array
 ) -> dict[str, LoRAParams]:
-    """Where training begins: A ~ Normal(0, 1 / R) as in peft's "gaussian", B = 0, DoRA's magnitudes the norms of W. Of
-    other ``layers`` A is 0 too: they learn nothing."""
+    """Initial parameters: A ~ Normal(0, 1 / R) as peft's "gaussian", B = 0, DoRA's magnitudes are the norms of W.
+    Outside of ``layers`` A is 0 too, so those layers learn nothing."""
     chosen = jnp.zeros(model.config.num_hidden_layers).at[jnp.array(sorted(layers))].set(1)
     weights = {}
     for index, parameter in enumerate(target_parameters(model.config, config.targets)):
@@ -49,7 +49,8 @@ def init_lora_params(
 def attach(
     model: "Model", weights: dict[str, LoRAParams], scale: float, dropout: float = 0.0, key: Array | None = None
 ) -> "Model":
-    """The model with adapters. ``key``: drop that share of the adapters' inputs, another choice for each key."""
+    """The model with adapters. ``key``: apply ``dropout`` to the adapters' inputs, with a different mask for each
+    key."""
     model = jax.tree.map(lambda x: x, model)
     for index, (name, params) in enumerate(sorted(weights.items())):
         layer = get_layer(model, name)
@@ -64,14 +65,14 @@ def attach(
 
 
 def _widened(x: Array, axis: int, size: int) -> Array:
-    """As `sharding.pad_config` has filled up the weight that it belongs to."""
+    """Pad an axis like `sharding.pad_config` pads the adapted weight."""
     shape = list(x.shape)
     shape[axis] = size
     return pad_or_trim(x, tuple(shape))
 
 
 def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, LoRAParams]:
-    """The arrays of an adapter that was read. A layer without a part of it is zeros, magnitude too (see `ratio`)."""
+    """The parameters of an adapter file. A layer without an adapter gets zeros, also as its magnitude (see `ratio`)."""
     weights = {}
     for parameter in target_parameters(config, adapter.config.targets):
         norms = dict.fromkeys(parameter.tensors(config), np.zeros(parameter.tensor_shape(config)[0], np.float32))
@@ -85,7 +86,7 @@ def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, LoRAParams]
 def to_adapter(
     config: ModelConfig, weights: dict[str, LoRAParams], adapter: AdapterConfig, layers: Collection[int]
 ) -> Adapter:
-    """The adapter to be saved, of those ``layers`` that have one."""
+    """The adapter to save, for the ``layers`` that have one."""
 
     def parts(params: LoRAParams) -> tuple[Any, ...]:
         return tuple(None if part not in params else fetched(params[part]) for part in ("a", "b", "magnitude"))

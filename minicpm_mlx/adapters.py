@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685) and DoRA (2402.09353) on the linear layers of a model.
 
-Dims: E experts (leading axis where a layer's experts are stacked), O out, I in, R rank.
+Dims: E experts (leading axis, where a layer's experts are stacked), O out, I in, R rank.
 
-The trained numbers are a plain dictionary, name of the layer -> {"a", "b"[, "magnitude"]}, in float32 whatever the
-model's dtype; `attach` gives them to the model. The base's weights stay what they are.
+The trained parameters are a plain dictionary, layer name -> {"a", "b"[, "magnitude"]}, in float32 for any dtype of
+the model. `attach` puts them into the model; the base's weights are not changed.
 """
 
 from collections.abc import Collection
@@ -20,8 +20,8 @@ from weights_io.config import ModelConfig
 def init_lora_params(
     model: Model, config: AdapterConfig, layers: Collection[int], key: mx.array
 ) -> dict[str, LoRAParams]:
-    """Where training begins: A ~ Normal(0, 1 / R) as in peft's "gaussian", B = 0, DoRA's magnitudes the norms of W; for
-    the targets in ``layers``."""
+    """Initial parameters for the targets in ``layers``: A ~ Normal(0, 1 / R) as peft's "gaussian", B = 0, DoRA's
+    magnitudes are the norms of W."""
     found = dict(model.named_modules())
     names = [
         name.removesuffix(".weight")
@@ -44,12 +44,12 @@ def init_lora_params(
 
 
 def norms(weight: mx.array) -> mx.array:
-    """[.., O] of the rows of a weight [.., O, I], in float32."""
+    """Norms [.., O] of the rows of a weight [.., O, I], in float32."""
     return mx.sqrt((weight.astype(mx.float32) ** 2).sum(axis=-1))
 
 
 def attach(model: Model, weights: dict[str, LoRAParams], scale: float, dropout: float = 0.0) -> Model:
-    """The model itself, with adapters, which alone it trains."""
+    """Add adapters to the model, in place; only they are trainable. Returns the model."""
     model.freeze()
     found = dict(model.named_modules())
     for name, params in weights.items():
@@ -62,7 +62,8 @@ def attach(model: Model, weights: dict[str, LoRAParams], scale: float, dropout: 
 
 
 def settle(model: Model) -> Model:
-    """The model itself, for generation: DoRA's ratios are worked out once, not with each token."""
+    """Prepare the model for generation, in place: compute DoRA's ratios once instead of per token. Returns the
+    model."""
     for _, layer in model.named_modules():
         if isinstance(layer, LoRALayer) and layer.magnitude is not None:
             layer._ratio = layer.ratio()
@@ -71,14 +72,14 @@ def settle(model: Model) -> Model:
 
 
 def use_keys(model: Model, key: mx.array | None) -> None:
-    """Let each adapter drop inputs, by a key of its own; None: drop none."""
+    """Give each adapter its own dropout key; None turns dropout off."""
     layers = [layer for _, layer in model.named_modules() if isinstance(layer, LoRALayer)]
     for index, layer in enumerate(layers):
         layer._key = None if key is None or not layer.dropout else mx.random.split(key, len(layers) + 1)[index]
 
 
 def untrained(model: Model) -> dict[str, mx.array]:
-    """What would make the adapters of a model change nothing, by parameter name."""
+    """The values, by parameter name, with which the model's adapters change nothing."""
     weights = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALayer):
@@ -89,13 +90,13 @@ def untrained(model: Model) -> dict[str, mx.array]:
 
 
 def lora_params(model: Model) -> dict[str, LoRAParams]:
-    """What the adapters of a model hold."""
+    """The parameters of the model's adapters."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALayer)}
     return {name: dict(layer.trainable_parameters()) for name, layer in layers.items()}
 
 
 def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, LoRAParams]:
-    """The arrays of an adapter that was read."""
+    """The parameters of an adapter file."""
     weights = {}
     for parameter in target_parameters(config, adapter.config.targets):
         for name, (a, b, magnitude) in by_layer(parameter, adapter, config).items():
@@ -106,7 +107,7 @@ def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, LoRAParams]
 
 
 def to_adapter(config: ModelConfig, weights: dict[str, LoRAParams], adapter: AdapterConfig) -> Adapter:
-    """The adapter to be saved."""
+    """The adapter to save."""
     arrays = {
         name: (np.array(m["a"]), np.array(m["b"]), np.array(m["magnitude"]) if "magnitude" in m else None)
         for name, m in weights.items()

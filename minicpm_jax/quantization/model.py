@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, for a base that is not trained: groups of numbers that share a scale."""
+"""Quantization of frozen weights to 8 or 4 bits, in groups that share a scale."""
 
 import functools
 import math
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 
 def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Callable[[Array], Any]]:
-    """How each weight that is kept in ``bits`` bits is packed, by its name in the parameter table: the matrices of the
-    layers, but a router. ``head``: the head in int8, too, and with it an embedding that is the same table. For
-    generation: a step reads the head whole. What they are given is used up."""
+    """How to quantize each weight to ``bits`` bits: parameter name -> function of the array, for the layers'
+    matrices except the router. Each function consumes (deletes) its argument.
+
+    ``head``: also quantize the head to int8, and with it a tied embedding. This is for generation, where every step
+    reads the whole head.
+    """
     bits, pack = check_bits(bits), jax.jit(quantize_weight, static_argnums=(1, 2))
 
     def packed(name: str, width: int, weight: Array) -> QuantizedWeight:
         check_groups(name, width)
-        return pack(weight, bits, group_of(math.gcd(width, weight.shape[-1])))  # a mesh may have filled the rows up
+        return pack(weight, bits, group_of(math.gcd(width, weight.shape[-1])))  # a mesh may have padded the rows
 
     found: dict[str, Callable[[Array], Any]] = {}
     for parameter in target_parameters(config, ("all-linear",)):
@@ -49,7 +52,7 @@ def _given_up(pack: Callable[[Array], Any], weight: Array) -> Any:
 
 
 def quantize_model(model: "Model", bits: int, head: bool = False) -> "Model":
-    """The model with the weights of `packing` packed; its arrays are given up."""
+    """The model with the weights of `packing` quantized. The arrays of ``model`` are consumed."""
     model = jax.tree.map(lambda x: x, model)
     for name, pack in packing(model.config, bits, head).items():
         layer = get_layer(model, name)
@@ -58,11 +61,11 @@ def quantize_model(model: "Model", bits: int, head: bool = False) -> "Model":
 
 
 def axes_of(path: Any, axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
-    """Logical axes of the leaf at ``path`` of a weight with those ``axes``, packed or not."""
-    turned = {"qweight", "scales"} & set(names_of(path))
-    return (*axes[:-2], axes[-1], axes[-2]) if turned else axes[:ndim]  # a head has a scale for each row
+    """Logical axes of the leaf at ``path`` of a weight with logical ``axes``, quantized or not."""
+    transposed = {"qweight", "scales"} & set(names_of(path))
+    return (*axes[:-2], axes[-1], axes[-2]) if transposed else axes[:ndim]  # a head has one scale per row
 
 
 def names_of(path: Any) -> list[str]:
-    """The names, or numbers, along a ``path`` of `jax.tree_util`."""
+    """The names, or indices, along a ``path`` of `jax.tree_util`."""
     return [str(getattr(key, "name", getattr(key, "key", key))) for key in path]

@@ -1,4 +1,4 @@
-"""What `minicpm_data.training.pretraining` asks of a backend: the weights at the first step, and the finished model."""
+"""The backend's part of `minicpm_data.training.pretraining`: the initial weights and the finished model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ from weights_io.memory import SMALLER, check_training
 
 
 class Pretrainer(BaseTrainer):
-    """Of all weights, by AdamW in muP's groups. ``mesh``: over which they and the rows of a batch are spread."""
+    """Trains all weights with AdamW in muP's groups. ``mesh``: shards the weights and the rows of a batch."""
 
     def __init__(self, options: PretrainOptions, bos_token_id: int, mesh: Mesh | None = None):
         self.options = options
@@ -42,12 +42,12 @@ class Pretrainer(BaseTrainer):
         self.state = train.init_train_state(weights, self.optimizer, mesh)
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
-        """Every process runs all rows, of which there may be fewer than a mesh splits."""
+        """Every process runs all rows: there may be fewer rows than the mesh shards."""
         return train.evaluation(self.state[0], None, dict(batch), trained=self.trained, objective=self.objective)
 
     def export(self) -> None:
         step = self.checkpoints.latest
-        del self.state  # its room: all that is written is on the disk
+        del self.state  # free its memory: the export reads the checkpoint
 
         def write() -> None:
             tensors = Saved(self.options.out / "checkpoints", step).tensors(self.config)
@@ -59,7 +59,7 @@ class Pretrainer(BaseTrainer):
 def initial_weights(
     options: PretrainOptions, mesh: Mesh | None
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, jax.Array | np.ndarray]]:
-    """Config, config.json and float32 weights at the first step. A new model's are made where they are to be."""
+    """Config, config.json and float32 weights at the first step. A new model's weights are created on their devices."""
 
     def check(config: ModelConfig) -> None:
         check_training(config, "adamw", device.free_memory(mesh), fraction_per_device(config, mesh))

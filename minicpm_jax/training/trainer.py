@@ -1,5 +1,6 @@
-"""What `minicpm_data.training.loop` asks of a backend: steps, losses and checkpoints; and for fine-tuning the adapter
-or model at the beginning and at the end."""
+"""The backend's part of `minicpm_data.training.loop`: steps, losses and checkpoints; for fine-tuning also the
+initial and the exported adapter or model.
+"""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -33,20 +34,20 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class BaseTrainer:
-    """Steps, losses and checkpoints of what a subclass trains. ``folder``: of the run; ``rows``: of a batch, which are
-    split over the ``mesh``. Raises `InputError` where they cannot be."""
+    """Steps, losses and checkpoints of whatever a subclass trains. ``folder``: of the run. ``rows``: of a batch,
+    sharded over the ``mesh``. Raises `InputError` if the mesh cannot shard them."""
 
     state: train.State
     trained: train.Trainable
     objective: train.AnyObjective
     optimizer: optax.GradientTransformation
-    base: Model | None = None  # of adapters
+    base: Model | None = None  # the frozen base of adapters
 
     def __init__(self, folder: Path, rows: int, seed: int, mesh: Mesh | None):
         self.folder, self.rows, self.mesh, self.key = folder, rows, mesh, jax.random.key(seed)
         self.processes = processes()
         if mesh is not None:
-            batch_sharding(mesh, rows)  # refused before anything is written
+            batch_sharding(mesh, rows)  # refuse before anything is written
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
@@ -74,7 +75,7 @@ class BaseTrainer:
         return train.evaluation(self.state[0], self.base, one, trained=self.trained, objective=self.objective)
 
     def placed(self, batches: Sequence[Arrays]) -> Mapping[str, Any]:
-        """[A, B, T] of this process's rows of batches [B, T], spread over the devices."""
+        """Batches [B, T] of this process's rows as arrays [A, B, T] sharded over all devices."""
         return placed_rows(stacked(batches), self.mesh, self.rows)
 
     def save(self, step: int) -> None:
@@ -90,8 +91,8 @@ class BaseTrainer:
 
 
 class Trainer(BaseTrainer):
-    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded from its
-    ``source``, whose tokenizer and config go with a model that is written."""
+    """Trains adapters (`LoraOptions`) or all weights (`FullOptions`). ``model``: the base, as loaded from
+    ``source``, whose tokenizer and config are exported with a model."""
 
     def __init__(self, model: Model, options: FinetuneOptions, source: Checkpoint | None = None):
         sharding = model.model.embed_tokens.weight[...].sharding
@@ -133,7 +134,7 @@ class Trainer(BaseTrainer):
             layers = adapted_layers(options, self.config)
             adapter = adapters.to_adapter(self.config, self.state[0], options.adapter, layers)
             self.processes.once(lambda: save_adapter(options.out, adapter, self.config))
-        else:  # from the disk, where a process alone can read all of it, a part at a time
+        else:  # from the checkpoint: one process can read all of it, a parameter at a time
             assert isinstance(options, FullOptions) and self.source is not None
             saved, source = Saved(self.folder / "checkpoints", self.checkpoints.latest), self.source
             self.processes.once(lambda: export_finetuned(options, source, saved.tensors(self.config)))
@@ -150,5 +151,5 @@ class Trainer(BaseTrainer):
 
 
 def stacked(batches: Sequence[Arrays]) -> dict[str, np.ndarray]:
-    """[A, B, T] of batches [B, T]."""
+    """Stack batches [B, T] to [A, B, T]."""
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -1,4 +1,4 @@
-"""What `minicpm_data.training.pretraining` asks of a backend: the weights at the first step, and the finished model."""
+"""The backend's part of `minicpm_data.training.pretraining`: the initial weights and the finished model."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from weights_io.memory import SMALLER, check_training
 
 
 class Pretrainer(BaseTrainer):
-    """Of all weights, by AdamW in muP's groups."""
+    """Trains all weights with AdamW in muP's groups."""
 
     def __init__(self, options: PretrainOptions, bos_token_id: int):
         self.options = options

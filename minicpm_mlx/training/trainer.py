@@ -1,5 +1,6 @@
-"""What `minicpm_data.training.loop` asks of a backend: steps, losses and checkpoints; and for fine-tuning the adapter
-or model at the beginning and at the end."""
+"""The backend's part of `minicpm_data.training.loop`: steps, losses and checkpoints; for fine-tuning also the
+initial and the exported adapter or model.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,9 +37,9 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class BaseTrainer:
-    """Steps, losses and checkpoints of what a ``model`` trains, of which it has masters in float32. ``folder``: of the
-    run. ``decay``: share of a weight that a learning rate of 1 would take away, by name. ``dtype``: of the computation,
-    where it is not the model's own."""
+    """Steps, losses and checkpoints of a ``model``'s trainable parameters, with float32 master weights. ``folder``:
+    of the run. ``decay``: weight decay at a learning rate of 1, by name. ``dtype``: of the computation; None: the
+    model's own."""
 
     def __init__(
         self,
@@ -98,8 +99,8 @@ class BaseTrainer:
 
 
 class Trainer(BaseTrainer):
-    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded from its
-    ``source``, whose tokenizer and config go with a model that is written."""
+    """Trains adapters (`LoraOptions`) or all weights (`FullOptions`). ``model``: the base, as loaded from
+    ``source``, whose tokenizer and config are exported with a model."""
 
     def __init__(self, model: Model, options: FinetuneOptions, source: Checkpoint | None = None):
         self.options, self.config, self.source = options, model.config, source
