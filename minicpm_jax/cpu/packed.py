@@ -1,12 +1,12 @@
-"""What `quantization.packed` has packed, in the form that XLA:CPU multiplies fast: whole numbers times whole numbers.
+"""The weights of `quantization.packed` in a form that XLA:CPU multiplies fast: integers times integers.
 
-To make floats of a weight costs XLA:CPU five times what it costs to read float32 ones. So a few rows of x become whole
-numbers too: in each group the largest is 127 units, what is missing then is a number of units 128 times as small, and
-so on. Three such digits are off by 2^-22 of the largest, four times float32's rounding of it; products of int8 are
-exact in int32, and processors have an instruction for them. Many rows meet a layer's weight as floats, of which there
-are never more than a cache holds; more than `FEW_OF_HEAD` rows meet a head's all at once.
+Dequantizing a weight costs XLA:CPU five times as much as reading float32. So for a few rows, activations are
+quantized per group to three base-128 int8 digits: the first scales the maximum to 127, the next encode the
+remainder. The error is 2^-22 of the maximum, four times float32's rounding. Products of int8 are exact in int32, and
+processors have an instruction for them. For many rows a layer's weight is dequantized in parts that fit into a
+cache; for more than `FEW_OF_HEAD` rows the head is dequantized whole.
 
-Dims: N digits, R rows of x, I in, O out, G groups of K numbers of a row of the weight (I = G K), V words, D hidden.
+Dims: N digits, R rows of x, I in, O out, G groups of K inputs (I = G K), V vocabulary, D hidden.
 """
 
 import functools
@@ -22,9 +22,9 @@ from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.layers.ops import Weight
 from minicpm_jax.quantization.packed import QuantizedEmbedding, QuantizedWeight
 
-FEW_OF_GROUPS = 4  # rows up to which whole numbers are the faster ones
-FEW_OF_HEAD = 32  # which has no groups
-PART = 2**20  # numbers that are unpacked at a time: as float32 they fill a cache of 4 MB
+FEW_OF_GROUPS = 4  # up to this many rows integer products are faster
+FEW_OF_HEAD = 32  # the same for a head, which has no groups
+PART = 2**20  # elements dequantized at a time: as float32 they fill a cache of 4 MB
 
 
 class CpuQuantizedWeight(Weight):
@@ -53,7 +53,7 @@ class CpuQuantizedWeight(Weight):
         return QuantizedWeight(qweight, scales, scales.dtype)[index]
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        """W x, added up in float32, in x's dtype."""
+        """W x with float32 accumulation, in x's dtype."""
         scales = self.scales[...]
         groups, out = scales.shape
         qweight = self.qweight[...].reshape(groups, -1, self.qweight.shape[-1])
@@ -62,30 +62,30 @@ class CpuQuantizedWeight(Weight):
         product = functools.partial(_unpacked, _of_few if few else _of_many)
         if few and whole:
             y = product(qweight, scales, rows)
-        else:  # in a loop: else XLA would unpack all weights of a model before it uses the first
+        else:  # in a loop: otherwise XLA dequantizes all weights of the model before it uses the first
             y = _part_by_part(product, qweight, scales, rows)
         return y.astype(x.dtype).reshape(*x.shape[:-1], out)
 
 
 class CpuQuantizedEmbedding(QuantizedEmbedding):
-    """A head [V, D] in int8."""
+    """A head [V, D] in int8 for XLA:CPU."""
 
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "... D"]:
         return rows_on_cpu(QuantizedEmbedding(self.table[...], self.scale[...]), index)
 
     def times(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """The words' scores, in x's dtype."""
+        """Logits over the vocabulary, in x's dtype."""
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) > FEW_OF_HEAD:
             return linear_on_cpu(self[...], x).astype(x.dtype)
-        digits, units = fixed_point(rows, 4)  # four, as the largest is one of all D
+        digits, units = fixed_point(rows, 4)  # four digits: one maximum serves all D elements
         sums = jnp.einsum("vd,nrd->vnr", self.table[...], digits, preferred_element_type=jnp.int32)
         y = _value([sums[:, n] for n in range(4)]) * self.scale[...].astype(jnp.float32)[:, None] * units[:, 0]
         return y.T.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def on_cpu(weight: Any) -> Any:
-    """What was packed in the form for a CPU; one that has it already, or has none, is given back."""
+    """A quantized weight in the CPU form; anything else is returned unchanged."""
     if isinstance(weight, QuantizedWeight):
         return CpuQuantizedWeight(weight)
     return CpuQuantizedEmbedding(weight.table[...], weight.scale[...]) if type(weight) is QuantizedEmbedding else weight
@@ -98,7 +98,7 @@ def _in_pairs(qweight: Array) -> Int8[Array, "I O/2"]:
 
 
 def _halves(qweight: Int8[Array, "... O/2"]) -> list[Int8[Array, "... O/2"]]:
-    """Of bytes with two numbers each, the first half of all numbers and the second."""
+    """Unpack bytes of two integers: the first half of the outputs, and the second."""
     return [(qweight << 4) >> 4, qweight >> 4]
 
 
@@ -110,7 +110,8 @@ def _unpacked(product: Any, qweight: Int8[Array, "G K _"], scales: Float[Array, 
 
 
 def _part_by_part(product: Any, *operands: Array) -> Float[Array, "R O"]:
-    """The sum of the products of some groups at a time: in two parts or more, as one part would be no loop."""
+    """The sum of the products of a few groups at a time. It takes at least two parts, because one would not be a
+    loop."""
     qweight, scales, x = operands
     groups = len(scales)
     most = max(min(PART // (qweight.shape[1] * scales.shape[1]), groups // 2), 1)
@@ -124,7 +125,7 @@ def _of_few(qweight: Int8[Array, "G K O"], scales: Float[Array, "G O"], x: Float
     digits, units = fixed_point(x, 3)
     sums = jnp.einsum("ngrk,gko->gnro", digits, qweight, preferred_element_type=jnp.int32)
     value = _value([sums[:, n] for n in range(3)]) * scales[:, None].astype(jnp.float32)
-    # As a product, which XLA:CPU makes five times as fast as a sum over the groups.
+    # As a product: for XLA:CPU it is five times as fast as a sum over the groups.
     return jnp.einsum("gr,gro->ro", units[..., 0], value)
 
 
@@ -134,8 +135,8 @@ def _of_many(qweight: Int8[Array, "G K O"], scales: Float[Array, "G O"], x: Floa
 
 
 def fixed_point(x: Float[Array, "... K"], count: int) -> tuple[Int8[Array, "N ... K"], Float[Array, "... 1"]]:
-    """x as ``count`` digits in base 128 of whole numbers, the highest first, and the size of these numbers' unit: the
-    largest of each K over 127 * 128^(count - 1)."""
+    """x as ``count`` base-128 digits, most significant first, and the unit of the last digit: each group's maximum
+    over 127 * 128^(count - 1)."""
     x = x.astype(jnp.float32)
     units = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-25) / (127 * 128 ** (count - 1))
     rest, digits = jnp.round(x / units).astype(jnp.int32), []
@@ -146,5 +147,5 @@ def fixed_point(x: Float[Array, "... K"], count: int) -> tuple[Int8[Array, "N ..
 
 
 def _value(sums: list[Array]) -> Float[Array, "..."]:
-    """What digits, or sums of theirs, say in units."""
+    """Combine digits, or sums of digits, into float32 values in units."""
     return functools.reduce(lambda value, digit: value * 128 + digit, [each.astype(jnp.float32) for each in sums])

@@ -1,7 +1,8 @@
-"""Sharding constraints of activations, over the `ambient` mesh: rows, heads, tokens. Without a mesh all is as it is.
+"""Sharding constraints on activations over the `ambient` mesh: batch, heads, sequence. Without a mesh they do
+nothing.
 
-``cache``: the one that the tokens go through, if they do. Those are few rows, whose sums travel more cheaply than the
-weights: their activations are left to XLA.
+``cache``: the cache that the tokens go through, if there is one. Then tokens are few, and summing their activations
+is cheaper than gathering weights: XLA chooses their sharding.
 """
 
 import math
@@ -15,13 +16,15 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from minicpm_jax.parallel.mesh import BATCH, ambient, row_axes
 from minicpm_jax.parallel.sharding import splits
 
-ADDED_UP = "added up over tensor"  # the name of what is kept of a layer that the backward pass runs again
+ADDED_UP = "added up over tensor"  # checkpoint name of the sums that rematerialization keeps
 
 
 def shard_batch(x: Any) -> Any:
-    """[B, ...] with its rows over the axes of batches, whole otherwise; as it is where none divides it. Without this
-    XLA splits the hidden state as the weights are, every device then runs all rows, and sums travel in place of
-    weights: 15 times the bytes of a step of MiniCPM-2B over 8 devices."""
+    """Shard the rows of [B, ...] over the batch axes and replicate the rest; unchanged if no axis divides the rows.
+
+    Otherwise XLA shards the hidden state like the weights. Every device then runs all rows, and sums are
+    communicated in place of weights: 15 times the bytes in a step of MiniCPM-2B over 8 devices.
+    """
     mesh = ambient()
     if mesh is None or not row_axes(mesh, len(x)):
         return x
@@ -29,8 +32,11 @@ def shard_batch(x: Any) -> Any:
 
 
 def shard_heads(x: Any, cache: Any = None) -> Any:
-    """[B, T, NH] as `shard_batch`, and its heads over tensor. XLA would make the heads an axis of the projection, and
-    gather [N, H, D] anew in the backward pass, where an H of 64 fills 128 lanes: 0.4 GB of 6 of MiniCPM-1B over 8."""
+    """Shard [B, T, NH] like `shard_batch`, and its heads over tensor.
+
+    Otherwise XLA makes the heads an axis of the projection and gathers [N, H, D] again in the backward pass, where
+    an H of 64 fills 128 lanes: 0.4 GB of 6 for MiniCPM-1B over 8 devices.
+    """
     mesh = ambient()
     if cache is not None or mesh is None or not row_axes(mesh, len(x)):
         return x
@@ -38,15 +44,17 @@ def shard_heads(x: Any, cache: Any = None) -> Any:
 
 
 def gather_then_shard_sequence(x: Any) -> Any:
-    """`shard_sequence` by way of all rows on every device: what is split along its last axis, as the table of words is,
-    comes by an all-gather, which runs beside arithmetic; from the one split to the other it would be an all-to-all."""
+    """`shard_sequence` by way of all rows on every device. An array that is sharded along its last axis, as the
+    embedding table is, then arrives by an all-gather, which overlaps with arithmetic; the direct path would be an
+    all-to-all."""
     mesh = ambient()
     return x if mesh is None else shard_sequence(_split(x, None, "tensor" if splits_tokens(x, mesh) else None))
 
 
 def shard_sequence(x: Any) -> Any:
-    """[B, T, ...] as `shard_batch`, and its tokens over tensor where that divides them: between the blocks, where every
-    device of tensor would hold, and add up, the same (Megatron's sequence parallelism, arXiv 2205.05198)."""
+    """Shard [B, T, ...] like `shard_batch`, and its tokens over tensor if that divides them. Used between blocks,
+    where all devices of tensor would otherwise hold and add the same values (sequence parallelism of Megatron, arXiv
+    2205.05198)."""
     mesh = ambient()
     if mesh is None or not splits_tokens(x, mesh):
         return shard_batch(x)
@@ -84,12 +92,12 @@ def replicate_per_device(weight: Any, x: Any) -> Any:
 
 
 def _split(x: Any, *axes: Any) -> Any:
-    """Its first axes over these of the ambient mesh, whole otherwise."""
+    """Shard the first axes over these axes of the ambient mesh; replicate the rest."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def splits_tokens(x: Any, mesh: Mesh | AbstractMesh | None) -> bool:
-    """Whether the mesh has an axis tensor that divides the T of [B, T, ...], while its other axes divide the rows."""
+    """Whether the mesh has an axis tensor that divides T of [B, T, ...], and its batch axes divide the rows."""
     if mesh is None or not splits("tensor", x.shape[1], mesh):
         return False
     return row_axes(mesh, len(x)) == tuple(name for name in BATCH if name in mesh.shape)
