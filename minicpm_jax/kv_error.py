@@ -25,7 +25,8 @@ class Options(Serving, kv_error.Options):
 
 
 def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Iterator[np.ndarray]:
-    """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
+    """[T, V] logits of one chunk after the other, through a cache of its own. Raises `InputError` for unsupported
+    cache options."""
     import jax
 
     from minicpm_jax.generation import decoding

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Iterator[np.ndarray]:
-    """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
+    """[T, V] logits of one chunk after the other, through a cache of its own. Raises `InputError` for unsupported
+    cache options."""
     import mlx.core as mx
 
     from minicpm_mlx.generation import decoding

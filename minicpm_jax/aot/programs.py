@@ -1,5 +1,5 @@
-"""The programs that this package runs, with shapes for arrays: traced for any devices, compiled for TPUs that are
-elsewhere. Nothing here allocates a weight.
+"""This package's programs with shapes in place of arrays: traced for any devices, compiled for TPUs that need not be
+present. No weight is allocated.
 
 Dims: B batch, T new tokens, A micro-batches, S cache slots.
 """
@@ -33,11 +33,11 @@ from weights_io.parameters import parameters
 
 
 class Call(NamedTuple):
-    """One of the package's own programs, with the shape, dtype and sharding of every array that it is given."""
+    """A program of this package, with the shape, dtype and sharding of every input array."""
 
     function: Any
     arguments: tuple[Any, ...]
-    fixed: dict[str, Any]  # what it is compiled for
+    fixed: dict[str, Any]  # static arguments
 
 
 Kind = Literal["generate", "prefill", "lora", "finetune", "pretrain"]
@@ -45,7 +45,7 @@ Kind = Literal["generate", "prefill", "lora", "finetune", "pretrain"]
 
 @dataclass(frozen=True)
 class Job:
-    """One program of one model on one topology. Fields are those of `minicpm_jax.fit.Options`."""
+    """One program of one model on one topology. The fields are those of `minicpm_jax.fit.Options`."""
 
     model: str
     topology: Topology
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """That one call takes: a step of decoding gives one for each row."""
+        """Tokens of one call; a decode step generates one per row."""
         return self.batch * {"generate": 1, "prefill": min(self.prefill_step_size, self.seq)}.get(self.job, self.seq)
 
     @functools.cached_property
@@ -88,19 +88,19 @@ class Job:
         return None if mesh is None or mesh.size == 1 else automatic(mesh)
 
     def traced(self) -> Any:
-        """`jax.stages.Traced`."""
+        """The traced program, a `jax.stages.Traced`."""
         call = self.call
         return call.function.trace(*call.arguments, **call.fixed)
 
     @property
     def argument_bytes(self) -> int:
-        """Of the arguments on one chip, without padding: known before anything is compiled."""
+        """Bytes of the arguments per chip, without padding; known before compiling."""
         leaves = jax.tree.leaves(self.call.arguments)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
     @functools.cached_property
     def call(self) -> "Call":
-        """Raises `InputError` for a mesh, a batch or a model that cannot be."""
+        """The program and its inputs. Raises `InputError` for an invalid mesh, batch or model."""
         if self.batch < 1 or self.seq < 2 or self.prefill_step_size < 1:
             raise InputError("--batch, --seq and --prefill-step-size are at least 1, 2 and 1.")
         self.topology.chip.check_dtype(self.dtype)
@@ -117,11 +117,11 @@ class Job:
                 return self._train()
 
     def compiled(self) -> Any:
-        """`jax.stages.Compiled`."""
+        """The compiled program, a `jax.stages.Compiled`."""
         return compiled(self.traced().lower())
 
     def _everywhere(self, tree: Any) -> Any:
-        """Shapes of arrays that every device has whole."""
+        """Shapes of replicated arrays."""
         if self.placed is None:
             where: Any = SingleDeviceSharding(self.devices[0])
         else:
@@ -132,7 +132,7 @@ class Job:
         return self._everywhere(jax.ShapeDtypeStruct(shape, dtype))
 
     def _model(self) -> Model:
-        """As `loading.load` would give it, and `quantize_model`."""
+        """The model's shapes as `loading.load` places them, and `quantize_model`."""
         mesh = self.placed
         model = abstract(self.config, self.dtype) if mesh is None else self._over(mesh)
         if self.quantize is not None:
@@ -140,7 +140,7 @@ class Job:
         return self._everywhere(model) if mesh is None else model
 
     def _over(self, mesh: Mesh) -> Model:
-        """The model's shapes, filled up and placed."""
+        """The model's padded shapes, sharded over the mesh."""
         shape, dtype = pad_config(self.config, mesh, packed=self.quantize is not None), jnp.dtype(self.dtype)
         where = shardings(shape, mesh)
         leaves = {
@@ -195,7 +195,7 @@ class Job:
         return Call(decoding.prefill, (self._model(), ids, self._cache(), last, start, lengths), {})
 
     def _batches(self) -> dict[str, Any]:
-        """[A, B, T], one micro-batch."""
+        """One micro-batch as [A, B, T]."""
         shape = 1, self.batch, self.seq
         if self.placed is None:
             one = self._array(shape, jnp.int32)
@@ -204,7 +204,7 @@ class Job:
         return dict.fromkeys(("ids", "labels", "segments"), one)
 
     def _state(self, optimizer: Any, weights: step.Weights) -> step.State:
-        """The moments lie as their weights do; XLA makes zeros where what they are like is."""
+        """Moments are sharded like their weights: XLA allocates zeros like their prototype."""
 
         def where(path, leaf):
             own = next((weights[key.key] for key in path if getattr(key, "key", None) in weights), None)
@@ -214,7 +214,7 @@ class Job:
         return weights, jax.tree_util.tree_map_with_path(where, jax.eval_shape(optimizer.init, weights))
 
     def _masters(self) -> step.Weights:
-        """float32, of all parameters."""
+        """float32 master weights of all parameters."""
         table = {p.name: jax.ShapeDtypeStruct(p.shape(self.config), jnp.float32) for p in parameters(self.config)}
         if self.placed is None:
             return self._everywhere(table)
@@ -253,7 +253,7 @@ class Job:
 
 
 def compiled(lowered: Any) -> Any:
-    """Without the cache on disk, which could not read again what is kept of a program for devices that are not here."""
+    """Compile without the cache on disk, which cannot reload programs for absent devices."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, 1e9)
