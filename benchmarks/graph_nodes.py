@@ -57,13 +57,13 @@ def steps(model: Any) -> Iterator[tuple[str, tuple[Any, int]]]:
     model as it is, and joined, which it then stays."""
     from mlx.utils import tree_flatten
 
-    from minicpm_mlx.layers.fused_linear import join
+    from minicpm_mlx.layers.fused_linear import fuse
 
     theirs = peer(model.config)
     theirs.load_weights(tree_flatten(model.parameters()))
     yield "mlx_lm", step(theirs, lambda ids, cache: theirs(ids, cache=cache))
     yield "ours, layers apart", step(model, lambda ids, cache: model(ids, cache=cache))
-    join(model)
+    fuse(model)
     yield "ours", step(model, lambda ids, cache: model(ids, cache=cache))
 
 

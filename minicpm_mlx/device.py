@@ -3,7 +3,7 @@
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
 from weights_io.checkpoint import Checkpoint
 from weights_io.memory import host_free
@@ -32,7 +32,7 @@ def usual_dtype(dtype: str) -> str:
 
 def for_decoding(model: Model) -> Model:
     """The same model in the form that decodes fastest."""
-    join(model)
+    fuse(model)
     return model
 
 

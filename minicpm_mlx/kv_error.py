@@ -1,4 +1,4 @@
-"""Say how far a quantised key/value cache moves the logits of a text.
+"""Say how far a quantized key/value cache moves the logits of a text.
 
 python -m minicpm_mlx.kv_error --model openbmb/MiniCPM-2B-sft-bf16 --data some.txt
 """

@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from minicpm_data.tokenizer.input_ids import checked_ids
 from minicpm_mlx.layers.attention import Attention
-from minicpm_mlx.layers.fused_linear import Joined, added, joined
+from minicpm_mlx.layers.fused_linear import FusedLinear, added, runs_fused
 from minicpm_mlx.layers.moe import MoE
 from minicpm_mlx.layers.ops import divide, gated_act, scale
 from minicpm_mlx.layers.rope import Positions, positions_of
@@ -37,9 +37,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.threshold = config.activation_threshold
-        self._joined: Joined | None = None  # `fused_linear.join`
+        self._fused: FusedLinear | None = None  # `fused_linear.fuse`
 
-    def together(self) -> list[Any]:
+    def fusable(self) -> list[Any]:
         """The layers that `fused_linear` may compute as one."""
         return [self.gate_proj, self.up_proj]
 
@@ -48,9 +48,9 @@ class MLP(nn.Module):
 
     def hidden(self, x: mx.array) -> mx.array:
         """[B, T, D] to [B, T, F]: the input of ``down_proj``."""
-        if joined(self, x):
-            assert self._joined is not None
-            gate, up = mx.split(self._joined(x), 2, axis=-1)
+        if runs_fused(self, x):
+            assert self._fused is not None
+            gate, up = mx.split(self._fused(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return gated_act(gate, up, self.threshold)

@@ -25,38 +25,40 @@ def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array,
     """Cross entropy of each label in float32, at the label's own position; 0 where there is no label."""
     hidden = divide(hidden, model.config.logit_divisor)
     weight = model.model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
-    mesh, words, (rows, width) = model.mesh, model.config.vocab_size, labels.shape
+    mesh, vocab_size, (rows, width) = model.mesh, model.config.vocab_size, labels.shape
     own = -(-rows // rows_split(mesh))  # rows per device
-    most = max(1, LOGITS // (own * words))
+    most = max(1, LOGITS // (own * vocab_size))
     chunk = -(-width // 2 ** math.ceil(math.log2(max(width / most, 1))))  # widths are mostly powers of two
     more, filling = own * rows_split(mesh) - rows, -width % chunk
     hidden = jnp.pad(hidden, [(0, more), (0, filling), (0, 0)])
     targets = jnp.pad(labels[:, 1:], [(0, more), (0, 1 + filling)], constant_values=IGNORED)
-    losses = _chunked(chunk, words, mesh, shard_batch(hidden), weight, shard_batch(targets))
+    losses = _chunked(chunk, vocab_size, mesh, shard_batch(hidden), weight, shard_batch(targets))
     return jnp.pad(losses[:rows, : width - 1], [(0, 0), (1, 0)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunked(
     chunk: int,
-    words: int,
+    vocab_size: int,
     mesh: Mesh | None,
     hidden: Float[Array, "B T D"],
     weight: Float[Array, "V D"],
     targets: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
     """Cross entropies, C tokens of each row at a time. The gradient is custom: JAX would store all logits, or
-    accumulate the weight's gradient in the weight's dtype. ``words``: V without a mesh's padding."""
-    return _cross_entropies(chunk, words, mesh, hidden, weight, targets)[0]
+    accumulate the weight's gradient in the weight's dtype. ``vocab_size``: V without a mesh's padding."""
+    return _cross_entropies(chunk, vocab_size, mesh, hidden, weight, targets)[0]
 
 
-def _cross_entropies(chunk, words, mesh, hidden, weight, targets) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+def _cross_entropies(
+    chunk, vocab_size, mesh, hidden, weight, targets
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """The losses, and the logsumexp of each token's logits."""
     weight = _gathered(weight, mesh)
 
     def losses(part):
         x, targets = part
-        logits = _logits(weight, x, words)
+        logits = _logits(weight, x, vocab_size)
         total = jax.nn.logsumexp(logits, axis=-1)
         return _cross_entropy(logits, total, targets), total
 
@@ -64,20 +66,20 @@ def _cross_entropies(chunk, words, mesh, hidden, weight, targets) -> tuple[Float
     return _whole(found[0]), _whole(found[1])
 
 
-def _forward(chunk, words, mesh, hidden, weight, targets):
+def _forward(chunk, vocab_size, mesh, hidden, weight, targets):
     """With a frozen head, hidden's gradient (up to the incoming factor) is computed while the logits exist: two
     products with the head instead of three."""
     frozen = not weight.perturbed
     hidden, weight, targets = hidden.value, weight.value, targets.value
     if not frozen:
-        losses, total = _cross_entropies(chunk, words, mesh, hidden, weight, targets)
+        losses, total = _cross_entropies(chunk, vocab_size, mesh, hidden, weight, targets)
         return losses, (hidden, weight, targets, total)
 
     weight = _gathered(weight, mesh)
 
     def both(part):
         x, targets = part
-        logits = _logits(weight, x, words)
+        logits = _logits(weight, x, vocab_size)
         total = jax.nn.logsumexp(logits, axis=-1)
         share = _share(logits, total, targets).astype(x.dtype)
         below = jnp.einsum("bcv,vd->bcd", share, weight, precision=precision(x))
@@ -87,16 +89,16 @@ def _forward(chunk, words, mesh, hidden, weight, targets):
     return _whole(losses), _whole(below)
 
 
-def _backward(chunk, words, mesh, saved, above):
+def _backward(chunk, vocab_size, mesh, saved, above):
     if not isinstance(saved, tuple):  # the head is frozen
         return (saved * above[..., None]).astype(saved.dtype), None, None
     hidden, weight, targets, total = saved
     if mesh is None:
-        return *_gradients(words, hidden, weight, targets, total, above), None
+        return *_gradients(vocab_size, hidden, weight, targets, total, above), None
     names, split = row_axes(mesh, len(hidden)), partition_spec(("vocab", "embed"), weight.shape, mesh)
     rows = P(names)
     below, own = jax.shard_map(
-        functools.partial(_gradients, words, rows=names, vocab=split[0], embed=split[1]),
+        functools.partial(_gradients, vocab_size, rows=names, vocab=split[0], embed=split[1]),
         mesh=mesh,
         in_specs=(rows, split, rows, rows, rows),
         out_specs=(rows, split),
@@ -106,7 +108,7 @@ def _backward(chunk, words, mesh, saved, above):
 
 
 def _gradients(
-    words: int,
+    vocab_size: int,
     hidden: Float[Array, "B T D"],
     weight: Float[Array, "V D"],
     targets: Int[Array, "B T"],
@@ -129,7 +131,7 @@ def _gradients(
     height = -(-here // count)
     parts = jnp.pad(weight, [(0, count * height - here), (0, 0)]).reshape(count, height, -1)
     first = jax.lax.axis_index(vocab) * here if vocab else 0
-    real = jnp.minimum(here, words - first)
+    real = jnp.minimum(here, vocab_size - first)
     others = tuple(name for name in rows if name != embed)
     wide = {"precision": precision(hidden), "preferred_element_type": jnp.float32}
 
@@ -170,13 +172,13 @@ def _gathered(weight: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "V
 
 
 def _logits(
-    weight: Float[Array, "V D"], x: Float[Array, "B C D"], words: int | Int[Array, ""]
+    weight: Float[Array, "V D"], x: Float[Array, "B C D"], vocab_size: int | Int[Array, ""]
 ) -> Float[Array, "B C V"]:
-    """Logits in float32; -inf for the padding of the vocabulary (indices from ``words`` on)."""
+    """Logits in float32; -inf for the padding of the vocabulary (indices from ``vocab_size`` on)."""
     logits = linear(weight, x).astype(jnp.float32)
-    if isinstance(words, int) and words == len(weight):
+    if isinstance(vocab_size, int) and vocab_size == len(weight):
         return logits
-    return jnp.where(jnp.arange(len(weight)) < words, logits, -jnp.inf)
+    return jnp.where(jnp.arange(len(weight)) < vocab_size, logits, -jnp.inf)
 
 
 def _parts(x: Float[Array, "B T ..."], chunk: int) -> Float[Array, "N B C ..."]:

@@ -19,7 +19,7 @@ from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_mlx import device
 from minicpm_mlx.generation.sampling import sample
-from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
 from weights_io import memory
 from weights_io.casting import group_of
@@ -112,7 +112,7 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
         raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for a batch.")
     group, width = group_size(model, cache_options), model.config.head_dim
     if width % group:
-        groups = " or ".join(str(size) for size in (32, 64, 128) if width % size == 0)
+        groups = " or ".fuse(str(size) for size in (32, 64, 128) if width % size == 0)
         remedy = f"choose {groups}." if groups else "leave kv_bits out."
         raise InputError(f"kv_group_size {group} does not divide the head dimension {width}; {remedy}")
 
@@ -145,7 +145,7 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
 
 def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     """Prefill the prompts and sample each row's first token."""
-    join(model)
+    fuse(model)
     prompts, sampling, width = request.prompts, request.sampling, request.longest
     lengths = [len(prompt) for prompt in prompts]
     padding = [width - length for length in lengths]

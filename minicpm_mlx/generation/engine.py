@@ -20,7 +20,7 @@ from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling,
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.sampling import penalised, sample
-from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
 from weights_io.errors import InputError
 
@@ -38,7 +38,7 @@ class Engine(engine.Engine[Model]):
         super().__init__(model, slots, context, cache_options)
         if cache_options.kv_bits is not None:
             raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for an engine.")
-        join(model)
+        fuse(model)
         mx.eval(model.parameters())  # lazy weights can only be read by the loading thread
         self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)
         self.numbers: dict[int, int] = {}  # the batch generator's uid -> request number

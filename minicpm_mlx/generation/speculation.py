@@ -17,7 +17,7 @@ from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.decoding import State, sample_next
-from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
 
 
@@ -52,7 +52,7 @@ def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Dra
     """Guesses of a draft model with a plain cache."""
     model, prompt = speculation.draft_model, request.prompt
     assert model is not None
-    join(model)
+    fuse(model)
     cache = decoding.make_cache(model, [0], PLAIN_CACHE)
     decoding.prefill_chunks(model, mx.array([list(prompt)]), cache, request.cache.prefill_step_size, len(prompt))
 

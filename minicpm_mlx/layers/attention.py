@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from minicpm_mlx.layers.fused_linear import Joined, joined
+from minicpm_mlx.layers.fused_linear import FusedLinear, runs_fused
 from minicpm_mlx.layers.rope import Positions, apply_rope
 from weights_io.config import ModelConfig
 
@@ -29,9 +29,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-        self._joined: Joined | None = None  # `fused_linear.join`
+        self._fused: FusedLinear | None = None  # `fused_linear.fuse`
 
-    def together(self) -> list[Any]:
+    def fusable(self) -> list[Any]:
         """The layers that `fused_linear` may compute as one."""
         return [self.q_proj, self.k_proj, self.v_proj]
 
@@ -45,11 +45,11 @@ class Attention(nn.Module):
         def heads(y):
             return y.reshape(*y.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
 
-        if joined(self, x):
-            assert self._joined is not None
-            every = heads(self._joined(x))  # [B, N + 2K, T, H]
-            turned = apply_rope(every[:, : -self.kv_heads], positions)
-            q, k, v = turned[:, : self.heads], turned[:, self.heads :], every[:, -self.kv_heads :]
+        if runs_fused(self, x):
+            assert self._fused is not None
+            every = heads(self._fused(x))  # [B, N + 2K, T, H]
+            rotated = apply_rope(every[:, : -self.kv_heads], positions)
+            q, k, v = rotated[:, : self.heads], rotated[:, self.heads :], every[:, -self.kv_heads :]
         else:
             k, v = apply_rope(heads(self.k_proj(x)), positions), heads(self.v_proj(x))
             if last:

@@ -247,11 +247,11 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
             """The scales in the order of the block's slots: in a last block they are rolled to where its sub-blocks
             are."""
             place = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
-            whole = turned = jnp.where(step * tiling.block + place < tiling.slots, scale[...], 0)
+            whole = rolled = jnp.where(step * tiling.block + place < tiling.slots, scale[...], 0)
             for begin, (offset, _) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
                 if begin:
-                    turned = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), turned)
-            return _of_rows(turned, group, tiling)
+                    rolled = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), rolled)
+            return _of_rows(rolled, group, tiling)
 
         slot = slots((1, tiling.block), 1)
         if tiling.slots % tiling.grain:  # values beyond the last slot may be NaN, and 0 * NaN is NaN
@@ -349,8 +349,8 @@ def cache_attention(
     tiling = Tiling.of(batch, width, heads, head_dim, cache.slots, cache.k.shape[3] // head_dim, itemsize)
     padded = jnp.pad(q, ((0, 0), (0, tiling.pieces * tiling.piece - width), (0, 0), (0, 0)))
     shape = (batch, tiling.pieces, tiling.piece, tiling.groups, tiling.heads, tiling.heads_per_kv, head_dim)
-    turned = padded.reshape(shape).transpose(0, 3, 1, 5, 2, 4, 6)  # [B, groups, pieces, G, t, C, H]
-    flat = turned.reshape(batch, tiling.groups, tiling.pieces, tiling.heads_per_kv * tiling.piece, tiling.lanes)
+    transposed = padded.reshape(shape).transpose(0, 3, 1, 5, 2, 4, 6)  # [B, groups, pieces, G, t, C, H]
+    flat = transposed.reshape(batch, tiling.groups, tiling.pieces, tiling.heads_per_kv * tiling.piece, tiling.lanes)
 
     queries = pl.BlockSpec((None, None, None, *flat.shape[3:]), lambda row, group, piece, *_: (row, group, piece, 0, 0))
     stored = [
@@ -380,5 +380,5 @@ def cache_attention(
         interpret=interpret,
         name="cache_attention",
     )(jnp.asarray(layer, jnp.int32).reshape(1), first, tiling.held(first), flat, *arrays)
-    out = out.reshape(turned.shape).transpose(0, 2, 4, 1, 5, 3, 6)  # [B, pieces, t, groups, C, G, H]
+    out = out.reshape(transposed.shape).transpose(0, 2, 4, 1, 5, 3, 6)  # [B, pieces, t, groups, C, G, H]
     return out.reshape(batch, -1, heads * head_dim)[:, :width]

@@ -41,8 +41,8 @@ def causal_attention(
     block = math.gcd(filled, BLOCK)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     # Tokens last: a last axis of 64 would be padded to 128 lanes.
-    turned = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
-    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names}, **turned)
+    layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
+    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names}, **layouts)
     with jax.ensure_compile_time_eval():
         mask = masks.MultiHeadMask([masks.CausalMask((filled, filled)) for _ in range(heads)])
         kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
