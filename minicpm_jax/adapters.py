@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from minicpm_jax.layers.lora import LoRALayer, LoRAParams, _row_squares, ratio
 from minicpm_jax.model import get_layer
-from minicpm_jax.parallel.processes import fetched
+from minicpm_jax.parallel.processes import fetch
 from minicpm_jax.parallel.sharding import pad_or_trim
 from weights_io.adapters import Adapter, AdapterConfig, stacked, target_parameters, unstacked
 from weights_io.config import ModelConfig
@@ -55,16 +55,16 @@ def attach(
     for index, (name, params) in enumerate(sorted(weights.items())):
         layer = get_layer(model, name)
         out, width = layer.weight.shape[-2:]
-        given = {"a": _widened(params["a"], -1, width), "b": _widened(params["b"], -2, out)}
+        given = {"a": _pad_like_weight(params["a"], -1, width), "b": _pad_like_weight(params["b"], -2, out)}
         if "magnitude" in params:
-            given["ratio"] = _widened(ratio(layer.weight, params, scale), -1, out)
+            given["ratio"] = _pad_like_weight(ratio(layer.weight, params, scale), -1, out)
         if key is not None and dropout:
             given["key"] = jax.random.split(jax.random.fold_in(key, index), len(params["a"]))
         layer.adapter = nnx.data(LoRALayer(given, scale, dropout, params["a"].shape[-1]))
     return model
 
 
-def _widened(x: Array, axis: int, size: int) -> Array:
+def _pad_like_weight(x: Array, axis: int, size: int) -> Array:
     """Pad an axis like `sharding.pad_config` pads the adapted weight."""
     shape = list(x.shape)
     shape[axis] = size
@@ -89,7 +89,7 @@ def to_adapter(
     """The adapter to save, for the ``layers`` that have one."""
 
     def parts(params: LoRAParams) -> tuple[Any, ...]:
-        return tuple(None if part not in params else fetched(params[part]) for part in ("a", "b", "magnitude"))
+        return tuple(None if part not in params else fetch(params[part]) for part in ("a", "b", "magnitude"))
 
     arrays: Any = {name: parts(params) for name, params in weights.items()}
     return unstacked(adapter, arrays, config, layers)

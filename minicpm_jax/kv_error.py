@@ -12,7 +12,7 @@ import numpy as np
 from minicpm_data.diagnostics import kv_error
 from minicpm_data.generation.options import CacheOptions
 from minicpm_jax.backend import backend
-from minicpm_jax.generation.teacher_forcing import decoded, wide
+from minicpm_jax.generation.teacher_forcing import decoded, to_float32
 from minicpm_jax.options import Serving
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Itera
     for start in range(0, len(ids), width):
         new = min(width, len(ids) - start)
         piece, cache = step(model, padded[None, start : start + width], cache, np.int32(new))
-        yield wide(piece)[0, :new]
+        yield to_float32(piece)[0, :new]
 
 
 if __name__ == "__main__":

@@ -131,22 +131,22 @@ def _read_whole(checkpoint: Checkpoint, dtype: str, matrices: str) -> Leaves:
     return {name: jax.device_put(x, first) for name, x in read_stacked(checkpoint, dtype, matrices).items()}
 
 
-def _placed(checkpoint: Checkpoint, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None) -> Leaves:
+def _placed(checkpoint: Checkpoint, padded_config: ModelConfig, dtype: Any, mesh: Mesh | None) -> Leaves:
     """On a device or over a mesh, in the shapes ``lies_as`` of `pad_config`."""
     return {
-        p.name: _stacked(checkpoint, p, lies_as, mesh, _rows(checkpoint, p, lies_as, dtype, mesh))
+        p.name: _stacked(checkpoint, p, padded_config, mesh, _rows(checkpoint, p, padded_config, dtype, mesh))
         for p in parameters(checkpoint.config)
     }
 
 
 def _placed_packed(
-    checkpoint: Checkpoint, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None, packs: Mapping[str, Callable]
+    checkpoint: Checkpoint, padded_config: ModelConfig, dtype: Any, mesh: Mesh | None, packs: Mapping[str, Callable]
 ) -> Leaves:
     """Like `_placed`, with each parameter in ``packs`` packed, one tensor at a time."""
     leaves = {}
     for p in parameters(checkpoint.config):
-        pack, rows = packs.get(p.name), _rows(checkpoint, p, lies_as, dtype, mesh)
-        leaves[p.name] = _stacked(checkpoint, p, lies_as, mesh, rows if pack is None else map(pack, rows))
+        pack, rows = packs.get(p.name), _rows(checkpoint, p, padded_config, dtype, mesh)
+        leaves[p.name] = _stacked(checkpoint, p, padded_config, mesh, rows if pack is None else map(pack, rows))
     return leaves
 
 
@@ -157,18 +157,18 @@ def _where(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | None) -> 
 
 
 def _rows(
-    checkpoint: Checkpoint, parameter: Parameter, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None
+    checkpoint: Checkpoint, parameter: Parameter, padded_config: ModelConfig, dtype: Any, mesh: Mesh | None
 ) -> Iterator[jax.Array]:
     """The tensors of a parameter, each read and placed when it is requested."""
     depth, stored = len(parameter.stack(checkpoint.config)), parameter.tensor_shape(checkpoint.config)
-    shape = parameter.shape(lies_as)[depth:]
+    shape = parameter.shape(padded_config)[depth:]
     place = _where(parameter.logical_axes()[depth:], shape, mesh)
     for name in parameter.tensors(checkpoint.config):
         yield _read(checkpoint, name, stored, shape, dtype, place)
 
 
 def _stacked(
-    checkpoint: Checkpoint, parameter: Parameter, lies_as: ModelConfig, mesh: Mesh | None, rows: Iterator[Any]
+    checkpoint: Checkpoint, parameter: Parameter, padded_config: ModelConfig, mesh: Mesh | None, rows: Iterator[Any]
 ) -> Any:
     """Stack a parameter's ``rows`` (arrays, or trees of arrays) over layers and experts, if it has those axes."""
     axes, stack = parameter.logical_axes(), parameter.stack(checkpoint.config)

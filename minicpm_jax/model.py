@@ -28,7 +28,7 @@ from minicpm_jax.layers.ops import divide, gated_act, scale
 from minicpm_jax.layers.rope import Positions, positions_of
 from minicpm_jax.layers.stack import run_layers
 from minicpm_jax.parallel.activations import all_gather_sequence, reduce_scatter_sequence
-from minicpm_jax.parallel.mesh import over_its_mesh
+from minicpm_jax.parallel.mesh import with_model_mesh
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -151,7 +151,7 @@ class Model(nnx.Module):
         """[B, T, D] after the final norm: the input of `head`."""
         return self.hidden_states_and_aux_loss(ids, positions)[0]
 
-    @over_its_mesh
+    @with_model_mesh
     def hidden_states_and_aux_loss(
         self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
@@ -159,7 +159,7 @@ class Model(nnx.Module):
         x, _, aux_loss = self.model(self.model.embed(ids), positions, remat=remat)
         return self.model.norm(x), aux_loss
 
-    @over_its_mesh
+    @with_model_mesh
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32. The normed hidden state is divided by D / dim_model_base, whether the head is tied or
         not."""
@@ -168,7 +168,7 @@ class Model(nnx.Module):
             logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
             return logits[..., : self.config.vocab_size].astype(jnp.float32)  # a mesh may have padded the vocabulary
 
-    @over_its_mesh
+    @with_model_mesh
     def decode(
         self,
         ids: Int[Array, "B T"],

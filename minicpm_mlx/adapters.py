@@ -61,7 +61,7 @@ def attach(model: Model, weights: dict[str, LoRAParams], scale: float, dropout: 
     return model
 
 
-def settle(model: Model) -> Model:
+def cache_dora_ratios(model: Model) -> Model:
     """Prepare the model for generation, in place: compute DoRA's ratios once instead of per token. Returns the
     model."""
     for _, layer in model.named_modules():
@@ -71,7 +71,7 @@ def settle(model: Model) -> Model:
     return model
 
 
-def use_keys(model: Model, key: mx.array | None) -> None:
+def set_dropout_keys(model: Model, key: mx.array | None) -> None:
     """Give each adapter its own dropout key; None turns dropout off."""
     layers = [layer for _, layer in model.named_modules() if isinstance(layer, LoRALayer)]
     for index, layer in enumerate(layers):

@@ -11,7 +11,7 @@ import numpy as np
 from minicpm_data.diagnostics import kv_error
 from minicpm_data.generation.options import CacheOptions
 from minicpm_mlx.backend import backend
-from minicpm_mlx.generation.teacher_forcing import wide
+from minicpm_mlx.generation.teacher_forcing import to_float32
 
 if TYPE_CHECKING:
     from minicpm_mlx.model import Model
@@ -29,7 +29,7 @@ def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Itera
     cache = decoding.make_cache(model, [0], cache_options)
     for start in range(0, len(ids), width):
         x = model.decode(mx.array([ids[start : start + width]]), cache)
-        yield wide(model.head(x))[0]
+        yield to_float32(model.head(x))[0]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_mlx import device
-from minicpm_mlx.adapters import attach, from_adapter, settle
+from minicpm_mlx.adapters import attach, cache_dora_ratios, from_adapter
 from minicpm_mlx.model import Model
 from minicpm_mlx.quantization.model import quantize_model
 from weights_io.adapters import read_adapter
@@ -70,7 +70,7 @@ def load(
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
     model = load_weights(checkpoint, dtype, quantize=quantize, quantize_head=quantize_head, remedy=remedy)
     if found is not None:
-        model = settle(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
+        model = cache_dora_ratios(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
     return device.for_decoding(model) if decoding else model, tokenizer
 
 

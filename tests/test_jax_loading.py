@@ -14,7 +14,7 @@ from jax.sharding import Mesh  # noqa: E402
 from minicpm_jax import load, stream_generate  # noqa: E402
 from minicpm_jax.cpu.form import unstack_layers  # noqa: E402
 from minicpm_jax.layers.linear import Linear  # noqa: E402
-from minicpm_jax.parallel.mesh import over  # noqa: E402
+from minicpm_jax.parallel.mesh import use_mesh  # noqa: E402
 from minicpm_jax.parallel.sharding import pad_config_over  # noqa: E402
 from minicpm_jax.training.losses import packed_loss  # noqa: E402
 from minicpm_jax.training.step import weights_of  # noqa: E402
@@ -118,7 +118,7 @@ def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, m
 
 def form_of(model):
     """The name of the form in which the experts run on two rows of five tokens."""
-    with over(model.mesh):
+    with use_mesh(model.mesh):
         return getattr(model.model.layers.mlp.form((2, 5)), "__name__", "in place")
 
 

@@ -17,7 +17,7 @@ from minicpm_data.generation.options import Sampling
 from minicpm_jax import adapters
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.sampling import SamplingParams
-from minicpm_jax.layers.kv_cache import Cache, placement
+from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.model import Model, abstract, nested
 from minicpm_jax.parallel.chips import Topology
 from minicpm_jax.parallel.mesh import automatic, batch_sharding, make_mesh
@@ -167,7 +167,7 @@ class Job:
         shapes = jax.eval_shape(lambda: Cache.empty(*given))
         if self.placed is None:
             return self._everywhere(shapes)
-        specs = placement(shapes, self.placed)
+        specs = cache_specs(shapes, self.placed)
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.placed, spec)),
             shapes,

@@ -28,9 +28,9 @@ from minicpm_data.generation.request import GenerationRequest
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation.sampling import SamplingParams, sample
-from minicpm_jax.layers.kv_cache import STORED, Cache, placement
+from minicpm_jax.layers.kv_cache import STORED, Cache, cache_specs
 from minicpm_jax.model import Model
-from minicpm_jax.parallel.processes import fetched, from_first
+from minicpm_jax.parallel.processes import broadcast_from_main, fetch
 from weights_io import memory
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
@@ -63,7 +63,7 @@ def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache
     dtype, mesh = model.model.norm.weight.dtype, model.mesh
     cache = Cache.empty(model.config, batch, slots, form_of_model(model).cache_dtype(model), bits, mesh)
     if mesh is not None:  # otherwise each device would hold the whole cache
-        specs = placement(cache, mesh)
+        specs = cache_specs(cache, mesh)
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         cache = jax.lax.with_sharding_constraint(cache, where)
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
@@ -78,7 +78,7 @@ def cache_bytes(model: Model, batch: int, length: int, cache_options: CacheOptio
 @functools.lru_cache  # tracing takes 2 ms, as long as the head of MiniCPM-1B
 def _cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None, mesh: Mesh | None) -> int:
     cache = jax.eval_shape(lambda: Cache.empty(config, batch, slots, dtype, bits, mesh))
-    specs = placement(cache, mesh) if mesh is not None else cache
+    specs = cache_specs(cache, mesh) if mesh is not None else cache
 
     def bytes_of(x, spec):
         shape = x.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(x.shape)
@@ -198,11 +198,11 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
     batch, longest, max_tokens = len(request.prompts), request.longest, request.max_tokens
     params = SamplingParams.of(request.sampling, model.config.vocab_size)
     state = prefill_and_sample(model, request)
-    yield fetched(state.token)
+    yield fetch(state.token)
     slots = state.cache.slots
     made, steps = 1, 1
     while made < max_tokens:
-        if fetched(state.finished).all():
+        if fetch(state.finished).all():
             return
         if longest + made > slots:
             slots = bucket_length(slots + ROOM)
@@ -212,7 +212,7 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
         room = min(steps, max_tokens - made, slots - longest - made + 1)
         state, tokens, count = decode(model, state, np.int32(room), params)
         count = int(count)
-        yield from fetched(tokens)[:count]
+        yield from fetch(tokens)[:count]
         made += count
         # Double the steps per call while a call is quick. Several processes do not measure: their clocks differ.
         quick = jax.process_count() > 1 or time.perf_counter() - began < PATIENCE / 2
@@ -225,7 +225,7 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     sampling, vocab_size = request.sampling, model.config.vocab_size
     ends = np.array(sorted(request.end_ids) or [-1], np.int32)
     token_mask = seen_tokens(request.prompts, vocab_size) if sampling.penalised else None
-    rng = from_first(sampling.row_keys(len(request.prompts)))
+    rng = broadcast_from_main(sampling.row_keys(len(request.prompts)))
     return first_token(model, cache, last, token_mask, rng, ends, SamplingParams.of(sampling, vocab_size))
 
 

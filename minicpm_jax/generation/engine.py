@@ -69,7 +69,7 @@ def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: in
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def emptied(state: State, slot: Int[Array, ""]) -> State:
+def mark_finished(state: State, slot: Int[Array, ""]) -> State:
     """Mark the slot's row as finished."""
     return dataclasses.replace(state, finished=state.finished.at[slot].set(True))
 
@@ -184,4 +184,4 @@ class Engine(engine.Engine[Model]):
         slot = self.rows.index(state)
         self.order.append(slot)
         self.first = [made for made in self.first if made[0] != state.number]
-        self.state = emptied(self.state, np.int32(slot))
+        self.state = mark_finished(self.state, np.int32(slot))

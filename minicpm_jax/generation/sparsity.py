@@ -20,7 +20,7 @@ from minicpm_jax.layers.linear import Linear
 from minicpm_jax.layers.ops import gated_act
 from minicpm_jax.layers.rope import positions_of
 from minicpm_jax.model import Model
-from minicpm_jax.parallel.mesh import over_its_mesh
+from minicpm_jax.parallel.mesh import with_model_mesh
 
 PIECE = 512  # tokens per call
 
@@ -64,7 +64,7 @@ def activation_sparsity(model: Model, ids: Sequence[int]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-@over_its_mesh
+@with_model_mesh
 def _zeros(
     model: Model, ids: Int[Array, "1 T"], cache: Cache, new: Int[Array, ""], length: Int[Array, ""]
 ) -> tuple[Int[Array, "L"], Cache]:

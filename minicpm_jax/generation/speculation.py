@@ -23,7 +23,7 @@ from minicpm_jax.generation.decoding import ROOM, State, bucket_length, sample_n
 from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.model import Model
-from minicpm_jax.parallel.processes import fetched
+from minicpm_jax.parallel.processes import fetch
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -82,19 +82,19 @@ def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Dra
     """Guesses of a draft model. It always proposes the full number, because another number would be another program."""
     model, count = speculation.draft_model, speculation.num_draft_tokens
     assert model is not None
-    cache, _ = decoding.prefill_prompts(model, roomy(request, count))
+    cache, _ = decoding.prefill_prompts(model, reserve_guesses(request, count))
 
     def proposed(last: Sequence[int], start: int, wanted: int) -> list[int]:
         nonlocal cache
         if start + len(last) + count > cache.slots:
             cache = decoding.resize_cache(cache, bucket_length(cache.slots + ROOM))
         cache, found = propose(model, cache, np.array([last], np.int32), np.int32(start), count)
-        return fetched(found)[:wanted].tolist()
+        return fetch(found)[:wanted].tolist()
 
     return Draft(request.prompt, proposed)
 
 
-def roomy(request: GenerationRequest, guesses: int) -> GenerationRequest:
+def reserve_guesses(request: GenerationRequest, guesses: int) -> GenerationRequest:
     """The request with room in the cache for ``guesses`` tokens beyond its answer."""
     return dataclasses.replace(request, max_tokens=min(request.max_tokens + guesses, MOST))
 
@@ -105,8 +105,8 @@ def stream_speculated(
     """`minicpm_data.generation.api.Decoding.stream_speculated`."""
     count = speculation.num_draft_tokens
     params = SamplingParams.of(request.sampling, model.config.vocab_size)
-    state = decoding.prefill_and_sample(model, roomy(request, count))
-    first, filled = int(fetched(state.token)[0]), len(request.prompt)
+    state = decoding.prefill_and_sample(model, reserve_guesses(request, count))
+    first, filled = int(fetch(state.token)[0]), len(request.prompt)
 
     def verified(guesses: Sequence[int]) -> list[int]:
         nonlocal state, filled
@@ -115,9 +115,9 @@ def stream_speculated(
         if filled + 1 + len(padded) > state.cache.slots:
             state = decoding.resize_state(state, bucket_length(state.cache.slots + ROOM))
         state, tokens, right = verify(model, state, padded, params)
-        accepted = int(fetched(right)) + 1
+        accepted = int(fetch(right)) + 1
         filled += accepted
-        return fetched(tokens)[:accepted].tolist()
+        return fetch(tokens)[:accepted].tolist()
 
     guess = PromptLookup() if speculation.draft_model is None else draft_of(request, speculation)
     yield from speculate(request, first, guess, verified, count)

@@ -19,7 +19,7 @@ def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     import jax
 
     x, last = jax.jit(_states)(model, ids)
-    return wide(x[:, 0]), wide(last[0])
+    return to_float32(x[:, 0]), to_float32(last[0])
 
 
 def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
@@ -33,10 +33,10 @@ def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> 
     ids = np.stack([np.pad(prompt, (0, lengths.max() - len(prompt))) for prompt in prompts])
     cache, _ = empty(model, len(prompts), int(lengths.max()) + tokens.shape[1], None)
     x, cache = jax.jit(decoded)(model, ids, cache, lengths)
-    steps = [wide(x)[np.arange(len(ids)), lengths - 1][:, None]]
+    steps = [to_float32(x)[np.arange(len(ids)), lengths - 1][:, None]]
     for token in tokens.T[:-1]:
         x, cache = jax.jit(decoded)(model, token[:, None], cache, 1)
-        steps.append(wide(x))
+        steps.append(to_float32(x))
     return np.concatenate(steps, axis=1)
 
 
@@ -45,11 +45,11 @@ def _states(model, ids):
     import jax.numpy as jnp
 
     from minicpm_jax.layers.rope import positions_of
-    from minicpm_jax.parallel.mesh import over
+    from minicpm_jax.parallel.mesh import use_mesh
 
     positions = positions_of(model.config, ids.shape)
     x = model.model.embed(ids)
-    with over(model.mesh):
+    with use_mesh(model.mesh):
         last, after = jax.lax.scan(lambda x, layer: (layer(x, positions)[0],) * 2, x, model.model.layers)
     return jnp.concatenate([x[None], after]), model.model.norm(last)
 
@@ -60,5 +60,5 @@ def decoded(model, ids, cache, new):
     return model.head(x), cache
 
 
-def wide(x) -> np.ndarray:
+def to_float32(x) -> np.ndarray:
     return np.asarray(x).astype(np.float32)

@@ -13,10 +13,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from minicpm_jax.layers.blockwise import BLOCK, blockwise_attention, blockwise_attention_in_turn
 from minicpm_jax.layers.kernels.cache_attention import cache_attention
 from minicpm_jax.layers.kernels.causal_attention import causal_attention
-from minicpm_jax.layers.kv_cache import Cache, placement
+from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.layers.rope import Positions, apply_rope
 from minicpm_jax.parallel.activations import shard_heads
-from minicpm_jax.parallel.mesh import ambient, row_axes
+from minicpm_jax.parallel.mesh import ambient_mesh, row_axes
 from weights_io.config import ModelConfig
 
 
@@ -57,7 +57,7 @@ def cached_attention(
     (`sharding.pad_config`). XLA cannot partition a Pallas kernel by itself, and would send updates whose slots
     differ by row to every device.
     """
-    mesh = ambient()
+    mesh = ambient_mesh()
 
     def own(q, k, v, cache, layer, index):
         cache = cache.update(layer, k, v, index)
@@ -65,7 +65,7 @@ def cached_attention(
 
     if mesh is None:
         return own(q, k, v, cache, layer, index)
-    parts, (batch, width, each, head_dim) = placement(cache, mesh), q.shape
+    parts, (batch, width, each, head_dim) = cache_specs(cache, mesh), q.shape
     _, rows, _, heads = parts.k
     whole = tuple(name for name in row_axes(mesh, batch) if name != "fsdp")
 
@@ -78,8 +78,8 @@ def cached_attention(
 
     new = P(rows, None, heads, None)
     specs = new, new, new, parts, P(), P(rows, None)
-    spread = jax.shard_map(own, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
-    mixed, cache = spread(*(few(x, heads) for x in (q, k, v)), cache, jnp.asarray(layer), few(index))
+    sharded = jax.shard_map(own, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
+    mixed, cache = sharded(*(few(x, heads) for x in (q, k, v)), cache, jnp.asarray(layer), few(index))
     return few(mixed, heads), cache
 
 
@@ -124,9 +124,9 @@ def self_attention(
 
     In bfloat16 on a TPU this is a Pallas kernel, sharded over a mesh as in `cached_attention`. Other dtypes use
     `chunked_attention`."""
-    mesh = ambient()
+    mesh = ambient_mesh()
 
-    def spread(q, k, v, segments):
+    def sharded(q, k, v, segments):
         assert mesh is not None
         rows = row_axes(mesh, len(q))
         whole, heads = P(rows), P(rows, None, "tensor" if "tensor" in mesh.shape else None)
@@ -135,7 +135,7 @@ def self_attention(
 
     if q.dtype != jnp.bfloat16:
         return chunked_attention(q, k, v, segments)
-    tpu = causal_attention if mesh is None else spread
+    tpu = causal_attention if mesh is None else sharded
     return jax.lax.platform_dependent(q, k, v, segments, tpu=tpu, default=chunked_attention)
 
 

@@ -118,7 +118,7 @@ def quantize_kv(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Flo
     return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
 
 
-def placement(cache: Cache, mesh: Mesh | AbstractMesh) -> Cache:
+def cache_specs(cache: Cache, mesh: Mesh | AbstractMesh) -> Cache:
     """The `PartitionSpec` of each array of a cache on the ``mesh``: rows over the batch axes that divide them, heads
     over tensor. The lengths are replicated: every device computes the RoPE angles of all rows."""
     rows = row_axes(mesh, cache.k.shape[1]) or None

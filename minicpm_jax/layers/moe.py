@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.layers.lora import LoRALayer, MatMul
 from minicpm_jax.layers.ops import Weight, gated_act, linear, of_expert
-from minicpm_jax.parallel.mesh import BATCH, ambient, rows_split
+from minicpm_jax.parallel.mesh import BATCH, ambient_mesh, batch_shards
 from minicpm_jax.parallel.sharding import splits
 from weights_io.config import ModelConfig
 
@@ -151,10 +151,10 @@ class MoE(nnx.Module):
     def form(self, shape: tuple[int, ...]) -> Callable[[Array, Array, Array], Array]:
         """How the experts run on rows [B, T]. If the ambient mesh shards the experts: all of them, on their devices.
         If it shards the rows and there are many: each device on its own rows. Otherwise: in one place."""
-        mesh = ambient()
+        mesh = ambient_mesh()
         if mesh is not None and splits("expert", self.experts.count, mesh):
             return self.experts.dense_experts
-        parts = rows_split(mesh)
+        parts = batch_shards(mesh)
         return self.by_device if parts > 1 and shape[1] > 1 and shape[0] % parts == 0 else self.experts
 
     def by_device(
@@ -163,7 +163,7 @@ class MoE(nnx.Module):
         """Each device sorts its own rows. If rows were sorted over all devices, XLA would all-reduce every block: 92
         GB in a LoRA step over 8 devices. Without the barrier it may gather an expert for every block: 272 GB in a
         prefill of 8 x 512 tokens over fsdp=8, for 28 GB of weights."""
-        mesh = ambient()
+        mesh = ambient_mesh()
         assert mesh is not None
         rows = P(tuple(name for name in BATCH if name in mesh.shape))
         return jax.shard_map(

@@ -16,7 +16,7 @@ from minicpm_jax.layers.linear import RMSNorm
 from minicpm_jax.layers.ops import Weight
 from minicpm_jax.layers.rope import Positions
 from minicpm_jax.parallel.activations import ADDED_UP, gather_then_shard_sequence, replicate_per_device, shard_sequence
-from minicpm_jax.parallel.mesh import ambient
+from minicpm_jax.parallel.mesh import ambient_mesh
 
 Ran = tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]  # hidden state, cache, load-balancing loss
 
@@ -64,7 +64,7 @@ class PerDeviceWeight(Weight):
 def replicate_norm_weights(layers: Any, x: Float[Array, "B T D"]) -> Any:
     """Replicate the norm weights of stacked layers per device of the ambient mesh. Their gradients are then summed
     over the devices once, not in every layer."""
-    if ambient() is None:
+    if ambient_mesh() is None:
         return layers
 
     def own(part: Any) -> Any:

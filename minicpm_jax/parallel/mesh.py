@@ -21,24 +21,24 @@ MeshChoice: TypeAlias = "Mesh | Callable[[ModelConfig], Mesh | None] | None"  # 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def ambient() -> AbstractMesh | None:
+def ambient_mesh() -> AbstractMesh | None:
     """The mesh of the program that is being traced. None without one, and inside `jax.shard_map`, where each device
     runs alone."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or not mesh.are_all_axes_auto else mesh
 
 
-def over(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """A context in which ``mesh`` is the `ambient` mesh of traced code; None changes nothing."""
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which ``mesh`` is the `ambient_mesh` mesh of traced code; None changes nothing."""
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def over_its_mesh(function: F) -> F:
-    """Decorator: run a function whose first argument is a model `over` the model's mesh."""
+def with_model_mesh(function: F) -> F:
+    """Decorator: run a function, whose first argument is a model, in the context of the model's mesh."""
 
     @functools.wraps(function)
     def inside(model: Any, *arguments: Any, **more: Any) -> Any:
-        with over(model.mesh):
+        with use_mesh(model.mesh):
             return function(model, *arguments, **more)
 
     return inside  # type: ignore[return-value]
@@ -92,7 +92,7 @@ def local_rows(mesh: Mesh | None, rows: int) -> Sequence[int]:
     return sorted({row for _, part in parts for row in range(rows)[part]})
 
 
-def placed_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) -> Mapping[str, Any]:
+def shard_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) -> Mapping[str, Any]:
     """Arrays [A, B, ...] sharded over the mesh, from this process's `local_rows` of each: [A, local, ...]."""
     if mesh is None:
         return arrays
@@ -118,7 +118,7 @@ def row_axes(mesh: Mesh | AbstractMesh, rows: int) -> tuple[str, ...]:
     return names
 
 
-def rows_split(mesh: Mesh | AbstractMesh | None) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """Number of parts into which the mesh shards a batch."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
 

@@ -33,7 +33,12 @@ class Together(Alone):
             except (InputError, OSError) as error:
                 wrong = str(error).encode() or b"it failed"
         wait()
-        said = from_first(np.frombuffer(wrong.ljust(TEXT)[:TEXT], np.uint8)).tobytes().decode(errors="ignore").strip()
+        said = (
+            broadcast_from_main(np.frombuffer(wrong.ljust(TEXT)[:TEXT], np.uint8))
+            .tobytes()
+            .decode(errors="ignore")
+            .strip()
+        )
         if said:
             raise InputError(said)
 
@@ -49,7 +54,7 @@ class Together(Alone):
         from jax.experimental.multihost_utils import process_allgather
 
         digest = np.frombuffer(hashlib.sha256(said.encode()).digest(), np.uint8)
-        different = np.flatnonzero((process_allgather(digest) != from_first(digest)).any(axis=1))
+        different = np.flatnonzero((process_allgather(digest) != broadcast_from_main(digest)).any(axis=1))
         if len(different):
             raise InputError(
                 f"process {different[0]} has other options, another model or other data than process 0; give all the "
@@ -72,7 +77,7 @@ def wait() -> None:
     multihost.get_barrier_sync_fn()(key="minicpm_jax", timeout_ms=24 * 3_600_000)
 
 
-def from_first(values: np.ndarray) -> np.ndarray:
+def broadcast_from_main(values: np.ndarray) -> np.ndarray:
     """The first process's values, in all processes. The others pass an array of the same shape and dtype."""
     if jax.process_count() == 1:
         return values
@@ -81,7 +86,7 @@ def from_first(values: np.ndarray) -> np.ndarray:
     return np.asarray(broadcast_one_to_all(values))
 
 
-def fetched(array: Any) -> np.ndarray:
+def fetch(array: Any) -> np.ndarray:
     """The whole array as numpy, in every process. If other processes hold parts of it, all must call this."""
     if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
         return np.asarray(array)

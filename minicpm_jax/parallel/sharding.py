@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from minicpm_jax.parallel.chips import LANES
-from minicpm_jax.parallel.mesh import BATCH, make_mesh, row_axes, rows_split
+from minicpm_jax.parallel.mesh import BATCH, batch_shards, make_mesh, row_axes
 from weights_io.casting import GROUPS
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
@@ -45,7 +45,7 @@ def warn_idle_mesh_axes(config: ModelConfig, mesh: Mesh | None, rows: int) -> No
     if whole:
         over = ",".join(f"{name}={sizes[name]}" for name in whole)
         what = "1 row" if rows == 1 else f"{rows} rows together"
-        remedy = f"a multiple of {rows_split(mesh)} rows would be split"
+        remedy = f"a multiple of {batch_shards(mesh)} rows would be split"
         print(f"note: {what} cannot be split over {over}, whose devices all run the same; {remedy}", file=sys.stderr)
     for name in [n for n in sizes if n not in BATCH and n not in of_weights]:
         what = f"{name}={sizes[name]} splits none of this model's weights"
@@ -134,7 +134,7 @@ def fraction_per_device(config: ModelConfig, mesh: Mesh | None) -> float:
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
     """The arrays replicated on every device. `device_put` aborts if the processes' arrays differ, before an error
-    can say which do (`processes.Together.check_same`)."""
+    can say which do (`processes.MultiProcess.check_consistent`)."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:
         return jax.device_put(tree, everywhere)

@@ -35,14 +35,14 @@ def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Cal
     found: dict[str, Callable[[Array], Any]] = {}
     for parameter in target_parameters(config, ("all-linear",)):
         name, width = parameter.name, parameter.tensor_shape(config)[-1]
-        found[name] = functools.partial(_given_up, functools.partial(packed, name, width))
+        found[name] = functools.partial(_consuming, functools.partial(packed, name, width))
     if head:
         table = EMBEDDING if config.tie_word_embeddings else HEAD
-        found[table.name] = functools.partial(_given_up, jax.jit(quantize_embedding))
+        found[table.name] = functools.partial(_consuming, jax.jit(quantize_embedding))
     return found
 
 
-def _given_up(pack: Callable[[Array], Any], weight: Array) -> Any:
+def _consuming(pack: Callable[[Array], Any], weight: Array) -> Any:
     packed = pack(weight)
     if isinstance(weight, jax.core.Tracer):
         return packed

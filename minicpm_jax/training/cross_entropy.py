@@ -14,22 +14,22 @@ from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.layers.ops import divide, linear
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.activations import shard_batch
-from minicpm_jax.parallel.mesh import over_its_mesh, row_axes, rows_split
+from minicpm_jax.parallel.mesh import batch_shards, row_axes, with_model_mesh
 from minicpm_jax.parallel.sharding import partition_spec
 
 LOGITS = 2**26  # most logits of a chunk: 0.27 GB in float32
 
 
-@over_its_mesh
+@with_model_mesh
 def token_losses(model: Model, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Cross entropy of each label in float32, at the label's own position; 0 where there is no label."""
     hidden = divide(hidden, model.config.logit_divisor)
     weight = model.model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
     mesh, vocab_size, (rows, width) = model.mesh, model.config.vocab_size, labels.shape
-    own = -(-rows // rows_split(mesh))  # rows per device
+    own = -(-rows // batch_shards(mesh))  # rows per device
     most = max(1, LOGITS // (own * vocab_size))
     chunk = -(-width // 2 ** math.ceil(math.log2(max(width / most, 1))))  # widths are mostly powers of two
-    more, filling = own * rows_split(mesh) - rows, -width % chunk
+    more, filling = own * batch_shards(mesh) - rows, -width % chunk
     hidden = jnp.pad(hidden, [(0, more), (0, filling), (0, 0)])
     targets = jnp.pad(labels[:, 1:], [(0, more), (0, 1 + filling)], constant_values=IGNORED)
     losses = _chunked(chunk, vocab_size, mesh, shard_batch(hidden), weight, shard_batch(targets))

@@ -17,7 +17,7 @@ from minicpm_jax.layers.linear import Linear
 from minicpm_jax.layers.ops import Weight, linear
 from minicpm_jax.layers.rope import positions_of
 from minicpm_jax.model import Model, get_layer, nested
-from minicpm_jax.parallel.mesh import ambient
+from minicpm_jax.parallel.mesh import ambient_mesh
 from minicpm_jax.parallel.sharding import pad_config, pad_or_trim_params, partition_spec, replicated, shardings
 from minicpm_jax.training.cross_entropy import token_losses
 from minicpm_jax.training.losses import Batch, Objective, PackedObjective
@@ -65,7 +65,7 @@ class Transposed(Weight):
         return self.array[...] if index is Ellipsis else self.array[index]
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        weight, mesh = self.array[...], ambient()
+        weight, mesh = self.array[...], ambient_mesh()
         assert mesh is not None
         out, width = partition_spec(self.axes, weight.shape, mesh)
         return linear(jax.lax.with_sharding_constraint(weight.T, PartitionSpec(width, out)).T, x)

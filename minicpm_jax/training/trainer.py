@@ -19,8 +19,8 @@ from minicpm_data.training.options import FinetuneOptions, FullOptions, LoraOpti
 from minicpm_jax import adapters, device
 from minicpm_jax.loading import load_weights
 from minicpm_jax.model import Model
-from minicpm_jax.parallel.mesh import batch_sharding, local_rows, placed_rows
-from minicpm_jax.parallel.processes import fetched, processes
+from minicpm_jax.parallel.mesh import batch_sharding, local_rows, shard_rows
+from minicpm_jax.parallel.processes import fetch, processes
 from minicpm_jax.parallel.sharding import fraction_per_device, replicated
 from minicpm_jax.training import optimizers
 from minicpm_jax.training import step as train
@@ -76,7 +76,7 @@ class BaseTrainer:
 
     def placed(self, batches: Sequence[Arrays]) -> Mapping[str, Any]:
         """Batches [B, T] of this process's rows as arrays [A, B, T] sharded over all devices."""
-        return placed_rows(stacked(batches), self.mesh, self.rows)
+        return shard_rows(stack_batches(batches), self.mesh, self.rows)
 
     def save(self, step: int) -> None:
         self.checkpoints.save(step, self.state)
@@ -126,7 +126,7 @@ class Trainer(BaseTrainer):
 
     def reference(self, batch: Arrays) -> np.ndarray:
         one = {name: x[0] for name, x in self.placed([batch]).items()}
-        return fetched(train.log_probabilities(self.before, self.base, one, trained=self.trained))
+        return fetch(train.log_probabilities(self.before, self.base, one, trained=self.trained))
 
     def export(self) -> None:
         options = self.options
@@ -150,6 +150,6 @@ class Trainer(BaseTrainer):
             self.state = (weights if self.mesh is None else replicated(weights, self.mesh)), None
 
 
-def stacked(batches: Sequence[Arrays]) -> dict[str, np.ndarray]:
+def stack_batches(batches: Sequence[Arrays]) -> dict[str, np.ndarray]:
     """Stack batches [B, T] to [A, B, T]."""
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

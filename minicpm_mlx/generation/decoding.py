@@ -112,7 +112,7 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
         raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for a batch.")
     group, width = group_size(model, cache_options), model.config.head_dim
     if width % group:
-        groups = " or ".fuse(str(size) for size in (32, 64, 128) if width % size == 0)
+        groups = " or ".join(str(size) for size in (32, 64, 128) if width % size == 0)
         remedy = f"choose {groups}." if groups else "leave kv_bits out."
         raise InputError(f"kv_group_size {group} does not divide the head dimension {width}; {remedy}")
 

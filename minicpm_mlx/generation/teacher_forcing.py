@@ -24,7 +24,7 @@ def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = [model.model.embed(mx.array(ids))]
     for layer in model.layers:
         x.append(layer(x[-1], positions)[0])
-    return np.concatenate([wide(state) for state in x]), wide(model.model.norm(x[-1]))[0]
+    return np.concatenate([to_float32(state) for state in x]), to_float32(model.model.norm(x[-1]))[0]
 
 
 def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
@@ -39,14 +39,14 @@ def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> 
     if len(prompts) > 1:
         cache = [BatchKVCache((lengths.max() - lengths).tolist()) for _ in cache]
     x = model.decode(mx.array(ids), cache)
-    steps = [wide(model.head(x[:, -1:]))]
+    steps = [to_float32(model.head(x[:, -1:]))]
     for token in tokens.T[:-1]:
         x = model.decode(mx.array(token[:, None]), cache)
-        steps.append(wide(model.head(x)))
+        steps.append(to_float32(model.head(x)))
     return np.concatenate(steps, axis=1)
 
 
-def wide(x) -> np.ndarray:
+def to_float32(x) -> np.ndarray:
     import mlx.core as mx
 
     return np.asarray(x.astype(mx.float32))

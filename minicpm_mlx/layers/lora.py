@@ -18,7 +18,7 @@ class LoRALayer(nn.Module):
         self.a, self.b, self.magnitude = params["a"], params["b"], params.get("magnitude")
         self.scale, self.dropout = scale, dropout
         self._key: mx.array | None = None  # dropout key; None: no dropout
-        self._ratio: mx.array | None = None  # cached by `settle`
+        self._ratio: mx.array | None = None  # cached by `cache_dora_ratios`
 
     def __call__(self, x: mx.array, *experts: Any) -> mx.array:
         """``experts``: the arguments of a stacked layer's call, such as each row's expert (see `ExpertLinear`)."""

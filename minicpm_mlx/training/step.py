@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from minicpm_mlx.adapters import use_keys
+from minicpm_mlx.adapters import set_dropout_keys
 from minicpm_mlx.layers.ops import compiled
 from minicpm_mlx.layers.rope import positions_of
 from minicpm_mlx.model import Model
@@ -39,14 +39,14 @@ def gradients(
 ) -> tuple[dict[str, mx.array], Weights]:
     """The objective's sums over a batch [B, T] and their gradients in float32, added to those ``before``.
     ``weights``: the trained weights in the model's dtypes; the model then holds their tracers."""
-    use_keys(model, key)
+    set_dropout_keys(model, key)
 
     def total(weights: Weights) -> Any:
         model.update(tree_unflatten(list(weights.items())))
         return objective(model, batch)
 
     (_, sums), found = mx.value_and_grad(total)(weights)
-    use_keys(model, None)
+    set_dropout_keys(model, None)
     totals = sums, {name: g.astype(mx.float32) for name, g in found.items()}
     return totals if before is None else tree_map(mx.add, before, totals)
 
