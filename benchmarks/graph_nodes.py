@@ -57,13 +57,13 @@ def steps(model: Any) -> Iterator[tuple[str, tuple[Any, int]]]:
     model as it is, and joined, which it then stays."""
     from mlx.utils import tree_flatten
 
-    from minicpm_mlx.layers.fused_linear import join
+    from minicpm_mlx.layers.fused_linear import fuse
 
     theirs = peer(model.config)
     theirs.load_weights(tree_flatten(model.parameters()))
     yield "mlx_lm", step(theirs, lambda ids, cache: theirs(ids, cache=cache))
     yield "ours, without fused products", step(model, lambda ids, cache: model(ids, cache=cache))
-    join(model)
+    fuse(model)
     yield "ours", step(model, lambda ids, cache: model(ids, cache=cache))
 
 
@@ -72,7 +72,7 @@ def training_steps(config: ModelConfig) -> Iterator[tuple[str, int]]:
     import mlx.core as mx
 
     from minicpm_data.training.options import LoraOptions
-    from minicpm_mlx.model import initialise
+    from minicpm_mlx.model import initialize
     from minicpm_mlx.training import step as train
     from minicpm_mlx.training.trainer import Trainer
 
@@ -82,10 +82,10 @@ def training_steps(config: ModelConfig) -> Iterator[tuple[str, int]]:
     yield "mlx_lm", peer_training(config, ids)
     for name, compiled in (("ours", lambda function: function), ("ours, compiled", mx.compile)):
         with mock.patch.object(train, "compiled", compiled):
-            worker = Trainer(initialise(config, mx.random.key(0)), options)
-        mx.eval(worker.weights, worker.optimiser.state)
+            worker = Trainer(initialize(config, mx.random.key(0)), options)
+        mx.eval(worker.weights, worker.optimizer.state)
         weights, figures = worker.train_step(worker.weights, [batch], 1e-5, mx.random.key(0))
-        yield name, nodes(weights, worker.optimiser.state, figures)
+        yield name, nodes(weights, worker.optimizer.state, figures)
 
 
 def peer_training(config: ModelConfig, ids: Any) -> int:

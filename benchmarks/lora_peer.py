@@ -169,7 +169,7 @@ def our_run(options: Options, out: Path, ledger: Ledger, *, pack: bool) -> int:
 
     class Watched(Trainer):
         def step(self, batches, rate, number):
-            mx.eval(self.weights, self.optimiser.state)  # of the step before
+            mx.eval(self.weights, self.optimizer.state)  # of the step before
             segments, labels = batches[0]["segments"], batches[0]["labels"]
             wrong = int(((labels != IGNORED) & (segments == 0)).sum())
             ledger.add(segments.size, int((segments > 0).sum()), int((labels != IGNORED).sum()), wrong)

@@ -44,7 +44,7 @@ def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, join: bo
         import mlx.core as mx
 
         key = mx.random.key(seed)
-    model = module.initialise(config, key)
+    model = module.initialize(config, key)
     return running, running.for_decoding(model) if join else model
 
 

@@ -77,14 +77,14 @@ def initialised(backend: str):
     if backend == "jax":
         import jax
 
-        from minicpm_jax.model import initialise
+        from minicpm_jax.model import initialize
 
-        return jax.block_until_ready(initialise(CONFIG, jax.random.key(0)))
+        return jax.block_until_ready(initialize(CONFIG, jax.random.key(0)))
     import mlx.core as mx
 
     from minicpm_mlx import model as mlx_model
 
-    model = mlx_model.initialise(CONFIG, mx.random.key(0))
+    model = mlx_model.initialize(CONFIG, mx.random.key(0))
     mx.eval(model.parameters())
     mx.clear_cache()
     return model

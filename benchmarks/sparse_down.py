@@ -98,10 +98,10 @@ def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
     import jax.numpy as jnp
     from flax import nnx
 
-    from minicpm_jax.cpu.form import unstack
+    from minicpm_jax.cpu.form import unstack_layers
     from minicpm_jax.layers.kv_cache import Cache
-    from minicpm_jax.layers.ops import gated
-    from minicpm_jax.model import initialise
+    from minicpm_jax.layers.ops import gated_act
+    from minicpm_jax.model import initialize
 
     threshold = config.activation_threshold
 
@@ -109,12 +109,12 @@ def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
         return jnp.einsum(dims, a, b, precision=jax.lax.Precision.HIGHEST)
 
     def down_take(x, gate, up, rows):
-        h = gated(product(x, gate), product(x, up), threshold)
+        h = gated_act(product(x, gate), product(x, up), threshold)
         (index,) = jnp.nonzero(h, size=capacity, fill_value=F)
         return product(h.at[index].get(mode="fill", fill_value=0), rows[index], "f,fd->d")
 
     def both_take(x, gate, up, rows):
-        g = gated(product(x, gate), jnp.float32(1), threshold)
+        g = gated_act(product(x, gate), jnp.float32(1), threshold)
         (index,) = jnp.nonzero(g, size=capacity, fill_value=F)
         h = g.at[index].get(mode="fill", fill_value=0) * product(x, up[index])
         return product(h, rows[index], "f,fd->d")
@@ -131,11 +131,11 @@ def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
         return jax.lax.fori_loop(0, (jnp.sum(h != 0) + BLOCK - 1) // BLOCK, step, jnp.zeros(D))
 
     def down_blocks(x, gate, up, rows):
-        h = gated(product(x, gate), product(x, up), threshold)
+        h = gated_act(product(x, gate), product(x, up), threshold)
         return in_blocks(h, lambda index, h: product(h, rows[index], "f,fd->d"))
 
     def both_blocks(x, gate, up, rows):
-        g = gated(product(x, gate), jnp.float32(1), threshold)
+        g = gated_act(product(x, gate), jnp.float32(1), threshold)
         return in_blocks(g, lambda index, g: product(g * product(x, up[index]), rows[index], "f,fd->d"))
 
     class Sparse(nnx.Module):
@@ -146,7 +146,7 @@ def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
         def __call__(self, x):
             return self.function(x[0, 0], self.gate[...], self.up[...], self.rows[...])[None, None]
 
-    model = unstack(initialise(config, jax.random.key(0)))
+    model = unstack_layers(initialize(config, jax.random.key(0)))
     mlps = [layer.mlp for layer in model.model.layers]
     x = jax.random.normal(jax.random.key(1), (1, 1, D))
     x = x / jnp.sqrt(jnp.mean(x * x))
@@ -188,8 +188,8 @@ def mlx_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from minicpm_mlx.layers.ops import gated
-    from minicpm_mlx.model import initialise
+    from minicpm_mlx.layers.ops import gated_act
+    from minicpm_mlx.model import initialize
 
     threshold = config.activation_threshold
 
@@ -201,15 +201,15 @@ def mlx_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
 
     def down(choose, gate, up, rows, x):
         g = x @ gate.T
-        h, index = gated(g, x @ up.T, threshold), choose(g)
+        h, index = gated_act(g, x @ up.T, threshold), choose(g)
         return h[..., index] @ rows[index]
 
     def both(choose, gate, up, rows, x):
         g = x @ gate.T
         index = choose(g)
-        return gated(g[..., index], x @ up[index].T, threshold) @ rows[index]
+        return gated_act(g[..., index], x @ up[index].T, threshold) @ rows[index]
 
-    model = initialise(config, mx.random.key(0))
+    model = initialize(config, mx.random.key(0))
     mlps = [layer.mlp for layer in model.layers]
     rows = [mx.contiguous(mlp.down_proj.weight.T) for mlp in mlps]
     x = mx.random.normal((1, 1, D), key=mx.random.key(1))

@@ -79,7 +79,7 @@ def mlx_step(options: Options) -> None:
 
     from benchmarks.models import wide
     from minicpm_data.training.options import FullOptions
-    from minicpm_mlx.model import initialise
+    from minicpm_mlx.model import initialize
     from minicpm_mlx.training import step as train
     from minicpm_mlx.training.trainer import Trainer
 
@@ -89,7 +89,7 @@ def mlx_step(options: Options) -> None:
     print("| step | peak, of the masters | s a step |\n|---|---|---|")
     for name, compiled in (("as on a CPU", lambda function: function), ("compiled", mx.compile)):
         with mock.patch.object(train, "compiled", compiled):
-            worker = Trainer(initialise(config, mx.random.key(0)), FullOptions())
+            worker = Trainer(initialize(config, mx.random.key(0)), FullOptions())
         seconds = []
         for number in range(options.rounds + 1):
             began = time.perf_counter()
@@ -125,7 +125,7 @@ def jax_loss(options: Options) -> None:
     from jax.sharding import SingleDeviceSharding
 
     from minicpm_jax import adapters
-    from minicpm_jax.model import abstract, initialise
+    from minicpm_jax.model import abstract, initialize
     from minicpm_jax.parallel.chips import Topology
     from minicpm_jax.training import cross_entropy, losses, optimizers
     from minicpm_jax.training import step as train
@@ -147,20 +147,20 @@ def jax_loss(options: Options) -> None:
     base = abstract(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     matrices = jax.eval_shape(
-        lambda base, key: adapters.initial(base, adapter, range(config.num_hidden_layers), key), base, key
+        lambda base, key: adapters.init_lora_params(base, adapter, range(config.num_hidden_layers), key), base, key
     )
-    optimiser = optimizers.optimizer("adamw", 0.01, 1.0, config)
+    optimizer = optimizers.optimizer("adamw", 0.01, 1.0, config)
     ids = jax.ShapeDtypeStruct((1, *shape), jnp.int32)
-    state = matrices, jax.eval_shape(optimiser.init, matrices)
+    state = matrices, jax.eval_shape(optimizer.init, matrices)
     step = on_chip((state, base, dict.fromkeys(("ids", "labels", "segments"), ids), jnp.float32(0), key))
     hidden = jax.ShapeDtypeStruct((*shape, config.hidden_size), jnp.bfloat16)
     alone = on_chip((hidden, base, jax.ShapeDtypeStruct(shape, jnp.int32)))
-    told = {"trained": train.LowRankWeights(adapter.scale, adapter.dropout), "optimiser": optimiser}
+    told = {"trained": train.LoraFinetune(adapter.scale, adapter.dropout), "optimizer": optimizer}
     told["objective"] = losses.Objective(remat=True)
 
     # The numbers, on this machine: the whole vocabulary and a narrow head.
     narrow = one_layer(config.vocab_size, 64)
-    model, random = initialise(narrow, jax.random.key(0)), np.random.default_rng(0)
+    model, random = initialize(narrow, jax.random.key(0)), np.random.default_rng(0)
     x, labels = random.normal(size=(2, 33, 64)).astype(np.float32), random.integers(0, narrow.vocab_size, (2, 33))
     labels = np.where(labels % 3 == 0, IGNORED, labels)
 
@@ -197,11 +197,11 @@ def jax_loss(options: Options) -> None:
 def mlx_loss(options: Options) -> None:
     import mlx.core as mx
 
-    from minicpm_mlx.model import initialise
+    from minicpm_mlx.model import initialize
     from minicpm_mlx.training import cross_entropy
 
     config = one_layer(VOCABULARY, 32)
-    model = initialise(config, mx.random.key(0))
+    model = initialize(config, mx.random.key(0))
     model.freeze()
     hidden = mx.random.normal((options.rows, options.tokens, config.hidden_size), key=mx.random.key(1))
     labels = mx.random.randint(0, config.vocab_size, (options.rows, options.tokens), key=mx.random.key(2))
@@ -286,16 +286,16 @@ def trainer(options: Options, config: ModelConfig) -> tuple[Any, Callable[[], ob
     """A trainer of adapters on random weights, and what waits for its last step."""
     chosen = LoraOptions(rank=RANK, alpha=ALPHA, targets=TARGETS, batch_size=options.rows)
     made = importlib.import_module(f"minicpm_{options.backend}.training.trainer").Trainer
-    initialise = importlib.import_module(f"minicpm_{options.backend}.model").initialise
+    initialize = importlib.import_module(f"minicpm_{options.backend}.model").initialize
     if options.backend == "jax":
         import jax
 
-        worker = made(initialise(config, jax.random.key(0)), chosen)
+        worker = made(initialize(config, jax.random.key(0)), chosen)
         return worker, lambda: jax.block_until_ready(worker.state)
     import mlx.core as mx
 
-    worker = made(initialise(config, mx.random.key(0)), chosen)
-    return worker, lambda: mx.eval(worker.weights, worker.optimiser.state)
+    worker = made(initialize(config, mx.random.key(0)), chosen)
+    return worker, lambda: mx.eval(worker.weights, worker.optimizer.state)
 
 
 def epoch(worker: Any, wait: Callable[[], object], batches: Sequence[dict[str, np.ndarray]]) -> None:

@@ -1,4 +1,4 @@
-"""What there is to run."""
+"""Lists the commands."""
 
 from weights_io.command_line import print_commands
 

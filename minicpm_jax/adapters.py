@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685) and DoRA (2402.09353) on the linear layers of a model.
 
-Dims: L layers, E experts (leading axes where a layer or an expert has one), O out, I in, R rank.
+Dims: L layers, E experts (leading axes, where a layer or an expert has one), O out, I in, R rank.
 
-The trained numbers are a plain dictionary, table name -> {"a", "b"[, "magnitude"]}, in float32 whatever the model's
-dtype; `attach` gives a model that uses them. The base's weights stay what they are.
+The trained parameters are a plain dictionary, parameter name -> {"a", "b"[, "magnitude"]}, in float32 for any dtype
+of the model. `attach` returns a model that uses them; the base's weights are not changed.
 """
 
 from collections.abc import Collection
@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from minicpm_jax.layers.lora import LowRank, Matrices, _row_squares, ratio
-from minicpm_jax.model import linear
-from minicpm_jax.parallel.processes import fetched
-from minicpm_jax.parallel.sharding import resized
+from minicpm_jax.layers.lora import LoRALayer, LoRAParams, _row_squares, ratio
+from minicpm_jax.model import get_layer
+from minicpm_jax.parallel.processes import fetch
+from minicpm_jax.parallel.sharding import pad_or_trim
 from weights_io.adapters import Adapter, AdapterConfig, stack_adapter, target_parameters, unstack_adapter
 from weights_io.config import ModelConfig
 
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from minicpm_jax.model import Model
 
 
-def initial(model: "Model", config: AdapterConfig, layers: Collection[int], key: Array) -> dict[str, Matrices]:
-    """Where training begins: A ~ Normal(0, 1 / R) as in peft's "gaussian", B = 0, DoRA's magnitudes the norms of W. Of
-    other ``layers`` A is 0 too: they learn nothing."""
+def init_lora_params(
+    model: "Model", config: AdapterConfig, layers: Collection[int], key: Array
+) -> dict[str, LoRAParams]:
+    """Initial parameters: A ~ Normal(0, 1 / R) as peft's "gaussian", B = 0, DoRA's magnitudes are the norms of W.
+    Outside of ``layers`` A is 0 too, so those layers learn nothing."""
     chosen = jnp.zeros(model.config.num_hidden_layers).at[jnp.array(sorted(layers))].set(1)
     weights = {}
     for index, parameter in enumerate(target_parameters(model.config, config.targets)):
@@ -36,40 +38,41 @@ def initial(model: "Model", config: AdapterConfig, layers: Collection[int], key:
         subkey = jax.random.fold_in(key, index)
         a = jax.random.normal(subkey, (*stack, config.rank, width)) / config.rank
         a = a * chosen.reshape(-1, *(1,) * (a.ndim - 1))
-        matrices = {"a": a, "b": jnp.zeros((*stack, out, config.rank))}
+        params = {"a": a, "b": jnp.zeros((*stack, out, config.rank))}
         if config.dora:
-            squares = jax.jit(_row_squares)(linear(model, parameter.name).weight)
-            matrices["magnitude"] = jnp.sqrt(squares[..., :out])
-        weights[parameter.name] = matrices
+            squares = jax.jit(_row_squares)(get_layer(model, parameter.name).weight)
+            params["magnitude"] = jnp.sqrt(squares[..., :out])
+        weights[parameter.name] = params
     return weights
 
 
 def attach(
-    model: "Model", weights: dict[str, Matrices], scale: float, dropout: float = 0.0, key: Array | None = None
+    model: "Model", weights: dict[str, LoRAParams], scale: float, dropout: float = 0.0, key: Array | None = None
 ) -> "Model":
-    """The model with adapters. ``key``: drop that share of the adapters' inputs, another choice for each key."""
+    """The model with adapters. ``key``: apply ``dropout`` to the adapters' inputs, with a different mask for each
+    key."""
     model = jax.tree.map(lambda x: x, model)
-    for index, (name, matrices) in enumerate(sorted(weights.items())):
-        layer = linear(model, name)
+    for index, (name, params) in enumerate(sorted(weights.items())):
+        layer = get_layer(model, name)
         out, width = layer.weight.shape[-2:]
-        given = {"a": _widened(matrices["a"], -1, width), "b": _widened(matrices["b"], -2, out)}
-        if "magnitude" in matrices:
-            given["ratio"] = _widened(ratio(layer.weight, matrices, scale), -1, out)
+        given = {"a": _pad_like_weight(params["a"], -1, width), "b": _pad_like_weight(params["b"], -2, out)}
+        if "magnitude" in params:
+            given["ratio"] = _pad_like_weight(ratio(layer.weight, params, scale), -1, out)
         if key is not None and dropout:
-            given["key"] = jax.random.split(jax.random.fold_in(key, index), len(matrices["a"]))
-        layer.adapter = nnx.data(LowRank(given, scale, dropout, matrices["a"].shape[-1]))
+            given["key"] = jax.random.split(jax.random.fold_in(key, index), len(params["a"]))
+        layer.adapter = nnx.data(LoRALayer(given, scale, dropout, params["a"].shape[-1]))
     return model
 
 
-def _widened(x: Array, axis: int, size: int) -> Array:
-    """As `sharding.padded` has filled up the weight that it belongs to."""
+def _pad_like_weight(x: Array, axis: int, size: int) -> Array:
+    """Pad an axis like `sharding.pad_config` pads the adapted weight."""
     shape = list(x.shape)
     shape[axis] = size
-    return resized(x, tuple(shape))
+    return pad_or_trim(x, tuple(shape))
 
 
-def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
-    """The arrays of an adapter that was read. A layer without a part of it is zeros, magnitude too (see `ratio`)."""
+def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, LoRAParams]:
+    """The parameters of an adapter file. A layer without an adapter gets zeros, also as its magnitude (see `ratio`)."""
     weights = {}
     for parameter in target_parameters(config, adapter.config.targets):
         norms = dict.fromkeys(parameter.hf_names(config), np.zeros(parameter.tensor_shape(config)[0], np.float32))
@@ -81,12 +84,12 @@ def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
 
 
 def to_adapter(
-    config: ModelConfig, weights: dict[str, Matrices], adapter: AdapterConfig, layers: Collection[int]
+    config: ModelConfig, weights: dict[str, LoRAParams], adapter: AdapterConfig, layers: Collection[int]
 ) -> Adapter:
-    """The adapter to be saved, of those ``layers`` that have one."""
+    """The adapter to save, for the ``layers`` that have one."""
 
-    def parts(matrices: Matrices) -> tuple[Any, ...]:
-        return tuple(None if part not in matrices else fetched(matrices[part]) for part in ("a", "b", "magnitude"))
+    def parts(params: LoRAParams) -> tuple[Any, ...]:
+        return tuple(None if part not in params else fetch(params[part]) for part in ("a", "b", "magnitude"))
 
-    arrays: Any = {name: parts(matrices) for name, matrices in weights.items()}
+    arrays: Any = {name: parts(params) for name, params in weights.items()}
     return unstack_adapter(adapter, arrays, config, layers)

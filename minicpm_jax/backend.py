@@ -1,4 +1,4 @@
-"""What commands shared by both backends ask of this package."""
+"""The interface between this package and the commands shared by both backends."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 
 def trainer(model: "Model", options: "FinetuneOptions", source: "Checkpoint") -> "Trainer":
-    """What fine-tuning works with."""
-    from minicpm_jax.training.trainer import Trainer  # only now, so that --help answers at once
+    """The trainer of fine-tuning."""
+    from minicpm_jax.training.trainer import Trainer  # late import: --help stays fast
 
     return Trainer(model, options, source)
 
 
 def pretrainer(options: "PretrainOptions", bos_token_id: int, mesh: "Mesh | None" = None) -> "Pretrainer":
-    """What pretraining works with."""
+    """The trainer of pretraining."""
     from minicpm_jax.training.pretraining import Pretrainer
 
     return Pretrainer(options, bos_token_id, mesh)
 
 
 class Decoding:
-    """How this package answers a request; each part is imported when it is asked for."""
+    """How this package generates; each part is imported on its first use."""
 
     def check(self, model: "Model", request: GenerationRequest) -> None:
         from minicpm_jax.generation.decoding import check
@@ -67,7 +67,7 @@ class Decoding:
 
 
 def backend() -> "Backend[Model]":
-    """What the command lines ask of this package."""
+    """The backend for the command lines."""
     from minicpm_jax import device
     from minicpm_jax.cpu.form import for_decoding
     from minicpm_jax.generation.sparsity import activation_sparsity

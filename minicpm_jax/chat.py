@@ -1,8 +1,8 @@
-"""A conversation: the function, and the terminal.
+"""Chat: the function, and the terminal command.
 
     python -m minicpm_jax.chat --model openbmb/MiniCPM-2B-sft-bf16
 
-``--model`` left out is the built-in model.
+Without ``--model`` it is the built-in model.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the programs run on: its name, the memory used, the time spent on compiling."""
+"""The device that programs run on: its name, its memory, and the time spent compiling."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from minicpm_jax.cpu.form import form_of
 from minicpm_jax.parallel.chips import Chip, chip_of, platform
 from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
-from minicpm_jax.parallel.sharding import note_idle
+from minicpm_jax.parallel.sharding import warn_idle_mesh_axes
 from weights_io.checkpoint import Checkpoint
 from weights_io.memory import host_free
 
@@ -36,26 +36,26 @@ def description() -> str:
 
 
 def is_first() -> bool:
-    """Whether this process is the one of several that prints."""
+    """Whether this process prints."""
     return jax.process_index() == 0
 
 
 def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False, mesh: MeshChoice = None) -> str:
-    """What to compute in unless told otherwise: what the form for ``decoding`` is fast in, or `usual_dtype` of the
-    checkpoint's own."""
+    """The default dtype of the computation: the one in which the form for ``decoding`` is fast, or `usual_dtype` of
+    the checkpoint's own."""
     form = form_of(decoding, mesh_for(mesh, checkpoint.config))
     return form.dtype(checkpoint) or usual_dtype(checkpoint.dtype)
 
 
 def usual_dtype(dtype: str) -> str:
-    """``dtype``, but float32 where the kernels of attention are for no other (v2, v3) and on a CPU, where XLA's
-    bfloat16 is up to ten times slower."""
+    """``dtype``, or float32 if the attention kernels support nothing else (v2, v3) or on a CPU, where XLA's bfloat16
+    is up to ten times slower."""
     chip = _chip()
     return "float32" if platform() == "cpu" or (chip and not chip.bfloat16_kernels) else dtype
 
 
 def check_dtype(dtype: str) -> None:
-    """`InputError` where the device cannot compute in it."""
+    """Raise `InputError` if the device cannot compute in ``dtype``."""
     if chip := _chip():
         chip.check_dtype(dtype)
 
@@ -64,13 +64,13 @@ def _chip() -> Chip | None:
     return chip_of(jax.devices()[0].device_kind) if platform() == "tpu" else None
 
 
-def note_mesh(model: "Model", rows: int) -> None:
-    """`note_idle` of the model's mesh, for so many prompts together."""
-    note_idle(model.config, model.mesh, rows)
+def warn_idle_axes(model: "Model", rows: int) -> None:
+    """Warn about idle axes of the model's mesh for a batch of ``rows`` prompts (`warn_idle_mesh_axes`)."""
+    warn_idle_mesh_axes(model.config, model.mesh, rows)
 
 
 def peak_memory() -> int:
-    """Bytes: the most that the fullest device held; on a CPU, that this process held."""
+    """Most bytes that the fullest device held; on a CPU, that this process held."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if any(stats):
         return max(s["peak_bytes_in_use"] for s in stats if s)
@@ -81,9 +81,12 @@ def peak_memory() -> int:
 
 
 def free_memory(mesh: Mesh | None = None) -> int | None:
-    """Bytes that the fullest device of the ``mesh`` has left (None: the first one, where a model without a mesh lies);
-    a CPU's are shared by the devices that it plays. None: it does not say. Where the mesh has devices of several
-    processes, all must ask: one that has no room and leaves alone would let the others wait for it."""
+    """Free bytes on the fullest device of the ``mesh`` (None: the first device, which holds a model without a mesh).
+    Devices simulated on a CPU share its memory. None if unknown.
+
+    If the mesh spans several processes, all of them must call this: a process that ran out of memory and left alone
+    would leave the others waiting.
+    """
     free = _free(jax.local_devices()[:1] if mesh is None else mesh.local_devices)
     if mesh is None or not mesh.is_multi_process:
         return free

@@ -1,4 +1,4 @@
-"""How many of the built-in model's held-out questions a model answers rightly.
+"""Accuracy of a model on the built-in model's held-out questions.
 
 python -m minicpm_jax.evaluate
 """

@@ -1,9 +1,9 @@
-"""A checkpoint of a training run as a model: Hugging Face layout, or what `weights_io.convert` makes of it.
+"""Export a checkpoint of a training run as a model: in Hugging Face layout, or as `weights_io.convert` converts it.
 
     python -m minicpm_jax.export --checkpoint finetuned --step 500 --out model-500
 
-``--checkpoint`` is the folder of a run of minicpm_jax.finetune or minicpm_jax.pretrain, also one that was stopped, and
-also one of several hosts. One parameter at a time is in memory; no accelerator is needed.
+``--checkpoint`` is the folder of a run of minicpm_jax.finetune or minicpm_jax.pretrain, finished or interrupted, of
+one host or several. One parameter at a time is in memory; no accelerator is needed.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ def find(folder: Path, step: int | None) -> tuple[Path, int]:
 
 
 def pretrained(settings: Mapping[str, Any], source: str | None) -> "Checkpoint":
-    """What a pretraining began with; its tokenizer is that of ``source``."""
+    """The checkpoint that a pretraining run started from; its tokenizer is in ``source``."""
     from weights_io.checkpoint import Checkpoint
     from weights_io.config import ModelConfig
 

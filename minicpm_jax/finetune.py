@@ -1,8 +1,8 @@
-"""Fine-tuning of all parameters: float32 masters, computed in the checkpoint's dtype.
+"""Full fine-tuning: float32 master weights, computation in the checkpoint's dtype.
 
     python -m minicpm_jax.finetune --model openbmb/MiniCPM-2B-sft-bf16 --data DIR --iters 1000 --save-path finetuned
 
-``--save-path`` gets ``model/`` (Hugging Face layout), ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``.
+``--save-path`` will hold ``model/`` (Hugging Face layout), ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``.
 """
 
 from dataclasses import dataclass

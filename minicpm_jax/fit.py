@@ -3,8 +3,8 @@
     python -m minicpm_jax.fit --model minicpm-2b --topology v5e:1x1 --job generate --seq 4096
     python -m minicpm_jax.fit --model minicpm-2b --topology v5e:2x4 --job finetune --batch 8 --grad-checkpoint
 
-No weight is allocated or downloaded. Memory is what XLA planned, bytes and collectives are counted in its program
-(`minicpm_jax.aot.hlo_cost`), times are floors: no program runs faster than its chip reads, or multiplies.
+No weight is allocated or downloaded. Memory is XLA's plan; bytes and collectives are counted in its program
+(`minicpm_jax.aot.hlo_cost`); times are lower bounds: no program runs faster than its chip reads or multiplies.
 """
 
 import dataclasses
@@ -67,10 +67,14 @@ def compile_job(
     mesh: str | None = None,
     **more: Any,
 ) -> Any:
-    """The project's own program, compiled for a TPU that need not exist: a `jax.stages.Compiled`.
+    """Compile one of the project's programs for a TPU that need not be present.
 
-    Arguments as the flags of the command (`Options`), ``more`` the rest of them. Raises `InputError` for what cannot
-    be; where the memory of a chip does not suffice, XLA's own error says RESOURCE_EXHAUSTED.
+    Arguments: the flags of the command (`Options`); ``more``: the rest of them.
+
+    Returns: a `jax.stages.Compiled`.
+
+    Raises: `InputError` for invalid arguments. If a chip's memory does not suffice, XLA's own error with
+    RESOURCE_EXHAUSTED.
     """
     given = Options(model, topology, job, batch, seq, dtype, quantize, mesh=mesh, **more)  # type: ignore[arg-type]
     return job_of(given).compiled()
@@ -86,14 +90,14 @@ def job_of(options: Options) -> "Job":
 
 def main(options: CommandOptions) -> None:
     """Compile a job of a model for a TPU that need not be here: what it takes, and how fast it can be at most."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU that is here would be taken from those who use it
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # do not take a local TPU from its users
     from minicpm_jax.parallel.chips import Topology
-    from minicpm_jax.parallel.sharding import note_idle
+    from minicpm_jax.parallel.sharding import warn_idle_mesh_axes
 
-    Topology.parse(options.topology).devices()  # first what costs nothing
+    Topology.parse(options.topology).devices()  # first the checks that cost nothing
     job = job_of(options)
     found = report(job)
-    note_idle(job.config, job.placed, job.batch)
+    warn_idle_mesh_axes(job.config, job.placed, job.batch)
     if options.json:
         import json
 

@@ -1,4 +1,4 @@
-"""Say how far a quantised key/value cache moves the logits of a text.
+"""Say how far a quantized key/value cache moves the logits of a text.
 
 python -m minicpm_jax.kv_error --model openbmb/MiniCPM-2B-sft-bf16 --data some.txt
 """
@@ -12,7 +12,7 @@ import numpy as np
 from minicpm_data.diagnostics import kv_error
 from minicpm_data.generation.options import CacheOptions
 from minicpm_jax.backend import backend
-from minicpm_jax.generation.teacher_forcing import decoded, wide
+from minicpm_jax.generation.teacher_forcing import decoded, to_float32
 from minicpm_jax.options import Serving
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class Options(Serving, kv_error.Options):
 
 
 def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Iterator[np.ndarray]:
-    """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
+    """[T, V] logits of one chunk after the other, through a cache of its own. Raises `InputError` for unsupported
+    cache options."""
     import jax
 
     from minicpm_jax.generation import decoding
@@ -38,7 +39,7 @@ def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Itera
     for start in range(0, len(ids), width):
         new = min(width, len(ids) - start)
         piece, cache = step(model, padded[None, start : start + width], cache, np.int32(new))
-        yield wide(piece)[0, :new]
+        yield to_float32(piece)[0, :new]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""From a checkpoint's file slices to placed (and, given a mesh, sharded) stacked arrays.
+"""From slices of a checkpoint's files to placed (and, over a mesh, sharded) stacked arrays.
 
-There are three ways. On a CPU the arrays are those that the files were read into (`_read_whole`). For a device, and
-over a mesh, the host holds two tensors at a time: each is read, placed, and written into its row of the stacked array,
-which is donated and so updated in place, while the next one is read (`_placed`). What is kept in few bits is packed
-before it is written there (`_placed_packed`).
+There are three ways. On a CPU the arrays are the buffers that the files were read into (`_read_whole`). For a device
+or a mesh the host holds two tensors at a time: each is read, placed and written into its row of the stacked array,
+which is donated and so updated in place, while the next one is read (`_placed`). Quantized weights are packed before
+they are written there (`_placed_packed`).
 """
 
 import functools
@@ -20,9 +20,9 @@ from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_jax import device
 from minicpm_jax.adapters import attach, from_adapter
 from minicpm_jax.cpu.form import Packing, for_decoding, form_of
-from minicpm_jax.model import Model, linear, nested
+from minicpm_jax.model import Model, get_layer, nested
 from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
-from minicpm_jax.parallel.sharding import padded, partition_spec, resized, share
+from minicpm_jax.parallel.sharding import fraction_per_device, pad_config, pad_or_trim, partition_spec
 from minicpm_jax.quantization.model import axes_of, packing
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
@@ -50,20 +50,26 @@ def load(
     remedy: str | None = None,
     mesh: MeshChoice = None,
 ) -> "tuple[Model, Tokenizer | None]":
-    """Load a released checkpoint as it stands.
+    """Load a released checkpoint, unmodified.
 
-    ``path_or_repo``: a folder, a GGUF file, a hub id, a short name of the catalogue; None is the built-in model. Or a
-    checkpoint that is open already.
-    ``dtype``: float32, bfloat16 or float16, or what says so of a checkpoint (`device.preferred_dtype`); None is the
-    checkpoint's own. ``revision``: a branch or commit of the hub.
-    ``adapter``: a folder with an adapter of PEFT or mlx_lm, which is added to the model's layers.
-    ``quantize``: keep the matrices of the layers in so many bits (4 or 8) and the head in 8, to generate with less; the
-    head as it is without ``quantize_head``, to train adapters. ``remedy``: what to do where there is no room for the
-    weights (None: fewer bits, or a smaller model).
-    ``decoding``: in the form that generates fastest here, and cannot be trained: on a CPU one array for each layer.
-    ``mesh``: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert, or what makes one (or None) of the
-    model's config (`sharding.serving_mesh`). Returns the model and its tokenizer (None where the folder holds no
-    tokenizer files). Raises `InputError` with one sentence where something cannot be used.
+    Arguments:
+        path_or_repo: a folder, a GGUF file, a hub id or a short name of the catalogue; None is the built-in model. Also
+            an open checkpoint.
+        dtype: float32, bfloat16 or float16, or a function of the checkpoint (`device.preferred_dtype`); None is the
+            checkpoint's own.
+        adapter: folder with an adapter of PEFT or mlx_lm, which is added to the model's layers.
+        revision: branch or commit of the hub.
+        hub: huggingface or modelscope.
+        quantize: keep the layers' matrices in this many bits (4 or 8) and the head in 8, to generate with less memory.
+        decoding: return the form that generates fastest here but cannot be trained: on a CPU one array per layer.
+        quantize_head: False keeps the head unquantized, to train adapters.
+        remedy: what an error advises if the weights do not fit into memory; None: fewer bits, or a smaller model.
+        mesh: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert, or a function that makes one (or
+            None) from the model's config (`sharding.serving_mesh`).
+
+    Returns: the model and its tokenizer (None if the folder holds no tokenizer files).
+
+    Raises: `InputError` with one sentence if something cannot be used.
     """
     checkpoint = path_or_repo
     if not isinstance(checkpoint, Checkpoint):
@@ -87,12 +93,12 @@ def load_weights(
     quantize_head: bool = True,
     remedy: str | None = None,
 ) -> Model:
-    """The model of an opened checkpoint, each array placed where the mesh wants it; the rest as in `load`.
-    ``decoding``: one for `cpu.form.for_decoding`."""
+    """The model of an open checkpoint, each array placed as the mesh requires; other arguments as in `load`.
+    ``decoding``: prepare the weights for `cpu.form.for_decoding`."""
     target = jnp.dtype(checkpoint.target(dtype))
     device.check_dtype(target.name)
     mesh = mesh_for(mesh, checkpoint.config)
-    config, shape = checkpoint.config, padded(checkpoint.config, mesh, packed=quantize is not None)
+    config, shape = checkpoint.config, pad_config(checkpoint.config, mesh, packed=quantize is not None)
     form = form_of(decoding, mesh)
     as_read = mesh is None and quantize is None and jax.default_backend() == "cpu"
     packs: Packing = {}
@@ -102,7 +108,7 @@ def load_weights(
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(shape, target.name, quantize, quantize_head)
         packs = form.packing(config, packing(config, quantize, quantize_head))
-    check_weights(kind, int(needed * share(shape, mesh)), device.free_memory(mesh), remedy)
+    check_weights(kind, int(needed * fraction_per_device(shape, mesh)), device.free_memory(mesh), remedy)
     with reading(checkpoint) as checkpoint:
         if as_read:
             leaves = _read_whole(checkpoint, target.name, matrices)
@@ -112,7 +118,7 @@ def load_weights(
             leaves = _placed_packed(checkpoint, shape, target, mesh, packs)
     model = Model(nested(leaves), config, checkpoint.eos_token_ids, mesh)
     for name in packs:
-        linear(model, name).weight = leaves[name]
+        get_layer(model, name).weight = leaves[name]
     return model
 
 
@@ -120,27 +126,27 @@ Leaves = dict[str, Any]  # name of a parameter -> array, or packed weight
 
 
 def _read_whole(checkpoint: Checkpoint, dtype: str, matrices: str) -> Leaves:
-    """On a CPU: the arrays that the files were read into, of matrices in the dtype ``matrices``."""
+    """On a CPU: the arrays are the buffers that the files were read into. ``matrices``: dtype of the matrices."""
     first = jax.devices()[0]
     return {name: jax.device_put(x, first) for name, x in read_stacked(checkpoint, dtype, matrices).items()}
 
 
-def _placed(checkpoint: Checkpoint, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None) -> Leaves:
-    """On a device or over a mesh, in the shape ``lies_as`` of `padded`."""
+def _placed(checkpoint: Checkpoint, padded_config: ModelConfig, dtype: Any, mesh: Mesh | None) -> Leaves:
+    """On a device or over a mesh, in the shapes ``lies_as`` of `pad_config`."""
     return {
-        p.name: _stacked(checkpoint, p, lies_as, mesh, _rows(checkpoint, p, lies_as, dtype, mesh))
+        p.name: _stacked(checkpoint, p, padded_config, mesh, _rows(checkpoint, p, padded_config, dtype, mesh))
         for p in parameters(checkpoint.config)
     }
 
 
 def _placed_packed(
-    checkpoint: Checkpoint, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None, packs: Mapping[str, Callable]
+    checkpoint: Checkpoint, padded_config: ModelConfig, dtype: Any, mesh: Mesh | None, packs: Mapping[str, Callable]
 ) -> Leaves:
-    """The same, where of each parameter in ``packs`` there lies what that makes of its tensors, one after the other."""
+    """Like `_placed`, with each parameter in ``packs`` packed, one tensor at a time."""
     leaves = {}
     for p in parameters(checkpoint.config):
-        pack, rows = packs.get(p.name), _rows(checkpoint, p, lies_as, dtype, mesh)
-        leaves[p.name] = _stacked(checkpoint, p, lies_as, mesh, rows if pack is None else map(pack, rows))
+        pack, rows = packs.get(p.name), _rows(checkpoint, p, padded_config, dtype, mesh)
+        leaves[p.name] = _stacked(checkpoint, p, padded_config, mesh, rows if pack is None else map(pack, rows))
     return leaves
 
 
@@ -151,33 +157,33 @@ def _where(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | None) -> 
 
 
 def _rows(
-    checkpoint: Checkpoint, parameter: Parameter, lies_as: ModelConfig, dtype: Any, mesh: Mesh | None
+    checkpoint: Checkpoint, parameter: Parameter, padded_config: ModelConfig, dtype: Any, mesh: Mesh | None
 ) -> Iterator[jax.Array]:
-    """The tensors of a parameter, each read and placed when its turn comes."""
+    """The tensors of a parameter, each read and placed when it is requested."""
     depth, stored = len(parameter.stack(checkpoint.config)), parameter.tensor_shape(checkpoint.config)
-    shape = parameter.shape(lies_as)[depth:]
+    shape = parameter.shape(padded_config)[depth:]
     place = _where(parameter.logical_axes()[depth:], shape, mesh)
     for name in parameter.hf_names(checkpoint.config):
         yield _read(checkpoint, name, stored, shape, dtype, place)
 
 
 def _stacked(
-    checkpoint: Checkpoint, parameter: Parameter, lies_as: ModelConfig, mesh: Mesh | None, rows: Iterator[Any]
+    checkpoint: Checkpoint, parameter: Parameter, padded_config: ModelConfig, mesh: Mesh | None, rows: Iterator[Any]
 ) -> Any:
-    """A parameter made of its ``rows``, arrays or trees of them: stacked over layers and experts, where it has such."""
+    """Stack a parameter's ``rows`` (arrays, or trees of arrays) over layers and experts, if it has those axes."""
     axes, stack = parameter.logical_axes(), parameter.stack(checkpoint.config)
     if not stack:
         return next(rows)
 
     def zeros(path: Any, part: jax.Array) -> jax.Array:
-        """Of parts of a tensor, the first of which is given."""
+        """The stacked array for one leaf of a row."""
         own = (*stack, *part.shape)
         return _zeros(own, part.dtype, _where(axes_of(path, axes, len(own)), own, mesh))
 
     whole: list[jax.Array] = []
     for place, row in zip(np.ndindex(*stack), rows, strict=True):
         whole = whole or jax.tree.leaves(jax.tree_util.tree_map_with_path(zeros, row))
-        jax.block_until_ready(whole)  # the row before this one is written and given up: else rows would pile up
+        jax.block_until_ready(whole)  # wait until the previous row is written: otherwise rows pile up
         parts, form = jax.tree.flatten(row)
         whole = [_set_row(stacked, part, place, stacked.sharding) for stacked, part in zip(whole, parts, strict=True)]
     return jax.tree.unflatten(form, whole)
@@ -186,12 +192,14 @@ def _stacked(
 def _read(
     checkpoint: Checkpoint, name: str, stored: tuple[int, ...], shape: tuple[int, ...], dtype: Any, sharding: Any
 ) -> jax.Array:
-    """One tensor of the files, of the shape ``stored``, as a placed array with zeros up to ``shape``. Each process
-    reads only the rows of its devices, and each row once: in a file the columns of one device lie between those of the
-    others. Of a row it reads what all its devices need."""
+    """Read one tensor of stored shape ``stored`` as a placed array, zero-padded to ``shape``.
+
+    Each process reads only the rows that its devices hold, and each row once: in a file, the columns of one device
+    are interleaved with those of the others. Of a row it reads the columns that any of its devices needs.
+    """
 
     def spans(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
-        """Where the stored part of each axis begins and ends."""
+        """Start and end of the stored part of each axis."""
         axes = zip(index, shape, stored, strict=True)
         return tuple((min(s.indices(n)[0], most), min(s.indices(n)[1], most)) for s, n, most in axes)
 
@@ -212,9 +220,9 @@ def _read(
 
     def part_of(index: tuple[slice, ...]) -> np.ndarray:
         key = spans(index)
-        if key not in parts:  # replicated axes ask for the same part once for each device
+        if key not in parts:  # replicated axes request the same part for each device
             size = tuple(len(range(n)[s]) for s, n in zip(index, shape, strict=True))
-            parts[key] = np.ascontiguousarray(resized(read(key), size))
+            parts[key] = np.ascontiguousarray(pad_or_trim(read(key), size))
         return parts[key]
 
     return jax.make_array_from_callback(shape, sharding, part_of)

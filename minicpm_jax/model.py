@@ -1,11 +1,12 @@
-"""MiniCPM's decoder: a pure function of (weights, token ids, cache), dressed as Flax NNX modules.
+"""MiniCPM's decoder: a pure function of (weights, token ids, cache), written as Flax NNX modules.
 
 Dims: B batch, T new tokens, S cache slots, V vocabulary, D hidden, F intermediate, L layers,
       N query heads, K key/value heads, G = N / K, H head dimension.
 
-The layers are stacked on axis 0 and scanned (`layers.stack`). A weight is an array, or of a type that multiplies in its
-own way (`layers.ops.Weight`). The mesh is ambient: `parallel.activations` does nothing without one.
-Source of the semantics: modeling_minicpm.py of the released checkpoints; the scales are muP's (arXiv 2404.06395).
+The layers are stacked on axis 0 and scanned (`layers.stack`). A weight is an array, or a `layers.ops.Weight` with
+its own product. The mesh is ambient: without one, `parallel.activations` does nothing.
+
+Source: modeling_minicpm.py of the released checkpoints; the scales are muP's (arXiv 2404.06395).
 """
 
 import dataclasses
@@ -23,11 +24,11 @@ from minicpm_jax.layers.attention import Attention
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Embedding, Linear, RMSNorm
 from minicpm_jax.layers.moe import MoE
-from minicpm_jax.layers.ops import divided, gated, scaled
+from minicpm_jax.layers.ops import divide, gated_act, scale
 from minicpm_jax.layers.rope import Positions, positions_of
-from minicpm_jax.layers.stack import through
-from minicpm_jax.parallel.activations import gathered_tokens, scattered_tokens
-from minicpm_jax.parallel.mesh import over_its_mesh
+from minicpm_jax.layers.stack import run_layers
+from minicpm_jax.parallel.activations import all_gather_sequence, reduce_scatter_sequence
+from minicpm_jax.parallel.mesh import with_model_mesh
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
@@ -43,10 +44,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         with jax.named_scope("mlp"):
-            return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.threshold))
+            return self.down_proj(gated_act(self.gate_proj(x), self.up_proj(x), self.threshold))
 
 
 class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP; each residual branch is scaled by scale_depth / sqrt(L)."""
+
     def __init__(self, weights: dict[str, Any], config: ModelConfig):
         self.input_layernorm = RMSNorm(weights["input_layernorm"]["weight"], config.rms_norm_eps)
         projections = {name: Linear(part["weight"]) for name, part in weights["self_attn"].items()}
@@ -62,23 +65,23 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
     ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
-        """Hidden state, cache, and the `moe.imbalance` of this layer (0 where it has no experts)."""
-        normed = gathered_tokens(self.input_layernorm(x), cache)
+        """Returns the hidden state, the cache and this layer's `moe.load_balancing_loss` (0 without experts)."""
+        normed = all_gather_sequence(self.input_layernorm(x), cache)
         added, cache = self.self_attn(normed, positions, cache, layer)
-        x = x + scaled(scattered_tokens(added, cache), self.residual_scale)
-        normed = gathered_tokens(self.post_attention_layernorm(x), cache)
+        x = x + scale(reduce_scatter_sequence(added, cache), self.residual_scale)
+        normed = all_gather_sequence(self.post_attention_layernorm(x), cache)
         if isinstance(self.mlp, MoE):
-            added, imbalance = self.mlp(normed, positions.real)
+            added, aux_loss = self.mlp(normed, positions.real)
         else:
-            added, imbalance = self.mlp(normed), jnp.float32(0)
-        return x + scaled(scattered_tokens(added, cache), self.residual_scale), cache, imbalance
+            added, aux_loss = self.mlp(normed), jnp.float32(0)
+        return x + scale(reduce_scatter_sequence(added, cache), self.residual_scale), cache, aux_loss
 
 
-LAYERS: dict[str, type[DecoderLayer]] = {}  # by model_type, where a variant has another
+LAYERS: dict[str, type[DecoderLayer]] = {}  # model_type -> decoder layer of a variant
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers and final norm: all but the head."""
+    """Embedding, layers and final norm: everything but the head."""
 
     def __init__(self, weights: dict[str, Any], config: ModelConfig):
         self.embed_tokens = Embedding(weights["embed_tokens"]["weight"])
@@ -89,20 +92,23 @@ class Decoder(nnx.Module):
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         with jax.named_scope("embed"):
-            words = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # the model's, whatever the table's
-            return scaled(words, self.embedding_scale)
+            x = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # an int8 table may have another dtype
+            return scale(x, self.embedding_scale)
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, remat: bool = False
     ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]:
-        """Run the layers over embeddings; returns the hidden state before the final norm, the cache, and the mean of
-        the layers' `moe.imbalance`, which costs nothing where it is not used. ``remat``: recompute each layer in the
-        backward pass instead of keeping what it computed."""
-        return through(self.layers, x, positions, cache, remat)
+        """Run the layers over embeddings.
+
+        Returns the hidden state before the final norm, the cache, and the mean of the layers'
+        `moe.load_balancing_loss` (free when unused). ``remat``: recompute each layer in the backward pass instead of
+        storing its activations.
+        """
+        return run_layers(self.layers, x, positions, cache, remat)
 
 
 class Model(nnx.Module):
-    """A causal language model. `model(input_ids)` gives logits; the parts serve generation and training."""
+    """A causal language model: `model(input_ids)` gives logits. Generation and training call its parts."""
 
     def __init__(
         self,
@@ -111,9 +117,14 @@ class Model(nnx.Module):
         eos_token_ids: tuple[int, ...] = (),
         mesh: Mesh | None = None,
     ):
-        """``weights``: nested by the dots of `weights_io.parameters` names; leaves are arrays or shapes.
-        ``eos_token_ids``: what config.json and generation_config.json say ends a text. ``mesh``: the `automatic` one
-        that the weights lie on; the model's programs run over it."""
+        """Build the modules around given weights.
+
+        Arguments:
+            weights: tree nested by the dots of the names in `weights_io.parameters`; leaves are arrays or shapes.
+            config: the model's config.
+            eos_token_ids: end-of-text ids from config.json and generation_config.json.
+            mesh: the `automatic` mesh that holds the weights; the model's programs run over it.
+        """
         self.config, self.eos_token_ids, self.mesh = config, eos_token_ids, mesh
         self.model = Decoder(weights["model"], config)
         self.lm_head = None if config.tie_word_embeddings else Linear(weights["lm_head"]["weight"])
@@ -121,34 +132,43 @@ class Model(nnx.Module):
     def __call__(
         self, input_ids: Int[ArrayLike, "B T"], attention_mask: Int[ArrayLike, "B T"] | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits in float32. ``attention_mask``: 1 for tokens, 0 for padding on either side (whose rows are noise).
-        Raises `InputError` for ids that are no [B, T] array, or (where they come from the host) not of the vocabulary.
+        """Logits of a batch of token ids.
+
+        Arguments:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, T]; 1 for tokens, 0 for padding on either side. Logits at padding are meaningless.
+
+        Returns: [B, T, V] logits in float32.
+
+        Raises: `InputError` if ``input_ids`` is not a [B, T] array or (for host arrays) holds an id outside the
+        vocabulary.
         """
         ids = jnp.asarray(checked_ids(input_ids, self.config.vocab_size, jax.Array))
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
         return _logits(self, ids, mask)
 
     def hidden_states(self, ids: Int[Array, "B T"], positions: Positions):
-        """[B, T, D] after the final norm: what the head reads."""
-        return self.states_and_imbalance(ids, positions)[0]
+        """[B, T, D] after the final norm: the input of `head`."""
+        return self.hidden_states_and_aux_loss(ids, positions)[0]
 
-    @over_its_mesh
-    def states_and_imbalance(
+    @with_model_mesh
+    def hidden_states_and_aux_loss(
         self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """`hidden_states`, and the mean of the layers' `moe.imbalance`, for training."""
-        x, _, imbalance = self.model(self.model.embed(ids), positions, remat=remat)
-        return self.model.norm(x), imbalance
+        """`hidden_states` and the mean of the layers' `moe.load_balancing_loss`, for training."""
+        x, _, aux_loss = self.model(self.model.embed(ids), positions, remat=remat)
+        return self.model.norm(x), aux_loss
 
-    @over_its_mesh
+    @with_model_mesh
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits in float32 from the normed hidden state, which is divided by D / dim_model_base, tied or not."""
+        """Logits in float32. The normed hidden state is divided by D / dim_model_base, whether the head is tied or
+        not."""
         with jax.named_scope("head"):
-            x = divided(x, self.config.logit_divisor)
+            x = divide(x, self.config.logit_divisor)
             logits = self.model.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
-            return logits[..., : self.config.vocab_size].astype(jnp.float32)  # a mesh may have filled up the words
+            return logits[..., : self.config.vocab_size].astype(jnp.float32)  # a mesh may have padded the vocabulary
 
-    @over_its_mesh
+    @with_model_mesh
     def decode(
         self,
         ids: Int[Array, "B T"],
@@ -157,12 +177,18 @@ class Model(nnx.Module):
         start: Int[Array, "B"] | None = None,
         length: Int[Array, "B #T"] | Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Run more tokens through the cache: the first ``new`` of each row, the rest being padding on the right.
-        Returns [B, T, D] after the final norm, for `head`.
+        """Run more tokens through the cache.
 
-        ``start``: the position of the first one, where that is not the row's end (a row that is done with its prompt).
-        ``length``: of the whole prompt, if this is a part of it: dynamic NTK takes the base of the whole; [B, T] where
-        each token stands for an answer of its own length.
+        Arguments:
+            ids: [B, T]; in each row the first ``new`` are tokens, the rest is padding on the right.
+            cache: keys and values so far.
+            new: number of tokens per row.
+            start: [B] position of the first token, if it is not the row's current length (a row whose prompt has
+                ended).
+            length: [B] length of the whole prompt, if these tokens are one chunk of it: dynamic NTK scales RoPE for the
+                whole prompt. [B, T] if each token needs the scaling of its own length.
+
+        Returns: the hidden states [B, T, D] after the final norm, for `head`, and the updated cache.
         """
         start = cache.lengths if start is None else start
         length = cache.lengths + new if length is None else length
@@ -178,7 +204,7 @@ def _logits(model: Model, ids, mask):
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} -> {"a": {"b": x}}."""
+    """Nest a flat dictionary by the dots of its names: {"a.b": x} -> {"a": {"b": x}}."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split(".")
@@ -190,13 +216,13 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def abstract(config: ModelConfig, dtype: str = "bfloat16") -> Model:
-    """The model with shapes for weights: for `jax.eval_shape`, compiling and memory estimates; allocates nothing."""
+    """The model with shapes for weights. It allocates nothing: for `jax.eval_shape`, compiling and memory estimates."""
     leaves = {p.name: jax.ShapeDtypeStruct(p.shape(config), jnp.dtype(dtype)) for p in parameters(config)}
     return Model(nested(leaves), config)
 
 
-def initialise(config: ModelConfig, key: Array, dtype: str = "float32") -> Model:
-    """A fresh model with muP's initialisation, from the parameter table."""
+def initialize(config: ModelConfig, key: Array, dtype: str = "float32") -> Model:
+    """A model with random weights: muP's initialization, from the parameter table."""
     table = parameters(config)
     leaves = {}
     for parameter, subkey in zip(table, jax.random.split(key, len(table)), strict=True):
@@ -208,6 +234,6 @@ def initialise(config: ModelConfig, key: Array, dtype: str = "float32") -> Model
     return Model(nested(leaves), config)
 
 
-def linear(model: "Model", name: str) -> Any:
-    """The layer of the weight ``name`` of the parameter table."""
+def get_layer(model: "Model", name: str) -> Any:
+    """The layer whose weight the parameter table calls ``name``."""
     return functools.reduce(getattr, name.split(".")[:-1], model)

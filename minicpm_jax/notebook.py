@@ -1,4 +1,4 @@
-"""What the notebooks for TPUs have in common: the check of the runtime, loading over all devices, and speed."""
+"""Shared code of the notebooks for TPUs: checks of the runtime, loading over all devices, and speed."""
 
 import functools
 import importlib.metadata
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
     from minicpm_jax.model import Model
 
-# Seconds: two programs, which `minicpm_jax.fit` compiles for a v5e in 4 s and 2 s (docs/fit.md), and some small ones.
+# Seconds to compile two programs (4 s and 2 s for a v5e by `minicpm_jax.fit`, docs/fit.md) and some small ones.
 COMPILING = 10
 
 
 def check_runtime() -> None:
-    """Print what JAX runs on. Raises `InputError` where that is a CPU that nobody asked for."""
+    """Print the devices that JAX runs on. Raises `InputError` if that is a CPU that was not requested."""
     for line in runtime():
         print(line)
 
@@ -59,13 +59,13 @@ def check_room(model: str, *copies: str | None) -> None:
     from minicpm_jax import device
 
     free = device.free_memory()
-    devices = 1 if chips.platform() == "cpu" else jax.device_count()  # those of a CPU share its memory
+    devices = 1 if chips.platform() == "cpu" else jax.device_count()  # devices on a CPU share its memory
     shared.check_room(model, copies, device.usual_dtype, None if free is None else free * devices, COMPILING)
 
 
 def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None]":
-    """A model over all devices, arranged as `minicpm_jax.fit` compiles it (`sharding.default_mesh`): heads are split,
-    then experts or the weights."""
+    """Load a model over all devices, sharded as `minicpm_jax.fit` compiles it (`sharding.default_mesh`): heads
+    first, then experts or weights."""
     from minicpm_jax import device
     from minicpm_jax.loading import load as load_model
     from minicpm_jax.parallel.sharding import serving_mesh
@@ -78,7 +78,7 @@ def load(model: str, dtype: str | None = None) -> "tuple[Model, Tokenizer | None
 
 
 def shares(model: "Model") -> Iterator[str]:
-    """Of each array of a model: its name, its shape, and what a device holds of it."""
+    """One line per array of a model: name, dtype, shape, and the shard that each device holds."""
     for parameter in parameters(model.config):
         weight = functools.reduce(getattr, parameter.name.split("."), model)[...]
         devices, part = len(weight.sharding.device_set), weight.sharding.shard_shape(weight.shape)
@@ -88,12 +88,12 @@ def shares(model: "Model") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of decoding. The floor is the time to read the weights that a step needs once, at the bandwidth of all chips."""
+    """Decoding speed. The floor is the time to read a step's weights once at the bandwidth of all chips."""
 
     rows: int
-    tokens_per_second: float  # of all rows
-    bytes_read: int  # of weights, a step, on all chips
-    floor: float | None  # seconds a step; None: the bandwidth is not known
+    tokens_per_second: float  # of all rows together
+    bytes_read: int  # bytes of weights per step, on all chips
+    floor: float | None  # seconds per step; None: unknown bandwidth
 
     def __str__(self) -> str:
         rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
@@ -104,7 +104,7 @@ class Speed:
 
 
 def decoding_speed(model: "Model", rows: int = 1, prompt_tokens: int = 32, new_tokens: int = 128) -> Speed:
-    """Of ``new_tokens`` greedy tokens in each of ``rows`` after their first, in a second run (the first compiles)."""
+    """The speed of ``new_tokens`` greedy tokens per row after the first one, in a second run (the first compiles)."""
     import jax
     import numpy as np
 
@@ -124,14 +124,14 @@ def decoding_speed(model: "Model", rows: int = 1, prompt_tokens: int = 32, new_t
         seconds = time.perf_counter() - began
     chip, read = chip_of(jax.devices()[0].device_kind), bytes_read(model, rows)
     here = model.model.embed_tokens.weight[...].sharding.device_set
-    # A chip's cores have one place.
+    # The cores of a chip have the same coordinates.
     floor = None if chip is None else read / (chip.bandwidth * len({tuple(device.coords) for device in here}))
     return Speed(rows, rows * count / seconds, read, floor)
 
 
 def bytes_read(model: "Model", rows: int) -> int:
-    """Of the weights, by a decode step at least: an untied embedding gives rows alone, and no more experts are read
-    than the rows can choose."""
+    """Bytes of weights that a decode step reads at least. An untied embedding is only looked up, and at most as many
+    experts are read as the rows can choose."""
     import jax
 
     config = model.config

@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685) and DoRA (2402.09353) on the linear layers of a model.
 
-Dims: E experts (leading axis where a layer's experts are stacked), O out, I in, R rank.
+Dims: E experts (leading axis, where a layer's experts are stacked), O out, I in, R rank.
 
-The trained numbers are a plain dictionary, name of the layer -> {"a", "b"[, "magnitude"]}, in float32 whatever the
-model's dtype; `attach` gives them to the model. The base's weights stay what they are.
+The trained parameters are a plain dictionary, layer name -> {"a", "b"[, "magnitude"]}, in float32 for any dtype of
+the model. `attach` puts them into the model; the base's weights are not changed.
 """
 
 from collections.abc import Collection
@@ -11,15 +11,17 @@ from collections.abc import Collection
 import mlx.core as mx
 import numpy as np
 
-from minicpm_mlx.layers.lora import LowRank, Matrices, dense
+from minicpm_mlx.layers.lora import LoRALayer, LoRAParams, dense
 from minicpm_mlx.model import Model
 from weights_io.adapters import Adapter, AdapterConfig, adapter_by_layer, adapter_from_layers, target_parameters
 from weights_io.config import ModelConfig
 
 
-def initial(model: Model, config: AdapterConfig, layers: Collection[int], key: mx.array) -> dict[str, Matrices]:
-    """Where training begins: A ~ Normal(0, 1 / R) as in peft's "gaussian", B = 0, DoRA's magnitudes the norms of W; for
-    the targets in ``layers``."""
+def init_lora_params(
+    model: Model, config: AdapterConfig, layers: Collection[int], key: mx.array
+) -> dict[str, LoRAParams]:
+    """Initial parameters for the targets in ``layers``: A ~ Normal(0, 1 / R) as peft's "gaussian", B = 0, DoRA's
+    magnitudes are the norms of W."""
     found = dict(model.named_modules())
     names = [
         name.removesuffix(".weight")
@@ -31,69 +33,70 @@ def initial(model: Model, config: AdapterConfig, layers: Collection[int], key: m
     for name, subkey in zip(names, mx.random.split(key, len(names) + 1), strict=False):
         weight = dense(found[name])
         *stack, out, width = weight.shape
-        matrices = {
+        params = {
             "a": mx.random.normal((*stack, config.rank, width), key=subkey) / config.rank,
             "b": mx.zeros((*stack, out, config.rank)),
         }
         if config.dora:
-            matrices["magnitude"] = norms(weight)
-        weights[name] = matrices
+            params["magnitude"] = norms(weight)
+        weights[name] = params
     return weights
 
 
 def norms(weight: mx.array) -> mx.array:
-    """[.., O] of the rows of a weight [.., O, I], in float32."""
+    """Norms [.., O] of the rows of a weight [.., O, I], in float32."""
     return mx.sqrt((weight.astype(mx.float32) ** 2).sum(axis=-1))
 
 
-def attach(model: Model, weights: dict[str, Matrices], scale: float, dropout: float = 0.0) -> Model:
-    """The model itself, with adapters, which alone it trains."""
+def attach(model: Model, weights: dict[str, LoRAParams], scale: float, dropout: float = 0.0) -> Model:
+    """Add adapters to the model, in place; only they are trainable. Returns the model."""
     model.freeze()
     found = dict(model.named_modules())
-    for name, matrices in weights.items():
+    for name, params in weights.items():
         parent, _, last = name.rpartition(".")
-        base = found[name].base if isinstance(found[name], LowRank) else found[name]
-        layer = LowRank(base, matrices, scale, dropout)
-        layer.unfreeze(keys=list(matrices), recurse=False)
+        base = found[name].base if isinstance(found[name], LoRALayer) else found[name]
+        layer = LoRALayer(base, params, scale, dropout)
+        layer.unfreeze(keys=list(params), recurse=False)
         setattr(found[parent], last, layer)
     return model
 
 
-def settle(model: Model) -> Model:
-    """The model itself, for generation: DoRA's ratios are worked out once, not with each token."""
+def cache_dora_ratios(model: Model) -> Model:
+    """Prepare the model for generation, in place: compute DoRA's ratios once instead of per token. Returns the
+    model."""
     for _, layer in model.named_modules():
-        if isinstance(layer, LowRank) and layer.magnitude is not None:
+        if isinstance(layer, LoRALayer) and layer.magnitude is not None:
             layer._ratio = layer.ratio()
             mx.eval(layer._ratio)
     return model
 
 
-def use_keys(model: Model, key: mx.array | None) -> None:
-    """Let each adapter drop inputs, by a key of its own; None: drop none."""
-    layers = [layer for _, layer in model.named_modules() if isinstance(layer, LowRank)]
+def set_dropout_keys(model: Model, key: mx.array | None) -> None:
+    """Give each adapter its own dropout key; None turns dropout off."""
+    layers = [layer for _, layer in model.named_modules() if isinstance(layer, LoRALayer)]
     for index, layer in enumerate(layers):
         layer._key = None if key is None or not layer.dropout else mx.random.split(key, len(layers) + 1)[index]
 
 
 def untrained(model: Model) -> dict[str, mx.array]:
-    """What would make the adapters of a model change nothing, by parameter name."""
+    """The values, by parameter name, with which the model's adapters change nothing."""
     weights = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, LowRank):
+        if isinstance(layer, LoRALayer):
             weights[f"{name}.b"] = mx.zeros_like(layer.b)
             if layer.magnitude is not None:
                 weights[f"{name}.magnitude"] = norms(dense(layer.base))
     return weights
 
 
-def matrices_of(model: Model) -> dict[str, Matrices]:
-    """What the adapters of a model hold."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRank)}
+def lora_params(model: Model) -> dict[str, LoRAParams]:
+    """The parameters of the model's adapters."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALayer)}
     return {name: dict(layer.trainable_parameters()) for name, layer in layers.items()}
 
 
-def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
-    """The arrays of an adapter that was read."""
+def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, LoRAParams]:
+    """The parameters of an adapter file."""
     weights = {}
     for parameter in target_parameters(config, adapter.config.targets):
         for name, (a, b, magnitude) in adapter_by_layer(parameter, adapter, config).items():
@@ -103,8 +106,8 @@ def from_adapter(config: ModelConfig, adapter: Adapter) -> dict[str, Matrices]:
     return weights
 
 
-def to_adapter(config: ModelConfig, weights: dict[str, Matrices], adapter: AdapterConfig) -> Adapter:
-    """The adapter to be saved."""
+def to_adapter(config: ModelConfig, weights: dict[str, LoRAParams], adapter: AdapterConfig) -> Adapter:
+    """The adapter to save."""
     arrays = {
         name: (np.array(m["a"]), np.array(m["b"]), np.array(m["magnitude"]) if "magnitude" in m else None)
         for name, m in weights.items()

@@ -1,4 +1,4 @@
-"""What commands shared by both backends ask of this package."""
+"""The interface between this package and the commands shared by both backends."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 def trainer(model: "Model", options: "FinetuneOptions", source: "Checkpoint") -> "Trainer":
-    """What fine-tuning works with."""
-    from minicpm_mlx.training.trainer import Trainer  # only now, so that --help answers at once
+    """The trainer of fine-tuning."""
+    from minicpm_mlx.training.trainer import Trainer  # late import: --help stays fast
 
     return Trainer(model, options, source)
 
 
 def pretrainer(options: "PretrainOptions", bos_token_id: int) -> "Pretrainer":
-    """What pretraining works with."""
+    """The trainer of pretraining."""
     from minicpm_mlx.training.pretraining import Pretrainer
 
     return Pretrainer(options, bos_token_id)
 
 
 class Decoding:
-    """How this package answers a request; each part is imported when it is asked for."""
+    """How this package generates; each part is imported on its first use."""
 
     def check(self, model: "Model", request: GenerationRequest) -> None:
         from minicpm_mlx.generation.decoding import check
@@ -66,7 +66,7 @@ class Decoding:
 
 
 def backend() -> "Backend[Model]":
-    """What the command lines ask of this package."""
+    """The backend for the command lines."""
     from minicpm_mlx import device
     from minicpm_mlx.generation.sparsity import activation_sparsity
     from minicpm_mlx.loading import load

@@ -1,9 +1,9 @@
-"""What the programs run on: its name, the memory used, the time spent on compiling."""
+"""The device that programs run on: its name, its memory, and the time spent compiling."""
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
 from weights_io.checkpoint import Checkpoint
 from weights_io.memory import host_free
@@ -16,37 +16,37 @@ def description() -> str:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints: there is no other."""
+    """Whether this process prints."""
     return True
 
 
 def preferred_dtype(checkpoint: Checkpoint, decoding: bool = False) -> str:
-    """What to compute in unless told otherwise: the checkpoint's own."""
+    """The default dtype of the computation: the checkpoint's own."""
     return checkpoint.dtype
 
 
 def usual_dtype(dtype: str) -> str:
-    """``dtype``, but float32 on a CPU, which has no arithmetic of its own for another one."""
+    """``dtype``, or float32 on a CPU, which has no native arithmetic for others."""
     return "float32" if mx.default_device() == mx.cpu else dtype
 
 
 def for_decoding(model: Model) -> Model:
-    """The model itself, in the form that decodes fastest."""
-    join(model)
+    """The same model in the form that decodes fastest."""
+    fuse(model)
     return model
 
 
-def note_mesh(model: Model, rows: int) -> None:
-    """Nothing: MLX has one device."""
+def warn_idle_axes(model: Model, rows: int) -> None:
+    """Does nothing: MLX has one device and no mesh."""
 
 
 def peak_memory() -> int:
-    """Bytes: the most that MLX held."""
+    """Most bytes that MLX held."""
     return mx.get_peak_memory()
 
 
 def free_memory(model: Model | None = None) -> int | None:
-    """Bytes that are left, when the weights of the ``model`` are read, which may still be to come. None: unknown."""
+    """Bytes left after the ``model``'s weights are read, which may not have happened yet. None if unknown."""
     used = mx.get_active_memory()
     coming = 0 if model is None else max(0, sum(x.nbytes for _, x in tree_flatten(model.parameters())) - used)
     if mx.default_device() == mx.cpu:
@@ -57,5 +57,5 @@ def free_memory(model: Model | None = None) -> int | None:
 
 
 def compile_seconds() -> float:
-    """Nothing that counts: Metal's kernels come compiled, or take milliseconds."""
+    """0: Metal's kernels are precompiled, or compile in milliseconds."""
     return 0.0

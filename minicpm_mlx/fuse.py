@@ -1,4 +1,4 @@
-"""Work an adapter into the weights of its model; the same command as `weights_io.fuse`, which needs no backend.
+"""Merge an adapter into the weights of its model; the same command as `weights_io.fuse`, which needs no backend.
 
 python -m minicpm_mlx.fuse --model openbmb/MiniCPM-2B-sft-bf16 --adapter-path adapters --save-path fused_model
 """

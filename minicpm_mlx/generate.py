@@ -2,7 +2,7 @@
 
     python -m minicpm_mlx.generate --model openbmb/MiniCPM-2B-sft-bf16 --prompt "What is the capital of China?"
 
-``--model`` left out is the built-in model. The prompt is put into the checkpoint's chat template once.
+Without ``--model`` it is the built-in model. The prompt is formatted with the checkpoint's chat template.
 """
 
 from minicpm_mlx.backend import backend, generator

@@ -1,4 +1,4 @@
-"""Say how far a quantised key/value cache moves the logits of a text.
+"""Say how far a quantized key/value cache moves the logits of a text.
 
 python -m minicpm_mlx.kv_error --model openbmb/MiniCPM-2B-sft-bf16 --data some.txt
 """
@@ -11,14 +11,15 @@ import numpy as np
 from minicpm_data.diagnostics import kv_error
 from minicpm_data.generation.options import CacheOptions
 from minicpm_mlx.backend import backend
-from minicpm_mlx.generation.teacher_forcing import wide
+from minicpm_mlx.generation.teacher_forcing import to_float32
 
 if TYPE_CHECKING:
     from minicpm_mlx.model import Model
 
 
 def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Iterator[np.ndarray]:
-    """[T, V] of one piece after the other, through a cache of its own. `InputError` where there is none such."""
+    """[T, V] logits of one chunk after the other, through a cache of its own. Raises `InputError` for unsupported
+    cache options."""
     import mlx.core as mx
 
     from minicpm_mlx.generation import decoding
@@ -28,7 +29,7 @@ def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Itera
     cache = decoding.make_cache(model, [0], cache_options)
     for start in range(0, len(ids), width):
         x = model.decode(mx.array([ids[start : start + width]]), cache)
-        yield wide(model.head(x))[0]
+        yield to_float32(model.head(x))[0]
 
 
 if __name__ == "__main__":

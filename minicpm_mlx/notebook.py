@@ -1,4 +1,4 @@
-"""What a notebook for a Mac checks in its first cell."""
+"""Shared code of the notebooks for Macs: checks of the runtime."""
 
 import importlib.metadata
 import platform
@@ -16,7 +16,7 @@ from weights_io.memory import size
 
 
 def check_runtime() -> None:
-    """Print what MLX runs on. Raises `InputError` where that is a CPU that nobody asked for."""
+    """Print the device that MLX runs on. Raises `InputError` if that is a CPU that was not requested."""
     for line in runtime():
         print(line)
 
@@ -37,7 +37,7 @@ def runtime() -> Iterator[str]:
 
 
 def check_room(model: str, *copies: str | None) -> None:
-    """`minicpm_data.cli.notebook.check_room` of this device."""
+    """`minicpm_data.cli.notebook.check_room` for this device."""
     from minicpm_mlx import device
 
     shared.check_room(model, copies, memory=device.free_memory(), device="Mac")

@@ -1,12 +1,14 @@
-"""`mlx_lm` sets a limit of open files as it is imported, and cannot be where fewer are allowed (`ulimit -Hn`)."""
+"""`mlx_lm` raises the limit of open files when it is imported, which fails if the hard limit (`ulimit -Hn`) is
+lower.
+"""
 
 import resource
 
-ASKED = 4096  # by mlx_lm.utils, as the hard limit
+ASKED = 4096  # hard limit requested by mlx_lm.utils
 
 
 def let_mlx_lm_ask() -> None:
-    """Where fewer files are allowed than it asks for, to ask for more of them changes nothing."""
+    """Ignore requests for a hard limit that is higher than the present one, if that is below what `mlx_lm` requests."""
     _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed == resource.RLIM_INFINITY or allowed >= ASKED:
         return

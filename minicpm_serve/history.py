@@ -136,7 +136,7 @@ def evaluated(options: Options, checkpoint: RunCheckpoint, documents: Sequence[s
     backend = backends.get(options.backend)
     here = dataclasses.replace(options, model=checkpoint.model, revision=checkpoint.revision)
     model, tokenizer = load_model(backend, here)
-    backend.device.note_mesh(model, options.batch_size)
+    backend.device.warn_idle_axes(model, options.batch_size)
     if options.evaluation == "loss":
         return loss_of(options.backend, model, tokenizer, documents, options.length, options.batch_size)
     if options.evaluation == "passkey":

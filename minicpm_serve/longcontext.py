@@ -83,7 +83,7 @@ def main(options: Options) -> None:
     most = answer_tokens(options.task, encode)
     note_context(config, max(len(sample.ids) for sample in samples) + most, "; --rope-scaling stretches them")
     model, tokenizer = load_model(backend, options, decoding=True, source=source)
-    backend.device.note_mesh(model, options.batch_size)
+    backend.device.warn_idle_axes(model, options.batch_size)
     model.config = config
     stop = tokenizer.turn_markers if options.chat else ()
     prompts = [sample.ids for sample in samples]

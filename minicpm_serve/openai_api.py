@@ -83,7 +83,7 @@ def main(options: Options) -> None:
         cache_options = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
         engine = ServingEngine(options.backend, model, tokenizer, options.slots, options.context, cache_options)
         try:
-            backend.device.note_mesh(engine.model, engine.slots)
+            backend.device.warn_idle_axes(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --context")
             engine.warm_up()
             gc.freeze()  # else garbage collection makes parsing a large body 4 times as slow

@@ -56,7 +56,7 @@ class Parrot:
             preferred_dtype=self.device.preferred_dtype,
             compile_seconds=lambda: 0.0,
             peak_memory=lambda: 0,
-            note_mesh=lambda model, rows: None,
+            warn_idle_axes=lambda model, rows: None,
             description=lambda: "a perch",
             is_first=lambda: True,
         )

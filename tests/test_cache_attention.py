@@ -16,10 +16,10 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 from minicpm_data.generation.options import Sampling  # noqa: E402
 from minicpm_jax import load  # noqa: E402
 from minicpm_jax.generation.decoding import State, decode, prefill  # noqa: E402
-from minicpm_jax.generation.sampling import Knobs  # noqa: E402
+from minicpm_jax.generation.sampling import SamplingParams  # noqa: E402
 from minicpm_jax.layers import attention  # noqa: E402
-from minicpm_jax.layers.attention import attend, attend_cache, through_cache  # noqa: E402
-from minicpm_jax.layers.blockwise import attend_blocks, attend_blocks_in_turn  # noqa: E402
+from minicpm_jax.layers.attention import attend, attend_cache, cached_attention  # noqa: E402
+from minicpm_jax.layers.blockwise import blockwise_attention, blockwise_attention_in_turn  # noqa: E402
 from minicpm_jax.layers.kernels.cache_attention import Tiling, cache_attention, cost, scale_bytes  # noqa: E402
 from minicpm_jax.layers.kv_cache import Cache  # noqa: E402
 from minicpm_jax.model import abstract  # noqa: E402
@@ -42,13 +42,13 @@ def filled(first, heads, kv_heads, head_dim, width, slots, dtype="float32", bits
     everywhere = jnp.broadcast_to(jnp.arange(slots), (len(first), slots))
     for layer in range(LAYERS):
         k, v = (jnp.asarray(rng.normal(size=(len(first), slots, kv_heads, head_dim)), dtype) for _ in range(2))
-        cache = cache.written(layer, k, v, everywhere)
+        cache = cache.update(layer, k, v, everywhere)
     return jnp.asarray(2 * rng.normal(size=(len(first), width, heads, head_dim)), dtype), cache
 
 
 def reference(q, cache, first):
     like = jax.ShapeDtypeStruct((cache.slots, cache.k.shape[3] // q.shape[3], q.shape[3]), q.dtype)
-    k, v = jax.vmap(lambda row: cache.read(LAYER, row, 0, 0, like))(jnp.arange(len(q)))
+    k, v = jax.vmap(lambda row: cache.read_block(LAYER, row, 0, 0, like))(jnp.arange(len(q)))
     index = np.asarray(first)[:, None] + np.arange(q.shape[1])
     return attend(q, k, v, jnp.arange(cache.slots) <= index[:, :, None])
 
@@ -112,7 +112,7 @@ def test_blocks_one_by_one_and_at_once(case, bits):
     first, *rest = CASES[case]
     q, cache = filled(first, *rest, bits=bits)
     index = jnp.asarray(first)[:, None] + jnp.arange(q.shape[1])
-    for form in (attend_blocks, attend_blocks_in_turn):
+    for form in (blockwise_attention, blockwise_attention_in_turn):
         out = jax.jit(form)(q, cache, LAYER, index)
         np.testing.assert_allclose(out, reference(q, cache, first), rtol=0, atol=1e-5)
 
@@ -169,9 +169,9 @@ def test_over_a_mesh_each_device_writes_and_reads_its_part(interpreted, axes, bi
         index = first[:, None] + jnp.arange(width)
         args = q, k, v, cache, LAYER, index
         with jax.set_mesh(mesh):
-            assert str(jax.make_jaxpr(through_cache)(*args)).count("shard_map[") == 1
-            mixed, found = jax.jit(through_cache)(*args)
-        expected = cache.written(LAYER, k, v, index)
+            assert str(jax.make_jaxpr(cached_attention)(*args)).count("shard_map[") == 1
+            mixed, found = jax.jit(cached_attention)(*args)
+        expected = cache.update(LAYER, k, v, index)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         np.testing.assert_allclose(mixed, reference(q, expected, first), rtol=0, atol=1e-5)
 
@@ -276,7 +276,9 @@ def compiled(job, slots, batch=1, bits=None, kind="v5e"):
         return prefill.lower(model, array((batch, 512), jnp.int32), cache, last, array((), jnp.int32), rows).compile()
     keys = placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)))
     state = State(cache, rows, None, keys, array((batch,), bool), array((1,), jnp.int32))
-    return decode.lower(model, state, array((), jnp.int32), placed(Knobs.of(Sampling(), WIDE.vocab_size))).compile()
+    return decode.lower(
+        model, state, array((), jnp.int32), placed(SamplingParams.of(Sampling(), WIDE.vocab_size))
+    ).compile()
 
 
 @pytest.mark.tpu

@@ -11,7 +11,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
 from minicpm_jax.layers import attention  # noqa: E402
-from minicpm_jax.layers.attention import attend_parts, attend_rows  # noqa: E402
+from minicpm_jax.layers.attention import chunked_attention, self_attention  # noqa: E402
 from minicpm_jax.layers.kernels.causal_attention import causal_attention  # noqa: E402
 from minicpm_jax.parallel.chips import Topology  # noqa: E402
 from minicpm_jax.parallel.mesh import automatic  # noqa: E402
@@ -44,7 +44,7 @@ def test_numbers_and_gradients_are_those_of_attention(packed):
     q, k, v, above, segments = example()
     given = q, k, v, above, segments if packed else None
     found = gradients(functools.partial(causal_attention, interpret=True))(*given)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(attend_parts)(*given)), strict=True):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(chunked_attention)(*given)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=5e-6 * float(jnp.abs(other).max()))
 
 
@@ -57,16 +57,16 @@ def test_over_a_mesh_each_device_runs_the_kernel_on_its_part(monkeypatch, axes):
     mesh = automatic(Mesh(np.array(jax.devices()[:count]).reshape(*axes.values()), [*axes]))
     given = example(width=100, dtype="bfloat16")
     with jax.set_mesh(mesh):
-        assert "shard_map[" in str(jax.make_jaxpr(gradients(attend_rows))(*given))
-        found = gradients(attend_rows)(*given)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(attend_parts)(*given)), strict=True):
+        assert "shard_map[" in str(jax.make_jaxpr(gradients(self_attention))(*given))
+        found = gradients(self_attention)(*given)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(chunked_attention)(*given)), strict=True):
         one, other = (x.astype(jnp.float32) for x in (one, other))
         np.testing.assert_allclose(one, other, rtol=0, atol=0.02 * float(jnp.abs(other).max()))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_platform_and_the_dtype_choose(dtype):
-    lowered = jax.jit(attend_rows).trace(*example(dtype=dtype)[:3]).lower(lowering_platforms=("tpu",))
+    lowered = jax.jit(self_attention).trace(*example(dtype=dtype)[:3]).lower(lowering_platforms=("tpu",))
     assert ("tpu_custom_call" in lowered.as_text()) == (dtype == "bfloat16")
 
 
@@ -83,7 +83,7 @@ def test_a_program_for_a_tpu_takes_a_tenth_of_the_memory():
 
     kernel, scores = (
         gradients(attend).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-        for attend in (attend_rows, whole)
+        for attend in (self_attention, whole)
     )
     print(f"temporaries: {kernel / 1e6:.1f} MB, with all scores {scores / 1e6:.1f} MB")
     assert kernel < 0.1 * scores

@@ -49,7 +49,7 @@ def test_the_compiled_step_has_fewer_nodes(worlds, batches, kind, world, tmp_pat
         worker = tiny.trainer("minicpm_mlx", KINDS[kind](worlds[world], tmp_path / "out"))
         batch = {name: mx.array(array) for name, array in batches[0][0].items()} | {"reference": mx.zeros(2)}
         weights, figures = worker.train_step(worker.weights, [batch], 1e-2, mx.random.key(0))
-        return nodes(weights, worker.optimiser.state, figures)
+        return nodes(weights, worker.optimizer.state, figures)
 
     plain = count()
     monkeypatch.setattr(train, "compiled", mx.compile)
@@ -67,7 +67,7 @@ def test_the_compiled_step_of_pretraining_has_fewer_nodes(worlds, world, tmp_pat
     def count():
         worker = Pretrainer(options, bos_token_id=1)
         weights, figures = worker.train_step(worker.weights, [windows], 1e-2, mx.random.key(0))
-        return nodes(weights, worker.optimiser.state, figures)
+        return nodes(weights, worker.optimizer.state, figures)
 
     plain = count()
     monkeypatch.setattr(train, "compiled", mx.compile)

@@ -91,14 +91,14 @@ def backend(request):
     if request.param == "mlx":
         mx = pytest.importorskip("mlx.core")
         from minicpm_mlx.loading import load_weights
-        from minicpm_mlx.model import initialise
+        from minicpm_mlx.model import initialize
 
-        return load_weights, lambda config: initialise(config, mx.random.key(0))
+        return load_weights, lambda config: initialize(config, mx.random.key(0))
     jax = pytest.importorskip("jax")
     from minicpm_jax.loading import load_weights
-    from minicpm_jax.model import initialise
+    from minicpm_jax.model import initialize
 
-    return load_weights, lambda config: initialise(config, jax.random.key(0))
+    return load_weights, lambda config: initialize(config, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +113,11 @@ def test_every_field_is_changed_below():
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_field_moves_logits(backend, base_logits, field):
-    load_weights, initialise = backend
+    load_weights, initialize = backend
     base = BASES.get(field, BASE)
     config = dataclasses.replace(base, **{field: CHANGES[field]})
     if field == "initializer_range":
-        before, after = np.asarray(initialise(BASE)(IDS)), np.asarray(initialise(config)(IDS))
+        before, after = np.asarray(initialize(BASE)(IDS)), np.asarray(initialize(config)(IDS))
     else:
         before, after = base_logits[base], np.asarray(load_weights(checkpoint(config))(IDS))
     assert np.isfinite(after).all()

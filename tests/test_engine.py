@@ -129,7 +129,7 @@ def test_a_prompt_that_begins_alike_is_not_run_twice(backend, model, alone, monk
     engine = make(backend, model, slots=2, cache_options=CacheOptions(prefill_step_size=16))
     assert run(engine) == {} and run_one(engine, 1) == alone[1]
     ran, decoding = [], importlib.import_module(f"{backend.__name__}.generation.decoding")
-    name = "prefill" if backend.__name__ == "minicpm_jax" else "run"
+    name = "prefill" if backend.__name__ == "minicpm_jax" else "prefill_chunks"
     real = getattr(decoding, name)
     monkeypatch.setattr(decoding, name, lambda *arguments: ran.append(1) or real(*arguments))
     assert run_one(engine, 3) == alone[3]  # 30 of 32 tokens are there

@@ -157,8 +157,8 @@ def test_the_cache_of_jax_grows_with_the_answer(tmp_path, monkeypatch):
     prompts = [[1, 7, 9], [1] * 30]
     expected = [tokens_of(stream_generate(model, None, prompt, max_tokens=150)) for prompt in prompts]
     monkeypatch.setattr(decoding, "ROOM", 4)
-    sizes, grown = set(), decoding.grown
-    monkeypatch.setattr(decoding, "grown", lambda state, slots: sizes.add(slots) or grown(state, slots))
+    sizes, resize_state = set(), decoding.resize_state
+    monkeypatch.setattr(decoding, "resize_state", lambda state, slots: sizes.add(slots) or resize_state(state, slots))
     assert [tokens_of(stream_generate(model, None, prompt, max_tokens=150)) for prompt in prompts] == expected
     assert [len(row) for row in expected] == [150, 150]
     assert sizes == {64, 128, 256}
@@ -212,8 +212,8 @@ def draws(package, logits, seen, count, sampling):
     if package == "minicpm_jax":
         import jax
 
-        knobs = sampler.Knobs.of(sampling, len(logits))
-        return np.asarray(sampler.sample(rows, seen_rows, knobs, jax.random.split(jax.random.key(0), count))).tolist()
+        params = sampler.SamplingParams.of(sampling, len(logits))
+        return np.asarray(sampler.sample(rows, seen_rows, params, jax.random.split(jax.random.key(0), count))).tolist()
     import mlx.core as mx
 
     seen_rows = mx.array(seen_rows) if sampling.penalized else None
@@ -305,21 +305,21 @@ def test_both_packages_export_the_same_calls():
 
 TWINS = sorted({path.stem for package in BACKENDS for path in (ROOT / package / "generation").glob("[a-z]*.py")})
 ONLY_JAX = {
-    "decoding.State": {"done", "end_ids"},  # its loop runs on the device
+    "decoding.State": {"finished", "eos_ids"},  # its loop runs on the device
     "sparsity.Counting": {"neurons"},  # a mesh pads its layers
 }
 
 
 @pytest.mark.parametrize("file", TWINS)
 def test_the_twin_files_of_generation_read_alike(file):
-    """What both have comes in the same order, with the same parameters; `Knobs` is what JAX makes of a `Sampling`."""
+    """What both have comes in the same order, with the same parameters; JAX makes `SamplingParams` of a `Sampling`."""
     twins = [importlib.import_module(f"{package}.generation.{file}") for package in BACKENDS]
     jax, mlx = map(public, twins)
     both = [name for name in jax if name in mlx]
     assert both and both == [name for name in mlx if name in jax]
     for name in both:
         given = [p for p in inspect.signature(jax[name]).parameters if p not in ONLY_JAX.get(f"{file}.{name}", ())]
-        assert ["sampling" if p == "knobs" else p for p in given] == [*inspect.signature(mlx[name]).parameters], name
+        assert ["sampling" if p == "params" else p for p in given] == [*inspect.signature(mlx[name]).parameters], name
 
 
 def public(module):
@@ -332,7 +332,7 @@ def public(module):
 def test_the_size_of_a_prompts_pieces_changes_nothing(backend, reference, pieces, monkeypatch):
     """Under dynamic NTK too: each piece takes the base of the whole prompt."""
     if backend.__name__ == "minicpm_jax":  # whose pieces are at least 32 tokens, and attention's blocks 512
-        monkeypatch.setattr("minicpm_jax.generation.decoding.bucket", lambda length: -(-length // 4) * 4)
+        monkeypatch.setattr("minicpm_jax.generation.decoding.bucket_length", lambda length: -(-length // 4) * 4)
         monkeypatch.setattr("minicpm_jax.layers.blockwise.BLOCK", 7)
     model, data = opened(backend, reference("long_128k"))
     for ending in ["", *(key.removeprefix("prompt_ids") for key in data if key.startswith("prompt_ids_P"))]:

@@ -221,9 +221,9 @@ def test_memory_as_the_backends_have_it(reference):
 
     from minicpm_jax import model as jax_model
     from minicpm_jax.layers.kv_cache import Cache
-    from minicpm_jax.quantization.model import quantised as quantised_jax
+    from minicpm_jax.quantization.model import quantize_model as quantised_jax
     from minicpm_mlx.model import abstract
-    from minicpm_mlx.quantization.model import quantised
+    from minicpm_mlx.quantization.model import quantize_model
     from weights_io.config import ModelConfig
     from weights_io.memory import cache_bytes, packed_bytes, weight_bytes
 
@@ -233,7 +233,7 @@ def test_memory_as_the_backends_have_it(reference):
     assert sum(array.nbytes for _, array in tree_flatten(whole.parameters())) == weight_bytes(config, "bfloat16")
     for bits, least in ((8, 0.96), (4, 0.93)):
         told = packed_bytes(config, "bfloat16", bits, head=True)
-        held = quantised(abstract(config), bits, head=True).parameters()  # down's rows of 96 in groups of 32
+        held = quantize_model(abstract(config), bits, head=True).parameters()  # down's rows of 96 in groups of 32
         assert sum(array.nbytes for _, array in tree_flatten(held)) == told
         # JAX has no offsets; int4 is half a byte, whatever numpy says.
         plain = jax_model.abstract(config, "bfloat16")

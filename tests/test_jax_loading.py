@@ -12,10 +12,10 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from minicpm_jax import load, stream_generate  # noqa: E402
-from minicpm_jax.cpu.form import unstack  # noqa: E402
+from minicpm_jax.cpu.form import unstack_layers  # noqa: E402
 from minicpm_jax.layers.linear import Linear  # noqa: E402
-from minicpm_jax.parallel.mesh import over  # noqa: E402
-from minicpm_jax.parallel.sharding import padded_over  # noqa: E402
+from minicpm_jax.parallel.mesh import use_mesh  # noqa: E402
+from minicpm_jax.parallel.sharding import pad_config_over  # noqa: E402
 from minicpm_jax.training.losses import packed_loss  # noqa: E402
 from minicpm_jax.training.step import weights_of  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
@@ -116,7 +116,7 @@ def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, m
     config, tensors = open_checkpoint(folder).config, open_checkpoint(folder).tensors
     assert reads.keys() == set(tensors.values())
     fsdp, tensor = axes["fsdp"] or 1, axes["tensor"] or 1
-    placed = dict(tensor_shapes(padded_over(config, tensor, lanes=1)))  # two key/value heads are as many as devices
+    placed = dict(tensor_shapes(pad_config_over(config, tensor, lanes=1)))  # two key/value heads are as many as devices
     for name, stored in tensors.items():
         embed_first = name.endswith(("o_proj.weight", "down_proj.weight"))
         split = 1 if name.endswith("norm.weight") else fsdp if embed_first else tensor
@@ -126,7 +126,7 @@ def test_each_number_is_read_once_and_in_the_rows_of_the_devices(folder, axes, m
 
 def form_of(model):
     """The name of the form in which the experts run on two rows of five tokens."""
-    with over(model.mesh):
+    with use_mesh(model.mesh):
         return getattr(model.model.layers.mlp.form((2, 5)), "__name__", "in place")
 
 
@@ -153,7 +153,7 @@ def test_experts_on_a_mesh(reference, axes, whole_gradients):
     assert {shard.data.shape for shard in w1} == {(3, 8 // expert, 40 // tensor, 64 // fsdp)}
     router = weights["model.layers.mlp.gate.weight"].addressable_shards
     assert {shard.data.shape for shard in router} == {(3, 8, 64 // fsdp)}
-    assert (form_of(model) == "everywhere") == ("expert" in axes)
+    assert (form_of(model) == "dense_experts") == ("expert" in axes)
     np.testing.assert_allclose(np.asarray(model(data["input_ids"])), data["logits"], rtol=0, atol=2e-5)
     prompt, expected = data["prompt_ids"][0].tolist(), data["greedy_ids"][8:].tolist()
     assert [r.token for r in stream_generate(model, None, prompt, max_tokens=24)] == expected
@@ -166,7 +166,7 @@ def test_experts_on_a_mesh(reference, axes, whole_gradients):
 def test_experts_that_the_mesh_does_not_divide_stay_whole(reference):
     model, _ = load(reference("moe_8x2b"), mesh=Mesh(np.array(jax.devices()[:3]), ("expert",)))
     assert weights_of(model)["model.layers.mlp.experts.w1.weight"].addressable_shards[0].data.shape == (3, 8, 40, 64)
-    assert form_of(model) != "everywhere"
+    assert form_of(model) != "dense_experts"
 
 
 def test_an_axis_of_another_name_is_refused(folder):
@@ -194,14 +194,14 @@ def test_on_a_cpu_layers_are_taken_apart_where_they_lie(folder):
     multiple of 64 bytes is copied, and has the same numbers."""
     model = load(folder, "float32")[0]
     for stacked in (model, jax.jit(lambda m: jax.tree.map(lambda x: 2 * x, m))(model)):
-        layers = unstack(stacked).model.layers
+        layers = unstack_layers(stacked).model.layers
         for name in ("gate_proj", "down_proj"):
             whole = getattr(stacked.model.layers.mlp, name).weight[...]
             row = whole.nbytes // len(layers)
             begins = [getattr(layer.mlp, name).weight[...].unsafe_buffer_pointer() for layer in layers]
             assert begins == [whole.unsafe_buffer_pointer() + i * row for i in range(len(layers))]
     model.model.layers.mlp.gate_proj = Linear(jnp.arange(4 * 5 * 7.0).reshape(4, 5, 7))
-    found = [layer.mlp.gate_proj.weight[...] for layer in unstack(model).model.layers]
+    found = [layer.mlp.gate_proj.weight[...] for layer in unstack_layers(model).model.layers]
     np.testing.assert_array_equal(np.stack(found), model.model.layers.mlp.gate_proj.weight[...])
 
 

@@ -16,17 +16,17 @@ from minicpm_jax import device  # noqa: E402
 from minicpm_jax.cpu import form  # noqa: E402
 from minicpm_jax.cpu.form import (  # noqa: E402
     for_decoding,
-    unstack,
+    unstack_layers,
 )
 from minicpm_jax.cpu.products import bfloat16_parts  # noqa: E402
 from minicpm_jax.generation.decoding import empty  # noqa: E402
-from minicpm_jax.layers.attention import attend, attend_rows  # noqa: E402
+from minicpm_jax.layers.attention import attend, self_attention  # noqa: E402
 from minicpm_jax.layers.blockwise import BLOCK  # noqa: E402
 from minicpm_jax.layers.kv_cache import Cache  # noqa: E402
 from minicpm_jax.layers.linear import RMSNorm  # noqa: E402
-from minicpm_jax.layers.rope import positions_of, rotate  # noqa: E402
+from minicpm_jax.layers.rope import apply_rope, positions_of  # noqa: E402
 from minicpm_jax.loading import load, load_weights  # noqa: E402
-from minicpm_jax.model import Model, abstract, initialise, scaled  # noqa: E402
+from minicpm_jax.model import Model, abstract, initialize, scale  # noqa: E402
 from minicpm_jax.parallel.chips import CHIPS  # noqa: E402
 from minicpm_jax.training.losses import mean_loss  # noqa: E402
 from minicpm_jax.training.step import weights_of  # noqa: E402
@@ -122,7 +122,7 @@ def test_hidden_states(case):
     ids = jnp.asarray(case["input_ids"][:1])
     positions = positions_of(case.model.config, ids.shape)
     states = [case.model.model.embed(ids)]
-    for layer in unstack(case.model).model.layers:
+    for layer in unstack_layers(case.model).model.layers:
         states.append(layer(states[-1], positions)[0])
     close(jnp.concatenate(states), case["hidden_states"], 3e-4)  # numbers of up to 66: measured 1.05e-4
     close(case.model.model.norm(states[-1])[0], case["final_norm"], 1e-4)
@@ -234,9 +234,9 @@ def test_rotation_and_scales_round_once(dense):
     x = jax.random.normal(jax.random.key(0), (1, 300, 2, 16), jnp.bfloat16)
     positions = positions_of(dense.model.config, (1, 300))
     assert dense.model.config.head_dim == 16
-    assert jnp.array_equal(rotate(x, positions), rotate(x.astype(jnp.float32), positions).astype(jnp.bfloat16))
-    assert jnp.array_equal(scaled(x, 0.221359), (x.astype(jnp.float32) * 0.221359).astype(jnp.bfloat16))
-    assert not jnp.array_equal(scaled(x, 0.221359), x * 0.221359)  # JAX rounds the factor first
+    assert jnp.array_equal(apply_rope(x, positions), apply_rope(x.astype(jnp.float32), positions).astype(jnp.bfloat16))
+    assert jnp.array_equal(scale(x, 0.221359), (x.astype(jnp.float32) * 0.221359).astype(jnp.bfloat16))
+    assert not jnp.array_equal(scale(x, 0.221359), x * 0.221359)  # JAX rounds the factor first
 
 
 def test_recomputed_layers_give_the_same_gradients(dense):
@@ -258,7 +258,7 @@ def test_recomputed_layers_give_the_same_gradients(dense):
 
 
 def test_unstacked_layers_give_the_same_numbers(dense):
-    listed = unstack(dense.model)
+    listed = unstack_layers(dense.model)
     assert len(listed.model.layers) == 3
     close(listed(dense["input_ids"]), dense["logits"])
     assert greedy(listed, dense["prompt_ids"], 24)[0].tolist() == dense["greedy_ids"][8:].tolist()
@@ -287,7 +287,7 @@ def test_bfloat16_in_the_form_for_a_cpu(dense):
     def far(logits):
         return float(np.sqrt(np.mean((np.asarray(logits) - dense["logits"]) ** 2)))
 
-    given, listed = far(stacked(ids)), unstack(stacked)
+    given, listed = far(stacked(ids)), unstack_layers(stacked)
     assert 0 < far(listed(ids)) < 1.2 * given
     assert 0 < far(step_by_step(listed, 5)) < 1.2 * given
     one_row = decoded(listed, ids[:1, :1], empty(listed, 1, 64, None)[0], 1)[0]
@@ -299,7 +299,7 @@ def test_float32_of_a_bfloat16_file_on_a_cpu(reference, monkeypatch, matrix_unit
     """With a matrix unit the matrices stay as the file has them, and the numbers are those of float32 all the same."""
     monkeypatch.setattr(form, "has_matrix_unit", lambda: matrix_unit)
     known = Reference(reference("dense_bf16"), functools.partial(load_weights, decoding=True))
-    model = unstack(known.model)
+    model = unstack_layers(known.model)
     kept = jnp.bfloat16 if matrix_unit else jnp.float32
     assert {(leaf.ndim, leaf.dtype) for leaf in jax.tree.leaves(model)} == {
         (1, jnp.dtype("float32")),
@@ -321,7 +321,7 @@ def test_a_float32_is_three_bfloat16():
 def test_decoding_in_bfloat16_on_a_cpu_copies_neither_words_nor_cache():
     """XLA would make the words float32 before the loop (2.6 MB), and write a cache in bfloat16 whole for each token."""
     config = dataclasses.replace(SMALL, vocab_size=10_000)
-    model = unstack(initialise(config, jax.random.key(0), "bfloat16"))
+    model = unstack_layers(initialize(config, jax.random.key(0), "bfloat16"))
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(model, cache):
@@ -384,7 +384,7 @@ def test_load(dense):
 def test_initialise_follows_the_parameter_table(tied, experts):
     chosen = {"num_experts": experts, "num_experts_per_tok": experts // 2}
     config = dataclasses.replace(SMALL, tie_word_embeddings=tied, **chosen)
-    weights = weights_of(initialise(config, jax.random.key(0)))
+    weights = weights_of(initialize(config, jax.random.key(0)))
     assert jnp.std(weights["model.embed_tokens.weight"]) == pytest.approx(0.2, rel=0.05)
     up = weights[f"model.layers.mlp.{'experts.w3' if experts else 'up_proj'}.weight"]
     assert jnp.std(up) == pytest.approx(0.2 / 2, rel=0.05)  # sqrt(64 / 16)
@@ -394,7 +394,7 @@ def test_initialise_follows_the_parameter_table(tied, experts):
     shapes = {name: array.shape for name, array in weights.items()}
     assert shapes == {parameter.name: parameter.shape(config) for parameter in parameters(config)}
     assert shapes == {name: array.shape for name, array in jax.eval_shape(weights_of, abstract(config)).items()}
-    leaves = jax.tree.leaves(initialise(config, jax.random.key(0)))
+    leaves = jax.tree.leaves(initialize(config, jax.random.key(0)))
     assert len(leaves) == len(shapes)  # nothing beside the table
 
 
@@ -432,7 +432,7 @@ def test_attention_of_many_tokens_is_made_in_blocks():
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True)).lower(q, k, v).compile()
 
-    programs = compiled(attend_rows, segments), compiled(attend, mask)
+    programs = compiled(self_attention, segments), compiled(attend, mask)
     for found, expected in zip(*(jax.tree.leaves(program(q, k, v)) for program in programs), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()))
     blocks, whole = (program.memory_analysis().temp_size_in_bytes for program in programs)

@@ -10,12 +10,12 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 
-from minicpm_jax.cpu.form import unstack  # noqa: E402
+from minicpm_jax.cpu.form import unstack_layers  # noqa: E402
 from minicpm_jax.layers import moe  # noqa: E402
 from minicpm_jax.layers.kv_cache import Cache  # noqa: E402
 from minicpm_jax.layers.rope import positions_of  # noqa: E402
 from minicpm_jax.loading import load_weights  # noqa: E402
-from minicpm_jax.model import initialise, scaled  # noqa: E402
+from minicpm_jax.model import initialize, scale  # noqa: E402
 from minicpm_jax.training.losses import packed_loss  # noqa: E402
 from minicpm_jax.training.step import weights_of  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
@@ -42,7 +42,7 @@ LAYER = 3 * 8 * 112 * 48 * 4  # bytes of a layer's experts
 
 @pytest.fixture(scope="module")
 def model():
-    return initialise(CONFIG, jax.random.key(0))
+    return initialize(CONFIG, jax.random.key(0))
 
 
 def routes(model, ids, cache=None):
@@ -52,9 +52,9 @@ def routes(model, ids, cache=None):
     if cache is not None:
         positions = positions_of(model.config, ids.shape, start=cache.lengths, length=cache.lengths + ids.shape[1])
     x, found = model.model.embed(jnp.asarray(ids)), []
-    for index, layer in enumerate(unstack(model).model.layers):
+    for index, layer in enumerate(unstack_layers(model).model.layers):
         added, _ = layer.self_attn(layer.input_layernorm(x), positions, cache, index)
-        y = x + scaled(added, model.config.residual_scale)
+        y = x + scale(added, model.config.residual_scale)
         logits = layer.mlp.gate(layer.post_attention_layernorm(y).reshape(-1, y.shape[-1]))
         found.append((logits, *moe.route(logits, model.config.num_experts_per_tok)))
         x, cache, _ = layer(x, positions, cache, index)
@@ -153,12 +153,12 @@ def test_every_form_gives_the_same_sum(rows, experts, chosen, kind):
     layer, arguments = experts_of(config), choices(rows, config, rows, kind)
     expected = naive(layer, *arguments)
     np.testing.assert_allclose(jax.jit(moe.Experts.__call__)(layer, *arguments), expected, atol=2e-6)
-    np.testing.assert_allclose(jax.jit(moe.Experts.everywhere)(layer, *arguments), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(moe.Experts.dense_experts)(layer, *arguments), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("rows", [3, 70, 300])
 def test_gradients_are_those_of_all_experts_on_all_rows(rows):
-    """Blocks have a gradient of their own; `everywhere` is JAX's."""
+    """Blocks have a gradient of their own; `dense_experts` is JAX's."""
     layer, (x, weights, chosen) = experts_of(CONFIG), choices(rows, CONFIG, 1)
 
     def gradients(form):
@@ -167,7 +167,7 @@ def test_gradients_are_those_of_all_experts_on_all_rows(rows):
 
         return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(layer, x, weights))
 
-    found, expected = gradients(moe.Experts.__call__), gradients(moe.Experts.everywhere)
+    found, expected = gradients(moe.Experts.__call__), gradients(moe.Experts.dense_experts)
     assert len(found) == 5
     for a, b in zip(found, expected, strict=True):
         assert jnp.abs(b).max() > 0
@@ -225,7 +225,7 @@ def test_decode_reads_two_of_eight_experts(model, listed):
     """In the compiled program: no instruction makes, slices or copies all experts of a layer, and the temporaries have
     no room for them. A prompt of many tokens does."""
     if listed:
-        model = unstack(model)
+        model = unstack_layers(model)
 
     def compiled(width):
         cache = Cache.empty(CONFIG, 1, 32, jnp.float32)

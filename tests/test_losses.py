@@ -30,10 +30,10 @@ def initialised(backend, config, seed=0):
     if backend == "minicpm_jax":
         import jax
 
-        return part(backend, "model").initialise(config, jax.random.key(seed))
+        return part(backend, "model").initialize(config, jax.random.key(seed))
     import mlx.core as mx
 
-    return part(backend, "model").initialise(config, mx.random.key(seed))
+    return part(backend, "model").initialize(config, mx.random.key(seed))
 
 
 def value_and_gradients(backend, config, hidden, weight, labels, above, dtype="float32", mesh=None):
@@ -318,12 +318,14 @@ def test_imbalance(backend):
     _, chosen = moe.route(np_.array(logits), 2)
     taken, rows = np.asarray(chosen), real.reshape(-1)
     assert sorted(taken[0]) == sorted(np.argsort(-logits[0])[:2])
-    found, back = value_and_grad(moe.imbalance)(np_.array(logits), chosen)
+    found, back = value_and_grad(moe.load_balancing_loss)(np_.array(logits), chosen)
     expected, expected_back = formula(logits, taken)
     assert float(found) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(back, expected_back, atol=1e-6)
     assert np.abs(expected_back).max() > 1e-3  # what the router learns from it
-    found = moe.imbalance(np_.array(logits), chosen, np_.array(real))
+    found = moe.load_balancing_loss(np_.array(logits), chosen, np_.array(real))
     assert float(found) == pytest.approx(formula(logits[rows], taken[rows])[0], rel=1e-5)
     alike = np_.array(np.array([[0, 1], [2, 3]] * 20))
-    assert float(moe.imbalance(np_.array(logits), alike)) == pytest.approx(1, rel=1e-5)  # f = 1 / E whatever P is
+    assert float(moe.load_balancing_loss(np_.array(logits), alike)) == pytest.approx(
+        1, rel=1e-5
+    )  # f = 1 / E whatever P is

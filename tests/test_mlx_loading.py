@@ -11,7 +11,7 @@ mx = pytest.importorskip("mlx.core")
 from mlx.utils import tree_flatten  # noqa: E402
 
 from minicpm_mlx import load  # noqa: E402
-from minicpm_mlx.quantization.model import quantised  # noqa: E402
+from minicpm_mlx.quantization.model import quantize_model  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
 
@@ -64,7 +64,7 @@ def test_packed_while_it_is_read_is_what_a_loaded_model_would_be_packed_to(tmp_p
     for head in (False, True):
         whole = load(folder, dtype)[0]
         largest = max(x.nbytes for _, x in tree_flatten(whole.parameters()))
-        expected = dict(tree_flatten(quantised(whole, 8, head).parameters()))
+        expected = dict(tree_flatten(quantize_model(whole, 8, head).parameters()))
         mx.eval(expected)
         mx.reset_peak_memory()
         before = mx.get_active_memory()

@@ -18,9 +18,9 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model  # noqa: E402
 
-from minicpm_mlx.layers.rope import positions_of, rotate  # noqa: E402
+from minicpm_mlx.layers.rope import apply_rope, positions_of  # noqa: E402
 from minicpm_mlx.loading import load, load_weights  # noqa: E402
-from minicpm_mlx.model import Model, ModelArgs, abstract, gated, initialise, scaled  # noqa: E402
+from minicpm_mlx.model import Model, ModelArgs, abstract, gated_act, initialize, scale  # noqa: E402
 from minicpm_mlx.training.losses import mean_loss  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
@@ -207,7 +207,7 @@ def test_prompt_cache_survives_its_file(dense, tmp_path):
 
 
 def test_quantised_cache():
-    model = initialise(SMALL, mx.random.key(0))
+    model = initialize(SMALL, mx.random.key(0))
     ids = mx.random.randint(0, 64, (1, 20), key=mx.random.key(1))
     cache = [caches.QuantizedKVCache(group_size=32, bits=8) for _ in model.layers]
     logits = mx.concatenate(
@@ -249,19 +249,19 @@ def test_rotation_and_scales_round_once(dense):
     x = mx.random.normal((1, 2, 300, 16), mx.bfloat16, key=mx.random.key(0))
     config = dataclasses.replace(dense.model.config, head_dim=16)
     positions = positions_of(config, mx.zeros((1, 300)))
-    assert mx.array_equal(rotate(x, positions), rotate(x.astype(mx.float32), positions).astype(mx.bfloat16))
-    assert mx.array_equal(scaled(x, 0.221359), (x.astype(mx.float32) * 0.221359).astype(mx.bfloat16))
-    assert not mx.array_equal(scaled(x, 0.221359), x * 0.221359)  # MLX rounds the factor first
+    assert mx.array_equal(apply_rope(x, positions), apply_rope(x.astype(mx.float32), positions).astype(mx.bfloat16))
+    assert mx.array_equal(scale(x, 0.221359), (x.astype(mx.float32) * 0.221359).astype(mx.bfloat16))
+    assert not mx.array_equal(scale(x, 0.221359), x * 0.221359)  # MLX rounds the factor first
 
 
-@pytest.mark.parametrize("function", [scaled, gated])
+@pytest.mark.parametrize("function", [scale, gated_act])
 def test_compiled_elementwise_chains_give_the_same_bits(function):
     """On a GPU they run compiled."""
     x = mx.random.normal((3, 5), mx.bfloat16, key=mx.random.key(0))
-    second = 0.221359 if function is scaled else x + 1
+    second = 0.221359 if function is scale else x + 1
     compiled = mx.compile(function, shapeless=True)
     for rows in (x, x[:2]):
-        other = second if function is scaled else second[: len(rows)]
+        other = second if function is scale else second[: len(rows)]
         assert mx.array_equal(compiled(rows, other), function(rows, other))
 
 
@@ -283,7 +283,7 @@ def test_recomputed_layers_give_the_same_gradients(dense):
 def test_quantised_weights_pass_through_mlx_lm(tmp_path, tied, experts):
     chosen = {"num_experts": experts, "num_experts_per_tok": experts // 2}
     config = dataclasses.replace(SMALL, tie_word_embeddings=tied, **chosen)
-    model = initialise(config, mx.random.key(0))
+    model = initialize(config, mx.random.key(0))
     ids = [[1, 2, 3, 4]]
     exact = model(ids)
     model, raw = quantize_model(model, config.to_dict(), group_size=32, bits=8)
@@ -328,7 +328,7 @@ def test_load(dense):
 @pytest.mark.parametrize("experts", [0, 4])
 def test_initialise_follows_the_parameter_table(experts):
     config = dataclasses.replace(SMALL, num_experts=experts, num_experts_per_tok=experts // 2)
-    model = initialise(config, mx.random.key(0))
+    model = initialize(config, mx.random.key(0))
     assert mx.std(model.model.embed_tokens.weight).item() == pytest.approx(0.2, rel=0.05)
     ups = [layer.mlp.experts.w3.weight if experts else layer.mlp.up_proj.weight for layer in model.layers]
     assert mx.std(ups[0]).item() == pytest.approx(0.2 / 2, rel=0.05)  # sqrt(64 / 16)

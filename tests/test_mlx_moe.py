@@ -17,7 +17,7 @@ from minicpm_mlx import load, stream_generate  # noqa: E402
 from minicpm_mlx.layers import moe  # noqa: E402
 from minicpm_mlx.layers.rope import positions_of  # noqa: E402
 from minicpm_mlx.loading import load_weights  # noqa: E402
-from minicpm_mlx.model import Model, ModelArgs, initialise, scaled  # noqa: E402
+from minicpm_mlx.model import Model, ModelArgs, initialize, scale  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402
 
@@ -40,7 +40,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    return initialise(CONFIG, mx.random.key(0))
+    return initialize(CONFIG, mx.random.key(0))
 
 
 def routes(model, ids, caches=None):
@@ -52,11 +52,11 @@ def routes(model, ids, caches=None):
     x, found = model.model.embed(ids), []
     for layer, cache in zip(model.layers, caches, strict=True):
         added = layer.self_attn(layer.input_layernorm(x), positions, cache)
-        y = x + scaled(added, model.config.residual_scale)
+        y = x + scale(added, model.config.residual_scale)
         normed = layer.post_attention_layernorm(y)
         logits = layer.mlp.gate(normed.reshape(-1, y.shape[-1]))
         found.append((logits, *moe.route(logits, model.config.num_experts_per_tok)))
-        x = y + scaled(layer.mlp(normed)[0], model.config.residual_scale)
+        x = y + scale(layer.mlp(normed)[0], model.config.residual_scale)
     return [[np.asarray(array.astype(mx.float32)) for array in layer] for layer in found]
 
 
@@ -195,7 +195,7 @@ def test_training_moves_every_parameter(model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_decode_touches_no_other_expert(rows, dtype):
-    model = initialise(CONFIG, mx.random.key(0), dtype)
+    model = initialize(CONFIG, mx.random.key(0), dtype)
     ids = np.arange(rows * 9).reshape(rows, 9) * 7 % 64
     token = mx.arange(rows)[:, None] * 5 + 3
     taken = [np.unique(experts) for _, _, experts in routes(model, token, prefilled(model, ids))]
@@ -238,7 +238,7 @@ def test_mlx_lm_loads_the_released_files_and_its_own(reference, tmp_path):
 
 
 def test_lora_layers_of_mlx_lm():
-    model = initialise(CONFIG, mx.random.key(0))
+    model = initialize(CONFIG, mx.random.key(0))
     ids = mx.array([[1, 2, 3, 4]])
     before = model(ids)
     model.freeze()

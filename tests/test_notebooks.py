@@ -447,14 +447,14 @@ def test_what_a_step_has_to_read(changes, rows, left_out):
     """Not the rows of an untied embedding, nor experts that nobody can have chosen (1 of 4 by 3 rows)."""
     import jax
 
-    from minicpm_jax.model import initialise
+    from minicpm_jax.model import initialize
     from minicpm_jax.notebook import Speed, bytes_read
     from weights_io.config import ModelConfig
     from weights_io.parameters import count
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = ModelConfig.from_dict({"vocab_size": 64, **shape, **changes})
-    read = bytes_read(initialise(config, jax.random.key(0)), rows)
+    read = bytes_read(initialize(config, jax.random.key(0)), rows)
     assert read == 4 * (count(config) - left_out(config))
     assert "50% of what" in str(Speed(rows, 100.0 * rows, read, 0.005))
     assert "not known" in str(Speed(rows, 100.0 * rows, read, None))

@@ -39,18 +39,18 @@ def layers_of(stacked: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def jax_step(weights: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    optimiser = optimizers.optimizer("muon", 0.0, 1e9, CONFIG)
+    optimizer = optimizers.optimizer("muon", 0.0, 1e9, CONFIG)
     here = {name: jnp.asarray(w) for name, w in weights.items()}
-    updates, _ = optimiser.update({name: jnp.asarray(g) for name, g in gradients.items()}, optimiser.init(here), here)
+    updates, _ = optimizer.update({name: jnp.asarray(g) for name, g in gradients.items()}, optimizer.init(here), here)
     return layers_of({name: np.asarray(update) for name, update in updates.items()})
 
 
 def mlx_step(weights: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    optimiser = mlx_optimizers.OPTIMISERS["muon"]()
+    optimizer = mlx_optimizers.OPTIMIZERS["muon"]()
     before = {name: mx.array(w) for name, w in layers_of(weights).items()}
-    optimiser.init(before)
-    optimiser.learning_rate = 1.0
-    after = optimiser.apply_gradients({name: mx.array(g) for name, g in layers_of(gradients).items()}, before)
+    optimizer.init(before)
+    optimizer.learning_rate = 1.0
+    after = optimizer.apply_gradients({name: mx.array(g) for name, g in layers_of(gradients).items()}, before)
     return {name: np.array(after[name]) - np.array(before[name]) for name in before}
 
 

@@ -17,8 +17,14 @@ from minicpm_jax.backend import backend  # noqa: E402
 from minicpm_jax.generate import Options  # noqa: E402
 from minicpm_jax.parallel.activations import splits_tokens  # noqa: E402
 from minicpm_jax.parallel.mesh import make_mesh  # noqa: E402
-from minicpm_jax.parallel.sharding import note_idle, padded, padded_over, resized, share  # noqa: E402
-from minicpm_jax.quantization.model import quantised  # noqa: E402
+from minicpm_jax.parallel.sharding import (  # noqa: E402
+    fraction_per_device,
+    pad_config,
+    pad_config_over,
+    pad_or_trim,
+    warn_idle_mesh_axes,
+)
+from minicpm_jax.quantization.model import quantize_model  # noqa: E402
 from minicpm_jax.training.losses import packed_loss  # noqa: E402
 from minicpm_jax.training.step import weights_of  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
@@ -78,7 +84,7 @@ def test_gradients_are_those_of_one_device_and_zero_where_there_is_nothing(folde
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-4 * scale, err_msg=name)
         whole = np.asarray(functools.reduce(getattr, name.split("."), found)[...])
-        np.testing.assert_array_equal(whole, resized(np.asarray(gradient), whole.shape), err_msg=name)
+        np.testing.assert_array_equal(whole, pad_or_trim(np.asarray(gradient), whole.shape), err_msg=name)
 
 
 def test_an_adapter_with_magnitudes_is_that_of_one_device(folder, alone):
@@ -87,7 +93,7 @@ def test_an_adapter_with_magnitudes_is_that_of_one_device(folder, alone):
     run = jax.jit(lambda model, weights: adapters.attach(model, weights, config.scale)(IDS))
     logits = []
     for model in (alone, on(folder, "tensor=4", 4)):
-        weights = adapters.initial(model, config, range(2), jax.random.key(0))
+        weights = adapters.init_lora_params(model, config, range(2), jax.random.key(0))
         weights = jax.tree.map(lambda x: np.asarray(x) + 0.01, weights)
         assert {name: matrices["magnitude"].shape for name, matrices in weights.items()} == {
             "model.layers.self_attn.k_proj.weight": (2, 48),
@@ -103,11 +109,11 @@ def test_what_is_drawn_kept_in_8_bits_or_quantised_is_that_of_one_device(folder,
     drawn = {"temperature": 1.0, "seed": 3, "kv_bits": 8}
     assert generated(on(folder, "tensor=8"), **drawn) == generated(alone, **drawn)
     mesh = make_mesh("tensor=4", jax.devices()[:4])
-    one = quantised(load(folder, "float32")[0], 4, True)(IDS)
+    one = quantize_model(load(folder, "float32")[0], 4, True)(IDS)
     packed = load(folder, "float32", quantize=4, mesh=mesh)[0]
     down = packed.model.layers.mlp.down_proj.weight
-    assert [x[...].sharding.shard_shape(x.shape)[1] for x in (down.numbers, down.scales)] == [64, 2]
-    for model in (packed, quantised(on(folder, "tensor=4", 4), 4, True)):
+    assert [x[...].sharding.shard_shape(x.shape)[1] for x in (down.qweight, down.scales)] == [64, 2]
+    for model in (packed, quantize_model(on(folder, "tensor=4", 4), 4, True)):
         np.testing.assert_allclose(model(IDS), one, rtol=0, atol=1e-5)
 
 
@@ -126,9 +132,9 @@ def test_each_device_has_what_is_said_before_anything_is_loaded(folder):
     """Of a model all parts are alike; of masters and moments, which nobody fills up, some are whole everywhere."""
     model = on(folder, "fsdp=2,tensor=4")
     mesh, config = model.mesh, model.config
-    for tree, shape in ((model, padded(config, mesh)), (weights_of(model), config)):
+    for tree, shape in ((model, pad_config(config, mesh)), (weights_of(model), config)):
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-        assert round(weight_bytes(shape, "float32") * share(shape, mesh)) == held
+        assert round(weight_bytes(shape, "float32") * fraction_per_device(shape, mesh)) == held
 
 
 def test_the_shapes_of_the_2b():
@@ -136,12 +142,12 @@ def test_the_shapes_of_the_2b():
     Neurons of few bits fill registers, too."""
     heads = {"num_attention_heads": 36, "num_key_value_heads": 36, "head_dim": 64}
     config = ModelConfig(vocab_size=122753, intermediate_size=5760, **heads)
-    shapes = {parts: padded_over(config, parts) for parts in (1, 2, 4, 8)}
+    shapes = {parts: pad_config_over(config, parts) for parts in (1, 2, 4, 8)}
     assert [shapes[parts].num_key_value_heads for parts in shapes] == [36, 36, 40, 48]
     assert [shapes[parts].vocab_size for parts in shapes] == [122753, 122754, 122756, 122760]
-    assert padded_over(config, 4, lanes=1).num_key_value_heads == 36
-    assert padded_over(config, 8).intermediate_size == 5760 and padded_over(config, 1, packed=True) == config
-    neurons = [padded_over(config, parts, packed=True).intermediate_size // parts for parts in (2, 4, 8)]
+    assert pad_config_over(config, 4, lanes=1).num_key_value_heads == 36
+    assert pad_config_over(config, 8).intermediate_size == 5760 and pad_config_over(config, 1, packed=True) == config
+    neurons = [pad_config_over(config, parts, packed=True).intermediate_size // parts for parts in (2, 4, 8)]
     assert neurons == [2944, 1536, 768]
 
 
@@ -161,7 +167,7 @@ def test_the_shapes_of_the_2b():
     ],
 )
 def test_axes_without_a_use_are_named(text, experts, rows, said, capsys):
-    note_idle(ModelConfig(num_experts=experts, num_experts_per_tok=experts // 4), make_mesh(text), rows)
+    warn_idle_mesh_axes(ModelConfig(num_experts=experts, num_experts_per_tok=experts // 4), make_mesh(text), rows)
     assert re.fullmatch(said and f"note: {said}", capsys.readouterr().err)
 
 

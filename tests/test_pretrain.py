@@ -31,7 +31,7 @@ from minicpm_data.datasets.pretraining import WindowBatches, pack
 from minicpm_data.metrics import Metrics, check_reporter
 from minicpm_data.schedules import WarmupStableDecay
 from minicpm_jax.export import Options, main
-from minicpm_jax.model import initialise
+from minicpm_jax.model import initialize
 from minicpm_jax.training import step as train
 from minicpm_jax.training.losses import packed_loss
 from weights_io import command_line
@@ -156,7 +156,7 @@ def test_a_wrong_line_is_named(corpus, tmp_path, line, said):
 def test_packed_documents_are_trained_apart(corpus):
     """The loss of two documents in one window is that of each alone, weighted by their trained tokens."""
     config = ModelConfig.from_file(corpus / "config.json")
-    model = initialise(config, jax.random.key(0))
+    model = initialize(config, jax.random.key(0))
     one, other = [1, 7, 8, 9, 2], [1, 20, 21, 2]
     together = packed_loss(model, jnp.array([one + other]), 1)
     alone = [packed_loss(model, jnp.array([row]), 1) * (len(row) - 1) for row in (one, other)]
@@ -166,11 +166,11 @@ def test_packed_documents_are_trained_apart(corpus):
 def test_mup_groups_take_their_share_of_a_step(corpus):
     """The first Adam step moves every number by the learning rate times its group's share (weight decay apart)."""
     config = ModelConfig.from_file(corpus / "config.json")
-    model = initialise(config, jax.random.key(0))
+    model = initialize(config, jax.random.key(0))
     weights = train.weights_of(model)
-    optimiser = optimizers.mup_optimizer(config, 0.9, 0.95, weight_decay=0.0, clip=1e9)
+    optimizer = optimizers.mup_optimizer(config, 0.9, 0.95, weight_decay=0.0, clip=1e9)
     gradients = jax.tree.map(lambda w: jnp.ones_like(w), weights)
-    updates, _ = optimiser.update(gradients, optimiser.init(weights), weights)
+    updates, _ = optimizer.update(gradients, optimizer.init(weights), weights)
     for name, update in updates.items():
         matrix = "proj" in name
         np.testing.assert_allclose(update, -0.5 if matrix else -1.0, rtol=1e-5, err_msg=name)
@@ -184,8 +184,8 @@ def test_mup_groups_take_their_share_of_a_step(corpus):
 def test_weight_decay_spares_lengths():
     """In fine-tuning: norms, and DoRA's magnitudes."""
     weights = {"model.norm.weight": jnp.ones(3), "q_proj": {"a": jnp.ones((2, 3)), "magnitude": jnp.ones(2)}}
-    optimiser = optimizers.optimizer("adamw", 0.1, 1.0, ModelConfig())
-    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, weights), optimiser.init(weights), weights)
+    optimizer = optimizers.optimizer("adamw", 0.1, 1.0, ModelConfig())
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, weights), optimizer.init(weights), weights)
     assert (
         float(jnp.abs(updates["model.norm.weight"]).max()) == float(jnp.abs(updates["q_proj"]["magnitude"]).max()) == 0
     )
@@ -194,7 +194,7 @@ def test_weight_decay_spares_lengths():
 
 def test_initialisation_is_mups(corpus):
     config = ModelConfig.from_file(corpus / "config.json")
-    weights = train.weights_of(initialise(config, jax.random.key(0)))
+    weights = train.weights_of(initialize(config, jax.random.key(0)))
     assert float(jnp.std(weights["model.embed_tokens.weight"])) == pytest.approx(0.1, rel=0.05)
     assert float(jnp.std(weights["model.layers.mlp.up_proj.weight"])) == pytest.approx(0.1 / math.sqrt(2), rel=0.05)
     assert float(jnp.ptp(weights["model.norm.weight"])) == 0

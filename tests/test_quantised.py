@@ -17,12 +17,12 @@ import numpy as np  # noqa: E402
 from minicpm_jax import fit, load  # noqa: E402
 from minicpm_jax.aot import hlo_cost  # noqa: E402
 from minicpm_jax.cpu import form  # noqa: E402
-from minicpm_jax.cpu.form import unstack  # noqa: E402
+from minicpm_jax.cpu.form import unstack_layers  # noqa: E402
 from minicpm_jax.cpu.packed import FEW_OF_GROUPS, FEW_OF_HEAD, fixed_point, on_cpu  # noqa: E402
 from minicpm_jax.layers.rope import positions_of  # noqa: E402
-from minicpm_jax.parallel.sharding import resized  # noqa: E402
-from minicpm_jax.quantization.model import quantised  # noqa: E402
-from minicpm_jax.quantization.packed import quantise, quantise_rows  # noqa: E402
+from minicpm_jax.parallel.sharding import pad_or_trim  # noqa: E402
+from minicpm_jax.quantization.model import quantize_model  # noqa: E402
+from minicpm_jax.quantization.packed import quantize_embedding, quantize_weight  # noqa: E402
 from weights_io.adapters import save_adapter  # noqa: E402
 from weights_io.checkpoint import open_checkpoint  # noqa: E402
 from weights_io.errors import InputError  # noqa: E402
@@ -42,13 +42,13 @@ def test_loading_packs_what_a_loaded_model_would_be_packed_to(tmp_path, experts)
         shape |= {"num_experts": experts, "num_experts_per_tok": 2}
     folder = tiny_model.write(tmp_path, **shape)
     mesh = jax.make_mesh((2, 2, 2), ("fsdp", "expert", "tensor"))
-    expected = weights(quantised(load(folder)[0], 8, head=True))
+    expected = weights(quantize_model(load(folder)[0], 8, head=True))
     for where in (None, mesh):
         found = weights(load(folder, quantize=8, mesh=where)[0])
         assert found.keys() == expected.keys()
         for path, array in found.items():
             assert array.dtype == expected[path].dtype
-            wanted = resized(np.asarray(expected[path]), array.shape)
+            wanted = pad_or_trim(np.asarray(expected[path]), array.shape)
             np.testing.assert_array_equal(np.asarray(array), wanted, err_msg=path)
     packed = [x for x in jax.tree.leaves(load(folder, quantize=8, mesh=mesh)[0]) if x.dtype == jnp.int8]
     assert len(packed) == 8
@@ -64,7 +64,7 @@ def random(*shape):
 def test_products_on_a_cpu_are_those_of_float32(pack, out):
     """Against float64, one row and many, of numbers of unlike sizes."""
     weight = random(out, 1920) * 0.02
-    packed = quantise_rows(weight) if pack == "head" else quantise(weight, int(pack[0]), 64)
+    packed = quantize_embedding(weight) if pack == "head" else quantize_weight(weight, int(pack[0]), 64)
     turned, exact = on_cpu(packed), np.asarray(packed[...], np.float64)
     np.testing.assert_array_equal(turned[...], packed[...])
     assert (turned.shape, turned.dtype) == (packed.shape, packed.dtype)
@@ -98,7 +98,7 @@ def test_a_model_on_a_cpu_keeps_its_weights_packed(tmp_path, bits):
     """The same logits; and a program that has no weight unpacked, of any layer."""
     shape = {"hidden_size": 128, "intermediate_size": 2048, "num_hidden_layers": 3}
     model = load(tiny_model.write(tmp_path, **shape), quantize=bits, dtype="float32")[0]
-    listed = unstack(model)
+    listed = unstack_layers(model)
     loaded = load(tmp_path / "model", quantize=bits, dtype="float32", decoding=True)[0]
     for path, leaf in weights(listed).items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(weights(loaded)[path]), err_msg=path)
@@ -155,7 +155,7 @@ def test_logits_of_pico(bits, layers, all_of_it):
     ids = jnp.asarray([tokenizer.encode("The quick brown fox jumps over the lazy dog. A model reads one word a time.")])
     logits = model(ids)
     for head, measured in ((False, layers), (True, all_of_it)):
-        error = quantised(load(dtype="float32")[0], bits, head)(ids) - logits
+        error = quantize_model(load(dtype="float32")[0], bits, head)(ids) - logits
         relative = float(jnp.sqrt(jnp.mean(error**2)) / jnp.std(logits))
         print(f"{bits} bits, head {head}: {relative:.4f}")
         assert 0.5 * measured < relative < 1.1 * measured

@@ -166,9 +166,9 @@ def test_the_cache_is_as_large_as_was_said(backend, model, bits):
 
     options = CacheOptions(kv_bits=bits, kv_group_size=32)
     if bits:  # heads of 16 numbers have no groups
-        model = tiny_training.part(backend, "model").initialise(memory_config(model), mx.random.key(0))
+        model = tiny_training.part(backend, "model").initialize(memory_config(model), mx.random.key(0))
     cache = decoding.make_cache(model, [0], options)
-    decoding.run(model, mx.array([[1] * 250]), cache, 250, 250)  # MLX makes room for 256
+    decoding.prefill_chunks(model, mx.array([[1] * 250]), cache, 250, 250)  # MLX makes room for 256
     found = sum(leaf.nbytes for layer in cache for leaf in flat(layer.keys) + flat(layer.values))
     assert found == decoding.cache_bytes(model, 1, 256, options)
 

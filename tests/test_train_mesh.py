@@ -8,7 +8,7 @@ from minicpm_jax.training import optimizers
 jax = pytest.importorskip("jax")
 
 from minicpm_jax import adapters  # noqa: E402
-from minicpm_jax.model import initialise  # noqa: E402
+from minicpm_jax.model import initialize  # noqa: E402
 from minicpm_jax.parallel.mesh import batch_sharding, make_mesh  # noqa: E402
 from minicpm_jax.parallel.sharding import replicated, shardings  # noqa: E402
 from minicpm_jax.training import step  # noqa: E402
@@ -46,20 +46,20 @@ def batch():
 
 def stepped(text, kind, config=CONFIG):
     """Weights (or adapters), loss and gradient norm after a step of gradient descent. A second one is not compiled."""
-    mesh, optimiser = make_mesh(text), optimizers.optimizer("sgd", 0.0, 1e9, config)
-    weights = jax.tree.map(np.array, step.weights_of(initialise(config, jax.random.key(0))))
+    mesh, optimizer = make_mesh(text), optimizers.optimizer("sgd", 0.0, 1e9, config)
+    weights = jax.tree.map(np.array, step.weights_of(initialize(config, jax.random.key(0))))
     weights = jax.device_put(weights, None if mesh is None else shardings(config, mesh))
     given = batch() if mesh is None else jax.device_put(batch(), batch_sharding(mesh, 8))
-    base, trained = None, step.AllWeights(config, "float32", mesh)
+    base, trained = None, step.FullFinetune(config, "float32", mesh)
     if kind == "lora":
-        base, trained = trained.model(None, weights), step.LowRankWeights(2.0, 0.1)
-        weights = adapters.initial(base, ADAPTER, range(2), jax.random.key(1))
+        base, trained = trained.model(None, weights), step.LoraFinetune(2.0, 0.1)
+        weights = adapters.init_lora_params(base, ADAPTER, range(2), jax.random.key(1))
         weights = jax.tree.map(lambda x: x + 0.01, weights)
         weights = weights if mesh is None else replicated(weights, mesh)
-    fixed = {"trained": trained, "objective": Objective(remat=True), "optimiser": optimiser}
-    before, compiled = step.beginning(weights, optimiser, mesh), step.train_step._cache_size()
+    fixed = {"trained": trained, "objective": Objective(remat=True), "optimizer": optimizer}
+    before, compiled = step.init_train_state(weights, optimizer, mesh), step.train_step._cache_size()
     after, figures = step.train_step(before, base, given, np.float32(0.01), jax.random.key(0), **fixed)
-    after = step.where_it_was(after, before)
+    after = step.restore_sharding(after, before)
     weights = jax.tree.map(np.array, after[0])
     step.train_step(after, base, given, np.float32(0.01), jax.random.key(0), **fixed)
     assert step.train_step._cache_size() == compiled + 1

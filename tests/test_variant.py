@@ -74,7 +74,7 @@ def test_everything_that_reads_the_table_takes_it(folder, tmp_path):
     np.testing.assert_array_equal(logits(minicpm_mlx, tmp_path / "out"), expected)
     assert open_checkpoint(tmp_path / "out").config == open_checkpoint(gain).config
     assert inspect(gain).architecture.startswith("GainedForCausalLM")
-    new = minicpm_jax.model.initialise(open_checkpoint(gain).config, jax.random.key(0))
+    new = minicpm_jax.model.initialize(open_checkpoint(gain).config, jax.random.key(0))
     assert (weights_of(new)["model.layers.mlp.gain.weight"] == 1).all()
 
 

@@ -118,7 +118,7 @@ def gradients(backend: str, model: Any, batch: dict[str, np.ndarray], **objectiv
 
         from minicpm_jax.training import step as train
 
-        whole = train.AllWeights(model.config, "float32")
+        whole = train.FullFinetune(model.config, "float32")
 
         def total(weights):
             return objective(whole.model(None, weights), batch)
@@ -159,7 +159,7 @@ def arrays_of(worker: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         from mlx.utils import tree_flatten
 
         base = dict(tree_flatten(worker.model.parameters()))
-        trained = dict(tree_flatten([worker.weights, worker.optimiser.state]))
+        trained = dict(tree_flatten([worker.weights, worker.optimizer.state]))
         return trained, {name: array for name, array in base.items() if name not in worker.weights}
     import jax
 

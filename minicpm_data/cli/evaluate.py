@@ -186,7 +186,7 @@ def run_evaluate(
         required = requirements(options)
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
-        running.device.note_mesh(model, options.batch_size)
+        running.device.warn_idle_axes(model, options.batch_size)
         numbers = options.limit, options.batch_size, options.max_tokens, options.seed, options.data
         reading = options.ignore_keys, not options.special_tokens_as_text
         answers = ask_questions(running, model, tokenizer, *numbers, *reading)

@@ -155,7 +155,7 @@ def run_generate(
         running = backend()
         # The sparsity is found by looking into the layers.
         model, tokenizer = load_model(running, options, decoding=not options.report_sparsity)
-        running.device.note_mesh(model, 1)
+        running.device.warn_idle_axes(model, 1)
         if options.report_sparsity:
             sparsity.checked_threshold(model.config)
         for token in chain(*options.extra_eos_token):
@@ -195,7 +195,7 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
-        running.device.note_mesh(model, 1)
+        running.device.warn_idle_axes(model, 1)
         stops = options.stops(*tokenizer.turn_markers)
         conversation = Conversation(options.system_prompt)
         for query in typed_lines():

@@ -85,7 +85,7 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     valid = read_split(options, tokenizer, "valid", required=False) if options.training else None
     test = read_split(options, tokenizer, "test") if options.test else None
     worker = trainer(model, options, source.checkpoint)  # refuses a batch that the mesh does not divide
-    running.device.note_mesh(model, options.batch_size)
+    running.device.warn_idle_axes(model, options.batch_size)
     del model  # full fine-tuning does not keep it
     with contextlib.closing(worker):
         if train is None:

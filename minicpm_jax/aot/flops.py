@@ -1,12 +1,12 @@
-"""The multiplications of a traced program, loops multiplied out: what it has to compute on all devices together."""
+"""Floating-point operations of a traced program, including loop iterations, over all devices together."""
 
 import math
 from typing import Any
 
 
 def flops(jaxpr: Any) -> float:
-    """Of a (closed) jaxpr: two for each multiplication of matrix products, and what Pallas kernels state. The body of a
-    loop whose end is data counts once; of branches the costliest counts."""
+    """Operations of a (closed) jaxpr: two per multiplication of matrix products, and the ``cost_estimate`` of Pallas
+    kernels. The body of a loop with a data-dependent trip count counts once; of branches the costliest counts."""
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         parameters = equation.params
@@ -36,7 +36,7 @@ def _product(equation: Any) -> float:
 
 
 def _parts(parameters: Any) -> int:
-    """On how many devices a `shard_map` does different work: the axes that split any of what goes in."""
+    """Number of devices on which a `shard_map` does different work: the axes that shard any of its inputs."""
     names: set[str] = set()
     for spec in parameters["in_specs"]:
         for entry in spec:

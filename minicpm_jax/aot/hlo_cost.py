@@ -1,13 +1,15 @@
-"""What a compiled TPU program moves, counted from its text (``compiled.as_text()``): bytes of HBM, and collectives.
+"""Memory traffic of a compiled TPU program, counted from its text (``compiled.as_text()``): bytes of HBM, and
+collectives.
 
-`cost_analysis()` of XLA counts the body of a loop once, and what stays in the chip's own memory (VMEM) like HBM. Here
+XLA's `cost_analysis()` counts the body of a loop once, and data in VMEM like data in HBM. Here
 
-- operands and results count where they lie in HBM: ``S(1)`` in a layout is VMEM, other S flags and scalars;
-- a slice that is taken (or rows that are gathered) counts at its own size, an update in place at the update's;
-- the body of a loop counts as often as it runs; a loop whose end is data (the steps of `decoding.decode`) counts once;
+- operands and results count if they are in HBM: ``S(1)`` in a layout is VMEM, other S flags and scalars;
+- a slice or gather counts at its own size, an update in place at the update's size;
+- the body of a loop counts once per iteration; if the trip count depends on data (the steps of `decoding.decode`),
+    once;
 - of the branches of a conditional the costliest counts;
-- a Pallas kernel counts what it states (``cost_estimate``), in `minicpm_jax.kernels` the bytes of a full cache;
-  one that states nothing (JAX's splash attention) counts its operands and results once;
+- a Pallas kernel counts its ``cost_estimate``, which for `minicpm_jax.layers.kernels` assumes a full cache; a kernel
+  without one (JAX's splash attention) counts its operands and results once;
 - padding counts: an array whose last axis is 64 takes lanes of 128.
 """
 
@@ -20,18 +22,18 @@ from functools import cached_property
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# Name things, or end what another instruction began and was counted for.
+# Only name values, or end an instruction that was counted at its start.
 FREE = frozenset(
     """parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier
     add-dependency domain get-dimension-size""".split()
 )
-PASSING = ("bitcast", "convert", "copy", "reshape", "transpose")  # within a fusion: what reads them reads their operand
-# Custom calls of XLA's own that name a place or a fact.
+PASSING = ("bitcast", "convert", "copy", "reshape", "transpose")  # within a fusion: reading them reads their operand
+# XLA's own custom calls that only declare something.
 NAMING = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 SLICING = ("dynamic-slice", "slice", "gather")
 UPDATING = ("dynamic-update-slice", "scatter")
-PASSED_ON = "output_to_operand_aliasing"  # of a fusion: operands that come out as they went in
-BITS = {"pred": 8, "token": 0, "opaque": 0}  # of types whose name does not end in their width
+PASSED_ON = "output_to_operand_aliasing"  # attribute of a fusion: operands passed on unchanged
+BITS = {"pred": 8, "token": 0, "opaque": 0}  # types whose name does not end in their width
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -42,7 +44,7 @@ _STATED = re.compile(r'"bytes_accessed":"(\d+)"')
 
 
 class Buffer(NamedTuple):
-    """One array: how many numbers, how many bytes with its padding, and whether those are in HBM."""
+    """One array: its number of elements, its bytes with padding, and whether it is in HBM."""
 
     numbers: int
     size: int
@@ -53,22 +55,24 @@ class Buffer(NamedTuple):
         return self.size if self.in_hbm else 0
 
     def part(self, numbers: int) -> int:
-        """Bytes in HBM of so many of its numbers."""
+        """Bytes of HBM for ``numbers`` of its elements."""
         return 0 if not self.numbers else int(self.hbm * min(numbers / self.numbers, 1))
 
 
 @dataclass(frozen=True)
 class Instruction:
+    """One instruction of an HLO computation."""
+
     name: str
     opcode: str
     shape: str
     operands: tuple[str, ...]
-    rest: str  # what stands between the brackets and after them
+    rest: str  # the text inside the brackets and after them
     root: bool
 
     @cached_property
     def buffers(self) -> list[Buffer]:
-        """Of the result; of a tuple its parts."""
+        """The arrays of the result; of a tuple its elements."""
         return [_buffer(*found) for found in _ARRAY.findall(self.shape)]
 
     @property
@@ -76,7 +80,7 @@ class Instruction:
         return sum(buffer.numbers for buffer in self.buffers)
 
     def called(self, key: str) -> str | None:
-        """The computation of an attribute such as ``body``."""
+        """The computation named by an attribute such as ``body``."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
         return found and found[1]
 
@@ -86,11 +90,11 @@ Computation = dict[str, Instruction]
 
 @dataclass
 class Traffic:
-    """Of one run of a program (or of one step, where the number of steps is data), on one chip."""
+    """Traffic of one run of a program (one step, if the number of steps depends on data), per chip."""
 
     hbm: int = 0  # bytes read and written
-    counts: Counter[str] = field(default_factory=Counter)  # collectives by kind, loops multiplied out
-    bytes: Counter[str] = field(default_factory=Counter)  # of each kind: the larger of what goes in and what comes out
+    counts: Counter[str] = field(default_factory=Counter)  # collectives by kind, times trip counts
+    bytes: Counter[str] = field(default_factory=Counter)  # by kind: the larger of operands and results
 
     def add(self, other: "Traffic", times: int = 1) -> None:
         self.hbm += times * other.hbm
@@ -100,7 +104,7 @@ class Traffic:
 
 
 def traffic(text: str) -> Traffic:
-    """Of the program with this text."""
+    """Traffic of the program with this text."""
     return Program(text).traffic
 
 
@@ -125,7 +129,7 @@ class Program:
         return self._of(self.entry)
 
     def instructions(self) -> Iterator[tuple[Instruction, int]]:
-        """Every instruction that runs by itself (not those within fusions), and how often."""
+        """Every instruction that is scheduled by itself (outside fusions), and how often it runs."""
         return self._walk(self.entry, 1)
 
     def _walk(self, name: str, times: int) -> Iterator[tuple[Instruction, int]]:
@@ -141,7 +145,7 @@ class Program:
                     yield from self._walk(branch, times)
 
     def _of(self, name: str, begun: Set[str] = frozenset()) -> Traffic:
-        """``begun``: channels of collectives that go on beside it."""
+        """Traffic of a computation. ``begun``: channels of collectives that run concurrently."""
         key = name, frozenset(begun)
         if key not in self._known:
             self._known[key] = total = Traffic()
@@ -151,9 +155,9 @@ class Program:
         return self._known[key]
 
     def _count(self, total: Traffic, instruction: Instruction, computation: Computation, channels: set[str]) -> None:
-        """``channels``: the collectives that have been counted. One that runs beside the arithmetic stands in the
-        fusion that starts it, in those that it runs beside, of loops too, and in the one that waits for it; all of
-        them pass its arrays on. Others that XLA has put together may share a channel."""
+        """Add an instruction's traffic. ``channels``: collectives that have been counted. An asynchronous collective
+        appears in the fusion that starts it, in those it overlaps with (also of loops), and in the one that waits
+        for it; all pass its arrays on. Other collectives that XLA combined may share a channel."""
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith(("-done", "-update")):
             return
@@ -175,7 +179,7 @@ class Program:
                     total.bytes[kind] += size
 
     def _plain(self, instruction: Instruction) -> bool:
-        """Whether what it begins is written as a computation, not as a fusion."""
+        """Whether an async-start calls a computation, not a fusion."""
         return (instruction.called("calls") or "") in self.computations
 
     def bytes_of(self, instruction: Instruction, computation: Computation) -> int:
@@ -206,7 +210,7 @@ class Program:
         return sum(read) + sum(buffer.hbm for buffer in instruction.buffers)
 
     def _fusion(self, instruction: Instruction, operands: list[list[Buffer]]) -> int:
-        """Of a fusion's operands what is used of them; of its results what is not there already."""
+        """Bytes that a fusion reads of its operands and writes of its results."""
         inside = self.computations[instruction.called("calls") or ""]
         users = _users(inside)
         passed_in, passed_out = _passed(instruction) if any(self._collectives(instruction, {})) else (set(), set())
@@ -222,13 +226,13 @@ class Program:
         return total
 
     def _used(self, value: Instruction, inside: Computation, users: dict[str, list[Instruction]]) -> int | None:
-        """How many numbers of a value within a fusion are read; None: all."""
+        """Number of elements of a value that are read within a fusion; None: all."""
         total = 0
         for user in users.get(value.name, []):
             if user.opcode in SLICING and user.operands[0] == value.name and value.name not in user.operands[1:]:
                 total += user.numbers
             elif user.opcode in UPDATING and user.operands[0] == value.name and value.name not in user.operands[1:]:
-                continue  # it is written to, where it lies
+                continue  # it is updated in place
             elif user.opcode in PASSING or (user.opcode == "fusion" and self._passes(user)):
                 used = self._used(user, inside, users)
                 if used is None:
@@ -247,13 +251,13 @@ class Program:
         return total if users.get(value.name) else None
 
     def _passes(self, fusion: Instruction) -> bool:
-        """Whether a fusion within one only tiles its operand in another way."""
+        """Whether a nested fusion only changes the layout of its operand."""
         return all(
             i.opcode in (*PASSING, "parameter") for i in self.computations[fusion.called("calls") or ""].values()
         )
 
     def _results(self, inside: Computation) -> list[int | None]:
-        """For each result of a fusion how many numbers are written of it, where it is an update; None: all."""
+        """For each result of a fusion, the number of elements written if it is an update; None: all."""
         root = next(i for i in inside.values() if i.root)
         parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
         return [self._updated(part, inside) for part in parts]
@@ -268,8 +272,8 @@ class Program:
         return None
 
     def _collectives(self, instruction: Instruction, computation: Computation) -> Iterator[tuple[str, str, int]]:
-        """Kind, channel ("" where it has none) and bytes. An all-reduce of which a fusion keeps a slice is how a TPU
-        writes a reduce-scatter."""
+        """Kind, channel ("" without one) and bytes. A fusion that keeps a slice of an all-reduce is a TPU's form of
+        reduce-scatter."""
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             operands = [computation[name] for name in instruction.operands if name in computation]
@@ -287,7 +291,7 @@ class Program:
                     yield ("reduce-scatter" if kind == "all-reduce" and sliced else kind), channel, size
 
     def trips(self, loop: Instruction, computation: Computation) -> int:
-        """How often a while loop runs: XLA's word for it, or a counter that is compared with a constant; else 1."""
+        """Trip count of a while loop: XLA's annotation, or a counter that is compared with a constant; otherwise 1."""
         if known := re.search(r'known_trip_count[^\d}]*"?n"?[^\d}]*(\d+)', loop.rest):
             return int(known[1])
         condition = self.computations[loop.called("condition") or ""]
@@ -310,15 +314,15 @@ def _constant(value: Instruction) -> int | None:
 
 
 def _begins(value: Instruction, inside: Computation) -> Instruction:
-    """The value without the bitcasts and copies on the way to it."""
+    """The value without the bitcasts and copies applied to it."""
     while value.opcode in ("bitcast", "copy", "convert") and value.operands:
         value = inside[value.operands[0]]
     return value
 
 
 def _passed(fusion: Instruction) -> tuple[set[int], set[int]]:
-    """Operands that come out as they went in, and the results that they are: a collective's arrays, on their way
-    through the fusions that it runs beside."""
+    """Operands that a fusion passes on unchanged, and the results that they become: arrays of a collective that
+    overlaps with the fusion."""
     found = re.search(PASSED_ON + r"=\{(.*?)\}, [a-z]", fusion.rest)
     pairs = re.findall(r"\{(\d*)\}: \((\d+)", found[1]) if found else []
     return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
@@ -375,7 +379,7 @@ def _buffer(kind: str, dims: str, layout: str) -> Buffer:
         minor = [int(d) for d in order.split(",") if d]
         for axis, size in zip(minor, reversed(tile[1].split(",")), strict=False):
             padded[axis] = -(-shape[axis] // int(size)) * int(size)
-    # A single row of a tile is stored as one: only lanes are padded for it.
+    # A single row of a tile is stored as one row: only its lanes are padded.
     space = re.search(r"S\((\d+)\)", tiling)
     return Buffer(math.prod(shape), math.prod(padded) * _bits(kind) // 8, space is None or space[1] == "0")
 

@@ -1,5 +1,5 @@
-"""The programs that this package runs, with shapes for arrays: traced for any devices, compiled for TPUs that are
-elsewhere. Nothing here allocates a weight.
+"""This package's programs with shapes in place of arrays: traced for any devices, compiled for TPUs that need not be
+present. No weight is allocated.
 
 Dims: B batch, T new tokens, A micro-batches, S cache slots.
 """
@@ -16,13 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from minicpm_data.generation.options import Sampling
 from minicpm_jax import adapters
 from minicpm_jax.generation import decoding
-from minicpm_jax.generation.sampling import Knobs
-from minicpm_jax.layers.kv_cache import Cache, placement
+from minicpm_jax.generation.sampling import SamplingParams
+from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.model import Model, abstract, nested
 from minicpm_jax.parallel.chips import Topology
 from minicpm_jax.parallel.mesh import automatic, batch_sharding, make_mesh
-from minicpm_jax.parallel.sharding import padded, partition_spec, serving_mesh, shardings
-from minicpm_jax.quantization.model import axes_of, names_of, quantised
+from minicpm_jax.parallel.sharding import pad_config, partition_spec, serving_mesh, shardings
+from minicpm_jax.quantization.model import axes_of, names_of, quantize_model
 from minicpm_jax.training import optimizers, step
 from minicpm_jax.training.losses import Objective, PackedObjective
 from weights_io.adapters import AdapterConfig
@@ -33,11 +33,11 @@ from weights_io.parameters import parameters
 
 
 class Call(NamedTuple):
-    """One of the package's own programs, with the shape, dtype and sharding of every array that it is given."""
+    """A program of this package, with the shape, dtype and sharding of every input array."""
 
     function: Any
     arguments: tuple[Any, ...]
-    fixed: dict[str, Any]  # what it is compiled for
+    fixed: dict[str, Any]  # static arguments
 
 
 Kind = Literal["generate", "prefill", "lora", "finetune", "pretrain"]
@@ -45,7 +45,7 @@ Kind = Literal["generate", "prefill", "lora", "finetune", "pretrain"]
 
 @dataclass(frozen=True)
 class Job:
-    """One program of one model on one topology. Fields are those of `minicpm_jax.fit.Options`."""
+    """One program of one model on one topology. The fields are those of `minicpm_jax.fit.Options`."""
 
     model: str
     topology: Topology
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """That one call takes: a step of decoding gives one for each row."""
+        """Tokens of one call; a decode step generates one per row."""
         return self.batch * {"generate": 1, "prefill": min(self.prefill_step_size, self.seq)}.get(self.job, self.seq)
 
     @functools.cached_property
@@ -88,19 +88,19 @@ class Job:
         return None if mesh is None or mesh.size == 1 else automatic(mesh)
 
     def traced(self) -> Any:
-        """`jax.stages.Traced`."""
+        """The traced program, a `jax.stages.Traced`."""
         call = self.call
         return call.function.trace(*call.arguments, **call.fixed)
 
     @property
     def argument_bytes(self) -> int:
-        """Of the arguments on one chip, without padding: known before anything is compiled."""
+        """Bytes of the arguments per chip, without padding; known before compiling."""
         leaves = jax.tree.leaves(self.call.arguments)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
     @functools.cached_property
     def call(self) -> "Call":
-        """Raises `InputError` for a mesh, a batch or a model that cannot be."""
+        """The program and its inputs. Raises `InputError` for an invalid mesh, batch or model."""
         if self.batch < 1 or self.seq < 2 or self.prefill_step_size < 1:
             raise InputError("--batch, --seq and --prefill-step-size are at least 1, 2 and 1.")
         self.topology.chip.check_dtype(self.dtype)
@@ -117,11 +117,11 @@ class Job:
                 return self._train()
 
     def compiled(self) -> Any:
-        """`jax.stages.Compiled`."""
+        """The compiled program, a `jax.stages.Compiled`."""
         return compiled(self.traced().lower())
 
     def _everywhere(self, tree: Any) -> Any:
-        """Shapes of arrays that every device has whole."""
+        """Shapes of replicated arrays."""
         if self.placed is None:
             where: Any = SingleDeviceSharding(self.devices[0])
         else:
@@ -132,24 +132,24 @@ class Job:
         return self._everywhere(jax.ShapeDtypeStruct(shape, dtype))
 
     def _model(self) -> Model:
-        """As `loading.load` would give it, and `quantised`."""
+        """The model's shapes as `loading.load` places them, and `quantize_model`."""
         mesh = self.placed
         model = abstract(self.config, self.dtype) if mesh is None else self._over(mesh)
         if self.quantize is not None:
-            model = self._quantised(model, self.quantize)
+            model = self._quantized(model, self.quantize)
         return self._everywhere(model) if mesh is None else model
 
     def _over(self, mesh: Mesh) -> Model:
-        """The model's shapes, filled up and placed."""
-        shape, dtype = padded(self.config, mesh, packed=self.quantize is not None), jnp.dtype(self.dtype)
+        """The model's padded shapes, sharded over the mesh."""
+        shape, dtype = pad_config(self.config, mesh, packed=self.quantize is not None), jnp.dtype(self.dtype)
         where = shardings(shape, mesh)
         leaves = {
             p.name: jax.ShapeDtypeStruct(p.shape(shape), dtype, sharding=where[p.name]) for p in parameters(self.config)
         }
         return Model(nested(leaves), self.config, mesh=mesh)
 
-    def _quantised(self, model: Model, bits: int) -> Model:
-        packed = jax.eval_shape(functools.partial(quantised, bits=bits, head=not self.training), model)
+    def _quantized(self, model: Model, bits: int) -> Model:
+        packed = jax.eval_shape(functools.partial(quantize_model, bits=bits, head=not self.training), model)
         if self.placed is None:
             return packed
         rules = {p.name: p.logical_axes() for p in parameters(self.config)}
@@ -167,7 +167,7 @@ class Job:
         shapes = jax.eval_shape(lambda: Cache.empty(*given))
         if self.placed is None:
             return self._everywhere(shapes)
-        specs = placement(shapes, self.placed)
+        specs = cache_specs(shapes, self.placed)
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.placed, spec)),
             shapes,
@@ -176,7 +176,7 @@ class Job:
 
     @property
     def slots(self) -> int:
-        return decoding.bucket(self.seq)
+        return decoding.bucket_length(self.seq)
 
     def _rows(self, dtype: Any) -> Any:
         return self._array((self.batch,), dtype)
@@ -185,8 +185,8 @@ class Job:
         keys = self._everywhere(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch)))
         ends = self._array((1,), jnp.int32)
         state = decoding.State(self._cache(), self._rows(jnp.int32), None, keys, self._rows(bool), ends)
-        knobs = self._everywhere(Knobs.of(Sampling(), self.config.vocab_size))
-        return Call(decoding.decode, (self._model(), state, self._array((), jnp.int32), knobs), {})
+        params = self._everywhere(SamplingParams.of(Sampling(), self.config.vocab_size))
+        return Call(decoding.decode, (self._model(), state, self._array((), jnp.int32), params), {})
 
     def _prefill(self) -> Call:
         ids = self._array((self.batch, self.tokens // self.batch), jnp.int32)
@@ -195,7 +195,7 @@ class Job:
         return Call(decoding.prefill, (self._model(), ids, self._cache(), last, start, lengths), {})
 
     def _batches(self) -> dict[str, Any]:
-        """[A, B, T], one micro-batch."""
+        """One micro-batch as [A, B, T]."""
         shape = 1, self.batch, self.seq
         if self.placed is None:
             one = self._array(shape, jnp.int32)
@@ -203,18 +203,18 @@ class Job:
             one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.placed, self.batch, "--batch"))
         return dict.fromkeys(("ids", "labels", "segments"), one)
 
-    def _state(self, optimiser: Any, weights: step.Weights) -> step.State:
-        """The moments lie as their weights do; XLA makes zeros where what they are like is."""
+    def _state(self, optimizer: Any, weights: step.Weights) -> step.State:
+        """Moments are sharded like their weights: XLA allocates zeros like their prototype."""
 
         def where(path, leaf):
             own = next((weights[key.key] for key in path if getattr(key, "key", None) in weights), None)
             same = isinstance(own, jax.ShapeDtypeStruct) and own.shape == leaf.shape
             return own if same else self._array(leaf.shape, leaf.dtype)
 
-        return weights, jax.tree_util.tree_map_with_path(where, jax.eval_shape(optimiser.init, weights))
+        return weights, jax.tree_util.tree_map_with_path(where, jax.eval_shape(optimizer.init, weights))
 
     def _masters(self) -> step.Weights:
-        """float32, of all parameters."""
+        """float32 master weights of all parameters."""
         table = {p.name: jax.ShapeDtypeStruct(p.shape(self.config), jnp.float32) for p in parameters(self.config)}
         if self.placed is None:
             return self._everywhere(table)
@@ -223,37 +223,37 @@ class Job:
 
     def _train(self) -> Call:
         objective = Objective(remat=self.grad_checkpoint)
-        optimiser = optimizers.optimizer("adamw", 0.01, 1.0, self.config)
+        optimizer = optimizers.optimizer("adamw", 0.01, 1.0, self.config)
         base: Model | None = None
-        trained: step.Trained
+        trained: step.Trainable
         if self.job == "lora":
             base = self._model()
             adapter = AdapterConfig(self.rank, 4.0 * self.rank, 0.1, targets=self.targets)
-            trained = step.LowRankWeights(adapter.scale, adapter.dropout)
+            trained = step.LoraFinetune(adapter.scale, adapter.dropout)
             layers = range(self.config.num_hidden_layers)
-            initial = functools.partial(adapters.initial, config=adapter, layers=layers, key=jax.random.key(0))
+            initial = functools.partial(adapters.init_lora_params, config=adapter, layers=layers, key=jax.random.key(0))
             weights = self._everywhere(jax.eval_shape(initial, base))
         else:
-            trained = step.AllWeights(self.config, self.dtype, self.placed)
+            trained = step.FullFinetune(self.config, self.dtype, self.placed)
             weights = self._masters()
         key = self._everywhere(jax.eval_shape(lambda: jax.random.key(0)))
-        arguments = self._state(optimiser, weights), base, self._batches(), self._array((), jnp.float32), key
-        return Call(step.train_step, arguments, {"trained": trained, "objective": objective, "optimiser": optimiser})
+        arguments = self._state(optimizer, weights), base, self._batches(), self._array((), jnp.float32), key
+        return Call(step.train_step, arguments, {"trained": trained, "objective": objective, "optimizer": optimizer})
 
     def _pretrain(self) -> Call:
         fixed = {
-            "trained": step.AllWeights(self.config, self.dtype, self.placed),
+            "trained": step.FullFinetune(self.config, self.dtype, self.placed),
             "objective": PackedObjective(bos_token_id=1, remat=self.grad_checkpoint),
-            "optimiser": optimizers.mup_optimizer(self.config, 0.9, 0.95, 0.1, 1.0),
+            "optimizer": optimizers.mup_optimizer(self.config, 0.9, 0.95, 0.1, 1.0),
         }
         windows = {"ids": self._batches()["ids"]}
         key = self._everywhere(jax.eval_shape(lambda: jax.random.key(0)))
-        state = self._state(fixed["optimiser"], self._masters())
+        state = self._state(fixed["optimizer"], self._masters())
         return Call(step.train_step, (state, None, windows, self._array((), jnp.float32), key), fixed)
 
 
 def compiled(lowered: Any) -> Any:
-    """Without the cache on disk, which could not read again what is kept of a program for devices that are not here."""
+    """Compile without the cache on disk, which cannot reload programs for absent devices."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, 1e9)

@@ -1,4 +1,4 @@
-"""What a compiled program takes: memory, traffic, tokens a second; and what else would fit."""
+"""What a compiled program needs (memory, traffic) and how fast it can be; and which variants would fit."""
 
 import dataclasses
 import importlib.metadata
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from minicpm_jax.parallel.chips import Topology
 
 
-TRIES = 8  # most programs that are compiled to find one that fits
+TRIES = 8  # most programs compiled in search of one that fits
 
 
 @dataclass
 class Report:
-    """Of one program, on one chip. Bytes and seconds."""
+    """The figures of one program on one chip, in bytes and seconds."""
 
     topology: str
     mesh: str  # "" on one chip
-    hbm: int  # that a chip has
-    needed: int  # arguments + results that take no argument's place + temporaries + the program itself
+    hbm: int  # memory of a chip
+    needed: int  # arguments + results not aliased to arguments + temporaries + the program itself
     fits: bool
     arguments: int = 0
     outputs: int = 0
@@ -33,17 +33,17 @@ class Report:
     temporaries: int = 0
     program: int = 0
     compile_seconds: float = 0.0
-    hbm_traffic: int = 0  # bytes read and written by a call (of generate: a step); 0: the program cannot be read
+    hbm_traffic: int = 0  # bytes read and written per call (generate: per step); 0: the program's text cannot be read
     flops: float = 0.0
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds_to_read: float = 0.0  # at the chip's full bandwidth
     seconds_to_compute: float = 0.0  # at its peak
-    tokens: int = 0  # of a call on all chips
+    tokens: int = 0  # per call on all chips
     tokens_per_second: float = 0.0  # at most
 
 
 def report(job: "Job") -> Report:
-    """Compile it and measure. A program that XLA finds too large is a report too."""
+    """Compile the job's program and measure it. A program that is too large for XLA is also a report."""
     import jax
 
     from minicpm_jax.aot import hlo_cost
@@ -57,7 +57,7 @@ def report(job: "Job") -> Report:
     lowered, began = traced.lower(), time.perf_counter()
     try:
         program = compiled(lowered)
-    except Exception as error:  # jax.errors.JaxRuntimeError, which has no kinds of its own
+    except Exception as error:  # jax.errors.JaxRuntimeError has no subclasses
         found.needed = _exhausted(error)
         return found
     found.compile_seconds = time.perf_counter() - began
@@ -88,8 +88,8 @@ def _text(mesh: Any) -> str:
 
 
 def _exhausted(error: Exception) -> int:
-    """Bytes, arguments among them, of a program for which XLA says that a chip has too few (0: it does not say how
-    many); other errors are raised again."""
+    """Bytes, including arguments, of a program that XLA reports as out of memory (0: unknown); other errors are
+    re-raised."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         raise error
@@ -99,7 +99,7 @@ def _exhausted(error: Exception) -> int:
 
 
 def remedies(job: "Job") -> Iterator[tuple[str, Report]]:
-    """What to change, and what came of it: the programs that fit, at most two, of those worth a try."""
+    """Flags to change and the report of each changed program that fits; at most two."""
     from weights_io.errors import InputError
 
     tried = found = 0
@@ -123,7 +123,7 @@ def remedies(job: "Job") -> Iterator[tuple[str, Report]]:
 
 
 def _alternatives(job: "Job") -> "Iterator[tuple[str, str, Job]]":
-    """(kind, flags, job), the cheapest first; of a kind the first that fits is enough."""
+    """(kind, flags, job), cheapest first; the first of a kind that fits is enough."""
     change = dataclasses.replace
     extra = ""
     if job.training:
@@ -153,7 +153,7 @@ def _alternatives(job: "Job") -> "Iterator[tuple[str, str, Job]]":
 
 
 def _larger(topology: "Topology") -> "list[Topology]":
-    """The same number of chips with more memory, and the same chips in a larger number."""
+    """Chips with more memory in the same number, and more chips of the same kind."""
     from minicpm_jax.parallel.chips import CHIPS
 
     larger = []
@@ -166,7 +166,7 @@ def _larger(topology: "Topology") -> "list[Topology]":
 
 
 def lines(job: "Job", found: Report) -> Iterator[str]:
-    """What is printed of a report."""
+    """The printed form of a report."""
     what = f"{job.job} of {job.model} on {found.topology}" + (f" ({found.mesh})" if found.mesh else "")
     if job.training:
         yield f"{what}: {job.batch} x {job.seq:,} tokens a step"

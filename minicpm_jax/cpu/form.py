@@ -1,7 +1,7 @@
-"""The form of a model in which a CPU decodes fastest, behind one hook: `form_of` and `form_of_model`.
+"""The form of a model that decodes fastest on a CPU, behind one hook: `form_of` and `form_of_model`.
 
-One array for each layer, which XLA:CPU reads three times as fast as slices of a stacked one; weights that multiply as
-`cpu.products` and `cpu.packed` say; keys and values in float32; and bfloat16 where a matrix unit makes it fast.
+It has one array per layer (XLA:CPU reads them three times as fast as slices of a stacked array), weights with the
+products of `cpu.products` and `cpu.packed`, keys and values in float32, and bfloat16 if a matrix unit makes it fast.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from minicpm_jax.cpu.packed import PackedOnCpu, RowsOnCpu, on_cpu
+from minicpm_jax.cpu.packed import CpuQuantizedEmbedding, CpuQuantizedWeight, on_cpu
 from minicpm_jax.cpu.products import CpuMatrix
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Embedding, Linear
@@ -30,51 +30,51 @@ from weights_io.checkpoint import Checkpoint
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
 
-Packing = Mapping[str, Callable[[Array], Any]]  # parameter name -> what packs its tensors
+Packing = Mapping[str, Callable[[Array], Any]]  # parameter name -> function that packs its tensors
 
 
 class Form:
-    """That of a model which is trained, runs over a mesh, or on no CPU: it is as it was loaded."""
+    """The form of a model that is trained, runs over a mesh, or runs on an accelerator: as it was loaded."""
 
     def dtype(self, checkpoint: Checkpoint) -> str | None:
-        """What to compute in unless told otherwise; None: what is usual on this device."""
+        """The default dtype of the computation; None: the device's usual one."""
         return None
 
     def matrices_dtype(self, checkpoint: Checkpoint, dtype: str) -> str:
-        """In what a model that computes in ``dtype`` keeps its matrices."""
+        """The dtype of the matrices of a model that computes in ``dtype``."""
         return dtype
 
     def packing(self, config: ModelConfig, packs: Packing) -> Packing:
-        """How weights are packed as they are loaded; ``packs``: `quantization.model.packing`."""
+        """How weights are packed as they are loaded, given `quantization.model.packing`."""
         return packs
 
     def cache_dtype(self, model: Model) -> Any:
-        """Of keys and values."""
+        """The dtype of keys and values."""
         return model.model.norm.weight.dtype
 
     def of(self, model: Model) -> Model:
-        """The model in this form; the one that was given is used up."""
+        """The model in this form; the argument is consumed."""
         return model
 
 
 class CpuForm(Form):
-    """That of a model which decodes on a CPU."""
+    """The form of a model that decodes on a CPU."""
 
     def dtype(self, checkpoint: Checkpoint) -> str | None:
-        """bfloat16 on a CPU with a matrix unit for it (AMX): 1.7 times as many tokens a second, and prompts are read
-        2.5 times as fast; but not with experts, whose weights XLA would copy for each token."""
+        """bfloat16 on a CPU with a bfloat16 matrix unit (AMX): 1.7 times the tokens per second, and prompts 2.5
+        times as fast. Not with experts, whose weights XLA would copy for each token."""
         fast = checkpoint.dtype == "bfloat16" and not checkpoint.config.num_experts and has_matrix_unit()
         return "bfloat16" if fast else None
 
     def matrices_dtype(self, checkpoint: Checkpoint, dtype: str) -> str:
-        """In the file's bfloat16 those of a model in float32, where `product_on_cpu` loses nothing by it and a matrix
-        unit makes it the faster one."""
+        """bfloat16 for a float32 model whose file holds bfloat16, if a matrix unit makes it faster: `linear_on_cpu`
+        loses nothing."""
         exact = all(tensor.dtype.name == "bfloat16" for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1)
         kept = dtype == "float32" and exact and not checkpoint.config.num_experts and has_matrix_unit()
         return "bfloat16" if kept else dtype
 
     def packing(self, config: ModelConfig, packs: Packing) -> Packing:
-        """In this form before the layers are stacked: a number of 4 bits would lie there as a byte."""
+        """Convert weights to this form before the layers are stacked: a stacked 4-bit integer would take a byte."""
 
         def packed(pack: Callable[[Array], Any], weight: Array) -> Any:
             return on_cpu(pack(weight))
@@ -83,52 +83,52 @@ class CpuForm(Form):
         return {name: functools.partial(packed, pack) if name in alone else pack for name, pack in packs.items()}
 
     def cache_dtype(self, model: Model) -> Any:
-        """float32: XLA would copy a whole cache in bfloat16 to write one slot of it."""
+        """float32: XLA would copy a whole bfloat16 cache to write one slot."""
         return jnp.float32
 
     def of(self, model: Model) -> Model:
-        return unstack(model, give_up=True)
+        return unstack_layers(model, donate=True)
 
 
 def form_of(decoding: bool, mesh: Mesh | None) -> Form:
-    """Of a model to be loaded, for ``decoding`` or for training, over a ``mesh`` or not."""
+    """The form of a model to be loaded, for ``decoding`` or training, with or without a ``mesh``."""
     return CpuForm() if decoding and mesh is None and platform() == "cpu" else Form()
 
 
 def form_of_model(model: Model) -> Form:
-    """The one that a model has."""
+    """The form that a model has."""
     return CpuForm() if isinstance(model.model.layers, Layers) else Form()
 
 
 def for_decoding(model: Model) -> Model:
-    """The model in the form that decodes fastest here; the one that was given is used up."""
+    """The model in the form that decodes fastest here; the argument is consumed."""
     return form_of(True, model.mesh).of(model)
 
 
 class Layers(nnx.List):
-    """Layers with arrays of their own, which run one after the other."""
+    """Unstacked layers, each with its own arrays, that run one after the other."""
 
-    def through(self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None) -> Ran:
-        """As `layers.stack.through`."""
-        positions, each = _worked_out(positions), []
+    def run_layers(self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None) -> Ran:
+        """Like `layers.stack.run_layers`."""
+        positions, each = _materialize(positions), []
         for index, layer in enumerate(self):
-            x, cache, imbalance = layer(x, positions, cache, index)
-            each.append(imbalance)
+            x, cache, aux_loss = layer(x, positions, cache, index)
+            each.append(aux_loss)
         return x, cache, jnp.mean(jnp.stack(each))
 
 
-def _worked_out(positions: Positions) -> Positions:
-    """The same, as products with ones, which are exact and which XLA:CPU makes once. Where the layers are no loop it
-    would work out sines and cosines in each layer, for each of its heads."""
+def _materialize(positions: Positions) -> Positions:
+    """The same positions as products with an identity matrix, which are exact and which XLA:CPU evaluates once.
+    Without a loop over layers it would otherwise compute sines and cosines in each layer, for each of its heads."""
     ones = jnp.eye(positions.cos.shape[-1])
     cos, sin = (jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST) for x in (positions.cos, positions.sin))
     return dataclasses.replace(positions, cos=cos, sin=sin)
 
 
-def unstack(model: Model, give_up: bool = False) -> Model:
-    """The same weights with one array for each layer. Those lie where the stacked ones do; only layers that do not
-    begin at a multiple of 64 bytes are copied. ``give_up``: the model that was given loses its layers, one stacked
-    array after the other. One that is unstacked already is given back."""
+def unstack_layers(model: Model, donate: bool = False) -> Model:
+    """The same weights with one array per layer. They share the memory of the stacked arrays; only layers that are
+    not aligned to 64 bytes are copied. ``donate``: delete the given model's layers, one stacked array at a time. An
+    unstacked model is returned unchanged."""
     if isinstance(model.model.layers, Layers):
         return model
     leaves, form = jax.tree.flatten(model.model.layers)
@@ -138,7 +138,7 @@ def unstack(model: Model, give_up: bool = False) -> Model:
         stacked, place = np.asarray(leaf), next(iter(leaf.devices()))
         for layer, own in zip(each, stacked, strict=True):
             layer.append(jax.device_put(own, place))
-        if give_up:
+        if donate:
             leaf.delete()
     copy = jax.tree.map(lambda x: x, model)
     copy.model.layers = Layers([jax.tree.unflatten(form, layer) for layer in each])
@@ -149,16 +149,16 @@ MATRICES = Linear, Embedding, ExpertLinear
 
 
 def _converted(part: Any) -> Any:
-    """A layer with its weight in the form for a CPU."""
+    """A layer with its weight in the CPU form."""
     if isinstance(part, MATRICES):
         weight = part.weight if isinstance(part, ExpertLinear) else on_cpu(part.weight)
-        part.weight = weight if isinstance(weight, PackedOnCpu | RowsOnCpu) else CpuMatrix(weight)
+        part.weight = weight if isinstance(weight, CpuQuantizedWeight | CpuQuantizedEmbedding) else CpuMatrix(weight)
     return part
 
 
 def has_matrix_unit() -> bool:
-    """Whether this CPU multiplies bfloat16 in a unit for matrices (AMX)."""
+    """Whether this CPU has a bfloat16 matrix unit (AMX)."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False

@@ -1,4 +1,4 @@
-"""Products of matrices as XLA:CPU computes them fastest."""
+"""Matrix products in the forms that XLA:CPU computes fastest."""
 
 from typing import Any
 
@@ -7,30 +7,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minicpm_jax.layers.ops import FEW, OwnProduct, of_expert, product, rows
+from minicpm_jax.layers.ops import FEW, OwnProduct, expert_weight, linear, rows
 
 
 class CpuMatrix(OwnProduct):
-    """A weight [O, I], or of experts [E, O, I], as an array or as what was packed."""
+    """A weight [O, I], or of experts [E, O, I], that wraps an array or a quantized weight."""
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        return product_on_cpu(self.weight[...], x)
+        return linear_on_cpu(self.weight[...], x)
 
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "... I"]:
         return rows_on_cpu(self.weight, index)
 
-    def of_expert(self, expert: Int[Array, ""]) -> "CpuMatrix":
-        return CpuMatrix(nnx.Param(of_expert(self.weight[...], expert)))
+    def expert_weight(self, expert: Int[Array, ""]) -> "CpuMatrix":
+        return CpuMatrix(nnx.Param(expert_weight(self.weight[...], expert)))
 
 
-def product_on_cpu(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    """`product`, but of a weight in bfloat16 in the form in which XLA:CPU gives it to a processor's matrix unit (AMX):
-    summed up in float32, and of two rows or more. One row alone would read the weight at 2 GB/s, two read it at 28.
+def linear_on_cpu(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """`linear`, with a bfloat16 weight in the form that XLA:CPU passes to a processor's matrix unit (AMX): float32
+    accumulation and at least two rows. A single row would read the weight at 2 GB/s, two rows read it at 28.
 
-    An x in float32 goes in as the three bfloat16 that it is the sum of, each a row: a product of float32 that reads
-    half as much (measured: nearer to the exact one than that of float32 weights, and twice as fast for one token)."""
+    A float32 x is passed as the three bfloat16 numbers that sum to it, one row each: a float32 product that reads
+    half as much. (Measured: closer to the exact product than float32 weights, and twice as fast for one token.)
+    """
     if weight.dtype != jnp.bfloat16:
-        return product(weight, x)
+        return linear(weight, x)
     flat = x.reshape(-1, x.shape[-1])
     count = len(flat)
     if x.dtype == jnp.float32:
@@ -43,12 +44,12 @@ def product_on_cpu(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Flo
     y = jnp.einsum(*operands, preferred_element_type=jnp.float32)
     found = jnp.split(y, len(parts), axis=1 if few else 0)
     y = found[2] + found[1] + found[0] if x.dtype == jnp.float32 else found[0].astype(x.dtype)
-    # Turned at the end: a product that is turned at once XLA would write the other way round.
+    # Transposed at the end: XLA would fold an earlier transpose into the product, with the operands swapped.
     return (y.T if few else y).reshape(*x.shape[:-1], len(weight))
 
 
 def bfloat16_parts(x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
-    """Three numbers of 8 bits of mantissa that add up to the 24 of each float32."""
+    """Three numbers with 8-bit mantissas that sum to the 24 bits of each float32."""
     parts = []
     for _ in range(3):
         parts.append(jax.lax.reduce_precision(x, 8, 7))  # XLA may drop a conversion to bfloat16 and back
@@ -57,5 +58,5 @@ def bfloat16_parts(x: Float[Array, "..."]) -> list[Float[Array, "..."]]:
 
 
 def rows_on_cpu(table: Any, index: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """`rows`. Of a table in bfloat16 that does not change in a loop XLA:CPU would make a copy in float32 before it."""
+    """`rows`. XLA:CPU would copy a bfloat16 table that a loop does not change to float32 before the loop."""
     return rows(*jax.lax.optimization_barrier((table, index)))

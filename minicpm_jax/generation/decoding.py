@@ -1,8 +1,9 @@
-"""Prefill and the decode loop, compiled once for each size of prompt and cache.
+"""Prefill and the decode loop, compiled once for each prompt bucket and cache length.
 
-Prompts are padded on the right to one of few lengths and long ones run piece by piece, so that few programs serve all
-of them. Decoding runs many steps in one call (a `while_loop` on the device), so a token costs neither a dispatch nor a
-transfer of its own.
+Prompts are padded on the right to one of a few bucket lengths, and long prompts run chunk by chunk, so that a few
+programs serve all prompts. Decoding runs many steps in one call (a `while_loop` on the device), so a token costs
+neither a dispatch nor a transfer of its own.
+
 Dims: B batch, T prompt bucket, S cache slots, V vocabulary.
 """
 
@@ -26,58 +27,58 @@ from minicpm_data.generation.options import CacheOptions, seen_tokens
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
-from minicpm_jax.generation.sampling import Knobs, sample
-from minicpm_jax.layers.kv_cache import STORED, Cache, placement
+from minicpm_jax.generation.sampling import SamplingParams, sample
+from minicpm_jax.layers.kv_cache import STORED, Cache, cache_specs
 from minicpm_jax.model import Model
-from minicpm_jax.parallel.processes import fetched, from_first
+from minicpm_jax.parallel.processes import broadcast_from_main, fetch
 from weights_io import memory
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
-STEPS = 32  # most tokens of one call of the decode loop
-PATIENCE = 0.1  # seconds a reader may wait for the next piece of text
-ROOM = 1024  # cache slots for an answer; a longer one makes the cache grow
+STEPS = 32  # most tokens per call of the decode loop
+PATIENCE = 0.1  # most seconds between two pieces of streamed text
+ROOM = 1024  # cache slots reserved for an answer; a longer answer grows the cache
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "token", "seen", "keys", "done", "end_ids"],
+    data_fields=["cache", "token", "token_mask", "rng", "finished", "eos_ids"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class State:
-    """Where the rows of a batch stand between two calls."""
+    """The decoding state of a batch between two calls."""
 
     cache: Cache
-    token: Int[Array, "B"]  # the last one chosen, not yet in the cache
-    seen: Bool[Array, "B V"] | None  # for the repetition penalty
-    keys: Array  # [B] of jax.random
-    done: Bool[Array, "B"]  # rows that have ended
-    end_ids: Int[Array, "E"] | Int[Array, "B E"]
+    token: Int[Array, "B"]  # the last sampled token, not yet in the cache
+    token_mask: Bool[Array, "B V"] | None  # tokens of prompt and answer, for the repetition penalty
+    rng: Array  # [B] keys of jax.random
+    finished: Bool[Array, "B"]
+    eos_ids: Int[Array, "E"] | Int[Array, "B E"]
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
 def empty(model: Model, batch: int, slots: int, bits: int | None) -> tuple[Cache, Float[Array, "B 1 D"]]:
-    """A cache, and the place for each row's last hidden state."""
+    """An empty cache, and zeros in place of each row's last hidden state."""
     dtype, mesh = model.model.norm.weight.dtype, model.mesh
     cache = Cache.empty(model.config, batch, slots, form_of_model(model).cache_dtype(model), bits, mesh)
-    if mesh is not None:  # else each device would have all of it
-        specs = placement(cache, mesh)
+    if mesh is not None:  # otherwise each device would hold the whole cache
+        specs = cache_specs(cache, mesh)
         where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         cache = jax.lax.with_sharding_constraint(cache, where)
     return cache, jnp.zeros((batch, 1, model.config.hidden_size), dtype)
 
 
 def cache_bytes(model: Model, batch: int, length: int, cache_options: CacheOptions) -> int:
-    """Of the cache of so many rows and positions, on each device."""
+    """Bytes of a cache of ``batch`` rows and ``length`` positions (per device)."""
     dtype = form_of_model(model).cache_dtype(model)
     return _cache_bytes(model.config, batch, length, dtype, cache_options.kv_bits, model.mesh)
 
 
-@functools.lru_cache  # tracing takes 2 ms, as long as a head of MiniCPM-1B
+@functools.lru_cache  # tracing takes 2 ms, as long as the head of MiniCPM-1B
 def _cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None, mesh: Mesh | None) -> int:
     cache = jax.eval_shape(lambda: Cache.empty(config, batch, slots, dtype, bits, mesh))
-    specs = placement(cache, mesh) if mesh is not None else cache
+    specs = cache_specs(cache, mesh) if mesh is not None else cache
 
     def bytes_of(x, spec):
         shape = x.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(x.shape)
@@ -87,7 +88,7 @@ def _cache_bytes(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: 
 
 
 def check_cache(model: Model, batch: int, length: int, cache_options: CacheOptions) -> None:
-    """`InputError` where there is no room for a cache of so many rows and positions."""
+    """Raise `InputError` if a cache of ``batch`` rows and ``length`` positions does not fit into free memory."""
     needed = cache_bytes(model, batch, length, cache_options)
     memory.check_cache(batch, length, needed, device.free_memory(model.mesh))
 
@@ -101,7 +102,11 @@ def prefill(
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
 ) -> tuple[Cache, Float[Array, "B 1 D"]]:
-    """Run the T tokens from position ``start`` on of right-padded prompts of ``lengths`` tokens."""
+    """Run one chunk of right-padded prompts of ``lengths`` tokens: the T tokens from position ``start`` on.
+
+    Returns the cache and the hidden state of each prompt's last token: ``last``, or the new one if this chunk holds
+    it.
+    """
     width = ids.shape[1]
     new = jnp.clip(lengths - start, 0, width)
     hidden, cache = model.decode(ids, cache, new, jnp.broadcast_to(start, lengths.shape), lengths)
@@ -111,60 +116,62 @@ def prefill(
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def begin(
+def first_token(
     model: Model,
     cache: Cache,
     last: Float[Array, "B 1 D"],
-    seen: Bool[Array, "B V"] | None,
-    keys: UInt32[Array, "B 2"],
-    end_ids: Int[Array, "E"] | Int[Array, "B E"],
-    knobs: Knobs,
+    token_mask: Bool[Array, "B V"] | None,
+    rng: UInt32[Array, "B 2"],
+    eos_ids: Int[Array, "E"] | Int[Array, "B E"],
+    params: SamplingParams,
 ) -> State:
-    """Choose the first token of each row after its prompt."""
+    """Sample each row's first token after its prompt."""
     batch = len(last)
-    draws = jax.random.wrap_key_data(keys)
-    state = State(cache, jnp.zeros(batch, jnp.int32), seen, draws, jnp.zeros(batch, bool), end_ids)
-    return chosen(state, model.head(last)[:, 0], knobs)
+    draws = jax.random.wrap_key_data(rng)
+    state = State(cache, jnp.zeros(batch, jnp.int32), token_mask, draws, jnp.zeros(batch, bool), eos_ids)
+    return sample_next(state, model.head(last)[:, 0], params)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def decode(
-    model: Model, state: State, steps: Int[Array, ""], knobs: Knobs
+    model: Model, state: State, steps: Int[Array, ""], params: SamplingParams
 ) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
-    """Up to ``steps`` (at most `STEPS`) more tokens for each row, fewer where all rows end. Returns the state, the
-    tokens [STEPS, B] and how many of them are real."""
+    """Generate up to ``steps`` (at most `STEPS`) more tokens per row; fewer if all rows finish.
+
+    Returns the state, the tokens [STEPS, B] and how many of the STEPS rows are valid.
+    """
 
     def step(carry):
         state, tokens, count = carry
-        hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.done, 0, 1))
-        state = chosen(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], knobs)
+        hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.finished, 0, 1))
+        state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params)
         return state, tokens.at[count].set(state.token), count + 1
 
     def more(carry):
         state, _, count = carry
-        return (count < steps) & ~jnp.all(state.done)
+        return (count < steps) & ~jnp.all(state.finished)
 
     tokens = jnp.zeros((STEPS, *state.token.shape), jnp.int32)
     return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
 
 
-def chosen(state: State, logits: Float[Array, "B V"], knobs: Knobs) -> State:
-    """The state with the next token of each row."""
-    both = jax.vmap(jax.random.split)(state.keys)
-    token = sample(logits, state.seen, knobs, both[:, 1]).astype(jnp.int32)
-    seen = None if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
-    done = state.done | jnp.any(token[:, None] == state.end_ids, axis=1)
-    return State(state.cache, token, seen, both[:, 0], done, state.end_ids)
+def sample_next(state: State, logits: Float[Array, "B V"], params: SamplingParams) -> State:
+    """Sample the next token of each row."""
+    both = jax.vmap(jax.random.split)(state.rng)
+    token = sample(logits, state.token_mask, params, both[:, 1]).astype(jnp.int32)
+    token_mask = None if state.token_mask is None else state.token_mask.at[jnp.arange(len(token)), token].set(True)
+    finished = state.finished | jnp.any(token[:, None] == state.eos_ids, axis=1)
+    return State(state.cache, token, token_mask, both[:, 0], finished, state.eos_ids)
 
 
-def grown(state: State, slots: int) -> State:
-    """The same with S cache slots."""
-    return dataclasses.replace(state, cache=longer(state.cache, slots))
+def resize_state(state: State, slots: int) -> State:
+    """The state with a cache of S slots."""
+    return dataclasses.replace(state, cache=resize_cache(state.cache, slots))
 
 
 @functools.partial(jax.jit, static_argnames="slots")
-def longer(cache: Cache, slots: int) -> Cache:
-    """The same with S slots."""
+def resize_cache(cache: Cache, slots: int) -> Cache:
+    """Pad the cache to S slots."""
     more = slots - cache.slots
 
     def padded(stored, axis):
@@ -174,7 +181,7 @@ def longer(cache: Cache, slots: int) -> Cache:
 
 
 def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
-    """`InputError` for a kind of cache that is not here, whatever model and batch."""
+    """Raise `InputError` for cache options that this backend does not support for this model and batch."""
     if cache_options.max_kv_size is not None:
         raise InputError("the cache of JAX keeps every token; leave max_kv_size out.")
     if cache_options.kv_bits == 4:
@@ -182,53 +189,53 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
 
 
 def check(model: Model, request: GenerationRequest) -> None:
-    """`minicpm_data.generation.api.Decoding.check`; room is looked for when the prompts are run."""
+    """`minicpm_data.generation.api.Decoding.check`. Memory is checked when the prompts are prefilled."""
     check_kind(model, len(request.prompts), request.cache)
 
 
 def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarray]:
     """`minicpm_data.generation.api.Decoding.stream_tokens`."""
     batch, longest, max_tokens = len(request.prompts), request.longest, request.max_tokens
-    knobs = Knobs.of(request.sampling, model.config.vocab_size)
-    state = started(model, request)
-    yield fetched(state.token)
+    params = SamplingParams.of(request.sampling, model.config.vocab_size)
+    state = prefill_and_sample(model, request)
+    yield fetch(state.token)
     slots = state.cache.slots
     made, steps = 1, 1
     while made < max_tokens:
-        if fetched(state.done).all():
+        if fetch(state.finished).all():
             return
         if longest + made > slots:
-            slots = bucket(slots + ROOM)
+            slots = bucket_length(slots + ROOM)
             check_cache(model, batch, slots, request.cache)
-            state = grown(state, slots)
+            state = resize_state(state, slots)
         began = time.perf_counter()
         room = min(steps, max_tokens - made, slots - longest - made + 1)
-        state, tokens, count = decode(model, state, np.int32(room), knobs)
+        state, tokens, count = decode(model, state, np.int32(room), params)
         count = int(count)
-        yield from fetched(tokens)[:count]
+        yield from fetch(tokens)[:count]
         made += count
-        # Grow the call while the reader does not have to wait for it; the clocks of several processes would differ.
+        # Double the steps per call while a call is quick. Several processes do not measure: their clocks differ.
         quick = jax.process_count() > 1 or time.perf_counter() - began < PATIENCE / 2
         steps = min(STEPS, 2 * steps) if quick else steps
 
 
-def started(model: Model, request: GenerationRequest) -> State:
-    """Each prompt run, and its row's first token chosen."""
-    cache, last = filled(model, request)
+def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
+    """Prefill the prompts and sample each row's first token."""
+    cache, last = prefill_prompts(model, request)
     sampling, vocab_size = request.sampling, model.config.vocab_size
     ends = np.array(sorted(request.end_ids) or [-1], np.int32)
-    seen = seen_tokens(request.prompts, vocab_size) if sampling.penalized else None
-    keys = from_first(sampling.row_keys(len(request.prompts)))
-    return begin(model, cache, last, seen, keys, ends, Knobs.of(sampling, vocab_size))
+    token_mask = seen_tokens(request.prompts, vocab_size) if sampling.penalized else None
+    rng = broadcast_from_main(sampling.row_keys(len(request.prompts)))
+    return first_token(model, cache, last, token_mask, rng, ends, SamplingParams.of(sampling, vocab_size))
 
 
-def filled(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:
-    """A cache that holds the prompts and has room for an answer, and the last hidden state of each."""
-    prompts, longest, slots = request.prompts, request.longest, slots_for(request)
+def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:
+    """A cache that holds the prompts and has room for an answer, and the hidden state of each prompt's last token."""
+    prompts, longest, slots = request.prompts, request.longest, cache_length(request)
     check_cache(model, len(prompts), slots, request.cache)
     use_compilation_cache()
     lengths = np.array([len(p) for p in prompts], np.int32)
-    width = piece_of(longest, request.cache)
+    width = prefill_chunk(longest, request.cache)
     cache, last = empty(model, len(prompts), slots, request.cache.kv_bits)
     for start in range(0, longest, width):
         ids = np.zeros((len(prompts), width), np.int32)
@@ -239,29 +246,30 @@ def filled(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array
     return cache, last
 
 
-def slots_for(request: GenerationRequest) -> int:
-    """Cache slots for the prompts, padding included, and for the answer, but of that at first `ROOM` at most."""
-    width = piece_of(request.longest, request.cache)
-    return max(-(-request.longest // width) * width, bucket(request.longest + min(request.max_tokens, ROOM)))
+def cache_length(request: GenerationRequest) -> int:
+    """Cache slots for a request: the padded prompts and at first at most `ROOM` tokens of the answer."""
+    width = prefill_chunk(request.longest, request.cache)
+    return max(-(-request.longest // width) * width, bucket_length(request.longest + min(request.max_tokens, ROOM)))
 
 
-def piece_of(longest: int, cache_options: CacheOptions) -> int:
-    """Tokens of a prompt that are run together."""
-    return min(bucket(longest), bucket(cache_options.prefill_step_size))
+def prefill_chunk(longest: int, cache_options: CacheOptions) -> int:
+    """Tokens of a prompt that run in one call."""
+    return min(bucket_length(longest), bucket_length(cache_options.prefill_step_size))
 
 
-def bucket(length: int) -> int:
-    """The least of 32, 64, ... 1024, 2048, 3072, ... that holds ``length``: always doubling would waste long caches."""
+def bucket_length(length: int) -> int:
+    """The smallest of 32, 64, ... 1024, 2048, 3072, ... that holds ``length``. Always doubling would waste memory in
+    long caches."""
     return max(32, 1 << (int(length) - 1).bit_length()) if length <= 1024 else -(-int(length) // 1024) * 1024
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs on disk (``~/.cache/minicpm_jax``) unless JAX_COMPILATION_CACHE_DIR says where."""
+    """Cache compiled programs on disk (``~/.cache/minicpm_jax``) unless JAX_COMPILATION_CACHE_DIR is set."""
     if jax.config.jax_compilation_cache_dir is None:
         try:
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minicpm_jax"
             folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # no home, or one that is not ours to write: compile anew each time
+        except (OSError, RuntimeError):  # no writable home: compile in every process
             return
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))

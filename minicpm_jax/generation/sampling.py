@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from minicpm_data.generation.options import Sampling
 
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
-HOTTEST = 1e38  # more is infinite in float32; either way all tokens are alike
+HOTTEST = 1e38  # more overflows float32; either way all tokens are equally likely
 
 
 @functools.partial(
@@ -24,9 +24,9 @@ HOTTEST = 1e38  # more is infinite in float32; either way all tokens are alike
     meta_fields=["greedy", "penalized"],
 )
 @dataclass(frozen=True)
-class Knobs:
-    """`Sampling` for a compiled program: the numbers are inputs, [B, 1] where rows differ; only whether to draw and to
-    penalise (any row) recompiles."""
+class SamplingParams:
+    """`Sampling` as inputs of a compiled program, [B, 1] if rows differ. Only whether any row samples and whether
+    any row has a repetition penalty are static."""
 
     temperature: Float[Array, ""] | Float[Array, "B 1"]
     top_p: Float[Array, ""] | Float[Array, "B 1"]
@@ -37,8 +37,8 @@ class Knobs:
     penalized: bool
 
     @staticmethod
-    def of(sampling: Sampling, vocab_size: int) -> "Knobs":
-        return Knobs(
+    def of(sampling: Sampling, vocab_size: int) -> "SamplingParams":
+        return SamplingParams(
             np.float32(min(max(sampling.temperature, COLDEST), HOTTEST)),
             np.float32(sampling.top_p),
             np.int32(min(sampling.top_k or vocab_size, vocab_size)),
@@ -49,36 +49,43 @@ class Knobs:
         )
 
 
-def sample(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, knobs: Knobs, keys: Array) -> Int[Array, "B"]:
-    """One token for each row. ``seen``: tokens of prompt and answer, for the repetition penalty; ``keys``: [B]."""
-    if knobs.penalized:
-        penalized = jnp.where(logits > 0, logits / knobs.repetition_penalty, logits * knobs.repetition_penalty)
-        logits = jnp.where(seen, penalized, logits)
+def sample(
+    logits: Float[Array, "B V"], token_mask: Bool[Array, "B V"] | None, params: SamplingParams, keys: Array
+) -> Int[Array, "B"]:
+    """One token for each row.
+
+    ``token_mask``: the tokens of prompt and answer, for the repetition penalty. ``keys``: [B] random keys."""
+    if params.penalized:
+        penalized = jnp.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        logits = jnp.where(token_mask, penalized, logits)
     likeliest = jnp.argmax(logits, axis=-1)
-    if knobs.greedy:
+    if params.greedy:
         return likeliest
-    drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits / knobs.temperature, knobs))
-    return jnp.where(jnp.ravel(knobs.temperature) <= COLDEST, likeliest, drawn)
+    drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits / params.temperature, params))
+    return jnp.where(jnp.ravel(params.temperature) <= COLDEST, likeliest, drawn)
 
 
-def filtered(logits: Float[Array, "B V"], knobs: Knobs) -> Float[Array, "B V"]:
-    """-inf for every token outside top-k, then top-p, then min-p; each is a lowest logit that still passes. Nothing is
-    sorted: on a CPU that takes 20 ms for 73,440 words, and finding where to cut, bit by bit, a tenth of it."""
+def filtered(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
+    """-inf for every token outside top-k, then top-p, then min-p; each filter is a threshold on the logits.
+
+    Nothing is sorted: on a CPU a sort takes 20 ms for a vocabulary of 73,440, and finding the threshold bit by bit a
+    tenth of that.
+    """
     ordered = _ordered(logits)
-    kept = ordered >= _cut(ordered, lambda above: jnp.sum(above, axis=-1, keepdims=True) >= knobs.top_k)
+    kept = ordered >= _cut(ordered, lambda above: jnp.sum(above, axis=-1, keepdims=True) >= params.top_k)
     probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
 
     def enough(above):
         mass = jnp.sum(jnp.where(above, probabilities, 0), axis=-1, keepdims=True)
-        return (mass >= knobs.top_p) & (knobs.top_p < 1)
+        return (mass >= params.top_p) & (params.top_p < 1)
 
-    likeliest = jnp.max(probabilities, axis=-1, keepdims=True)  # it always stays
-    stays = kept & (ordered >= _cut(ordered, enough)) & (probabilities >= knobs.min_p * likeliest)
+    likeliest = jnp.max(probabilities, axis=-1, keepdims=True)  # always kept
+    stays = kept & (ordered >= _cut(ordered, enough)) & (probabilities >= params.min_p * likeliest)
     return jnp.where(stays, logits, -jnp.inf)
 
 
 def _ordered(logits: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """Whole numbers in the order of the logits: a float's bits, of negative ones turned over."""
+    """The logits as unsigned integers in the same order: a float's bits, inverted for negative numbers."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits & sign, ~bits, bits | sign)
@@ -87,7 +94,7 @@ def _ordered(logits: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
 def _cut(
     ordered: UInt32[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B 1"]]
 ) -> UInt32[Array, "B 1"]:
-    """The greatest number for which those that reach it are ``enough``; 0 where none is."""
+    """The greatest threshold for which the set of numbers that reach it is ``enough``; 0 if there is none."""
 
     def with_bit(place, found):
         higher = found | (jnp.uint32(1 << 31) >> place.astype(jnp.uint32))

@@ -1,6 +1,6 @@
-"""Activation sparsity: the share of the MLP's neurons that ReLU or FATReLU leaves at 0.
+"""Activation sparsity: the fraction of the MLP's neurons that ReLU or FATReLU sets to 0.
 
-Counted is what the gate's activation gives, before it is multiplied with up: as ProSparse counts (arXiv 2402.13516).
+The output of the gate's activation is counted, before the product with up, as in ProSparse (arXiv 2402.13516).
 """
 
 import dataclasses
@@ -14,39 +14,45 @@ from jaxtyping import Array, Float, Int
 
 from minicpm_data.diagnostics.sparsity import checked_threshold
 from minicpm_data.generation.request import prompt_ids
-from minicpm_jax.generation.decoding import bucket, empty
+from minicpm_jax.generation.decoding import bucket_length, empty
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Linear
-from minicpm_jax.layers.ops import gated
+from minicpm_jax.layers.ops import gated_act
 from minicpm_jax.layers.rope import positions_of
 from minicpm_jax.model import Model
-from minicpm_jax.parallel.mesh import over_its_mesh
+from minicpm_jax.parallel.mesh import with_model_mesh
 
-PIECE = 512  # tokens that run together
+PIECE = 512  # tokens per call
 
 
 class Counting:
-    """The gate's projection, which counts the zeros that the activation makes of what it gives."""
+    """The gate's projection, which also counts the zeros after the activation."""
 
     def __init__(self, gate_proj: Linear, neurons: int, threshold: float):
         self.gate_proj, self.neurons, self.threshold = gate_proj, neurons, threshold
 
     def __call__(self, x: Float[Array, "1 T D"]) -> Float[Array, "1 T F"]:
         gate = self.gate_proj(x)
-        own = gate[..., : self.neurons]  # a mesh may have filled them up
-        self.zeros = jnp.sum(gated(own, jnp.ones_like(own), self.threshold) == 0, axis=(0, 2))  # [T]
+        own = gate[..., : self.neurons]  # a mesh may have padded them
+        self.zeros = jnp.sum(gated_act(own, jnp.ones_like(own), self.threshold) == 0, axis=(0, 2))  # [T]
         return gate
 
 
 def activation_sparsity(model: Model, ids: Sequence[int]) -> np.ndarray:
-    """[L]: of each layer's neurons, the share that is 0 after the activation, over all tokens of ``ids`` (one text).
+    """The activation sparsity of each layer on a text.
 
-    Raises `InputError` where the activation is never 0 (SiLU), the model has experts, or ids are not its own or none.
+    Arguments:
+        model: a dense model whose activation is ReLU or FATReLU.
+        ids: the token ids of one text.
+
+    Returns: [L], the fraction of each layer's neurons that are 0 after the activation, over all tokens.
+
+    Raises: `InputError` if the activation is never 0 (SiLU), if the model has experts, and for empty or invalid ids.
     """
     checked_threshold(model.config)
     tokens = np.array([prompt_ids(None, ids, model.config.vocab_size)], np.int32)
     length = tokens.shape[1]
-    width = min(bucket(length), PIECE)
+    width = min(bucket_length(length), PIECE)
     tokens = np.pad(tokens, [(0, 0), (0, -length % width)])
     cache, _ = empty(model, 1, tokens.shape[1], None)
     zeros = np.zeros(model.config.num_hidden_layers, np.int64)
@@ -58,11 +64,11 @@ def activation_sparsity(model: Model, ids: Sequence[int]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-@over_its_mesh
+@with_model_mesh
 def _zeros(
     model: Model, ids: Int[Array, "1 T"], cache: Cache, new: Int[Array, ""], length: Int[Array, ""]
 ) -> tuple[Int[Array, "L"], Cache]:
-    """How many neurons of each layer are 0 at the first ``new`` tokens, and the cache with all of them."""
+    """Number of zero neurons of each layer over the first ``new`` tokens, and the cache with those tokens."""
     positions = positions_of(model.config, ids.shape, start=cache.lengths, length=length[None])
     real = jnp.arange(ids.shape[1]) < new
 

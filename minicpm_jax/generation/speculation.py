@@ -1,6 +1,7 @@
 """Speculative decoding: `minicpm_data.generation.speculation` on the programs of `decoding`, one row at a time.
 
-Taking back wrong guesses costs nothing: the cache's length is set back, and what lies beyond is written over.
+Rejecting guesses is free: the cache's length is set back, and later tokens overwrite what is beyond it.
+
 Dims: K guesses, W = K + 1, S cache slots, V vocabulary.
 """
 
@@ -18,29 +19,32 @@ from minicpm_data.generation.options import MOST
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_jax.generation import decoding
-from minicpm_jax.generation.decoding import ROOM, State, bucket, chosen
-from minicpm_jax.generation.sampling import Knobs
+from minicpm_jax.generation.decoding import ROOM, State, bucket_length, sample_next
+from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.model import Model
-from minicpm_jax.parallel.processes import fetched
+from minicpm_jax.parallel.processes import fetch
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def verify(
-    model: Model, state: State, guesses: Int[Array, "K"], knobs: Knobs
+    model: Model, state: State, guesses: Int[Array, "K"], params: SamplingParams
 ) -> tuple[State, Int[Array, "W"], Int[Array, ""]]:
-    """Run the last token and the guesses (-1: none). Returns the state after the guesses that the model agrees with
-    and one token more, the tokens that it chooses after each, and how many guesses were right."""
+    """Run the last token and the guesses (-1: no guess) through the model.
+
+    Returns the state after the accepted guesses and one further token, the token sampled after each input, and the
+    number of accepted guesses.
+    """
     ids = jnp.concatenate([state.token, jnp.maximum(guesses, 0)])[None]
     before = state.cache.lengths
     hidden, cache = model.decode(ids, state.cache, ids.shape[1], length=_lengths(before, ids.shape[1]))
 
     def choose(state, logits):
-        state = chosen(state, logits, knobs)
+        state = sample_next(state, logits, params)
         return state, state
 
     logits = model.head(hidden).swapaxes(0, 1)  # [W, 1, V]
-    nothing: Any = None  # the cache does not go through the loop
+    nothing: Any = None  # the cache is not carried through the scan
     _, states = jax.lax.scan(choose, dataclasses.replace(state, cache=nothing), logits)
     tokens = states.token[:, 0]
     right = jnp.sum(jnp.cumprod(tokens[:-1] == guesses))
@@ -52,7 +56,7 @@ def verify(
 def propose(
     model: Model, cache: Cache, last: Int[Array, "1 T"], start: Int[Array, ""], count: int
 ) -> tuple[Cache, Int[Array, "K"]]:
-    """The likeliest ``count`` tokens after a text whose ``last`` tokens stand from position ``start`` on."""
+    """The ``count`` greedy tokens after a text whose ``last`` tokens begin at position ``start``."""
     start = start[None]
     length = _lengths(start, last.shape[1])
     hidden, cache = model.decode(last, dataclasses.replace(cache, lengths=start), last.shape[1], length=length)
@@ -70,28 +74,28 @@ def propose(
 
 
 def _lengths(start: Int[Array, "1"], width: int) -> Int[Array, "1 W"]:
-    """Each token's own, as plain decoding has it: dynamic NTK takes its base."""
+    """The length at each token, as in plain decoding: dynamic NTK depends on it."""
     return start[:, None] + 1 + jnp.arange(width)
 
 
 def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Draft:
-    """Guesses of a smaller model; as many at a time whatever is wanted: another number is another program."""
+    """Guesses of a draft model. It always proposes the full number, because another number would be another program."""
     model, count = speculation.draft_model, speculation.num_draft_tokens
     assert model is not None
-    cache, _ = decoding.filled(model, roomy(request, count))
+    cache, _ = decoding.prefill_prompts(model, reserve_guesses(request, count))
 
     def proposed(last: Sequence[int], start: int, wanted: int) -> list[int]:
         nonlocal cache
         if start + len(last) + count > cache.slots:
-            cache = decoding.longer(cache, bucket(cache.slots + ROOM))
+            cache = decoding.resize_cache(cache, bucket_length(cache.slots + ROOM))
         cache, found = propose(model, cache, np.array([last], np.int32), np.int32(start), count)
-        return fetched(found)[:wanted].tolist()
+        return fetch(found)[:wanted].tolist()
 
     return Draft(request.prompt, proposed)
 
 
-def roomy(request: GenerationRequest, guesses: int) -> GenerationRequest:
-    """The request for whose answer and so many guesses beyond it a cache has room."""
+def reserve_guesses(request: GenerationRequest, guesses: int) -> GenerationRequest:
+    """The request with room in the cache for ``guesses`` tokens beyond its answer."""
     return dataclasses.replace(request, max_tokens=min(request.max_tokens + guesses, MOST))
 
 
@@ -100,20 +104,20 @@ def stream_speculated(
 ) -> Iterator[tuple[int, bool]]:
     """`minicpm_data.generation.api.Decoding.stream_speculated`."""
     count = speculation.num_draft_tokens
-    knobs = Knobs.of(request.sampling, model.config.vocab_size)
-    state = decoding.started(model, roomy(request, count))
-    first, filled = int(fetched(state.token)[0]), len(request.prompt)
+    params = SamplingParams.of(request.sampling, model.config.vocab_size)
+    state = decoding.prefill_and_sample(model, reserve_guesses(request, count))
+    first, filled = int(fetch(state.token)[0]), len(request.prompt)
 
     def verified(guesses: Sequence[int]) -> list[int]:
         nonlocal state, filled
         padded = np.full(count if guesses else 0, -1, np.int32)
         padded[: len(guesses)] = guesses
         if filled + 1 + len(padded) > state.cache.slots:
-            state = decoding.grown(state, bucket(state.cache.slots + ROOM))
-        state, tokens, right = verify(model, state, padded, knobs)
-        accepted = int(fetched(right)) + 1
+            state = decoding.resize_state(state, bucket_length(state.cache.slots + ROOM))
+        state, tokens, right = verify(model, state, padded, params)
+        accepted = int(fetch(right)) + 1
         filled += accepted
-        return fetched(tokens)[:accepted].tolist()
+        return fetch(tokens)[:accepted].tolist()
 
     guess = PromptLookup() if speculation.draft_model is None else draft_of(request, speculation)
     yield from speculate(request, first, guess, verified, count)

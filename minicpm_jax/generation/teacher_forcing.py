@@ -1,4 +1,4 @@
-"""Logits of a given text as generation computes them: whole, in pieces, token by token."""
+"""Logits of a given text, computed as generation does: as a whole, in chunks, token by token."""
 
 from typing import TYPE_CHECKING
 
@@ -9,20 +9,22 @@ if TYPE_CHECKING:
 
 
 def logits(model: "Model", ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """[B, T, V] of ids [B, T]."""
+    """[B, T, V] logits of ids [B, T]."""
     return np.asarray(model(ids, mask))
 
 
 def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of ids [1, T]: the embeddings and what each layer gives [L + 1, T, D], and after the final norm [T, D]."""
+    """Of ids [1, T]: the embeddings and each layer's output [L + 1, T, D], and the states after the final norm [T,
+    D]."""
     import jax
 
     x, last = jax.jit(_states)(model, ids)
-    return wide(x[:, 0]), wide(last[0])
+    return to_float32(x[:, 0]), to_float32(last[0])
 
 
 def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """[B, N, V]: what each of the tokens [B, N] is chosen from when they follow the prompts through a cache."""
+    """[B, N, V]: the logits from which each of the tokens [B, N] is chosen when they follow the prompts through a
+    cache."""
     import jax
 
     from minicpm_jax.generation.decoding import empty
@@ -31,10 +33,10 @@ def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> 
     ids = np.stack([np.pad(prompt, (0, lengths.max() - len(prompt))) for prompt in prompts])
     cache, _ = empty(model, len(prompts), int(lengths.max()) + tokens.shape[1], None)
     x, cache = jax.jit(decoded)(model, ids, cache, lengths)
-    steps = [wide(x)[np.arange(len(ids)), lengths - 1][:, None]]
+    steps = [to_float32(x)[np.arange(len(ids)), lengths - 1][:, None]]
     for token in tokens.T[:-1]:
         x, cache = jax.jit(decoded)(model, token[:, None], cache, 1)
-        steps.append(wide(x))
+        steps.append(to_float32(x))
     return np.concatenate(steps, axis=1)
 
 
@@ -43,20 +45,20 @@ def _states(model, ids):
     import jax.numpy as jnp
 
     from minicpm_jax.layers.rope import positions_of
-    from minicpm_jax.parallel.mesh import over
+    from minicpm_jax.parallel.mesh import use_mesh
 
     positions = positions_of(model.config, ids.shape)
     x = model.model.embed(ids)
-    with over(model.mesh):
+    with use_mesh(model.mesh):
         last, after = jax.lax.scan(lambda x, layer: (layer(x, positions)[0],) * 2, x, model.model.layers)
     return jnp.concatenate([x[None], after]), model.model.norm(last)
 
 
 def decoded(model, ids, cache, new):
-    """Logits of more tokens, and the cache with them."""
+    """Logits of more tokens, and the updated cache."""
     x, cache = model.decode(ids, cache, new)
     return model.head(x), cache
 
 
-def wide(x) -> np.ndarray:
+def to_float32(x) -> np.ndarray:
     return np.asarray(x).astype(np.float32)

@@ -10,38 +10,40 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from minicpm_jax.layers.blockwise import BLOCK, attend_blocks, attend_blocks_in_turn
+from minicpm_jax.layers.blockwise import BLOCK, blockwise_attention, blockwise_attention_in_turn
 from minicpm_jax.layers.kernels.cache_attention import cache_attention
 from minicpm_jax.layers.kernels.causal_attention import causal_attention
-from minicpm_jax.layers.kv_cache import Cache, placement
-from minicpm_jax.layers.rope import Positions, rotate
-from minicpm_jax.parallel.activations import by_heads
-from minicpm_jax.parallel.mesh import ambient, row_axes
+from minicpm_jax.layers.kv_cache import Cache, cache_specs
+from minicpm_jax.layers.rope import Positions, apply_rope
+from minicpm_jax.parallel.activations import shard_heads
+from minicpm_jax.parallel.mesh import ambient_mesh, row_axes
 from weights_io.config import ModelConfig
 
 
 class Attention(nnx.Module):
+    """Projections, RoPE, attention (over the cache, if there is one) and the output projection."""
+
     def __init__(self, projections: dict[str, nnx.Module], config: ModelConfig):
         self.q_proj, self.k_proj = projections["q_proj"], projections["k_proj"]
         self.v_proj, self.o_proj = projections["v_proj"], projections["o_proj"]
-        self.head_dim = config.head_dim  # how many heads there are the weights say: a mesh may have filled them up
+        self.head_dim = config.head_dim  # the head count comes from the weights: a mesh may have padded it
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         batch, width, _ = x.shape
         with jax.named_scope("attention"):
-            q, k, v = (by_heads(project(x), cache) for project in (self.q_proj, self.k_proj, self.v_proj))
-            q = rotate(q.reshape(batch, width, -1, self.head_dim), positions)
-            k = rotate(k.reshape(batch, width, -1, self.head_dim), positions)
+            q, k, v = (shard_heads(project(x), cache) for project in (self.q_proj, self.k_proj, self.v_proj))
+            q = apply_rope(q.reshape(batch, width, -1, self.head_dim), positions)
+            k = apply_rope(k.reshape(batch, width, -1, self.head_dim), positions)
             v = v.reshape(k.shape)
             if cache is not None:
-                mixed, cache = through_cache(q, k, v, cache, layer, positions.index)
+                mixed, cache = cached_attention(q, k, v, cache, layer, positions.index)
                 return self.o_proj(mixed), cache
-            return self.o_proj(attend_rows(q, k, v, positions.segments)), cache
+            return self.o_proj(self_attention(q, k, v, positions.segments)), cache
 
 
-def through_cache(
+def cached_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -49,56 +51,59 @@ def through_cache(
     layer: ArrayLike,
     index: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T NH"], Cache]:
-    """`attend_cache` once keys and values are written into the slots ``index``. Over a mesh each device does both for
-    its rows and heads, the tensor axis dividing them (`sharding.padded`): XLA cannot split a kernel by itself, and
-    would send what is written in slots that differ by row to every device."""
-    mesh = ambient()
+    """Write keys and values into the cache slots ``index``, then `attend_cache`.
+
+    Over a mesh this is a `shard_map`: each device handles its rows and heads, and tensor divides the heads
+    (`sharding.pad_config`). XLA cannot partition a Pallas kernel by itself, and would send updates whose slots
+    differ by row to every device.
+    """
+    mesh = ambient_mesh()
 
     def own(q, k, v, cache, layer, index):
-        cache = cache.written(layer, k, v, index)
+        cache = cache.update(layer, k, v, index)
         return attend_cache(q, cache, layer, index), cache
 
     if mesh is None:
         return own(q, k, v, cache, layer, index)
-    parts, (batch, width, each, head_dim) = placement(cache, mesh), q.shape
+    parts, (batch, width, each, head_dim) = cache_specs(cache, mesh), q.shape
     _, rows, _, heads = parts.k
     whole = tuple(name for name in row_axes(mesh, batch) if name != "fsdp")
 
     def few(x, *axes):
-        """Whole over fsdp, if there are fewer tokens than a weight has rows: their sums travel more cheaply than the
-        weights, which XLA would gather for a hidden state that is split as the cache is."""
+        """Replicate over fsdp if there are fewer tokens than rows in a weight. Summing these activations moves fewer
+        bytes than gathering the weights, which XLA does if the hidden state is sharded like the cache."""
         if batch * width >= each * head_dim:
             return x
         return jax.lax.with_sharding_constraint(x, P(whole, None, *axes))
 
     new = P(rows, None, heads, None)
     specs = new, new, new, parts, P(), P(rows, None)
-    spread = jax.shard_map(own, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
-    mixed, cache = spread(*(few(x, heads) for x in (q, k, v)), cache, jnp.asarray(layer), few(index))
+    sharded = jax.shard_map(own, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
+    mixed, cache = sharded(*(few(x, heads) for x in (q, k, v)), cache, jnp.asarray(layer), few(index))
     return few(mixed, heads), cache
 
 
 def attend_cache(
     q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"]
 ) -> Float[Array, "B T NH"]:
-    """`attend` over the filled slots of one layer; T tokens in a row see the slots up to their own, ``index``.
+    """`attend` over the filled slots of one layer's cache. A token sees the slots up to its own, ``index``.
 
-    Compiled for a TPU this is a Pallas kernel, but in float16, which the kernels' compiler does not know.
+    On a TPU this is a Pallas kernel, except in float16, which Mosaic does not support.
     """
 
     def kernel(q, cache, layer, index):
         return cache_attention(q, cache, layer, index[:, 0])
 
-    forms = {"tpu": attend_blocks if q.dtype == jnp.float16 else kernel, "cpu": attend_blocks_in_turn}
-    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, **forms, default=attend_blocks)
+    forms = {"tpu": blockwise_attention if q.dtype == jnp.float16 else kernel, "cpu": blockwise_attention_in_turn}
+    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, **forms, default=blockwise_attention)
 
 
 def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "#B T S"]
 ) -> Float[Array, "B T NH"]:
-    """softmax(q k / sqrt(H)) v with scores and softmax in float32; head n reads key/value head n // G."""
+    """softmax(q k / sqrt(H)) v, with scores and softmax in float32. Query head n reads key/value head n // G."""
     batch, width, heads, head_dim = q.shape
-    # Turn the small operands, not the scores: with batch and head axes leading, no [T, S] array is ever transposed.
+    # Transpose the small operands, not the scores: with batch and head axes leading, no [T, S] array is transposed.
     q = q.reshape(batch, width, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
     highest = jax.lax.Precision.HIGHEST
@@ -109,19 +114,19 @@ def attend(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * head_dim)
 
 
-def attend_rows(
+def self_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T NH"]:
-    """`attend` of whole rows to themselves: a token sees those of its segment up to itself.
+    """`attend` of whole rows without a cache: a token attends to the tokens of its segment up to itself.
 
-    In bfloat16 compiled for a TPU this is a Pallas kernel, over the devices of a mesh as in `through_cache`; in other
-    dtypes XLA's form."""
-    mesh = ambient()
+    In bfloat16 on a TPU this is a Pallas kernel, sharded over a mesh as in `cached_attention`. Other dtypes use
+    `chunked_attention`."""
+    mesh = ambient_mesh()
 
-    def spread(q, k, v, segments):
+    def sharded(q, k, v, segments):
         assert mesh is not None
         rows = row_axes(mesh, len(q))
         whole, heads = P(rows), P(rows, None, "tensor" if "tensor" in mesh.shape else None)
@@ -129,20 +134,20 @@ def attend_rows(
         return jax.shard_map(causal_attention, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, segments)
 
     if q.dtype != jnp.bfloat16:
-        return attend_parts(q, k, v, segments)
-    tpu = causal_attention if mesh is None else spread
-    return jax.lax.platform_dependent(q, k, v, segments, tpu=tpu, default=attend_parts)
+        return chunked_attention(q, k, v, segments)
+    tpu = causal_attention if mesh is None else sharded
+    return jax.lax.platform_dependent(q, k, v, segments, tpu=tpu, default=chunked_attention)
 
 
-def attend_parts(
+def chunked_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T NH"]:
-    """XLA's form of `attend_rows`. Of more than `BLOCK` tokens the scores are made for so many at a time, and made
-    again in the backward pass: those of 4 rows of 2048 tokens and 36 heads are 2.4 GB, of which a backward pass without
-    blocks holds two and a half."""
+    """`self_attention` in plain XLA. With more than `BLOCK` tokens the scores are computed for one block of queries at
+    a time and recomputed in the backward pass. Unblocked, the scores of 4 rows of 2048 tokens and 36 heads take 2.4
+    GB, and the backward pass holds two and a half such arrays."""
     batch, width, _, _ = q.shape
     blocks = -(-width // BLOCK)
     size = -(-width // blocks)
@@ -156,7 +161,7 @@ def attend_parts(
     if blocks == 1:
         return part(0, q, segments)
 
-    def parts(x):  # along T, so that a batch that is spread over devices stays so
+    def parts(x):  # split along T: a batch sharded over devices stays sharded
         x = jnp.pad(x, [(0, 0), (0, blocks * size - width)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, blocks, size, *x.shape[2:]), 1, 0)
 

@@ -1,4 +1,4 @@
-"""Attention over the filled part of the cache, block by block, where there is no kernel."""
+"""Attention over the filled part of the cache in plain XLA, block by block: used where there is no kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,37 +9,38 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_jax.layers.kv_cache import Cache
 
-BLOCK = 512  # most tokens, or cache slots, that XLA's form of attention takes together; half as many for one new token
-TOGETHER = 256  # most numbers of a cache slot whose heads it takes together for one new token
-SCORES = 1 << 19  # most scores that it makes together for several
+BLOCK = 512  # most tokens, or cache slots, of a block; half as many for one new token
+TOGETHER = 256  # one new token: most lanes (heads x head dimension) of a cache slot in one part
+SCORES = 1 << 19  # several new tokens: most scores of one part
 
 
 def _at_once(part: Callable, given: Any) -> Array:
     return jax.vmap(part)(given)
 
 
-def attend_blocks(
+def blockwise_attention(
     q: Float[Array, "B T N H"],
     cache: Cache,
     layer: ArrayLike,
     index: Int[Array, "B T"],
     each: Callable[[Callable, Any], Array] = _at_once,
 ) -> Float[Array, "B T NH"]:
-    """`attend` over the filled slots of a cache, a block of them at a time with a running softmax (arXiv 2205.14135):
-    no [T, S] array is made. A token sees the slots up to its own, ``index``.
+    """`attend` over the filled slots of a cache, one block at a time with a running softmax (arXiv 2205.14135): no [T,
+    S] array is built. A token sees the slots up to its own, ``index``.
 
-    The work is cut into rows and C of the K key/value heads of one row. One new token's query is zero in the lanes of
-    the other heads, so that keys are multiplied as they lie: a product for each head, as of many tokens, turns them.
-    ``each``: runs the parts."""
+    The work is split into parts: one row and C of its K key/value heads each. ``each`` maps a function over the
+    parts. For a single new token the query is zero in the lanes of the other heads, so keys are multiplied in their
+    stored layout; a product per head, as for several tokens, transposes them.
+    """
     batch, width, heads, head_dim = q.shape
     kv_heads = cache.k.shape[3] // head_dim
-    # Most prompts are shorter than a cache: of blocks as long as a piece the first is all that the first piece sees.
+    # Most prompts are shorter than the cache: with blocks as long as a chunk, the first chunk reads one block.
     block = min(BLOCK // 2 if width == 1 else max(width, BLOCK // 4), BLOCK, cache.slots)
     room = TOGETHER // head_dim if width == 1 else SCORES // (heads // kv_heads * width * block)
     together = max(c for c in range(1, max(1, room) + 1) if kv_heads % c == 0)
     wide, parts = width == 1, kv_heads // together
     lanes = together * head_dim if wide else head_dim
-    # Of keys and values in float32 one token's products are made in it: they take less time than the rounding.
+    # With float32 keys and values, one token's products stay in float32: rounding takes longer than they do.
     dtype = cache.k.dtype if wide and cache.k.dtype == jnp.float32 else q.dtype
     own = jnp.eye(together, dtype=dtype)[:, None, None, :, None]
     exact: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
@@ -47,19 +48,19 @@ def attend_blocks(
 
     def part(given):
         q, row, head = given
-        shape = (together * q.shape[1], width)  # of the queries: those of a head, then of a token
+        shape = (together * q.shape[1], width)  # of the queries: heads, then tokens
         queries = (q[..., None, :] * own).reshape(1, -1, lanes) if wide else q.reshape(together, -1, lanes)
 
         def step(i, carry):
             top, total, mixed = carry
-            first = jnp.minimum(i * block, cache.slots - block)  # the last block may reach back into the one before
+            first = jnp.minimum(i * block, cache.slots - block)  # the last block may overlap the one before
             # Without the barrier XLA:CPU makes a copy of the whole cache in float32 before the loop.
             held, slot = jax.lax.optimization_barrier((cache, first))
             like = jax.ShapeDtypeStruct((block, together, head_dim), dtype)
-            k, v = (x.reshape(block, -1, lanes) for x in held.read(layer, row, slot, head, like))
+            k, v = (x.reshape(block, -1, lanes) for x in held.read_block(layer, row, slot, head, like))
             slots = first + jnp.arange(block)
             visible = (slots >= i * block) & (slots <= index[row][:, None])  # [T, S]
-            if wide:  # scaled before they are turned: else XLA would turn the keys, and not what comes of them
+            if wide:  # scaled before the transpose: otherwise XLA transposes the keys instead of the scores
                 scores = (jnp.einsum("sch,crh->csr", k, queries, **exact) * head_dim**-0.5).swapaxes(1, 2)
             else:
                 scores = jnp.einsum("crh,sch->crs", queries, k, **exact) * head_dim**-0.5
@@ -86,8 +87,8 @@ def attend_blocks(
     return mixed.reshape(batch, width, heads * head_dim)
 
 
-def attend_blocks_in_turn(
+def blockwise_attention_in_turn(
     q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"]
 ) -> Float[Array, "B T NH"]:
-    """`attend_blocks`, one part after the other, up to a row's own end: their keys and scores stay in a CPU's cache."""
-    return attend_blocks(q, cache, layer, index, jax.lax.map)
+    """`blockwise_attention`, one part after the other: the keys and scores of a part stay in a CPU's cache."""
+    return blockwise_attention(q, cache, layer, index, jax.lax.map)

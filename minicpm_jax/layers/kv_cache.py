@@ -1,4 +1,4 @@
-"""The key/value cache, and where it lies.
+"""The key/value cache and its sharding.
 
 Dims as in attention.py: L layers, B batch, T new tokens, S cache slots, K key/value heads, H head dimension.
 """
@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Int, Int8
 
 from minicpm_jax.parallel.mesh import row_axes
-from minicpm_jax.parallel.sharding import padded
+from minicpm_jax.parallel.sharding import pad_config
 from weights_io.config import ModelConfig
 
-STORED = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # arrays of a cache, and their axis of slots
+STORED = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # arrays of a cache -> their axis of slots
 
 
 @functools.partial(
@@ -26,10 +26,13 @@ STORED = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # arrays of a cache, and 
 )
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of all layers. Flat in the last axis: [.., K, 64] would be padded to 128 lanes on a TPU.
-    In int8 a slot's head has a scale: its largest number / 127. X: the K heads, those of each device of a mesh
-    rounded up to a TPU tile's 8 rows; of another number XLA would keep the axes in another order, and turn all layers'
-    scales for each layer."""
+    """Keys and values of all layers. Heads are flattened into the last axis: [.., K, 64] would be padded to 128 lanes
+    on a TPU.
+
+    An int8 cache has one scale per slot and head: its absolute maximum / 127. Axis X holds the K heads of the
+    scales, padded to a multiple of 8 per device (a TPU tile has 8 rows). Otherwise XLA picks another layout and
+    transposes the whole scale array in every layer.
+    """
 
     k: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
     v: Float[Array, "L B S KH"] | Int8[Array, "L B S KH"]
@@ -41,8 +44,9 @@ class Cache:
     def empty(
         config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None = None, mesh: Mesh | None = None
     ) -> "Cache":
-        """``bits`` 8: int8; None: ``dtype``. Of a model on a ``mesh``."""
-        config, parts = padded(config, mesh), 1 if mesh is None else mesh.shape.get("tensor", 1)
+        """A cache of zeros with ``slots`` positions per row. ``bits``: 8 for int8, None for ``dtype``. ``mesh``: the
+        model's."""
+        config, parts = pad_config(config, mesh), 1 if mesh is None else mesh.shape.get("tensor", 1)
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch, slots, heads * config.head_dim)
         lengths = jnp.zeros(batch, jnp.int32)
@@ -55,11 +59,12 @@ class Cache:
 
     @property
     def slots(self) -> int:
+        """Length S of the cache."""
         return self.k.shape[2]
 
-    def written(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "Cache":
-        """With k and v [B, T, K, H] of one layer in the slots ``index``: T in a row from the same one in every row, or
-        one in each row."""
+    def update(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "Cache":
+        """Write k and v [B, T, K, H] of one layer into the slots ``index``. Either all rows write the same T
+        consecutive slots, or each row writes one slot of its own."""
         batch, width, heads, _ = k.shape
         together = batch == 1 or width > 1
 
@@ -67,8 +72,8 @@ class Cache:
             new = new.astype(stored.dtype)
             if together and stored.dtype != jnp.int8:
                 return jax.lax.dynamic_update_slice(stored, new[None], (layer, 0, index[0, 0], 0))
-            # A TPU writes a slice of int8 in tiles of 8 slots: all layers' tiles of 32 would be copied and back. A
-            # scatter of one row would become one of a slice, so it is written twice.
+            # A TPU updates a slice of int8 in tiles of 8 slots, so XLA would copy all layers out of their tiles of 32
+            # and back. A scatter avoids that, but XLA turns a scatter of one row into a slice: so write it twice.
             slots = index
             if index.size == 1:
                 new, slots = (jnp.concatenate([x, x], axis=1) for x in (new, slots))
@@ -78,21 +83,21 @@ class Cache:
             new = new.transpose(0, 2, 1)  # [B, K, T]
             if together:
                 return jax.lax.dynamic_update_slice(stored, new[None], (layer, 0, 0, index[0, 0]))
-            # Number by number: for whole heads XLA would turn all layers' scales.
+            # Element by element: with a scatter of whole heads XLA transposes the scales of all layers.
             return stored.at[layer, jnp.arange(batch)[:, None], jnp.arange(heads), index].set(new[:, :, 0])
 
         if self.k_scale is None or self.v_scale is None:
             k, v = (x.reshape(batch, width, -1) for x in (k, v))
             return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
-        (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+        (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
         k, v = (x.reshape(batch, width, -1) for x in (k, v))
         k_scale, v_scale = write_scale(self.k_scale, k_scale), write_scale(self.v_scale, v_scale)
         return Cache(write(self.k, k), write(self.v, v), self.lengths, k_scale, v_scale)
 
-    def read(
+    def read_block(
         self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, head: ArrayLike, like: Float[Array, "S K H"]
     ) -> tuple[Array, Array]:
-        """Keys and values of one row, in the shape and dtype of ``like``: from ``slot`` and key/value ``head`` on."""
+        """Keys and values of one row from ``slot`` and key/value ``head`` on, in the shape and dtype of ``like``."""
         size, heads, head_dim = like.shape
 
         def part(stored, scale):
@@ -106,16 +111,16 @@ class Cache:
         return part(self.k, self.k_scale), part(self.v, self.v_scale)
 
 
-def quantised(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Float[Array, "B T K"]]:
-    """int8 and the scale of each head."""
+def quantize_kv(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Float[Array, "B T K"]]:
+    """int8 values and one scale per head."""
     wide = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30) / 127
     return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
 
 
-def placement(cache: Cache, mesh: Mesh | AbstractMesh) -> Cache:
-    """The `PartitionSpec` of each array of a cache made for the ``mesh``: rows over the axes of batches as far as
-    those divide them, heads over tensor; lengths, of which all rows' angles are made, whole."""
+def cache_specs(cache: Cache, mesh: Mesh | AbstractMesh) -> Cache:
+    """The `PartitionSpec` of each array of a cache on the ``mesh``: rows over the batch axes that divide them, heads
+    over tensor. The lengths are replicated: every device computes the RoPE angles of all rows."""
     rows = row_axes(mesh, cache.k.shape[1]) or None
     heads = "tensor" if "tensor" in mesh.shape else None
     stored, scale = P(None, rows, None, heads), None if cache.k_scale is None else P(None, rows, heads)

@@ -5,24 +5,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minicpm_jax.layers.lora import LowRank
-from minicpm_jax.layers.ops import Weight, product, rows
+from minicpm_jax.layers.lora import LoRALayer
+from minicpm_jax.layers.ops import Weight, linear, rows
 
 
 class Linear(nnx.Module):
-    """y = W x, without bias. The weight keeps the [out, in] order of the checkpoint."""
+    """y = W x without bias. The weight keeps the checkpoint's [out, in] order."""
 
     def __init__(self, weight: Float[Array, "O I"]):
         self.weight: nnx.Param | Weight = nnx.Param(weight)
-        self.adapter: LowRank | None = nnx.data(None)
+        self.adapter: LoRALayer | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = product(self.weight, x)
+        y = linear(self.weight, x)
         return y if self.adapter is None else self.adapter(x, y)
 
 
 class Embedding(nnx.Module):
-    """A table of rows; a tied head is its `attend`."""
+    """An embedding table. `attend` computes the logits of a tied head."""
 
     def __init__(self, weight: Float[Array, "V D"]):
         self.weight: nnx.Param | Weight = nnx.Param(weight)
@@ -31,11 +31,11 @@ class Embedding(nnx.Module):
         return rows(self.weight, ids)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return product(self.weight, x)
+        return linear(self.weight, x)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x), rounded to the model's dtype, then times the weight (in this order, as the original)."""
+    """x / rms(x) is rounded to the model's dtype, then multiplied by the weight: the order of the original code."""
 
     def __init__(self, weight: Float[Array, "D"], eps: float):
         self.weight: nnx.Param | Weight = nnx.Param(weight)

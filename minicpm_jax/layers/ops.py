@@ -1,4 +1,4 @@
-"""Elementwise pieces that every part of the model shares, and the products with its weights."""
+"""Elementwise operations and the linear product, shared by all layers."""
 
 import math
 from typing import Any
@@ -10,51 +10,52 @@ from jaxtyping import Array, Float, Int
 
 from minicpm_jax.layers.kernels.precision import precision
 
-# Rows up to which XLA:CPU multiplies twice as fast or more with the weight on the left (2 to 16 rows of 1536, 3840
-# outputs; from 64 rows on a tenth slower). A TPU's program is the same either way.
+# Up to this many rows XLA:CPU is at least twice as fast with the weight as the left operand (2 to 16 rows of 1536, 3840
+# outputs); from 64 rows on it is a tenth slower. The program for a TPU is the same either way.
 FEW = 32
 
 
-def gated(gate: Array, up: Array, threshold: float | None = None) -> Array:
-    """silu(gate) * up; with a ``threshold`` FATReLU in place of SiLU: gate where gate >= threshold, else 0."""
+def gated_act(gate: Array, up: Array, threshold: float | None = None) -> Array:
+    """SwiGLU: silu(gate) * up. With a ``threshold``, FATReLU replaces SiLU: gate if gate >= threshold, otherwise 0."""
     active = jax.nn.silu(gate) if threshold is None else jnp.where(gate >= threshold, gate, 0)
     return active * up
 
 
-def scaled(x: Array, factor: float) -> Array:
-    """x * factor with the product in float32, rounded once to x's dtype, as PyTorch does."""
+def scale(x: Array, factor: float) -> Array:
+    """x * factor, computed in float32 and rounded once to x's dtype, as PyTorch does."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def divided(x: Array, divisor: float) -> Array:
-    """x / divisor, rounded likewise."""
+def divide(x: Array, divisor: float) -> Array:
+    """x / divisor, rounded like `scale`."""
     return (x.astype(jnp.float32) / divisor).astype(x.dtype)
 
 
 class Weight(nnx.Module):
-    """What stands in place of an `nnx.Param` where a weight [.., O, I] is kept, or multiplies, in a way of its own.
+    """Base class of weights [.., O, I] that are stored or multiplied differently from an `nnx.Param`.
 
-    ``weight[...]`` reads it as an array, whose ``shape`` and ``dtype`` it has. A subclass overrides what it does in
-    another way than with that array."""
+    ``weight[...]`` reads the weight as an array with its ``shape`` and ``dtype``. A subclass overrides the methods for
+    which that array is too slow.
+    """
 
     def __getitem__(self, index: Any) -> Array:
         raise NotImplementedError
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        """`product`."""
-        return product(self[...], x)
+        """`linear`."""
+        return linear(self[...], x)
 
     def rows(self, index: Int[Array, "..."]) -> Float[Array, "... I"]:
         """`rows`."""
         return self[index]
 
-    def of_expert(self, expert: Int[Array, ""]) -> Any:
-        """`of_expert`."""
-        return of_expert(self[...], expert)
+    def expert_weight(self, expert: Int[Array, ""]) -> Any:
+        """`expert_weight`."""
+        return expert_weight(self[...], expert)
 
 
 class OwnProduct(Weight):
-    """A weight that is kept as it was, and of which a subclass says how it multiplies."""
+    """Base class of weights that wrap another weight and multiply in their own way."""
 
     def __init__(self, weight: Any):
         """``weight``: an `nnx.Param`, or a `Weight`."""
@@ -72,8 +73,9 @@ class OwnProduct(Weight):
         return self.weight[index]
 
 
-def product(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    """W x in x's dtype. The type of the weight chooses how: an array [O, I] (or its `nnx.Param`), or a `Weight`."""
+def linear(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """W x in x's dtype. The type of the weight selects the implementation: an array [O, I], an `nnx.Param` or a
+    `Weight`."""
     if isinstance(weight, Weight):
         return weight.times(x)
     weight = weight[...] if isinstance(weight, nnx.Param) else weight
@@ -83,14 +85,14 @@ def product(weight: Any, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
 
 
 def rows(table: Any, index: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Of a table [V, D]."""
+    """Rows of a table [V, D], such as an embedding."""
     return table.rows(index) if isinstance(table, Weight) else table[index]
 
 
-def of_expert(weight: Any, expert: Int[Array, ""]) -> Any:
-    """Of a weight [E, O, I] the [O, I] of one expert: a slice, which fuses into the product, so that no other expert's
-    weights are read."""
+def expert_weight(weight: Any, expert: Int[Array, ""]) -> Any:
+    """The [O, I] weight of one expert of [E, O, I]. The slice fuses into the product, so no other expert's weights are
+    read."""
     if isinstance(weight, Weight):
-        return weight.of_expert(expert)
+        return weight.expert_weight(expert)
     weight = weight[...] if isinstance(weight, nnx.Param) else weight
     return jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: positions, tables of sines and cosines, rotation."""
+"""Rotary position embeddings: positions, tables of cosines and sines, rotation."""
 
 import functools
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from weights_io.config import ModelConfig
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "segments"], meta_fields=[])
 @dataclass(frozen=True)
 class Positions:
-    """Where the T new tokens stand and what they may see."""
+    """Positions of the T new tokens and the tokens they may attend to."""
 
     index: Int[Array, "B T"]
     cos: Float[Array, "B T H"]
     sin: Float[Array, "B T H"]
-    segments: Int[Array, "B T"] | None = None  # a token sees those of its number up to itself, 0: padding; None: all
+    segments: Int[Array, "B T"] | None = None  # a token attends within its number; 0: padding; None: one segment
 
     @property
     def real(self) -> Bool[Array, "B T"] | None:
-        """Which are no padding; None: all."""
+        """True for tokens, False for padding; None: no padding."""
         return None if self.segments is None else self.segments != 0
 
 
@@ -36,9 +36,16 @@ def positions_of(
     segments: Int[Array, "B T"] | None = None,
     length: Int[Array, "B #T"] | Int[Array, "B"] | None = None,
 ) -> Positions:
-    """Positions of [B, T] new tokens: after ``start`` cached ones (``length`` in all), or of a whole batch with
-    padding (``mask``) or several packed documents in a row (``segments``: numbered, 0 is padding; each sees only
-    itself, and dynamic NTK takes the base of its own length)."""
+    """Positions of [B, T] new tokens.
+
+    Arguments:
+        shape: (B, T).
+        mask: [B, T]; 0 for padding, in a batch without a cache.
+        start: [B] number of cached tokens before the new ones; needs ``length``.
+        segments: [B, T] numbers of the documents packed into a row; 0 is padding. A token attends only to its own
+            document, and dynamic NTK scales RoPE for that document's length.
+        length: [B] or [B, T] length of the whole prompt or answer, for dynamic NTK.
+    """
     batch, width = shape
     if start is not None:
         index = start[:, None] + jnp.arange(width)
@@ -51,14 +58,14 @@ def positions_of(
         index = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     if segments is not None:
         same = segments[:, :, None] == segments[:, None, :]
-        index = jnp.arange(width) - jnp.argmax(same, axis=2)  # since the first token of the same document
+        index = jnp.arange(width) - jnp.argmax(same, axis=2)  # position within its document
         lengths = jnp.sum(same, axis=2)
     return Positions(index, *rope_tables(config, index, lengths), mask if segments is None else segments)
 
 
 def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array, "B #T"]) -> tuple[Array, Array]:
-    """cos and sin [B, T, H] in float32, half-split order (arXiv 2104.09864). Dynamic NTK scaling grows the base with
-    ``length``, the number of tokens seen so far."""
+    """cos and sin [B, T, H] in float32, in half-split order (arXiv 2104.09864). Dynamic NTK scaling grows the base
+    with ``length``, the number of tokens so far."""
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     theta = jnp.float32(config.rope_theta)
     position = index.astype(jnp.float32)
@@ -74,12 +81,12 @@ def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:
-    """Turn each pair (h, h + H/2) by its angle, in float32, and round back to x's dtype. The halves change places by a
-    product with ones, which is exact: cut out, 32 numbers of 64 would each fill 128 lanes of a TPU, a third of the
-    bytes that attention moves in training."""
+def apply_rope(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:
+    """Rotate each pair (h, h + H/2) by its angle in float32 and round to x's dtype. The halves are swapped by a
+    product with a permutation matrix, which is exact. Slices of 32 of 64 lanes would each be padded to 128 lanes on
+    a TPU: a third of attention's memory traffic in training."""
     head_dim = x.shape[-1]
     places = jnp.asarray(np.eye(head_dim, k=head_dim // 2) - np.eye(head_dim, k=-head_dim // 2), x.dtype)
     exact = {"precision": precision(x), "preferred_element_type": jnp.float32}
-    turned = jnp.einsum("btxh,hg->btxg", x, places, **exact)  # -second, first
-    return (x.astype(jnp.float32) * positions.cos[:, :, None] + turned * positions.sin[:, :, None]).astype(x.dtype)
+    swapped = jnp.einsum("btxh,hg->btxg", x, places, **exact)  # -second, first
+    return (x.astype(jnp.float32) * positions.cos[:, :, None] + swapped * positions.sin[:, :, None]).astype(x.dtype)

@@ -1,7 +1,7 @@
-"""A stack of layers, and how it runs.
+"""A stack of layers and how it runs.
 
-The layers are stacked on axis 0 (every leaf has a leading axis L) and scanned, so that the program is as long as one
-layer. A list of layers runs itself (`cpu.form.Layers`).
+The layers are stacked on axis 0 (every leaf has a leading axis L) and scanned, so the program is only one layer
+long. A list of unstacked layers runs itself (`cpu.form.Layers`).
 """
 
 from typing import Any
@@ -15,58 +15,61 @@ from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import RMSNorm
 from minicpm_jax.layers.ops import OwnProduct
 from minicpm_jax.layers.rope import Positions
-from minicpm_jax.parallel.activations import ADDED_UP, by_tokens, copies, gathered_rows
-from minicpm_jax.parallel.mesh import ambient
+from minicpm_jax.parallel.activations import ADDED_UP, gather_then_shard_sequence, replicate_per_device, shard_sequence
+from minicpm_jax.parallel.mesh import ambient_mesh
 
-Ran = tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]  # what comes of layers
+Ran = tuple[Float[Array, "B T D"], Cache | None, Float[Array, ""]]  # hidden state, cache, load-balancing loss
 
 
-def through(
+def run_layers(
     layers: Any, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, remat: bool = False
 ) -> Ran:
-    """x through all layers: the hidden state, the cache, and the mean of the layers' `moe.imbalance`. ``remat``:
-    recompute each layer in the backward pass instead of keeping what it computed."""
+    """Run x through all layers.
+
+    Returns the hidden state, the cache and the mean of the layers' `moe.load_balancing_loss`. ``remat``: recompute
+    each layer in the backward pass instead of storing its activations.
+    """
     if isinstance(layers, nnx.List):
-        return layers.through(x, positions, cache)  # type: ignore[attr-defined]
+        return layers.run_layers(x, positions, cache)  # type: ignore[attr-defined]
     if cache is None:
-        x = gathered_rows(x)
-        layers = _own_norms(layers, x)
+        x = gather_then_shard_sequence(x)
+        layers = replicate_norm_weights(layers, x)
 
     def step(carry, layer):
         x, cache = carry
         weights, index = layer
-        x, cache, imbalance = weights(x if cache is not None else by_tokens(x), positions, cache, index)
-        return (x, cache), imbalance
+        x, cache, aux_loss = weights(x if cache is not None else shard_sequence(x), positions, cache, index)
+        return (x, cache), aux_loss
 
-    if remat:  # what is kept are 0.7 GB of 4.8 of MiniCPM-1B over fsdp, tensor
+    if remat:  # the saved sums take 0.7 GB of 4.8 for MiniCPM-1B over fsdp, tensor
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(ADDED_UP))
     depth = jax.tree.leaves(layers)[0].shape[0]
     (x, cache), each = jax.lax.scan(step, (x, cache), (layers, jnp.arange(depth)))
     return x, cache, jnp.mean(each)
 
 
-class Copies(OwnProduct):
-    """A norm's weight [D] as [P, Q, D]: each device of the ambient mesh has a copy (`activations.copies`)."""
+class PerDeviceWeight(OwnProduct):
+    """A norm's weight [D] as [P, Q, D], a copy per device of the ambient mesh (`activations.replicate_per_device`)."""
 
     def times(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Each number times that of its column."""
+        """x times the weight, elementwise; each device uses its own copy."""
         weight = self.weight[...]
         rows, tokens, width = weight.shape
         parts = x.reshape(rows, len(x) // rows, tokens, -1, width)
         return (parts * weight[:, None, :, None]).reshape(x.shape)
 
 
-def _own_norms(layers: Any, x: Float[Array, "B T D"]) -> Any:
-    """The layers, stacked, with norms of which each device of the ambient mesh has `copies`: their gradients are added
-    up over the devices once, not in every layer."""
-    if ambient() is None:
+def replicate_norm_weights(layers: Any, x: Float[Array, "B T D"]) -> Any:
+    """Replicate the norm weights of stacked layers per device of the ambient mesh. Their gradients are then summed
+    over the devices once, not in every layer."""
+    if ambient_mesh() is None:
         return layers
 
     def own(part: Any) -> Any:
         if not isinstance(part, RMSNorm):
             return part
         norm = RMSNorm(part.weight[...], part.eps)
-        norm.weight = Copies(nnx.Param(copies(part.weight[...], x)))
+        norm.weight = PerDeviceWeight(nnx.Param(replicate_per_device(part.weight[...], x)))
         return norm
 
     return jax.tree.map(own, layers, is_leaf=lambda part: isinstance(part, RMSNorm))

@@ -1,4 +1,4 @@
-"""The TPUs that a program can be compiled for, and their rates."""
+"""The TPUs that a program can be compiled for, and their peak rates."""
 
 import importlib.util
 import math
@@ -11,28 +11,28 @@ import jax
 
 from weights_io.errors import InputError
 
-LANES = 128  # of a TPU's registers and tiles
+LANES = 128  # lanes of a TPU's registers and tiles
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip; where a program sees its two cores as devices (v2, v3), each has half."""
+    """One chip. If a program sees its two cores as devices (v2, v3), each core has half of these figures."""
 
     name: str
-    kinds: tuple[str, ...]  # how JAX names it: `jax.Device.device_kind`
-    flops: float  # a second, bfloat16
-    bandwidth: float  # bytes a second, of HBM
+    kinds: tuple[str, ...]  # JAX's names for it: `jax.Device.device_kind`
+    flops: float  # per second, bfloat16
+    bandwidth: float  # bytes per second, of HBM
     hbm: int  # bytes
-    axes: int  # of a topology: 2x4, or 2x2x1
-    bfloat16_kernels: bool = True  # whether those of attention compile for it in bfloat16
+    axes: int  # axes of a topology: 2x4, or 2x2x1
+    bfloat16_kernels: bool = True  # whether the attention kernels compile for it in bfloat16
 
     @property
     def example(self) -> str:
-        """A topology that there is."""
+        """A valid topology."""
         return f"{self.name}:{'x'.join(('2', '2', '1')[: self.axes])}"
 
     def check_dtype(self, dtype: str) -> None:
-        """`InputError` where the model cannot be computed in it."""
+        """Raise `InputError` if the model cannot be computed in ``dtype``."""
         if dtype == "bfloat16" and not self.bfloat16_kernels:
             raise InputError(
                 f"attention's kernels do not compile for {self.name} in bfloat16; compute in float32 (--dtype float32)."
@@ -40,7 +40,7 @@ class Chip:
 
 
 GIB = 2**30
-# Google's figures a chip (cloud.google.com/tpu/docs, one page for each); of v3 the lower of the two peaks it gives.
+# Google's figures per chip (cloud.google.com/tpu/docs, one page each); for v3 the lower of its two peaks.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -55,20 +55,20 @@ CHIPS = {
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`; None: no TPU, or one that is not in the table."""
+    """The chip of a `jax.Device.device_kind`; None if it is not a TPU or not in the table."""
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips of one kind and how they are wired: ``v5e:2x4``."""
+    """Chips of one kind and their interconnect: ``v5e:2x4``."""
 
     chip: Chip
     shape: tuple[int, ...]
 
     @staticmethod
     def parse(text: str) -> "Topology":
-        """Raises `InputError` where it is not of that form."""
+        """Parse ``v5e:2x4``. Raises `InputError` if it is malformed."""
         found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
         if not found or found[1] not in CHIPS:
             raise InputError(f"--topology {text} is not of the form v5e:2x4; the chips are {', '.join(CHIPS)}.")
@@ -85,13 +85,13 @@ class Topology:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     def doubled(self) -> "Topology":
-        """The next larger one."""
+        """The topology with twice as many chips."""
         least = self.shape.index(min(self.shape[:2]))
         return Topology(self.chip, tuple(2 * n if i == least else n for i, n in enumerate(self.shape)))
 
     def devices(self) -> Sequence[Any]:
-        """Of a program for it, none of which need exist. Raises `InputError` without libtpu, or where it knows no such
-        topology."""
+        """Devices to compile for; none needs to exist. Raises `InputError` without libtpu, or if libtpu does not
+        know the topology."""
         if importlib.util.find_spec("libtpu") is None:
             raise InputError(
                 "compiling for a TPU needs libtpu, which is not installed: pip install 'minicpm-jax-mlx[fit]' (Linux "
@@ -99,20 +99,20 @@ class Topology:
             )
         from jax.experimental import topologies
 
-        # Of a host, along each axis. libtpu 0.0.50 and later assume this too; earlier ones assume 2x2x1 whatever the
+        # Chips per host along each axis. libtpu 0.0.50 and later assume this too; earlier releases assume 2x2x1 for any
         # shape, and so refuse a single chip.
         chosen: dict[str, Any] = {"chips_per_host_bounds": (min(2, self.shape[0]), min(2, self.shape[1]), 1)}
-        if self.chip.name == "v4":  # whose cores are one device to JAX, which makes no mesh of two
+        if self.chip.name == "v4":  # JAX needs both cores of a v4 as one device
             chosen["chip_config_name"] = "megacore"
         try:
             return topologies.get_topology_desc(platform="tpu", topology_name=str(self), **chosen).devices
-        except Exception as error:  # libtpu's own kinds, which it does not export
+        except Exception as error:  # libtpu does not export its exception types
             reason = str(error).partition("\n")[0].rpartition("INVALID_ARGUMENT: ")[2].rstrip(".")
             raise InputError(f"--topology {self} cannot be ({reason}); try {self.chip.example}.") from None
 
 
 def platform() -> str:
-    """``cpu``, ``tpu``. Raises `InputError` where JAX finds no device."""
+    """``cpu`` or ``tpu``. Raises `InputError` if JAX finds no device."""
     try:
         return jax.default_backend()
     except RuntimeError as error:

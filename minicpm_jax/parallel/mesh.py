@@ -1,4 +1,4 @@
-"""Meshes of devices, and how a batch is sharded over one."""
+"""Meshes of devices, and the sharding of a batch over a mesh."""
 
 import bisect
 import contextlib
@@ -14,39 +14,48 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
-AXES = ("data", "fsdp", "tensor", "expert")  # of a mesh; data splits batches, and no weights
-BATCH = ("data", "fsdp")  # what a batch's rows are split over
-MeshChoice: TypeAlias = "Mesh | Callable[[ModelConfig], Mesh | None] | None"  # a mesh, or what makes one of a config
+AXES = ("data", "fsdp", "tensor", "expert")  # axes of a mesh; data shards batches but no weights
+BATCH = ("data", "fsdp")  # axes that shard a batch's rows
+MeshChoice: TypeAlias = "Mesh | Callable[[ModelConfig], Mesh | None] | None"  # a mesh, or a function of the config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def ambient() -> AbstractMesh | None:
-    """The mesh that the program which is being traced runs over; None where it has none, and within `jax.shard_map`,
-    where each device runs by itself."""
+def ambient_mesh() -> AbstractMesh | None:
+    """The mesh of the program that is being traced. None without one, and inside `jax.shard_map`, where each device
+    runs alone."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or not mesh.are_all_axes_auto else mesh
 
 
-def over(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Within it the mesh is the `ambient` one of what is traced; of None that stays as it is."""
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which ``mesh`` is the `ambient_mesh` mesh of traced code; None changes nothing."""
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def over_its_mesh(function: F) -> F:
-    """A method of a model, or a function of one, `over` the model's mesh."""
+def with_model_mesh(function: F) -> F:
+    """Decorator: run a function, whose first argument is a model, in the context of the model's mesh."""
 
     @functools.wraps(function)
     def inside(model: Any, *arguments: Any, **more: Any) -> Any:
-        with over(model.mesh):
+        with use_mesh(model.mesh):
             return function(model, *arguments, **more)
 
     return inside  # type: ignore[return-value]
 
 
 def make_mesh(text: str | None, given: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh of ``fsdp=4,tensor=2`` over the ``given`` devices (None: all there are); None: all devices along fsdp,
-    or no mesh on a single one or on the CPUs of one process. Raises `InputError` where it does not fit the devices."""
+    """Build a mesh from its text form.
+
+    Arguments:
+        text: axis sizes such as ``fsdp=4,tensor=2``. None: all devices along fsdp, or no mesh on a single device or on
+            the CPUs of one process.
+        given: the devices; None: all.
+
+    Returns: the mesh, or None.
+
+    Raises: `InputError` if the text is malformed or its sizes do not match the number of devices.
+    """
     devices = jax.device_count() if given is None else len(given)
     if text is None:
         alone = given is None and jax.process_count() == 1
@@ -66,8 +75,8 @@ def make_mesh(text: str | None, given: Sequence[Any] | None = None) -> Mesh | No
 
 
 def batch_sharding(mesh: Mesh, rows: int, flag: str = "--batch-size") -> NamedSharding:
-    """Of arrays [A, B, ...] whose B ``rows`` are split over the mesh. Raises `InputError`, which names the ``flag``,
-    where they cannot be."""
+    """The sharding of arrays [A, B, ...] whose B ``rows`` are sharded over the mesh. Raises `InputError`, which
+    names the ``flag``, if the mesh does not divide them."""
     names = tuple(name for name in BATCH if name in mesh.shape)
     parts = math.prod(mesh.shape[name] for name in names)
     if rows % parts:
@@ -75,19 +84,19 @@ def batch_sharding(mesh: Mesh, rows: int, flag: str = "--batch-size") -> NamedSh
     return NamedSharding(mesh, PartitionSpec(None, names))
 
 
-def own_rows(mesh: Mesh | None, rows: int) -> Sequence[int]:
-    """Which of a batch's ``rows`` lie on devices of this process, in order."""
+def local_rows(mesh: Mesh | None, rows: int) -> Sequence[int]:
+    """The batch rows that devices of this process hold, in order."""
     if mesh is None:
         return range(rows)
     parts = batch_sharding(mesh, rows).addressable_devices_indices_map((1, rows)).values()
     return sorted({row for _, part in parts for row in range(rows)[part]})
 
 
-def placed_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) -> Mapping[str, Any]:
-    """Arrays [A, B, ...] over the mesh, of each of which this process has its `own_rows` alone: [A, own, ...]."""
+def shard_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) -> Mapping[str, Any]:
+    """Arrays [A, B, ...] sharded over the mesh, from this process's `local_rows` of each: [A, local, ...]."""
     if mesh is None:
         return arrays
-    sharding, own = batch_sharding(mesh, rows), own_rows(mesh, rows)
+    sharding, own = batch_sharding(mesh, rows), local_rows(mesh, rows)
 
     def placed(array: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -101,7 +110,7 @@ def placed_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) 
 
 
 def row_axes(mesh: Mesh | AbstractMesh, rows: int) -> tuple[str, ...]:
-    """The axes that split a batch of so many rows, as far as they divide it."""
+    """The batch axes of the mesh that divide a batch of ``rows``."""
     names: tuple[str, ...] = ()
     for name in BATCH:
         if name in mesh.shape and rows % math.prod(mesh.shape[n] for n in (*names, name)) == 0:
@@ -109,21 +118,21 @@ def row_axes(mesh: Mesh | AbstractMesh, rows: int) -> tuple[str, ...]:
     return names
 
 
-def rows_split(mesh: Mesh | AbstractMesh | None) -> int:
-    """Over how many parts a batch's rows are split."""
+def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
+    """Number of parts into which the mesh shards a batch."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH if name in mesh.shape)
 
 
 def mesh_for(choice: MeshChoice, config: ModelConfig) -> Mesh | None:
-    """The mesh that is chosen for a model, as `automatic` has it; None: it lies on one device."""
-    if callable(choice) and not isinstance(choice, Mesh):  # a mesh can be called, too: it decorates functions
+    """The `automatic` mesh chosen for a model; None: a single device."""
+    if callable(choice) and not isinstance(choice, Mesh):  # a mesh is callable too: it decorates functions
         choice = choice(config)
     return None if choice is None else automatic(choice)
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The mesh with axes along which XLA finds the shardings of a program; those of `jax.make_mesh` are explicit.
-    Raises `InputError` for axes that are not ours, and for what is no mesh."""
+    """The mesh with automatic axes, for which XLA derives shardings; `jax.make_mesh` makes explicit axes. Raises
+    `InputError` for unknown axes, and if ``mesh`` is not a mesh."""
     if not isinstance(mesh, Mesh):
         raise InputError(f"mesh is {mesh!r}; give what minicpm_jax.parallel.mesh.make_mesh('fsdp=4,tensor=2') makes.")
     unknown = [name for name in mesh.axis_names if name not in AXES]

@@ -1,9 +1,8 @@
-"""Several processes, mostly one on each host, that run one command together.
+"""Several processes, usually one per host, that run one command together.
 
-JAX ends a process (with a trace and status 134) whose partners do not come; so they meet here first, where what is
-wrong can be said. Each then sees its own devices and those of all, runs the same program in the same order, and holds
-its part of every array. Only process 0 prints and writes; work to be done once goes to it
-(`MultiProcess.on_main_process`).
+JAX aborts a process (with a trace and status 134) whose peers do not come; so the processes first meet here, where
+errors can be reported. Each then sees its own devices and everyone's, runs the same program in the same order, and
+holds its part of every array. Only the first process prints and writes (`MultiProcess.once`).
 """
 
 import hashlib
@@ -34,12 +33,18 @@ class MultiProcess(SingleProcess):
             except (InputError, OSError) as error:
                 wrong = str(error).encode() or b"it failed"
         wait()
-        said = from_first(np.frombuffer(wrong.ljust(TEXT)[:TEXT], np.uint8)).tobytes().decode(errors="ignore").strip()
+        said = (
+            broadcast_from_main(np.frombuffer(wrong.ljust(TEXT)[:TEXT], np.uint8))
+            .tobytes()
+            .decode(errors="ignore")
+            .strip()
+        )
         if said:
             raise InputError(said)
 
     def any(self, wanted: bool) -> bool:
-        """What they wanted the time before: the answer is then there, and the devices need not stand still for it."""
+        """Whether any process wanted it at the previous call: that answer has arrived already, so no device waits
+        for it."""
         everywhere = NamedSharding(Mesh(jax.devices(), "all"), PartitionSpec("all"))
         mine = jax.make_array_from_callback((jax.device_count(),), everywhere, lambda _: np.array([wanted]))
         before, self._asked = self._asked, jnp.any(mine)
@@ -49,7 +54,7 @@ class MultiProcess(SingleProcess):
         from jax.experimental.multihost_utils import process_allgather
 
         digest = np.frombuffer(hashlib.sha256(said.encode()).digest(), np.uint8)
-        different = np.flatnonzero((process_allgather(digest) != from_first(digest)).any(axis=1))
+        different = np.flatnonzero((process_allgather(digest) != broadcast_from_main(digest)).any(axis=1))
         if len(different):
             raise InputError(
                 f"process {different[0]} has other options, another model or other data than process 0; give all the "
@@ -57,23 +62,23 @@ class MultiProcess(SingleProcess):
             )
 
 
-TEXT = 2048  # bytes of a sentence from one process to the others
+TEXT = 2048  # most bytes of an error message sent to the other processes
 
 
 def processes() -> SingleProcess:
-    """Those of this run."""
+    """The processes of this run."""
     return MultiProcess() if jax.process_count() > 1 else SingleProcess()
 
 
 def wait() -> None:
-    """For all the processes, however long one of them works."""
+    """Barrier over all processes, for up to a day."""
     from orbax.checkpoint import multihost
 
     multihost.get_barrier_sync_fn()(key="minicpm_jax", timeout_ms=24 * 3_600_000)
 
 
-def from_first(values: np.ndarray) -> np.ndarray:
-    """The first process's, in all of them. The others give an array of the same form."""
+def broadcast_from_main(values: np.ndarray) -> np.ndarray:
+    """The first process's values, in all processes. The others pass an array of the same shape and dtype."""
     if jax.process_count() == 1:
         return values
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -81,8 +86,8 @@ def from_first(values: np.ndarray) -> np.ndarray:
     return np.asarray(broadcast_one_to_all(values))
 
 
-def fetched(array: Any) -> np.ndarray:
-    """The whole of an array, in every process. Where parts of it lie with others, all must ask for it."""
+def fetch(array: Any) -> np.ndarray:
+    """The whole array as numpy, in every process. If other processes hold parts of it, all must call this."""
     if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
         return np.asarray(array)
     from jax.experimental.multihost_utils import process_allgather

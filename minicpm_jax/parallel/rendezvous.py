@@ -1,4 +1,4 @@
-"""Several processes become one run: they meet, JAX is initialized, and the first alone prints."""
+"""Joins several processes to one run: they meet, JAX is initialized, and only the first prints."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from minicpm_jax.parallel.address import host_and_port
 from minicpm_jax.parallel.chips import platform
 from weights_io.errors import InputError
 
-LEAVING = 60  # seconds that a process waits at its end for the others; then JAX ends all of them
-PAUSE = 0.2  # seconds between two tries to reach the first process
+LEAVING = 60  # seconds a process waits at exit for the others; then JAX aborts all of them
+PAUSE = 0.2  # seconds between two attempts to reach the first process
 
 
 def join(
@@ -23,15 +23,18 @@ def join(
     process_id: int | None,
     join_timeout: int,
 ) -> None:
-    """Make this process one of several, once; nothing where they are not named. All but the first are silent from now
-    on, but for errors.
+    """Make this process one of several, once; do nothing for a single process. All processes except the first are
+    silent from then on, except for errors.
 
     Arguments:
-        distributed: Cloud TPU, Slurm or Open MPI names them.
-        coordinator_address: the first one's host and port; with it ``num_processes`` and ``process_id``.
+        distributed: take the other processes from Cloud TPU, Slurm or Open MPI.
+        coordinator_address: host and port of the first process; needs ``num_processes`` and ``process_id``.
+        num_processes: number of processes.
+        process_id: index of this process.
         join_timeout: seconds to wait for the others.
 
-    Raises `InputError` where the others do not come."""
+    Raises: `InputError` if the others do not come.
+    """
     if jax.distributed.is_initialized():
         return
     waiting = {"initialization_timeout": join_timeout, "shutdown_timeout_seconds": LEAVING}
@@ -47,7 +50,7 @@ def join(
         address = coordinator_address or ""
         meet(address, num_processes, process_id, join_timeout)
         jax.distributed.initialize(address, num_processes, process_id, **waiting)
-    platform()  # says so where JAX cannot start
+    platform()  # raises if JAX cannot start
     if jax.process_count() == 1:
         return
     if not jax.distributed.is_initialized():
@@ -56,8 +59,8 @@ def join(
 
 
 def _print_alone(first: bool) -> None:
-    """What libraries write to the standard output goes to the other one: gloo tells of each connection. And what we
-    print, nowhere in all processes but the first."""
+    """Redirect library output (gloo logs each connection) from stdout to stderr; our own prints appear only in
+    process 0."""
     own = os.dup(1) if first else os.open(os.devnull, os.O_WRONLY)
     os.dup2(2, 1)
     before = sys.stdout
@@ -65,8 +68,11 @@ def _print_alone(first: bool) -> None:
 
 
 def meet(address: str, processes: int, number: int, patience: float) -> None:
-    """Return in all processes once all are there. The first listens at ``address``; the others call. `InputError`
-    where the address cannot be, someone does not come within ``patience`` seconds, or two say different things."""
+    """Return in every process once all are present. The first process listens at ``address``; the others call it.
+
+    Raises: `InputError` if the address is invalid, a process does not come within ``patience`` seconds, or two
+    processes disagree.
+    """
     host, port = host_and_port(address)
     deadline = time.monotonic() + patience
     try:
@@ -79,7 +85,7 @@ def meet(address: str, processes: int, number: int, patience: float) -> None:
 
 
 def _gather(address: str, processes: int, deadline: float) -> str:
-    """What is wrong with the others, all of whom are told; "" where nothing is."""
+    """Wait for the other processes and tell them the result. Returns the error message, or ""."""
     port, waiting = host_and_port(address)[1], set(range(1, processes))
     calls: list[socket.socket] = []
     wrong = ""
@@ -102,13 +108,13 @@ def _gather(address: str, processes: int, deadline: float) -> str:
         with call:
             try:
                 call.sendall((wrong or "all are here").encode())
-            except OSError:  # it gave up meanwhile
+            except OSError:  # it has given up
                 continue
     return wrong
 
 
 def _wrong(said: bytes, processes: int, waiting: set[int]) -> str:
-    """What is wrong with a process that said this. It is taken from those that are waited for."""
+    """The error in what a process said, or ""; a valid process is removed from ``waiting``."""
     try:
         count, number = map(int, json.loads(said))
     except (ValueError, TypeError):
@@ -122,12 +128,14 @@ def _wrong(said: bytes, processes: int, waiting: set[int]) -> str:
 
 
 def _call(address: str, processes: int, number: int, deadline: float) -> str:
-    """What the first process says is wrong, or that it does not answer; "" where nothing is."""
+    """Call the first process. Returns its error message, an error if it does not answer, or ""."""
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection(host_and_port(address), timeout=left) as call:
                 call.sendall(json.dumps([processes, number]).encode())
-                call.settimeout(max(deadline - time.monotonic(), 0) + PAUSE * 10)  # it knows better who is missing
+                call.settimeout(
+                    max(deadline - time.monotonic(), 0) + PAUSE * 10
+                )  # the first process knows who is missing
                 answer = call.recv(1024).decode()
         except OSError:
             answer = ""

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, for a base that is not trained: groups of numbers that share a scale."""
+"""Quantization of frozen weights to 8 or 4 bits, in groups that share a scale."""
 
 import functools
 import math
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jaxtyping import Array
 
-from minicpm_jax.model import linear
-from minicpm_jax.quantization.packed import Packed, quantise, quantise_rows
+from minicpm_jax.model import get_layer
+from minicpm_jax.quantization.packed import QuantizedWeight, quantize_embedding, quantize_weight
 from weights_io.adapters import target_parameters
 from weights_io.casting import check_bits, check_groups, group_of
 from weights_io.config import ModelConfig
@@ -20,26 +20,29 @@ if TYPE_CHECKING:
 
 
 def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Callable[[Array], Any]]:
-    """How each weight that is kept in ``bits`` bits is packed, by its name in the parameter table: the matrices of the
-    layers, but a router. ``head``: the head in int8, too, and with it an embedding that is the same table. For
-    generation: a step reads the head whole. What they are given is used up."""
-    bits, pack = check_bits(bits), jax.jit(quantise, static_argnums=(1, 2))
+    """How to quantize each weight to ``bits`` bits: parameter name -> function of the array, for the layers'
+    matrices except the router. Each function consumes (deletes) its argument.
 
-    def packed(name: str, width: int, weight: Array) -> Packed:
+    ``head``: also quantize the head to int8, and with it a tied embedding. This is for generation, where every step
+    reads the whole head.
+    """
+    bits, pack = check_bits(bits), jax.jit(quantize_weight, static_argnums=(1, 2))
+
+    def packed(name: str, width: int, weight: Array) -> QuantizedWeight:
         check_groups(name, width)
-        return pack(weight, bits, group_of(math.gcd(width, weight.shape[-1])))  # a mesh may have filled the rows up
+        return pack(weight, bits, group_of(math.gcd(width, weight.shape[-1])))  # a mesh may have padded the rows
 
     found: dict[str, Callable[[Array], Any]] = {}
     for parameter in target_parameters(config, ("all-linear",)):
         name, width = parameter.name, parameter.tensor_shape(config)[-1]
-        found[name] = functools.partial(_given_up, functools.partial(packed, name, width))
+        found[name] = functools.partial(_consuming, functools.partial(packed, name, width))
     if head:
         table = EMBEDDING if config.tie_word_embeddings else HEAD
-        found[table.name] = functools.partial(_given_up, jax.jit(quantise_rows))
+        found[table.name] = functools.partial(_consuming, jax.jit(quantize_embedding))
     return found
 
 
-def _given_up(pack: Callable[[Array], Any], weight: Array) -> Any:
+def _consuming(pack: Callable[[Array], Any], weight: Array) -> Any:
     packed = pack(weight)
     if isinstance(weight, jax.core.Tracer):
         return packed
@@ -48,21 +51,21 @@ def _given_up(pack: Callable[[Array], Any], weight: Array) -> Any:
     return packed
 
 
-def quantised(model: "Model", bits: int, head: bool = False) -> "Model":
-    """The model with the weights of `packing` packed; its arrays are given up."""
+def quantize_model(model: "Model", bits: int, head: bool = False) -> "Model":
+    """The model with the weights of `packing` quantized. The arrays of ``model`` are consumed."""
     model = jax.tree.map(lambda x: x, model)
     for name, pack in packing(model.config, bits, head).items():
-        layer = linear(model, name)
+        layer = get_layer(model, name)
         layer.weight = pack(layer.weight[...])
     return model
 
 
 def axes_of(path: Any, axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
-    """Logical axes of the leaf at ``path`` of a weight with those ``axes``, packed or not."""
-    turned = {"numbers", "scales"} & set(names_of(path))
-    return (*axes[:-2], axes[-1], axes[-2]) if turned else axes[:ndim]  # a head has a scale for each row
+    """Logical axes of the leaf at ``path`` of a weight with logical ``axes``, quantized or not."""
+    transposed = {"qweight", "scales"} & set(names_of(path))
+    return (*axes[:-2], axes[-1], axes[-2]) if transposed else axes[:ndim]  # a head has one scale per row
 
 
 def names_of(path: Any) -> list[str]:
-    """The names, or numbers, along a ``path`` of `jax.tree_util`."""
+    """The names, or indices, along a ``path`` of `jax.tree_util`."""
     return [str(getattr(key, "name", getattr(key, "key", key))) for key in path]

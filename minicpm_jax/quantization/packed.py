@@ -1,4 +1,4 @@
-"""Packed weights of 8 and 4 bits, and how they are quantized."""
+"""Quantized weights of 8 and 4 bits, and how to quantize."""
 
 from typing import Any
 
@@ -9,29 +9,32 @@ from jaxtyping import Array, Float, Int8
 from minicpm_jax.layers.ops import Weight
 
 
-class Packed(Weight):
-    """A weight [.., O, I] as whole numbers times the scale of their group. Read as an array is: ``weight[...]``. Kept
-    turned round: with O last no group is cut into registers, and a TPU's program would turn it so on every call."""
+class QuantizedWeight(Weight):
+    """A weight [.., O, I] as integers with one scale per group of inputs; ``weight[...]`` dequantizes it.
 
-    def __init__(self, numbers: Array, scales: Float[Array, "... G O"], dtype: Any):
-        """``numbers``: [.., I, O]."""
-        self.numbers, self.scales, self.dtype = nnx.Param(numbers), nnx.Param(scales), dtype
+    It is stored transposed: with O last, no group is split between registers. Otherwise a TPU program would
+    transpose it in every call.
+    """
+
+    def __init__(self, qweight: Array, scales: Float[Array, "... G O"], dtype: Any):
+        """``qweight``: [.., I, O] integers. ``dtype``: of the dequantized weight."""
+        self.qweight, self.scales, self.dtype = nnx.Param(qweight), nnx.Param(scales), dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *stack, width, out = self.numbers.shape
+        *stack, width, out = self.qweight.shape
         return *stack, out, width
 
     def __getitem__(self, index: Any) -> Array:
-        numbers, scales = self.numbers[...], self.scales[...]
+        qweight, scales = self.qweight[...], self.scales[...]
         *stack, groups, out = scales.shape
-        wide = numbers.astype(self.dtype).reshape(*stack, groups, -1, out) * scales[..., None, :]
-        return wide.reshape(numbers.shape).swapaxes(-1, -2)[index]
+        wide = qweight.astype(self.dtype).reshape(*stack, groups, -1, out) * scales[..., None, :]
+        return wide.reshape(qweight.shape).swapaxes(-1, -2)[index]
 
 
-class Rows(Weight):
-    """A table of words in int8, each row with a scale: its largest number / 127. Few rows may be taken of it, and as a
-    head it is read as it lies, which a scale for each of several groups in a row would not allow."""
+class QuantizedEmbedding(Weight):
+    """An embedding table in int8 with one scale per row: its absolute maximum / 127. A lookup reads few rows, and as
+    a head the table is multiplied in its stored layout; several scale groups per row would not allow that."""
 
     def __init__(self, table: Int8[Array, "V D"], scale: Float[Array, "V"]):
         self.table, self.scale = nnx.Param(table), nnx.Param(scale)
@@ -49,23 +52,23 @@ class Rows(Weight):
         return self.table[...][index].astype(scale.dtype) * scale
 
 
-def quantise_rows(weight: Float[Array, "V D"]) -> Rows:
-    """Nearest numbers."""
+def quantize_embedding(weight: Float[Array, "V D"]) -> QuantizedEmbedding:
+    """Round to the nearest integer, with one scale per row."""
     wide = weight.astype(jnp.float32)
     scale = (jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30) / 127).astype(weight.dtype)
-    numbers = jnp.clip(jnp.round(wide / scale.astype(jnp.float32)[:, None]), -127, 127)
-    return Rows(numbers.astype(jnp.int8), scale)
+    qweight = jnp.clip(jnp.round(wide / scale.astype(jnp.float32)[:, None]), -127, 127)
+    return QuantizedEmbedding(qweight.astype(jnp.int8), scale)
 
 
-def quantise(weight: Float[Array, "... O I"], bits: int, group: int) -> Packed:
-    """Nearest numbers of a grid in which the largest of each ``group`` is exact: its sign takes the end that has one
-    number more (-8 of -8 to 7)."""
+def quantize_weight(weight: Float[Array, "... O I"], bits: int, group: int) -> QuantizedWeight:
+    """Round to the nearest integer. The scale of each ``group`` maps its value of largest magnitude to -8 (in 4
+    bits), the end of the range that has one integer more; that value is exact."""
     groups = weight.astype(jnp.float32).reshape(*weight.shape[:-1], -1, group)
     place = jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True)
     lowest = -(2 ** (bits - 1))
     scales = jnp.take_along_axis(groups, place, axis=-1) / lowest
     scales = scales.astype(weight.dtype).astype(jnp.float32)
-    numbers = jnp.clip(jnp.round(groups / jnp.where(scales == 0, 1, scales)), lowest, -lowest - 1)
+    qweight = jnp.clip(jnp.round(groups / jnp.where(scales == 0, 1, scales)), lowest, -lowest - 1)
     kind = jnp.int8 if bits == 8 else jnp.int4
-    turned = numbers.reshape(weight.shape).astype(kind).swapaxes(-1, -2)
-    return Packed(turned, scales[..., 0].astype(weight.dtype).swapaxes(-1, -2), weight.dtype)
+    transposed = qweight.reshape(weight.shape).astype(kind).swapaxes(-1, -2)
+    return QuantizedWeight(transposed, scales[..., 0].astype(weight.dtype).swapaxes(-1, -2), weight.dtype)

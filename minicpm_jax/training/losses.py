@@ -1,9 +1,9 @@
-"""What training minimises.
+"""Training losses.
 
-Dims: B rows, T tokens, C of them at a time, V vocabulary, P words of it at a time, D hidden.
+Dims: B rows, T tokens, C tokens of a chunk, V vocabulary, P vocabulary of a chunk, D hidden.
 
-Labels are the tokens themselves where they are targets, -100 elsewhere; position t - 1 predicts the token at t. The
-logits of a whole batch are never there at once: with 122,753 words, 8 rows of 2048 tokens would take 8 GB.
+Labels are the token ids at targets and -100 elsewhere; position t - 1 predicts the token at t. The logits of a whole
+batch never exist at once: with a vocabulary of 122,753, 8 rows of 2048 tokens would take 8 GB.
 """
 
 from dataclasses import dataclass
@@ -23,17 +23,19 @@ _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 @dataclass(frozen=True)
 class Objective(ObjectiveOptions):
+    """The loss of fine-tuning: sft, dpo or orpo."""
+
     def __call__(self, model: Model, batch: Batch) -> Sums:
         """`ObjectiveOptions.sums` of a batch."""
         positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
-        states, imbalance = model.states_and_imbalance(batch["ids"], positions, remat=self.remat)
+        states, aux_loss = model.hidden_states_and_aux_loss(batch["ids"], positions, remat=self.remat)
         losses = token_losses(model, states, batch["labels"])
-        return self.sums(jnp, losses, batch, imbalance if model.config.num_experts else None)
+        return self.sums(jnp, losses, batch, aux_loss if model.config.num_experts else None)
 
 
 @dataclass(frozen=True)
 class PackedObjective:
-    """`packed_loss` of the windows of a batch: a mean, without a weight."""
+    """`packed_loss` of a batch of windows: a mean, without a weight."""
 
     bos_token_id: int
     remat: bool = False
@@ -44,14 +46,14 @@ class PackedObjective:
 
 
 def packed_loss(model: Model, windows: Int[Array, "B T"], bos_token_id: int, remat: bool = False) -> Float[Array, ""]:
-    """Mean cross entropy over windows of documents that each begin with BOS: a document neither sees nor predicts
-    another one. A mixture of experts has a hundredth of its imbalance added."""
+    """Mean cross entropy over windows of packed documents, each of which begins with BOS. A document neither attends
+    to nor predicts another one. A mixture of experts adds a hundredth of its load-balancing loss."""
     total, sums = Objective(remat=remat)(model, documents_apart(jnp, windows, bos_token_id))
     return total / jnp.maximum(sums["weight"], 1)
 
 
 def mean_loss(model: Model, ids: Int[Array, "B T"], labels: Int[Array, "B T"], mask: Int[Array, "B T"] | None = None):
-    """The loss that the original returns for ``labels``: a mean over all labels but -100."""
+    """The loss that the original returns for ``labels``: the mean over all labels except -100."""
     return _mean_loss(model, ids, labels, mask)
 
 

@@ -1,4 +1,4 @@
-"""Training states on disk, by orbax: sharded, and there whole or not at all."""
+"""Training states on disk, by orbax: sharded, and written atomically."""
 
 import asyncio
 import contextlib
@@ -22,8 +22,8 @@ from weights_io.files.safetensors import Computed
 from weights_io.parameters import parameters
 from weights_io.write import unstack_params
 
-ITEM = "default"  # folder of the state in that of its step
-STATE, STEP = "state", "step"  # what is saved; earlier versions saved the state alone
+ITEM = "default"  # subfolder of the state in the step's folder
+STATE, STEP = "state", "step"  # keys of the saved tree; earlier versions saved only the state
 
 
 class Checkpoints:
@@ -35,12 +35,12 @@ class Checkpoints:
 
     @property
     def latest(self) -> int:
-        """Step of the latest; 0 where there is none."""
+        """The latest step; 0 if there is none."""
         return self._folder.latest
 
     def restore(self, state: Any) -> Any:
-        """The latest state, on the devices on which ``state`` is; ``state`` itself where there is none. `InputError`
-        where it is damaged."""
+        """The latest state, with the shardings of ``state``; ``state`` itself if there is none. Raises `InputError`
+        if the checkpoint is damaged."""
         step = self.latest
         if not step:
             return state
@@ -49,9 +49,9 @@ class Checkpoints:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
         try:
             found = self._orbax.restore(self._folder.path(step) / ITEM, args=ocp.args.StandardRestore(shapes))
-        except jax.errors.JaxRuntimeError:  # no room
+        except jax.errors.JaxRuntimeError:  # out of memory
             raise
-        except Exception as error:  # orbax raises bare ones for damaged files
+        except Exception as error:  # orbax raises bare exceptions for damaged files
             if has_sums:
                 raise InputError(
                     f"{self._folder.folder} holds the state of another run ({_reason(error)}); choose another folder."
@@ -64,15 +64,15 @@ class Checkpoints:
         return found[STATE]
 
     def save(self, step: int, state: Any) -> None:
-        """Raises `InputError` where it cannot be written; what was saved before is then left."""
+        """Save a state. Raises `InputError` if it cannot be written; earlier checkpoints are then kept."""
 
         def write(folder: Path) -> None:
-            logging.disable(logging.ERROR)  # orbax logs a traceback of what it raises
+            logging.disable(logging.ERROR)  # orbax logs a traceback of each exception
             try:
                 with _own_loops():
                     self._orbax.save(folder / ITEM, args=ocp.args.StandardSave({STATE: state, STEP: _number(step)}))
-            except (OSError, ValueError) as error:  # tensorstore's errors, of a full disk too, are ValueErrors
-                for name in ("absl", "asyncio"):  # which log tracebacks of the writes that are still under way
+            except (OSError, ValueError) as error:  # tensorstore raises ValueError, also for a full disk
+                for name in ("absl", "asyncio"):  # they log tracebacks of pending writes
                     logging.getLogger(name).setLevel(logging.CRITICAL)
                 raise OSError(_reason(error)) from error
             finally:
@@ -85,8 +85,8 @@ class Checkpoints:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Where a write fails, orbax closes the loop that others under way report to from tensorstore's threads; each would
-    print a traceback, which nobody can catch."""
+    """If a write fails, orbax closes the event loop to which other pending writes report from tensorstore's threads.
+    Each of them would print a traceback that cannot be caught."""
 
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
         try:
@@ -97,7 +97,7 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 class _Policy(asyncio.DefaultEventLoopPolicy):
-    """Makes such loops."""
+    """Creates such loops."""
 
     _loop_factory = _Loop
 
@@ -113,31 +113,31 @@ def _own_loops() -> Iterator[None]:
 
 
 def check(folder: Path, step: int) -> None:
-    """`InputError` where the checkpoint of a step is damaged."""
+    """Raise `InputError` if the checkpoint of a step is damaged."""
     if wrong := CheckpointFolder(folder).wrong(step, is_old):
         raise InputError(f"{folder / str(step)} is damaged ({wrong}); take another step.")
 
 
 def is_old(folder: Path) -> bool:
-    """Whether an earlier version wrote it."""
+    """Whether an earlier version wrote the checkpoint."""
     return not isinstance(_alone().metadata(folder.resolve() / ITEM).tree, dict)
 
 
 def _alone() -> ocp.PyTreeCheckpointHandler:
-    """What reads in this process, whatever the others do."""
+    """A handler that reads in this process only."""
     me = jax.process_index()
     alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="saved")
     return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
 
 
 def _number(step: int) -> np.ndarray:
-    """[1]: orbax keeps arrays alone."""
+    """The step as [1]: orbax stores only arrays."""
     return np.array([step], np.int64)
 
 
 class Saved:
-    """The weights of a state on the disk, each of which is read when it is asked for, by this process alone. The last
-    one is kept: the tensors of one parameter follow each other."""
+    """The weights of a state on disk. Each is read on request, by this process only. The last one is cached, because
+    the tensors of one parameter are consecutive."""
 
     def __init__(self, folder: Path, step: int):
         self._folder = folder.resolve() / str(step) / ITEM
@@ -145,7 +145,7 @@ class Saved:
         self._read = functools.lru_cache(maxsize=1)(self._restored)
 
     def tensors(self, config: ModelConfig) -> dict[str, Computed]:
-        """By Hugging Face names. `InputError` where they are not those of a model of this config."""
+        """The weights by Hugging Face names. Raises `InputError` if they do not belong to a model of this config."""
         with self._said():
             weights = self._state(self._described)[0]
         for parameter in parameters(config):
@@ -159,12 +159,12 @@ class Saved:
 
     @functools.cached_property
     def _described(self) -> Any:
-        """What was saved, with what is known of each array."""
+        """The metadata of the saved tree."""
         return self._handler.metadata(self._folder).tree
 
     @staticmethod
     def _state(saved: Any) -> Any:
-        """The state in it, weights first."""
+        """The state in the saved tree, weights first."""
         return saved[STATE] if isinstance(saved, dict) else saved
 
     def _restored(self, name: str) -> np.ndarray:
@@ -185,7 +185,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class SavedArray:
-    """An array of a state on the disk, as far as `unstack_params` looks at it."""
+    """An array of a state on disk, with the methods that `unstacked` uses."""
 
     read: Callable[[], np.ndarray]
     dtype: np.dtype = np.dtype(np.float32)
@@ -198,6 +198,6 @@ class SavedArray:
 
 
 def _reason(error: Exception) -> str:
-    """The last part of what tensorstore says: ``Failed to write 341603 bytes to file 7: No space left on device``."""
+    """The last part of tensorstore's message: ``Failed to write 341603 bytes to file 7: No space left on device``."""
     said = str(error).split(" [")[0]
     return said.rpartition('": ')[2].splitlines()[0] if said else type(error).__name__

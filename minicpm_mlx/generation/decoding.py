@@ -1,7 +1,8 @@
 """Prefill and the decode loop, on the caches of `mlx_lm`.
 
-Prompts of unequal length are padded on the left, as `BatchKVCache` has it. The graph of a step is built and handed over
-while the step before it is computed, so a token costs the device no pause.
+Prompts of unequal length are padded on the left, as `BatchKVCache` requires. The graph of a step is built and
+submitted while the step before it is computed, so the device never waits for Python.
+
 Dims: B batch, T longest prompt, V vocabulary.
 """
 
@@ -18,28 +19,28 @@ from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_mlx import device
 from minicpm_mlx.generation.sampling import sample
-from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
 from weights_io import memory
 from weights_io.casting import group_of
 from weights_io.errors import InputError
 
-ROOM = 1024  # tokens of an answer for which there must be room before it begins
-CLEAR_EVERY = 256  # tokens after which MLX's pool of freed buffers is emptied, as the cache grows by that much
+ROOM = 1024  # tokens of an answer that must fit into memory before it begins
+CLEAR_EVERY = 256  # tokens between clearings of MLX's buffer pool: the cache grows by this many at a time
 
 
 @dataclass(frozen=True)
 class State:
-    """Where the rows of a batch stand between two steps."""
+    """The decoding state of a batch between two steps."""
 
-    cache: list[Any]  # one for each layer, written in place
-    token: mx.array  # [B], the last one chosen, not yet in the cache
-    seen: mx.array | None  # [B, V] bool, for the repetition penalty
-    keys: mx.array  # [B, 2] of mx.random
+    cache: list[Any]  # one per layer, updated in place
+    token: mx.array  # [B], the last sampled token, not yet in the cache
+    token_mask: mx.array | None  # [B, V] bool, tokens of prompt and answer, for the repetition penalty
+    rng: mx.array  # [B, 2] keys of mx.random
 
 
 def make_cache(model: Model, padding: Sequence[int], cache_options: CacheOptions) -> list[Any]:
-    """A cache for each layer and rows with so much padding on the left, of a kind that `check_kind` has passed."""
+    """One cache per layer, for rows with the given left ``padding``. The options must have passed `check_kind`."""
     batch = len(padding) > 1
     if cache_options.kv_bits is not None:
         return [QuantizedKVCache(group_size(model, cache_options), cache_options.kv_bits) for _ in model.layers]
@@ -51,12 +52,12 @@ def make_cache(model: Model, padding: Sequence[int], cache_options: CacheOptions
 
 
 def group_size(model: Model, cache_options: CacheOptions) -> int:
-    """Numbers of a head that share a scale and an offset in a cache of few bits."""
+    """Group size of a quantized cache: the elements of a head that share a scale and a bias."""
     return cache_options.kv_group_size or group_of(model.config.head_dim)
 
 
 def cache_bytes(model: Model, batch: int, length: int, cache_options: CacheOptions) -> int:
-    """Of the cache of so many rows and positions."""
+    """Bytes of a cache of ``batch`` rows and ``length`` positions (per device)."""
     dtype = model.model.norm.weight.dtype
     whole = memory.cache_bytes(model.config, batch * length, str(dtype).rpartition(".")[2])
     if cache_options.kv_bits is None:
@@ -66,13 +67,14 @@ def cache_bytes(model: Model, batch: int, length: int, cache_options: CacheOptio
 
 
 def check_cache(model: Model, batch: int, length: int, cache_options: CacheOptions) -> None:
-    """`InputError` where there is no room for a cache of so many rows and positions."""
+    """Raise `InputError` if a cache of ``batch`` rows and ``length`` positions does not fit into free memory."""
     needed = cache_bytes(model, batch, length, cache_options)
     memory.check_cache(batch, length, needed, device.free_memory(model))
 
 
-def run(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int | mx.array) -> mx.array:
-    """The last hidden state [B, 1, D] of tokens [B, T], or of those that end a prompt of ``length``."""
+def prefill_chunks(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int | mx.array) -> mx.array:
+    """Run tokens [B, T], ``pieces`` at a time, through the cache. Returns the last token's hidden state [B, 1, D].
+    ``length``: of the whole prompt, if these tokens end one."""
     for start in range(0, ids.shape[1], pieces):
         hidden = model.decode(ids[:, start : start + pieces], cache, length, last=True)
         mx.eval([layer.state for layer in cache])
@@ -81,25 +83,29 @@ def run(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int 
 
 
 def step(model: Model, state: State, sampling: Sampling) -> State:
-    """One more token for each row."""
+    """Generate one more token per row."""
     hidden = model.decode(state.token[:, None], state.cache)
-    return chosen(state, model.head(hidden)[:, 0], sampling)
+    return sample_next(state, model.head(hidden)[:, 0], sampling)
 
 
-def chosen(state: State, logits: mx.array, sampling: Sampling) -> State:
-    """The state with the next token of each row, from logits [B, V]."""
-    keys, draws = state.keys, None
+def sample_next(state: State, logits: mx.array, sampling: Sampling) -> State:
+    """Sample the next token of each row from logits [B, V]."""
+    rng, draws = state.rng, None
     if not sampling.greedy:
-        both = mx.stack([mx.random.split(key) for key in state.keys])
-        keys, draws = both[:, 0], both[:, 1]
-    token = sample(logits, state.seen, sampling, draws)
-    seen = None if state.seen is None else mx.put_along_axis(state.seen, token[:, None], mx.array(True), axis=1)
+        both = mx.stack([mx.random.split(key) for key in state.rng])
+        rng, draws = both[:, 0], both[:, 1]
+    token = sample(logits, state.token_mask, sampling, draws)
+    token_mask = (
+        None
+        if state.token_mask is None
+        else mx.put_along_axis(state.token_mask, token[:, None], mx.array(True), axis=1)
+    )
     mx.async_eval(token)
-    return replace(state, token=token, seen=seen, keys=keys)
+    return replace(state, token=token, token_mask=token_mask, rng=rng)
 
 
 def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
-    """`InputError` for a kind of cache that is not here for that model and so many rows."""
+    """Raise `InputError` for cache options that this backend does not support for this model and batch."""
     if cache_options.kv_bits is None:
         return
     if batch > 1:
@@ -112,7 +118,7 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
 
 
 def check(model: Model, request: GenerationRequest) -> None:
-    """`minicpm_data.generation.api.Decoding.check`: room for the prompts and the beginning of an answer too."""
+    """`minicpm_data.generation.api.Decoding.check`. Prompts and the beginning of the answer must fit into memory."""
     batch, kept = len(request.prompts), request.cache
     check_kind(model, batch, kept)
     length = request.longest + min(request.max_tokens, ROOM)
@@ -123,30 +129,30 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
     """`minicpm_data.generation.api.Decoding.stream_tokens`."""
     max_tokens, sampling = request.max_tokens, request.sampling
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
-        state = started(model, request)
-        ends, done = np.array(sorted(request.end_ids)), np.zeros(len(request.prompts), bool)
+        state = prefill_and_sample(model, request)
+        ends, finished = np.array(sorted(request.end_ids)), np.zeros(len(request.prompts), bool)
         for made in range(1, max_tokens + 1):
             following = step(model, state, sampling) if made < max_tokens else state
             tokens = np.asarray(state.token)
             yield tokens
-            done |= np.isin(tokens, ends)
-            if done.all():
+            finished |= np.isin(tokens, ends)
+            if finished.all():
                 return
             state = following
             if made % CLEAR_EVERY == 0:
                 mx.clear_cache()
 
 
-def started(model: Model, request: GenerationRequest) -> State:
-    """Each prompt run, and its row's first token chosen."""
-    join(model)
+def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
+    """Prefill the prompts and sample each row's first token."""
+    fuse(model)
     prompts, sampling, width = request.prompts, request.sampling, request.longest
     lengths = [len(prompt) for prompt in prompts]
     padding = [width - length for length in lengths]
     cache = make_cache(model, padding, request.cache)
     ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
     length = width if len(prompts) == 1 else mx.array(lengths)
-    hidden = run(model, ids, cache, request.cache.prefill_step_size, length)
-    seen = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
-    state = State(cache, ids[:, -1], seen, mx.array(sampling.row_keys(len(prompts))))
-    return chosen(state, model.head(hidden)[:, 0], sampling)
+    hidden = prefill_chunks(model, ids, cache, request.cache.prefill_step_size, length)
+    token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
+    state = State(cache, ids[:, -1], token_mask, mx.array(sampling.row_keys(len(prompts))))
+    return sample_next(state, model.head(hidden)[:, 0], sampling)

@@ -1,7 +1,7 @@
-"""`minicpm_data.generation.engine` on the batch generator of `mlx_lm`: its caches grow and shrink.
+"""`minicpm_data.generation.engine` on the batch generator of `mlx_lm`, whose caches grow and shrink.
 
-A prompt runs in a cache of its own, which then joins the batch. What finished requests leave is kept for prompts that
-begin alike.
+A prompt is prefilled in a cache of its own, which then joins the batch. The caches of finished requests are kept for
+prompts with a common prefix.
 """
 
 import copy
@@ -20,11 +20,11 @@ from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling,
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.sampling import penalized, sample
-from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
 from weights_io.errors import InputError
 
-ENDLESS = 2**31  # tokens: the engine counts them
+ENDLESS = 2**31  # max_tokens of the batch generator: our engine counts tokens itself
 
 
 class Engine(engine.BatchEngine[Model]):
@@ -38,15 +38,15 @@ class Engine(engine.BatchEngine[Model]):
         super().__init__(model, slots, context, cache_options)
         if cache_options.kv_bits is not None:
             raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for an engine.")
-        join(model)
-        mx.eval(model.parameters())  # what is not read yet could be by the thread alone that loaded it
+        fuse(model)
+        mx.eval(model.parameters())  # lazy weights can only be read by the loading thread
         self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)
-        self.numbers: dict[int, int] = {}  # by the batch generator's own
-        # Requests that are over, and their caches: as many as there are slots, of as many tokens as one can have.
+        self.numbers: dict[int, int] = {}  # the batch generator's uid -> request number
+        # Finished requests and their caches: at most one per slot, together at most one context's tokens.
         self.kept: deque[tuple[RequestState, list[Any]]] = deque(maxlen=slots)
 
         def needed(context: int) -> int:
-            """With those that are kept, and the prompt that is run."""
+            """Bytes of all requests' caches, of the kept ones and of the prompt in prefill."""
             return decoding.cache_bytes(model, slots + 2, context, cache_options)
 
         self._check_room(needed, device.free_memory(model))
@@ -58,7 +58,7 @@ class Engine(engine.BatchEngine[Model]):
             if start > begun:
                 yield
             part = prompt[start : min(start + width, len(prompt) - 1)]
-            decoding.run(self.model, mx.array([part]), cache, len(part), len(prompt))
+            decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), len(prompt))
         draw, processors = choosers(request.sampling, prompt, self.model.config.vocab_size)
         (uid,) = self.batch.insert(
             [prompt[-1:]],
@@ -71,7 +71,7 @@ class Engine(engine.BatchEngine[Model]):
         self.numbers[uid] = state.number
 
     def _begun(self, state: RequestState) -> list[Any]:
-        """A cache with as much of the prompt as a text that is kept has in common with it."""
+        """A cache that already holds the longest prefix which the prompt shares with a kept text."""
         lengths = [shared(self.model.config, state.prompt, old) for old, _ in self.kept]
         if not any(lengths):
             return decoding.make_cache(self.model, [0], self.cache_options)
@@ -98,9 +98,9 @@ Processor = Callable[[mx.array, mx.array], mx.array]  # tokens so far, logits [1
 
 
 def choosers(sampling: Sampling, prompt: list[int], vocab_size: int) -> tuple[Draw | None, list[Processor]]:
-    """How `mlx_lm` chooses a request's tokens, as `decoding.chosen` would; None: the likeliest, of all such rows at
-    once."""
-    key, seen = mx.array(sampling.row_keys(1)[0]), mx.array(seen_tokens([prompt], vocab_size))
+    """The sampler and logits processors with which `mlx_lm` samples as `decoding.sample_next` does. A sampler of None
+    is greedy, batched over all such rows."""
+    key, token_mask = mx.array(sampling.row_keys(1)[0]), mx.array(seen_tokens([prompt], vocab_size))
 
     def draw(logits: mx.array) -> mx.array:
         nonlocal key
@@ -109,8 +109,8 @@ def choosers(sampling: Sampling, prompt: list[int], vocab_size: int) -> tuple[Dr
         return sample(logits, None, sampling, both[1:])
 
     def penalise(context: mx.array, logits: mx.array) -> mx.array:
-        nonlocal seen
-        seen = mx.put_along_axis(seen, context[-1:][None], mx.array(True), axis=1)
-        return penalized(logits, seen, sampling)
+        nonlocal token_mask
+        token_mask = mx.put_along_axis(token_mask, context[-1:][None], mx.array(True), axis=1)
+        return penalized(logits, token_mask, sampling)
 
     return None if sampling.greedy else draw, [penalise] if sampling.penalized else []

@@ -1,4 +1,4 @@
-"""The next token from logits: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
+"""Sample the next token from logits: greedy, or randomly with temperature, top-k, top-p and min-p.
 
 Dims: B batch, V vocabulary.
 """
@@ -10,26 +10,29 @@ from minicpm_data.generation.options import Sampling
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 
 
-def sample(logits: mx.array, seen: mx.array | None, sampling: Sampling, keys: mx.array | None) -> mx.array:
-    """One token [B] for each row of ``logits`` [B, V]. ``seen`` [B, V]: tokens of prompt and answer, for the repetition
-    penalty; ``keys`` [B, 2]: for the draws, if there are any."""
-    if seen is not None:
-        logits = penalized(logits, seen, sampling)
+def sample(logits: mx.array, token_mask: mx.array | None, sampling: Sampling, keys: mx.array | None) -> mx.array:
+    """One token [B] for each row of ``logits`` [B, V].
+
+    ``token_mask`` [B, V]: the tokens of prompt and answer, for the repetition penalty. ``keys`` [B, 2]: random keys, or
+    None to take the likeliest token."""
+    if token_mask is not None:
+        logits = penalized(logits, token_mask, sampling)
     if sampling.greedy or keys is None:
         return mx.argmax(logits, axis=-1)
     kept = filtered(logits / max(sampling.temperature, COLDEST), sampling)
     return mx.stack([mx.random.categorical(row, key=key) for row, key in zip(kept, keys, strict=True)])
 
 
-def penalized(logits: mx.array, seen: mx.array, sampling: Sampling) -> mx.array:
-    """With the repetition penalty on the tokens that are ``seen`` [B, V]."""
+def penalized(logits: mx.array, token_mask: mx.array, sampling: Sampling) -> mx.array:
+    """Apply the repetition penalty to the tokens in ``token_mask`` [B, V]."""
     penalty = sampling.repetition_penalty
-    return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return mx.where(token_mask, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
-    """-inf for every token outside top-k, then top-p, then min-p; each is a lowest logit that still passes. `mlx_lm`'s
-    samplers cut before they divide by the temperature, transformers and the JAX twin after."""
+    """-inf for every token outside top-k, then top-p, then min-p; each filter is a threshold on the logits.
+    `mlx_lm`'s samplers filter before they divide by the temperature; transformers and the JAX twin filter
+    afterwards."""
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return logits
     size = logits.shape[-1]
@@ -38,7 +41,7 @@ def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
     in_top_k = rank < min(sampling.top_k or size, size)
     probabilities = mx.softmax(mx.where(in_top_k, descending, -mx.inf), axis=-1, precise=True)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
-    # A token stays while the likelier ones do not reach top_p by themselves; the likeliest always stays.
+    # A token is kept while the likelier ones do not reach top_p by themselves; the likeliest is always kept.
     stays = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1]) & in_top_k
     lowest = mx.min(mx.where(stays, descending, mx.inf), axis=-1, keepdims=True)
     return mx.where(logits >= lowest, logits, -mx.inf)

@@ -1,6 +1,6 @@
-"""Activation sparsity: the share of the MLP's neurons that ReLU or FATReLU leaves at 0.
+"""Activation sparsity: the fraction of the MLP's neurons that ReLU or FATReLU sets to 0.
 
-Counted is what the gate's activation gives, before it is multiplied with up: as ProSparse counts (arXiv 2402.13516).
+The output of the gate's activation is counted, before the product with up, as in ProSparse (arXiv 2402.13516).
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from minicpm_data.diagnostics.sparsity import checked_threshold
 from minicpm_data.generation.request import prompt_ids
-from minicpm_mlx.layers.ops import gated
+from minicpm_mlx.layers.ops import gated_act
 from minicpm_mlx.model import Model
 
-PIECE = 512  # tokens that run together
+PIECE = 512  # tokens per call
 
 
 class Counting(nn.Module):
-    """The gate's projection, which counts the zeros that the activation makes of what it gives."""
+    """The gate's projection, which also counts the zeros after the activation."""
 
     def __init__(self, gate_proj: nn.Module, threshold: float):
         super().__init__()
@@ -28,14 +28,20 @@ class Counting(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         gate = self.gate_proj(x)
-        self.zeros = self.zeros + (gated(gate, mx.ones_like(gate), self.threshold) == 0).sum()
+        self.zeros = self.zeros + (gated_act(gate, mx.ones_like(gate), self.threshold) == 0).sum()
         return gate
 
 
 def activation_sparsity(model: Model, ids: Sequence[int]) -> np.ndarray:
-    """[L]: of each layer's neurons, the share that is 0 after the activation, over all tokens of ``ids`` (one text).
+    """The activation sparsity of each layer on a text.
 
-    Raises `InputError` where the activation is never 0 (SiLU), the model has experts, or ids are not its own or none.
+    Arguments:
+        model: a dense model whose activation is ReLU or FATReLU.
+        ids: the token ids of one text.
+
+    Returns: [L], the fraction of each layer's neurons that are 0 after the activation, over all tokens.
+
+    Raises: `InputError` if the activation is never 0 (SiLU), if the model has experts, and for empty or invalid ids.
     """
     threshold = checked_threshold(model.config)
     tokens = mx.array([prompt_ids(None, ids, model.config.vocab_size)])

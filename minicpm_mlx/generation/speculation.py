@@ -1,6 +1,7 @@
 """Speculative decoding: `minicpm_data.generation.speculation` on the caches of `mlx_lm`, one row at a time.
 
-Taking back wrong guesses costs nothing: the caches are trimmed, and what lies beyond is written over.
+Rejecting guesses is free: the caches are trimmed, and later tokens overwrite what is beyond.
+
 Dims: K guesses, W = K + 1, V vocabulary.
 """
 
@@ -15,19 +16,19 @@ from minicpm_data.generation.options import PLAIN_CACHE, Sampling
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_mlx.generation import decoding
-from minicpm_mlx.generation.decoding import State, chosen
-from minicpm_mlx.layers.fused_linear import join
+from minicpm_mlx.generation.decoding import State, sample_next
+from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
 
 
 def verify(model: Model, state: State, guesses: Sequence[int], sampling: Sampling) -> tuple[State, list[int]]:
-    """Run the last token and the guesses. Returns the state after the guesses that the model agrees with and one token
-    more, and the tokens that it chose."""
+    """Run the last token and the guesses through the model. Returns the state after the accepted guesses and one
+    further token, and those tokens."""
     ids = mx.concatenate([state.token.astype(mx.int32), mx.array(list(guesses), mx.int32)])[None]
     logits = model.head(_decode(model, ids, state.cache))  # [1, W, V]
     states = []
     for index in range(ids.shape[1]):
-        state = chosen(state, logits[:, index], sampling)
+        state = sample_next(state, logits[:, index], sampling)
         states.append(state)
     tokens = _ids([each.token for each in states])
     right = next((i for i, guess in enumerate(guesses) if guess != tokens[i]), len(guesses))
@@ -36,24 +37,24 @@ def verify(model: Model, state: State, guesses: Sequence[int], sampling: Samplin
 
 
 def _decode(model: Model, ids: mx.array, cache: list[Any]) -> mx.array:
-    """[1, T, D] of tokens that follow a text, each of which has the length of the answer that ends with it, as plain
-    decoding has it: dynamic NTK takes its base."""
+    """[1, T, D] of tokens that follow the cached text. Each has the length that it has in plain decoding: dynamic
+    NTK depends on it."""
     return model.decode(ids, cache, cache[0].offset + 1 + mx.arange(ids.shape[1])[None])
 
 
 def _ids(tokens: list[mx.array]) -> list[int]:
-    """Of arrays [1]."""
+    """The ids in arrays [1]."""
     found: Any = mx.concatenate(tokens).tolist()
     return found
 
 
 def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Draft:
-    """Guesses of a smaller model, whose cache is a plain one."""
+    """Guesses of a draft model with a plain cache."""
     model, prompt = speculation.draft_model, request.prompt
     assert model is not None
-    join(model)
+    fuse(model)
     cache = decoding.make_cache(model, [0], PLAIN_CACHE)
-    decoding.run(model, mx.array([list(prompt)]), cache, request.cache.prefill_step_size, len(prompt))
+    decoding.prefill_chunks(model, mx.array([list(prompt)]), cache, request.cache.prefill_step_size, len(prompt))
 
     def likeliest(hidden: mx.array) -> mx.array:
         token = mx.argmax(model.head(hidden[:, -1:])[:, 0], axis=-1)
@@ -75,7 +76,7 @@ def stream_speculated(
 ) -> Iterator[tuple[int, bool]]:
     """`minicpm_data.generation.api.Decoding.stream_speculated`."""
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
-        state = decoding.started(model, request)
+        state = decoding.prefill_and_sample(model, request)
 
         def verified(guesses: Sequence[int]) -> list[int]:
             nonlocal state

@@ -1,4 +1,4 @@
-"""Logits of a given text as generation computes them: whole, in pieces, token by token."""
+"""Logits of a given text, computed as generation does: as a whole, in chunks, token by token."""
 
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,13 @@ if TYPE_CHECKING:
 
 
 def logits(model: "Model", ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """[B, T, V] of ids [B, T]."""
+    """[B, T, V] logits of ids [B, T]."""
     return np.asarray(model(ids, mask))
 
 
 def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of ids [1, T]: the embeddings and what each layer gives [L + 1, T, D], and after the final norm [T, D]."""
+    """Of ids [1, T]: the embeddings and each layer's output [L + 1, T, D], and the states after the final norm [T,
+    D]."""
     import mlx.core as mx
 
     from minicpm_mlx.layers.rope import positions_of
@@ -23,11 +24,12 @@ def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = [model.model.embed(mx.array(ids))]
     for layer in model.layers:
         x.append(layer(x[-1], positions)[0])
-    return np.concatenate([wide(state) for state in x]), wide(model.model.norm(x[-1]))[0]
+    return np.concatenate([to_float32(state) for state in x]), to_float32(model.model.norm(x[-1]))[0]
 
 
 def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """[B, N, V]: what each of the tokens [B, N] is chosen from when they follow the prompts through a cache."""
+    """[B, N, V]: the logits from which each of the tokens [B, N] is chosen when they follow the prompts through a
+    cache."""
     import mlx.core as mx
     from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
@@ -37,14 +39,14 @@ def continued(model: "Model", prompts: list[np.ndarray], tokens: np.ndarray) -> 
     if len(prompts) > 1:
         cache = [BatchKVCache((lengths.max() - lengths).tolist()) for _ in cache]
     x = model.decode(mx.array(ids), cache)
-    steps = [wide(model.head(x[:, -1:]))]
+    steps = [to_float32(model.head(x[:, -1:]))]
     for token in tokens.T[:-1]:
         x = model.decode(mx.array(token[:, None]), cache)
-        steps.append(wide(model.head(x)))
+        steps.append(to_float32(model.head(x)))
     return np.concatenate(steps, axis=1)
 
 
-def wide(x) -> np.ndarray:
+def to_float32(x) -> np.ndarray:
     import mlx.core as mx
 
     return np.asarray(x.astype(mx.float32))

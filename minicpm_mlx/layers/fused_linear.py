@@ -1,8 +1,8 @@
-"""Linear layers that read the same input, computed as one: q, k and v; gate and up.
+"""Fused linear layers that share an input: q, k and v; gate and up.
 
-The layers keep their weights, which become rows of one matrix: no copy, and names, adapters, loading and export see
-what they always saw. A layer that is then replaced (by an adapter, by quantisation) or given another weight is noticed,
-and its group computed one by one again.
+The layers keep their weights, which become views of rows of one matrix. Nothing is copied, and names, adapters,
+loading and export are unaffected. If a layer is later replaced (by an adapter, by quantization) or given another
+weight, this is noticed and its group runs layer by layer again.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from minicpm_mlx.layers.ops import scaled
+from minicpm_mlx.layers.ops import scale
 
 
-class Joined:
-    """y = x W^T of several layers side by side: one product and one transpose in a step's graph, not one for each."""
+class FusedLinear:
+    """y = x W^T of several layers side by side: one product and one transpose in a step's graph instead of one per
+    layer."""
 
     def __init__(self, layers: Sequence[Any]):
-        """Of layers that `joinable` allows; each gets its rows of the matrix as its weight."""
+        """Fuse layers that are `can_fuse`; each layer's weight becomes a view of its rows of the matrix."""
         ends = [0]
         for layer in layers:
             ends.append(ends[-1] + len(layer.weight))
@@ -26,45 +27,45 @@ class Joined:
         for layer, start, end in zip(layers, ends, ends[1:], strict=False):
             layer.weight = matrix[start:end]
         self.weights = [layer.weight for layer in layers]
-        self.turned = matrix.T
-        mx.eval(self.turned, self.weights)
+        self.transposed = matrix.T
+        mx.eval(self.transposed, self.weights)
 
     def holds(self, layers: Sequence[Any]) -> bool:
-        """Whether these layers still have the weights that they were given."""
-        return joinable(layers) and all(
+        """Whether these layers still hold the weights that were fused."""
+        return can_fuse(layers) and all(
             layer.weight is weight for layer, weight in zip(layers, self.weights, strict=True)
         )
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.turned
+        return x @ self.transposed
 
 
-def joinable(layers: Sequence[Any]) -> bool:
-    """Plain linear layers without bias: none that is adapted or quantised."""
+def can_fuse(layers: Sequence[Any]) -> bool:
+    """Whether all are plain linear layers without bias, neither adapted nor quantized."""
     return all(type(layer) is nn.Linear and "bias" not in layer for layer in layers)
 
 
-def joined(module: Any, x: mx.array) -> bool:
-    """Whether the layers of a module's group are computed as one for x [B, T, I]; gives up the matrix where they no
-    longer can be. Only for single tokens: of a longer piece nodes are no matter, and the BLAS of MLX on Linux takes
-    twice as long for one product of 32 rows and 7680 outputs as for two of 3840."""
-    if module._joined is not None and not module._joined.holds(module.together()):
-        module._joined = None
-    return module._joined is not None and x.shape[1] == 1
+def runs_fused(module: Any, x: mx.array) -> bool:
+    """Whether the layers of a module's group run fused for x [B, T, I]; drops the fused matrix if they no longer
+    can. Only single tokens run fused: for a longer chunk the number of graph nodes does not matter, and MLX's BLAS
+    on Linux takes twice as long for one product of 32 rows and 7680 outputs as for two of 3840."""
+    if module._fused is not None and not module._fused.holds(module.fusable()):
+        module._fused = None
+    return module._fused is not None and x.shape[1] == 1
 
 
-def join(model: nn.Module) -> None:
-    """Join the groups of a model's layers wherever they can be, one after the other: only one is there twice at a time.
-    A model that is joined already costs no more than the looking."""
+def fuse(model: nn.Module) -> None:
+    """Fuse every group of the model's layers that can be, one at a time: only one group's weights are held twice at
+    once. On a model that is fused already this is only a check."""
     for _, module in model.named_modules():
-        if hasattr(module, "together"):
-            layers = module.together()
-            if (module._joined is None or not module._joined.holds(layers)) and joinable(layers):
-                module._joined = Joined(layers)
+        if hasattr(module, "fusable"):
+            layers = module.fusable()
+            if (module._fused is None or not module._fused.holds(layers)) and can_fuse(layers):
+                module._fused = FusedLinear(layers)
 
 
-def added(x: mx.array, layer: Any, inner: mx.array, scale: float) -> mx.array:
-    """x + scale * layer(inner); of a plain layer in one product, rounded once."""
-    if joinable([layer]):
-        return mx.addmm(x, inner, layer.weight.T, alpha=scale)
-    return x + scaled(layer(inner), scale)
+def added(x: mx.array, layer: Any, inner: mx.array, factor: float) -> mx.array:
+    """x + factor * layer(inner). For a plain layer this is one product, rounded once."""
+    if can_fuse([layer]):
+        return mx.addmm(x, inner, layer.weight.T, alpha=factor)
+    return x + scale(layer(inner), factor)

@@ -5,23 +5,23 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-Matrices = dict[str, mx.array]  # a [.., R, I], b [.., O, R], and for DoRA magnitude [.., O]
+LoRAParams = dict[str, mx.array]  # a [.., R, I], b [.., O, R], and for DoRA magnitude [.., O]
 
 
-class LowRank(nn.Module):
-    """What an adapter makes of y = W x: y + scale B A x, and with DoRA each output times its ratio, magnitude / norm of
-    the row of W + scale B A."""
+class LoRALayer(nn.Module):
+    """Adapts y = W x to y + scale B A x. DoRA also multiplies each output by magnitude / norm of the row of W +
+    scale B A."""
 
-    def __init__(self, base: nn.Module, matrices: Matrices, scale: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Module, params: LoRAParams, scale: float, dropout: float = 0.0):
         super().__init__()
         self.base = base
-        self.a, self.b, self.magnitude = matrices["a"], matrices["b"], matrices.get("magnitude")
+        self.a, self.b, self.magnitude = params["a"], params["b"], params.get("magnitude")
         self.scale, self.dropout = scale, dropout
-        self._key: mx.array | None = None  # of dropout; None: no dropout
-        self._ratio: mx.array | None = None  # kept by `settle`
+        self._key: mx.array | None = None  # dropout key; None: no dropout
+        self._ratio: mx.array | None = None  # cached by `cache_dora_ratios`
 
     def __call__(self, x: mx.array, *experts: Any) -> mx.array:
-        """``experts``: for stacked ones, which each row takes, as `ExpertLinear` has it."""
+        """``experts``: the arguments of a stacked layer's call, such as each row's expert (see `ExpertLinear`)."""
         y = self.base(x, *experts)
         x = x.astype(self.a.dtype)
         if self._key is not None:
@@ -38,8 +38,8 @@ class LowRank(nn.Module):
         return ((y + added) * (ratio[experts[0]][..., None, :] if experts else ratio)).astype(y.dtype)
 
     def ratio(self) -> mx.array:
-        """DoRA's magnitudes over the norms [.., O] of the rows of W + scale B A, which are taken as constants (section
-        4.3 of the paper). The sum itself is never made."""
+        """DoRA's magnitudes over the norms [.., O] of the rows of W + scale B A. The norms are treated as constants
+        (section 4.3 of the paper), and W + scale B A is never built."""
         wide, a, b = (mx.stop_gradient(x) for x in (dense(self.base).astype(mx.float32), self.a, self.b))
         inner = 2 * wide @ a.swapaxes(-1, -2) + self.scale * (b @ (a @ a.swapaxes(-1, -2)))
         assert self.magnitude is not None
@@ -48,7 +48,7 @@ class LowRank(nn.Module):
 
 
 def dense(layer: Any) -> mx.array:
-    """The weight [.., O, I] of a layer, quantised or not."""
+    """The weight [.., O, I] of a layer, dequantized if necessary."""
     if "scales" not in layer:
         return layer.weight
     return mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)

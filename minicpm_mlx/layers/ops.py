@@ -1,4 +1,4 @@
-"""Elementwise pieces that every part of the model shares."""
+"""Elementwise operations shared by all layers."""
 
 import functools
 from collections.abc import Callable
@@ -10,8 +10,8 @@ T = TypeVar("T")
 
 
 def compiled(function: Callable[..., T], shapeless: bool = False) -> Callable[..., T]:
-    """The same with fewer Metal kernels: one for a chain of elementwise operations. On a CPU, MLX would start a C++
-    compiler: left alone."""
+    """The function compiled by `mx.compile`, which fuses chains of elementwise operations into one Metal kernel. On a
+    CPU it is returned unchanged: there MLX would start a C++ compiler."""
     return mx.compile(function, shapeless=shapeless) if mx.default_device() == mx.gpu else function
 
 
@@ -19,19 +19,19 @@ fused = functools.partial(compiled, shapeless=True)
 
 
 @fused
-def gated(gate: mx.array, up: mx.array, threshold: float | None = None) -> mx.array:
-    """silu(gate) * up; with a ``threshold`` FATReLU in place of SiLU: gate where gate >= threshold, else 0."""
+def gated_act(gate: mx.array, up: mx.array, threshold: float | None = None) -> mx.array:
+    """SwiGLU: silu(gate) * up. With a ``threshold``, FATReLU replaces SiLU: gate if gate >= threshold, otherwise 0."""
     active = gate * mx.sigmoid(gate) if threshold is None else mx.where(gate >= threshold, gate, 0)
     return active * up
 
 
 @fused
-def scaled(x: mx.array, factor: float) -> mx.array:
-    """x * factor with the product in float32, rounded once to x's dtype, as PyTorch does."""
+def scale(x: mx.array, factor: float) -> mx.array:
+    """x * factor, computed in float32 and rounded once to x's dtype, as PyTorch does."""
     return (x.astype(mx.float32) * factor).astype(x.dtype)
 
 
 @fused
-def divided(x: mx.array, divisor: float) -> mx.array:
-    """x / divisor, rounded likewise."""
+def divide(x: mx.array, divisor: float) -> mx.array:
+    """x / divisor, rounded like `scale`."""
     return (x.astype(mx.float32) / divisor).astype(x.dtype)

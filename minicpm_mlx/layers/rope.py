@@ -11,16 +11,16 @@ from weights_io.config import ModelConfig
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the T new tokens stand and what they may see."""
+    """Positions of the T new tokens and the tokens they may attend to."""
 
-    offset: int | mx.array  # position of the first new token; [B] where rows differ, negative where padding comes first
-    freqs: mx.array  # positions to a radian: [H/2], [B, H/2] where rows differ, or [B, T, H/2] where their tokens do
-    tables: tuple[mx.array, mx.array] | None  # `rope_tables`; None: Metal's kernel makes them
+    offset: int | mx.array  # position of the first new token; [B] if rows differ, negative if padding comes first
+    freqs: mx.array  # positions per radian: [H/2], [B, H/2] if rows differ, [B, T, H/2] if tokens do
+    tables: tuple[mx.array, mx.array] | None  # `rope_tables`; None: Metal's kernel computes them
     mask: mx.array | str | None  # [B, 1, T, S] bool, "causal", or None: a single token sees everything
-    real: mx.array | None = None  # [B, T] bool: which are no padding; None: all, or it does not matter
+    real: mx.array | None = None  # [B, T] bool: False for padding; None: all real, or unused
 
     def last(self, width: int) -> "Positions":
-        """Of the last of T new tokens alone."""
+        """The position of the last of T new tokens."""
         tables = None if self.tables is None else (self.tables[0][:, :, -1:], self.tables[1][:, :, -1:])
         mask = self.mask[..., -1:, :] if isinstance(self.mask, mx.array) else None  # "causal": it sees all
         return Positions(self.offset + width - 1, self.freqs, tables, mask)
@@ -34,11 +34,17 @@ def positions_of(
     segments: mx.array | None = None,
     length: int | mx.array | None = None,
 ) -> Positions:
-    """Positions of new tokens (``ids`` [B, T], for the shape): after those in ``cache`` (any one layer's), or of a
-    whole batch with padding (``mask`` [B, T]) or several packed documents in a row (``segments`` [B, T]: numbered, 0 is
-    padding; each sees only itself). RoPE is relative: neither padding nor a document in a row asks for positions of its
-    own. ``length``: of the whole prompt ([B] where rows differ, [B, T] where tokens do), if this is a part of it:
-    dynamic NTK takes its base, and of documents that of each one's own length.
+    """Positions of new tokens. RoPE is relative, so neither padding nor a later document of a row needs positions of
+    its own.
+
+    Arguments:
+        ids: [B, T]; only the shape is used.
+        mask: [B, T]; 0 for padding, in a batch without a cache.
+        cache: any one layer's cache; the new tokens follow its tokens.
+        segments: [B, T] numbers of the documents packed into a row; 0 is padding. A token attends only to its own
+            document, and dynamic NTK scales RoPE for that document's length.
+        length: length of the whole prompt ([B] if rows differ, [B, T] if tokens do), for dynamic NTK, if these tokens
+            are one chunk of it.
     """
     width = ids.shape[1]
     offset = 0 if cache is None else cache.offset
@@ -46,14 +52,14 @@ def positions_of(
     if same is not None:
         length = same.sum(axis=2)
     freqs = rope_freqs(config, offset + width if length is None else length)
-    # The kernel is for one base. On a CPU it is a graph of its own, for each layer: here once for all of them.
+    # The kernel takes one base for all rows. On a CPU it would add a graph per layer; the tables are shared by layers.
     kernel = freqs.ndim == 1 and mx.default_device() != mx.cpu
     tables = None if kernel else rope_tables(offset, width, freqs)
     if mask is None and segments is None:
         return Positions(offset, freqs, tables, create_attention_mask(ids, cache))
     visible = mx.tril(mx.ones((width, width), mx.bool_))[None]
     if mask is not None:
-        # A padding token sees itself: softmax over nothing is NaN on some devices, and the next layer spreads it.
+        # A padding token attends to itself: an empty softmax is NaN on some devices, and spreads in the next layer.
         visible = visible & ((mask[:, None, :] != 0) | mx.eye(width, dtype=mx.bool_))
     if same is not None:
         visible = visible & same
@@ -61,8 +67,8 @@ def positions_of(
 
 
 def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:
-    """theta^(2h/H) in float32, half-split order (arXiv 2104.09864): [H/2], or [..., H/2] for lengths [...]. Dynamic
-    NTK scaling grows the base with ``length``, the number of tokens seen so far."""
+    """theta^(2h/H) in float32, in half-split order (arXiv 2104.09864): [H/2], or [..., H/2] for lengths [...].
+    Dynamic NTK scaling grows the base with ``length``, the number of tokens so far."""
     half = mx.arange(0, config.head_dim, 2, dtype=mx.float32) / config.head_dim
     theta = mx.array(config.rope_theta, mx.float32)
     scaling = config.rope_scaling
@@ -73,12 +79,12 @@ def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:
         theta = mx.where(length > config.max_position_embeddings, grown, theta)
     freqs = theta**half
     if scaling is not None and scaling.type == "linear":
-        freqs = freqs * scaling.factor  # as good as dividing the position
+        freqs = freqs * scaling.factor  # the same as dividing the position
     return freqs
 
 
 def rope_tables(offset: int | mx.array, width: int, freqs: mx.array) -> tuple[mx.array, mx.array]:
-    """cos and sin [B, 1, T, H] in float32 of the angles; the first half of sin is negative: of (-x2, x1) times sin."""
+    """cos and sin [B, 1, T, H] of the angles in float32. The first half of sin is negated: it multiplies (x2, x1)."""
     index = mx.array(offset)[..., None] + mx.arange(width)  # [T] or [B, T]
     angle = index[..., None] / (freqs[:, None] if freqs.ndim == 2 else freqs)
     angle = angle[None] if angle.ndim == 2 else angle
@@ -86,8 +92,8 @@ def rope_tables(offset: int | mx.array, width: int, freqs: mx.array) -> tuple[mx
     return mx.concatenate([cos, cos], axis=-1)[:, None], mx.concatenate([-sin, sin], axis=-1)[:, None]
 
 
-def rotate(x: mx.array, positions: Positions) -> mx.array:
-    """Turn each pair (h, h + H/2) of x [B, N or K, T, H] by its angle, in float32, and round back to x's dtype."""
+def apply_rope(x: mx.array, positions: Positions) -> mx.array:
+    """Rotate each pair (h, h + H/2) of x [B, N or K, T, H] by its angle in float32 and round to x's dtype."""
     if positions.tables is None:
         offset, freqs = positions.offset, positions.freqs
         return mx.fast.rope(x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)

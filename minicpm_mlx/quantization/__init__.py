@@ -1,1 +1,1 @@
-"""Packed weights."""
+"""Quantized weights."""

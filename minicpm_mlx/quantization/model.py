@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, for a base that is not trained: MLX's affine groups of numbers that share scale and bias."""
+"""Quantization of frozen weights to 8 or 4 bits: MLX's affine groups with a scale and a bias."""
 
 import mlx.nn as nn
 
@@ -7,9 +7,12 @@ from weights_io.adapters import target_parameters
 from weights_io.casting import check_bits, check_groups, group_of
 
 
-def quantised(model: Model, bits: int, head: bool = False) -> Model:
-    """The model itself, with the matrices of its layers, but a router, in ``bits`` bits. ``head``: the head in 8, too,
-    and with it an embedding that is the same table. For generation: a step reads the head whole."""
+def quantize_model(model: Model, bits: int, head: bool = False) -> Model:
+    """Quantize the matrices of the model's layers, except the router, to ``bits`` bits, in place; returns the model.
+
+    ``head``: also quantize the head to 8 bits, and with it a tied embedding. This is for generation, where every
+    step reads the whole head.
+    """
     table = "model.embed_tokens" if model.lm_head is None else "lm_head"
     names = {table: 8} if head else {}
     check_bits(bits)

@@ -1,20 +1,20 @@
-"""Cross entropy of each token, computed in chunks so that no array of all logits exists."""
+"""Cross entropy of each token, computed in chunks so that the logits of a whole batch never exist at once."""
 
 from typing import Any
 
 import mlx.core as mx
 
 from minicpm_data.datasets.examples import IGNORED
-from minicpm_mlx.layers.ops import divided
+from minicpm_mlx.layers.ops import divide
 from minicpm_mlx.model import Model
 
-LOGITS = 2**25  # most logits at once: 134 MB in float32, of which MLX holds six to ten arrays at once
+LOGITS = 2**25  # most logits of a chunk: 134 MB in float32; MLX holds six to ten such arrays at once
 
 
 def token_losses(model: Model, hidden: mx.array, labels: mx.array) -> mx.array:
-    """Cross entropy of each label [B, T] in float32, at its own position, from hidden [B, T, D]; 0 where there is
-    none."""
-    hidden = divided(hidden, model.config.logit_divisor)
+    """Cross entropy of each label [B, T] in float32, at the label's own position, from hidden [B, T, D]; 0 where
+    there is no label."""
+    hidden = divide(hidden, model.config.logit_divisor)
     head = model.model.embed_tokens if model.lm_head is None else model.lm_head
     chunk = max(1, LOGITS // (labels.shape[0] * model.config.vocab_size))
     trained_head = bool(head.trainable_parameters())
@@ -27,10 +27,12 @@ def _chunked(
     chunk: int, hidden: mx.array, weight: mx.array, targets: mx.array, trained_head: bool, ahead: bool
 ) -> mx.array:
     """Cross entropies [B, T] of hidden [B, T, D] and weight [V, D], C tokens of each row at a time. The gradient is
-    spelled out: MLX would work on all chunks at once (measured: 83 MB where the logits of all are 67, and 9 with each
-    chunk made to depend on the one before), and add up the weight's gradient in the weight's dtype. ``ahead``: hidden's
-    gradient but for the factor that comes from above is made of the logits while they are there: two products with a
-    frozen head, not three; one too many where no gradient follows."""
+    custom: MLX would evaluate all chunks at once (measured: 83 MB where all logits take 67; 9 MB if each chunk
+    depends on the one before), and accumulate the weight's gradient in the weight's dtype.
+
+    ``ahead``: compute hidden's gradient (up to the incoming factor) while the logits exist. With a frozen head this
+    takes two products instead of three; without a backward pass it is one too many.
+    """
     parts = [slice(at, at + chunk) for at in range(0, targets.shape[1], chunk)]
     made: list[mx.array] = []  # ahead
 
@@ -57,7 +59,7 @@ def _chunked(
         total = mx.zeros(weight.shape)
         parts_below: list[mx.array] = []
         for part in parts:
-            # A frozen head's gradient is used by nobody, and so never computed unless something depends on it.
+            # A frozen head's gradient is unused, and so never computed unless something depends on it.
             before = parts_below[-1:] + [total] * trained_head
             x = mx.depends(hidden[:, part], before) if parts_below else hidden[:, part]
             share = _share(*_logits(x, targets[:, part], weight)) * gradient[:, part, None]
@@ -77,5 +79,5 @@ def _share(logits: mx.array, target: mx.array, trained: mx.array) -> mx.array:
 
 
 def _logits(x: mx.array, targets: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Logits [B, C, V] in float32; targets with 0 for those that are ignored; which are not."""
+    """Logits [B, C, V] in float32, targets with 0 in place of ignored ones, and which targets are not ignored."""
     return (x @ weight.T).astype(mx.float32), mx.maximum(targets, 0), targets != IGNORED

@@ -1,9 +1,9 @@
-"""What training minimises.
+"""Training losses.
 
-Dims: B rows, T tokens, C of them at a time, V vocabulary, D hidden.
+Dims: B rows, T tokens, C tokens of a chunk, V vocabulary, D hidden.
 
-Labels are the tokens themselves where they are targets, -100 elsewhere; position t - 1 predicts the token at t. The
-logits of a whole batch are never there at once: with 122,753 words, 8 rows of 2048 tokens would take 8 GB.
+Labels are the token ids at targets and -100 elsewhere; position t - 1 predicts the token at t. The logits of a whole
+batch never exist at once: with a vocabulary of 122,753, 8 rows of 2048 tokens would take 8 GB.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,19 @@ from minicpm_mlx.training.cross_entropy import token_losses
 
 @dataclass(frozen=True)
 class Objective(ObjectiveOptions):
+    """The loss of fine-tuning: sft, dpo or orpo."""
+
     def __call__(self, model: Model, batch: Batch) -> Sums:
         """`ObjectiveOptions.sums` of a batch."""
         positions = positions_of(model.config, batch["ids"], segments=batch["segments"])
-        x, imbalance = model.model(model.model.embed(batch["ids"]), positions, remat=self.remat)
-        losses = token_losses(model, model.model.norm(x), batch["labels"])
-        return self.sums(mx, losses, batch, imbalance if model.config.num_experts else None)
+        states, aux_loss = model.hidden_states_and_aux_loss(batch["ids"], positions, remat=self.remat)
+        losses = token_losses(model, states, batch["labels"])
+        return self.sums(mx, losses, batch, aux_loss if model.config.num_experts else None)
 
 
 @dataclass(frozen=True)
 class PackedObjective:
-    """`packed_loss` of the windows of a batch: a mean, without a weight."""
+    """`packed_loss` of a batch of windows: a mean, without a weight."""
 
     bos_token_id: int
     remat: bool = False
@@ -41,8 +43,8 @@ class PackedObjective:
 
 
 def packed_loss(model: Model, windows: mx.array, bos_token_id: int, remat: bool = False) -> mx.array:
-    """Mean cross entropy over windows [B, T] of documents that each begin with BOS: a document neither sees nor
-    predicts another one. A mixture of experts has a hundredth of its imbalance added."""
+    """Mean cross entropy over windows [B, T] of packed documents, each of which begins with BOS. A document neither
+    attends to nor predicts another one. A mixture of experts adds a hundredth of its load-balancing loss."""
     total, sums = Objective(remat=remat)(model, documents_apart(mx, windows, bos_token_id))
     return total / mx.maximum(sums["weight"], 1)
 
@@ -50,7 +52,7 @@ def packed_loss(model: Model, windows: mx.array, bos_token_id: int, remat: bool 
 def mean_loss(
     model: Model, ids: mx.array | np.ndarray, labels: mx.array | np.ndarray, mask: mx.array | np.ndarray | None = None
 ) -> mx.array:
-    """The loss that the original returns for ``labels``: a mean over all labels but -100."""
+    """The loss that the original returns for ``labels``: the mean over all labels except -100."""
     ids, labels, mask = mx.array(ids), mx.array(labels), None if mask is None else mx.array(mask)
     hidden = model.hidden_states(ids, positions_of(model.config, ids, mask))
     return token_losses(model, hidden, labels).sum() / (labels[:, 1:] != IGNORED).sum()

@@ -1,4 +1,4 @@
-"""Optimizers by name, and muP's groups."""
+"""Optimizers by name, and muP's parameter groups."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from weights_io.parameters import Parameter, parameters
 
 
 class Optimizer(Protocol):
-    """What a step asks of `mlx.optimizers`, and of `Groups` of them."""
+    """The interface that a step needs: that of `mlx.optimizers`, also of `Groups` of them."""
 
     state: Any
     learning_rate: Any
@@ -23,8 +23,9 @@ class Optimizer(Protocol):
 
 
 class Groups:
-    """Optimizers, each of its own weights and with a share of the learning rate. `mlx.optimizers.MultiOptimizer` has no
-    shares, and makes a tree of the dotted names of our flat dictionary, in which it then finds no parameter."""
+    """Several optimizers, each with its own weights and its own fraction of the learning rate.
+    `mlx.optimizers.MultiOptimizer` has no such fractions, and splits the dotted names of our flat dictionary into a
+    tree, in which it finds no parameter."""
 
     def __init__(
         self,
@@ -32,7 +33,7 @@ class Groups:
         group: Callable[[str, mx.array], int],
         shares: Sequence[float] | None = None,
     ):
-        """``group``: which of them updates the weight of a name."""
+        """``group``: index of the optimizer that updates a weight. ``shares``: fractions of the learning rate."""
         self._optimizers, self._group = optimizers, group
         self._shares = shares or [1.0] * len(optimizers)
 
@@ -55,7 +56,7 @@ class Groups:
 
     @property
     def learning_rate(self) -> Any:
-        """Of a group with a share of 1."""
+        """The learning rate of a group with fraction 1."""
         return self._optimizers[-1].learning_rate
 
     @learning_rate.setter
@@ -71,13 +72,13 @@ class Groups:
 
 
 def _muon() -> Groups:
-    """Muon for the layers' matrices, Adam for all else: embedding, head, norms, experts."""
+    """Muon for the layers' matrices; Adam for everything else: embedding, head, norms, experts."""
     parts = optim.Muon(0.0, weight_decay=0.0), optim.Adam(0.0, bias_correction=True)
     return Groups(parts, lambda name, w: 0 if w.ndim == 2 and ".layers." in name else 1)
 
 
-OPTIMISERS: dict[str, Callable[[], Optimizer]] = {
-    "adamw": lambda: optim.Adam(0.0, bias_correction=True),  # `train_step` decays, as AdamW would, but not all weights
+OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {
+    "adamw": lambda: optim.Adam(0.0, bias_correction=True),  # `Step` applies AdamW's decay, but not to all weights
     "adam": lambda: optim.Adam(0.0, bias_correction=True),
     "sgd": lambda: optim.SGD(0.0),
     "adafactor": lambda: optim.Adafactor(0.0, relative_step=False, scale_parameter=True),
@@ -86,8 +87,8 @@ OPTIMISERS: dict[str, Callable[[], Optimizer]] = {
 
 
 def mup_optimizer(config: ModelConfig, beta1: float, beta2: float) -> Groups:
-    """AdamW but for its decay, which is `mup_decay`: matrices get muP's share of the learning rate (arXiv 2404.06395,
-    table 7), norms and embedding the whole."""
+    """AdamW without its decay, which is `mup_decay`. Matrices get muP's fraction of the learning rate (arXiv
+    2404.06395, table 7); norms and the embedding get all of it."""
     shares = {name: parameter.learning_rate_scale(config) for name, parameter in _table(config).items()}
     each = sorted(set(shares.values()) | {1.0})
     parts = [optim.Adam(0.0, betas=[beta1, beta2], bias_correction=True) for _ in each]
@@ -95,11 +96,11 @@ def mup_optimizer(config: ModelConfig, beta1: float, beta2: float) -> Groups:
 
 
 def mup_decay(config: ModelConfig, weight_decay: float) -> dict[str, float]:
-    """The share of each matrix that a learning rate of 1 would take away."""
+    """The weight decay of each matrix at a learning rate of 1."""
     table = _table(config).items()
     return {name: weight_decay * p.learning_rate_scale(config) for name, p in table if p.init == "matrix"}
 
 
 def _table(config: ModelConfig) -> Mapping[str, Parameter]:
-    """By the names of the MLX model."""
+    """The parameter table by the names of the MLX model."""
     return {name: parameter for parameter in parameters(config) for name in parameter.mlx_names(config)}

@@ -10,7 +10,7 @@ from minicpm_data.training.checkpoint_folder import CheckpointFolder
 from weights_io.errors import InputError
 
 FILE = "state.safetensors"
-STEP = "step"  # in the metadata of the file; earlier versions wrote none
+STEP = "step"  # metadata key; earlier versions wrote none
 
 
 class Checkpoints:
@@ -21,12 +21,12 @@ class Checkpoints:
 
     @property
     def latest(self) -> int:
-        """Step of the latest; 0 where there is none."""
+        """The latest step; 0 if there is none."""
         return self._folder.latest
 
     def restore(self, state: Any) -> Any:
-        """The latest state; ``state`` itself, which has its form, where there is none. `InputError` where it is
-        damaged."""
+        """The latest state, with the structure of ``state``; ``state`` itself if there is none. Raises `InputError`
+        if the checkpoint is damaged."""
         step = self.latest
         if not step:
             return state
@@ -34,33 +34,33 @@ class Checkpoints:
         try:
             found, metadata = _read(self._folder.path(step))
             mx.eval(found)
-        except RuntimeError as error:  # MLX has no error of its own for a damaged file
+        except RuntimeError as error:  # MLX raises a bare RuntimeError for a damaged file
             raise self._folder.damaged(str(error), _is_old) from error
         if metadata.get(STEP, str(step)) != str(step):
             raise self._folder.damaged(f"its state is that of step {metadata[STEP]}", _is_old)
         wanted = {name: array.shape for name, array in tree_flatten(state)}
         if {name: array.shape for name, array in found.items()} != wanted:
             raise InputError(f"{self._folder.folder} holds the state of another run; choose another folder.")
-        return tree_map_with_path(lambda name, _: found[name], state)  # keys with dots in them stay whole
+        return tree_map_with_path(lambda name, _: found[name], state)  # by path: keys contain dots
 
     def save(self, step: int, state: Any) -> None:
-        """Raises `InputError` where it cannot be written; what was saved before is then left."""
+        """Save a state. Raises `InputError` if it cannot be written; earlier checkpoints are then kept."""
 
         def write(folder: Path) -> None:
             try:
                 mx.save_safetensors(str(folder / FILE), dict(tree_flatten(state)), {STEP: str(step)})
-            except RuntimeError as error:  # MLX has no error of its own for a full disk
+            except RuntimeError as error:  # MLX raises a bare RuntimeError for a full disk
                 raise OSError(str(error)) from error
 
         self._folder.save(step, write)
 
 
 def _read(folder: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """The arrays of a checkpoint, which are read when they are used, and what the file says of them."""
+    """The arrays of a checkpoint (lazy) and the file's metadata."""
     found: Any = mx.load(str(folder / FILE), return_metadata=True)
     return found
 
 
 def _is_old(folder: Path) -> bool:
-    """Whether an earlier version wrote it."""
+    """Whether an earlier version wrote the checkpoint."""
     return STEP not in _read(folder)[1]

@@ -1,5 +1,6 @@
-"""What `minicpm_data.training.loop` asks of a backend: steps, losses and checkpoints; and for fine-tuning the adapter
-or model at the beginning and at the end."""
+"""The backend's part of `minicpm_data.training.loop`: steps, losses and checkpoints; for fine-tuning also the
+initial and the exported adapter or model.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,9 +37,9 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class BaseTrainer:
-    """Steps, losses and checkpoints of what a ``model`` trains, of which it has masters in float32. ``folder``: of the
-    run. ``decay``: share of a weight that a learning rate of 1 would take away, by name. ``dtype``: of the computation,
-    where it is not the model's own."""
+    """Steps, losses and checkpoints of a ``model``'s trainable parameters, with float32 master weights. ``folder``:
+    of the run. ``decay``: weight decay at a learning rate of 1, by name. ``dtype``: of the computation; None: the
+    model's own."""
 
     def __init__(
         self,
@@ -46,21 +47,21 @@ class BaseTrainer:
         folder: Path,
         seed: int,
         *,
-        objective: train.Minimised,
-        optimiser: optimizers.Optimizer,
+        objective: train.AnyObjective,
+        optimizer: optimizers.Optimizer,
         decay: Mapping[str, float],
         clip: float,
         dtype: mx.Dtype | None = None,
     ):
         self.model, self.folder, self.seed = model, folder, seed
-        self.objective, self.optimiser, self.processes = objective, optimiser, SingleProcess()
+        self.objective, self.optimizer, self.processes = objective, optimizer, SingleProcess()
         self.dtypes = {name: dtype or w.dtype for name, w in tree_flatten(model.trainable_parameters())}
         self.weights = train.weights_of(model)
         if dtype is not None:
             train.use_weights(model, self.weights, self.dtypes)
-        optimiser.init(self.weights)
+        optimizer.init(self.weights)
         self.train_step = train.Step(
-            model, dtypes=self.dtypes, objective=objective, optimiser=optimiser, decay=decay, clip=clip
+            model, dtypes=self.dtypes, objective=objective, optimizer=optimizer, decay=decay, clip=clip
         )
         self.checkpoints = Checkpoints(folder / "checkpoints")
         model.train()
@@ -71,7 +72,7 @@ class BaseTrainer:
     def step(self, batches: Sequence[Arrays], rate: float, number: int) -> Mapping[str, Any]:
         key = mx.random.key(self.seed * 1_000_003 + number)
         self.weights, figures = self.train_step(self.weights, [_arrays(batch) for batch in batches], rate, key)
-        mx.async_eval(self.weights, self.optimiser.state, figures)
+        mx.async_eval(self.weights, self.optimizer.state, figures)
         return figures
 
     def evaluate(self, batch: Arrays) -> Mapping[str, Any]:
@@ -85,11 +86,11 @@ class BaseTrainer:
         return of_layers(self.model.config, {name: np.array(w) for name, w in self.weights.items()})
 
     def save(self, step: int) -> None:
-        self.checkpoints.save(step, {"weights": self.weights, "moments": self.optimiser.state})
+        self.checkpoints.save(step, {"weights": self.weights, "moments": self.optimizer.state})
 
     def restore(self) -> int:
-        state = self.checkpoints.restore({"weights": self.weights, "moments": self.optimiser.state})
-        self.weights, self.optimiser.state = state["weights"], state["moments"]
+        state = self.checkpoints.restore({"weights": self.weights, "moments": self.optimizer.state})
+        self.weights, self.optimizer.state = state["weights"], state["moments"]
         train.use_weights(self.model, self.weights, self.dtypes)
         return self.checkpoints.latest
 
@@ -98,18 +99,18 @@ class BaseTrainer:
 
 
 class Trainer(BaseTrainer):
-    """Of adapters (`LoraOptions`) or of all weights (`FullOptions`). ``model``: the base, as it was loaded from its
-    ``source``, whose tokenizer and config go with a model that is written."""
+    """Trains adapters (`LoraOptions`) or all weights (`FullOptions`). ``model``: the base, as loaded from
+    ``source``, whose tokenizer and config are exported with a model."""
 
     def __init__(self, model: Model, options: FinetuneOptions, source: Checkpoint | None = None):
         self.options, self.config, self.source = options, model.config, source
         if isinstance(options, LoraOptions):
             if options.resume_adapter_file is None:
                 layers = adapted_layers(options, model.config)
-                matrices = adapters.initial(model, options.adapter, layers, mx.random.key(options.seed))
+                params = adapters.init_lora_params(model, options.adapter, layers, mx.random.key(options.seed))
             else:
-                matrices = adapters.from_adapter(model.config, given_adapter(options, model.config))
-            adapters.attach(model, matrices, options.adapter.scale, options.adapter.dropout)
+                params = adapters.from_adapter(model.config, given_adapter(options, model.config))
+            adapters.attach(model, params, options.adapter.scale, options.adapter.dropout)
         else:
             check_training(model.config, options.optimizer, device.free_memory(model))
         names = [name for name, _ in tree_flatten(model.trainable_parameters())]
@@ -119,7 +120,7 @@ class Trainer(BaseTrainer):
             options.out,
             options.seed,
             objective=Objective(options.loss, options.beta, remat=options.grad_checkpoint),
-            optimiser=optimizers.OPTIMISERS[options.optimizer](),
+            optimizer=optimizers.OPTIMIZERS[options.optimizer](),
             decay={name: share for name in names if is_decayed(name, model.config)},
             clip=options.clip,
         )
@@ -139,7 +140,7 @@ class Trainer(BaseTrainer):
 
     def export(self) -> None:
         if isinstance(self.options, LoraOptions):
-            adapter = adapters.to_adapter(self.config, adapters.matrices_of(self.model), self.options.adapter)
+            adapter = adapters.to_adapter(self.config, adapters.lora_params(self.model), self.options.adapter)
             save_adapter(self.folder, adapter, self.config)
         else:
             assert isinstance(self.options, FullOptions) and self.source is not None

@@ -1,25 +1,29 @@
-"""Attention of T new tokens over the filled part of the stacked cache: one Pallas TPU kernel for prompts and decoding.
+"""Attention of T new tokens over the filled part of the stacked cache: one Pallas TPU kernel for prompts and
+decoding.
 
 Dims: L layers, B batch, T new tokens, S cache slots, N query heads, K key/value heads, G = N / K, H head dimension.
-      In the kernel: W lanes hold the C = W / H key/value heads of one group, t tokens make a piece of the T,
+      In the kernel: W lanes hold the C = W / H key/value heads of one group, a piece is t of the T tokens,
       R = C G t rows are its queries.
 
-The cache stays in HBM as it is, [L, B, S, K H]; the grid (B, groups, pieces, blocks of slots) takes blocks [slots, W]
-of one layer out of it, and a row's blocks stop where the row is filled: a later grid step names the block before it
-again, which Pallas does not fetch again, and computes nothing. There are as many grid steps as the fullest row needs.
+The cache stays in HBM as [L, B, S, K H]. The grid (B, groups, pieces, blocks of slots) reads blocks [slots, W] of
+one layer. A row's blocks stop at its fill: later grid steps name its last block again, which Pallas does not fetch
+again, and compute nothing. The grid has as many steps as the fullest row needs.
 
-In decoding a block comes in parts: a half, a quarter, .., a grain, and one grain more. Of them a row's last block takes
-those that add up to what is filled of it, in whole grains, one behind the other: its slots are not in the places that
-they have in a full block. A part that it does not need names once more the slots that the part held before, which are
-not fetched again: numbers of this row or of one before it, masked.
+For decoding, each block is fetched as sub-blocks of 1/2, 1/4, ... down to one 8-slot grain, plus one extra grain.
+For a row's last, partly filled block only the sub-blocks that sum to its fill are fetched. They cover consecutive
+slots, so their slots differ from those of a full block. A sub-block that is not needed keeps the index of the fetch
+before it, so nothing is fetched; its values, of this row or an earlier one, are masked.
 
-Two heads of 64 share 128 lanes, and taking them apart would move every key. Instead a query is zero in the lanes of the
-other heads, so that one product over W lanes gives its scores, and of weights times values only its own lanes are kept.
-A matrix unit is 128 wide (v6e: 256) whatever the head, so within a pair of heads this costs nothing; with all heads in
-one group (decoding: few rows) it takes the time of loading keys and values into the unit, which any product does.
+Two heads of 64 share 128 lanes, and separating them would move every key. Instead a query is zero in the lanes of
+the other heads: one product over W lanes gives its scores, and of weights times values only its own lanes are kept.
+A matrix unit is 128 wide (v6e: 256) for any head dimension, so this costs nothing within a pair of heads. With all
+heads in one group (decoding: few rows) it takes the time of loading keys and values into the unit, which any product
+needs.
 
-JAX's own kernels do not read this cache: paged and ragged paged attention want pages with the head as an axis (a head
-of 64 padded to 128 lanes), splash and flash attention one layer's keys by head, and they know nothing of its fill.
+JAX's own kernels cannot read this cache. Paged and ragged paged attention need pages with the head as an axis (a
+head of 64 is padded to 128 lanes); splash and flash attention need one layer's keys by head, and cannot skip
+unfilled slots.
+
 Source of the running softmax: arXiv 2205.14135.
 """
 
@@ -39,20 +43,20 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.parallel.chips import LANES
 
-GRAIN = 8  # slots of a tile in HBM: fewer are not fetched
-PARTS = 6  # most parts of a block: each costs the scalar unit about 0.07 us a step of a v5e
-FAR = 1 << 30  # no slot
-ROWS = 1024  # most queries of a step: with 512 slots their scores are 2 MiB
-FEW = 128  # so many queries of all heads go together: the matrix unit takes them while it loads the next keys
+GRAIN = 8  # slots of a tile in HBM, the smallest fetch
+PARTS = 6  # most sub-blocks of a block: each costs the scalar unit about 0.07 us per step on a v5e
+FAR = 1 << 30  # beyond every slot
+ROWS = 1024  # most queries of a step: with 512 slots their scores take 2 MiB
+FEW = 128  # up to this many queries run as one group: the matrix unit multiplies them while it loads the next keys
 BLOCK = 512  # most slots of a step
-BLOCK_BYTES = 5 << 18  # 1.25 MiB, most of one block of keys: it and its like are in VMEM four times, of 16 MiB
-# In decoding half as many bytes, as the first step fetches a whole block and any step computes on one: 128 slots of the
-# 2B, of which a v5e takes keys and values in 1.4 us. By the length of its program it needs 0.9 us for the rest.
+BLOCK_BYTES = 5 << 18  # 1.25 MiB, most of one block of keys: VMEM (16 MiB) holds four such blocks
+# For decoding half of it: the first step fetches a whole block, and each step computes on one. That is 128 slots of the
+# 2B, whose keys and values a v5e fetches in 1.4 us; by the length of the program the rest of a step takes 0.9 us.
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut: everything that the grid and the index maps depend on but the fill of the rows."""
+    """The tiling of the work: everything that the grid and the index maps depend on except the fill of the rows."""
 
     batch: int
     width: int  # T
@@ -63,11 +67,12 @@ class Tiling:
     lanes: int  # W
     piece: int  # t
     block: int  # slots of a block
-    grain: int  # slots of its smallest part; block / grain is a power of 2
+    grain: int  # slots of its smallest sub-block; block / grain is a power of 2
 
     @staticmethod
     def of(batch: int, width: int, heads: int, head_dim: int, slots: int, kv_heads: int, itemsize: int) -> "Tiling":
-        """For queries [batch, width, heads, head_dim] and a cache of ``slots`` with numbers of ``itemsize`` bytes."""
+        """The tiling for queries [batch, width, heads, head_dim] and a cache of ``slots`` with elements of
+        ``itemsize`` bytes."""
         lanes, few = kv_heads * head_dim, heads * width <= FEW
         pair = math.lcm(LANES, head_dim)
         if not few and lanes % pair == 0:
@@ -104,40 +109,41 @@ class Tiling:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """The parts of a block: n .. 0, of which 0 is the grain that every block has, and part i > 0 is needed where
-        the grains before that one have the binary digit i - 1."""
+        """The sub-blocks of a block, n .. 0. Sub-block 0 is the grain that every block has; sub-block i > 0 is
+        needed if the number of grains before it has binary digit i - 1."""
         return tuple(reversed(range((self.block // self.grain).bit_length())))
 
     def size(self, part: Any) -> Any:
-        """Slots of a part."""
+        """Slots of a sub-block."""
         return self.grain << (part - (part > 0))
 
     def begin(self, part: Any) -> Any:
-        """The first of them in a full block."""
+        """First slot of a sub-block in a full block."""
         return self.block - (self.grain << part)
 
     def seen(self, first: Any, piece: Any) -> Any:
-        """How many slots the tokens of a piece may see, of a row whose first new token is at ``first``."""
+        """Number of slots that the tokens of a piece attend to, in a row whose first new token has slot ``first``."""
         return _least(first + _least((piece + 1) * self.piece, self.width), self.slots)
 
     def blocks(self, first: Any, piece: Any) -> Any:
-        """How many blocks hold them."""
+        """Number of blocks that hold them."""
         return _divided(self.seen(first, piece) - 1, self.block) + 1
 
     def cut(self, part: Any, filled: Any) -> tuple[Any, Any]:
-        """Where a part begins in a block of which the first slots are ``filled`` (at least one), and whether it is
-        needed."""
+        """Offset of a sub-block within a block whose first ``filled`` slots (at least one) are filled, and whether
+        it is needed."""
         grains = _divided(filled - 1, self.grain)
         return (grains >> part << part) * self.grain, (2 * grains + 1) >> part & 1 == 1
 
     def grid(self, first: Any) -> tuple[Any, ...]:
-        """(B, groups, pieces, blocks of the fullest row) for rows whose first new tokens are at ``first`` [B]."""
+        """(B, groups, pieces, blocks of the fullest row) for rows whose first new tokens have the slots ``first``
+        [B]."""
         return self.batch, self.groups, self.pieces, self.blocks(first, self.pieces - 1).max()
 
     def held(self, first: Int[Array, "B"]) -> Int[Array, "B*pieces*parts*2"]:
-        """Row, and index along the slots, of what each part holds from the last block of each row's piece on: of that
-        block, or the one before it, or of a row before; of what is held by none the first slots. Written for XLA to
-        make one fusion of it, as it does so in each layer."""
+        """Row and block index that each sub-block holds from the last block of each row's piece on: of that block,
+        of the one before it, or of an earlier row; the first slots if there is none. It is written so that XLA makes
+        one fusion of it, because it runs in every layer."""
         count, parts = self.batch * self.pieces, len(self.parts)
         entry, other = jnp.arange(count * parts * 2), jnp.arange(count)[:, None]
         at, part = entry // (2 * parts), parts - 1 - entry // 2 % parts
@@ -153,7 +159,7 @@ class Tiling:
     def stored(
         self, part: int, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any
     ) -> tuple[Any, ...]:
-        """Index map of a part of the keys, and of the values, [L, B, S, K H]."""
+        """Index map of one sub-block of the keys, or of the values, [L, B, S, K H]."""
         size, parts = self.size(part), len(self.parts)
         end = 2 * parts * (row * self.pieces + piece + 1)  # of the piece's entries: the last is of part 0
         full = step < held[end - 1] >> parts - 1
@@ -162,7 +168,7 @@ class Tiling:
         return layer[0], _chosen(full, row, held[entry]), _chosen(full, index, held[entry + 1]), group
 
     def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any) -> tuple[Any, ...]:
-        """Index map of the scales [L, B, X, S]: of all heads, as few as they are."""
+        """Index map of the scales [L, B, X, S]: all heads at once, because they are few."""
         return layer[0], row, 0, _least(step, self.blocks(first[row], piece) - 1)
 
 
@@ -175,18 +181,18 @@ def _chosen(condition: Any, x: Any, y: Any) -> Any:
 
 
 def _divided(x: Any, by: int) -> Any:
-    """x // by of what is not negative: ``//`` of JAX looks at signs, for which Mosaic asks the default device what it
-    is, and that is no TPU where a program is compiled for one elsewhere."""
+    """x // by for x >= 0. JAX's ``//`` handles signs, for which Mosaic asks the default device for its type; that
+    device is no TPU when compiling for one elsewhere."""
     return jax.lax.div(x, jnp.int32(by)) if isinstance(x, jax.Array) else x // by
 
 
 def scale_bytes(tiling: Tiling) -> int:
-    """Of a block's scales, in tiles of 8 heads."""
+    """Bytes of a block's scales, in tiles of 8 heads."""
     return tiling.block * -(-tiling.kv_heads // 8) * 8 * 4
 
 
 def cost(tiling: Tiling, itemsize: int, query_itemsize: int, scaled: bool = False) -> pl.CostEstimate:
-    """Of rows that fill the cache: it is stated before their fill is known."""
+    """The cost for rows that fill the cache: it is declared before their fill is known."""
     size = 0
     for piece in range(tiling.pieces):
         first = tiling.slots - tiling.width
@@ -230,7 +236,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
         begins = [tiling.cut(part, _least(seen - step * tiling.block, tiling.block)) for part in tiling.parts]
 
         def slots(shape: tuple[int, int], axis: int) -> Array:
-            """Which slots of the cache are in the block; of a part that is not needed, more than there are."""
+            """The cache slots in the block; slots of a sub-block that is not needed get a number beyond the cache."""
             place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
             moved = jnp.zeros(shape, jnp.int32)
             for begin, (offset, needed) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
@@ -238,16 +244,17 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
             return step * tiling.block + place + moved
 
         def scale_of_rows(scale: Any) -> Array:
-            """As the slots stand in the block: a last block's are turned to where its parts are."""
+            """The scales in the order of the block's slots: in a last block they are rolled to where its sub-blocks
+            are."""
             place = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
-            whole = turned = jnp.where(step * tiling.block + place < tiling.slots, scale[...], 0)
+            whole = rolled = jnp.where(step * tiling.block + place < tiling.slots, scale[...], 0)
             for begin, (offset, _) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
                 if begin:
-                    turned = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), turned)
-            return _of_rows(turned, group, tiling)
+                    rolled = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), rolled)
+            return _of_rows(rolled, group, tiling)
 
         slot = slots((1, tiling.block), 1)
-        if tiling.slots % tiling.grain:  # what lies behind the last slot may be no number, and 0 times that is none
+        if tiling.slots % tiling.grain:  # values beyond the last slot may be NaN, and 0 * NaN is NaN
             v = jnp.where(slots((tiling.block, 1), 0) < seen, v, jnp.zeros_like(v))
         if scales:
             k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
@@ -263,7 +270,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
             + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0), tiling.piece)
         )
         scores = jnp.where(slot <= at, scores, jnp.finfo(jnp.float32).min)
-        # Slot 0, which every token sees, is in the first block: what is not seen gets the weight 0 from here on.
+        # Slot 0, which every token sees, is in the first block: masked slots get weight 0 from here on.
         higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp(scores - higher)
         fade = jnp.exp(top[...] - higher)
@@ -289,9 +296,10 @@ def _joined(parts: Sequence[Any]) -> Array:
 
 
 def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
-    """The scale of each slot for each row's head: picked by a product with ones and zeros, exact in float32."""
+    """The scale of each slot for each row's head, selected by a product with ones and zeros, which is exact in
+    float32."""
     span = tiling.heads_per_kv * tiling.piece
-    few = span < 8  # less than a tile of rows: spread them in the product
+    few = span < 8  # fewer rows than a tile: repeat them in the product
     shape = (tiling.rows if few else tiling.heads, scale.shape[0])
     head = _divided(jax.lax.broadcasted_iota(jnp.int32, shape, 0), span if few else 1) + group * tiling.heads
     ones = (head == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.float32)
@@ -302,7 +310,7 @@ def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Fl
 
 
 class Cache(Protocol):
-    """What the kernel reads of a `kv_cache.Cache`."""
+    """The arrays of a `kv_cache.Cache` that the kernel reads."""
 
     @property
     def k(self) -> Float[Array, "L B S KH"]: ...
@@ -324,19 +332,25 @@ def cache_attention(
     first: Int[Array, "B"],
     interpret: bool = False,
 ) -> Float[Array, "B T NH"]:
-    """softmax(q k / sqrt(H)) v over one layer of the cache, into which the new tokens' keys and values are written.
+    """softmax(q k / sqrt(H)) v over one layer of the cache, which already holds the new tokens' keys and values.
 
-    ``first``: the slot of each row's first new token; the T tokens follow each other and see the slots up to their own.
-    Scores, softmax and sums are float32; weights are rounded to the dtype of ``q`` before they meet the values. Of an
-    int8 cache the scales meet the scores and the weights, not the keys and values. ``interpret``: run it without a TPU.
+    Arguments:
+        q: the queries of T consecutive tokens per row.
+        cache: keys and values of all layers; for int8, scores and weights are scaled instead of keys and values.
+        layer: index of the layer.
+        first: [B] slot of each row's first new token; a token attends to the slots up to its own.
+        interpret: run the kernel without a TPU.
+
+    Scores, softmax and sums are float32; the weights are rounded to the dtype of ``q`` before the product with the
+    values.
     """
     batch, width, heads, head_dim = q.shape
     itemsize, scaled = cache.k.dtype.itemsize, cache.k_scale is not None
     tiling = Tiling.of(batch, width, heads, head_dim, cache.slots, cache.k.shape[3] // head_dim, itemsize)
     padded = jnp.pad(q, ((0, 0), (0, tiling.pieces * tiling.piece - width), (0, 0), (0, 0)))
     shape = (batch, tiling.pieces, tiling.piece, tiling.groups, tiling.heads, tiling.heads_per_kv, head_dim)
-    turned = padded.reshape(shape).transpose(0, 3, 1, 5, 2, 4, 6)  # [B, groups, pieces, G, t, C, H]
-    flat = turned.reshape(batch, tiling.groups, tiling.pieces, tiling.heads_per_kv * tiling.piece, tiling.lanes)
+    transposed = padded.reshape(shape).transpose(0, 3, 1, 5, 2, 4, 6)  # [B, groups, pieces, G, t, C, H]
+    flat = transposed.reshape(batch, tiling.groups, tiling.pieces, tiling.heads_per_kv * tiling.piece, tiling.lanes)
 
     queries = pl.BlockSpec((None, None, None, *flat.shape[3:]), lambda row, group, piece, *_: (row, group, piece, 0, 0))
     stored = [
@@ -347,7 +361,7 @@ def cache_attention(
     if cache.k_scale is not None and cache.v_scale is not None:
         arrays += [cache.k_scale, cache.v_scale]
         specs += [pl.BlockSpec((None, None, cache.k_scale.shape[2], tiling.block), tiling.scale)] * 2
-    if not interpret:  # else XLA takes a small cache through its own memory: all layers, for each of them
+    if not interpret:  # otherwise XLA copies a small cache into VMEM: all layers, in every layer
         arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     first = first.astype(jnp.int32)
     rows = tiling.heads * flat.shape[3]
@@ -366,5 +380,5 @@ def cache_attention(
         interpret=interpret,
         name="cache_attention",
     )(jnp.asarray(layer, jnp.int32).reshape(1), first, tiling.held(first), flat, *arrays)
-    out = out.reshape(turned.shape).transpose(0, 2, 4, 1, 5, 3, 6)  # [B, pieces, t, groups, C, G, H]
+    out = out.reshape(transposed.shape).transpose(0, 2, 4, 1, 5, 3, 6)  # [B, pieces, t, groups, C, G, H]
     return out.reshape(batch, -1, heads * head_dim)[:, :width]
