@@ -161,5 +161,5 @@ def check_reporter(report_to: str | None) -> None:
     """`InputError` where its package is not installed."""
     if report_to is not None and find_spec(PACKAGES[report_to]) is None:
         raise InputError(
-            f"--report-to {report_to} needs a package that is not here: pip install {PACKAGES[report_to]}."
+            f"{report_to} needs a package that is not here: pip install {PACKAGES[report_to]}.", option="report_to"
         )

@@ -466,8 +466,11 @@ def test_a_context_beyond_the_models_own_is_noted(tmp_path, monkeypatch, capsys)
     folder = tiny_model.write(tmp_path, max_position_embeddings=32)
     monkeypatch.setattr(openai_api, "server", lambda *_: SimpleNamespace(run=lambda sockets: None))
     for context in (33, 32):
-        openai_api.main(openai_api.Options(backend="mlx", model=str(folder), port=0, context=context))
-    assert capsys.readouterr().err == "note: 33 tokens are more than the 32 this model is made for; lower --context\n"
+        openai_api.main(openai_api.Options(backend="mlx", model=str(folder), port=0, max_model_len=context))
+    assert (
+        capsys.readouterr().err
+        == "note: 33 tokens are more than the 32 this model is made for; lower --max-model-len\n"
+    )
 
 
 def test_a_port_that_is_taken():

@@ -40,8 +40,9 @@ def join(
             jax.distributed.initialize(**waiting)
         except (ValueError, RuntimeError) as error:
             raise InputError(
-                f"--distributed finds no Cloud TPU, Slurm or Open MPI here ({str(error).splitlines()[0].rstrip('.')}); "
-                "give --coordinator-address, --num-processes and --process-id."
+                f"finds no Cloud TPU, Slurm or Open MPI here ({str(error).splitlines()[0].rstrip('.')}); "
+                "give --coordinator-address, --num-processes and --process-id.",
+                option="distributed",
             ) from error
     elif num_processes is not None and process_id is not None:
         address = coordinator_address or ""
@@ -72,7 +73,9 @@ def meet(address: str, processes: int, number: int, patience: float) -> None:
     try:
         socket.getaddrinfo(host, port)
     except OSError as error:
-        raise InputError(f"--coordinator-address {address}: {host} is not known here ({error.strerror}).") from error
+        raise InputError(
+            f"{address}: {host} is not known here ({error.strerror}).", option="coordinator_address"
+        ) from error
     said = _gather(address, processes, deadline) if number == 0 else _call(address, processes, number, deadline)
     if said:
         raise InputError(said)

@@ -155,7 +155,8 @@ def checked_hosts(host: str, address: str, allowed: Sequence[str]) -> frozenset[
     for name in allowed:
         if name != "*" and not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", name):
             raise InputError(
-                f"--allowed-hosts holds {name!r}; give a name or an address such as llm.example.org (no port), or *."
+                f"holds {name!r}; give a name or an address such as llm.example.org (no port), or *.",
+                option="allowed_hosts",
             )
     outside = not ipaddress.ip_address(address.partition("%")[0]).is_loopback
     if "*" in allowed or (outside and not allowed):
@@ -168,7 +169,8 @@ def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", origin):
             raise InputError(
-                f"--allowed-origins holds {origin!r}; give what browsers send, such as http://localhost:3000, or *."
+                f"holds {origin!r}; give what browsers send, such as http://localhost:3000, or *.",
+                option="allowed_origins",
             )
     return tuple(origin.lower() for origin in origins)
 
