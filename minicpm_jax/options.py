@@ -62,9 +62,10 @@ class Placement(Devices):
             raise InputError(f"is {self.num_processes}; it must be at least 1.", option="num_processes")
         if not 0 <= self.process_id < self.num_processes:
             raise InputError(
-                f"is {self.process_id}; the {self.num_processes} processes of --num-processes have the "
+                f"is {self.process_id}; the {self.num_processes} processes of {{num_processes}} have the "
                 f"ids 0 to {self.num_processes - 1}.",
                 option="process_id",
+                others=["num_processes"],
             )
         host_and_port(self.coordinator_address or "")
 

@@ -87,7 +87,7 @@ def main(options: Options) -> None:
     options.check_placement()
     require_positive(options, "max_seq_length", "num_samples", "limit", "batch_size")
     if (options.evaluation == "loss") != (options.data is not None):
-        raise InputError("loss and --data go together; give both or neither.", option="evaluation")
+        raise InputError("loss and {data} go together; give both or neither.", "evaluation", ["data"])
     if options.data is not None and options.max_seq_length < 2:
         raise InputError("is 1, and a window of one token predicts none; give at least 2.", option="max_seq_length")
     listed = checkpoints(options)
@@ -132,7 +132,7 @@ def checkpoints(options: Options) -> list[Checkpoint]:
         start = f"{entry.repo if entry and entry.repo else options.model}/" if options.model else ""
         return [Checkpoint(name, start + name, options.revision) for name in names]
     if options.model is None or options.revision is not None:
-        raise InputError("are those of --model, and take the place of --revision.", option="revisions")
+        raise InputError("are those of {model}, and take the place of {revision}.", "revisions", ["model", "revision"])
     return [Checkpoint(name, options.model, name) for name in names]
 
 

@@ -123,12 +123,12 @@ def test_a_mesh_of_one_process(name):
     options, needed = importlib.import_module(name).Options, PLACED[name]
     assert options(**needed).placement() == {"mesh": None}
     assert options(mesh="fsdp=2,tensor=4", **needed).placement()["mesh"].shape == {"fsdp": 2, "tensor": 4}
-    with pytest.raises(InputError, match="--mesh tensor=3 is for 3 devices; there are 8"):
+    with pytest.raises(InputError, match="mesh tensor=3 is for 3 devices; there are 8"):
         options(mesh="tensor=3", **needed).placement()
     if "backend" in needed:
         mlx = needed | {"backend": "mlx"}
         assert options(**mlx).placement() == {}
-        with pytest.raises(InputError, match="leave it out with --backend mlx"):
+        with pytest.raises(InputError, match="leave it out with backend mlx"):
             importlib.import_module(name).main(options(mesh="fsdp=8", **mlx))
 
 
@@ -195,7 +195,7 @@ def test_the_prompt_comes_from_standard_input(package, folder):
     ("arguments", "said"),
     [
         (["--max-tokens", "0"], "--max-tokens is 0"),
-        (["--temp", "-1"], "temperature is -1"),
+        (["--temp", "-1"], "--temp is -1"),
         (["--top-p", "1.5"], "error: --top-p is 1.5"),
         (["--model", "no/such-folder-here"], "no/such-folder-here"),
         (["--model", "openbmb/MiniCPM3-4B"], "minicpm3-4b (latent attention) is not supported yet"),
@@ -321,7 +321,7 @@ SERVER = {"--slots 3": "--max-num-seqs 3", "--waiting=5": "--max-queued-requests
 LENGTH = {"--length 9": "--max-seq-length 9", "--samples 4": "--num-samples 4"}
 RENAMED = {
     "minicpm_jax.pretrain Options --tokenizer t --data d": PRETRAIN,
-    "minicpm_mlx.pretrain PretrainOptions --tokenizer t --data d": PRETRAIN,
+    "minicpm_data.training.options PretrainOptions --tokenizer t --data d": PRETRAIN,
     "minicpm_jax.fit CommandOptions": {"--batch 2": "--batch-size 2", "--seq 9": "--max-seq-length 9"},
     "minicpm_jax.generate Options": {"--temperature 0.5": "--temp 0.5"},
     "minicpm_jax.chat Options": {"--temperature 0.5": "--temp 0.5"},

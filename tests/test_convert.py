@@ -246,8 +246,8 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(reference, tmp_path):
         (Options(model=str(broken), to="hf", save_path=out), "is not JSON"),
         (Options(model=model, to="hf", save_path=broken), "is not empty"),
         (Options(model=model, to="hf", save_path=reference("dense_2b") / "inside"), "lies in the model folder"),
-        (Options(model=model, to="hf", save_path=out, scale_emb=3.0), "--scale-emb is only used with --unfold"),
-        (Options(model=model, to="llama", save_path=out, unfold=True), "use it with --to hf"),
+        (Options(model=model, to="hf", save_path=out, scale_emb=3.0), "scale_emb is only used with unfold"),
+        (Options(model=model, to="llama", save_path=out, unfold=True), "use it with to hf"),
         (Options(model=model, to="hf", save_path=out, unfold=True), "not in the Llama format"),
         (Options(model=str(reference("llama_format")), to="llama", save_path=out), "Llama format already"),
     ):

@@ -151,14 +151,14 @@ def test_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"evaluation": "loss"}, "--evaluation loss and --data go together"),
-        ({"data": "{text}.txt"}, "--evaluation loss and --data go together"),
+        ({"evaluation": "loss"}, "evaluation loss and data go together"),
+        ({"data": "{text}.txt"}, "evaluation loss and data go together"),
         ({"evaluation": "loss", "data": "{text}.none"}, "text.none does not exist"),
-        ({"evaluation": "loss", "data": "{text}.txt", "max_seq_length": 1}, "--max-seq-length is 1"),
-        ({"limit": 0}, "--limit is 0"),
-        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"evaluation": "loss", "data": "{text}.txt", "max_seq_length": 1}, "max_seq_length is 1"),
+        ({"limit": 0}, "limit is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"folders": ("none/such",)}, "none/such: "),
-        ({"evaluation": "passkey", "length": 20}, "pico: 20 tokens are too few"),
+        ({"evaluation": "passkey", "max_seq_length": 20}, "pico: 20 tokens are too few"),
     ],
 )
 def test_wrong_calls_leave_nothing(run_folder, tmp_path, monkeypatch, changes, said):

@@ -363,7 +363,7 @@ def test_figures_go_to_wandb_under_the_name_of_the_project(tmp_path, monkeypatch
     assert calls == ["mine", (1, 2.0), "finished", tmp_path.name, (1, 2.0), "finished"]
     monkeypatch.delitem(sys.modules, "wandb")
     monkeypatch.setattr("minicpm_data.metrics.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--report-to tensorboard needs a package .*: pip install tensorboardX"):
+    with pytest.raises(InputError, match="report_to tensorboard needs a package .*: pip install tensorboardX"):
         check_reporter("tensorboard")
 
 

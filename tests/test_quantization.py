@@ -393,8 +393,8 @@ def test_a_packed_folder_converts_to_whole_weights_and_back(reference, tmp_path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "hf", "quantize": True}, "--quantize packs in MLX's form; use it with --to mlx"),
-        ({"to": "mlx", "q_bits": 8}, "--q-bits is only used with --quantize"),
+        ({"to": "hf", "quantize": True}, "quantize packs in MLX's form; use it with to mlx"),
+        ({"to": "mlx", "q_bits": 8}, "q_bits is only used with quantize"),
         (
             {"to": "mlx", "quantize": True, "q_group_size": 128},
             "no matrix .* groups of 128; choose a smaller q_group_size",

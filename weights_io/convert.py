@@ -148,13 +148,13 @@ def write_model(
 def check(options: Options) -> None:
     """`InputError` for options that do not go together."""
     if options.quantize and options.to != "mlx":
-        raise InputError("packs in MLX's form; use it with --to mlx.", option="quantize")
+        raise InputError("packs in MLX's form; use it with {to} mlx.", "quantize", ["to"])
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     unused = [name for name in ("q_bits", "q_group_size") if getattr(options, name) != defaults[name]]
     if unused and not options.quantize:
-        raise InputError("is only used with --quantize; leave it out or add --quantize.", option=unused[0])
+        raise InputError("is only used with {quantize}; leave it out or add {quantize}.", unused[0], ["quantize"])
     if options.unfold and options.to != "hf":
-        raise InputError("leads away from the Llama format; use it with --to hf.", option="unfold")
+        raise InputError("leads away from the Llama format; use it with {to} hf.", "unfold", ["to"])
     given = [
         field.name
         for field in dataclasses.fields(options)
@@ -162,7 +162,7 @@ def check(options: Options) -> None:
         and getattr(options, field.name) != field.default
     ]
     if given and not options.unfold:
-        raise InputError("is only used with --unfold; leave it out or add --unfold.", option=given[0])
+        raise InputError("is only used with {unfold}; leave it out or add {unfold}.", given[0], ["unfold"])
 
 
 def _rounding_line(rounding: Rounding, dtypes: set[str]) -> str:

@@ -55,13 +55,13 @@ def main(options: Options) -> None:
 
 
 def upcycled(
-    checkpoint: Checkpoint, experts: int, top_k: int, seed: int = 0
+    checkpoint: Checkpoint, num_experts: int, num_experts_per_tok: int, seed: int = 0
 ) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """Config and tensors of the mixture; each tensor is read, or drawn, when its turn comes.
 
     Raises:
-        InputError: the model has experts already or is a Llama, which has none; ``top_k`` is above ``experts``; a
-            number is out of range.
+        InputError: the model has experts already or is a Llama, which has none; ``num_experts_per_tok`` is above
+            ``num_experts``; a number is out of range.
     """
     dense = checkpoint.config
     if dense.num_experts:
@@ -71,15 +71,16 @@ def upcycled(
             f"{checkpoint.path} is a Llama, which has no experts; turn it into a MiniCPM first with "
             "`python -m weights_io.convert --to hf --unfold`."
         )
-    if not 1 <= experts <= MAX_EXPERTS:
-        raise InputError(f"is {experts}; it must be at least 1 and at most {MAX_EXPERTS}.", option="experts")
-    if not 1 <= top_k <= experts:
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise InputError(f"is {num_experts}; it must be at least 1 and at most {MAX_EXPERTS}.", option="num_experts")
+    if not 1 <= num_experts_per_tok <= num_experts:
         raise InputError(
-            f"is {top_k}; it must be at least 1 and at most the number of experts, {experts}.", option="top_k"
+            f"is {num_experts_per_tok}; it must be at least 1 and at most the number of experts, {num_experts}.",
+            option="num_experts_per_tok",
         )
     if seed < 0:
         raise InputError(f"is {seed}; it must not be negative.", option="seed")
-    config = dataclasses.replace(dense, num_experts=experts, num_experts_per_tok=top_k)
+    config = dataclasses.replace(dense, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
     sources = {expert.tensor: _source(expert) for expert in EXPERTS}
     tensors: dict[str, LazyTensor | Computed] = {}
     for parameter in parameters(config):

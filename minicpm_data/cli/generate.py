@@ -26,7 +26,7 @@ from minicpm_data.generation.responses import stop_strings
 from minicpm_data.generation.speculation import Source, Speculation
 from minicpm_data.model_options import ModelOptions, load_model, note_context
 from weights_io import command_line
-from weights_io.errors import InputError, flag, not_utf8
+from weights_io.errors import InputError, not_utf8
 from weights_io.former_names import Former
 
 if TYPE_CHECKING:
@@ -114,7 +114,9 @@ class GenerateOptions(SamplingOptions, ModelOptions):
         for name in ("system_prompt", "prefill_response", "chat_template_config"):
             if self.ignore_chat_template and getattr(self, name) is not None:
                 raise InputError(
-                    f"needs the chat template; leave out --ignore-chat-template or {flag(name)}.", option=name
+                    f"needs the chat template; leave out {{ignore_chat_template}} or {{{name}}}.",
+                    option=name,
+                    others=["ignore_chat_template", name],
                 )
         try:
             variables = json.loads(self.chat_template_config or "{}")

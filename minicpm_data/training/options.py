@@ -262,16 +262,18 @@ def check(options: FinetuneOptions) -> None:
     check_range(options, "weight_decay", least=0, below=1)
     check_range(options, "warmup_steps", least=0)
     if options.iters is not None and options.epochs is not None:
-        raise InputError("and --epochs both say how long to train; leave one of them out.", option="iters")
+        raise InputError("and {epochs} both say how long to train; leave one of them out.", "iters", ["epochs"])
     for name in ("val_batches", "test_batches"):
         if (value := getattr(options, name)) != -1 and value < 1:
             raise InputError(f"is {value}; it must be at least 1, or -1 for all.", option=name)
     options.check_placement()
     if options.pack and options.loss != "sft":
-        raise InputError("is for --loss sft; pairs stand in rows of their own.", option="pack")
+        raise InputError("is for {loss} sft; pairs stand in rows of their own.", "pack", ["loss"])
     if options.train_on_prompt and (options.mask_prompt or options.loss != "sft"):
         raise InputError(
-            "goes with neither --mask-prompt nor a preference loss; leave one of them out.", option="train_on_prompt"
+            "goes with neither {mask_prompt} nor a preference loss; leave one of them out.",
+            option="train_on_prompt",
+            others=["mask_prompt"],
         )
     if not options.data.exists():
         raise InputError(

@@ -140,12 +140,13 @@ class Gate:
 
 def checked_key(flag: str | None) -> str | None:
     """The key of --api-key, else that of the environment, if there is one. `InputError` for one that cannot be."""
-    name, key = ("--api-key", flag) if flag is not None else (KEY_VARIABLE, os.environ.get(KEY_VARIABLE))
+    key = os.environ.get(KEY_VARIABLE) if flag is None else flag
     if key is None:
         return None
     if not key or key != key.strip() or not key.isprintable():
         what = "is empty" if not key.strip() else "has spaces around it or characters that no header can hold"
-        raise InputError(f"{name} {what}; give a key, or leave it out to let everybody in.")
+        name = KEY_VARIABLE if flag is None else "api_key"
+        raise InputError(f"{what}; give a key, or leave it out to let everybody in.", option=name)
     return key
 
 
