@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpm_data.training.checkpoint_folder import CheckpointFolder
 from weights_io import command_line
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 from weights_io.former_names import Former
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def find(folder: Path, step: int | None) -> tuple[Path, int]:
     if not there:
         raise InputError(f"{folder} holds no checkpoint yet.")
     if step is not None and step not in there:
-        raise InputError(f"{folder} holds no checkpoint of step {step}; there are {', '.join(map(str, there))}.")
+        raise InputError(f"{folder} holds no checkpoint of step {step}; there are {listed(there)}.")
     return folder, there[-1] if step is None else step
 
 

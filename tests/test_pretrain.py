@@ -225,6 +225,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, whole, tmp_path, ho
     stopped_early = not (out / "model").exists()
     refused = run(corpus, out)
     assert refused.returncode == 2 and "holds a run; --resume goes on with it" in refused.stderr
+    if how == signal.SIGKILL:  # with settings under the names that they had in earlier versions
+        settings = json.loads((out / "settings.json").read_text())
+        settings |= {"steps": settings.pop("iters"), "seq_length": settings.pop("max_seq_length")}
+        (out / "settings.json").write_text(json.dumps(settings))
     ran = run(corpus, out, "--resume")
     assert ran.returncode == 0, ran.stderr
     assert not stopped_early or "going on after step" in ran.stdout

@@ -20,7 +20,7 @@ from minicpm_data.keys import KeyRules, few
 from minicpm_data.model_options import ModelOptions, load_model
 from minicpm_data.option_checks import check_range
 from weights_io import command_line
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -171,7 +171,7 @@ def missed(required: Mapping[str, float], scores: Mapping[str, Sequence[bool]]) 
     that was not asked."""
     for kind, percentage in required.items():
         if kind not in scores:
-            asked = ", ".join(list(scores)[:3]) + (f" and {len(scores) - 3} more" if len(scores) > 3 else "")
+            asked = listed(scores)
             raise InputError(f"names the kind {kind}, and the questions are of the kinds {asked}.", option="require")
         if (share := 100 * sum(scores[kind]) / len(scores[kind])) < percentage:
             return f"{share:.1f} % of the questions of the kind {kind} are right; --require asks for {percentage:g} %."

@@ -91,7 +91,7 @@ class Engine(ABC, Generic[ModelT]):
             if value != int(value) or value < least:
                 raise InputError(f"is {value}; it must be a whole number, at least {least}.", option=name)
         if cache_options.max_kv_size is not None:
-            raise InputError("is for one request at a time; leave it out for an engine.", option="max_kv_size")
+            raise InputError("does not go with an engine, which keeps every token; leave it out.", "max_kv_size")
         self.model, self.slots, self.context, self.cache_options = model, slots, context, cache_options
         self.waiting: deque[RequestState] = deque()
         self.coming: tuple[RequestState, Iterator[None]] | None = None  # whose prompt is run

@@ -81,9 +81,7 @@ class CacheOptions:
             if value is not None and not (least <= value <= MOST and value == int(value)):
                 raise InputError(f"is {value}; it must be a whole number, from {least} to {MOST}.", option=name)
         if self.kv_bits and self.max_kv_size:
-            raise InputError(
-                "does not go together with {max_kv_size}; leave one of them out.", "kv_bits", ["max_kv_size"]
-            )
+            raise InputError("and {max_kv_size} do not go together; leave one of them out.", "kv_bits", ["max_kv_size"])
 
 
 GREEDY, PLAIN_CACHE = Sampling(), CacheOptions()  # where nobody says otherwise

@@ -10,7 +10,7 @@ import jax
 
 from minicpm_jax.parallel.address import host_and_port
 from minicpm_jax.parallel.chips import platform
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 
 LEAVING = 60  # seconds that a process waits at its end for the others; then JAX ends all of them
 PAUSE = 0.2  # seconds between two tries to reach the first process
@@ -97,7 +97,7 @@ def _gather(address: str, processes: int, deadline: float) -> str:
                 call.settimeout(PAUSE * 10)
                 wrong = _wrong(call.recv(1024), processes, waiting)
     except TimeoutError:
-        names = ", ".join(map(str, sorted(waiting)))
+        names = listed(sorted(waiting))
         wrong = f"of the {processes} processes, {names} did not come; start them, or give another --join-timeout."
     except OSError as error:
         return f"--coordinator-address {address}: cannot listen at port {port} ({error.strerror}); choose another."
