@@ -10,6 +10,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from weights_io.errors import InputError, flag
@@ -74,33 +75,32 @@ def flags_of(options: type) -> Callable[[str], str]:
 
 
 def for_help(options: type) -> Any:
-    """The same dataclass for tyro, which says nothing of a default that is None or empty: the help does."""
+    """The same dataclass for tyro, with a help that says ``INT`` for ``{None}|INT``, and nothing of a default that is
+    None or empty."""
     import tyro
-
-    def default(label: str) -> str:
-        return f"(default: {label})" if label not in ("", "None") else ""
 
     hints, annotated = typing.get_type_hints(options, include_extras=True), []
     for field in dataclasses.fields(options):
-        shown = tyro.conf.arg(help_behavior_hint=default, metavar=_metavar(hints[field.name]))
-        again = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
-        again = again if field.init else dataclasses.field(init=False)
-        annotated.append((field.name, Annotated[hints[field.name], shown], again))
-    frozen = options.__dataclass_params__.frozen  # type: ignore[attr-defined]  # which it inherits from no other
+        hint = hints[field.name]
+        marks = getattr(hint, "__metadata__", ())
+        empty = field.default in (None, ()) and tyro.conf.UseAppendAction not in marks  # else it is "(repeatable)"
+        named = any(getattr(mark, "metavar", None) for mark in marks)
+        metavar = None if named else _metavar(hint.__origin__ if marks else hint)
+        shown = tyro.conf.arg(help_behavior_hint="" if empty else None, metavar=metavar)
+        default = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+        annotated.append((field.name, Annotated[hint, shown], default))
+    frozen = options.__dataclass_params__.frozen  # type: ignore[attr-defined]  # a subclass must be as its base is
     return dataclasses.make_dataclass(options.__name__, annotated, bases=(options,), frozen=frozen, kw_only=True)
 
 
-def _metavar(hint: Any) -> str | None:
-    """What stands for the value of an option that may be None: ``INT``, where tyro writes ``{None}|INT``."""
-    if isinstance(getattr(hint, "__metadata__", None), tuple):
-        hint = None if any(getattr(mark, "metavar", None) for mark in hint.__metadata__) else hint.__origin__
-    given = typing.get_args(hint)
-    if typing.get_origin(hint) not in (types.UnionType, typing.Union) or type(None) not in given or len(given) != 2:
+def _metavar(kind: Any) -> str | None:
+    """What stands for the value of an option that may be None; None: what tyro writes."""
+    given = [one for one in typing.get_args(kind) if one is not type(None)]
+    if typing.get_origin(kind) not in (types.UnionType, typing.Union) or len(given) != 1:
         return None
-    (kind,) = (one for one in given if one is not type(None))
-    if typing.get_origin(kind) is Literal:
-        return f"{{{','.join(map(str, typing.get_args(kind)))}}}"
-    return {"str": "STR", "int": "INT", "float": "FLOAT", "Path": "PATH"}.get(getattr(kind, "__name__", ""))
+    if typing.get_origin(given[0]) is Literal:
+        return f"{{{','.join(map(str, typing.get_args(given[0])))}}}"
+    return given[0].__name__.upper() if given[0] in (str, int, float, Path) else None
 
 
 def command_above(name: str) -> Callable[[Any], None]:
@@ -178,7 +178,6 @@ def print_commands(package: str) -> None:
     """Each module of a package that can be run with ``python -m``, and the first sentence of what it says of itself."""
     import ast
     from importlib.util import find_spec
-    from pathlib import Path
 
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations
