@@ -40,7 +40,7 @@ class OutOfMemory(InputError):
     """
 
     def __init__(self, sentence: str, context: int | None):
-        super().__init__(sentence)
+        super().__init__(sentence, others=["slots", "context"])
         self.context = context
 
 
@@ -111,9 +111,11 @@ class BatchEngine(ABC, Generic[ModelT]):
         context = model.config.max_position_embeddings if context is None else context
         for name, value, least in (("slots", slots, 1), ("context", context, 2)):  # a prompt token and a new one
             if value != int(value) or value < least:
-                raise InputError(f"{name} is {value}; it must be a whole number, at least {least}.")
+                raise InputError(f"is {value}; it must be a whole number, at least {least}.", option=name)
         if cache_options.max_kv_size is not None:
-            raise InputError("an engine keeps all keys and values; leave out max_kv_size.")
+            raise InputError(
+                "does not go with an engine, which keeps all keys and values; leave it out.", "max_kv_size"
+            )
         self.model, self.slots, self.context, self.cache_options = model, slots, context, cache_options
         self.queued: deque[RequestState] = deque()
         self.prefilling: tuple[RequestState, Iterator[None]] | None = None  # its prefill, chunk by chunk
@@ -135,7 +137,7 @@ class BatchEngine(ABC, Generic[ModelT]):
         if self.slots == 1 and fits is None:
             remedy = "take a smaller model, or keep its weights in fewer bits"
         else:
-            remedy = "lower " + ("slots, or " if self.slots > 1 else "") + "context"
+            remedy = "lower " + ("{slots}, or " if self.slots > 1 else "") + "{context}"
             remedy += "" if fits is None else f" (to {fits:,} tokens)"
         raise OutOfMemory(no_room(what, needed(self.context), free, remedy), fits)
 

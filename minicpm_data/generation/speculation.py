@@ -44,9 +44,13 @@ class Speculation(Generic[Source]):
     def __post_init__(self) -> None:
         count = self.num_draft_tokens
         if count != int(count) or not 1 <= count <= MOST:
-            raise InputError(f"num_draft_tokens is {count}; it must be a whole number from 1 to {MOST}.")
+            raise InputError(f"is {count}; it must be a whole number from 1 to {MOST}.", option="num_draft_tokens")
         if self.draft_model is not None and self.prompt_lookup:
-            raise InputError("draft_model and prompt_lookup are two sources of guesses; leave one of them out.")
+            raise InputError(
+                "and {prompt_lookup} are two sources of guesses; leave one of them out.",
+                "draft_model",
+                ["prompt_lookup"],
+            )
 
     @property
     def active(self) -> bool:
@@ -55,7 +59,9 @@ class Speculation(Generic[Source]):
     def check(self: "Speculation[ModelT]", model: ModelT, request: GenerationRequest) -> None:
         """Raises `InputError` for a draft model of another vocabulary, or a cache that cannot be rewound."""
         if request.cache.max_kv_size is not None:
-            raise InputError("a cache with max_kv_size cannot rewind a wrong guess; leave out one of the two.")
+            raise InputError(
+                "cannot rewind a wrong guess; leave it out, or leave out the speculation.", option="max_kv_size"
+            )
         if self.draft_model is not None:
             draft, own = self.draft_model.config.vocab_size, model.config.vocab_size
             if draft != own:

@@ -35,7 +35,7 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
             which no template would get.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InputError('messages must be a list such as [{"role": "user", "content": "Hello"}], with one or more.')
+        raise InputError('must be a list such as [{"role": "user", "content": "Hello"}], with one or more.', "messages")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise InputError(f'message {i} must have a "role" and a "content".')

@@ -35,7 +35,7 @@ class Pretrainer(BaseTrainer):
         self.config, self.raw_config, weights = initial_weights(options, mesh)
         warn_idle_mesh_axes(self.config, mesh, options.batch_size)
         self.trained = train.FullFinetune(self.config, dtype, mesh)
-        self.objective = PackedObjective(bos_token_id, options.remat)
+        self.objective = PackedObjective(bos_token_id, options.grad_checkpoint)
         self.optimizer = optimizers.mup_optimizer(
             self.config, options.beta1, options.beta2, options.weight_decay, options.clip
         )

@@ -37,7 +37,7 @@ class Engine(engine.BatchEngine[Model]):
     ):
         super().__init__(model, slots, context, cache_options)
         if cache_options.kv_bits is not None:
-            raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for an engine.")
+            raise InputError("is for one prompt at a time in MLX; leave it out for an engine.", option="kv_bits")
         fuse(model)
         mx.eval(model.parameters())  # lazy weights can only be read by the loading thread
         self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)

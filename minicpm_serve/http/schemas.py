@@ -97,7 +97,7 @@ class Strict(BaseModel):
             raise InputError(f"{listed(wrong)} are not supported; leave them out.")
         for name in wrong:
             remedy = f" or give {json.dumps(UNSUPPORTED_UNLESS[name][0])}" if name in UNSUPPORTED_UNLESS else ""
-            raise InputError(f"{short(name)} is not supported; leave it out{remedy}.")
+            raise InputError(f"is not supported; leave it out{remedy}.", option=short(name))
 
 
 class Part(Strict):
@@ -149,11 +149,11 @@ class Body(Strict):
         """Raises `InputError` for values that neither pydantic nor `Sampling` nor the engine checks."""
         self.check_rest()
         if not 1 <= self.choices <= MOST_CHOICES:
-            raise InputError(f"n is {self.n}; it must be from 1 to {MOST_CHOICES}.")
+            raise InputError(f"is {self.n}; it must be from 1 to {MOST_CHOICES}.", option="n")
         if len(self.stops) > MOST_STOPS:
-            raise InputError(f"stop holds {len(self.stops)} texts; give at most {MOST_STOPS}.")
+            raise InputError(f"holds {len(self.stops)} texts; give at most {MOST_STOPS}.", option="stop")
         if (longest := max(map(len, self.stops), default=0)) > LONGEST_STOP:
-            raise InputError(f"stop holds a text of {longest:,} characters; give at most {LONGEST_STOP:,}.")
+            raise InputError(f"holds a text of {longest:,} characters; give at most {LONGEST_STOP:,}.", option="stop")
         if self.stream_options is not None:
             self.stream_options.check_rest()
 
@@ -190,7 +190,9 @@ class ChatBody(Body):
     def check(self) -> None:
         super().check()
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise InputError("max_tokens and max_completion_tokens mean the same; give one of them.")
+            raise InputError(
+                "and {max_completion_tokens} mean the same; give one of them.", "max_tokens", ["max_completion_tokens"]
+            )
 
     def plain(self) -> list[dict[str, str]]:
         """The messages as `minicpm_data.tokenizer.chat_template` expects them."""
