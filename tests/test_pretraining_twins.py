@@ -36,7 +36,8 @@ def world(tmp_path_factory):
 
 
 def options(backend, world, out, model="model", **changes):
-    where = {"tokenizer": world / "tokenizer", "data": world / "data", "save_path": out, "init_from": str(world / model)}
+    where = {"tokenizer": world / "tokenizer", "data": world / "data", "save_path": out}
+    where["init_from"] = str(world / model)
     sizes = {"iters": 6, "warmup_steps": 2, "decay_steps": 2, "half_life": 2.0, "batch_size": 2, "max_seq_length": 32}
     often = {"steps_per_eval": 1, "save_every": 2, "save_dtype": "float32", "dtype": "float32"}
     return OPTIONS[backend](**{**where, **sizes, **often, **changes})

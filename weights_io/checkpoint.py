@@ -21,9 +21,9 @@ from weights_io.casting import check_dtype, check_finite, numpy_dtype
 from weights_io.config import ModelConfig
 from weights_io.errors import MOST_NAMES, InputError, listed, short
 from weights_io.files.json_text import read_json, read_optional_json
+from weights_io.files.near_keys import refuse_near_keys
 from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
 from weights_io.hub import resolve
-from weights_io.near_keys import refuse_near_keys
 from weights_io.parameters import EMBEDDING, EXPERTS, HEAD, NORM, tensor_shapes
 from weights_io.quantization.packed import Packed, PackedTensor, arithmetic_dtype
 from weights_io.quantization.reading import as_matrices

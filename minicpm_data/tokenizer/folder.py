@@ -11,8 +11,8 @@ from minicpm_data.tokenizer.special_tokens import without_prefix
 from minicpm_data.tokenizer.tokenizer import Tokenizer
 from weights_io.errors import InputError, not_utf8, short
 from weights_io.files.json_text import MAX_BYTES, MAX_CONFIG, read_json, read_optional_json
+from weights_io.files.near_keys import refuse_near_keys
 from weights_io.files.regular import read_regular
-from weights_io.near_keys import refuse_near_keys
 
 # MiniCPM-V's tokenizer classes are slow ones: SentencePiece itself, with no "▁" put in front of a text.
 SLOW_CLASSES = ("LlamaTokenizerWrapper", "MiniCPMVTokenizer")

@@ -14,7 +14,7 @@ from minicpm_data.tokenizer.sentencepiece import (
 )
 from minicpm_data.tokenizer.tokenizer import Tokenizer
 from weights_io.errors import InputError, short
-from weights_io.near_keys import refuse_near_keys
+from weights_io.files.near_keys import refuse_near_keys
 
 IDS = ("bos", "eos", "eot", "unknown", "padding")
 OF_TOKENS = ("model", "pre", "tokens", "token_type", "scores", "merges")
