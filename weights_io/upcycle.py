@@ -1,9 +1,9 @@
-"""A dense model as a mixture of experts to be trained on (sparse upcycling, arXiv 2212.05055), as MiniCPM-MoE was made.
+"""Sparse upcycling (arXiv 2212.05055): turn a dense model into a mixture of experts, to continue training.
 
     python -m weights_io.upcycle --model openbmb/MiniCPM-2B-sft-bf16 --experts 8 --top-k 2 --out minicpm-moe-8x2b
 
-Every MLP becomes E exact copies of itself behind a random router. The chosen experts' weights add up to 1, so that the
-model computes the same as before until it is trained (arXiv 2404.06395 on MiniCPM-MoE).
+Every MLP becomes E exact copies of itself behind a random router. The weights of the selected experts add up to 1, so
+the logits stay the same until the model is trained. MiniCPM-MoE was made this way (arXiv 2404.06395).
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Write a dense model as a mixture of experts that computes the same, to be trained on."""
+    """Turn a dense model into a mixture of experts with the same logits, to continue training."""
     from weights_io.command_line import command_above
 
     command_above("upcycle")(options)

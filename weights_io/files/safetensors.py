@@ -46,7 +46,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor to be written that is made when its turn comes; ``make`` returns an array of ``shape`` and ``dtype``."""
+    """A tensor that is computed when it is written. ``make`` returns an array of ``shape`` and ``dtype``."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -54,7 +54,7 @@ class Computed:
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Computed":
-        """One that is made already."""
+        """Wrap an existing array."""
         return cls(array.shape, array.dtype, lambda: array)
 
     def read(self) -> np.ndarray:
