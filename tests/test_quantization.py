@@ -114,7 +114,9 @@ def test_inspect_tells_the_format(reference, capsys):
 
 def test_inspect_tells_what_contradicts(reference, tmp_path):
     folder = altered(reference("quant/gptq_int4"), tmp_path, {"scales": None})
-    assert [re.sub(".*lacks", "lacks", each) for each in inspect.inspect(folder).problems][0].startswith("lacks scales")
+    assert [re.sub(".*lacks", "lacks", each) for each in inspect.without_tokenizer(folder)[0].problems][0].startswith(
+        "lacks scales"
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -211,7 +213,7 @@ GPTQ, AWQ, BNB, MLX = "gptq_int4", "awq_int4", "bnb_nf4_double", "mlx_affine_8bi
         (GPTQ, {"bits": True}, "bits is true"),
         (GPTQ, {"bits": None}, "bits is null"),
         (GPTQ, {"group_size": 0}, "group_size is 0; it must be a positive number, or -1"),
-        (GPTQ, {"group_size": 96}, r"rows of 256 in .*k_proj are not divided by the group size 96 .* correct its group_size"),
+        (GPTQ, {"group_size": 96}, r"rows of 256 in .*k_proj are not divided by .* 96 .* correct its group_size"),
         (
             GPTQ,
             {"bits": 8},
@@ -397,7 +399,7 @@ def test_a_packed_folder_converts_to_whole_weights_and_back(reference, tmp_path,
         ({"to": "mlx", "q_bits": 8}, "--q-bits is only used with --quantize"),
         (
             {"to": "mlx", "quantize": True, "q_group_size": 128},
-            "no matrix .* groups of 128; choose a smaller q_group_size",
+            "group size 128 .* no matrix; choose a smaller q_group_size",
         ),
     ],
 )

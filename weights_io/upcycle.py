@@ -67,7 +67,7 @@ def upcycled(
         raise InputError(f"{checkpoint.path} has {dense.num_experts} experts already; give a dense model.")
     if dense.model_type == "llama":
         raise InputError(
-            f"{checkpoint.path} is a Llama, which has no experts; turn it into a MiniCPM first with "
+            f"{checkpoint.path} is a Llama, which has no experts; convert it to a MiniCPM first with "
             "`python -m weights_io.convert --to hf --unfold`."
         )
     if not 1 <= experts <= MAX_EXPERTS:
@@ -99,7 +99,7 @@ def _source(expert: Parameter) -> str:
 
 def _router(shape: tuple[int, ...], dtype: np.dtype, seed: int, layer: int) -> Computed:
     def make() -> np.ndarray:
-        random = np.random.default_rng([seed, layer])  # of its own, whatever order the tensors are written in
+        random = np.random.default_rng([seed, layer])  # per layer, so that the order of writing does not matter
         return (random.standard_normal(shape, np.float32) * np.float32(ROUTER_STD)).astype(dtype)
 
     return Computed(shape, dtype, make)
