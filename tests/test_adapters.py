@@ -373,7 +373,7 @@ def test_folders_that_cannot_be_written(dense, moe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write .*file"):
         save_adapter(tmp_path / "file", adapter, dense.config)
-    with pytest.raises(InputError, match="mlx_lm has no DoRA of experts"):
+    with pytest.raises(InputError, match="mlx_lm has no DoRA for experts"):
         save_adapter(tmp_path / "b", tiny_adapter.make(moe, ["w1"], dora=True), moe.config, form="mlx_lm")
 
 

@@ -79,7 +79,7 @@ def test_everything_that_reads_the_table_takes_it(folder, tmp_path):
 
 
 def test_what_it_has_not_is_refused_by_name(folder, tmp_path):
-    with pytest.raises(InputError, match="a Llama has not all parameters of GainedForCausalLM"):
+    with pytest.raises(InputError, match="a Llama does not have all parameters of GainedForCausalLM"):
         convert.main(convert.Options(model=str(folder), to="llama", save_path=tmp_path / "out"))
     tensors = load_file(folder / "model.safetensors")
     del tensors[GAINS.format(1)]

@@ -1,4 +1,4 @@
-"""Every command line of the project: a dataclass of options becomes flags, an InputError one sentence and exit 2."""
+"""Run a command line: a dataclass of options becomes flags, and an `InputError` one sentence and exit status 2."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,15 @@ from weights_io.errors import InputError, flag
 from weights_io.former_names import former_names, present_flags
 
 Options = TypeVar("Options")
-NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # most of any whole number, and of a seed
-# Most of the options of these names, of which more would take memory or days without end.
+NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # upper bounds of whole numbers and of seeds
+# Upper bounds of options by name. Larger values would exhaust the memory or run for days.
 MOST = {"lengths": 2**21, "num_samples": 10**6, "examples": 10**6, "documents": 10**7}
 MOST |= dict.fromkeys(("max_seq_length", "max_model_len"), 2**24)
 MOST |= dict.fromkeys(("batch_size", "rank", "num_experts", "max_num_seqs", "max_queued_requests"), 2**16)
-# The commands of weights_io that need a tokenizer, which the package above it makes. No import goes up: what they do is
-# started by its name, here and nowhere else.
+# Commands of weights_io that need a tokenizer, which minicpm_data provides. weights_io must not import minicpm_data, so
+# these modules are started by name, here and nowhere else.
 ABOVE = {name: f"minicpm_data.cli.{name}" for name in ("convert", "fuse", "inspect", "upcycle")}
-MANY_FILES = 10240  # where there is no limit; more than that macOS does not take
+MANY_FILES = 10240  # open files where there is no limit; macOS accepts no larger number
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
@@ -35,16 +35,18 @@ def run(
     prog: str,
     more_flags: Callable[[Options], list[str]] | None = None,
 ) -> None:
-    """Parse ``sys.argv`` into ``options`` (a dataclass; its docstrings are the help) and call ``main`` with it.
+    """Parse ``sys.argv`` and call ``main`` with the options. Wrong flags exit with 2; see also `exit_codes`.
 
-    ``prog`` is how the command is typed, e.g. ``"python -m weights_io.inspect"``. ``more_flags``: given the options,
-    the flags of a file that they name, which count where ``sys.argv`` does not say otherwise. Wrong flags exit with 2,
-    and for the rest see `exit_codes`.
+    Arguments:
+        main: the command; its docstring is the description in the help.
+        options: a dataclass whose fields are the flags; the docstrings below the fields are the help.
+        prog: the command as it is typed, e.g. ``"python -m weights_io.inspect"``.
+        more_flags: returns the flags of a config file that the options name; flags in ``sys.argv`` override them.
     """
     import tyro
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no 中 shows ?
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show 中 shows ?
 
     shown = for_help(options)
 
@@ -104,12 +106,12 @@ def _metavar(kind: Any) -> str | None:
 
 
 def command_above(name: str) -> Callable[[Any], None]:
-    """The ``main`` of one of the commands in `ABOVE`."""
+    """The ``main`` of a command in `ABOVE`."""
     return importlib.import_module(ABOVE[name]).main
 
 
 def check_numbers(options: object) -> None:
-    """`InputError` where an option is a number beyond all use, which what computes with it would fail at or swell."""
+    """Raises `InputError` where an option is NaN or beyond its upper bound, which later code could not handle."""
     for name, value in vars(options).items():
         most = SEEDS if name == "seed" else MOST.get(name, NUMBERS)
         for number in value if isinstance(value, tuple | list) else (value,):
@@ -122,10 +124,10 @@ def check_numbers(options: object) -> None:
 
 
 def allow_open_files() -> int:
-    """Let this process have as many files open as it may; how many that is."""
+    """Raise this process's limit of open files as far as allowed, and return it."""
     try:
         import resource
-    except ImportError:  # Windows, which knows no such limit
+    except ImportError:  # Windows, which has no such limit
         return 1 << 16
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MANY_FILES if hard == resource.RLIM_INFINITY else hard
@@ -133,17 +135,22 @@ def allow_open_files() -> int:
         return MANY_FILES if soft == resource.RLIM_INFINITY else soft
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    except (ValueError, OSError):  # of a system that allows fewer still
+    except (ValueError, OSError):  # the system allows fewer
         return soft
     return most
 
 
 @contextlib.contextmanager
 def exit_codes(typed: Callable[[str], str] = str) -> Iterator[None]:
-    """What is done within ends with a sentence and 2 for an `InputError` (its options as ``typed`` has them, see
-    `flags_of`), and for files that cannot be read or written;
-    with 130 for Ctrl-C, with 0 for a reader that went away (``| head``); any other exception is a defect of ours and
-    keeps its traceback."""
+    """A context that turns exceptions into exit statuses.
+
+    - 2, with a sentence: an `InputError`, whose options ``typed`` spells (`flags_of`), or a file that cannot be read or
+      written;
+    - 130: Ctrl-C;
+    - 0: the reader of a pipe is gone (``| head``).
+
+    Any other exception is a defect and keeps its traceback.
+    """
     try:
         yield
         sys.stdout.flush()

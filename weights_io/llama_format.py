@@ -1,8 +1,12 @@
-"""MiniCPM as a Llama and back: the scales of the MiniCPM forward pass folded into the weights.
+"""Convert MiniCPM to the Llama format and back, by folding the scales of MiniCPM's forward pass into the weights.
 
-A Llama computes the same logits where the embedding is multiplied by ``scale_emb``, what each attention and MLP adds
-(o_proj, down_proj) by ``scale_depth / sqrt(layers)``, and the head divided by ``hidden_size / dim_model_base``; head
-and embedding then differ and cannot be tied. Each tensor is scaled when it is read, in float32 or wider, then rounded.
+A Llama computes the same logits after these changes:
+
+- the embedding is multiplied by ``scale_emb``;
+- o_proj and down_proj are multiplied by ``scale_depth / sqrt(layers)``;
+- the head is divided by ``hidden_size / dim_model_base``.
+
+Head and embedding then differ and cannot be tied. A tensor is scaled when it is read, in float32 or wider, and rounded.
 """
 
 import dataclasses
@@ -17,19 +21,19 @@ from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import EMBEDDING, HEAD, Parameter, parameters
 
-ROWS = 4096  # read at a time to compare head and embedding
+ROWS = 4096  # rows read at a time to compare head and embedding
 
 
 def refusal(config: ModelConfig) -> str | None:
-    """Why a model cannot be written as a Llama; None: it can."""
+    """The reason why a model cannot be written as a Llama; None if it can."""
     if config.model_type == "llama":
         return "the model is in the Llama format already; there is nothing to fold."
-    if config.model_type != "minicpm":  # another family has parameters or numbers that are not folded here
-        return f"a Llama has not all parameters of {config.family.architecture}; use --to hf."
+    if config.model_type != "minicpm":  # other families may have parameters or scales that are not folded here
+        return f"a Llama does not have all parameters of {config.family.architecture}; use --to hf."
     if config.num_experts:
         return "a Llama has no experts, so that an MoE cannot be written as one; use --to hf."
     if config.hidden_act == "fatrelu":
-        return "a Llama has no FATReLU, and with another activation it would compute something else; use --to hf."
+        return "a Llama has no FATReLU, and another activation would change the logits; use --to hf."
     return None
 
 
@@ -39,11 +43,19 @@ def to_llama(
     dtype: str | None = None,
     rounding: Rounding | None = None,
 ) -> tuple[ModelConfig, dict[str, LazyTensor | Computed]]:
-    """Config and tensors of the Llama with the same logits, in float32 up to its rounding.
+    """The Llama with the same logits, up to rounding.
 
-    ``dtype`` is what the folded tensors are rounded to (None: each one's own); ``rounding`` collects, while they are
-    read, what that cost. Raises `InputError` where the model is a Llama already, or has what a Llama has not: experts
-    or FATReLU (a Llama with ReLU is one: ``hidden_act`` is kept).
+    Arguments:
+        config: of a MiniCPM.
+        tensors: Hugging Face name -> tensor.
+        dtype: of the folded tensors; None keeps each tensor's own.
+        rounding: collects the rounding errors as the tensors are read.
+
+    Returns:
+        Config and tensors of the Llama. ``hidden_act`` is kept.
+
+    Raises:
+        InputError: the model is a Llama already, or has experts or FATReLU.
     """
     if (reason := refusal(config)) is not None:
         raise InputError(reason)
@@ -68,14 +80,23 @@ def from_llama(
     dtype: str | None = None,
     rounding: Rounding | None = None,
 ) -> tuple[ModelConfig, dict[str, LazyTensor | Computed]]:
-    """Config and tensors of the MiniCPM with the same logits; the inverse of `to_llama`.
+    """The MiniCPM with the same logits; the inverse of `to_llama`.
 
-    A Llama's config does not tell the scales; the defaults are those of all released MiniCPMs. Where they bring head
-    and embedding back to the same numbers, up to the rounding of the folding, the result is tied, else untied; it
-    computes the same function with any scales. Reads head and embedding once, to compare them.
+    The logits are the same with any scales. Head and embedding are tied if they become equal up to rounding, for which
+    both are read once.
+
+    Arguments:
+        config: of a Llama.
+        tensors: Hugging Face name -> tensor.
+        scale_emb, scale_depth, dim_model_base: the scales, which a Llama's config does not hold; the defaults are those
+            of all released MiniCPMs.
+        dtype, rounding: as in `to_llama`.
+
+    Returns:
+        Config and tensors of the MiniCPM.
 
     Raises:
-        InputError: the model is no Llama, a scale is not positive, or its heads do not fill the hidden size.
+        InputError: the model is not a Llama, a scale is not positive, or the heads do not fill the hidden size.
     """
     if config.model_type != "llama":
         raise InputError("the model is not in the Llama format; there is nothing to unfold.")
@@ -95,7 +116,7 @@ def from_llama(
 
 
 def _scale(parameter: Parameter, config: ModelConfig) -> tuple[float, float]:
-    """Factor and divisor that fold the scales into its tensors."""
+    """The factor and the divisor that fold the scales into a parameter's tensors."""
     if parameter == EMBEDDING:
         return config.embedding_scale, 1.0
     if parameter == HEAD:
@@ -122,7 +143,7 @@ def _scaled(
 
 
 def _tied(embedding: LazyTensor, head: LazyTensor, config: ModelConfig) -> bool:
-    """Whether both hold the same numbers once unfolded, each of them rounded at most twice."""
+    """Whether head and embedding are equal after unfolding, allowing for two roundings of each."""
     import ml_dtypes
 
     kinds = [ml_dtypes.finfo(dtype) for dtype in (embedding.dtype, head.dtype, np.float32)]  # compared in float32

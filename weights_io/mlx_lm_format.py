@@ -1,7 +1,7 @@
-"""Adapters as mlx_lm writes them: adapters.safetensors beside adapter_config.json.
+"""The adapter format of mlx_lm: adapters.safetensors beside adapter_config.json.
 
-Layout (mlx_lm 0.32, tuner/lora.py and dora.py): lora_a [I, r], lora_b [r, O], DoRA's m [O], by module name; of experts
-lora_a [E, r, I], lora_b [E, O, r]. One rank and one scale serve them all.
+Layout (mlx_lm 0.32, tuner/lora.py and dora.py), by module name: lora_a [I, r], lora_b [r, O], DoRA's m [O]. Experts
+have lora_a [E, r, I] and lora_b [E, O, r]. All modules share one rank and one scale.
 """
 
 import re
@@ -31,7 +31,7 @@ from weights_io.parameters import LAYERS, layer_of, module_name, modules, parame
 WEIGHTS = ("adapters.safetensors",)
 PARTS = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 NAME = re.compile(rf"(.+)\.({'|'.join(PARTS)})")
-# Keys that tell how the adapter was trained: the options of mlx_lm.lora, now and before. Any other is refused.
+# Ignored keys: the training options of mlx_lm.lora, current and former. Any other unknown key is refused.
 TRAINING = frozenset(
     """adapter_path batch_size clear_cache_threshold config data grad_accumulation_steps grad_checkpoint
     hf_dataset iters learning_rate lr_schedule mask_prompt max_seq_length optimizer optimizer_config project_name
@@ -47,8 +47,17 @@ def is_config(raw: Mapping[str, Any]) -> bool:
 
 
 def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: ModelConfig, source: str) -> Adapter:
-    """``raw``: adapter_config.json; ``source``: how messages call the adapter. Raises `InputError`, see
-    `weights_io.adapters.read_adapter`."""
+    """Read an adapter; see `weights_io.adapters.read_adapter`.
+
+    Arguments:
+        raw: the contents of adapter_config.json.
+        tensors: the tensors of the weights file.
+        model: the config of its model.
+        source: the adapter's name in messages.
+
+    Raises:
+        InputError: the adapter cannot be used.
+    """
     kind = raw.get("fine_tune_type", "dora" if raw.get("use_dora") else "lora")  # the older key
     numbers = _numbers(raw, kind, source)
     table = {module_name(name): p for p in modules(model).values() for name in p.mlx_names(model)}
@@ -83,7 +92,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
 
 
 def _numbers(raw: Mapping[str, Any], kind: Any, source: str) -> dict[str, Any]:
-    """``lora_parameters``. `InputError` for a key of them, or of the config, that is not understood."""
+    """The object ``lora_parameters``. Raises `InputError` for unknown keys in it or in the config."""
     numbers = raw.get("lora_parameters")
     if kind not in ("lora", "dora"):
         raise InputError(f"{source} is of fine_tune_type {shown(kind)}; only lora and dora are adapters.")
@@ -110,8 +119,11 @@ def _numbers(raw: Mapping[str, Any], kind: Any, source: str) -> dict[str, Any]:
 def _check_modules(
     raw: Mapping[str, Any], numbers: Mapping[str, Any], found: AdapterReader, model: ModelConfig, source: str
 ) -> None:
-    """mlx_lm makes an adapter of this rank in the last ``num_layers`` of the layers (0 and below: in all), wherever a
-    name is among ``keys``; it refuses tensors for others."""
+    """Check the tensors against the config. Raises `InputError`.
+
+    mlx_lm creates adapters of the config's rank in the last ``num_layers`` layers (all layers if it is 0 or less), for
+    the names in ``keys``, and refuses tensors for other modules.
+    """
     layers = raw.get("num_layers", raw.get("lora_layers"))
     if layers is not None and type(layers) is not int:
         raise InputError(f"{source} has num_layers {shown(layers)}; it must be a whole number.")
@@ -136,13 +148,13 @@ def _check_modules(
 
 
 def files(adapter: Adapter, model: ModelConfig, base_model: str | None) -> tuple[dict[str, Any], dict[str, Computed]]:
-    """adapter_config.json and the tensors of the weights' file, with which ``mlx_lm.load(adapter_path=)`` opens it."""
+    """The adapter_config.json and the tensors that ``mlx_lm.load(adapter_path=)`` reads. Raises `InputError`."""
     config = adapter.config
     targets = [p for p in parameters(model) if any(module_name(t) in adapter.tensors for t in p.hf_names(model))]
     tensors: dict[str, np.ndarray] = {}
     for parameter in targets:
         if parameter.per_expert and config.dora:
-            raise InputError("mlx_lm has no DoRA of experts; write the adapter in PEFT's form.")
+            raise InputError("mlx_lm has no DoRA for experts; write the adapter in PEFT's format.")
         for module, (a, b, magnitude) in adapter_by_layer(parameter, adapter, model).items():
             tensors[f"{module}.lora_a"] = a if parameter.per_expert else a.T
             tensors[f"{module}.lora_b"] = b if parameter.per_expert else b.T

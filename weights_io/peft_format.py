@@ -1,7 +1,7 @@
-"""Adapters as Hugging Face's PEFT writes them: adapter_model.safetensors (or .bin) beside adapter_config.json.
+"""The adapter format of Hugging Face PEFT: adapter_model.safetensors (or .bin) beside adapter_config.json.
 
-Layout: lora_A [r, I], lora_B [O, r], lora_magnitude_vector [O], by module name behind "base_model.model.". Which number
-of the config does what: peft 0.21, tuners/lora/config.py.
+Layout, by module name with the prefix "base_model.model.": lora_A [r, I], lora_B [O, r], lora_magnitude_vector [O].
+Meaning of the config keys: peft 0.21, tuners/lora/config.py.
 """
 
 import math
@@ -36,15 +36,15 @@ UNDERSTOOD = frozenset(
     target_modules exclude_modules init_lora_weights base_model_name_or_path""".split()
 )
 BOOLEANS = tuple("use_rslora use_dora fan_in_fan_out inference_mode lora_bias use_qalora ensure_weight_tying".split())
-# Keys that tell how the adapter was made or is kept. Any other that is set changes what it computes.
+# Keys that do not affect the result. Any other key with a value does.
 IGNORED_KEYS = frozenset(
     """task_type auto_mapping peft_version revision inference_mode layers_pattern megatron_config
     megatron_core qalora_group_size loftq_config eva_config ensure_weight_tying""".split()
 )
-# The other ways to begin (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) take something out of the base model's weights.
+# Initializations that leave the base model unchanged. The others (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change it.
 INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-# A pattern of a file is matched as PEFT does, by Python's re, which can take for ever: refused are a repeated group,
-# and repetitions that could take more steps than these for a module's name.
+# Patterns of the config are matched with Python's re, as in PEFT, which can take exponential time. Repeated groups are
+# refused, and so are repetitions that could take more than MAX_STEPS steps on a module name.
 REPEAT = re.compile(r"(?<![\\(])[*+{?]")
 REPEATED_GROUP = re.compile(r"\)[*+{]")
 NAME_LENGTH, MAX_STEPS, MAX_PATTERNS = 45, 100_000, 5000
@@ -55,8 +55,17 @@ def is_config(raw: Mapping[str, Any]) -> bool:
 
 
 def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: ModelConfig, source: str) -> Adapter:
-    """``raw``: adapter_config.json; ``source``: how messages call the adapter. Raises `InputError`, see
-    `weights_io.adapters.read_adapter`."""
+    """Read an adapter; see `weights_io.adapters.read_adapter`.
+
+    Arguments:
+        raw: the contents of adapter_config.json.
+        tensors: the tensors of the weights file.
+        model: the config of its model.
+        source: the adapter's name in messages.
+
+    Raises:
+        InputError: the adapter cannot be used.
+    """
     _check(raw, source)
     table = modules(model)
     found = AdapterReader(source)
@@ -101,7 +110,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
 
 
 def files(adapter: Adapter, model: ModelConfig, base_model: str | None) -> tuple[dict[str, Any], dict[str, Computed]]:
-    """adapter_config.json and the tensors of the weights' file, with which ``PeftModel.from_pretrained`` opens it."""
+    """The adapter_config.json and the tensors that ``PeftModel.from_pretrained`` reads."""
     config = adapter.config
     own_rank = {module: len(m.a) for module, m in adapter.tensors.items()}
     own_alpha = {module: _plain(m.scale * len(m.a)) for module, m in adapter.tensors.items()}
@@ -132,8 +141,8 @@ def files(adapter: Adapter, model: ModelConfig, base_model: str | None) -> tuple
 
 
 def _targets(adapter: Adapter, model: ModelConfig) -> dict[str, Any]:
-    """Short names where every layer adapted has them all, else each module's whole name: PEFT makes an adapter
-    wherever a name fits."""
+    """The target keys of the config. PEFT creates an adapter wherever a name fits, so short names are used only where
+    all adapted layers have the same modules; otherwise the full module names are listed."""
     table = modules(model)
     layers = sorted({layer_of(module) for module in adapter.tensors})
     names = sorted({short_name(table[module]) for module in adapter.tensors})
@@ -149,7 +158,7 @@ def _targets(adapter: Adapter, model: ModelConfig) -> dict[str, Any]:
 
 
 def _check(raw: Mapping[str, Any], source: str) -> None:
-    """`InputError` for what changes the numbers and is not supported."""
+    """Raises `InputError` for settings that would change the result and are not supported."""
     check_booleans(raw, BOOLEANS, source)
     if raw["peft_type"] != "LORA":
         raise InputError(f"{source} is of peft_type {shown(raw['peft_type'])}; only LORA (with DoRA) is supported.")

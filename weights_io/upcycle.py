@@ -1,9 +1,9 @@
-"""A dense model as a mixture of experts to be trained on (sparse upcycling, arXiv 2212.05055), as MiniCPM-MoE was made.
+"""Sparse upcycling (arXiv 2212.05055): turn a dense model into a mixture of experts, to continue training.
 
     python -m weights_io.upcycle --model openbmb/MiniCPM-2B-sft-bf16 --num-experts 8 --save-path minicpm-moe-8x2b
 
-Every MLP becomes E exact copies of itself behind a random router. The chosen experts' weights add up to 1, so that the
-model computes the same as before until it is trained (arXiv 2404.06395 on MiniCPM-MoE).
+Every MLP becomes E exact copies of itself behind a random router. The weights of the selected experts add up to 1, so
+the logits stay the same until the model is trained. MiniCPM-MoE was made this way (arXiv 2404.06395).
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Write a dense model as a mixture of experts that computes the same, to be trained on."""
+    """Turn a dense model into a mixture of experts with the same logits, to continue training."""
     from weights_io.command_line import command_above
 
     command_above("upcycle")(options)
@@ -68,7 +68,7 @@ def upcycled(
         raise InputError(f"{checkpoint.path} has {dense.num_experts} experts already; give a dense model.")
     if dense.model_type == "llama":
         raise InputError(
-            f"{checkpoint.path} is a Llama, which has no experts; turn it into a MiniCPM first with "
+            f"{checkpoint.path} is a Llama, which has no experts; convert it to a MiniCPM first with "
             "`python -m weights_io.convert --to hf --unfold`."
         )
     if not 1 <= num_experts <= MAX_EXPERTS:
@@ -103,7 +103,7 @@ def _source(expert: Parameter) -> str:
 
 def _router(shape: tuple[int, ...], dtype: np.dtype, seed: int, layer: int) -> Computed:
     def make() -> np.ndarray:
-        random = np.random.default_rng([seed, layer])  # of its own, whatever order the tensors are written in
+        random = np.random.default_rng([seed, layer])  # per layer, so that the order of writing does not matter
         return (random.standard_normal(shape, np.float32) * np.float32(ROUTER_STD)).astype(dtype)
 
     return Computed(shape, dtype, make)

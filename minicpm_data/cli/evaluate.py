@@ -58,8 +58,19 @@ def replies(
     stop: Sequence[str] = (),
     cache: CacheOptions = PLAIN_CACHE,
 ) -> Iterator[str]:
-    """The text with which the model continues each prompt (token ids), up to a text of ``stop``; greedy, ``batch_size``
-    together, under a progress bar."""
+    """Answer prompts greedily, in batches, with a progress bar.
+
+    Arguments:
+        backend, model, tokenizer: as for generation.
+        prompts: token ids each.
+        batch_size: prompts per batch.
+        max_tokens: most tokens of an answer.
+        stop: strings that end an answer.
+        cache: the options of the key/value cache.
+
+    Returns:
+        An iterator over the texts, in the order of the prompts.
+    """
     from tqdm import tqdm
 
     with tqdm(total=len(prompts), desc="asking", disable=None, delay=1) as bar:  # None: only on a terminal
@@ -73,7 +84,7 @@ def replies(
 
 @dataclass(frozen=True)
 class Answered:
-    """A question with its "prompt", "answer" and "kind", and what a model said."""
+    """A question with its "prompt", "answer" and "kind", and the reply of a model."""
 
     question: dict[str, Any]
     reply: str
@@ -92,8 +103,22 @@ def ask_questions(
     ignore_keys: Collection[str] = (),
     trusted: bool = True,
 ) -> list[Answered]:
-    """The model's answers to ``limit`` of the held-out questions of pico, or of those in a file, evenly spread (None:
-    all of them). ``ignore_keys`` and ``trusted`` as in `load_split`."""
+    """Ask a model the held-out questions of pico's corpus, or the questions of a file.
+
+    Arguments:
+        backend, model, tokenizer: as for generation.
+        limit: ask only this many questions, evenly spread; None asks all.
+        batch_size, max_tokens: as in `replies`.
+        seed: selects pico's questions.
+        data: a file of conversations; None asks pico's questions.
+        ignore_keys, trusted: as in `load_split`.
+
+    Returns:
+        The questions with the replies.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
     from minicpm_data.corpus import questions
 
     everything = list(questions(seed)) if data is None else questions_of(data, ignore_keys)
@@ -108,13 +133,13 @@ def ask_questions(
 
 
 def _without_tokens(answer: str, tokenizer: "Tokenizer") -> str:
-    """The answer as a reply would show it, of which special tokens are no text."""
+    """The answer as a reply would show it, without special tokens."""
     ids = tokenizer.encode(answer, add_bos=False)
     return tokenizer.decode(ids) if tokenizer.added_tokens.keys() & set(ids) else answer
 
 
 def questions_of(path: Path, ignore_keys: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The last question of each conversation in a file, with those before it as "messages"."""
+    """The last question of each conversation in a file, with all messages up to it. Raises `InputError`."""
     from minicpm_data.datasets.jsonl import read_items
 
     rules = KeyRules(ignore_keys)
@@ -122,7 +147,7 @@ def questions_of(path: Path, ignore_keys: Collection[str] = ()) -> list[dict[str
     def question(document: dict[str, Any]) -> dict[str, Any]:
         turns = Reader(rules).conversation(document)
         if isinstance(turns, str) or turns[-1].role != "assistant":
-            raise InputError("it ends with no answer, to which a reply could be compared.")
+            raise InputError("it does not end with an answer, with which a reply could be compared.")
         if turns[-1].weight is False:
             raise InputError("its last answer is not to be trained, so no reply is compared to it; delete the answer.")
         *before, answer = messages_of(turns)
@@ -136,7 +161,7 @@ def questions_of(path: Path, ignore_keys: Collection[str] = ()) -> list[dict[str
 
 
 def is_right(question: dict[str, Any], reply: str) -> bool:
-    """To the letter for what a file asks, as `corpus.is_right` has it for pico's questions."""
+    """Whether a reply is right: equal to the answer for questions of a file, by `corpus.is_right` for pico's."""
     from minicpm_data import corpus
 
     if question["kind"] == "exact":
@@ -145,12 +170,12 @@ def is_right(question: dict[str, Any], reply: str) -> bool:
 
 
 def require_positive(options: Any, *names: str) -> None:
-    """`InputError` where one of the options of these names is below 1; None is none."""
+    """Raises `InputError` where one of these options is below 1. None is accepted."""
     check_range(options, *names, least=1)
 
 
 def requirements(options: EvaluateOptions) -> dict[str, float]:
-    """The least percentage of right answers by kind of question. `InputError` where it is none."""
+    """Kind of question -> the required percentage of right answers. Raises `InputError`."""
     given = options.require if options.require_sums is None else (*options.require, f"sum={options.require_sums}")
     found = {}
     for text in given:
@@ -167,8 +192,8 @@ def requirements(options: EvaluateOptions) -> dict[str, float]:
 
 
 def missed(required: Mapping[str, float], scores: Mapping[str, Sequence[bool]]) -> str | None:
-    """The sentence on the first of the `requirements` that is not met; None where all are. `InputError` for a kind
-    that was not asked."""
+    """The first requirement that is not met, as a sentence; None where all are met. Raises `InputError` for a kind of
+    question that was not asked."""
     for kind, percentage in required.items():
         if kind not in scores:
             asked = listed(scores)
@@ -181,7 +206,7 @@ def missed(required: Mapping[str, float], scores: Mapping[str, Sequence[bool]]) 
 def run_evaluate(
     backend: Callable[[], Backend[ModelT]], prog: str, options: type[EvaluateOptions] = EvaluateOptions
 ) -> None:
-    """``python -m PACKAGE.evaluate``; ``backend`` is called, and so imported, once the flags are right."""
+    """``python -m PACKAGE.evaluate``. ``backend`` is imported only when the flags are valid."""
 
     def main(options: EvaluateOptions) -> None:
         """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing), or a file's,

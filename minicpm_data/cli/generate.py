@@ -1,4 +1,4 @@
-"""The command lines that both backends have: the flags, what is printed, and how a terminal conversation goes."""
+"""The commands generate and chat of both backends: flags, output and the terminal chat."""
 
 import json
 import sys
@@ -106,11 +106,12 @@ class GenerateOptions(SamplingOptions, ModelOptions):
         )
 
     def speculation(self, draft_model: Source | None) -> Speculation[Source]:
-        """``draft_model``: that of the flag, or what it was loaded as."""
+        """The options of speculative decoding. ``draft_model``: the name from the flag, or the loaded model."""
         return Speculation(draft_model, self.prompt_lookup, self.num_draft_tokens)
 
     def template_variables(self) -> dict[str, Any]:
-        """What --chat-template-config holds. InputError also for flags of the template that is to be ignored."""
+        """The object of --chat-template-config. Raises `InputError` for a wrong value, and for flags of the template
+        together with --ignore-chat-template."""
         for name in ("system_prompt", "prefill_response", "chat_template_config"):
             if self.ignore_chat_template and getattr(self, name) is not None:
                 raise InputError(
@@ -144,19 +145,19 @@ class ChatOptions(SamplingOptions, ModelOptions):
 def run_generate(
     backend: Callable[[], Backend[ModelT]], prog: str, options: type[GenerateOptions] = GenerateOptions
 ) -> None:
-    """``python -m PACKAGE.generate``; ``backend`` is called, and so imported, once the flags are right."""
+    """``python -m PACKAGE.generate``. ``backend`` is imported only when the flags are valid."""
 
     def main(options: GenerateOptions) -> None:
         """Answer a prompt with a MiniCPM (or Llama) model."""
         options.check_placement()
         sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
         variables, cache_options = options.template_variables(), options.cache_options()
-        options.speculation(options.draft_model)  # out of range or not, before anything is read
+        options.speculation(options.draft_model)  # check the range before anything is loaded
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something.")
         running = backend()
-        # The sparsity is found by looking into the layers.
+        # The form for decoding does not let the layers be inspected.
         model, tokenizer = load_model(running, options, decoding=not options.report_sparsity)
         running.device.warn_idle_axes(model, 1)
         if options.report_sparsity:
@@ -181,7 +182,7 @@ def run_generate(
         print()
         said = [meter.report(len(ids))] if options.verbose else []
         if options.report_sparsity:
-            run = [*ids, *meter.tokens[:-1]]  # the last token went into no model
+            run = [*ids, *meter.tokens[:-1]]  # the model never saw the last token
             said.append(sparsity.line(running.activation_sparsity(model, run)))
         if running.device.is_first():
             note_context(model.config, len(ids) + len(meter.tokens))
@@ -211,19 +212,19 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
                     prompt = tokenizer.apply_chat(asked)
                     request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling)
                     if reply := printed(running.generator.stream(model, tokenizer, request, stops)):
-                        # A question without an answer is forgotten.
+                        # A question without an answer is not kept.
                         conversation.messages = [*asked, {"role": "assistant", "content": reply}]
                         note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
             except InputError as error:
                 complain(error)
-            except KeyboardInterrupt:  # a second one, while the first ended the answer
+            except KeyboardInterrupt:  # a second one, while the first one ended the answer
                 print()
 
     command_line.run(main, options, prog)
 
 
 class Meter:
-    """Times an answer: what came before its first token (the prompt) apart from the rest, and compiling apart."""
+    """Measures the time of the prompt (up to the first token), of the generation, and of compiling."""
 
     def __init__(self, device: Device):
         self.device = device

@@ -1,4 +1,4 @@
-"""What ``python -m weights_io.inspect`` does: the tokenizer is built, as a load would build it."""
+"""The command ``python -m weights_io.inspect``, with the tokenizer, which is built as a loader builds it."""
 
 import dataclasses
 import json
@@ -25,8 +25,11 @@ def main(options: Options) -> None:
 
 
 def look_up(options: Options) -> Report:
-    """The report on a local model, one of a hub (config and tokenizer are fetched, weights counted if they are in the
-    cache), or, where the hub cannot be asked, what the catalogue knows of it. Raises `InputError`."""
+    """The report on a model.
+
+    Of a hub's model only config and tokenizer are downloaded, and weights are counted if they are cached. Where the hub
+    cannot be reached, the report comes from the catalogue. Raises `InputError` where the model is not found.
+    """
     from weights_io.hub import resolve
 
     try:
@@ -52,8 +55,8 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
 
 
 def _describe_tokenizer(report: Report, path: Path, metadata: Mapping[str, Any] | None) -> None:
-    """Fill in the tokenizer's kind, how many ids it has, and where its chat template is. What a loader would refuse is
-    one of the report's problems: the tokenizer is built, as there."""
+    """Fill in the tokenizer's kind, its number of ids, and the place of its chat template. A loader's error becomes a
+    problem of the report."""
     kind = _tokenizer_kind(path, metadata)
     try:
         tokenizer, note = tokenizer_in(path, metadata, report.config["vocab_size"])

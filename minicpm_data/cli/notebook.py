@@ -1,5 +1,5 @@
-"""What a notebook needs, whichever backend it runs on: its first cell's check, what a model takes before it is
-downloaded, commands in its own process, and what Colab has: secrets, and Google Drive, which outlives a machine."""
+"""Helpers for notebooks, for both backends: checks of the runtime, memory and disks, running commands in the notebook's
+process, and Colab's secrets and Google Drive."""
 
 import os
 import runpy
@@ -21,29 +21,33 @@ if TYPE_CHECKING:
     from weights_io.hub import Download
     from weights_io.inspect import Report
 
-# In the environment: a notebook may run on the CPU. That is slow, and meant for tests, where JAX has several devices
-# that are not there (XLA_FLAGS=--xla_force_host_platform_device_count=8).
+# Environment variable that allows a notebook to run on the CPU. This is slow, and meant for tests, which give JAX
+# virtual devices (XLA_FLAGS=--xla_force_host_platform_device_count=8).
 ON_CPU = "MINICPM_NOTEBOOK_CPU"
-TOKEN = "HF_TOKEN"  # of the environment, and of the secrets of Colab and Kaggle
-DRIVE_FOLDER = "minicpm-jax-mlx"  # in Google Drive, where DRIVE names no other
-OF_DRIVE = frozenset(("MyDrive", "My Drive", "Shareddrives"))  # folders at the top of wherever it is mounted
-CONVERSATION = 4096  # tokens, of the cache that is printed
-# Assumed by the estimate of the time to the first answer: bytes a second.
+TOKEN = "HF_TOKEN"  # name in the environment, and in the secrets of Colab and Kaggle
+DRIVE_FOLDER = "minicpm-jax-mlx"  # default folder in Google Drive
+OF_DRIVE = frozenset(("MyDrive", "My Drive", "Shareddrives"))  # top folders of a mounted Google Drive
+CONVERSATION = 4096  # tokens of the cache whose size is printed
+# Bytes per second, assumed for the estimate of the time to the first answer.
 DOWNLOAD_RATE, READ_RATE = 100e6, 1e9
 
 
 def accept_cpu(wanted: str, remedy: str) -> str:
-    """What to print of a runtime that is only a CPU. Raises `InputError` with the remedy unless the environment says
-    that a CPU will do."""
+    """The line to print where the runtime is only a CPU. Raises `InputError` unless the environment allows a CPU.
+
+    Arguments:
+        wanted: the accelerator that the notebook is for.
+        remedy: how to get it.
+    """
     if os.environ.get(ON_CPU, "0") in ("", "0"):
         raise InputError(f"this notebook wants {wanted}, and there is only a CPU; {remedy} (or set {ON_CPU}=1, slow).")
     return f"on the CPU, because {ON_CPU} is set: nothing here says how fast {wanted} is"
 
 
 def run(command: str) -> None:
-    """A command line (``python -m minicpm_jax.lora --data ...``) in this process: a TPU serves one process alone.
+    """Run a command (``python -m minicpm_jax.lora --data ...``) in this process.
 
-    It may go over several lines. Raises `InputError` where it ends with an error, which it has then printed.
+    A TPU can be used by one process only. The command may have several lines. Raises `InputError` where it fails, after it has printed its error.
     """
     python, flag, module, *arguments = shlex.split(command)
     if (python, flag) != ("python", "-m"):
@@ -62,8 +66,10 @@ def run(command: str) -> None:
 
 
 def take_token(model: str) -> None:
-    """Put HF_TOKEN of Colab's or Kaggle's secrets into the environment, for a ``model`` that comes from a hub. One line
-    says whether it was there. Nothing is asked: public models need no token."""
+    """Copy HF_TOKEN from the secrets of Colab or Kaggle to the environment, if ``model`` is on a hub.
+
+    Prints one line with the result. The user is not asked, because public models need no token.
+    """
     from weights_io.hub import locate
 
     if os.environ.get(TOKEN) or isinstance(locate(model), Path):
@@ -74,7 +80,7 @@ def take_token(model: str) -> None:
     where, get = found
     try:
         token = (get(TOKEN) or "").strip()
-    except Exception as error:  # of classes that only they have: no such secret, no access to it, no answer
+    except Exception as error:  # their own classes: no such secret, no access, no answer
         print(f"no {TOKEN} from the secrets of {where} ({type(error).__name__}); public models need none")
         return
     if token:
@@ -83,7 +89,7 @@ def take_token(model: str) -> None:
 
 
 def _secrets() -> tuple[str, Callable[[str], str | None]] | None:
-    """Whose secrets there are, and what reads one; None: neither Kaggle's nor Colab's."""
+    """The name of the platform, and the function that reads a secret; None outside of Kaggle and Colab."""
     try:
         from kaggle_secrets import UserSecretsClient
 
@@ -106,18 +112,20 @@ def check_room(
     compiling: float = 0,
     device: str = "TPU",
 ) -> None:
-    """Print what a model takes to download, on disk and in memory, and how long its first answer may take. Of the
-    model only its config and tokenizer are downloaded for that.
+    """Print a model's download size, disk and memory use, and an estimate of the time to the first answer.
+
+    Only the config and the tokenizer are downloaded for this.
 
     Arguments:
         model: as `weights_io.hub.resolve` takes it.
         copies: dtypes of the copies that the notebook writes beside itself; None is the model's own.
-        computed: what a model of a dtype is computed in; by default that dtype.
+        computed: the model's dtype -> the dtype of the computation; by default the same.
         memory: bytes that are free for the weights; None: unknown.
         compiling: seconds until the programs of the first answer are compiled.
-        device: on which no first answer has been timed.
+        device: the device's name in the note that the estimate is not measured.
 
-    Raises `InputError` where a disk or the memory has no room.
+    Raises:
+        InputError: a disk or the memory is too small.
     """
     from minicpm_data.cli.inspect import look_up
     from weights_io.hub import to_download
@@ -142,7 +150,7 @@ def check_room(
 
 
 def _copy_bytes(report: "Report", dtype: str) -> int:
-    """Of a copy in that dtype (or int4) at most: the form of Llama keeps the embedding a second time, as its head."""
+    """Most bytes of a copy in a dtype (or int4). The Llama format stores a tied embedding again as the head."""
     if dtype not in ITEM:
         return report.memory[dtype] or 0
     table = report.parameters - report.parameters_without_embedding
@@ -160,7 +168,7 @@ def _of_the_hub(download: "Download | None") -> str:
 
 
 def _disks(model: str, download: "Download | None", written: int) -> str:
-    """What is written, and what is free. Raises `InputError` where a disk has less."""
+    """The bytes to write and the free bytes of each disk, in words. Raises `InputError` where a disk is too small."""
     wanted = [] if download is None else [(download.cache, download.missing_bytes or 0, f"in {download.cache}")]
     wanted.append((Path.cwd(), written, "at most for the copies that this notebook writes"))
     disks: dict[int, list[tuple[Path, int, str]]] = {}  # by device
@@ -178,7 +186,7 @@ def _disks(model: str, download: "Download | None", written: int) -> str:
 
 
 def _first_answer(coming: int, stored: int, compiling: float, device: str) -> str:
-    """``about 66 s from here: ...``"""
+    """The estimate of the time to the first answer, in words: ``about 66 s from here (...)``."""
     parts = {
         f"download at {DOWNLOAD_RATE / 1e6:.0f} MB/s": coming / DOWNLOAD_RATE,
         f"read at {READ_RATE / 1e9:.0f} GB/s": stored / READ_RATE,
@@ -197,11 +205,13 @@ def run_folder(name: str, model: str, drive: bool | str = False) -> str:
     """The folder of a training run of ``model``, for a command line.
 
     Arguments:
-        name: beside the notebook, where the run begins anew: an earlier one is removed, as `fresh` does.
-        drive: True keeps the run in Google Drive, which is mounted, and removes nothing: `resume` goes on with what is
-            there. A name is that of the folder there.
+        name: a folder beside the notebook, for a new run; an earlier one is removed, as by `fresh`.
+        model: the model to train.
+        drive: True, or a folder's name, keeps the run in Google Drive, which is mounted. Nothing is removed there;
+            `resume` continues the run.
 
-    Raises `InputError`: no Google Drive, or the model is in that folder.
+    Raises:
+        InputError: there is no Google Drive, or the model is in that folder.
     """
     if not drive:
         fresh(name, keep=model)
@@ -212,13 +222,16 @@ def run_folder(name: str, model: str, drive: bool | str = False) -> str:
 
 
 def resume(folder: str) -> str:
-    """``--resume`` where the folder holds a run to go on with, else nothing: the end of a training command."""
+    """``--resume`` where the folder holds a run, else an empty text: the end of a training command."""
     return "--resume" if holds_run(Path(folder)) else ""
 
 
 def fresh(*names: str, keep: str = "") -> None:
-    """Remove what an earlier run of a cell wrote: folders by name, which lie beside the notebook. Raises `InputError`
-    where the model ``keep`` is in one of them, or one of them in Google Drive, before anything is removed."""
+    """Remove folders beside the notebook that an earlier run of a cell wrote.
+
+    Raises `InputError`, before anything is removed, where the model ``keep`` is in one of them or one of them is in
+    Google Drive.
+    """
     kept = Path(keep).expanduser().resolve()
     for name in names:
         if Path(name).name != name or keep and kept.is_relative_to(Path(name).resolve()):
@@ -233,14 +246,16 @@ def fresh(*names: str, keep: str = "") -> None:
 
 
 def of_a_clone(path: str) -> Path | None:
-    """A file of the project that is not installed: in the clone that this package runs from, that the notebook lies in,
-    or that lies beside it. None where there is none."""
+    """The path of a project file that is not installed, in a clone of the repository; None without a clone.
+
+    The clone is the one that this package runs from, the notebook's folder or its parent, or one beside the notebook.
+    """
     clones = Path(__file__).parents[2], Path(), Path(".."), Path("minicpm-jax-mlx")
     return next(((clone / path).resolve() for clone in clones if (clone / path).exists()), None)
 
 
 def _drive() -> Path:
-    """The user's folder of Google Drive, mounted where Colab has it. Raises `InputError`."""
+    """Mount Google Drive where Colab does, and return the user's folder. Raises `InputError`."""
     try:
         from google.colab import drive
     except ImportError:
@@ -250,7 +265,7 @@ def _drive() -> Path:
     mounted = (Path("/content") if Path("/content").is_dir() else Path.cwd()) / "drive"
     try:
         drive.mount(str(mounted))
-    except Exception as error:  # of classes that only Colab has
+    except Exception as error:  # Colab's own classes
         detail = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(
             f"Google Drive was not mounted ({detail}); allow it when Colab asks, or set DRIVE = False."

@@ -1,4 +1,4 @@
-"""A conversation in a terminal: what is typed, how an answer is shown, and the commands that begin with a slash."""
+"""A chat in a terminal: reading input, showing answers, and the slash commands."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from weights_io.errors import InputError
 if TYPE_CHECKING:
     from minicpm_data.generation.responses import Response
 
-# Read on 60 columns too.
+# At most 60 columns wide.
 HELP = """/reset         forget the conversation
 /system TEXT   begin anew with this system message, or none
 /save FILE     add the conversation to a .jsonl file
@@ -25,12 +25,12 @@ Message = dict[str, str]
 
 
 class Conversation:
-    """The messages so far, and what the slash commands do to them."""
+    """The messages of a chat, and the slash commands that change them."""
 
     def __init__(self, system: str | None):
         self.system = system
         self.messages = self._beginning()
-        self._saved: dict[Path, tuple[int, int]] = {}  # own files, as they were left: inode and bytes
+        self._saved: dict[Path, tuple[int, int]] = {}  # files saved by this chat: inode and bytes
 
     def _beginning(self) -> list[Message]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -39,8 +39,8 @@ class Conversation:
         self.messages = self._beginning()
 
     def command(self, line: str) -> bool:
-        """Do what a line that begins with a slash says; whether the conversation goes on. Raises `InputError` for a
-        file that cannot be written."""
+        """Run a slash command, and return whether the chat continues. Raises `InputError` where a file cannot be
+        written."""
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         match name:
@@ -60,8 +60,11 @@ class Conversation:
         return True
 
     def save(self, path: Path) -> str:
-        """Add the conversation to a file; the line that says so. A file that was there before is added to only if the
-        user says so. Raises `InputError` where nobody can be asked, or the file cannot be written."""
+        """Append the chat to a file, and return a line that says so.
+
+        The user is asked before a file that existed already is changed. Raises `InputError` where the input is no
+        terminal, or the file cannot be written.
+        """
         if not any(message["role"] == "assistant" for message in self.messages):
             raise InputError("there is no answer to save yet; ask something first.")
         line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
@@ -72,7 +75,7 @@ class Conversation:
             if path.exists() and self._saved.get(path) != _state(path) and path.stat().st_size and not may_add_to(path):
                 return f"nothing is added to {path}"
             with path.open("ab+") as file:
-                if file.tell():  # a last line without its end would go on with this one
+                if file.tell():  # complete a last line without a newline
                     file.seek(-1, os.SEEK_END)
                     line = line if file.read(1) == b"\n" else "\n" + line
                 file.write(line.encode(errors="replace"))
@@ -87,14 +90,13 @@ class Conversation:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """By which a file that somebody has replaced or written to is known."""
+    """Inode and size, by which a replaced or changed file is recognized."""
     found = path.stat()
     return found.st_ino, found.st_size
 
 
 def may_add_to(path: Path) -> bool:
-    """Whether the user wants that of a file that this conversation did not write. `InputError` where the input is no
-    terminal."""
+    """Ask whether to append to a file that this chat did not write. Raises `InputError` where input is no terminal."""
     if not sys.stdin.isatty():
         raise InputError(f"{path} is there already, and this conversation did not write it; choose another file.")
     print(f"{path} is there already, and this conversation did not write it. Add to it? (y / n)")
@@ -105,8 +107,7 @@ def may_add_to(path: Path) -> bool:
 
 
 def typed_lines() -> Iterator[str]:
-    """What the user types until the end of the input: on a terminal with line editing, earlier lines on the arrow keys,
-    and a paste of several lines as one."""
+    """Yield the user's input until its end. A terminal has line editing, a history, and multi-line paste."""
     if sys.stdin is None:
         raise InputError("standard input is closed; run the command where something can be typed.")
     ask = asker()
@@ -124,7 +125,7 @@ def typed_lines() -> Iterator[str]:
 
 
 def asker() -> Callable[[], str]:
-    """What reads the next line."""
+    """The function that reads the next line."""
     if not sys.stdin.isatty():
         return input
     from prompt_toolkit import PromptSession
@@ -136,21 +137,21 @@ def asker() -> Callable[[], str]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "history").touch(mode=0o600)
         history = FileHistory(str(folder / "history"))
-    except OSError:  # a home that is not ours to write: what was typed is forgotten at the end
+    except OSError:  # no permission to write the home folder: the history is not kept
         pass
     session: PromptSession[str] = PromptSession(">>> ", history=history)
     return session.prompt
 
 
 def complain(error: InputError) -> None:
-    """A conversation with a person goes on after a question that cannot be asked; one out of a file ends."""
+    """Print an error on a terminal, where the chat continues; raise it where the input is a file."""
     if not sys.stdin.isatty():
         raise error
     print(f"error: {error}", file=sys.stderr)
 
 
 def printed(answer: "Iterable[Response]") -> str:
-    """The answer, shown as it comes, on a terminal without control characters. Ctrl-C ends it early."""
+    """Print an answer as it arrives, and return it. Control characters are not sent to a terminal. Ctrl-C ends it."""
     text, hidden = "", CONTROLS if sys.stdout.isatty() else {}
     try:
         for response in answer:

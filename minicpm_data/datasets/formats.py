@@ -1,4 +1,4 @@
-"""The forms that training data comes in, told apart by their keys: each to turns, a text or a pair of answers."""
+"""The formats of training data, recognized by their keys. Each is read as turns, a text or a pair of answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,8 +13,8 @@ Keys = tuple[str, ...]
 
 # The question with which OpenBMB tunes on OCNLI (finetune/lora_finetune_ocnli.ipynb): one colon is ASCII, one is not.
 OCNLI_QUESTION = "请判断下边两个句子的关系属于 [entailment, neutral, contradiction]中的哪一种？\n句子1: {}\n句子2：{}\n"
-OCNLI_NOTES = ("label0", "label1", "label2", "label3", "label4", "prem_id")  # what each of its annotators said
-# What a pair says of its answers, as UltraFeedback's and Argilla's do.
+OCNLI_NOTES = ("label0", "label1", "label2", "label3", "label4", "prem_id")  # the labels of its annotators
+# Metadata about the answers of a pair, as in UltraFeedback and Argilla.
 PAIR_NOTES = tuple(
     name
     for about in ("score", "rating", "model")
@@ -22,18 +22,18 @@ PAIR_NOTES = tuple(
     for name in (f"{about}_{kind}", f"{kind}_{about}", f"{kind}-{about}")
 )
 SHAREGPT_NOTES = ("views", "avatarUrl")  # OpenHermes'
-FLAGS = ("skip_prompt_formatting", "custom_instruction")  # OpenHermes': true or false of how a line was made
+FLAGS = ("skip_prompt_formatting", "custom_instruction")  # OpenHermes': booleans about how a line was made
 WEB_NOTES = ("dump", "file_path", "language_score", "token_count")  # FineWeb's
 SYSTEM = ("system", "system_prompt")
-BESIDE = (*SYSTEM, "history")  # what may stand before the turns of a conversation
-# What may stand beside messages once more, and what of an instruction may stand together in one text.
+BESIDE = (*SYSTEM, "history")  # keys whose content comes before the turns of a conversation
+# Keys that may repeat one of the messages, and keys that a text may repeat together.
 REPEATED = ("prompt", "query", "question", "instruction", "problem", "solution", "answer", "response")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 TOGETHER = ("instruction", "input", "context", "output", "response")
 
 
 class Form(NamedTuple):
-    """A line that has all of ``keys`` and may have ``optional`` ones; of ``notes`` nothing is made."""
+    """A format: lines with all of ``keys``, and possibly ``optional`` keys and ``notes``, which are ignored."""
 
     keys: Keys
     read: Callable[[Document, KeyRules], list[Turn]]
@@ -42,7 +42,7 @@ class Form(NamedTuple):
 
 
 def _of(question: str, answer: str, *context: str, notes: Keys = ()) -> Form:
-    """Texts of a question and an answer; what a key of ``context`` holds goes below the question, as in Alpaca."""
+    """A question and an answer as texts. The values of ``context`` are appended to the question, as in Alpaca."""
 
     def read(document: Document, rules: KeyRules) -> list[Turn]:
         return asked(_joined(document, question, *context), _text(document, answer))
@@ -51,13 +51,13 @@ def _of(question: str, answer: str, *context: str, notes: Keys = ()) -> Form:
 
 
 def _prompted(document: Document, rules: KeyRules) -> list[Turn]:
-    """``prompt`` and ``completion``, texts or TRL's lists of messages; answers within the prompt are not trained."""
+    """``prompt`` and ``completion``, texts or TRL's lists of messages. Answers in the prompt are not trained."""
     prompt = [replace(turn, asked=True) for turn in response(document, "prompt", "user", rules)]
     return [*prompt, *response(document, "completion", "assistant", rules)]
 
 
 def _mlx_advertise_gen(document: Document, rules: KeyRules) -> list[Turn]:
-    """OpenBMB's mlx_AdvertiseGen, in which the input comes first."""
+    """OpenBMB's mlx_AdvertiseGen, where the input precedes the prompt."""
     return asked(_text(document, "input") + _text(document, "prompt"), _text(document, "output"))
 
 
@@ -85,7 +85,7 @@ FORMS = (
     Form(("text",), lambda document, rules: [], optional=(), notes=WEB_NOTES),
 )
 ANSWERS = ("chosen", "rejected")
-# What is read of a pair is its prompt; where it has none, both answers repeat it.
+# ``read`` returns the prompt of a pair. Without a prompt, both answers repeat it.
 PAIRS = (
     Form(("prompt", *ANSWERS), lambda document, rules: response(document, "prompt", "user", rules)),
     Form(("conversations", *ANSWERS), lambda document, rules: read_turns(document["conversations"], rules)),
@@ -101,12 +101,12 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads lines by the ``rules`` for their keys."""
+    """Reads lines. ``rules`` decides about keys that are not used."""
 
     rules: KeyRules = field(default_factory=KeyRules)
 
     def conversation(self, document: Document) -> list[Turn] | str:
-        """The turns of a document of any form, or its text. InputError where the form or a key is not known."""
+        """The turns of a document in any format, or its text. Raises `InputError` for an unknown format or key."""
         document = self._kept(document)
         if all(key in document for key in ANSWERS):
             raise InputError('it has "chosen" and "rejected": these are preference pairs, for --loss dpo or orpo.')
@@ -116,7 +116,7 @@ class Reader:
         return self._whole(used, form.read(used, self.rules))
 
     def pair(self, document: Document) -> tuple[list[Turn], list[Turn]]:
-        """Two conversations that differ in their last turn, an answer: the chosen and the rejected one."""
+        """The chosen and the rejected conversation, which differ in the last turn, an answer. Raises `InputError`."""
         form, used = self._form(self._kept(document), PAIRS, "prompt, chosen and rejected", PAIR_NOTES)
         chosen, rejected = ([*response(used, key, "assistant", self.rules)] for key in ANSWERS)
         prompt = form.read(used, self.rules)
@@ -131,8 +131,10 @@ class Reader:
         return _answered(whole, prompt, chosen, "chosen"), _answered(whole, prompt, rejected, "rejected")
 
     def _kept(self, document: Document) -> Document:
-        """Less what the user wants passed over, and less what only repeats: UltraChat has the first question,
-        UltraFeedback the chosen answer, Alpaca all of the line as one text once more."""
+        """The document without keys that the user wants ignored and keys that only repeat others.
+
+        UltraChat repeats the first question, UltraFeedback the chosen answer, and Alpaca the whole line as one text.
+        """
         kept = self.rules.without_ignored(document)
         copies = [key for key in _copies(kept) if not says_nothing(kept[key])]
         copies += [key for key in FLAGS if isinstance(kept.get(key), bool)]
@@ -142,8 +144,8 @@ class Reader:
     def _form(
         self, document: Document, forms: Sequence[Form], usual: str, notes: Keys = ()
     ) -> tuple[Form, dict[str, Any]]:
-        """The form whose keys the document has, and what is used of it. Keys that say nothing count only where no form
-        is found without them."""
+        """The format of a document, and the items that it uses. Empty values count only if no format matches without
+        them."""
         said = {key for key in document if not says_nothing(document[key])}
         found = _fitting(said, forms) or _fitting(document.keys(), forms)
         if len(found) != 1:
@@ -160,8 +162,7 @@ class Reader:
         return form, self.rules.used(document, known, (*NOTES, *form.notes, *notes), "it")
 
     def _whole(self, used: Document, turns: list[Turn]) -> list[Turn]:
-        """The turns with what stands beside them: the earlier ones of ``history``, and in front the system message, of
-        which there may be copies."""
+        """The turns, preceded by those of ``history`` and by the system message, which may be given more than once."""
         history = [] if says_nothing(used.get("history")) else read_history(used["history"], self.rules)
         beside = [Turn("system", _text(used, key)) for key in SYSTEM if not says_nothing(used.get(key))]
         first = [part[:1] if part and part[0].role == "system" else [] for part in (history, turns)]
@@ -174,7 +175,7 @@ class Reader:
 
 
 def _copies(document: Document) -> list[str]:
-    """The keys that only repeat what others say."""
+    """The keys that only repeat the values of other keys."""
     turns = next((turns for key in CONVERSATIONS if isinstance(turns := document.get(key), list) and turns), None)
     if turns is not None and "chosen" in document:
         return ["messages"] if document.get("messages") == document["chosen"] else []
@@ -193,13 +194,13 @@ def _copies(document: Document) -> list[str]:
 
 
 def _fitting(keys: Any, forms: Sequence[Form]) -> list[Form]:
-    """The forms of which all keys are there, less those that are part of another such."""
+    """The formats whose keys are all present, without those whose keys are a subset of another match."""
     found = [form for form in forms if set(form.keys) <= set(keys)]
     return [form for form in found if not any(set(form.keys) < set(other.keys) for other in found)]
 
 
 def _answered(whole: list[Turn], prompt: list[Turn], answer: list[Turn], key: str) -> list[Turn]:
-    """``whole``, the prompt with all that comes before it, and the answer, whose messages may repeat either."""
+    """The conversation ``whole`` with the answer appended. The answer may repeat ``whole`` or the prompt."""
     for begun in (whole, prompt):
         if begun and messages_of(answer[: len(begun)]) == messages_of(begun):
             answer = answer[len(begun) :]
@@ -217,7 +218,7 @@ def _answered(whole: list[Turn], prompt: list[Turn], answer: list[Turn], key: st
 
 
 def _joined(document: Document, first: str, *others: str) -> str:
-    """The texts of the keys that say something, one below the other."""
+    """The texts of the keys with a value, joined by newlines."""
     return "\n".join([_text(document, first), *(_text(document, key) for key in others if document.get(key))])
 
 

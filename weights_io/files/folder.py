@@ -1,4 +1,4 @@
-"""The weights of a model folder, whichever of the usual files hold them."""
+"""Open the weights of a model folder in any of the usual file layouts."""
 
 import os
 import re
@@ -11,10 +11,10 @@ from weights_io.files.json_text import read_json
 from weights_io.files.regular import open_regular
 from weights_io.files.tensor import LazyTensor, same_numbers
 
-# The best first.
+# In order of preference.
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 KINDS = "model.safetensors, pytorch_model.bin and an index of either"  # for messages
-# What belongs to a model beside config.json and its weights: fetched from a hub, and copied by an export.
+# The files of a model besides config.json and the weights. They are downloaded from a hub, and copied by an export.
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -29,15 +29,15 @@ MAX_SHARDS = 10_000
 
 
 def open_folder(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of a model folder by name, none of them read yet.
+    """The lazy tensors of a model folder, by name.
 
-    Taken is the first that exists of model.safetensors, model.safetensors.index.json, pytorch_model.bin and
-    pytorch_model.bin.index.json, else the only ``*.safetensors`` file that is neither an adapter nor a shard. A tensor
-    that two shards hold is read from both, to see that they agree.
+    The first existing file is used of model.safetensors, model.safetensors.index.json, pytorch_model.bin and
+    pytorch_model.bin.index.json; else the only ``*.safetensors`` file that is neither an adapter nor a shard. If two
+    shards hold the same tensor, both copies are read and compared.
 
     Raises:
-        InputError: there are no weights, shards are missing, shards and index contradict each other, or there are
-            shards beside the weights in one file.
+        InputError: there are no weights, shards are missing, shards and index contradict each other, or a folder has
+            both a single file and shards.
     """
     for name in USUAL:
         if os.path.lexists(folder / name):
@@ -57,7 +57,7 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """What an index says: tensor name -> file name beside it. `InputError` where it is no index."""
+    """Tensor name -> file name, from the index of the shards. Raises `InputError` for a damaged index."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise InputError(f"{path} holds no weight_map of tensor names to file names; download it again.")
@@ -66,7 +66,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
         raise InputError(f"{path} names {len(shards)} files, more than any model has; download it again.")
     suffix = Path(path.name.removesuffix(".index.json")).suffix
     for shard in shards:
-        # A file name and nothing else, so that no index reads files outside its folder (links are the user's own).
+        # Only a plain file name is accepted, so that an index cannot name files outside its folder (links are allowed).
         if re.search(r"[/\\:\0]", shard) or shard.startswith(".") or not shard.endswith(suffix):
             raise InputError(
                 f"{path} names {short(shard)!r}, which is not a {suffix} file beside it; download it again."
@@ -79,7 +79,8 @@ def _is_shard(name: str) -> bool:
 
 
 def _check_alone(path: Path) -> None:
-    """transformers takes one file before shards, and leaves it there when it writes shards: they may be two models."""
+    """Refuse a single file beside shards. transformers prefers the single file and keeps it when it writes shards, so
+    the two may be different models. Raises `InputError`."""
     index = path.with_name(f"{path.name}.index.json")
     names = {other.name for other in path.parent.glob(f"{path.stem}-*{path.suffix}") if _is_shard(other.name)}
     if os.path.lexists(index):
@@ -101,7 +102,7 @@ def _open_weights(path: Path) -> dict[str, LazyTensor]:
 
 
 def _open_index(path: Path) -> dict[str, LazyTensor]:
-    """All that the shards hold, those that the index names first: what it leaves out counts as in a single file."""
+    """All tensors of the shards: first those that the index lists, then the others, as for a single file."""
     weight_map = read_weight_map(path)
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not os.path.lexists(path.parent / shard)]

@@ -56,16 +56,16 @@ LAYER_MODULES = {
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a GGUF file says, in the terms of a Hugging Face folder."""
+    """The contents of a GGUF file, in the terms of a Hugging Face folder."""
 
     metadata: dict[str, Any]  # as stored; arrays are lists
-    tensors: dict[str, LazyTensor]  # by Hugging Face name; a tensor without one keeps its own
+    tensors: dict[str, LazyTensor]  # by Hugging Face name; a tensor without one keeps its GGUF name
     config: dict[str, Any]  # the contents of a config.json
 
 
 @dataclass(frozen=True)
 class BlockTensor:
-    """A tensor in quantized blocks along its last axis; the blocks asked for are dequantized to float32 when read."""
+    """A tensor in quantized blocks along its last axis. Only the blocks of a slice are read and dequantized."""
 
     packed: FileTensor  # uint8, last axis in bytes
     shape: tuple[int, ...]
@@ -95,8 +95,11 @@ class BlockTensor:
 
 @dataclass(frozen=True)
 class UnpermutedTensor:
-    """A q or k projection in Hugging Face's row order. llama.cpp stores the rows of each head so that the two halves
-    alternate (its RoPE turns neighbours): row ``half * H/2 + j`` of a head is its row ``2 * j + half``."""
+    """A q or k projection in Hugging Face's row order.
+
+    llama.cpp's RoPE rotates adjacent pairs, so it stores the two halves of a head's rows interleaved: Hugging Face's
+    row ``half * H/2 + j`` of a head is GGUF's row ``2 * j + half``.
+    """
 
     stored: LazyTensor
     head_dim: int  # H
@@ -161,7 +164,7 @@ def _hugging_face_name(name: str) -> str:
 
 
 class _Header:
-    """A GGUF header, read from front to back; nothing in it is believed that the file has no room for."""
+    """Reads a GGUF header from front to back. Every stated size is checked against the size of the file."""
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self.file = path, file
@@ -173,7 +176,7 @@ class _Header:
         return InputError(f"{self.path} {text}; download it again or convert it anew.")
 
     def read(self) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-        """Metadata, and the tensors under their own names."""
+        """The metadata, and the tensors under their GGUF names."""
         if self.size < 8 or self.take(4) != b"GGUF":
             raise self.refuse("is no GGUF file (it does not begin with GGUF)")
         version = self.number(U32)
@@ -200,7 +203,7 @@ class _Header:
         return metadata, self.place(entries, alignment)
 
     def place(self, entries: dict[str, tuple[tuple[int, ...], int, int]], alignment: int) -> dict[str, LazyTensor]:
-        """The tensors lie one after the other, each padded to the alignment."""
+        """Locate the tensors, which follow each other and are padded to the alignment."""
         start = _padded(self.position, alignment)
         position = 0
         tensors: dict[str, LazyTensor] = {}

@@ -1,8 +1,8 @@
-"""The ``config.json`` that the metadata of a GGUF file of the minicpm and llama architectures stands for.
+"""Translate the metadata of a GGUF file (architectures minicpm and llama) to a ``config.json``.
 
-What the numbers mean: llama.cpp, conversion and model code. As of config.json, each key of the architecture is used,
-passed over because it says nothing, or refused by name; the other keys (``general.``, ``tokenizer.``, a converter's
-own) are no numbers of the model.
+The meaning of the keys follows llama.cpp's conversion and model code. As with config.json, each key of the
+architecture is used, ignored or refused by name. Other keys (``general.``, ``tokenizer.``, a converter's own) are not
+model settings.
 """
 
 import math
@@ -20,13 +20,13 @@ ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM", "llama": "LlamaForCausalLM"}
 # llama.cpp's tables of per-frequency RoPE factors (Llama 3.1, LongRoPE).
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 SCALES = ("embedding_scale", "residual_scale", "logit_scale")
-# Keys behind the architecture's name and a dot.
+# The keys that are used, without the prefix "ARCHITECTURE.".
 USED = frozenset(
     """block_count context_length embedding_length feed_forward_length attention.head_count attention.head_count_kv
     attention.layer_norm_rms_epsilon attention.key_length attention.value_length rope.dimension_count rope.freq_base
     rope.scaling.type rope.scaling.factor rope.scale_linear""".split()
 )
-# Those that would change the numbers if they held anything else: what a file without them has.
+# Key -> the supported values, which are also the defaults. Any other value would change the logits.
 UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
@@ -44,7 +44,7 @@ UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (0.0,),
     "rope.scaling.attn_factor": (1.0,),
 }
-# Those that llama.cpp reads for other architectures or other kinds of RoPE scaling alone, or for nothing.
+# Keys that llama.cpp does not use, or uses only for other architectures or other RoPE scalings.
 IGNORED_KEYS = frozenset(
     """vocab_size tensor_data_layout pooling_type decoder_start_token_id attention.layer_norm_epsilon
     rope.scaling.original_context_length rope.scaling.finetuned""".split()

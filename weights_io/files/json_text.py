@@ -1,8 +1,8 @@
-"""Every JSON text of a model, an adapter or a run: read strictly, in bounded time and memory.
+"""Parse the JSON files of models, adapters and runs strictly, in bounded time and memory.
 
-What Python's reader lets pass and a stricter one would not is refused: a key twice (the last one would win in silence),
-half a character. A byte order mark, which editors on Windows write, is passed over. NaN and Infinity are read as
-Python and transformers read them: whoever wants a number refuses them under the name of their key.
+Duplicate keys (Python would silently keep the last one) and lone surrogates are refused. A byte order mark, which
+editors on Windows write, is skipped. NaN and Infinity are accepted as in Python and transformers; the reader of a
+number refuses them under the name of its key.
 """
 
 import json
@@ -14,16 +14,16 @@ from typing import Any
 from weights_io.errors import InputError, short
 from weights_io.files.regular import read_regular
 
-MAX_BYTES = 2**26  # the largest tokenizer.json of a released model has half of that
-MAX_CONFIG = 2**24  # bytes of any other file; an index of 90,000 tensors has half of that
-BYTES_OF_PART = 16  # of those that a text may have, for each comma and bracket: a vocabulary of 256k makes 2 million
-SMALL = 2**20  # bytes of a text whose parts are not counted
-MAX_DEPTH = 100  # lists and objects in each other; a tokenizer.json has 8
-HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # may be half of a character, which has two of them
+MAX_BYTES = 2**26  # twice the largest tokenizer.json of a released model
+MAX_CONFIG = 2**24  # bytes of any other file; twice an index of 90,000 tensors
+BYTES_OF_PART = 16  # a text may have one comma or bracket per 16 bytes of its limit; a vocabulary of 256k has 2 million
+SMALL = 2**20  # bytes; in smaller texts commas and brackets are not counted
+MAX_DEPTH = 100  # nested lists and objects; a tokenizer.json has 8
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # a surrogate, which may be alone
 
 
 class KeyTwice(ValueError):
-    """An object has a ``key`` twice, of which the last one would win in silence."""
+    """An object has the same ``key`` twice."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -31,14 +31,21 @@ class KeyTwice(ValueError):
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text, without bounds. Raises `KeyTwice`, and what `json.loads` does."""
+    """Parse a JSON text of any size. Raises `KeyTwice`, and the exceptions of `json.loads`."""
     return json.loads(text, object_pairs_hook=_object)
 
 
 def loads(text: str | bytes, what: str, most: int = MAX_BYTES, remedy: str = "download it again") -> Any:
-    """The value of a JSON text of at most ``most`` bytes.
+    """Parse a JSON text.
 
-    Raises `InputError`, naming ``what`` and the ``remedy``, where it is none, too large, too deep or ambiguous.
+    Arguments:
+        text: the text.
+        what: the subject of messages.
+        most: most bytes of the text.
+        remedy: what the user can do.
+
+    Raises:
+        InputError: the text is not JSON, too large or too deep, or has a duplicate key or a lone surrogate.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     parts = sum(data.count(part) for part in (b",", b"[", b"{")) if len(data) > SMALL else 0
@@ -58,7 +65,7 @@ def loads(text: str | bytes, what: str, most: int = MAX_BYTES, remedy: str = "do
 
 
 def parse_object(text: str | bytes, what: str, most: int = MAX_BYTES) -> dict[str, Any]:
-    """The same for a text that must be a JSON object."""
+    """`loads` for a text that must be a JSON object."""
     value = loads(text, what, most)
     if not isinstance(value, dict):
         raise InputError(f"{what} holds {type(value).__name__}, not a JSON object; download it again.")
@@ -66,14 +73,14 @@ def parse_object(text: str | bytes, what: str, most: int = MAX_BYTES) -> dict[st
 
 
 def read_json(path: Path, most: int = MAX_CONFIG) -> dict[str, Any]:
-    """The JSON object in a file. `InputError` where there is none; see `loads` and `open_regular`."""
+    """The JSON object in a file. Raises `InputError` where it is missing, and as `loads` and `open_regular` do."""
     if not os.path.lexists(path):
         raise InputError(f"{path} does not exist; a model folder holds config.json beside its weights.")
     return parse_object(read_regular(path, most), str(path), most)
 
 
 def read_optional_json(path: Path, most: int = MAX_CONFIG) -> dict[str, Any]:
-    """The JSON object in a file, {} where there is no such file."""
+    """`read_json`, with {} for a missing file."""
     return read_json(path, most) if os.path.lexists(path) else {}
 
 

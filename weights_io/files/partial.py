@@ -1,8 +1,7 @@
-"""Files and folders that are being written: beside their target, under a name of their own, which they change for the
-target's when they are whole.
+"""Atomic writes: files and folders are written beside their target under a temporary name, and renamed when complete.
 
-The process that writes one holds a lock on it, which ends with the process however that ends. One that nobody holds was
-left by a process that was killed, and is removed when the same target is written again.
+The writing process locks the temporary file, and the lock ends with the process. An unlocked one was left by a killed
+process, and is removed when the same target is written again.
 """
 
 import contextlib
@@ -16,14 +15,19 @@ from pathlib import Path
 
 SUFFIX = ".partial"
 NUMBER = "[0-9a-f]" * 8  # of `secrets.token_hex(4)`, as a pattern
-OLD = 24 * 3600  # seconds without a write, after which a file is left over where the file system has no locks
+OLD = 24 * 3600  # seconds; without locks, a temporary file that was not written for this time is removed
 
 
 @contextlib.contextmanager
 def partial(target: Path, folder: bool = False) -> Iterator[Path]:
-    """A new file (or ``folder``) beside ``target``, to be written within the context. It replaces ``target`` (a folder:
-    only where that is missing or empty) if the context ends without an exception, and is removed if not. What killed
-    processes left of the same target is removed first. A device or a pipe is written to as it is.
+    """A temporary file or folder that replaces ``target`` at the end of the context.
+
+    After an exception it is removed instead. Leftovers of killed processes for the same target are removed first. A
+    target that is a device or a pipe is written to directly.
+
+    Arguments:
+        target: the path to replace.
+        folder: make a folder; ``target`` must then be missing or empty.
 
     Raises:
         OSError: it cannot be made, or ``target`` cannot be replaced.
@@ -37,30 +41,30 @@ def partial(target: Path, folder: bool = False) -> Iterator[Path]:
         yield path
         path.replace(target)
     finally:
-        remove(path)  # not there any more if all went well
+        remove(path)  # does nothing after the rename
         os.close(held)
 
 
 def write_whole(target: Path, text: str) -> None:
-    """Write a UTF-8 file that is the old one or the new one and never a part. Raises `OSError`."""
+    """Write a UTF-8 file atomically. Raises `OSError`."""
     with partial(target) as path:
         path.write_text(text, encoding="utf-8")
 
 
 def clear(target: Path) -> None:
-    """Remove what killed processes left of ``target``."""
+    """Remove the temporary files of killed processes for ``target``."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.{NUMBER}{SUFFIX}"):
         _remove_left(path)
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove what killed processes left of any target in ``folder``."""
+    """Remove the temporary files of killed processes for all targets in ``folder``."""
     for path in folder.glob(f".*.{NUMBER}{SUFFIX}"):
         _remove_left(path)
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, as far as it can be removed."""
+    """Remove a file or a folder. Errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -69,8 +73,15 @@ def remove(path: Path) -> None:
 
 
 def try_lock(descriptor: int, shared: bool = False, wait: bool = False) -> bool | None:
-    """Lock an open file or folder until it is closed or the process ends. Whether it was locked: False where another
-    holds it, None where the file system (or Windows) has no such locks. A ``shared`` lock goes with others of its kind.
+    """Lock an open file or folder until it is closed or the process ends.
+
+    Arguments:
+        descriptor: of the open file or folder.
+        shared: take a shared lock, which several processes may hold.
+        wait: wait for the lock.
+
+    Returns:
+        True if it was locked, False if another process holds it, None if the file system (or Windows) has no locks.
     """
     try:
         import fcntl
@@ -86,7 +97,7 @@ def try_lock(descriptor: int, shared: bool = False, wait: bool = False) -> bool 
 
 
 def _made(target: Path, folder: bool) -> tuple[Path, int]:
-    """A new file or folder, and the descriptor that holds it."""
+    """A new temporary file or folder, and the descriptor that holds its lock."""
     while True:
         path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
         if folder:
@@ -97,7 +108,7 @@ def _made(target: Path, folder: bool) -> tuple[Path, int]:
         try_lock(held, wait=True)
         if path.exists():
             return path, held
-        os.close(held)  # another process took it for a leftover before it was locked
+        os.close(held)  # another process removed it as a leftover before it was locked
 
 
 def _remove_left(path: Path) -> None:
@@ -114,5 +125,5 @@ def _remove_left(path: Path) -> None:
 
 
 def _written(path: Path) -> float:
-    """When something was last written in it (seconds since 1970)."""
+    """The time of the last write in it, in seconds since 1970."""
     return max((each.lstat().st_mtime for each in (path, *path.rglob("*"))), default=0.0)

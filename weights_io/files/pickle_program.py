@@ -1,9 +1,9 @@
-"""A pickle worked out by hand: what it builds of plain values, with nothing that it could run.
+"""Interpret a pickle safely. It can only build plain values, and cannot run code.
 
-Python's own unpickler trusts its input: it hashes what is a key (nested tuples for ever), allots a memo as long as its
-largest index, and calls what the pickle names. This one knows the opcodes that ``torch.save`` writes (those of torch's
-own ``_weights_only_unpickler.py``, and of protocols 3 to 5), and leaves names and storages to its caller. Time and
-memory grow with the number of opcodes alone.
+Python's unpickler trusts its input: it hashes any key (deeply nested tuples take forever), allocates a memo as long as
+the largest index, and calls what the pickle names. This interpreter knows the opcodes that ``torch.save`` writes (those
+of torch's ``_weights_only_unpickler.py``, and of protocols 3 to 5), and leaves names and storages to its caller. Time
+and memory only grow with the number of opcodes.
 """
 
 import pickletools
@@ -22,12 +22,16 @@ TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class OrderedState(dict):
-    """Stands for OrderedDict."""
+    """Represents an OrderedDict."""
 
 
 class Program:
-    """``find(module, name)``: what stands for a global; a callable may be called. ``storage(pid)``: what stands for a
-    persistent id. Both may raise what they like."""
+    """The interpreter.
+
+    Arguments:
+        find: (module, name) -> the object for a global, which the pickle may call if it is callable.
+        storage: persistent id -> the object for it.
+    """
 
     def __init__(self, find: Callable[[str, str], object], storage: Callable[[object], object]):
         self.find, self.storage = find, storage
@@ -37,7 +41,12 @@ class Program:
         self.steps = 0
 
     def run(self, pickled: bytes) -> object:
-        """What the pickle builds. ValueError, KeyError or TypeError where it is damaged or does anything else."""
+        """The object that the pickle builds.
+
+        Raises:
+            ValueError, KeyError or TypeError: the pickle is damaged or uses another opcode; also what ``find`` and
+                ``storage`` raise.
+        """
         for opcode, argument, _ in pickletools.genops(pickled):
             self.step(1)
             name = opcode.name

@@ -1,7 +1,4 @@
-"""Files of a model, opened as what they must be: regular ones.
-
-A FIFO is waited for, a device such as ``/dev/zero`` never ends: neither is opened.
-"""
+"""Open regular files only. Opening a FIFO would block, and a device such as ``/dev/zero`` never ends."""
 
 import os
 import stat
@@ -20,9 +17,10 @@ KINDS = {
 
 
 def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
-    """Open a file for reading, as `open` does.
+    """Open a file for reading. ``buffering``: as in `open`.
 
-    Raises `InputError` where it cannot be read, or is a folder, a FIFO, a device or a socket.
+    Raises:
+        InputError: it cannot be read, or is a folder, a FIFO, a device or a socket.
     """
     try:
         mode = os.stat(path).st_mode
@@ -31,14 +29,14 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
         raise _unreadable(path, error) from error
     if file is None:
         raise _no_file(path, mode)
-    if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):  # it is another one by now
+    if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):  # it was replaced meanwhile
         file.close()
         raise _no_file(path, mode)
     return file
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of a file that has at most ``most`` of them. Raises `InputError` as `open_regular` does."""
+    """Read a file of at most ``most`` bytes. Raises `InputError` for a larger one, and as `open_regular` does."""
     with open_regular(path) as file:
         try:
             size = os.fstat(file.fileno()).st_size
@@ -58,7 +56,7 @@ def _no_file(path: Path, mode: int) -> InputError:
 
 
 def _not_waiting(path: str, flags: int) -> int:
-    """Of a FIFO that took the file's place, ``open`` alone would wait for a writer."""
+    """An opener that does not block if a FIFO replaced the file meanwhile."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

@@ -46,7 +46,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor to be written that is made when its turn comes; ``make`` returns an array of ``shape`` and ``dtype``."""
+    """A tensor that is computed when it is written. ``make`` returns an array of ``shape`` and ``dtype``."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -54,7 +54,7 @@ class Computed:
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Computed":
-        """One that is made already."""
+        """Wrap an existing array."""
         return cls(array.shape, array.dtype, lambda: array)
 
     def read(self) -> np.ndarray:
@@ -79,14 +79,18 @@ def open_file(path: Path) -> dict[str, FileTensor]:
 
 
 def write_file(path: Path, tensors: Mapping[str, LazyTensor | Computed]) -> None:
-    """Write ``tensors`` (anything with shape, dtype and read(), by name), holding one of them in memory at a time.
+    """Write a safetensors file, with one tensor in memory at a time.
 
-    The header says ``format: pt``, without which transformers refuses the file. Widest dtypes come first, so that
-    each tensor is aligned to its item size; else the order is that of ``tensors``.
+    The header has ``format: pt``, without which transformers refuses the file. The widest dtypes come first, so that
+    each tensor is aligned to its item size; within a dtype the order is that of ``tensors``.
+
+    Arguments:
+        path: the file to write.
+        tensors: name -> an object with shape, dtype and ``read()``.
 
     Raises:
-        ValueError: a dtype that safetensors has not, or an array that is not what was declared (the file is then
-            unfinished: write to a temporary folder and rename).
+        ValueError: safetensors does not have a dtype, or an array differs from its declared shape or dtype. The file is
+            then incomplete; write to a temporary name and rename.
     """
     names = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

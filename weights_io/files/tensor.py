@@ -1,4 +1,4 @@
-"""A tensor that is still in its file: shape and dtype now, bytes when asked for, and only those of the slice."""
+"""Lazy tensors: shape and dtype are known, and the values of a slice are read from the file on demand."""
 
 import os
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import numpy as np
 from weights_io.errors import InputError, short
 from weights_io.files.regular import open_regular
 
-ROWS = 4096  # read at a time to compare two tensors
-GAP = 1024  # bytes between the parts of two rows from which on they are read one by one
+ROWS = 4096  # rows read at a time to compare two tensors
+GAP = 1024  # bytes; rows of a slice with a larger gap between them are read one by one
 
 Index = tuple[slice, ...] | slice | int
 
 
 class LazyTensor(Protocol):
-    """What every reader hands out."""
+    """The interface of the tensors that all readers return."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -29,20 +29,22 @@ class LazyTensor(Protocol):
     def source(self) -> Path: ...  # the file that holds it, for messages
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """The tensor's values, or those of ``index`` (a slice for each of the leading axes, step 1)."""
+        """Read the values of ``index``: slices with step 1 for the leading axes; all values by default."""
         ...
 
 
 def located(name: str, tensor: object) -> str:
-    """``name`` as messages call it: with the file that holds it, where there is one."""
+    """A tensor's name in messages, with its file if it has one."""
     source = getattr(tensor, "source", None)
     return f"{short(name)} in {source}" if source else short(name)
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A strided view of plain numbers in a file. Read with ``pread``, not ``mmap``, so that a loader's peak memory is
-    what it holds and not the file besides."""
+    """A strided view of an array in a file.
+
+    It is read with ``pread``, not ``mmap``, so that the file's pages do not add to a loader's peak memory.
+    """
 
     source: Path
     offset: int  # bytes from the start of the file to element [0, ..., 0]

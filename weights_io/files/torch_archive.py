@@ -1,7 +1,7 @@
-"""The zip archive of ``torch.save``: ``NAME/data.pkl``, and each storage uncompressed as ``NAME/data/KEY``.
+"""Read the zip archive of ``torch.save``: ``NAME/data.pkl``, and each storage uncompressed as ``NAME/data/KEY``.
 
-Nothing is decompressed, and no entry is believed that is not wholly in the file. torch writes a checksum for each entry
-(unless it is told not to) and never looks at it; here a storage is checked when the first of its numbers is read.
+Nothing is decompressed, and every entry must be completely within the file. torch writes a checksum for each entry
+(unless it is disabled) and never verifies it; here a storage is verified when it is first read.
 """
 
 import os
@@ -34,11 +34,11 @@ class Stored:
     name: str
     offset: int  # bytes in the file
     size: int
-    checksum: int | None  # None: known to be right, or never worked out
+    checksum: int | None  # None: verified already, or not stored
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def check(self) -> None:
-        """Reads the entry, once. `InputError` where it is not what was written."""
+        """Verify the checksum, once. Raises `InputError` where it is wrong."""
         if self.checksum is None:
             return
         with self._lock:
@@ -61,7 +61,7 @@ class StoredTensor(FileTensor):
 
 
 def read_archive(path: Path) -> tuple[bytes, dict[str, Stored]]:
-    """The pickle, and each storage by its key. Raises `InputError`, see `torch_pickle.open_file`."""
+    """The pickle, and the storages by key. Raises `InputError` for a damaged archive."""
     with open_regular(path) as file:
         _check_magic(path, file.read(4))
         try:

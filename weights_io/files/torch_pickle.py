@@ -1,10 +1,10 @@
-"""``pytorch_model.bin`` (the zip archive of ``torch.save``) without torch, and without running what the file asks for.
+"""Read ``pytorch_model.bin`` (the zip archive of ``torch.save``) without torch and without executing the pickle.
 
-The archive (`torch_archive`) holds a pickle of the state dict whose tensors point to storages, and the storages. A
-pickle is a program: it may call any function it can name. Here it is worked out by hand (`pickle_program`) and can name
-the few functions below, which only note down what they were called with; every other name is refused. Tensors are then
-strided views of the storages in the file (`FileTensor`), so shared storages, offsets and transposed strides cost
-nothing. Source of the format: torch/serialization.py and torch/_utils.py.
+The archive (`torch_archive`) holds the storages, and a pickle of the state dict whose tensors refer to them. A pickle
+is a program that may call any function by name. `pickle_program` interprets it and allows only the few names below,
+which record their arguments; any other name is refused. A tensor becomes a strided view of its storage in the file
+(`FileTensor`), so shared storages, offsets and transposed strides cost nothing. Source of the format:
+torch/serialization.py and torch/_utils.py.
 """
 
 import math
@@ -19,7 +19,7 @@ from weights_io.files.pickle_program import OrderedState, Program
 from weights_io.files.tensor import FileTensor
 from weights_io.files.torch_archive import Stored, StoredTensor, read_archive
 
-MAX_REPEATED = 2**24  # bytes that a tensor may have beyond those of its storage, whose numbers it then repeats
+MAX_REPEATED = 2**24  # bytes that a tensor may have beyond its storage, by repeating values (stride 0)
 MAX_DIMS = 64  # numpy's own limit
 LIMIT = 2**63  # numpy's sizes are signed 64 bit
 
@@ -44,7 +44,7 @@ DTYPES = {
 }
 
 
-# What the pickle may build.
+# The objects that a pickle may create.
 class _Dtype(NamedTuple):
     """A storage class or a dtype; None where only the tensor knows (`torch.UntypedStorage`, counted in bytes)."""
 

@@ -1,8 +1,8 @@
-"""AWQ as AutoAWQ's GEMM version writes it: 32-bit words of 8 codes along the outputs, interleaved.
+"""The AWQ format of AutoAWQ's GEMM version: 32-bit words of 8 codes along the outputs, interleaved.
 
-Layout, of a matrix [N out, K in] in G groups: ``qweight`` int32 [K, N / 8], ``qzeros`` int32 [G, N / 8], ``scales``
-[G, N]. Code i of a word, the lowest bits first, is that of its output `INTERLEAVED` [i]; zero points are stored as they
-are. Source: autoawq 0.2.9, awq/modules/linear/gemm.py (from_linear), awq/utils/packing_utils.py.
+Layout of a matrix [N out, K in] with G groups: ``qweight`` int32 [K, N / 8], ``qzeros`` int32 [G, N / 8], ``scales``
+[G, N]. Code i of a word, lowest bits first, belongs to output `INTERLEAVED` [i] of the 8. Zero points are stored
+without an offset. Source: autoawq 0.2.9, awq/modules/linear/gemm.py (from_linear), awq/utils/packing_utils.py.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class AWQTensor(PackedTensor):
 
 
 def _outputs(tensor: LazyTensor, start: int, stop: int) -> np.ndarray:
-    """Codes [stop - start, rows of the tensor] of these outputs."""
+    """The codes of the outputs ``start`` to ``stop``: [stop - start, rows of the tensor]."""
     first, last = start // 8, -(-stop // 8)
     words = np.ascontiguousarray(tensor.read((slice(None), slice(first, last))))
     codes = unpack(words.view(np.uint8), 4).reshape(len(words), -1, 8)[..., PLACES].reshape(len(words), -1)

@@ -1,7 +1,7 @@
-"""What config.json and quantize_config.json say of how weights are packed. What is not understood is refused by name.
+"""Read the quantization scheme from config.json and quantize_config.json. Unknown keys are refused by name.
 
-AutoGPTQ, GPTQModel and transformers write ``quantization_config`` with a ``quant_method``, AutoGPTQ the same into
-quantize_config.json; mlx_lm writes ``quantization`` and an equal ``quantization_config`` without a ``quant_method``.
+AutoGPTQ, GPTQModel and transformers write ``quantization_config`` with a ``quant_method``. AutoGPTQ also writes it to
+quantize_config.json. mlx_lm writes ``quantization`` and an equal ``quantization_config`` without a ``quant_method``.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,15 @@ KEYS = ("quantization_config", "quantization")  # of config.json
 SIDE_FILE = "quantize_config.json"
 LABELS = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mlx": "MLX"}
 BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "mlx": (2, 3, 4, 5, 6, 8)}
-GROUPS = {"gptq": (-1,), "awq": (-1,), "mlx": (32, 64, 128)}  # -1: a whole row; the former take any positive number too
+GROUPS = {
+    "gptq": (-1,),
+    "awq": (-1,),
+    "mlx": (32, 64, 128),
+}  # -1: a whole row; GPTQ and AWQ accept any positive number too
 INSTEAD = "take the model's GPTQ, AWQ, bitsandbytes, MLX or GGUF files, or its weights before quantization"
 BEFORE_MARLIN = "is repacked for the Marlin kernel; take the model's GPTQ or AWQ folder, which it was made from"
-# Keys that say how the codes were found or are to be multiplied, or what the tensors say better themselves (desc_act by
-# g_idx, sym by qzeros: released configs contradict each other about them).
+# Ignored keys: they tell how the codes were computed or which kernel to use, or the tensors tell it more reliably
+# (desc_act: g_idx, sym: qzeros; released configs contradict each other about these two).
 NOTES = {
     "gptq": frozenset(
         """damp_percent damp_auto_increment static_groups true_sequential model_name_or_path model_file_base_name
@@ -37,7 +41,7 @@ NOTES = {
         quant_method""".split()
     ),
 }
-# Keys that must hold one of these.
+# Key -> the supported values.
 UNSUPPORTED_UNLESS: dict[str, dict[str, tuple[Any, ...]]] = {
     "gptq": {"is_marlin_format": (False,), "pack_dtype": ("int32",), "dynamic": ({},), "adapter": ({},)},
     "awq": dict.fromkeys(("version", "checkpoint_format", "format"), ("gemm", "GEMM")) | {"pack_dtype": ("int32",)},
@@ -52,24 +56,27 @@ UNDERSTOOD = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the tensors of a checkpoint are packed."""
+    """The quantization scheme of a checkpoint."""
 
-    method: str  # of `LABELS`
-    source: str  # the file and key that say so, for messages
-    bits: int = 0  # of a code
-    group_size: int = 0  # -1: a whole row; of bitsandbytes 0, whose tensors say it themselves
-    stated_format: str | None = None  # of GPTQ: gptq, whose stored zero points are one too small, or gptq_v2
-    modules: Mapping[str, "tuple[int, int] | None"] = field(default_factory=dict)  # of MLX: bits and group; None: whole
+    method: str  # a key of `LABELS`
+    source: str  # the file and key that state it, for messages
+    bits: int = 0  # bits of a code
+    group_size: int = 0  # -1: a whole row; 0 for bitsandbytes, whose tensors tell it
+    stated_format: str | None = None  # GPTQ only: gptq, whose stored zero points are one too small, or gptq_v2
+    modules: Mapping[str, "tuple[int, int] | None"] = field(default_factory=dict)  # MLX: bits, group; None: not packed
 
     @property
     def zero_offset(self) -> int:
-        """What is added to a stored zero point."""
+        """Added to a stored zero point."""
         return 1 if self.method == "gptq" and self.stated_format != "gptq_v2" else 0
 
 
 def scheme_of_config(raw: Mapping[str, Any], source: str) -> Scheme | None:
-    """What ``config.json`` says; None where it says nothing. Raises `InputError`, naming ``source`` and the key, for a
-    method that is not read here and for whatever is not understood."""
+    """The scheme in a config.json; None for an unquantized checkpoint.
+
+    Raises:
+        InputError: the method or a key is not supported. The message names ``source`` and the key.
+    """
     given = {key: raw[key] for key in KEYS if raw.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, dict):
@@ -85,7 +92,7 @@ def scheme_of_config(raw: Mapping[str, Any], source: str) -> Scheme | None:
 
 
 def scheme_of(entry: Mapping[str, Any], source: str) -> Scheme:
-    """The scheme of one such object. ``source``: how messages call it."""
+    """The scheme in one quantization object. ``source``: its name in messages. Raises `InputError`."""
     method = entry.get("quant_method")
     if method is None and ("mode" in entry or "bits" in entry):
         return _mlx(entry, source)
@@ -117,7 +124,7 @@ def scheme_of(entry: Mapping[str, Any], source: str) -> Scheme:
 
 
 def scheme_of_side_file(settings: Mapping[str, Any], source: str) -> Scheme | None:
-    """What quantize_config.json says, where older tools named no method: GPTQ, but where AutoAWQ's keys stand."""
+    """The scheme in quantize_config.json. Older tools state no method: AWQ where AutoAWQ's keys are used, else GPTQ."""
     if not settings:
         return None
     method = "awq" if "w_bit" in settings else "gptq"
@@ -125,7 +132,7 @@ def scheme_of_side_file(settings: Mapping[str, Any], source: str) -> Scheme | No
 
 
 def reconciled(config: Scheme | None, side_file: Scheme | None) -> Scheme | None:
-    """One scheme of both. What the tensors do not tell must not differ."""
+    """Combine the schemes of config.json and quantize_config.json. Raises `InputError` where they differ."""
     if config is None or side_file is None:
         return config or side_file
     for what in ("method", "bits", "group_size", "stated_format"):
@@ -157,7 +164,7 @@ def _mlx(entry: Mapping[str, Any], source: str) -> Scheme:
 
 
 def _affine(entry: Mapping[str, Any], source: str, strict: bool = False) -> tuple[int, int]:
-    """Bits and group of the whole model, or (``strict``) of a module. mlx_lm's defaults are none: it writes all."""
+    """Bits and group size of the model, or of a module (``strict``). There are no defaults; mlx_lm writes both."""
     mode = entry.get("mode", "affine")
     if mode != "affine":
         raise InputError(f"{_at(source, 'mode')} {shown(mode)} is not read here; take the model's affine MLX files.")
@@ -176,7 +183,7 @@ def _bitsandbytes(entry: Mapping[str, Any], source: str) -> Scheme:
 
 
 def _at(source: str, key: str) -> str:
-    """How messages call a key of an object: of a whole file, or of an entry of config.json."""
+    """The name of a key in messages."""
     return f"{source}{': ' if source.endswith('.json') else '.'}{short(key)}"
 
 

@@ -1,10 +1,15 @@
-"""GPTQ as AutoGPTQ, GPTQModel and transformers write it: 32-bit words of codes along the inputs.
+"""The GPTQ format of AutoGPTQ, GPTQModel and transformers: 32-bit words of codes along the inputs.
 
-Layout, of a matrix [N out, K in] in G groups: ``qweight`` int32 [K * bits / 32, N], column n of which is the stream of
-the codes of output n, the lowest bit first (3 bits run over the ends of words); ``qzeros`` int32 [G, N * bits / 32],
-row g of which is the stream of the zero points of all outputs; ``scales`` [G, N]; ``g_idx`` int32 [K], the group of
-each input. The first format ("gptq") stores zero points less 1, "gptq_v2" as they are. Inputs stay in their order, with
-act-order too: only g_idx is permuted. Source: auto_gptq 0.7.1, nn_modules/qlinear/qlinear_cuda_old.py (pack, forward).
+Layout of a matrix [N out, K in] with G groups:
+
+- ``qweight`` int32 [K * bits / 32, N]: column n is the stream of the codes of output n, lowest bit first. 3-bit codes
+  cross the ends of words.
+- ``qzeros`` int32 [G, N * bits / 32]: row g is the stream of the zero points of all outputs.
+- ``scales`` [G, N].
+- ``g_idx`` int32 [K]: the group of each input.
+
+The first format ("gptq") stores zero points minus 1, "gptq_v2" without an offset. Act-order permutes only g_idx; the
+inputs keep their order. Source: auto_gptq 0.7.1, nn_modules/qlinear/qlinear_cuda_old.py (pack, forward).
 """
 
 from dataclasses import dataclass
@@ -58,7 +63,7 @@ class GPTQTensor(PackedTensor):
         )
 
     def _groups(self) -> np.ndarray | None:
-        """None where the inputs' groups follow each other."""
+        """The group of each input; None where the groups are contiguous and in order."""
         if self.g_idx is None:
             return None
         groups, inputs = self.g_idx.read().astype(np.int32), self.shape[1]
@@ -72,8 +77,17 @@ class GPTQTensor(PackedTensor):
 
 
 def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int], scheme: Scheme) -> GPTQTensor:
-    """``name``: of the module; ``parts``: its tensors by what follows that name. Raises `InputError` where they are not
-    what the scheme makes of a matrix of this shape."""
+    """The lazy tensor of a packed matrix.
+
+    Arguments:
+        name: of the module.
+        parts: part name (``qweight``, ...) -> tensor.
+        shape: of the matrix, [out, in].
+        scheme: the quantization scheme.
+
+    Raises:
+        InputError: the parts do not fit the shape and the scheme.
+    """
     outputs, inputs = shape
     group, count = groups_in(name, inputs, scheme)
     bits, words = scheme.bits, np.dtype(np.int32)

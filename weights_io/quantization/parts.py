@@ -1,4 +1,4 @@
-"""What the formats share: the tensors that a packed matrix is made of, checked against its shape."""
+"""Checks that all formats share: the tensors of a packed matrix against the shape of the matrix."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,16 +9,16 @@ from weights_io.errors import InputError, listed, short
 from weights_io.files.tensor import LazyTensor
 from weights_io.quantization.entries import Scheme
 
-FLOATS = ("float32", "float16", "bfloat16")  # of scales
+FLOATS = ("float32", "float16", "bfloat16")  # dtypes of scales
 
 
 def groups_in(name: str, inputs: int, scheme: Scheme) -> tuple[int, int]:
-    """Inputs of a group, and how many groups a row has. Raises `InputError` where they do not fill it."""
+    """The group size and the number of groups per row. Raises `InputError` where the groups do not divide a row."""
     group = inputs if scheme.group_size == -1 else scheme.group_size
     if inputs % group:
         raise InputError(
-            f"rows of {inputs} in {short(name)} have no groups of {group}, as {scheme.source} has it; correct its "
-            "group_size."
+            f"rows of {inputs} in {short(name)} are not divided by the group size {group} of {scheme.source}; correct "
+            "its group_size."
         )
     return group, inputs // group
 
@@ -30,7 +30,7 @@ def check_parts(
     scheme: Scheme,
     shape: tuple[int, ...],
 ) -> None:
-    """`InputError` where a part has another dtype (None: one of `FLOATS`) or shape than ``expected``."""
+    """Raises `InputError` where a part has another dtype or shape than ``expected``. dtype None: one of `FLOATS`."""
     for part, (dtype, size) in expected.items():
         tensor: Any = parts.get(part)
         if tensor is None:
@@ -47,15 +47,15 @@ def check_parts(
 def check_complete(
     name: str, parts: Mapping[str, LazyTensor], required: tuple[str, ...], optional: tuple[str, ...], label: str
 ) -> None:
-    """`InputError` where parts are missing, or are those of another format."""
+    """Raises `InputError` where parts are missing, or belong to another format."""
     source = next(iter(parts.values())).source
     if more := sorted(parts.keys() - {*required, *optional}):
         raise InputError(
-            f"{short(name)} in {source} has {listed(more)} beside what {label} packs a matrix in; take config and "
-            "weights, whole, from one checkpoint."
+            f"{short(name)} in {source} has {listed(more)}, which {label} does not use; take config and weights, "
+            "whole, from one checkpoint."
         )
     if missing := [part for part in required if part not in parts]:
         raise InputError(
-            f"{short(name)} in {source} lacks {listed(missing)}, which {label} packs it in; download the weights "
-            "again, whole."
+            f"{short(name)} in {source} lacks {listed(missing)}, which {label} requires; download the weights again, "
+            "whole."
         )

@@ -1,4 +1,4 @@
-"""The tensors of a quantized folder as a loader wants them: each packed matrix one tensor under its weight's name."""
+"""Present the tensors of a quantized folder to a loader: one `PackedTensor` per matrix, under the weight's name."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,19 +24,26 @@ from weights_io.quantization.packed import PackedTensor
 from weights_io.quantization.parts import check_complete
 
 FORMATS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes, "mlx": mlx_affine}
-WHOLE = frozenset({"weight", "bias"})  # the parts of a module that is not packed
+WHOLE = frozenset({"weight", "bias"})  # the parts of an unquantized module
 
 
 def as_matrices(
     config: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], folder: Path
 ) -> tuple[ModelConfig, dict[str, LazyTensor]]:
-    """What a folder holds, with a `PackedTensor` in place of the parts of each packed matrix.
+    """Replace the parts of each packed matrix by one `PackedTensor`.
 
-    ``raw``: config.json. The config comes back, untied where config.json of a quantized folder is silent on that (as
-    those of MiniCPM-2B are) and the stored head holds other numbers than the embedding.
+    Arguments:
+        config: the folder's config.
+        raw: the contents of config.json.
+        tensors: the tensors in the files.
+        folder: the model folder.
 
-    Raises `InputError` where config.json, quantize_config.json and the tensors contradict each other, or parts are
-    missing.
+    Returns:
+        The config and the tensors. The config becomes untied where config.json does not state it (as in quantizations
+        of MiniCPM-2B) and the stored head differs from the embedding.
+
+    Raises:
+        InputError: config.json, quantize_config.json and the tensors contradict each other, or parts are missing.
     """
     scheme = scheme_of_config(raw, str(folder / "config.json"))
     untied = dataclasses.replace(config, tie_word_embeddings=False)

@@ -1,4 +1,4 @@
-"""A model's tensors packed in MLX's affine form while they are written, as `mlx_lm.convert -q` packs them."""
+"""Quantize tensors in MLX's affine format while they are written, as `mlx_lm.convert -q` does."""
 
 import functools
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from weights_io.quantization.mlx_affine import REQUIRED, quantize
 
 @dataclass(frozen=True)
 class Affine:
-    """How matrices are packed. Raises `InputError` for bits or groups that MLX has not."""
+    """The quantization of the matrices. Raises `InputError` for bits or a group size that MLX does not have."""
 
     bits: int
     group_size: int
@@ -29,25 +29,29 @@ class Affine:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The keys of config.json that tell mlx_lm, and this package, of it."""
+        """The keys of config.json that describe it."""
         entry = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
         return {"quantization": entry, "quantization_config": dict(entry)}
 
     def matrices(self, config: ModelConfig) -> list[str]:
-        """The tensors that are packed: all matrices, embedding and head too, whose rows have groups; no router, which
-        is small and chooses. Raises `InputError` where there is none."""
+        """The tensors to quantize: all matrices whose rows the group size divides, embedding and head included.
+
+        Routers are not quantized: they are small, and they select the experts. Raises `InputError` where there is none.
+        """
         wide = [p for p in parameters(config) if len(p.tensor_shape(config)) == 2 and not is_router(p)]
         names = [n for p in wide if p.tensor_shape(config)[-1] % self.group_size == 0 for n in p.hf_names(config)]
         if not names:
             raise InputError(
-                f"no matrix of the model has rows of groups of {self.group_size}; choose a smaller {{q_group_size}}.",
+                f"the group size {self.group_size} divides the rows of no matrix; choose a smaller {{q_group_size}}.",
                 others=["q_group_size"],
             )
         return names
 
     def parts(self, config: ModelConfig, tensors: Mapping[str, Computed]) -> dict[str, Computed]:
-        """The tensors to write, ``weight``, ``scales`` and ``biases`` in place of each packed matrix. Of a matrix that
-        is packed for its first part the others are kept until they are asked for."""
+        """The tensors to write, with ``weight``, ``scales`` and ``biases`` in place of each quantized matrix.
+
+        A matrix is quantized when its first part is read. The other parts are kept until they are read.
+        """
         packed = set(self.matrices(config))
         found: dict[str, Computed] = {}
         for name, tensor in tensors.items():
