@@ -61,6 +61,10 @@ class Transposed(Weight):
         """``axes``: the logical axes of [O, I]."""
         self.array, self.axes = nnx.Param(weight), axes
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array[...].shape
+
     def __getitem__(self, index: Any) -> Array:
         return self.array[...] if index is Ellipsis else self.array[index]
 
