@@ -122,7 +122,7 @@ def load_weights(
     return model
 
 
-Leaves = dict[str, Any]  # name of a parameter -> array, or packed weight
+Leaves = dict[str, Any]  # parameter name -> array, or quantized weight
 
 
 def _read_whole(checkpoint: Checkpoint, dtype: str, matrices: str) -> Leaves:

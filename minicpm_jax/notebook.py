@@ -114,7 +114,9 @@ def decoding_speed(model: "Model", rows: int = 1, prompt_tokens: int = 32, new_t
 
     vocab_size = model.config.vocab_size
     prompts = np.random.default_rng(0).integers(0, vocab_size, (rows, prompt_tokens))
-    request = GenerationRequest(tuple(PromptIds(row, vocab_size) for row in prompts), new_tokens + 1)  # no end
+    request = GenerationRequest(
+        tuple(PromptIds(row, vocab_size) for row in prompts), new_tokens + 1
+    )  # without end-of-text ids
     seconds = 0.0
     for _ in range(2):
         steps = stream_tokens(model, request)

@@ -197,14 +197,14 @@ class Program:
         if opcode in SLICING:
             taken = operands[0][0].part(instruction.numbers)
             return taken + sum(read[1:]) + sum(buffer.hbm for buffer in instruction.buffers)
-        if opcode == "slice-start":  # ((what it is taken from), what comes out, flag)
+        if opcode == "slice-start":  # ((operand), result, flag)
             return operands[0][0].part(instruction.buffers[1].numbers) + instruction.buffers[1].hbm
         if opcode in UPDATING:
             update = operands[1 if opcode == "dynamic-update-slice" else -1][0]
             return sum(read[1:]) + instruction.buffers[0].part(update.numbers)
         if opcode in ("copy-start", "collective-permute-start", "all-gather-start", "all-reduce-start"):
             written = instruction.buffers[: 1 if opcode == "copy-start" else None]
-            if opcode in ("collective-permute-start", "all-gather-start"):  # (what goes in, what comes out, ...)
+            if opcode in ("collective-permute-start", "all-gather-start"):  # (operands, results, ...)
                 written = instruction.buffers[1:2]
             return sum(read) + sum(buffer.hbm for buffer in written)
         return sum(read) + sum(buffer.hbm for buffer in instruction.buffers)
@@ -280,7 +280,7 @@ class Program:
             sizes = [sum(b.size for b in value.buffers) for value in (*operands, instruction)]
             went, came = sum(sizes[:-1]), sizes[-1]
             if instruction.opcode.endswith("-start") and kind != "all-reduce":
-                came -= went  # (what goes in, what comes out)
+                came -= went  # (operands, results)
             found = re.search(r"channel_id=(\d+)", instruction.rest)
             yield kind, found[1] if found else "", max(went, came)
         elif instruction.opcode in ("fusion", "async-start"):

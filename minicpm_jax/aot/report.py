@@ -1,4 +1,4 @@
-"""What a compiled program needs (memory, traffic) and how fast it can be; and which variants would fit."""
+"""Memory, traffic and speed limit of a compiled program, and the variants that would fit."""
 
 import dataclasses
 import importlib.metadata

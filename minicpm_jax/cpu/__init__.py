@@ -1,1 +1,1 @@
-"""What only XLA:CPU needs."""
+"""Code that only XLA:CPU needs."""

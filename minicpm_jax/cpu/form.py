@@ -45,7 +45,7 @@ class Form:
         return dtype
 
     def packing(self, config: ModelConfig, packs: Packing) -> Packing:
-        """How weights are packed as they are loaded, given `quantization.model.packing`."""
+        """The functions that pack weights as they are loaded, from those of `quantization.model.packing`."""
         return packs
 
     def cache_dtype(self, model: Model) -> Any:

@@ -14,8 +14,8 @@ def logits(model: "Model", ids: np.ndarray, mask: np.ndarray | None) -> np.ndarr
 
 
 def states(model: "Model", ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of ids [1, T]: the embeddings and each layer's output [L + 1, T, D], and the states after the final norm [T,
-    D]."""
+    """The embeddings and each layer's output [L + 1, T, D], and the states after the final norm [T, D], of ids [1,
+    T]."""
     import jax
 
     x, last = jax.jit(_states)(model, ids)

@@ -149,8 +149,8 @@ class MoE(nnx.Module):
             )
 
     def form(self, shape: tuple[int, ...]) -> Callable[[Array, Array, Array], Array]:
-        """How the experts run on rows [B, T]. If the ambient mesh shards the experts: all of them, on their devices.
-        If it shards the rows and there are many: each device on its own rows. Otherwise: in one place."""
+        """Select how the experts run on rows [B, T]: all experts on their devices if the ambient mesh shards them,
+        each device on its own rows if it shards these and there are many, otherwise in one place."""
         mesh = ambient_mesh()
         if mesh is not None and splits("expert", self.experts.count, mesh):
             return self.experts.dense_experts

@@ -88,5 +88,5 @@ def apply_rope(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array,
     head_dim = x.shape[-1]
     places = jnp.asarray(np.eye(head_dim, k=head_dim // 2) - np.eye(head_dim, k=-head_dim // 2), x.dtype)
     exact = {"precision": precision(x), "preferred_element_type": jnp.float32}
-    swapped = jnp.einsum("btxh,hg->btxg", x, places, **exact)  # -second, first
+    swapped = jnp.einsum("btxh,hg->btxg", x, places, **exact)  # (-x2, x1)
     return (x.astype(jnp.float32) * positions.cos[:, :, None] + swapped * positions.sin[:, :, None]).astype(x.dtype)

@@ -1,1 +1,1 @@
-"""What only several chips need."""
+"""Code that only several chips need."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Callable[[Array], Any]]:
-    """How to quantize each weight to ``bits`` bits: parameter name -> function of the array, for the layers'
-    matrices except the router. Each function consumes (deletes) its argument.
+    """The functions that quantize weights to ``bits`` bits, by parameter name: for the layers' matrices except the
+    router. Each function consumes (deletes) its argument.
 
     ``head``: also quantize the head to int8, and with it a tied embedding. This is for generation, where every step
     reads the whole head.

@@ -179,7 +179,7 @@ class Saved:
     def _said(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # orbax raises bare ones for damaged files
+        except Exception as error:  # orbax raises bare exceptions for damaged files
             raise InputError(f"{self._folder.parent} is damaged ({_reason(error)}); take another step.") from error
 
 

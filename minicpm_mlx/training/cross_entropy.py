@@ -34,7 +34,7 @@ def _chunked(
     takes two products instead of three; without a backward pass it is one too many.
     """
     parts = [slice(at, at + chunk) for at in range(0, targets.shape[1], chunk)]
-    made: list[mx.array] = []  # ahead
+    made: list[mx.array] = []  # gradients computed ahead
 
     @mx.custom_function
     def losses(hidden: mx.array, weight: mx.array) -> mx.array:
