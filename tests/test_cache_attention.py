@@ -65,8 +65,11 @@ CASES = {  # first slot of each row's new tokens, heads, key/value heads, head d
 }
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("case", CASES)
+# Scales differ where blocks come in parts, in pieces, and where heads share lanes or fill none.
+IN_INT8 = ("decode, of unequal rows", "later piece", "pieces of a piece", "heads that fill no lanes")
+
+
+@pytest.mark.parametrize(("case", "bits"), [*((case, None) for case in CASES), *((case, 8) for case in IN_INT8)])
 def test_the_kernel_is_attention(case, bits):
     """Measured: at most 4e-6 from `attend` over the (for int8: dequantised) cache."""
     first, *rest = CASES[case]
@@ -105,8 +108,15 @@ def test_every_fill_of_a_block(bits):
     np.testing.assert_allclose(out, reference(q, cache, first), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("case", ["decode, of unequal rows", "later piece", "heads that fill no lanes"])
+@pytest.mark.parametrize(
+    ("case", "bits"),
+    [
+        ("decode, of unequal rows", None),
+        ("decode, of unequal rows", 8),
+        ("later piece", 8),
+        ("heads that fill no lanes", None),
+    ],
+)
 def test_blocks_one_by_one_and_at_once(case, bits):
     """XLA's forms: a CPU's, and any other device's."""
     first, *rest = CASES[case]
@@ -154,12 +164,7 @@ def test_pico_through_the_kernel(bits, request):
 
 @pytest.mark.parametrize(
     ("axes", "bits"),
-    [
-        ({"data": 2, "tensor": 4}, None),
-        ({"fsdp": 2, "tensor": 4}, 8),
-        ({"tensor": 8}, None),
-        ({"tensor": 2}, 8),
-    ],
+    [({"data": 2, "tensor": 4}, None), ({"fsdp": 2, "tensor": 4}, 8), ({"tensor": 8}, None)],
 )
 def test_over_a_mesh_each_device_writes_and_reads_its_part(interpreted, axes, bits):
     mesh = automatic(Mesh(np.array(jax.devices()[: np.prod(list(axes.values()))]).reshape(*axes.values()), [*axes]))
@@ -194,7 +199,7 @@ def bytes_read(tiling, first, itemsize, scaled=False):
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("batch", [1, 16, 64])
+@pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize("name", HEADS)
 def test_a_step_reads_what_is_filled(name, batch, bits):
     """Whole grains of keys and values, whole blocks of scales, counted from the grid; and the statement to XLA is that
@@ -219,7 +224,7 @@ def test_a_step_reads_what_is_filled(name, batch, bits):
     assert cost(tiling, size, 2, scaled).bytes_accessed == bytes_read(tiling, [4095] * batch, size, scaled) + queries
 
 
-@pytest.mark.parametrize("batch", [1, 16, 64])
+@pytest.mark.parametrize("batch", [1, 64])
 def test_a_step_of_the_2b_reads_its_weights_and_what_is_filled(batch):
     """Within a fiftieth, of equal rows and of unequal ones, wherever they end."""
     weights, layers, slot = 5_449_761_792, 40, 2 * 2304 * 2
