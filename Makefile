@@ -74,17 +74,17 @@ lint: $(VENV)/.test ## ruff and types alone
 
 pico: $(PICO)/tokenizer/tokenizer.json ## train the built-in model again (or go on with it) and put it in place
 	$(VENV)/bin/python -m minicpm_jax.pretrain --config weights_io/pico/config.json --data $(PICO)/corpus \
-	  --tokenizer $(PICO)/tokenizer --out $(PICO)/training --steps 6000 --decay-steps 1000 --half-life 250 \
+	  --tokenizer $(PICO)/tokenizer --save-path $(PICO)/training --iters 6000 --decay-steps 1000 --half-life 250 \
 	  --batch-size 8 --save-dtype float32 $$(test ! -e $(PICO)/training/settings.json || echo --resume)
 	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(PICO)/training/model --require sum=95
 	cp $(PICO)/training/model/* weights_io/pico/
 	mkdir -p docs && cp $(PICO)/training/loss.png docs/pico-loss.png
 
 $(PICO)/corpus/questions.jsonl: | $(VENV)/.backends
-	$(VENV)/bin/python -m minicpm_data.corpus --out $(PICO)/corpus
+	$(VENV)/bin/python -m minicpm_data.corpus --save-path $(PICO)/corpus
 
 $(PICO)/tokenizer/tokenizer.json: $(PICO)/corpus/questions.jsonl
-	$(VENV)/bin/python -m minicpm_data.vocabulary --data $(PICO)/corpus --out $(PICO)/tokenizer
+	$(VENV)/bin/python -m minicpm_data.vocabulary --data $(PICO)/corpus --save-path $(PICO)/tokenizer
 
 badges: ## write the repository that this clone came from into the notebooks' badges and install lines
 	$(PYTHON) notebooks/set_source.py

@@ -1,15 +1,17 @@
 """What the family's programs take on TPUs that are not here: docs/fit.md, in a quarter of an hour on two cores.
 
-python -m benchmarks.fit_table --out docs/fit.md
+python -m benchmarks.fit_table --save-path docs/fit.md
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from weights_io import command_line
 from weights_io.errors import flag
+from weights_io.former_names import Former
 from weights_io.memory import size
 
 TEXT = """# What it takes on a TPU
@@ -35,7 +37,7 @@ Compile times are those of two busy cores.
 
 @dataclass(frozen=True)
 class Options:
-    out: Path = Path("docs/fit.md")
+    save_path: Annotated[Path, Former("out")] = Path("docs/fit.md")
     """File to write."""
     only: str = ""
     """Only programs whose line, as it begins, contains this; the other lines of the file stay."""
@@ -73,14 +75,14 @@ ROWS: tuple[Row, ...] = (
 def main(options: Options) -> None:
     """Compile the programs of the table and write it."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    before = options.out.read_text().splitlines() if options.out.exists() else []
+    before = options.save_path.read_text().splitlines() if options.save_path.exists() else []
     table = [next((line for line in before if line.startswith(beginning(row))), "") for row in ROWS]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.save_path.parent.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(ROWS):
         if options.only in beginning(row):
             table[number] = next(lines([row]))
             print(table[number], flush=True)
-            options.out.write_text(TEXT + "".join(line + "\n" for line in table if line))
+            options.save_path.write_text(TEXT + "".join(line + "\n" for line in table if line))
 
 
 def beginning(row: Row) -> str:

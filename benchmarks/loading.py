@@ -1,6 +1,6 @@
 """How long loading takes, and how much memory, beside other programs on this machine.
 
-    python -m benchmarks.loading --peer-python ~/torch/bin/python --out docs/loading.md
+    python -m benchmarks.loading --peer-python ~/torch/bin/python --save-path docs/loading.md
 
 A random Llama of MiniCPM-2B's size in bfloat16, written to --folder (5.5 to 6 GB, deleted afterwards) and loaded whole
 by each program in a process of its own; they take turns, and of each figure the median counts. A program that is not
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from benchmarks import throughput
 from benchmarks.models import THEIRS, shape_of, write_noise
@@ -19,6 +20,7 @@ from benchmarks.throughput import Contest
 from minicpm_serve import backends
 from weights_io import command_line
 from weights_io.checkpoint import open_checkpoint
+from weights_io.former_names import Former
 
 READING = "reading the file"
 PROGRAMS = ("minicpm_jax", "transformers", "minicpm_mlx", "mlx_lm")
@@ -35,7 +37,7 @@ class Options:
     folder: Path | None = None
     """Where the model is written for the time; by default where this system keeps what is temporary."""
     peer_python: str = sys.executable
-    out: Path | None = None
+    save_path: Annotated[Path | None, Former("out")] = None
     """Also write the table to this file."""
 
 
@@ -56,8 +58,8 @@ def main(options: Options) -> None:
             present = [name for name in present if throughput.start(name, Path(folder), contest, given, runs)]
     text = table(options, contest, size, in_jax, {name: runs[name] for name in present})
     print(text, end="")
-    if options.out is not None:
-        options.out.write_text(HEADER.format(model=options.model) + text, "utf-8")
+    if options.save_path is not None:
+        options.save_path.write_text(HEADER.format(model=options.model) + text, "utf-8")
 
 
 HEADER = """# Loading a model of {model}'s shape

@@ -1,6 +1,6 @@
 """Prompt and answer tokens a second, loading and memory, beside other programs on this machine.
 
-    python -m benchmarks.throughput --peer-python ~/torch/bin/python --out docs/throughput
+    python -m benchmarks.throughput --peer-python ~/torch/bin/python --save-path docs/throughput
 
 All run the same random Llama of MiniCPM-1B's width, on two threads, each in a process of its own that stays; they take
 turns, and of each figure the median counts. Writes the figures (.json), a table (.md) and a picture (.png). A program
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from benchmarks import peers
 from benchmarks.models import wide, write_llama
 from weights_io import command_line
 from weights_io.errors import InputError
+from weights_io.former_names import Former
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -44,7 +45,7 @@ class Options:
     mlx_prompt: int = 32
     mlx_tokens: int = 9
     peer_python: str = sys.executable
-    out: Path = Path("throughput")
+    save_path: Annotated[Path, Former("out")] = Path("throughput")
     """Name of the files to be written, less .json, .md and .png."""
     only: tuple[str, ...] = ()
     """Measure again where these of ours run (minicpm_mlx); the other figures stay those of the last time."""
@@ -83,9 +84,9 @@ def main(options: Options) -> None:
     # As MiniCPM was released; llama.cpp rounds to bfloat16 what meets a weight in it.
     contests.append(Contest(both[:2], "float32", *large, file="bfloat16"))
     contests.append(Contest(("minicpm_mlx", "mlx_lm"), "float32", *small))
-    path = options.out.with_suffix(".json")
+    path = options.save_path.with_suffix(".json")
     if options.only and not path.exists():
-        raise InputError(f"--only adds to {path}, which is not there; measure everything first.")
+        raise InputError(f"adds to {path}, which is not there; measure everything first.", option="only")
     last = json.loads(path.read_text("utf-8")) if options.only else {}
     found = {}
     for contest in contests:
@@ -97,8 +98,8 @@ def main(options: Options) -> None:
         found[contest.title] = {"figures": figures, "size": size}
     path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     parts = [table(contest, **found[contest.title]) for contest in contests]
-    options.out.with_suffix(".md").write_text(HEADER + "\n".join(parts), "utf-8")
-    draw([(contest, found[contest.title]["figures"]) for contest in contests], options.out.with_suffix(".png"))
+    options.save_path.with_suffix(".md").write_text(HEADER + "\n".join(parts), "utf-8")
+    draw([(contest, found[contest.title]["figures"]) for contest in contests], options.save_path.with_suffix(".png"))
 
 
 HEADER = """# Beside other programs, on two cores of a CPU

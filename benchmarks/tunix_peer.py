@@ -1,6 +1,6 @@
 """Beside google-tunix's Llama3 of the same shape, both compiled for TPUs that are not here.
 
-    python -m benchmarks.tunix_peer --peer-python ~/tunix/bin/python --out docs/tunix.md
+    python -m benchmarks.tunix_peer --peer-python ~/tunix/bin/python --save-path docs/tunix.md
 
 Each program is traced and compiled in a process of its own, one after the other: the loop that decodes (greedy), and
 the loss and its gradients of all weights with layers recomputed; bfloat16, the shape of MiniCPM-1B, the same mesh.
@@ -15,18 +15,19 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from benchmarks.models import wide
 from weights_io import command_line
 from weights_io.errors import InputError
+from weights_io.former_names import Former
 from weights_io.memory import size
 
 
 @dataclass(frozen=True)
 class Options:
     peer_python: str = sys.executable
-    out: Path = Path("tunix.md")
+    save_path: Annotated[Path, Former("out")] = Path("tunix.md")
     """File to write."""
     layers: int = 52
     """Of both models; 52 are the whole MiniCPM-1B."""
@@ -89,8 +90,10 @@ def main(options: Options) -> None:
         return
     here = f"import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, {NEEDED})))"
     if subprocess.run([options.peer_python, "-c", here]).returncode:
-        raise InputError(f"--peer-python {options.peer_python} lacks google-tunix or libtpu; install both there.")
-    before = options.out.read_text("utf-8").splitlines() if options.out.exists() else []
+        raise InputError(
+            f"{options.peer_python} lacks google-tunix or libtpu; install both there.", option="peer_python"
+        )
+    before = options.save_path.read_text("utf-8").splitlines() if options.save_path.exists() else []
     of = {f"| {case.title} | {whose} | ": (case, whose) for case in CASES for whose in ("ours", "tunix")}
     table = {beginning: next((line for line in before if line.startswith(beginning)), "") for beginning in of}
     for beginning, (case, whose) in of.items():
@@ -98,7 +101,7 @@ def main(options: Options) -> None:
             table[beginning] = beginning + " | ".join(cells(case, whose, options)) + " |"
             print(table[beginning], flush=True)
             header = HEADER.format(layers=options.layers, words=options.words)
-            options.out.write_text(header + "".join(line + "\n" for line in table.values() if line), "utf-8")
+            options.save_path.write_text(header + "".join(line + "\n" for line in table.values() if line), "utf-8")
 
 
 def cells(case: Case, whose: str, options: Options) -> Iterator[str]:

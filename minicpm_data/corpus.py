@@ -2,7 +2,7 @@
 
 All text comes from the grammars and tables beside this file. A document is a pure function of (stage, index, seed).
 
-    python -m minicpm_data.corpus --out data/pico
+    python -m minicpm_data.corpus --save-path data/pico
 """
 
 import json
@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
 from minicpm_data.pico_corpus import facts, skills, stories
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
+from weights_io.former_names import Former
 from weights_io.write import folder_to_fill
 
 STAGES = ("stable", "decay")
@@ -117,7 +119,7 @@ def _write(path: Path, rows: Iterable[dict]) -> None:
 
 @dataclass
 class Options:
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """Folder to write, new or empty."""
     documents: int = 128_000
     """Training documents of the stable stage; the decay stage has 0.64 times as many, validation 1 % of each."""
@@ -127,14 +129,22 @@ class Options:
 def main(options: Options) -> None:
     """Write the corpus of pico: stable/ and decay/ with train.jsonl and valid.jsonl each, and questions.jsonl."""
     if options.documents < 1:
-        raise InputError(f"--documents {options.documents} is not a number of documents; give 1 or more.")
-    if options.out.is_file() or options.out.is_dir() and any(options.out.iterdir()):
-        raise InputError(f"--out {options.out} exists and is not an empty folder; name a new one or remove it first.")
+        raise InputError(f"{options.documents} is not a number of documents; give 1 or more.", option="documents")
+    if options.save_path.is_file() or options.save_path.is_dir() and any(options.save_path.iterdir()):
+        raise InputError(
+            f"{options.save_path} exists and is not an empty folder; name a new one or remove it first.",
+            option="save_path",
+        )
     try:
-        with folder_to_fill(options.out.absolute().parent), partial(options.out.absolute(), folder=True) as folder:
+        with (
+            folder_to_fill(options.save_path.absolute().parent),
+            partial(options.save_path.absolute(), folder=True) as folder,
+        ):
             write(folder, options)
     except OSError as error:
-        raise InputError(f"--out {options.out} cannot be written ({error.strerror}); name another folder.") from None
+        raise InputError(
+            f"{options.save_path} cannot be written ({error.strerror}); name another folder.", option="save_path"
+        ) from None
 
 
 def write(folder: Path, options: Options) -> None:

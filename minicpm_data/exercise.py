@@ -1,6 +1,6 @@
 """A small task for fine-tuning: the built-in model does sums, and is to end each with a sentence that it never saw.
 
-    python -m minicpm_data.exercise --out exercise
+    python -m minicpm_data.exercise --save-path exercise
 
 writes ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` of {"prompt", "completion"}. The sums of test and valid are
 among those that pico's corpus keeps out of its training text, and none of them is in train.
@@ -11,17 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
 from minicpm_data.pico_corpus import skills
 from weights_io import command_line
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
+from weights_io.former_names import Former
 from weights_io.write import check_output, folder_to_fill
 
 
 @dataclass(frozen=True)
 class Options:
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """Folder to write."""
     examples: int = 2000
     """Sums to train on; a tenth as many are for testing, a twentieth for validation."""
@@ -32,8 +34,8 @@ class Options:
 def exercise(options: Options) -> None:
     """Write a small fine-tuning task: sums, answered in a whole sentence."""
     if not 20 <= options.examples <= 5000:
-        raise InputError(f"--examples is {options.examples}; it must be from 20 to 5000.")
-    out = check_output(options.out)
+        raise InputError(f"is {options.examples}; it must be from 20 to 5000.", option="examples")
+    out = check_output(options.save_path)
     random = Random(f"{options.seed} exercise")
     training, held = (list(_pairs(out)) for out in (False, True))
     random.shuffle(training)
@@ -44,7 +46,7 @@ def exercise(options: Options) -> None:
         for name, pairs in splits.items():
             lines = [json.dumps(_example(*pair, random), ensure_ascii=False) + "\n" for pair in pairs]
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-            print(f"{options.out / name}.jsonl: {len(lines)} sums")
+            print(f"{options.save_path / name}.jsonl: {len(lines)} sums")
 
 
 def _pairs(held_out: bool) -> Iterator[tuple[str, int, int]]:

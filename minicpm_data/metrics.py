@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 from weights_io.files.partial import partial, write_whole
 from weights_io.files.regular import read_regular
 
@@ -96,8 +96,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         elif line and number < len(lines):
             damaged.append(number)
     if damaged:
-        named = ", ".join(map(str, damaged[:3])) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
-        print(f"note: {path} is damaged in line {named}, which is left out", file=sys.stderr)
+        print(f"note: {path} is damaged in line {listed(damaged)}, which is left out", file=sys.stderr)
     return records
 
 
@@ -161,5 +160,5 @@ def check_reporter(report_to: str | None) -> None:
     """`InputError` where its package is not installed."""
     if report_to is not None and find_spec(PACKAGES[report_to]) is None:
         raise InputError(
-            f"--report-to {report_to} needs a package that is not here: pip install {PACKAGES[report_to]}."
+            f"{report_to} needs a package that is not here: pip install {PACKAGES[report_to]}.", option="report_to"
         )

@@ -1,9 +1,9 @@
-"""What is refused of an option's number, in one sentence that names the flag."""
+"""What is refused of an option's number, in one sentence that names the option."""
 
 import math
 from typing import Any
 
-from weights_io.errors import InputError, flag
+from weights_io.errors import InputError
 
 
 def check_range(
@@ -23,4 +23,4 @@ def check_range(
         elif not value < below:
             wrong = "finite" if below == math.inf else f"below {below}"
         if wrong is not None:
-            raise InputError(f"{flag(name)} is {value}; it must be {wrong}.")
+            raise InputError(f"is {value}; it must be {wrong}.", name)

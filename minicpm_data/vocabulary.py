@@ -1,6 +1,6 @@
 """Train a vocabulary of MiniCPM's kind on a corpus: SentencePiece BPE with single digits and bytes to fall back on.
 
-python -m minicpm_data.vocabulary --data data/pico --out pico
+python -m minicpm_data.vocabulary --data data/pico --save-path pico
 """
 
 import json
@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from minicpm_data.datasets.formats import Reader
 from minicpm_data.datasets.jsonl import read_documents
 from minicpm_data.tokenizer.chat_template import MINICPM_TEMPLATE
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
+from weights_io.former_names import Former
 from weights_io.write import check_output
 
 CONFIG = {
@@ -53,7 +54,7 @@ def texts(data: Path, limit: int) -> Iterator[str]:
     for stage in ("stable", "decay"):
         path = data / stage / "train.jsonl"
         if not path.is_file():
-            raise InputError(f"{path} does not exist; run python -m minicpm_data.corpus --out {data} first.")
+            raise InputError(f"{path} does not exist; run python -m minicpm_data.corpus --save-path {data} first.")
         for number, document in islice(read_documents(path), limit):
             parts = parts_of(document, f"{path}, line {number}")
             try:
@@ -75,7 +76,7 @@ def train(lines: Iterable[str], size: int) -> bytes:
     characters = {character for line in lines for character in line if character != " "}
     least = 4 + 256 + len(characters) + 1  # specials and newline, bytes, characters, the space
     if size < least:
-        raise InputError(f"--size {size} has no room for the corpus's characters; give {least} or more.")
+        raise InputError(f"{size} has no room for the corpus's characters; give {least} or more.", option="vocab_size")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -100,7 +101,9 @@ def train(lines: Iterable[str], size: int) -> bytes:
     except RuntimeError as error:
         if "Vocabulary size too high" not in str(error):
             raise InputError(f"SentencePiece cannot train on this corpus ({error}); give other text.") from None
-        raise InputError(f"--size {size} is more pieces than the corpus has; give fewer or more text.") from None
+        raise InputError(
+            f"{size} is more pieces than the corpus has; give fewer or more text.", option="vocab_size"
+        ) from None
     return model.getvalue()
 
 
@@ -113,13 +116,13 @@ def _write(path: Path, content: bytes) -> None:
 class Options:
     data: Path
     """Folder written by minicpm_data.corpus."""
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """Folder to write tokenizer files to."""
-    size: int = 2048
+    vocab_size: Annotated[int, Former("size")] = 2048
     """Pieces of the vocabulary."""
     documents: int = 20_000
     """Training documents read of each stage."""
-    max_length: int = 1024
+    model_max_length: Annotated[int, Former("max_length")] = 1024
     """model_max_length of tokenizer_config.json."""
 
 
@@ -128,19 +131,21 @@ def main(options: Options) -> None:
     from minicpm_data.tokenizer.sentencepiece import fast_spec, read_spm
 
     if options.documents < 1:
-        raise InputError(f"--documents is {options.documents}; it must be at least 1.")
-    check_output(options.out)  # models trained with a tokenizer that is there depend on it
-    model = train(texts(options.data, options.documents), options.size)
+        raise InputError(f"is {options.documents}; it must be at least 1.", option="documents")
+    check_output(options.save_path)  # models trained with a tokenizer that is there depend on it
+    model = train(texts(options.data, options.documents), options.vocab_size)
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        options.save_path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {options.out} cannot be made ({error.strerror}); name another folder.") from None
-    _write(options.out / "tokenizer.model", model)
-    config = {**CONFIG, "model_max_length": options.max_length, "chat_template": MINICPM_TEMPLATE}
-    _write(options.out / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False).encode())
-    fast = fast_spec(read_spm(options.out / "tokenizer.model"), space_prefix=True, added={})
-    _write(options.out / "tokenizer.json", json.dumps(fast, ensure_ascii=False).encode())
-    print(f"{options.out}: a tokenizer of {options.size:,} pieces")
+        raise InputError(
+            f"{options.save_path} cannot be made ({error.strerror}); name another folder.", option="save_path"
+        ) from None
+    _write(options.save_path / "tokenizer.model", model)
+    config = {**CONFIG, "model_max_length": options.model_max_length, "chat_template": MINICPM_TEMPLATE}
+    _write(options.save_path / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False).encode())
+    fast = fast_spec(read_spm(options.save_path / "tokenizer.model"), space_prefix=True, added={})
+    _write(options.save_path / "tokenizer.json", json.dumps(fast, ensure_ascii=False).encode())
+    print(f"{options.save_path}: a tokenizer of {options.vocab_size:,} pieces")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A checkpoint of a training run as a model: Hugging Face layout, or what `weights_io.convert` makes of it.
 
-    python -m minicpm_jax.export --checkpoint finetuned --step 500 --out model-500
+    python -m minicpm_jax.export --checkpoint finetuned --step 500 --save-path model-500
 
 ``--checkpoint`` is the folder of a run of minicpm_jax.finetune or minicpm_jax.pretrain, also one that was stopped, and
 also one of several hosts. One parameter at a time is in memory; no accelerator is needed.
@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpm_data.training.checkpoint_folder import CheckpointFolder
 from weights_io import command_line
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
+from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     from weights_io.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class Options:
     checkpoint: Path
     """Folder of the run; or of one of its checkpoints, RUN/checkpoints/STEP."""
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """Folder to write; it must not exist yet, or be empty."""
     step: int | None = None
     """Which of its checkpoints; by default the last."""
@@ -44,7 +45,7 @@ def main(options: Options) -> None:
     from weights_io.write import check_output
 
     run, step = find(options.checkpoint, options.step)
-    check_output(options.out, run)
+    check_output(options.save_path, run)
     settings = read_json(run / "settings.json")
     pretraining = "config" in settings  # earlier versions wrote no backend there, as MLX had no pretraining
     if settings.get("backend", "minicpm_jax" if pretraining else None) != "minicpm_jax":
@@ -52,7 +53,7 @@ def main(options: Options) -> None:
     if "rank" in settings:
         raise InputError(f"{run} is a run of adapters; python -m minicpm_jax.fuse works them into their model.")
     if (options.source or "").endswith(".gguf") and pretraining:
-        raise InputError("--source is a GGUF file; give the folder of the run's tokenizer.")
+        raise InputError("is a GGUF file; give the folder of the run's tokenizer.", option="source")
 
     import jax
 
@@ -66,7 +67,7 @@ def main(options: Options) -> None:
     checkpoint = dataclasses.replace(start, tensors=tensors)
     dtype: Any = options.dtype or notes.get("save_dtype") or start.dtype
     print(f"step {step} of {run}")
-    how = convert.Options(str(run), options.to, options.out, dtype=dtype)
+    how = convert.Options(str(run), options.to, options.save_path, dtype=dtype)
     print("\n".join(convert.convert(checkpoint, how, carried_files(checkpoint))))
 
 
@@ -74,15 +75,17 @@ def find(folder: Path, step: int | None) -> tuple[Path, int]:
     """The run's folder, and the step of one of its checkpoints."""
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
         if step not in (None, int(folder.name)):
-            raise InputError(f"--checkpoint {folder} is that of step {folder.name}, and --step is {step}; give one.")
+            raise InputError(
+                f"{folder} is that of step {folder.name}, and --step is {step}; give one.", option="checkpoint"
+            )
         folder, step = folder.parent.parent, int(folder.name)
     if not (folder / "settings.json").is_file():
-        raise InputError(f"{folder} is no training run: it has no settings.json; give its --save-path, or --out.")
+        raise InputError(f"{folder} is no training run: it has no settings.json; give its --save-path.")
     there = CheckpointFolder(folder / "checkpoints").steps
     if not there:
         raise InputError(f"{folder} holds no checkpoint yet.")
     if step is not None and step not in there:
-        raise InputError(f"{folder} holds no checkpoint of step {step}; there are {', '.join(map(str, there))}.")
+        raise InputError(f"{folder} holds no checkpoint of step {step}; there are {listed(there)}.")
     return folder, there[-1] if step is None else step
 
 

@@ -1,7 +1,7 @@
 """Will it fit on a TPU, and what will it cost? Compiles the program that would run there, with no TPU present.
 
-    python -m minicpm_jax.fit --model minicpm-2b --topology v5e:1x1 --job generate --seq 4096
-    python -m minicpm_jax.fit --model minicpm-2b --topology v5e:2x4 --job finetune --batch 8 --grad-checkpoint
+    python -m minicpm_jax.fit --model minicpm-2b --topology v5e:1x1 --job generate --max-seq-length 4096
+    python -m minicpm_jax.fit --model minicpm-2b --topology v5e:2x4 --job finetune --batch-size 8 --grad-checkpoint
 
 No weight is allocated or downloaded. Memory is what XLA planned, bytes and collectives are counted in its program
 (`minicpm_jax.aot.hlo_cost`), times are floors: no program runs faster than its chip reads, or multiplies.
@@ -10,10 +10,11 @@ No weight is allocated or downloaded. Memory is what XLA planned, bytes and coll
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpm_jax.aot.report import lines, remedies, report
 from weights_io import command_line
+from weights_io.former_names import Former, present_names
 from weights_io.memory import size
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ class Options:
     """Kind and arrangement of the chips: v2, v3, v4, v5e, v5p or v6e, such as v5e:2x4 or v4:2x2x1."""
     job: Literal["generate", "prefill", "lora", "finetune", "pretrain"] = "generate"
     """A step of decoding, a piece of a prompt, or a step of training."""
-    batch: int = 1
+    batch_size: Annotated[int, Former("batch")] = 1
     """Rows; in training over all chips together."""
-    seq: int = 4096
+    max_seq_length: Annotated[int, Former("seq")] = 4096
     """Slots of the cache; in training tokens of a row."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Of weights and computation; masters of finetune and pretrain are float32."""
@@ -60,8 +61,8 @@ def compile_job(
     model: str = "minicpm-2b",
     topology: str = "v5e:1x1",
     job: Literal["generate", "prefill", "lora", "finetune", "pretrain"] = "generate",
-    batch: int = 1,
-    seq: int = 4096,
+    batch_size: int = 1,
+    max_seq_length: int = 4096,
     dtype: str = "bfloat16",
     quantize: int | None = None,
     mesh: str | None = None,
@@ -69,11 +70,13 @@ def compile_job(
 ) -> Any:
     """The project's own program, compiled for a TPU that need not exist: a `jax.stages.Compiled`.
 
-    Arguments as the flags of the command (`Options`), ``more`` the rest of them. Raises `InputError` for what cannot
+    Arguments as the flags of the command (`Options`), ``more`` the rest of them and the former names of all: ``batch``,
+    ``seq``. Raises `InputError` for what cannot
     be; where the memory of a chip does not suffice, XLA's own error says RESOURCE_EXHAUSTED.
     """
-    given = Options(model, topology, job, batch, seq, dtype, quantize, mesh=mesh, **more)  # type: ignore[arg-type]
-    return job_of(given).compiled()
+    given = {"batch_size": batch_size, "max_seq_length": max_seq_length, "quantize": quantize, "mesh": mesh}
+    given |= present_names(Options, more)
+    return job_of(Options(model, topology, job, dtype=dtype, **given)).compiled()  # type: ignore[arg-type]
 
 
 def job_of(options: Options) -> "Job":
@@ -93,7 +96,7 @@ def main(options: CommandOptions) -> None:
     Topology.parse(options.topology).devices()  # first what costs nothing
     job = job_of(options)
     found = report(job)
-    note_idle(job.config, job.placed, job.batch)
+    note_idle(job.config, job.placed, job.batch_size)
     if options.json:
         import json
 

@@ -46,22 +46,26 @@ class Placement(Devices):
         named = {name: getattr(self, name) for name in ("coordinator_address", "num_processes", "process_id")}
         missing = [flag(name) for name, value in named.items() if value is None]
         if self.distributed and len(missing) < len(named):
-            raise InputError("--distributed finds the other processes by itself; leave the flags that name them away.")
+            raise InputError(
+                "finds the other processes by itself; leave the flags that name them away.", option="distributed"
+            )
         if 0 < len(missing) < len(named):
             raise InputError(
                 f"{' and '.join(missing)} must be given too: several processes need all three of "
                 "--coordinator-address, --num-processes and --process-id."
             )
         if self.join_timeout < 1:
-            raise InputError(f"--join-timeout is {self.join_timeout}; it must be at least 1.")
+            raise InputError(f"is {self.join_timeout}; it must be at least 1.", option="join_timeout")
         if self.num_processes is None or self.process_id is None:
             return
         if self.num_processes < 1:
-            raise InputError(f"--num-processes is {self.num_processes}; it must be at least 1.")
+            raise InputError(f"is {self.num_processes}; it must be at least 1.", option="num_processes")
         if not 0 <= self.process_id < self.num_processes:
             raise InputError(
-                f"--process-id is {self.process_id}; the {self.num_processes} processes of --num-processes have the "
-                f"ids 0 to {self.num_processes - 1}."
+                f"is {self.process_id}; the {self.num_processes} processes of {{num_processes}} have the "
+                f"ids 0 to {self.num_processes - 1}.",
+                option="process_id",
+                others=["num_processes"],
             )
         host_and_port(self.coordinator_address or "")
 

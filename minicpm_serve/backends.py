@@ -37,7 +37,7 @@ class BackendOptions(ModelOptions):
 
     def check_placement(self) -> None:
         if self.backend == "mlx" and self.mesh is not None:
-            raise InputError("--mesh arranges the devices of JAX; leave it out with --backend mlx.")
+            raise InputError("arranges the devices of JAX; leave it out with {backend} mlx.", "mesh", ["backend"])
 
     def placement(self) -> dict[str, Any]:
         """That of ``minicpm_jax.chat``."""

@@ -1,10 +1,10 @@
 """One evaluation over the checkpoints of a training run, and the curve that it draws.
 
     python -m minicpm_serve.history --backend jax --model minicpm-2b-history --revisions step10000 step20000 \\
-        --evaluation loss --data text.txt --out history
+        --evaluation loss --data text.txt --save-path history
 
 Checkpoints are revisions of ``--model``, or folders in it (on the hub or on this disk). Each result is a line of
-``history.jsonl`` in ``--out`` as soon as it is there, and the same command goes on where it was stopped.
+``history.jsonl`` in ``--save-path`` as soon as it is there, and the same command goes on where it was stopped.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpm_data.cli.evaluate import ask_questions, replies, require_positive
 from minicpm_data.metrics import read_records
@@ -25,6 +25,7 @@ from minicpm_serve.evaluation.perplexity import loss_of, read_texts
 from weights_io import catalog
 from weights_io.errors import InputError
 from weights_io.files.partial import write_whole
+from weights_io.former_names import Former, former_names
 from weights_io.write import folder_to_fill
 
 if TYPE_CHECKING:
@@ -35,12 +36,16 @@ VALUES = {  # what each evaluation draws
     "passkey": ("score", "share of the pass keys found"),
     "loss": ("loss", "cross entropy (nats per token)"),
 }
-SETTINGS = {"questions": ("limit", "seed"), "passkey": ("samples", "length", "seed"), "loss": ("data", "length")}
+SETTINGS = {
+    "questions": ("limit", "seed"),
+    "passkey": ("num_samples", "max_seq_length", "seed"),
+    "loss": ("data", "max_seq_length"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(backends.BackendOptions):
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """Folder of history.jsonl and history.png."""
     revisions: tuple[str, ...] = ()
     """Branches, tags or commits of --model, in the order of the run."""
@@ -50,9 +55,9 @@ class Options(backends.BackendOptions):
     """The built-in questions, the loss on --data, or pass keys found in long texts."""
     data: Path | None = None
     """A text file, or .jsonl with a "text" a line, whose loss is measured."""
-    length: int = 512
+    max_seq_length: Annotated[int, Former("length")] = 512
     """Tokens of a text with a pass key, or of the windows that --data is cut into."""
-    samples: int = 20
+    num_samples: Annotated[int, Former("samples")] = 20
     """Texts with a pass key."""
     limit: int | None = None
     """Only so many of the 900 questions."""
@@ -65,7 +70,9 @@ class Options(backends.BackendOptions):
         """What tells the results of one curve from those of another."""
         names = ("evaluation", *SETTINGS[self.evaluation], "dtype")
         values = {name: getattr(self, name) for name in names}
-        return {"model": self.model} | {n: str(v) if isinstance(v, Path) else v for n, v in values.items()}
+        written = {field: former for former, field in former_names(Options).items()}  # as in lines of earlier versions
+        shown = {written.get(n, n): str(v) if isinstance(v, Path) else v for n, v in values.items()}
+        return {"model": self.model} | shown
 
 
 @dataclass(frozen=True)
@@ -78,14 +85,14 @@ class Checkpoint:
 def main(options: Options) -> None:
     """Evaluate the checkpoints of a training run one after the other, and draw the curve."""
     options.check_placement()
-    require_positive(options, "length", "samples", "limit", "batch_size")
+    require_positive(options, "max_seq_length", "num_samples", "limit", "batch_size")
     if (options.evaluation == "loss") != (options.data is not None):
-        raise InputError("--evaluation loss and --data go together; give both or neither.")
-    if options.data is not None and options.length < 2:
-        raise InputError("--length is 1, and a window of one token predicts none; give at least 2.")
+        raise InputError("loss and {data} go together; give both or neither.", "evaluation", ["data"])
+    if options.data is not None and options.max_seq_length < 2:
+        raise InputError("is 1, and a window of one token predicts none; give at least 2.", option="max_seq_length")
     listed = checkpoints(options)
     documents = [] if options.data is None else read_texts(options.data)
-    with folder_to_fill(options.out):
+    with folder_to_fill(options.save_path):
         evaluate_all(options, listed, documents)
 
 
@@ -93,7 +100,7 @@ def evaluate_all(options: Options, listed: Sequence[Checkpoint], documents: Sequ
     """What is not in the folder yet; the curve is drawn anew after each."""
     from tqdm import tqdm
 
-    kept, settings = options.out / "history.jsonl", options.settings()
+    kept, settings = options.save_path / "history.jsonl", options.settings()
     earlier = read_records(kept) if kept.exists() else []
     if kept.exists():
         write_whole(kept, "".join(json.dumps(record) + "\n" for record in earlier))  # less a line that was cut
@@ -110,7 +117,7 @@ def evaluate_all(options: Options, listed: Sequence[Checkpoint], documents: Sequ
             with kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[checkpoint.name]) + "\n")
         tqdm.write(f"{checkpoint.name:24} {key} {done[checkpoint.name][key]:.4f}")
-        draw(options.out / "history.png", {c.name: done[c.name][key] for c in listed if c.name in done}, label)
+        draw(options.save_path / "history.png", {c.name: done[c.name][key] for c in listed if c.name in done}, label)
 
 
 def checkpoints(options: Options) -> list[Checkpoint]:
@@ -125,7 +132,7 @@ def checkpoints(options: Options) -> list[Checkpoint]:
         start = f"{entry.repo if entry and entry.repo else options.model}/" if options.model else ""
         return [Checkpoint(name, start + name, options.revision) for name in names]
     if options.model is None or options.revision is not None:
-        raise InputError("--revisions are those of --model, and take the place of --revision.")
+        raise InputError("are those of {model}, and take the place of {revision}.", "revisions", ["model", "revision"])
     return [Checkpoint(name, options.model, name) for name in names]
 
 
@@ -136,9 +143,11 @@ def evaluated(options: Options, checkpoint: Checkpoint, documents: Sequence[str]
     model, tokenizer = load_model(backend, here)
     backend.device.note_mesh(model, options.batch_size)
     if options.evaluation == "loss":
-        return loss_of(options.backend, model, tokenizer, documents, options.length, options.batch_size)
+        return loss_of(options.backend, model, tokenizer, documents, options.max_seq_length, options.batch_size)
     if options.evaluation == "passkey":
-        samples = evaluation_samples("passkey", tokenizer.encode, options.length, options.samples, options.seed)
+        samples = evaluation_samples(
+            "passkey", tokenizer.encode, options.max_seq_length, options.num_samples, options.seed
+        )
         prompts, most = [sample.ids for sample in samples], answer_tokens("passkey", tokenizer.encode)
         said = replies(backend, model, tokenizer, prompts, options.batch_size, most)
         return {"score": sum(map(is_right, samples, said)) / len(samples)}

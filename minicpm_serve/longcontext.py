@@ -1,6 +1,6 @@
 """How well a model finds what lies far back: the retrieval tasks of InfiniteBench at a length of your choice.
 
-    python -m minicpm_serve.longcontext --backend mlx --model minicpm-2b-128k --task passkey --length 16384
+    python -m minicpm_serve.longcontext --backend mlx --model minicpm-2b-128k --task passkey --max-seq-length 16384
 
 The score is given by the needle's depth. ``--rope-scaling`` compares ways to stretch the positions of one model.
 """
@@ -22,6 +22,7 @@ from minicpm_serve.evaluation.needles import Encode, Sample, TaskName, answer_to
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.partial import write_whole
+from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -34,9 +35,9 @@ CONFIDENCE = 1.96  # standard deviations: 95 %
 class Options(backends.BackendOptions):
     task: TaskName = "passkey"
     """A pass key of 5 digits, a sequence of 10, or a value of a JSON object."""
-    length: int = 4096
+    max_seq_length: Annotated[int, Former("length")] = 4096
     """Most tokens of a prompt with its answer; the text is made to be just under it."""
-    samples: int = 20
+    num_samples: Annotated[int, Former("samples")] = 20
     """Texts to search."""
     depth: tuple[float, ...] = ()
     """Where the needles lie, from 0 (beginning) to 1 (end), in turn; by default evenly spread."""
@@ -54,8 +55,8 @@ class Options(backends.BackendOptions):
     """Numbers that share a scale with --kv-bits in MLX; by default 64, or 32 where 64 does not divide a head."""
     prefill_step_size: int = 512
     """Tokens of a text that are run together: less takes less memory."""
-    json: Path | None = None
-    """Also write score, samples and replies to this file."""
+    save_path: Annotated[Path | None, Former("json")] = None
+    """Also write score, samples and replies to this file, as JSON."""
 
 
 def main(options: Options) -> None:
@@ -63,9 +64,9 @@ def main(options: Options) -> None:
     from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 
     options.check_placement()
-    require_positive(options, "samples", "length", "batch_size")
+    require_positive(options, "num_samples", "max_seq_length", "batch_size")
     if wrong := [depth for depth in options.depth if not 0 <= depth <= 1]:
-        raise InputError(f"--depth is {wrong[0]:g}; it must be a number from 0 to 1.")
+        raise InputError(f"is {wrong[0]:g}; it must be a number from 0 to 1.", option="depth")
     cache = CacheOptions(
         kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size, kv_group_size=options.kv_group_size
     )
@@ -79,7 +80,9 @@ def main(options: Options) -> None:
     for raw in scaling:
         config = with_rope_scaling(config, raw)
     encode = _in_template(tokenizer) if options.chat else tokenizer.encode
-    samples = evaluation_samples(options.task, encode, options.length, options.samples, options.seed, options.depth)
+    samples = evaluation_samples(
+        options.task, encode, options.max_seq_length, options.num_samples, options.seed, options.depth
+    )
     most = answer_tokens(options.task, encode)
     note_context(config, max(len(sample.ids) for sample in samples) + most, "; --rope-scaling stretches them")
     model, tokenizer = load_model(backend, options, decoding=True, source=source)
@@ -90,9 +93,9 @@ def main(options: Options) -> None:
     said = list(replies(backend, model, tokenizer, prompts, options.batch_size, most, stop, cache))
     right = [is_right(sample, reply) for sample, reply in zip(samples, said, strict=True)]
     print("\n".join(table(samples, right)))
-    print(f"{options.task} at {options.length} tokens: {counted(right)}")
-    if options.json is not None:
-        write_whole(options.json, json.dumps(_report(options, config, samples, said, right), indent=1) + "\n")
+    print(f"{options.task} at {options.max_seq_length} tokens: {counted(right)}")
+    if options.save_path is not None:
+        write_whole(options.save_path, json.dumps(_report(options, config, samples, said, right), indent=1) + "\n")
 
 
 def with_rope_scaling(config: ModelConfig, raw: Any) -> ModelConfig:
@@ -136,7 +139,7 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"--rope-scaling is not JSON ({error}); give an object or null.") from None
+        raise InputError(f"is not JSON ({error}); give an object or null.", option="rope_scaling") from None
 
 
 def _report(
@@ -146,7 +149,8 @@ def _report(
         {"depth": sample.depth, "tokens": len(sample.ids), "answer": sample.answer, "reply": reply, "right": found}
         for sample, reply, found in zip(samples, said, right, strict=True)
     ]
-    chosen = {name: getattr(options, name) for name in ("model", "revision", "backend", "task", "length", "seed")}
+    chosen = {name: getattr(options, name) for name in ("model", "revision", "backend", "task", "seed")}
+    chosen["length"] = options.max_seq_length
     low, high = wilson(sum(right), len(right))
     score = {"right": sum(right), "of": len(right), "score": sum(right) / len(right), "interval": [low, high]}
     return {**chosen, "rope_scaling": config.to_dict()["rope_scaling"], **score, "samples": asked}

@@ -14,15 +14,17 @@ import socket
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpm_data.cli.evaluate import require_positive
 from minicpm_data.generation.options import CacheOptions
 from minicpm_data.model_options import load_model, note_context
+from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.engine import Engine
 from weights_io import command_line
 from weights_io.errors import InputError
+from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     import uvicorn
@@ -46,13 +48,13 @@ class Options(backends.BackendOptions):
     other machines are let in."""
     allowed_origins: tuple[str, ...] = ()
     """Pages in browsers that may ask this server, such as http://localhost:3000, or * for all."""
-    slots: int | None = None
-    """Answers that are decoded together; others wait. By default 8, or fewer where the memory has no room for them."""
-    waiting: int = 256
-    """Answers that may wait for a slot; more are refused (503)."""
-    context: int | None = None
+    max_num_seqs: Annotated[int | None, Former("slots")] = None
+    """Requests that are decoded together; others wait. By default 8, or fewer where the memory has no room for them."""
+    max_queued_requests: Annotated[int, Former("waiting")] = 256
+    """Requests that may wait; more are refused (503)."""
+    max_model_len: Annotated[int | None, Former("context")] = None
     """Most tokens of a prompt and its answer; by default as many as the model was made for, or what there is room for
-    in one slot."""
+    where one request is decoded."""
     kv_bits: Literal[8] | None = None
     """Keep keys and values in so many bits (JAX)."""
     prefill_step_size: int = 512
@@ -62,11 +64,10 @@ class Options(backends.BackendOptions):
 def main(options: Options) -> None:
     """Serve a MiniCPM (or Llama) model over HTTP as OpenAI does."""
     options.check_placement()
-    require_positive(options, "slots", "context", "prefill_step_size")
-    if options.waiting < 0:
-        raise InputError(f"--waiting is {options.waiting}; it must be at least 0.")
+    require_positive(options, "max_num_seqs", "max_model_len", "prefill_step_size")
+    check_range(options, "max_queued_requests", least=0)
     if not 0 <= options.port < 2**16:
-        raise InputError(f"--port is {options.port}; it must be from 0 to 65535.")
+        raise InputError(f"is {options.port}; it must be from 0 to 65535.", option="port")
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise InputError("the server needs fastapi and uvicorn: pip install 'minicpm-jax-mlx[serve]'.")
     from minicpm_serve.http.connections import most_connections
@@ -79,14 +80,14 @@ def main(options: Options) -> None:
         backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options, decoding=True)
         cache_options = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
-        engine = Engine(options.backend, model, tokenizer, options.slots, options.context, cache_options)
+        engine = Engine(options.backend, model, tokenizer, options.max_num_seqs, options.max_model_len, cache_options)
         try:
             backend.device.note_mesh(engine.model, engine.slots)
-            note_context(model.config, engine.context, "; lower --context")
+            note_context(model.config, engine.context, "; lower --max-model-len")
             engine.warm_up()
             gc.freeze()  # else reading a large body looks through all of this again: 4 times as long
             name = options.model or "pico"
-            server(engine, name, key, options.waiting, hosts, origins).run(sockets=[listening])
+            server(engine, name, key, options.max_queued_requests, hosts, origins).run(sockets=[listening])
         finally:
             engine.close()
 
@@ -137,7 +138,7 @@ def server(
                 listening.listen(QUEUED)
             host, port, *_ = self.servers[0].sockets[0].getsockname()
             host = f"[{host}]" if ":" in host else host
-            room = f"--slots {engine.slots} --context {engine.context}"
+            room = f"--max-num-seqs {engine.slots} --max-model-len {engine.context}"
             print(f"{name}: http://{host}:{port}/v1 ({room}; Ctrl-C ends it)", flush=True)
 
         hurry = False

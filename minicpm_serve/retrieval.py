@@ -5,7 +5,7 @@ A needle lies at some depth of a text of no interest, and the model is asked for
 among many (``kv_retrieval``). Wording, lengths of answers and scoring are the benchmark's, so that scores can be
 compared; the samples are ours, drawn by seed and made as long as the tokenizer counts.
 
-    python -m minicpm_serve.retrieval --tokenizer pico --task passkey --lengths 160 256 --samples 100 --out train.jsonl
+    python -m minicpm_serve.retrieval --task passkey --lengths 160 256 --num-samples 100 --save-path train.jsonl
 
 writes samples to train on, none of whose needles is ever asked for in an evaluation.
 """
@@ -14,11 +14,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from minicpm_serve.evaluation.needles import TASKS, TaskName, make_sample
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
+from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """The .jsonl file to write: {"prompt": ..., "completion": ...} a line."""
     tokenizer: str | None = None
     """Folder, GGUF file, hub id or short name of the model whose tokens are counted; left out: the built-in model."""
@@ -34,7 +35,7 @@ class Options:
     """A pass key of 5 digits, a sequence of 10, or a value of a JSON object."""
     lengths: tuple[int, int] = (512, 4096)
     """Least and most tokens of a prompt with its answer; each sample's is drawn between them."""
-    samples: int = 2000
+    num_samples: Annotated[int, Former("samples")] = 2000
     """Lines to write."""
     seed: int = 0
     """Draws needles, depths and lengths."""
@@ -45,24 +46,24 @@ def main(options: Options) -> None:
     from tqdm import tqdm
 
     shortest, longest = options.lengths
-    if options.samples < 1:
-        raise InputError(f"--samples is {options.samples}; it must be at least 1.")
+    if options.num_samples < 1:
+        raise InputError(f"is {options.num_samples}; it must be at least 1.", option="num_samples")
     if shortest > longest:
-        raise InputError(f"--lengths {shortest} {longest} run backwards; give the least first.")
+        raise InputError(f"{shortest} {longest} run backwards; give the least first.", option="lengths")
     encode = _tokenizer(options.tokenizer).encode
     space = TASKS[options.task].space
     make_sample(options.task, encode, shortest, 0.0, "shortest", False)  # refused before the file is begun
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.save_path.parent.mkdir(parents=True, exist_ok=True)
     tokens = 0
-    with partial(options.out) as path, path.open("w", encoding="utf-8") as file:
-        for i in tqdm(range(options.samples), desc="writing", disable=None, delay=1):
+    with partial(options.save_path) as path, path.open("w", encoding="utf-8") as file:
+        for i in tqdm(range(options.num_samples), desc="writing", disable=None, delay=1):
             random = Random(f"{options.seed} {i}")
             length, depth = random.randint(shortest, longest), random.random()
             sample = make_sample(options.task, encode, length, depth, f"{options.seed} {i}", False)
             line = {"prompt": sample.prompt, "completion": f"{space}{sample.answer}{'.' if space else ''}"}
             file.write(json.dumps(line) + "\n")
             tokens += len(sample.ids)
-    print(f"{options.out}: {options.samples} samples of {options.task}, {tokens:,} tokens of prompts")
+    print(f"{options.save_path}: {options.num_samples} samples of {options.task}, {tokens:,} tokens of prompts")
 
 
 def _tokenizer(path_or_repo: str | None) -> "Tokenizer":

@@ -53,7 +53,9 @@ def test_targets(dense, moe):
     assert short(target_parameters(moe.config, ["all-linear"])) == [*linear, "w1", "w2", "w3"]
     assert short(target_parameters(moe.config, ["gate", "experts.w2"])) == ["gate", "w2"]
     for target in ("gate_proj", "proj", "embed_tokens", "lm_head", "model.norm", "", "weight"):
-        with pytest.raises(InputError, match=r"no matrix .* choose among q_proj, .*, gate, w1, w2, w3 and all-linear"):
+        with pytest.raises(
+            InputError, match=r"no matrix .* choose among q_proj, k_proj, v_proj and 5 more, or give all-linear"
+        ):
             target_parameters(moe.config, [target])
     with pytest.raises(InputError, match="no matrix 'gate' "):
         target_parameters(dense.config, ["gate"])
@@ -365,7 +367,16 @@ def test_the_command_turns_one_form_into_the_other(dense, tmp_path):
     save_adapter(tmp_path / "peft", adapter, dense.config)
     for source, to in (("peft", "mlx_lm"), ("mlx_lm", "again")):
         form = "peft" if to == "again" else to
-        options = ["--model", dense.path, "--adapter-path", tmp_path / source, "--to", form, "--out", tmp_path / to]
+        options = [
+            "--model",
+            dense.path,
+            "--adapter-path",
+            tmp_path / source,
+            "--to",
+            form,
+            "--save-path",
+            tmp_path / to,
+        ]
         ran = subprocess.run([sys.executable, "-m", "weights_io.adapters", *options], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         assert "LoRA of rank 4, scale 2, on 14 matrices (q_proj, " in ran.stdout

@@ -287,7 +287,7 @@ def test_every_stop_counts(parrot, typed, flags):
 def test_an_empty_stop_is_refused_before_anything_is_loaded(parrot, typed):
     bird = parrot("The fox")
     code, _, error = typed(generate.run_generate, bird, "--stop", "")
-    assert (code, error, bird.loaded) == (2, "error: a stop string must not be empty.\n", {})
+    assert (code, error, bird.loaded) == (2, "error: --stop holds an empty text; leave it out.\n", {})
 
 
 def test_extra_eos_token(parrot, typed):

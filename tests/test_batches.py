@@ -240,9 +240,9 @@ def test_refusals():
         Batches(data, 8, 64, seed=0)
     with pytest.raises(InputError, match="6 examples, packed into 1 rows, do not fill .* --batch-size 1, or more"):
         Batches(data, 2, 64, seed=0, pack=True)
-    with pytest.raises(InputError, match="--seed -1"):
+    with pytest.raises(InputError, match="seed -1"):
         Batches(data, 2, 64, seed=-1)
     with pytest.raises(InputError, match="8 tokens, more than the 7"):
         Batches(data, 2, 7, seed=0)
-    with pytest.raises(InputError, match="--batch-size 0"):
+    with pytest.raises(InputError, match="batch_size 0"):
         Batches(data, 0, 64, seed=0)

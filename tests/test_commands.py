@@ -14,9 +14,10 @@ import pytest
 import tiny_adapter
 import tiny_model
 
+from weights_io import command_line
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
-from weights_io.command_line import as_typed, check_numbers, exit_codes
+from weights_io.command_line import check_numbers, exit_codes, flags_of
 from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
@@ -122,12 +123,12 @@ def test_a_mesh_of_one_process(name):
     options, needed = importlib.import_module(name).Options, PLACED[name]
     assert options(**needed).placement() == {"mesh": None}
     assert options(mesh="fsdp=2,tensor=4", **needed).placement()["mesh"].shape == {"fsdp": 2, "tensor": 4}
-    with pytest.raises(InputError, match="--mesh tensor=3 is for 3 devices; there are 8"):
+    with pytest.raises(InputError, match="mesh tensor=3 is for 3 devices; there are 8"):
         options(mesh="tensor=3", **needed).placement()
     if "backend" in needed:
         mlx = needed | {"backend": "mlx"}
         assert options(**mlx).placement() == {}
-        with pytest.raises(InputError, match="leave it out with --backend mlx"):
+        with pytest.raises(InputError, match="leave it out with backend mlx"):
             importlib.import_module(name).main(options(mesh="fsdp=8", **mlx))
 
 
@@ -194,7 +195,7 @@ def test_the_prompt_comes_from_standard_input(package, folder):
     ("arguments", "said"),
     [
         (["--max-tokens", "0"], "--max-tokens is 0"),
-        (["--temp", "-1"], "temperature is -1"),
+        (["--temp", "-1"], "--temp is -1"),
         (["--top-p", "1.5"], "error: --top-p is 1.5"),
         (["--model", "no/such-folder-here"], "no/such-folder-here"),
         (["--model", "openbmb/MiniCPM3-4B"], "minicpm3-4b (latent attention) is not supported yet"),
@@ -238,19 +239,19 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("max_tokens", 10**30, "--max-tokens is 1000000000000000000000000000000; it must be at most 2,147,483,647."),
+        ("max_tokens", 10**30, "max_tokens is 1000000000000000000000000000000; it must be at most 2,147,483,647."),
         ("num_layers", -(10**30), "it must be at least -2,147,483,647."),
-        ("iters", 10**50, "--iters is a number of more than 40 digits; it must be at most 2,147,483,647."),
-        ("lengths", (1, 10**9), "--lengths is 1000000000; it must be at most 2,097,152."),
-        ("batch_size", 10**9, "--batch-size is 1000000000; it must be at most 65,536."),
+        ("iters", 10**50, "iters is a number of more than 40 digits; it must be at most 2,147,483,647."),
+        ("lengths", (1, 10**9), "lengths is 1000000000; it must be at most 2,097,152."),
+        ("batch_size", 10**9, "batch_size is 1000000000; it must be at most 65,536."),
         ("seed", 2**63, "it must be at most 9,223,372,036,854,775,807."),
-        ("learning_rate", float("nan"), "--learning-rate is nan; give a number."),
+        ("learning_rate", float("nan"), "learning_rate is nan; give a number."),
     ],
 )
 def test_numbers_beyond_all_use(name, value, said):
     with pytest.raises(InputError) as error:
         check_numbers(dataclasses.make_dataclass("Options", [name])(value))
-    assert said in str(error.value)
+    assert said in str(error.value) and error.value.option == name
     check_numbers(dataclasses.make_dataclass("Options", ["seed", "iters", "resume"])(2**63 - 1, 2**31 - 1, True))
 
 
@@ -260,12 +261,12 @@ def test_numbers_beyond_all_use(name, value, said):
         "minicpm_jax.generate --max-tokens",
         "minicpm_mlx.chat --max-tokens",
         "minicpm_mlx.lora --iters",
-        "minicpm_serve.openai_api --backend mlx --context",
-        "minicpm_serve.longcontext --backend jax --length",
-        "minicpm_serve.history --backend jax --out {out} --batch-size",
-        "minicpm_serve.retrieval --out {out} --samples",
-        "minicpm_jax.fit --seq",
-        "minicpm_data.corpus --out {out} --documents",
+        "minicpm_serve.openai_api --backend mlx --max-model-len",
+        "minicpm_serve.longcontext --backend jax --max-seq-length",
+        "minicpm_serve.history --backend jax --save-path {out} --batch-size",
+        "minicpm_serve.retrieval --save-path {out} --num-samples",
+        "minicpm_jax.fit --max-seq-length",
+        "minicpm_data.corpus --save-path {out} --documents",
     ],
 )
 def test_a_command_takes_no_number_beyond_all_use(command, tmp_path):
@@ -293,12 +294,84 @@ def test_more_memory_than_there_is(capsys):
     assert (end.value.code, capsys.readouterr().err.startswith("error: there is not enough memory; ")) == (2, True)
 
 
-def test_fields_are_named_as_they_are_typed():
-    assert as_typed("top_p is 2; it must be below max_tokens.", Few) == "--top-p is 2; it must be below --max-tokens."
-    for sentence in ("seed is -1.", "a/top_p has a line without 'max_tokens'.", "top_p.txt, my_top_p, --max-tokens"):
-        assert as_typed(sentence, Few) == sentence
-    for sentence in ("m/config.json: top_p is 3.", "config.json is of top_p 3."):  # not what was typed
-        assert as_typed(sentence, Few) == sentence
+def test_an_error_names_its_options_as_they_were_given(monkeypatch, capsys):
+    error = InputError("is 2 where {max_tokens} is {max_tokens2}.", option="top_p", others=["max_tokens"])
+    assert (str(error), error.option) == ("top_p is 2 where max_tokens is {max_tokens2}.", "top_p")
+    assert error.spelled(flags_of(Few)) == "--top-p is 2 where --max-tokens is {max_tokens2}."
+    plain = "top_p of m/config.json is 3."  # not what was typed
+    assert InputError(plain).spelled(flags_of(Few)) == plain
+    assert InputError("is 3.", option="top_k").spelled(flags_of(Few)) == "top_k is 3."  # no option of this command
+
+    def main(options):
+        """Refuse."""
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["few", "--seed", "1"])
+    with pytest.raises(SystemExit) as end:
+        command_line.run(main, Few, "few")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --top-p is 2 where --max-tokens is {max_tokens2}.\n"
+
+
+# Options that were renamed, with what else each command needs. The old flags go on working, and no help shows them.
+OUT = {"--out x": "--save-path x"}
+PRETRAIN = OUT | {"--steps 7": "--iters 7", "--seq-length 9": "--max-seq-length 9", "--remat": "--grad-checkpoint"}
+PRETRAIN |= {"--valid-every 3": "--steps-per-eval 3"}
+SERVER = {"--slots 3": "--max-num-seqs 3", "--waiting=5": "--max-queued-requests 5", "--context 9": "--max-model-len 9"}
+LENGTH = {"--length 9": "--max-seq-length 9", "--samples 4": "--num-samples 4"}
+RENAMED = {
+    "minicpm_jax.pretrain Options --tokenizer t --data d": PRETRAIN,
+    "minicpm_data.training.options PretrainOptions --tokenizer t --data d": PRETRAIN,
+    "minicpm_jax.fit CommandOptions": {"--batch 2": "--batch-size 2", "--seq 9": "--max-seq-length 9"},
+    "minicpm_jax.generate Options": {"--temperature 0.5": "--temp 0.5"},
+    "minicpm_jax.chat Options": {"--temperature 0.5": "--temp 0.5"},
+    "minicpm_jax.export Options --checkpoint c": OUT,
+    "minicpm_serve.openai_api Options --backend jax": SERVER,
+    "minicpm_serve.longcontext Options --backend mlx": LENGTH | {"--json x": "--save-path x"},
+    "minicpm_serve.history Options --backend mlx": LENGTH | OUT,
+    "minicpm_serve.retrieval Options": OUT | {"--samples 4": "--num-samples 4"},
+    "minicpm_data.corpus Options": OUT,
+    "minicpm_data.exercise Options": OUT,
+    "minicpm_data.vocabulary Options --data d": OUT
+    | {"--size 9": "--vocab-size 9", "--max-length 9": "--model-max-length 9"},
+    "weights_io.convert Options --model m --to hf": OUT,
+    "weights_io.adapters Options --to peft": OUT,
+    "weights_io.upcycle Options": OUT | {"--experts 4": "--num-experts 4", "--top-k 3": "--num-experts-per-tok 3"},
+}
+
+
+@pytest.mark.parametrize("command", RENAMED)
+def test_former_flags_go_on_working(command, monkeypatch, capsys):
+    module, name, *needed = command.split()
+    options, found = getattr(importlib.import_module(module), name), []
+
+    def main(given):
+        """Keep the options."""
+        found.append(given)
+
+    def run_with(*flags):
+        monkeypatch.setattr(sys, "argv", [module, *flags])
+        command_line.run(main, options, module)
+
+    for flags in (RENAMED[command].keys(), RENAMED[command].values()):
+        words = " ".join(flags).split()
+        run_with(*needed, *words)
+    assert found[0] == found[1] and type(found[0]) is options
+    with pytest.raises(SystemExit):
+        run_with("--help")
+    words = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert not words & {flag.partition("=")[0].split()[0] for flag in RENAMED[command]}
+
+
+def test_help_says_nothing_of_a_default_that_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["openai_api", "--help"])
+    from minicpm_serve.openai_api import Options
+
+    with pytest.raises(SystemExit):
+        command_line.run(lambda options: None, Options, "openai_api")
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(default: 8000)" in said and "None" not in said and "(default: )" not in said
+    assert "--max-num-seqs INT " in said and "--quantize {4,8} " in said
 
 
 def test_a_folder_that_is_gone_is_not_called_none(tmp_path, monkeypatch, capsys):

@@ -60,7 +60,11 @@ def test_the_compiled_step_has_fewer_nodes(worlds, batches, kind, world, tmp_pat
 def test_the_compiled_step_of_pretraining_has_fewer_nodes(worlds, world, tmp_path, monkeypatch):
     root = worlds[world]
     options = PretrainOptions(
-        tokenizer=root / "tokenizer", data=root, out=tmp_path / "out", init_from=str(root / "model"), remat=True
+        tokenizer=root / "tokenizer",
+        data=root,
+        save_path=tmp_path / "out",
+        init_from=str(root / "model"),
+        grad_checkpoint=True,
     )
     windows = {"ids": mx.array(tiny.IDS)}
 

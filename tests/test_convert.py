@@ -92,7 +92,7 @@ def test_formats_that_leave_nothing_to_do_are_refused(reference):
 
 @pytest.mark.parametrize("name", ["moe_8x2b", "s_1b"])
 def test_experts_and_fatrelu_are_rewritten_bit_for_bit(reference, tmp_path, name):
-    main(Options(model=str(reference(name)), to="hf", out=tmp_path / "out"))
+    main(Options(model=str(reference(name)), to="hf", save_path=tmp_path / "out"))
     source, written = open_checkpoint(reference(name)), open_checkpoint(tmp_path / "out")
     assert written.config == source.config
     assert written.tensors.keys() == source.tensors.keys()
@@ -103,7 +103,7 @@ def test_experts_and_fatrelu_are_rewritten_bit_for_bit(reference, tmp_path, name
 @pytest.mark.parametrize("name, message", [("moe_8x2b", "a Llama has no experts"), ("s_1b", "a Llama has no FATReLU")])
 def test_a_llama_of_experts_or_fatrelu_is_refused(reference, tmp_path, name, message):
     with pytest.raises(InputError, match=f"{message}.*; use --to hf"):
-        main(Options(model=str(reference(name)), to="llama", out=tmp_path / "out"))
+        main(Options(model=str(reference(name)), to="llama", save_path=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -133,7 +133,7 @@ def test_rounding_to_bfloat16_is_reported(reference, tmp_path, capsys):
     save_checkpoint(tmp_path / "l", config, tensors, dtype="bfloat16", rounding=rounding)
     assert 2**-9 < rounding.worst <= 2**-8
     assert 0 < rounding.mean < rounding.worst
-    main(Options(model=str(source.path), to="llama", out=tmp_path / "m", dtype="bfloat16"))
+    main(Options(model=str(source.path), to="llama", save_path=tmp_path / "m", dtype="bfloat16"))
     assert "rounded to bfloat16: worst relative error 0.0039, mean 0.0014" in capsys.readouterr().out
 
 
@@ -150,8 +150,8 @@ def test_folding_a_bfloat16_model_costs_one_rounding(reference):
 
 
 def test_command_there_and_back(reference, tmp_path, capsys):
-    main(Options(model=str(reference("dense_2b")), to="llama", out=tmp_path / "llama"))
-    main(Options(model=str(tmp_path / "llama"), to="hf", out=tmp_path / "back", unfold=True, dim_model_base=32))
+    main(Options(model=str(reference("dense_2b")), to="llama", save_path=tmp_path / "llama"))
+    main(Options(model=str(tmp_path / "llama"), to="hf", save_path=tmp_path / "back", unfold=True, dim_model_base=32))
     said = capsys.readouterr().out
     assert "LlamaForCausalLM, 297,120 parameters, 30 tensors in float32" in said
     assert "are the same numbers and are tied" in said
@@ -163,7 +163,7 @@ def test_command_there_and_back(reference, tmp_path, capsys):
 
 
 def test_torch_files_become_safetensors(reference, tmp_path):
-    main(Options(model=str(reference("bin")), to="hf", out=tmp_path / "out"))
+    main(Options(model=str(reference("bin")), to="hf", save_path=tmp_path / "out"))
     written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in open_checkpoint(reference("dense_2b")).tensors.items():
         np.testing.assert_array_equal(written[name], tensor.read())
@@ -173,7 +173,7 @@ def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(reference, tmp_path):
     from minicpm_data import load_tokenizer, tokenizer_from_gguf
 
     path = reference("gguf") / "model-q4_0.gguf"
-    main(Options(model=str(path), to="hf", out=tmp_path / "out", dtype="float32"))
+    main(Options(model=str(path), to="hf", save_path=tmp_path / "out", dtype="float32"))
     source, written = open_checkpoint(path), open_checkpoint(tmp_path / "out")
     assert written.config == source.config and written.eos_token_ids == source.eos_token_ids
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -204,7 +204,7 @@ def test_nan_names_tensor_and_file_and_leaves_no_new_folder(reference, tmp_path,
     (model / "config.json").write_text((source.path / "config.json").read_text())
     write_file(model / "model.safetensors", save_nan)
     with pytest.raises(InputError, match=f"{name} in {model}/model.safetensors holds NaN"):
-        main(Options(model=str(model), out=tmp_path / "x" / "y" / "z", **options))
+        main(Options(model=str(model), save_path=tmp_path / "x" / "y" / "z", **options))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_load_would_refuse_is_refused_before_writing(tmp_path, 
     for name, content in files.items():
         (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
-        main(Options(model=str(model), to=to, out=tmp_path / "x" / "out"))
+        main(Options(model=str(model), to=to, save_path=tmp_path / "x" / "out"))
     assert not (tmp_path / "x").exists()
 
 
@@ -242,14 +242,14 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(reference, tmp_path):
     broken.mkdir()
     (broken / "config.json").write_text("{")
     for options, message in (
-        (Options(model=str(tmp_path / "nowhere"), to="hf", out=out), "nowhere"),
-        (Options(model=str(broken), to="hf", out=out), "is not JSON"),
-        (Options(model=model, to="hf", out=broken), "is not empty"),
-        (Options(model=model, to="hf", out=reference("dense_2b") / "inside"), "lies in the model folder"),
-        (Options(model=model, to="hf", out=out, scale_emb=3.0), "--scale-emb is only used with --unfold"),
-        (Options(model=model, to="llama", out=out, unfold=True), "use it with --to hf"),
-        (Options(model=model, to="hf", out=out, unfold=True), "not in the Llama format"),
-        (Options(model=str(reference("llama_format")), to="llama", out=out), "Llama format already"),
+        (Options(model=str(tmp_path / "nowhere"), to="hf", save_path=out), "nowhere"),
+        (Options(model=str(broken), to="hf", save_path=out), "is not JSON"),
+        (Options(model=model, to="hf", save_path=broken), "is not empty"),
+        (Options(model=model, to="hf", save_path=reference("dense_2b") / "inside"), "lies in the model folder"),
+        (Options(model=model, to="hf", save_path=out, scale_emb=3.0), "scale_emb is only used with unfold"),
+        (Options(model=model, to="llama", save_path=out, unfold=True), "use it with to hf"),
+        (Options(model=model, to="hf", save_path=out, unfold=True), "not in the Llama format"),
+        (Options(model=str(reference("llama_format")), to="llama", save_path=out), "Llama format already"),
     ):
         with pytest.raises(InputError, match=message):
             main(options)
@@ -258,10 +258,10 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(reference, tmp_path):
 
 
 def test_command_line_says_one_sentence_and_exits_with_2(reference, tmp_path):
-    done = run("--model", reference("dense_2b"), "--to", "hf", "--out", reference("dense_2b"))
+    done = run("--model", reference("dense_2b"), "--to", "hf", "--save-path", reference("dense_2b"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert run("--model", reference("dense_2b"), "--to", "onnx", "--out", tmp_path / "x").returncode == 2
+    assert run("--model", reference("dense_2b"), "--to", "onnx", "--save-path", tmp_path / "x").returncode == 2
 
 
 @pytest.mark.parametrize("module", ["weights_io.convert", "weights_io.inspect"])
@@ -279,7 +279,7 @@ def test_mlx_lm_and_transformers_open_the_llama_export(reference, tmp_path):
     from mlx_lm.utils import load_model
     from transformers import AutoConfig
 
-    main(Options(model=str(reference("dense_2b")), to="llama", out=tmp_path / "out"))
+    main(Options(model=str(reference("dense_2b")), to="llama", save_path=tmp_path / "out"))
     expected = np.load(reference("dense_2b") / "reference.npz")
     model, _ = load_model(tmp_path / "out")
     np.testing.assert_allclose(np.array(model(mx.array(expected["input_ids"]))), expected["logits"], rtol=0, atol=1e-4)
@@ -295,7 +295,7 @@ def test_mlx_lm_runs_the_mlx_export_with_our_model(reference, tmp_path, name):
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
-    main(Options(model=str(reference(name)), to="mlx", out=tmp_path / "out"))
+    main(Options(model=str(reference(name)), to="mlx", save_path=tmp_path / "out"))
     expected = np.load(reference(name) / "reference.npz")
     model, _ = load_model(tmp_path / "out", trust_remote_code=True)
     np.testing.assert_allclose(np.array(model(mx.array(expected["input_ids"]))), expected["logits"], rtol=0, atol=1e-4)
@@ -305,7 +305,7 @@ def test_mlx_lm_runs_the_mlx_export_with_our_model(reference, tmp_path, name):
 @pytest.mark.slow
 def test_the_commands_of_mlx_lm_take_the_mlx_export(tmp_path):
     """generate, lora, chat and server, as a user types them."""
-    main(Options(model="pico", to="mlx", out=tmp_path / "pico"))
+    main(Options(model="pico", to="mlx", save_path=tmp_path / "pico"))
     rows = [{"prompt": f"{i} + 1 = ?", "completion": f"{i} + 1 = {i + 1}"} for i in range(8)]
     for split in ("train", "valid"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

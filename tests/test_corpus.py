@@ -187,7 +187,7 @@ def command(module: str, *arguments: object) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("corpus") / "data"
-    written = command("corpus", "--out", out, "--documents", 1500)
+    written = command("corpus", "--save-path", out, "--documents", 1500)
     assert written.returncode == 0, written.stderr
     return out
 
@@ -201,7 +201,12 @@ def test_the_command_writes_the_splits(data):
 
 
 def test_the_command_refuses_what_it_cannot_do(data, tmp_path):
-    for arguments in (["--out", data], ["--out", tmp_path / "new", "--documents", 0], ["--documents", 5], ["--what"]):
+    for arguments in (
+        ["--save-path", data],
+        ["--save-path", tmp_path / "new", "--documents", 0],
+        ["--documents", 5],
+        ["--what"],
+    ):
         refused = command("corpus", *arguments)
         assert refused.returncode == 2
         assert "Traceback" not in refused.stderr
@@ -211,7 +216,7 @@ def test_the_command_refuses_what_it_cannot_do(data, tmp_path):
 def test_the_vocabulary_is_of_minicpm_kind(data, tmp_path, texts):
     import sentencepiece
 
-    made = command("vocabulary", "--data", data, "--out", tmp_path, "--size", 1600)
+    made = command("vocabulary", "--data", data, "--save-path", tmp_path, "--vocab-size", 1600)
     assert made.returncode == 0, made.stderr
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert [pieces.id_to_piece(i) for i in range(5)] == ["<unk>", "<s>", "</s>", "\n", "<0x00>"]
@@ -237,12 +242,12 @@ def test_the_vocabulary_is_of_minicpm_kind(data, tmp_path, texts):
 
 def test_the_vocabulary_refuses_a_wrong_size_and_a_missing_corpus(data, tmp_path):
     for arguments in (
-        ["--data", data, "--size", 300],
+        ["--data", data, "--vocab-size", 300],
         ["--data", tmp_path],
-        ["--data", data, "--size", 90_000],
+        ["--data", data, "--vocab-size", 90_000],
         ["--data", data, "--documents", 0],
     ):
-        refused = command("vocabulary", *arguments, "--out", tmp_path / "out")
+        refused = command("vocabulary", *arguments, "--save-path", tmp_path / "out")
         assert refused.returncode == 2 and refused.stderr.startswith("error: "), refused.stderr
     assert not (tmp_path / "out").exists()
 
@@ -274,7 +279,7 @@ def test_the_vocabulary_refuses_a_corpus_that_is_empty_or_wrong(tmp_path, line, 
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "train.jsonl").write_bytes(b"\n" + line + b"\n")
     with pytest.raises(InputError, match=said) as caught:
-        vocabulary.main(vocabulary.Options(tmp_path, tmp_path / "out", size=300))
+        vocabulary.main(vocabulary.Options(tmp_path, tmp_path / "out", vocab_size=300))
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 

@@ -34,18 +34,18 @@ SHORTER = {
     rf"--model {RELEASED}(?= |$)": "--model pico",
     r"--iters 800": "--iters 3",  # resumes
     r"--iters \d{3,}": "--iters 2",
-    r"(--iters .*)": r"\1 --val-batches 1",
+    r"^((?!.*pretrain).*--iters .*)": r"\1 --val-batches 1",
     r"(--test .*)": r"\1 --test-batches 1",
-    r"--steps \d+ --decay-steps \d+": "--steps 3 --warmup-steps 1 --decay-steps 1",
-    r"(minicpm_\w+.pretrain .*--batch-size) 8": r"\1 2 --seq-length 64",
+    r"--iters \d+ --decay-steps \d+": "--iters 3 --warmup-steps 1 --decay-steps 1",
+    r"(minicpm_\w+.pretrain .*--batch-size) 8": r"\1 2 --max-seq-length 64",
     r"--from-step \d+": "--from-step 2",
     r"--documents \d+": "--documents 2400",
     r"(\.evaluate .*--limit) \d+": r"\1 4 --max-tokens 4",
     r"--model minicpm-2b-history --revisions (.*--limit) \d+": r"--model saved --folders \1 4",
     r"--batch-size \d{2}": "--batch-size 8",
     r"--max-seq-length \d+": "--max-seq-length 64",
-    r"--length \d+": "--length 200 --samples 1",
-    r"(minicpm_jax.fit .*--seq) \d+": r"\1 64",
+    r"(minicpm_serve.longcontext .*--max-seq-length) \d+": r"\1 200 --num-samples 1",
+    r"(minicpm_jax.fit .*--max-seq-length) \d+": r"\1 64",
 }
 
 

@@ -43,7 +43,18 @@ def records(out):
 
 
 def test_loss_over_folders(backend, run_folder, tmp_path):
-    options = ("--backend", backend, "--model", run_folder, "--evaluation", "loss", "--length", 16, "--out", tmp_path)
+    options = (
+        "--backend",
+        backend,
+        "--model",
+        run_folder,
+        "--evaluation",
+        "loss",
+        "--max-seq-length",
+        16,
+        "--save-path",
+        tmp_path,
+    )
     options += ("--data", run_folder / "text.jsonl", "--folders", "step100")
     failed = run(COMMAND, *options, "step150", "step200")
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
@@ -80,12 +91,12 @@ def test_windows_predict_each_token_once():
 
 
 def options(tmp_path, **changes):
-    return history.Options(**{"backend": "mlx", "out": tmp_path, "folders": ("pico",), "limit": 5, **changes})
+    return history.Options(**{"backend": "mlx", "save_path": tmp_path, "folders": ("pico",), "limit": 5, **changes})
 
 
 def test_questions_and_pass_keys(backend, tmp_path, monkeypatch):
     history.main(options(tmp_path, backend=backend))
-    history.main(options(tmp_path, backend=backend, evaluation="passkey", length=150, samples=2))
+    history.main(options(tmp_path, backend=backend, evaluation="passkey", max_seq_length=150, num_samples=2))
     questions, keys = records(tmp_path)
     assert questions["score"] > 0.5 and questions["kinds"]["sum"] == 1 and keys["score"] == 0
     assert (questions["name"], questions["limit"], keys["length"]) == ("pico", 5, 150)
@@ -140,14 +151,14 @@ def test_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"evaluation": "loss"}, "--evaluation loss and --data go together"),
-        ({"data": "{text}.txt"}, "--evaluation loss and --data go together"),
+        ({"evaluation": "loss"}, "evaluation loss and data go together"),
+        ({"data": "{text}.txt"}, "evaluation loss and data go together"),
         ({"evaluation": "loss", "data": "{text}.none"}, "text.none does not exist"),
-        ({"evaluation": "loss", "data": "{text}.txt", "length": 1}, "--length is 1"),
-        ({"limit": 0}, "--limit is 0"),
-        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"evaluation": "loss", "data": "{text}.txt", "max_seq_length": 1}, "max_seq_length is 1"),
+        ({"limit": 0}, "limit is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"folders": ("none/such",)}, "none/such: "),
-        ({"evaluation": "passkey", "length": 20}, "pico: 20 tokens are too few"),
+        ({"evaluation": "passkey", "max_seq_length": 20}, "pico: 20 tokens are too few"),
     ],
 )
 def test_wrong_calls_leave_nothing(run_folder, tmp_path, monkeypatch, changes, said):

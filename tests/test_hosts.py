@@ -27,14 +27,14 @@ ADDRESS = {"coordinator_address": "127.0.0.1:1234", "num_processes": 2, "process
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"process_id": 2}, "--process-id is 2; the 2 processes of --num-processes have the ids 0 to 1."),
-        ({"process_id": -1}, "--process-id is -1"),
-        ({"num_processes": 0}, "--num-processes is 0"),
+        ({"process_id": 2}, "process_id is 2; the 2 processes of num_processes have the ids 0 to 1."),
+        ({"process_id": -1}, "process_id is -1"),
+        ({"num_processes": 0}, "num_processes is 0"),
         ({"process_id": None}, "--process-id must be given too"),
         ({"coordinator_address": "127.0.0.1"}, "127.0.0.1 is not of the form 10.0.0.1:1234"),
         ({"coordinator_address": "127.0.0.1:99999"}, "127.0.0.1:99999 is not of the form"),
-        ({"distributed": True}, "--distributed finds the other processes by itself"),
-        ({"join_timeout": 0}, "--join-timeout is 0"),
+        ({"distributed": True}, "distributed finds the other processes by itself"),
+        ({"join_timeout": 0}, "join_timeout is 0"),
     ],
 )
 def test_flags_that_cannot_be(changes, said):

@@ -122,7 +122,16 @@ def test_training_data(folder, encode, tmp_path):
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for path in paths:
         ran = run(
-            "minicpm_serve.retrieval", "--tokenizer", folder, "--lengths", 300, 900, "--samples", 30, "--out", path
+            "minicpm_serve.retrieval",
+            "--tokenizer",
+            folder,
+            "--lengths",
+            300,
+            900,
+            "--num-samples",
+            30,
+            "--save-path",
+            path,
         )
         assert ran.returncode == 0, ran.stderr
     assert paths[0].read_text() == paths[1].read_text()
@@ -137,10 +146,10 @@ def test_training_data(folder, encode, tmp_path):
     for wrong, said in (
         (("--lengths", 900, 300), "run backwards"),
         (("--lengths", 20, 300), "20 tokens are too few"),
-        (("--samples", 0), "--samples is 0"),
+        (("--num-samples", 0), "--num-samples is 0"),
         (("--task", "needle"), "needle"),
     ):
-        ran = run("minicpm_serve.retrieval", "--tokenizer", folder, *wrong, "--out", tmp_path / "none.jsonl")
+        ran = run("minicpm_serve.retrieval", "--tokenizer", folder, *wrong, "--save-path", tmp_path / "none.jsonl")
         assert ran.returncode == 2 and said in ran.stderr and not (tmp_path / "none.jsonl").exists()
 
 
@@ -168,7 +177,7 @@ def test_the_score_is_given_by_depth(folder, monkeypatch, capsys, tmp_path):
     sighted = dataclasses.replace(real, generator=Generator(decoding))
     monkeypatch.setattr(backends, "get", lambda name: sighted)
     report = tmp_path / "report.json"
-    options = {"backend": "jax", "model": str(folder), "length": 1000, "samples": 10, "json": report}
+    options = {"backend": "jax", "model": str(folder), "max_seq_length": 1000, "num_samples": 10, "save_path": report}
     longcontext.main(longcontext.Options(**options, batch_size=1))
     printed = capsys.readouterr().out
     assert re.search(r"0-10 % +1 +1\n", printed) and re.search(r"90-100 % +0 +1\n", printed)
@@ -182,7 +191,18 @@ def test_command(backend, folder, tmp_path):
     said = []
     for extra in ((), ("--batch-size", 3, "--prefill-step-size", 64)):
         report = tmp_path / "report.json"
-        options = ("--backend", backend, "--model", folder, "--length", 300, "--samples", 3, "--json", report)
+        options = (
+            "--backend",
+            backend,
+            "--model",
+            folder,
+            "--max-seq-length",
+            300,
+            "--num-samples",
+            3,
+            "--save-path",
+            report,
+        )
         ran = run(COMMAND, *options, *extra)
         assert ran.returncode == 0, ran.stderr
         assert "passkey at 300 tokens: 0 of 3 right, 0.0 % (0.0 to" in ran.stdout and "note" not in ran.stderr
@@ -192,7 +212,18 @@ def test_command(backend, folder, tmp_path):
 
 def test_chat_asks_in_the_template(backend, folder, tmp_path):
     report = tmp_path / "report.json"
-    options = ("--backend", backend, "--model", folder, "--length", 330, "--samples", 2, "--json", report)
+    options = (
+        "--backend",
+        backend,
+        "--model",
+        folder,
+        "--max-seq-length",
+        330,
+        "--num-samples",
+        2,
+        "--save-path",
+        report,
+    )
     ran = run(COMMAND, *options, "--chat", "--task", "number_string")
     assert ran.returncode == 0, ran.stderr
     for sample in json.loads(report.read_text())["samples"]:
@@ -222,7 +253,18 @@ def test_rope_scaling_on_the_command_line(backend, tmp_path):
     report = tmp_path / "report.json"
     said = []
     for scaling, applied in (("null", None), ('{"rope_type": "linear", "factor": 4}', RopeScaling("linear", 4.0))):
-        options = ("--backend", backend, "--length", 300, "--samples", 1, "--json", report, "--rope-scaling", scaling)
+        options = (
+            "--backend",
+            backend,
+            "--max-seq-length",
+            300,
+            "--num-samples",
+            1,
+            "--save-path",
+            report,
+            "--rope-scaling",
+            scaling,
+        )
         ran = run(COMMAND, *options)
         assert ran.returncode == 0, ran.stderr
         noted = re.search(r"note: \d+ tokens are more than the 256 .*--rope-scaling", ran.stderr) is not None
@@ -236,9 +278,9 @@ def test_rope_scaling_on_the_command_line(backend, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--length", 50], "50 tokens are too few for passkey"),
-        (["--samples", 0], "--samples is 0"),
-        (["--length", 0], "--length is 0"),
+        (["--max-seq-length", 50], "50 tokens are too few for passkey"),
+        (["--num-samples", 0], "--num-samples is 0"),
+        (["--max-seq-length", 0], "--max-seq-length is 0"),
         (["--batch-size", 0], "--batch-size is 0"),
         (["--depth", 0.5, 1.5], "--depth is 1.5"),
         (["--task", "book"], "book"),
@@ -252,7 +294,7 @@ def test_rope_scaling_on_the_command_line(backend, tmp_path):
 )
 def test_wrong_calls(folder, arguments, said):
     filled = [str(a).format(folder=folder) if "{f" in str(a) else a for a in arguments]
-    ran = run(COMMAND, "--backend", "mlx", "--model", folder, "--length", 300, *filled)
+    ran = run(COMMAND, "--backend", "mlx", "--model", folder, "--max-seq-length", 300, *filled)
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr and said in ran.stderr
 

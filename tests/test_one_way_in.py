@@ -37,15 +37,15 @@ COMMANDS = {
     "kv_error": ({"--prompt": "The fox", "--max-tokens": 4}, True),
 }
 SERVED = {
-    "openai_api": ({"--port": 0, "--slots": 1, "--context": 16}, True),
-    "longcontext": ({"--length": 300, "--samples": 1}, True),
+    "openai_api": ({"--port": 0, "--max-num-seqs": 1, "--max-model-len": 16}, True),
+    "longcontext": ({"--max-seq-length": 300, "--num-samples": 1}, True),
 }
 OTHERS = {
-    "minicpm_serve.retrieval": {"--lengths": (300, 310), "--samples": 1, "--out": "{out}/x.jsonl"},
-    "weights_io.convert": {"--to": "hf", "--out": "{out}"},
+    "minicpm_serve.retrieval": {"--lengths": (300, 310), "--num-samples": 1, "--save-path": "{out}/x.jsonl"},
+    "weights_io.convert": {"--to": "hf", "--save-path": "{out}"},
     "weights_io.inspect": {},
-    "weights_io.upcycle": {"--out": "{out}"},
-    "weights_io.adapters": {"--to": "mlx_lm", "--adapter-path": "{adapter}", "--out": "{out}"},
+    "weights_io.upcycle": {"--save-path": "{out}"},
+    "weights_io.adapters": {"--to": "mlx_lm", "--adapter-path": "{adapter}", "--save-path": "{out}"},
 }
 WITHOUT_WEIGHTS = ("minicpm_serve.retrieval", "weights_io.inspect", "weights_io.adapters")
 CASES = [(f"minicpm_{backend}.{name}", *how) for backend in ("jax", "mlx") for name, how in COMMANDS.items()]

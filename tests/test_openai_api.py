@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -250,7 +251,7 @@ def user(content="a", **more):
         (user([{"type": "text", "text": "a", "weight": 0}]), 400, "weight is not supported"),
         ({"messages": [{"role": "x" * 5000, "content": "a"}]}, 400, "xxx..."),
         ({**user(), "stop": [1]}, 400, "stop must be a text or a list of texts"),
-        ({**user(), "stop": [""]}, 400, "must not be empty"),
+        ({**user(), "stop": [""]}, 400, "stop holds an empty text"),
         ({**user(), "stop": ["a"] * 17}, 400, "17 texts"),
         ({**user(), "presence_penalty": 0.5}, 400, "presence_penalty is not supported; leave it out or give 0"),
         ({**user(), "logprobs": 0}, 400, "logprobs is not supported; leave it out or give false"),
@@ -272,6 +273,8 @@ def test_what_is_refused(api, body, status, said, capfd):
     assert found == status and said in error["message"], answer
     assert error["message"].endswith(".") and "\n" not in error["message"]
     assert error["type"] == "invalid_request_error" and {"param", "code"} <= set(error)
+    if named := re.match(r"(\w+) (is|and|holds|must be) ", said):
+        assert error["param"] == named[1]
     assert capfd.readouterr().err == "" and api.engine.open == 0
 
 
@@ -466,8 +469,11 @@ def test_a_context_beyond_the_models_own_is_noted(tmp_path, monkeypatch, capsys)
     folder = tiny_model.write(tmp_path, max_position_embeddings=32)
     monkeypatch.setattr(openai_api, "server", lambda *_: SimpleNamespace(run=lambda sockets: None))
     for context in (33, 32):
-        openai_api.main(openai_api.Options(backend="mlx", model=str(folder), port=0, context=context))
-    assert capsys.readouterr().err == "note: 33 tokens are more than the 32 this model is made for; lower --context\n"
+        openai_api.main(openai_api.Options(backend="mlx", model=str(folder), port=0, max_model_len=context))
+    assert (
+        capsys.readouterr().err
+        == "note: 33 tokens are more than the 32 this model is made for; lower --max-model-len\n"
+    )
 
 
 def test_a_port_that_is_taken():

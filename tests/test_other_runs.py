@@ -48,7 +48,7 @@ def test_a_run_does_not_go_on_with_other_weights_under_the_same_name(world, tmp_
 
 def test_a_seed_has_32_bits(world, tmp_path):
     tiny.trainer("minicpm_mlx", tiny.lora(world, tmp_path, seed=2**32 - 1)).step([_batch()], 1e-3, 10**6)
-    with pytest.raises(InputError, match="--seed is 4294967296; it must be below"):
+    with pytest.raises(InputError, match="seed is 4294967296; it must be below"):
         tiny.finetune("minicpm_mlx", tiny.lora(world, tmp_path / "out", seed=2**32))
 
 

@@ -52,8 +52,8 @@ RAW = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-STEPS = ["--steps", "24", "--warmup-steps", "3", "--decay-steps", "8", "--half-life", "3", "--save-every", "4"]
-SIZES = ["--batch-size", "2", "--seq-length", "32", "--valid-every", "8"]
+STEPS = ["--iters", "24", "--warmup-steps", "3", "--decay-steps", "8", "--half-life", "3", "--save-every", "4"]
+SIZES = ["--batch-size", "2", "--max-seq-length", "32", "--steps-per-eval", "8"]
 
 
 def test_the_schedule_has_three_stages():
@@ -91,7 +91,7 @@ def corpus(tmp_path_factory):
 
 def command(corpus, out, *more):
     inputs = ["--config", corpus / "config.json", "--tokenizer", corpus / "tokenizer", "--data", corpus / "data"]
-    flags = map(str, [*inputs, "--out", out, *STEPS, *SIZES, *more])
+    flags = map(str, [*inputs, "--save-path", out, *STEPS, *SIZES, *more])
     return [sys.executable, "-m", "minicpm_jax.pretrain", *flags]
 
 
@@ -225,6 +225,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, whole, tmp_path, ho
     stopped_early = not (out / "model").exists()
     refused = run(corpus, out)
     assert refused.returncode == 2 and "holds a run; --resume goes on with it" in refused.stderr
+    if how == signal.SIGKILL:  # with settings under the names that they had in earlier versions
+        settings = json.loads((out / "settings.json").read_text())
+        settings |= {"steps": settings.pop("iters"), "seq_length": settings.pop("max_seq_length")}
+        (out / "settings.json").write_text(json.dumps(settings))
     ran = run(corpus, out, "--resume")
     assert ran.returncode == 0, ran.stderr
     assert not stopped_early or "going on after step" in ran.stdout
@@ -269,13 +273,13 @@ def export(monkeypatch, capsys, *arguments):
 
 def test_a_checkpoint_becomes_a_model(whole, tmp_path, monkeypatch, capsys):
     """The last one is what the run wrote at its end; one before it is another; a Llama has the same logits."""
-    said = export(monkeypatch, capsys, "--checkpoint", whole, "--out", tmp_path / "last")
+    said = export(monkeypatch, capsys, "--checkpoint", whole, "--save-path", tmp_path / "last")
     assert said.startswith(f"step 24 of {whole}\n")
     for path in (whole / "model").iterdir():
         assert (tmp_path / "last" / path.name).read_bytes() == path.read_bytes()
     step = whole / "checkpoints" / "20"
-    export(monkeypatch, capsys, "--checkpoint", step, "--out", tmp_path / "20", "--dtype", "float32")
-    export(monkeypatch, capsys, "--checkpoint", whole, "--step", 20, "--to", "llama", "--out", tmp_path / "llama")
+    export(monkeypatch, capsys, "--checkpoint", step, "--save-path", tmp_path / "20", "--dtype", "float32")
+    export(monkeypatch, capsys, "--checkpoint", whole, "--step", 20, "--to", "llama", "--save-path", tmp_path / "llama")
     earlier, last = (open_checkpoint(tmp_path / name).tensors["model.norm.weight"].read() for name in ("20", "last"))
     assert earlier.dtype == np.float32 and np.abs(earlier - last.astype(np.float32)).max() > 1e-4
     assert open_checkpoint(tmp_path / "llama").config.model_type == "llama"
@@ -288,7 +292,7 @@ def test_a_checkpoint_becomes_a_model(whole, tmp_path, monkeypatch, capsys):
         (["--checkpoint", "{whole}/model"], "is no training run: it has no settings.json"),
         (["--checkpoint", "{whole}/checkpoints/20", "--step", 24], "is that of step 20, and --step is 24; give one."),
         (["--checkpoint", "{whole}", "--source", "nowhere"], "the run's tokenizer is not at nowhere any more"),
-        (["--checkpoint", "{whole}", "--out", "{whole}/checkpoints/x"], "lies in the model folder"),
+        (["--checkpoint", "{whole}", "--save-path", "{whole}/checkpoints/x"], "lies in the model folder"),
         (["--checkpoint", "{damaged}"], "checkpoints/24 is damaged ("),
     ],
 )
@@ -299,7 +303,7 @@ def test_what_cannot_be_exported(whole, tmp_path, monkeypatch, capsys, arguments
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[:100])
     filled = [str(a).format(whole=whole, damaged=damaged) for a in arguments]
-    out = [] if "--out" in filled else ["--out", tmp_path / "out"]
+    out = [] if "--save-path" in filled else ["--save-path", tmp_path / "out"]
     error = export(monkeypatch, capsys, *filled, *out)
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -307,8 +311,8 @@ def test_what_cannot_be_exported(whole, tmp_path, monkeypatch, capsys, arguments
 
 def test_training_continues_from_any_checkpoint_at_its_stage(corpus, whole, tmp_path):
     """The decay stage alone, from the weights of a dense model and from a mixture of experts made of it."""
-    experts = [sys.executable, "-m", "weights_io.upcycle", "--model", whole / "model", "--experts", "4"]
-    upcycled = subprocess.run([*experts, "--out", tmp_path / "moe"], capture_output=True, text=True)
+    experts = [sys.executable, "-m", "weights_io.upcycle", "--model", whole / "model", "--num-experts", "4"]
+    upcycled = subprocess.run([*experts, "--save-path", tmp_path / "moe"], capture_output=True, text=True)
     assert upcycled.returncode == 0, upcycled.stderr
     for start, name in ((whole / "model", "dense"), (tmp_path / "moe", "mixture")):
         more = command(corpus, tmp_path / name, "--init-from", start, "--from-step", 16, "--learning-rate", 1e-4)
@@ -363,15 +367,15 @@ def test_figures_go_to_wandb_under_the_name_of_the_project(tmp_path, monkeypatch
     assert calls == ["mine", (1, 2.0), "finished", tmp_path.name, (1, 2.0), "finished"]
     monkeypatch.delitem(sys.modules, "wandb")
     monkeypatch.setattr("minicpm_data.metrics.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="--report-to tensorboard needs a package .*: pip install tensorboardX"):
+    with pytest.raises(InputError, match="report_to tensorboard needs a package .*: pip install tensorboardX"):
         check_reporter("tensorboard")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--steps", "0"], "--steps is 0"),
-        (["--seq-length", "1"], "--seq-length is 1"),
+        (["--iters", "0"], "--iters is 0"),
+        (["--max-seq-length", "1"], "--max-seq-length is 1"),
         (["--learning-rate", "-1"], "--learning-rate is -1"),
         (["--beta2", "1"], "--beta2 is 1"),
         (["--decay-steps", "30"], "do not fit into 24"),
@@ -381,8 +385,8 @@ def test_figures_go_to_wandb_under_the_name_of_the_project(tmp_path, monkeypatch
         (["--init-from", "pico"], "give either --config"),
         (["--from-step", "5"], "it is for --init-from"),
         (["--mesh", "fsdp=3"], "is for 3 devices; there are"),
-        (["--out", "{corpus}"], "is not empty and holds no run"),
-        (["--out", "{corpus}/config.json"], "is a file"),
+        (["--save-path", "{corpus}"], "is not empty and holds no run"),
+        (["--save-path", "{corpus}/config.json"], "is a file"),
         (["--batch-size", "4000"], "do not fill one batch"),
         (["--learning-rate", "1e30"], "of step 2 is "),
     ],

@@ -135,7 +135,7 @@ def test_the_export_of_jax_names_a_run_of_mlx(whole, tmp_path):
 )
 def test_bad_input_of_the_command(world, tmp_path, flags, said):
     inputs = ["--init-from", world / "model", "--tokenizer", world / "tokenizer", "--data", world / "data"]
-    inputs += ["--out", tmp_path / "out", "--steps", 6, "--warmup-steps", 1, "--decay-steps", 2, *flags]
+    inputs += ["--save-path", tmp_path / "out", "--iters", 6, "--warmup-steps", 1, "--decay-steps", 2, *flags]
     command = [sys.executable, "-m", "minicpm_mlx.pretrain", *map(str, inputs)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 2 and said in ran.stderr and "Traceback" not in ran.stderr, ran.stderr

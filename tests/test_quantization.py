@@ -347,7 +347,7 @@ def test_convert_packs_as_mlx_lm_does(reference, tmp_path, name, bits):
     from mlx_lm.utils import load_model
 
     for out, more in (("whole", {}), ("packed", {"quantize": True, "q_bits": bits, "q_group_size": 32})):
-        convert.main(convert.Options(str(reference(name)), to="mlx", out=tmp_path / out, **more))
+        convert.main(convert.Options(str(reference(name)), to="mlx", save_path=tmp_path / out, **more))
     model, config = load_model(tmp_path / "packed", trust_remote_code=True)
     assert config["quantization"] == {"group_size": 32, "bits": bits, "mode": "affine"}
     theirs, _ = load_model(tmp_path / "whole", trust_remote_code=True)
@@ -369,7 +369,7 @@ def test_experts_that_mlx_lm_has_saved_stacked(reference, tmp_path):
     from mlx_lm.utils import load_model, save_model
 
     packing = {"quantize": True, "q_group_size": 32}
-    convert.main(convert.Options(str(reference("moe_8x2b")), to="mlx", out=tmp_path / "apart", **packing))
+    convert.main(convert.Options(str(reference("moe_8x2b")), to="mlx", save_path=tmp_path / "apart", **packing))
     model, _ = load_model(tmp_path / "apart", trust_remote_code=True)
     save_model(tmp_path / "stacked", model)
     shutil.copy(tmp_path / "apart/config.json", tmp_path / "stacked")
@@ -380,11 +380,11 @@ def test_experts_that_mlx_lm_has_saved_stacked(reference, tmp_path):
 
 def test_a_packed_folder_converts_to_whole_weights_and_back(reference, tmp_path, capsys):
     source = reference("quant/mlx_affine_4bit")
-    convert.main(convert.Options(str(source), to="hf", out=tmp_path / "whole"))
+    convert.main(convert.Options(str(source), to="hf", save_path=tmp_path / "whole"))
     whole, packed = open_checkpoint(tmp_path / "whole"), open_checkpoint(source)
     assert "quantization" not in whole.raw_config and whole.packed(NAME) is None
     np.testing.assert_array_equal(whole.read(NAME, "float32"), packed.read(NAME, "float32"))
-    convert.main(convert.Options(str(source), to="mlx", out=tmp_path / "again", quantize=True, q_bits=8))
+    convert.main(convert.Options(str(source), to="mlx", save_path=tmp_path / "again", quantize=True, q_bits=8))
     again = open_checkpoint(tmp_path / "again")
     assert again.tensors[NAME].kind == "MLX 8-bit in groups of 64" and again.packed(NAME).scales.dtype == np.float16
     assert "16 matrices in 8 bits and groups of 64, as MLX packs them" in capsys.readouterr().out
@@ -393,8 +393,8 @@ def test_a_packed_folder_converts_to_whole_weights_and_back(reference, tmp_path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "hf", "quantize": True}, "--quantize packs in MLX's form; use it with --to mlx"),
-        ({"to": "mlx", "q_bits": 8}, "--q-bits is only used with --quantize"),
+        ({"to": "hf", "quantize": True}, "quantize packs in MLX's form; use it with to mlx"),
+        ({"to": "mlx", "q_bits": 8}, "q_bits is only used with quantize"),
         (
             {"to": "mlx", "quantize": True, "q_group_size": 128},
             "no matrix .* groups of 128; choose a smaller q_group_size",
@@ -403,5 +403,5 @@ def test_a_packed_folder_converts_to_whole_weights_and_back(reference, tmp_path,
 )
 def test_packing_that_cannot_be_is_refused_and_leaves_nothing(reference, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
-        convert.main(convert.Options(str(reference("dense_eps")), out=tmp_path / "out", **options))
+        convert.main(convert.Options(str(reference("dense_eps")), save_path=tmp_path / "out", **options))
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mixture(dense, tmp_path_factory):
     out = tmp_path_factory.mktemp("mixture") / "out"
-    options = ["--model", dense.path, "--experts", 4, "--top-k", 3, "--out", out, "--seed", 7]
+    options = ["--model", dense.path, "--num-experts", 4, "--num-experts-per-tok", 3, "--save-path", out, "--seed", 7]
     command = [sys.executable, "-m", "weights_io.upcycle", *map(str, options)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -69,7 +69,7 @@ def test_the_router_is_random_by_seed_and_layer(reference):
 
 
 def test_a_float16_copy(dense, tmp_path):
-    main(Options(model=str(dense.path), out=tmp_path / "out", dtype="float16"))
+    main(Options(model=str(dense.path), save_path=tmp_path / "out", dtype="float16"))
     written = open_checkpoint(tmp_path / "out")
     assert {str(tensor.dtype) for tensor in written.tensors.values()} == {"float16"}
 
@@ -79,14 +79,15 @@ def test_a_float16_copy(dense, tmp_path):
     [
         ("moe_8x2b", {}, "has 8 experts already"),
         ("llama_format", {}, "is a Llama, which has no experts; .* --unfold"),
-        ("dense_2b", {"experts": 0}, "--experts is 0"),
-        ("dense_2b", {"experts": 5000}, "--experts is 5000; .* at most 1024"),
-        ("dense_2b", {"top_k": 9}, "--top-k is 9; .* the number of experts, 8"),
-        ("dense_2b", {"top_k": 0}, "--top-k is 0"),
-        ("dense_2b", {"seed": -1}, "--seed is -1"),
+        ("dense_2b", {"num_experts": 0}, "is 0; .* at most 1024"),
+        ("dense_2b", {"num_experts": 5000}, "is 5000; .* at most 1024"),
+        ("dense_2b", {"num_experts_per_tok": 9}, "is 9; .* the number of experts, 8"),
+        ("dense_2b", {"num_experts_per_tok": 0}, "is 0; .* the number of experts"),
+        ("dense_2b", {"seed": -1}, "is -1; it must not"),
     ],
 )
 def test_what_is_refused_leaves_nothing(reference, tmp_path, name, wrong, said):
     with pytest.raises(InputError, match=said) as caught:
-        main(Options(model=str(reference(name)), out=tmp_path / "out", **wrong))
+        main(Options(model=str(reference(name)), save_path=tmp_path / "out", **wrong))
+    assert [caught.value.option] == [*wrong] or not wrong
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

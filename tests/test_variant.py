@@ -70,7 +70,7 @@ def test_everything_that_reads_the_table_takes_it(folder, tmp_path):
     answers = [b.stream_generate(b.load(gain, dtype="float32")[0], None, [1, 5, 9], max_tokens=8) for b in BACKENDS]
     first, second = ([response.token for response in answer] for answer in answers)
     assert first == second
-    convert.main(convert.Options(model=str(gain), to="hf", out=tmp_path / "out"))
+    convert.main(convert.Options(model=str(gain), to="hf", save_path=tmp_path / "out"))
     np.testing.assert_array_equal(logits(minicpm_mlx, tmp_path / "out"), expected)
     assert open_checkpoint(tmp_path / "out").config == open_checkpoint(gain).config
     assert inspect(gain).architecture.startswith("GainedForCausalLM")
@@ -80,7 +80,7 @@ def test_everything_that_reads_the_table_takes_it(folder, tmp_path):
 
 def test_what_it_has_not_is_refused_by_name(folder, tmp_path):
     with pytest.raises(InputError, match="a Llama has not all parameters of GainedForCausalLM"):
-        convert.main(convert.Options(model=str(folder), to="llama", out=tmp_path / "out"))
+        convert.main(convert.Options(model=str(folder), to="llama", save_path=tmp_path / "out"))
     tensors = load_file(folder / "model.safetensors")
     del tensors[GAINS.format(1)]
     lacking = changed(folder, tmp_path / "lacking")

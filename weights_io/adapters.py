@@ -1,6 +1,6 @@
 """Adapters in and out, as folders of Hugging Face's PEFT and of mlx_lm, and from one form to the other.
 
-    python -m weights_io.adapters --model minicpm-2b --adapter-path adapters --to peft --out peft-adapter
+    python -m weights_io.adapters --model minicpm-2b --adapter-path adapters --to peft --save-path peft-adapter
 
 What an adapter does to the weights is in `weights_io.lora`, whose names are here too.
 """
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from weights_io import mlx_lm_format, peft_format
 from weights_io.config import ModelConfig
@@ -19,6 +19,7 @@ from weights_io.files.json_text import read_json
 from weights_io.files.partial import partial, write_whole
 from weights_io.files.safetensors import write_file
 from weights_io.files.tensor import LazyTensor
+from weights_io.former_names import Former
 from weights_io.lora import (
     Adapter,
     AdapterConfig,
@@ -55,7 +56,7 @@ CONFIG = "adapter_config.json"
 class Options:
     to: Form
     """peft: adapter_model.safetensors as PEFT reads it; mlx_lm: adapters.safetensors."""
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """Folder to write."""
     model: str | None = None
     """Model that the adapter is for: folder, GGUF file, hub id or short name (default: the built-in model)."""
@@ -72,11 +73,11 @@ def main(options: Options) -> None:
     from weights_io.checkpoint import open_model
     from weights_io.write import check_output
 
-    check_output(options.out)
+    check_output(options.save_path)
     config = open_model(options.model, options.revision, options.hub, weights=False).config
     adapter = read_adapter(options.adapter_path, config)
-    written = save_adapter(options.out, adapter, config, form=options.to, base_model=options.model)
-    print(f"{options.out}: {summary(adapter)}")
+    written = save_adapter(options.save_path, adapter, config, form=options.to, base_model=options.model)
+    print(f"{options.save_path}: {summary(adapter)}")
     print("\n".join(f"  {file.name:34} {file.stat().st_size:>14,} bytes" for file in written))
 
 

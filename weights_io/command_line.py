@@ -6,19 +6,22 @@ import errno
 import importlib
 import io
 import os
-import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 from weights_io.errors import InputError, flag
+from weights_io.former_names import former_names, present_flags
 
 Options = TypeVar("Options")
 NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # most of any whole number, and of a seed
 # Most of the options of these names, of which more would take memory or days without end.
-MOST = {"length": 2**21, "lengths": 2**21, "samples": 10**6, "examples": 10**6, "documents": 10**7}
-MOST |= dict.fromkeys(("max_seq_length", "seq_length", "seq", "context"), 2**24)
-MOST |= dict.fromkeys(("batch_size", "batch", "rank", "experts", "slots", "waiting"), 2**16)
+MOST = {"lengths": 2**21, "num_samples": 10**6, "examples": 10**6, "documents": 10**7}
+MOST |= dict.fromkeys(("max_seq_length", "max_model_len"), 2**24)
+MOST |= dict.fromkeys(("batch_size", "rank", "num_experts", "max_num_seqs", "max_queued_requests"), 2**16)
 # The commands of weights_io that need a tokenizer, which the package above it makes. No import goes up: what they do is
 # started by its name, here and nowhere else.
 ABOVE = {name: f"minicpm_data.cli.{name}" for name in ("convert", "fuse", "inspect", "upcycle")}
@@ -43,21 +46,61 @@ def run(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no 中 shows ?
 
-    def parsed(flags: list[str]) -> Options:
-        return tyro.cli(
-            options, prog=prog, description=main.__doc__, args=flags, config=(tyro.conf.FlagCreatePairsOff,)
-        )
+    shown = for_help(options)
 
-    with exit_codes():
+    def parsed(flags: list[str]) -> Options:
+        found = tyro.cli(
+            shown,
+            prog=prog,
+            description=main.__doc__,
+            args=present_flags(options, flags),
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        return options(**{field.name: getattr(found, field.name) for field in dataclasses.fields(shown)})
+
+    with exit_codes(flags_of(options)):
         allow_open_files()
         given = parsed(sys.argv[1:])
         if more_flags is not None and (more := more_flags(given)):
             given = parsed(more + sys.argv[1:])
         check_numbers(given)
-        try:
-            main(given)
-        except InputError as error:
-            raise InputError(as_typed(str(error), options)) from error
+        main(given)
+
+
+def flags_of(options: type) -> Callable[[str], str]:
+    """How an option is typed of which an `InputError` speaks: ``--top-p`` for ``top_p``. What is none of the fields,
+    nor a former name of one, is left as it is."""
+    fields = {field.name: field.name for field in dataclasses.fields(options)} | former_names(options)
+    return lambda name: flag(fields[name]) if name in fields else name
+
+
+def for_help(options: type) -> Any:
+    """The same dataclass for tyro, with a help that says ``INT`` for ``{None}|INT``, and nothing of a default that is
+    None or empty."""
+    import tyro
+
+    hints, annotated = typing.get_type_hints(options, include_extras=True), []
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        marks = getattr(hint, "__metadata__", ())
+        empty = field.default in (None, ()) and tyro.conf.UseAppendAction not in marks  # else it is "(repeatable)"
+        named = any(getattr(mark, "metavar", None) for mark in marks)
+        metavar = None if named else _metavar(hint.__origin__ if marks else hint)
+        shown = tyro.conf.arg(help_behavior_hint="" if empty else None, metavar=metavar)
+        default = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+        annotated.append((field.name, Annotated[hint, shown], default))
+    frozen = options.__dataclass_params__.frozen  # type: ignore[attr-defined]  # a subclass must be as its base is
+    return dataclasses.make_dataclass(options.__name__, annotated, bases=(options,), frozen=frozen, kw_only=True)
+
+
+def _metavar(kind: Any) -> str | None:
+    """What stands for the value of an option that may be None; None: what tyro writes."""
+    given = [one for one in typing.get_args(kind) if one is not type(None)]
+    if typing.get_origin(kind) not in (types.UnionType, typing.Union) or len(given) != 1:
+        return None
+    if typing.get_origin(given[0]) is Literal:
+        return f"{{{','.join(map(str, typing.get_args(given[0])))}}}"
+    return given[0].__name__.upper() if given[0] in (str, int, float, Path) else None
 
 
 def command_above(name: str) -> Callable[[Any], None]:
@@ -73,9 +116,9 @@ def check_numbers(options: object) -> None:
             if isinstance(number, int) and abs(number) > most:
                 shown = str(number) if abs(number) < 10**40 else "a number of more than 40 digits"
                 bound = f"at most {most:,}" if number > 0 else f"at least {-most:,}"
-                raise InputError(f"{flag(name)} is {shown}; it must be {bound}.")
+                raise InputError(f"is {shown}; it must be {bound}.", name)
             if isinstance(number, float) and number != number:
-                raise InputError(f"{flag(name)} is nan; give a number.")
+                raise InputError("is nan; give a number.", name)
 
 
 def allow_open_files() -> int:
@@ -95,28 +138,17 @@ def allow_open_files() -> int:
     return most
 
 
-def as_typed(sentence: str, options: type) -> str:
-    """With the options' fields that it names as they are typed: ``--top-p`` for ``top_p``, the name in Python. Fields
-    of one word may be words, what is quoted is none of ours, and in a sentence on a file, or one that names the flag,
-    a name may be that of a setting of a model."""
-    if re.search(r"\w/\w|\w\.(json|safetensors|gguf|bin|py)", sentence):
-        return sentence
-    for name in (field.name for field in dataclasses.fields(options) if "_" in field.name):
-        if flag(name) not in sentence:
-            sentence = re.sub(rf"(?<![\w.'\"-]){name}(?![\w'\"-]|\.\w)", flag(name), sentence)
-    return sentence
-
-
 @contextlib.contextmanager
-def exit_codes() -> Iterator[None]:
-    """What is done within ends with a sentence and 2 for an `InputError`, and for files that cannot be read or written;
+def exit_codes(typed: Callable[[str], str] = str) -> Iterator[None]:
+    """What is done within ends with a sentence and 2 for an `InputError` (its options as ``typed`` has them, see
+    `flags_of`), and for files that cannot be read or written;
     with 130 for Ctrl-C, with 0 for a reader that went away (``| head``); any other exception is a defect of ours and
     keeps its traceback."""
     try:
         yield
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.spelled(typed)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -146,7 +178,6 @@ def print_commands(package: str) -> None:
     """Each module of a package that can be run with ``python -m``, and the first sentence of what it says of itself."""
     import ast
     from importlib.util import find_spec
-    from pathlib import Path
 
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations

@@ -1,6 +1,6 @@
 """Convert a model to a Hugging Face folder, in its own architecture or as a Llama.
 
-    python -m weights_io.convert --model openbmb/MiniCPM-2B-sft-bf16 --to llama --out minicpm-2b-llama
+    python -m weights_io.convert --model openbmb/MiniCPM-2B-sft-bf16 --to llama --save-path minicpm-2b-llama
 
 ``--to hf`` rewrites any readable format (torch ``.bin`` files, GGUF) as safetensors. ``--to mlx`` does too, and adds
 what lets the commands of `mlx_lm` run the model with this package. ``--to llama`` folds MiniCPM's scales into the
@@ -19,7 +19,8 @@ import tyro
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint
 from weights_io.config import ModelConfig
-from weights_io.errors import InputError, flag
+from weights_io.errors import InputError
+from weights_io.former_names import Former
 from weights_io.parameters import count
 from weights_io.quantization.writing import Affine
 from weights_io.write import Tensor, save_checkpoint
@@ -36,7 +37,7 @@ class Options:
     to: Literal["hf", "llama", "mlx"]
     """hf: Hugging Face layout in the model's own architecture; mlx: the same, which mlx_lm then opens with
     --trust-remote-code where this package is installed; llama: MiniCPM's scales folded in, LlamaForCausalLM."""
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """Folder to write; it must not exist yet, or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the written weights; by default each tensor keeps its own."""
@@ -68,7 +69,7 @@ def main(options: Options) -> None:
 
 
 def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[str, str]) -> list[str]:
-    """Write ``options.out``; the lines that say what was written and what it cost. Raises `InputError`.
+    """Write ``options.save_path``; the lines that say what was written and what it cost. Raises `InputError`.
 
     ``tokenizer_files`` as in `write_model`.
     """
@@ -92,7 +93,7 @@ def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[s
     affine = Affine(options.q_bits, options.q_group_size) if options.quantize else None
     dtype = options.dtype or (checkpoint.dtype if options.quantize else None)
     how: dict[str, Any] = {"for_mlx_lm": options.to == "mlx", "affine": affine}
-    lines = write_model(options.out, checkpoint, config, tensors, dtype, rounding, tokenizer_files, **how)
+    lines = write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files, **how)
     if options.unfold:
         state = "are the same numbers and are tied" if config.tie_word_embeddings else "differ and stay untied"
         lines.append(f"unfolded with these scales, head and embedding {state}")
@@ -147,13 +148,13 @@ def write_model(
 def check(options: Options) -> None:
     """`InputError` for options that do not go together."""
     if options.quantize and options.to != "mlx":
-        raise InputError("--quantize packs in MLX's form; use it with --to mlx.")
+        raise InputError("packs in MLX's form; use it with {to} mlx.", "quantize", ["to"])
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     unused = [name for name in ("q_bits", "q_group_size") if getattr(options, name) != defaults[name]]
     if unused and not options.quantize:
-        raise InputError(f"{flag(unused[0])} is only used with --quantize; leave it out or add --quantize.")
+        raise InputError("is only used with {quantize}; leave it out or add {quantize}.", unused[0], ["quantize"])
     if options.unfold and options.to != "hf":
-        raise InputError("--unfold leads away from the Llama format; use it with --to hf.")
+        raise InputError("leads away from the Llama format; use it with {to} hf.", "unfold", ["to"])
     given = [
         field.name
         for field in dataclasses.fields(options)
@@ -161,7 +162,7 @@ def check(options: Options) -> None:
         and getattr(options, field.name) != field.default
     ]
     if given and not options.unfold:
-        raise InputError(f"{flag(given[0])} is only used with --unfold; leave it out or add --unfold.")
+        raise InputError("is only used with {unfold}; leave it out or add {unfold}.", given[0], ["unfold"])
 
 
 def _rounding_line(rounding: Rounding, dtypes: set[str]) -> str:

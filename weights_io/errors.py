@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 MOST_NAMES = 3  # that a message quotes; the rest is a count
@@ -18,12 +18,28 @@ class InputError(ValueError):
     The message is one sentence. Command lines print it after ``error:`` and exit with status 2, without a traceback;
     library callers catch it as a ``ValueError``, and a notebook shows the sentence alone. Whatever it quotes, it stays
     one line of bounded length.
+
+    Arguments:
+        message: the sentence; with ``option``, what follows the option's name in it.
+        option: the option that it is about, as Python has it: ``top_p``. The sentence begins with its name, which a
+            command line shows as the flag (`spelled`) and a server as the field of the request.
+        others: more options, which the message names in braces: ``does not go with {top_k}``.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, option: str | None = None, others: Iterable[str] = ()) -> None:
+        self.option, self._template, self._others = option, message, tuple(others)
+        super().__init__(self.spelled(str))
+
+    def spelled(self, name: Callable[[str], str]) -> str:
+        """The sentence with each option that it names as ``name`` has it, such as `flag`."""
+        message = self._template
+        for other in self._others:
+            message = message.replace(f"{{{other}}}", name(other))
+        if self.option is not None:
+            message = f"{name(self.option)} {message}"
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
-        super().__init__(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", message))
+        return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", message)
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints in place of a traceback."""

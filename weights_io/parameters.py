@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from weights_io.config import ModelConfig
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 
 ALL_LINEAR = "all-linear"
 
@@ -181,7 +181,7 @@ def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Para
         if not hits:
             raise InputError(
                 f"the model has no matrix {target!r} that an adapter could change; choose among "
-                f"{', '.join(short_name(p) for p in matrices)} and {ALL_LINEAR}."
+                f"{listed(short_name(p) for p in matrices)}, or give {ALL_LINEAR}."
             )
         found |= hits
     if not found:

@@ -1,6 +1,6 @@
 """A dense model as a mixture of experts to be trained on (sparse upcycling, arXiv 2212.05055), as MiniCPM-MoE was made.
 
-    python -m weights_io.upcycle --model openbmb/MiniCPM-2B-sft-bf16 --experts 8 --top-k 2 --out minicpm-moe-8x2b
+    python -m weights_io.upcycle --model openbmb/MiniCPM-2B-sft-bf16 --num-experts 8 --save-path minicpm-moe-8x2b
 
 Every MLP becomes E exact copies of itself behind a random router. The chosen experts' weights add up to 1, so that the
 model computes the same as before until it is trained (arXiv 2404.06395 on MiniCPM-MoE).
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from weights_io.config import MAX_EXPERTS, ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor
+from weights_io.former_names import Former
 from weights_io.parameters import EXPERTS, MLP, ROUTER, Parameter, parameters, short_name
 from weights_io.write import Tensor
 
@@ -28,13 +29,13 @@ COPIES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 @dataclass(frozen=True)
 class Options:
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """Folder to write; it must not exist yet, or be empty."""
     model: str | None = None
     """Dense model: folder, GGUF file, hub id (owner/name) or short name (default: the built-in model)."""
-    experts: int = 8
+    num_experts: Annotated[int, Former("experts")] = 8
     """Copies of each MLP."""
-    top_k: int = 2
+    num_experts_per_tok: Annotated[int, Former("top_k")] = 2
     """Experts that each token takes."""
     seed: int = 0
     """Of the router's random weights."""
@@ -54,13 +55,13 @@ def main(options: Options) -> None:
 
 
 def upcycled(
-    checkpoint: Checkpoint, experts: int, top_k: int, seed: int = 0
+    checkpoint: Checkpoint, num_experts: int, num_experts_per_tok: int, seed: int = 0
 ) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """Config and tensors of the mixture; each tensor is read, or drawn, when its turn comes.
 
     Raises:
-        InputError: the model has experts already or is a Llama, which has none; ``top_k`` is above ``experts``; a
-            number is out of range.
+        InputError: the model has experts already or is a Llama, which has none; ``num_experts_per_tok`` is above
+            ``num_experts``; a number is out of range.
     """
     dense = checkpoint.config
     if dense.num_experts:
@@ -70,13 +71,16 @@ def upcycled(
             f"{checkpoint.path} is a Llama, which has no experts; turn it into a MiniCPM first with "
             "`python -m weights_io.convert --to hf --unfold`."
         )
-    if not 1 <= experts <= MAX_EXPERTS:
-        raise InputError(f"--experts is {experts}; it must be at least 1 and at most {MAX_EXPERTS}.")
-    if not 1 <= top_k <= experts:
-        raise InputError(f"--top-k is {top_k}; it must be at least 1 and at most the number of experts, {experts}.")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise InputError(f"is {num_experts}; it must be at least 1 and at most {MAX_EXPERTS}.", option="num_experts")
+    if not 1 <= num_experts_per_tok <= num_experts:
+        raise InputError(
+            f"is {num_experts_per_tok}; it must be at least 1 and at most the number of experts, {num_experts}.",
+            option="num_experts_per_tok",
+        )
     if seed < 0:
-        raise InputError(f"--seed is {seed}; it must not be negative.")
-    config = dataclasses.replace(dense, num_experts=experts, num_experts_per_tok=top_k)
+        raise InputError(f"is {seed}; it must not be negative.", option="seed")
+    config = dataclasses.replace(dense, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
     sources = {expert.tensor: _source(expert) for expert in EXPERTS}
     tensors: dict[str, LazyTensor | Computed] = {}
     for parameter in parameters(config):

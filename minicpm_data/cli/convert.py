@@ -8,7 +8,7 @@ from weights_io.write import check_output
 
 def main(options: Options) -> None:
     check(options)
-    check_output(options.out)
+    check_output(options.save_path)
     checkpoint = open_model(options.model, options.revision, options.hub)
-    check_output(options.out, checkpoint.path)
+    check_output(options.save_path, checkpoint.path)
     print("\n".join(convert(checkpoint, options, carried_files(checkpoint))))

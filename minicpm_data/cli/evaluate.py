@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from minicpm_data.datasets.formats import Reader
 from minicpm_data.datasets.options import DataOptions
@@ -18,7 +20,7 @@ from minicpm_data.keys import KeyRules, few
 from minicpm_data.model_options import ModelOptions, load_model
 from minicpm_data.option_checks import check_range
 from weights_io import command_line
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ class EvaluateOptions(DataOptions, ModelOptions):
     require: tuple[str, ...] = ()
     """Exit with 1 where fewer of the questions of a kind are right than this percentage: sum=95 fact=50. Those of
     --data are all of the kind exact."""
-    require_sums: float | None = None
+    require_sums: Annotated[float | None, tyro.conf.Suppress] = None
     """The former name of --require sum=95."""
 
 
@@ -158,7 +160,9 @@ def requirements(options: EvaluateOptions) -> dict[str, float]:
         except ValueError:
             found[kind] = math.nan
         if not 0 <= found[kind] <= 100:
-            raise InputError(f"--require is {text}; give a kind of question and a percentage from 0 to 100: sum=95.")
+            raise InputError(
+                f"is {text}; give a kind of question and a percentage from 0 to 100: sum=95.", option="require"
+            )
     return found
 
 
@@ -167,8 +171,8 @@ def missed(required: Mapping[str, float], scores: Mapping[str, Sequence[bool]]) 
     that was not asked."""
     for kind, percentage in required.items():
         if kind not in scores:
-            asked = ", ".join(list(scores)[:3]) + (f" and {len(scores) - 3} more" if len(scores) > 3 else "")
-            raise InputError(f"--require names the kind {kind}, and the questions are of the kinds {asked}.")
+            asked = listed(scores)
+            raise InputError(f"names the kind {kind}, and the questions are of the kinds {asked}.", option="require")
         if (share := 100 * sum(scores[kind]) / len(scores[kind])) < percentage:
             return f"{share:.1f} % of the questions of the kind {kind} are right; --require asks for {percentage:g} %."
     return None

@@ -26,7 +26,8 @@ from minicpm_data.generation.responses import stop_strings
 from minicpm_data.generation.speculation import Source, Speculation
 from minicpm_data.model_options import ModelOptions, load_model, note_context
 from weights_io import command_line
-from weights_io.errors import InputError, flag, not_utf8
+from weights_io.errors import InputError, not_utf8
+from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     from minicpm_data.generation.responses import Response
@@ -37,7 +38,7 @@ Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.c
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    temp: float = 0.0
+    temp: Annotated[float, Former("temperature")] = 0.0
     """Temperature; 0 takes the likeliest token."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability."""
@@ -113,12 +114,14 @@ class GenerateOptions(SamplingOptions, ModelOptions):
         for name in ("system_prompt", "prefill_response", "chat_template_config"):
             if self.ignore_chat_template and getattr(self, name) is not None:
                 raise InputError(
-                    f"{flag(name)} needs the chat template; leave out --ignore-chat-template or {flag(name)}."
+                    f"needs the chat template; leave out {{ignore_chat_template}} or {{{name}}}.",
+                    option=name,
+                    others=["ignore_chat_template", name],
                 )
         try:
             variables = json.loads(self.chat_template_config or "{}")
         except (ValueError, RecursionError) as error:
-            raise InputError(f"--chat-template-config is not JSON ({error}); give an object.") from None
+            raise InputError(f"is not JSON ({error}); give an object.", option="chat_template_config") from None
         if not isinstance(variables, dict):
             raise InputError('--chat-template-config must be a JSON object such as {"enable_thinking": false}.')
         return variables
@@ -130,7 +133,7 @@ class GenerateOptions(SamplingOptions, ModelOptions):
 
 @dataclass(frozen=True)
 class ChatOptions(SamplingOptions, ModelOptions):
-    temp: float = CHAT_TEMPERATURE
+    temp: Annotated[float, Former("temperature")] = CHAT_TEMPERATURE
     """Temperature; 0 takes the likeliest token."""
     top_p: float = CHAT_TOP_P
     """Draw from the likeliest tokens that together have this probability."""
@@ -269,7 +272,7 @@ def _system(options: SamplingOptions) -> list[dict[str, str]]:
 
 def _positive(max_tokens: int) -> int:
     if max_tokens < 1:
-        raise InputError(f"--max-tokens is {max_tokens}; it must be at least 1.")
+        raise InputError(f"is {max_tokens}; it must be at least 1.", option="max_tokens")
     return max_tokens
 
 

@@ -10,10 +10,10 @@ from weights_io.write import check_output
 
 
 def main(options: Options) -> None:
-    check_output(options.out)
+    check_output(options.save_path)
     checkpoint = open_model(options.model, options.revision, options.hub)
-    check_output(options.out, checkpoint.path)
-    config, tensors = upcycled(checkpoint, options.experts, options.top_k, options.seed)
+    check_output(options.save_path, checkpoint.path)
+    config, tensors = upcycled(checkpoint, options.num_experts, options.num_experts_per_tok, options.seed)
     files = carried_files(checkpoint)
-    lines = write_model(options.out, checkpoint, config, tensors, options.dtype, Rounding(), files)
+    lines = write_model(options.save_path, checkpoint, config, tensors, options.dtype, Rounding(), files)
     print("\n".join([*lines, f"{count_active(config):,} parameters are used for each token"]))

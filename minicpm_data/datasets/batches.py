@@ -85,9 +85,9 @@ class Batches:
         import grain
 
         if batch_size < 1:
-            raise InputError(f"--batch-size {batch_size} is no number of rows; give at least 1.")
+            raise InputError(f"{batch_size} is no number of rows; give at least 1.", option="batch_size")
         if seed < 0:
-            raise InputError(f"--seed {seed} is negative; give 0 or more.")
+            raise InputError(f"{seed} is negative; give 0 or more.", option="seed")
         self._examples, self._batch_size, self._accumulation = examples, batch_size, accumulation
         self._limit, self._seed, self._row_width = max_seq_length, seed, row_width
         self._rows, self._widths = _rows(examples, max_seq_length, pack)

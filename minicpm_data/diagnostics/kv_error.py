@@ -70,7 +70,7 @@ def run(
         """Say how far a quantised key/value cache moves the logits of a text."""
         text, most = options.text(), options.max_tokens
         if most < 1:
-            raise InputError(f"--max-tokens is {most}; it must be at least 1.")
+            raise InputError(f"is {most}; it must be at least 1.", option="max_tokens")
         packed = CacheOptions(kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
         model, tokenizer = load_model(backend(), options)
         ids = tokenizer.encode(text)[:most]

@@ -114,7 +114,7 @@ def run(options: Options, backend: Backend) -> None:
     """Print how the model compares, case by case. Exits with 1 where a case does not hold; raises `InputError`."""
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     if not 0 <= tolerance < math.inf:
-        raise InputError(f"--tolerance is {tolerance}; it must be a number from 0 on.")
+        raise InputError(f"is {tolerance}; it must be a number from 0 on.", option="tolerance")
     reference = Reference(options.reference, options.dtype)
     source = {"revision": options.revision, "hub": options.hub, "remedy": SMALLER, **options.placement()}
     model, _ = backend.load(options.model, options.dtype, **source)

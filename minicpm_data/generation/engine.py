@@ -36,7 +36,7 @@ class TooMuch(InputError):
     """Of caches that could not all be filled. ``context``: what there is room for with as many slots, if anything."""
 
     def __init__(self, sentence: str, context: int | None):
-        super().__init__(sentence)
+        super().__init__(sentence, others=["slots", "context"])
         self.context = context
 
 
@@ -89,9 +89,9 @@ class Engine(ABC, Generic[ModelT]):
         context = model.config.max_position_embeddings if context is None else context
         for name, value, least in (("slots", slots, 1), ("context", context, 2)):  # a prompt and an answer
             if value != int(value) or value < least:
-                raise InputError(f"{name} is {value}; it must be a whole number, at least {least}.")
+                raise InputError(f"is {value}; it must be a whole number, at least {least}.", option=name)
         if cache_options.max_kv_size is not None:
-            raise InputError("an engine keeps every token; leave out max_kv_size.")
+            raise InputError("does not go with an engine, which keeps every token; leave it out.", "max_kv_size")
         self.model, self.slots, self.context, self.cache_options = model, slots, context, cache_options
         self.waiting: deque[RequestState] = deque()
         self.coming: tuple[RequestState, Iterator[None]] | None = None  # whose prompt is run
@@ -109,7 +109,7 @@ class Engine(ABC, Generic[ModelT]):
         if self.slots == 1 and fits is None:
             remedy = "take a smaller model, or keep its weights in fewer bits"
         else:
-            remedy = "lower " + ("slots, or " if self.slots > 1 else "") + "context"
+            remedy = "lower " + ("{slots}, or " if self.slots > 1 else "") + "{context}"
             remedy += "" if fits is None else f" (to {fits:,} tokens)"
         raise TooMuch(no_room(what, needed(self.context), free, remedy), fits)
 

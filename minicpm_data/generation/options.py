@@ -43,7 +43,7 @@ class Sampling:
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
-            raise InputError(f"{name} is {getattr(self, name)}; it must be {what}.")
+            raise InputError(f"is {getattr(self, name)}; it must be {what}.", option=name)
 
     @property
     def greedy(self) -> bool:
@@ -75,13 +75,13 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         if self.kv_bits not in (None, 4, 8):
-            raise InputError(f"kv_bits is {self.kv_bits}; it must be 4 or 8.")
+            raise InputError(f"is {self.kv_bits}; it must be 4 or 8.", option="kv_bits")
         for name, least in (("max_kv_size", 8), ("prefill_step_size", 1), ("kv_group_size", 1)):
             value = getattr(self, name)
             if value is not None and not (least <= value <= MOST and value == int(value)):
-                raise InputError(f"{name} is {value}; it must be a whole number, from {least} to {MOST}.")
+                raise InputError(f"is {value}; it must be a whole number, from {least} to {MOST}.", option=name)
         if self.kv_bits and self.max_kv_size:
-            raise InputError("kv_bits and max_kv_size do not go together; leave one of them out.")
+            raise InputError("and {max_kv_size} do not go together; leave one of them out.", "kv_bits", ["max_kv_size"])
 
 
 GREEDY, PLAIN_CACHE = Sampling(), CacheOptions()  # where nobody says otherwise

@@ -75,7 +75,7 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_tokens <= MOST:
-            raise InputError(f"max_tokens is {self.max_tokens}; it must be from 1 to {MOST}.")
+            raise InputError(f"is {self.max_tokens}; it must be from 1 to {MOST}.", option="max_tokens")
 
     @classmethod
     def of(

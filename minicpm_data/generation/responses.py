@@ -43,7 +43,7 @@ def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     """One stop string or several as a tuple. InputError where one is empty."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:
-        raise InputError("a stop string must not be empty.")
+        raise InputError("holds an empty text; leave it out.", option="stop")
     return stop
 
 

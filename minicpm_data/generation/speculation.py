@@ -36,9 +36,13 @@ class Speculation(Generic[Source]):
     def __post_init__(self) -> None:
         count = self.num_draft_tokens
         if count != int(count) or not 1 <= count <= MOST:
-            raise InputError(f"num_draft_tokens is {count}; it must be a whole number from 1 to {MOST}.")
+            raise InputError(f"is {count}; it must be a whole number from 1 to {MOST}.", option="num_draft_tokens")
         if self.draft_model is not None and self.prompt_lookup:
-            raise InputError("draft_model and prompt_lookup are two sources of guesses; leave one of them out.")
+            raise InputError(
+                "and {prompt_lookup} are two sources of guesses; leave one of them out.",
+                "draft_model",
+                ["prompt_lookup"],
+            )
 
     @property
     def active(self) -> bool:
@@ -47,7 +51,7 @@ class Speculation(Generic[Source]):
     def check(self: "Speculation[ModelT]", model: ModelT, request: GenerationRequest) -> None:
         """`InputError` for a draft of another vocabulary, or a cache that cannot be taken back."""
         if request.cache.max_kv_size is not None:
-            raise InputError("a cache of max_kv_size cannot take back a wrong guess; leave one of them out.")
+            raise InputError("cannot take back a wrong guess; leave it out, or the guessing.", option="max_kv_size")
         if self.draft_model is not None:
             draft, own = self.draft_model.config.vocab_size, model.config.vocab_size
             if draft != own:

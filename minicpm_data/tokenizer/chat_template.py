@@ -33,7 +33,7 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
     """The role and content of each message. InputError where one is missing or no text, and for another key that says
     something, which no template here is given."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InputError('messages must be a list such as [{"role": "user", "content": "Hello"}], with one or more.')
+        raise InputError('must be a list such as [{"role": "user", "content": "Hello"}], with one or more.', "messages")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise InputError(f'message {i} must have a "role" and a "content".')

@@ -15,7 +15,8 @@ from minicpm_data.option_checks import check_range
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io.adapters import AdapterConfig
 from weights_io.catalog import find
-from weights_io.errors import InputError, flag
+from weights_io.errors import InputError
+from weights_io.former_names import Former
 from weights_io.memory import ADAPTERS
 from weights_io.parameters import parameters
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 # A resumed run must agree on all options but these.
 FREE = frozenset(
     """train test iters epochs mask_prompt learning_rate lr_schedule warmup_steps clip steps_per_report steps_per_eval
-    val_batches test_batches save_every valid_every resume report_to project_name hub data config init_from tokenizer
-    grad_checkpoint remat adapter_path ignore_keys special_tokens_as_text save_path out save_dtype mesh distributed
+    val_batches test_batches save_every resume report_to project_name hub data config init_from tokenizer
+    grad_checkpoint adapter_path ignore_keys special_tokens_as_text save_path save_dtype mesh distributed
     coordinator_address num_processes process_id join_timeout""".split()
 )
 
@@ -182,7 +183,7 @@ class PretrainOptions(DataOptions, OneDevice):
     """Folder of the tokenizer."""
     data: Path
     """Folder with stable/ and decay/, each with train.jsonl and valid.jsonl."""
-    out: Path
+    save_path: Annotated[Path, Former("out")]
     """Folder for checkpoints, metrics and the finished model."""
     config: Path | None = None
     """config.json of the model to make from nothing."""
@@ -190,7 +191,7 @@ class PretrainOptions(DataOptions, OneDevice):
     """Begin with this model's weights (folder, hub id or short name) in place of --config."""
     from_step: int = 0
     """Begin at this step of the schedule: there is no warm-up after it, and the data is that of its stage."""
-    steps: int = 5000
+    iters: Annotated[int, Former("steps")] = 5000
     """Optimiser steps in all."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
@@ -202,7 +203,7 @@ class PretrainOptions(DataOptions, OneDevice):
     """Steps in which the exponential decay halves the learning rate."""
     batch_size: int = 16
     """Windows a step."""
-    seq_length: int = 256
+    max_seq_length: Annotated[int, Former("seq_length")] = 256
     """Tokens a window."""
     learning_rate: float = 0.01
     """Rate of the stable stage; matrices get muP's share of it."""
@@ -218,11 +219,11 @@ class PretrainOptions(DataOptions, OneDevice):
     """Compute in this; masters and moments are float32. Default: bfloat16, and float32 on a CPU and TPU v2 or v3."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the finished model."""
-    remat: bool = False
+    grad_checkpoint: Annotated[bool, Former("remat")] = False
     """Recompute each layer in the backward pass: less memory, a third more work."""
     save_every: int = 500
     """Steps between checkpoints."""
-    valid_every: int = 250
+    steps_per_eval: Annotated[int, Former("valid_every")] = 250
     """Steps between validation losses."""
     resume: bool = False
     """Go on with the run in the output folder, from its last checkpoint."""
@@ -233,12 +234,17 @@ class PretrainOptions(DataOptions, OneDevice):
     seed: int = 0
     """Of initialisation and data order."""
 
+    @property
+    def out(self) -> Path:
+        """The folder of the run."""
+        return self.save_path
+
 
 def schedule_of(options: FinetuneOptions, steps: int) -> Callable[[int], float]:
     """Learning rate by step. A decay would end one step after the last, so that the last still learns."""
     warmup = min(100, steps // 10) if options.warmup_steps is None else options.warmup_steps
     if warmup > steps:
-        raise InputError(f"--warmup-steps {warmup} is more than the {steps} steps of the run.")
+        raise InputError(f"{warmup} is more than the {steps} steps of the run.", option="warmup_steps")
     if options.lr_schedule == "constant":
         return WarmupStableDecay(options.learning_rate, steps, warmup, 0)
     falling = max(1, steps // 10) if options.lr_schedule == "wsd" else steps - warmup
@@ -256,21 +262,25 @@ def check(options: FinetuneOptions) -> None:
     check_range(options, "weight_decay", least=0, below=1)
     check_range(options, "warmup_steps", least=0)
     if options.iters is not None and options.epochs is not None:
-        raise InputError("--iters and --epochs both say how long to train; leave one of them out.")
+        raise InputError("and {epochs} both say how long to train; leave one of them out.", "iters", ["epochs"])
     for name in ("val_batches", "test_batches"):
         if (value := getattr(options, name)) != -1 and value < 1:
-            raise InputError(f"{flag(name)} is {value}; it must be at least 1, or -1 for all.")
+            raise InputError(f"is {value}; it must be at least 1, or -1 for all.", option=name)
     options.check_placement()
     if options.pack and options.loss != "sft":
-        raise InputError("--pack is for --loss sft; pairs stand in rows of their own.")
+        raise InputError("is for {loss} sft; pairs stand in rows of their own.", "pack", ["loss"])
     if options.train_on_prompt and (options.mask_prompt or options.loss != "sft"):
         raise InputError(
-            "--train-on-prompt goes with neither --mask-prompt nor a preference loss; leave one of them out."
+            "goes with neither {mask_prompt} nor a preference loss; leave one of them out.",
+            option="train_on_prompt",
+            others=["mask_prompt"],
         )
     if not options.data.exists():
-        raise InputError(f"--data {options.data} does not exist; give a folder with train.jsonl, or such a file.")
+        raise InputError(
+            f"{options.data} does not exist; give a folder with train.jsonl, or such a file.", option="data"
+        )
     if getattr(options, "fine_tune_type", None) == "full":
-        raise InputError("--fine-tune-type full is a command of its own: finetune in place of lora.")
+        raise InputError("full is a command of its own: finetune in place of lora.", option="fine_tune_type")
     _ = options.adapter  # checks rank, alpha and dropout
 
 
@@ -283,7 +293,7 @@ def check_layers(options: FinetuneOptions, config: "ModelConfig") -> None:
     target_parameters(config, options.adapter.targets)
     layers, most = getattr(options, "num_layers", -1), config.num_hidden_layers
     if layers != -1 and not 1 <= layers <= most:
-        raise InputError(f"--num-layers is {layers}; the model has {most} layers (-1 takes all).")
+        raise InputError(f"is {layers}; the model has {most} layers (-1 takes all).", option="num_layers")
 
 
 def adapted_layers(options: LoraOptions, config: "ModelConfig") -> range:

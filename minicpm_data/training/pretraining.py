@@ -16,6 +16,7 @@ from minicpm_data.training.options import PretrainOptions, settings_of
 from minicpm_data.training.processes import leaving_at_interrupts
 from weights_io import command_line
 from weights_io.errors import InputError
+from weights_io.former_names import former_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +58,7 @@ def pretrain(options: PretrainOptions, trainer: Make) -> None:
     check(options)
     schedule = WarmupStableDecay(
         options.learning_rate,
-        options.steps,
+        options.iters,
         options.warmup_steps,
         options.decay_steps,
         options.decay,
@@ -71,13 +72,13 @@ def pretrain(options: PretrainOptions, trainer: Make) -> None:
     with contextlib.closing(worker):
         stages, fingerprint = read_stages(options, tokenizer, worker.config.vocab_size)
         # Of a run with these stages the schedule is a part, warm-up too.
-        settings = settings_of(options) | {"warmup_steps": options.warmup_steps}
+        settings = settings_of(options) | {"warmup_steps": options.warmup_steps, "iters": options.iters}
         settings |= {"backend": type(worker).__module__.partition(".")[0]}
         settings |= {"config": worker.config.to_dict(), "data": fingerprint}
         notes = {"config.json": worker.raw_config, "tokenizer": str(options.tokenizer.resolve())}
         notes["save_dtype"] = options.save_dtype
         worker.processes.check_same(json.dumps(settings, sort_keys=True))
-        with using(options.out, settings, options.resume, notes, worker.processes):
+        with using(options.out, settings, options.resume, notes, worker.processes, former_names(type(options))):
             planned = plan(options, schedule)
             step = loop.restored(planned, worker)
             loop.fit(planned, worker, Windows(options, worker, stages, schedule.decay_start), step)
@@ -90,16 +91,18 @@ def check(options: PretrainOptions) -> None:
 
     options.check_placement()
     check_reporter(options.report_to)
-    check_range(options, "steps", "batch_size", "save_every", "valid_every", least=1)
-    check_range(options, "seq_length", least=2)
+    check_range(options, "iters", "batch_size", "save_every", "steps_per_eval", least=1)
+    check_range(options, "max_seq_length", least=2)
     check_range(options, "learning_rate", "clip", "half_life", above=0)
     check_range(options, "seed", least=0, below=2**32)
     check_range(options, "beta1", "beta2", "weight_decay", least=0, below=1)
     if (options.config is None) == (options.init_from is None):
         raise InputError("give either --config, for a new model, or --init-from, for one that is there.")
-    if not 0 <= options.from_step < options.steps or (options.from_step and options.init_from is None):
+    if not 0 <= options.from_step < options.iters or (options.from_step and options.init_from is None):
         raise InputError(
-            f"--from-step is {options.from_step}; it is for --init-from, and below the {options.steps} of --steps."
+            f"is {options.from_step}; it is for {{init_from}}, and below the {options.iters} of {{iters}}.",
+            option="from_step",
+            others=["init_from", "iters"],
         )
     check_folder(options.out, options.resume)
 
@@ -117,29 +120,29 @@ def read_stages(options: PretrainOptions, tokenizer: "Tokenizer", vocab_size: in
 
     check_vocab(tokenizer, vocab_size)
     stages, fingerprint = {}, hashlib.sha256()
-    reading = options.seq_length, options.ignore_keys, not options.special_tokens_as_text
+    reading = options.max_seq_length, options.ignore_keys, not options.special_tokens_as_text
     for name in ("stable", "decay"):
         windows, valid = (
             pack(options.data / name / f"{split}.jsonl", tokenizer, *reading) for split in ("train", "valid")
         )
         stages[name] = Stage(WindowBatches(windows, options.batch_size, options.seed), valid)
         fingerprint.update(windows.tobytes() + valid.tobytes())
-        print(f"{name}: {windows.size:,} tokens in windows of {options.seq_length}")
+        print(f"{name}: {windows.size:,} tokens in windows of {options.max_seq_length}")
         first = windows[0]
         show("the first window", first, first != tokenizer.bos_token_id, tokenizer)
     return stages, fingerprint.hexdigest()
 
 
 def plan(options: PretrainOptions, schedule: WarmupStableDecay) -> Plan:
-    stable = (schedule.decay_start - options.from_step) * options.batch_size * options.seq_length
+    stable = (schedule.decay_start - options.from_step) * options.batch_size * options.max_seq_length
     return Plan(
         options.out,
-        options.steps,
+        options.iters,
         schedule,
         save_every=options.save_every,
         report_every=REPORT_EVERY,
-        evaluate_every=options.valid_every,
-        also=(options.steps,),
+        evaluate_every=options.steps_per_eval,
+        also=(options.iters,),
         record_all=False,
         first=options.from_step,
         report_to=options.report_to,
@@ -174,7 +177,7 @@ class Windows:
     @property
     def _tokens(self) -> int:
         """Of a step."""
-        return self.options.batch_size * self.options.seq_length
+        return self.options.batch_size * self.options.max_seq_length
 
     def evaluation(self) -> Mapping[str, float]:
         """Over the full batches of the validation windows."""

@@ -7,12 +7,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from minicpm_data.training.processes import Alone
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 from weights_io.files.json_text import read_json
 from weights_io.files.partial import SUFFIX, clear_folder, remove, try_lock, write_whole
 
@@ -49,10 +49,12 @@ def using(
     resume: bool = False,
     notes: dict[str, Any] | None = None,
     processes: Alone | None = None,
+    former: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """Hold the folder of a run, which no other run may use within the context; the first of ``processes`` locks it.
 
     The ``settings`` (as JSON has them) of a new run are written there, those of a run that is there are compared.
+    ``former``: former name -> name, of settings that earlier versions wrote.
     ``notes`` are written beside them; of these ``base`` is compared too, and another ``valid`` only printed. What a
     killed run left half written is removed.
 
@@ -63,11 +65,11 @@ def using(
 
         def begin() -> None:
             if check_folder(folder, resume):
-                _compare(folder, settings, notes or {})
+                _compare(folder, settings, notes or {}, former or {})
             folder.mkdir(parents=True, exist_ok=True)
             sign = held.enter_context(_locked(folder))
             if begun := _is_begun(folder, resume):  # by now it may be another run
-                _compare(folder, settings, notes or {})
+                _compare(folder, settings, notes or {}, former or {})
                 _note_valid(folder, notes or {})
             _clear(folder)
             if not begun:
@@ -154,14 +156,16 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any]) -> None:
-    before = {"backend": "minicpm_jax"} | _saved_settings(folder)  # which earlier versions left out of a pretraining
+def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any], former: Mapping[str, str]) -> None:
+    saved = {former.get(name, name): value for name, value in _saved_settings(folder).items()}
+    before = {"backend": "minicpm_jax"} | saved  # which earlier versions left out of a pretraining
     changed = [name for name in settings if before.get(name) != settings[name]]
     if _noted(before, "base") not in (None, notes.get("base")):
         changed.append("model")
     if changed:
-        named = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        raise InputError(f"{folder} holds a run with another {named}; choose another folder, or delete this one.")
+        raise InputError(
+            f"{folder} holds a run with another {listed(changed)}; choose another folder, or delete this one."
+        )
 
 
 def _note_valid(folder: Path, notes: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from minicpm_data.training.options import LoraOptions
 from weights_io.errors import InputError, flag, short
 from weights_io.files.regular import read_regular
+from weights_io.former_names import former_names
 
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}  # mlx_lm's names of ours
 OF_ITS_MACHINE = ("clear_cache_threshold", "trust_remote_code")  # mlx_lm's; they change no number
@@ -21,15 +22,17 @@ def flags_of_file(path: Path, options: type) -> list[str]:
     from minicpm_data.yaml_text import MAX_BYTES, load  # only where there is such a file
 
     if not os.path.lexists(path):
-        raise InputError(f"--config {path} does not exist.")
+        raise InputError(f"{path} does not exist.", option="config")
     found = load(read_regular(path, MAX_BYTES), f"--config {path}")
     if not isinstance(found, dict):
-        raise InputError(f"--config {path} must hold lines of the form `learning_rate: 1e-4`.")
-    known = {field.name for field in fields(options)} - {"config"}
+        raise InputError(f"{path} must hold lines of the form `learning_rate: 1e-4`.", option="config")
+    known = ({field.name for field in fields(options)} | former_names(options).keys()) - {"config"}
     flags: list[str] = []
     for name, value in _flat(found, path):
         if name not in known:
-            raise InputError(f"--config {path} has {short(name)}, which is no option of this command (see --help).")
+            raise InputError(
+                f"{path} has {short(name)}, which is no option of this command (see --help).", option="config"
+            )
         flags += _flag(name, value, path)
     return flags
 
@@ -45,7 +48,7 @@ def _flat(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
         elif name == "optimizer_config":
             if value and not (isinstance(value, dict) and not any(value.values())):
                 raise InputError(
-                    f"--config {path} has an optimizer_config; the optimisers here have no further options."
+                    f"{path} has an optimizer_config; the optimisers here have no further options.", option="config"
                 )
         elif name not in OF_ITS_MACHINE:
             yield name, value
@@ -53,16 +56,16 @@ def _flat(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
 
 def _lora(given: Any, path: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(given, dict) or given.keys() - {"rank", "scale", "alpha", "dropout", "keys"}:
-        raise InputError(f"--config {path} has lora_parameters of another form than {OF_LORA}.")
+        raise InputError(f"{path} has lora_parameters of another form than {OF_LORA}.", option="config")
     rank, scale, keys = given.get("rank", LoraOptions.rank), given.get("scale"), given.get("keys")
     if scale is not None and not (isinstance(rank, int) and isinstance(scale, int | float)):
-        raise InputError(f"--config {path} has lora_parameters whose rank or scale is no number.")
+        raise InputError(f"{path} has lora_parameters whose rank or scale is no number.", option="config")
     yield from ((name, given.get(name)) for name in ("rank", "dropout", "alpha"))
     if scale is not None:
         yield "alpha", rank * scale
     if keys is not None:
         if not isinstance(keys, list) or not keys:
-            raise InputError(f"--config {path} has lora_parameters whose keys are no list of names.")
+            raise InputError(f"{path} has lora_parameters whose keys are no list of names.", option="config")
         yield "targets", [str(key).rpartition(".")[2] for key in keys]  # self_attn.q_proj
 
 
@@ -73,18 +76,19 @@ def _schedule(given: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]
     known = name in SCHEDULES and not given.keys() - {"name", "warmup", "warmup_init", "arguments"}
     if not known or not isinstance(arguments, list) or not arguments:
         raise InputError(
-            f"--config {path} has an lr_schedule that is not known; give lr_schedule: cosine, linear, constant or wsd, "
-            "with learning_rate and warmup_steps."
+            f"{path} has an lr_schedule that is not known; give lr_schedule: cosine, linear, constant or wsd, "
+            "with learning_rate and warmup_steps.",
+            option="config",
         )
     try:
         highest, *others = map(float, arguments)
         lowest = max([float(given.get("warmup_init", 0)), *others[1:]])
     except (TypeError, ValueError):
-        raise InputError(f"--config {path} has an lr_schedule whose arguments are no numbers.") from None
+        raise InputError(f"{path} has an lr_schedule whose arguments are no numbers.", option="config") from None
     if name == "linear_schedule":  # mlx's is (first, last, steps)
         lowest = max([float(given.get("warmup_init", 0)), *others[:1]])
     if lowest > highest / 50:
-        raise InputError(f"--config {path} has an lr_schedule that ends at {lowest}; those here end at 0.")
+        raise InputError(f"{path} has an lr_schedule that ends at {lowest}; those here end at 0.", option="config")
     yield "lr_schedule", SCHEDULES[name]
     yield "warmup_steps", given.get("warmup", 0)
     yield "learning_rate", highest
@@ -99,5 +103,5 @@ def _flag(name: str, value: Any, path: Path) -> list[str]:
     if isinstance(value, list):
         return [option, *(str(item) for item in value)]
     if isinstance(value, dict):
-        raise InputError(f"--config {path} has {name}: {short(value)}; it must be one value.")
+        raise InputError(f"{path} has {name}: {short(value)}; it must be one value.", option="config")
     return [option, str(value)]

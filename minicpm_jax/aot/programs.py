@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from minicpm_data.generation.options import Sampling
+from minicpm_data.option_checks import check_range
 from minicpm_jax import adapters
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.sampling import Knobs
@@ -50,8 +51,8 @@ class Job:
     model: str
     topology: Topology
     job: Kind
-    batch: int
-    seq: int
+    batch_size: int
+    max_seq_length: int
     dtype: str
     quantize: int | None
     kv_bits: int | None
@@ -72,7 +73,8 @@ class Job:
     @property
     def tokens(self) -> int:
         """That one call takes: a step of decoding gives one for each row."""
-        return self.batch * {"generate": 1, "prefill": min(self.prefill_step_size, self.seq)}.get(self.job, self.seq)
+        piece = min(self.prefill_step_size, self.max_seq_length)
+        return self.batch_size * {"generate": 1, "prefill": piece}.get(self.job, self.max_seq_length)
 
     @functools.cached_property
     def devices(self) -> Any:
@@ -101,11 +103,13 @@ class Job:
     @functools.cached_property
     def call(self) -> "Call":
         """Raises `InputError` for a mesh, a batch or a model that cannot be."""
-        if self.batch < 1 or self.seq < 2 or self.prefill_step_size < 1:
-            raise InputError("--batch, --seq and --prefill-step-size are at least 1, 2 and 1.")
+        check_range(self, "batch_size", "prefill_step_size", least=1)
+        check_range(self, "max_seq_length", least=2)
         self.topology.chip.check_dtype(self.dtype)
         if self.quantize is not None and self.job in ("finetune", "pretrain"):
-            raise InputError(f"--quantize is for a base that is not trained; leave it out of --job {self.job}.")
+            raise InputError(
+                f"is for a base that is not trained; leave it out of {{job}} {self.job}.", "quantize", ["job"]
+            )
         match self.job:
             case "generate":
                 return self._decode()
@@ -163,7 +167,7 @@ class Job:
         return jax.tree_util.tree_map_with_path(where, packed)
 
     def _cache(self) -> Cache:
-        given = self.config, self.batch, self.slots, self.dtype, self.kv_bits, self.placed
+        given = self.config, self.batch_size, self.slots, self.dtype, self.kv_bits, self.placed
         shapes = jax.eval_shape(lambda: Cache.empty(*given))
         if self.placed is None:
             return self._everywhere(shapes)
@@ -176,31 +180,31 @@ class Job:
 
     @property
     def slots(self) -> int:
-        return decoding.bucket(self.seq)
+        return decoding.bucket(self.max_seq_length)
 
     def _rows(self, dtype: Any) -> Any:
-        return self._array((self.batch,), dtype)
+        return self._array((self.batch_size,), dtype)
 
     def _decode(self) -> Call:
-        keys = self._everywhere(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch)))
+        keys = self._everywhere(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch_size)))
         ends = self._array((1,), jnp.int32)
         state = decoding.State(self._cache(), self._rows(jnp.int32), None, keys, self._rows(bool), ends)
         knobs = self._everywhere(Knobs.of(Sampling(), self.config.vocab_size))
         return Call(decoding.decode, (self._model(), state, self._array((), jnp.int32), knobs), {})
 
     def _prefill(self) -> Call:
-        ids = self._array((self.batch, self.tokens // self.batch), jnp.int32)
-        last = self._array((self.batch, 1, self.config.hidden_size), self.dtype)
+        ids = self._array((self.batch_size, self.tokens // self.batch_size), jnp.int32)
+        last = self._array((self.batch_size, 1, self.config.hidden_size), self.dtype)
         start, lengths = self._array((), jnp.int32), self._rows(jnp.int32)
         return Call(decoding.prefill, (self._model(), ids, self._cache(), last, start, lengths), {})
 
     def _batches(self) -> dict[str, Any]:
         """[A, B, T], one micro-batch."""
-        shape = 1, self.batch, self.seq
+        shape = 1, self.batch_size, self.max_seq_length
         if self.placed is None:
             one = self._array(shape, jnp.int32)
         else:
-            one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.placed, self.batch, "--batch"))
+            one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.placed, self.batch_size))
         return dict.fromkeys(("ids", "labels", "segments"), one)
 
     def _state(self, optimiser: Any, weights: step.Weights) -> step.State:

@@ -139,17 +139,25 @@ def _alternatives(job: "Job") -> "Iterator[tuple[str, str, Job]]":
             if job.quantize is None or bits < job.quantize:
                 yield "quantize", f"--quantize {bits}", change(job, quantize=bits)
     for topology in _larger(job.topology):
-        batch = job.batch
+        batch = job.batch_size
         flags = f"--topology {topology}{extra}"
         if job.training and batch % topology.chips:
             batch = topology.chips
-            flags += f" --batch {batch}"
-        yield "topology", flags, change(job, topology=topology, batch=batch, mesh=None)
+            flags += f" --batch-size {batch}"
+        yield "topology", flags, change(job, topology=topology, batch_size=batch, mesh=None)
     for times in (2, 4, 8):
-        if job.batch % times == 0:
-            yield "batch", f"--batch {job.batch // times}{extra}", change(job, batch=job.batch // times)
-        if job.seq // times >= 512:
-            yield "seq", f"--seq {job.seq // times}{extra}", change(job, seq=job.seq // times)
+        if job.batch_size % times == 0:
+            yield (
+                "batch",
+                f"--batch-size {job.batch_size // times}{extra}",
+                change(job, batch_size=job.batch_size // times),
+            )
+        if job.max_seq_length // times >= 512:
+            yield (
+                "seq",
+                f"--max-seq-length {job.max_seq_length // times}{extra}",
+                change(job, max_seq_length=job.max_seq_length // times),
+            )
 
 
 def _larger(topology: "Topology") -> "list[Topology]":
@@ -169,11 +177,12 @@ def lines(job: "Job", found: Report) -> Iterator[str]:
     """What is printed of a report."""
     what = f"{job.job} of {job.model} on {found.topology}" + (f" ({found.mesh})" if found.mesh else "")
     if job.training:
-        yield f"{what}: {job.batch} x {job.seq:,} tokens a step"
+        yield f"{what}: {job.batch_size} x {job.max_seq_length:,} tokens a step"
     elif job.job == "generate":
-        yield f"{what}: a token of each of {job.batch} rows, cache of {job.slots:,} slots"
+        yield f"{what}: a token of each of {job.batch_size} rows, cache of {job.slots:,} slots"
     else:
-        yield f"{what}: {job.tokens // job.batch} tokens of each of {job.batch} rows, cache of {job.slots:,} slots"
+        tokens = job.tokens // job.batch_size
+        yield f"{what}: {tokens} tokens of each of {job.batch_size} rows, cache of {job.slots:,} slots"
     verdict = "fits" if found.fits else "does not fit"
     needed = size(found.needed) if found.needed else "more than there is"
     yield f"memory a chip    {needed} of {size(found.hbm)}: {verdict}"

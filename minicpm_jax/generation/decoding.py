@@ -176,9 +176,9 @@ def longer(cache: Cache, slots: int) -> Cache:
 def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
     """`InputError` for a kind of cache that is not here, whatever model and batch."""
     if cache_options.max_kv_size is not None:
-        raise InputError("the cache of JAX keeps every token; leave max_kv_size out.")
+        raise InputError("is for MLX; leave it out, as the cache of JAX keeps every token.", option="max_kv_size")
     if cache_options.kv_bits == 4:
-        raise InputError("kv_bits is 4; the cache of JAX keeps keys and values whole or in 8 bits.")
+        raise InputError("is 4; the cache of JAX keeps keys and values whole or in 8 bits.", option="kv_bits")
 
 
 def check(model: Model, request: GenerationRequest) -> None:

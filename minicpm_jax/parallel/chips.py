@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 
 LANES = 128  # of a TPU's registers and tiles
 
@@ -71,10 +71,10 @@ class Topology:
         """Raises `InputError` where it is not of that form."""
         found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
         if not found or found[1] not in CHIPS:
-            raise InputError(f"--topology {text} is not of the form v5e:2x4; the chips are {', '.join(CHIPS)}.")
+            raise InputError(f"{text} is not of the form v5e:2x4; the chips are {listed(CHIPS)}.", option="topology")
         chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
         if len(shape) != chip.axes or not all(shape):
-            raise InputError(f"--topology {text} cannot be: {chip.name} comes as {chip.example} and the like.")
+            raise InputError(f"{text} cannot be: {chip.name} comes as {chip.example} and the like.", option="topology")
         return Topology(chip, shape)
 
     @property
@@ -108,7 +108,7 @@ class Topology:
             return topologies.get_topology_desc(platform="tpu", topology_name=str(self), **chosen).devices
         except Exception as error:  # libtpu's own kinds, which it does not export
             reason = str(error).partition("\n")[0].rpartition("INVALID_ARGUMENT: ")[2].rstrip(".")
-            raise InputError(f"--topology {self} cannot be ({reason}); try {self.chip.example}.") from None
+            raise InputError(f"{self} cannot be ({reason}); try {self.chip.example}.", option="topology") from None
 
 
 def platform() -> str:

@@ -57,21 +57,23 @@ def make_mesh(text: str | None, given: Sequence[Any] | None = None) -> Mesh | No
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1 or name in sizes:
-            raise InputError(f"--mesh {text} is not of the form fsdp=4,tensor=2; the axes are {', '.join(AXES)}.")
+            raise InputError(
+                f"{text} is not of the form fsdp=4,tensor=2; the axes are {', '.join(AXES)}.", option="mesh"
+            )
         sizes[name] = int(size)
     if math.prod(sizes.values()) != devices:
-        raise InputError(f"--mesh {text} is for {math.prod(sizes.values())} devices; there are {devices}.")
+        raise InputError(f"{text} is for {math.prod(sizes.values())} devices; there are {devices}.", option="mesh")
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=given)
 
 
-def batch_sharding(mesh: Mesh, rows: int, flag: str = "--batch-size") -> NamedSharding:
-    """Of arrays [A, B, ...] whose B ``rows`` are split over the mesh. Raises `InputError`, which names the ``flag``,
-    where they cannot be."""
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Of arrays [A, B, ...] whose B ``rows`` are split over the mesh. `InputError` where they cannot be."""
     names = tuple(name for name in BATCH if name in mesh.shape)
     parts = math.prod(mesh.shape[name] for name in names)
     if rows % parts:
-        raise InputError(f"{flag} {rows} does not divide over the {parts} devices of {' and '.join(names)}.")
+        devices = f"{parts} devices of {' and '.join(names)}"
+        raise InputError(f"{rows} does not divide over the {devices}.", option="batch_size")
     return NamedSharding(mesh, PartitionSpec(None, names))
 
 

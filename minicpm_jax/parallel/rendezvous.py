@@ -10,7 +10,7 @@ import jax
 
 from minicpm_jax.parallel.address import host_and_port
 from minicpm_jax.parallel.chips import platform
-from weights_io.errors import InputError
+from weights_io.errors import InputError, listed
 
 LEAVING = 60  # seconds that a process waits at its end for the others; then JAX ends all of them
 PAUSE = 0.2  # seconds between two tries to reach the first process
@@ -40,8 +40,9 @@ def join(
             jax.distributed.initialize(**waiting)
         except (ValueError, RuntimeError) as error:
             raise InputError(
-                f"--distributed finds no Cloud TPU, Slurm or Open MPI here ({str(error).splitlines()[0].rstrip('.')}); "
-                "give --coordinator-address, --num-processes and --process-id."
+                f"finds no Cloud TPU, Slurm or Open MPI here ({str(error).splitlines()[0].rstrip('.')}); "
+                "give --coordinator-address, --num-processes and --process-id.",
+                option="distributed",
             ) from error
     elif num_processes is not None and process_id is not None:
         address = coordinator_address or ""
@@ -72,7 +73,9 @@ def meet(address: str, processes: int, number: int, patience: float) -> None:
     try:
         socket.getaddrinfo(host, port)
     except OSError as error:
-        raise InputError(f"--coordinator-address {address}: {host} is not known here ({error.strerror}).") from error
+        raise InputError(
+            f"{address}: {host} is not known here ({error.strerror}).", option="coordinator_address"
+        ) from error
     said = _gather(address, processes, deadline) if number == 0 else _call(address, processes, number, deadline)
     if said:
         raise InputError(said)
@@ -94,7 +97,7 @@ def _gather(address: str, processes: int, deadline: float) -> str:
                 call.settimeout(PAUSE * 10)
                 wrong = _wrong(call.recv(1024), processes, waiting)
     except TimeoutError:
-        names = ", ".join(map(str, sorted(waiting)))
+        names = listed(sorted(waiting))
         wrong = f"of the {processes} processes, {names} did not come; start them, or give another --join-timeout."
     except OSError as error:
         return f"--coordinator-address {address}: cannot listen at port {port} ({error.strerror}); choose another."

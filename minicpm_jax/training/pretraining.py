@@ -35,7 +35,7 @@ class Pretrainer(BaseTrainer):
         self.config, self.raw_config, weights = beginning(options, mesh)
         note_idle(self.config, mesh, options.batch_size)
         self.trained = train.AllWeights(self.config, dtype, mesh)
-        self.objective = PackedObjective(bos_token_id, options.remat)
+        self.objective = PackedObjective(bos_token_id, options.grad_checkpoint)
         self.optimiser = optimizers.mup_optimizer(
             self.config, options.beta1, options.beta2, options.weight_decay, options.clip
         )

@@ -103,12 +103,12 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
     if cache_options.kv_bits is None:
         return
     if batch > 1:
-        raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for a batch.")
+        raise InputError("is for one prompt at a time in MLX; leave it out for a batch.", option="kv_bits")
     group, width = group_size(model, cache_options), model.config.head_dim
     if width % group:
         groups = " or ".join(str(size) for size in (32, 64, 128) if width % size == 0)
-        remedy = f"choose {groups}." if groups else "leave kv_bits out."
-        raise InputError(f"kv_group_size {group} does not divide the head dimension {width}; {remedy}")
+        remedy = f"choose {groups}." if groups else "leave {kv_bits} out."
+        raise InputError(f"{group} does not divide the head dimension {width}; {remedy}", "kv_group_size", ["kv_bits"])
 
 
 def check(model: Model, request: GenerationRequest) -> None:

@@ -37,7 +37,7 @@ class Engine(engine.Engine[Model]):
     ):
         super().__init__(model, slots, context, cache_options)
         if cache_options.kv_bits is not None:
-            raise InputError("kv_bits is for one prompt at a time in MLX; leave it out for an engine.")
+            raise InputError("is for one prompt at a time in MLX; leave it out for an engine.", option="kv_bits")
         join(model)
         mx.eval(model.parameters())  # what is not read yet could be by the thread alone that loaded it
         self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)

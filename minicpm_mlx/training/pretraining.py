@@ -30,7 +30,7 @@ class Pretrainer(BaseTrainer):
             model,
             options.out,
             options.seed,
-            objective=PackedObjective(bos_token_id, options.remat),
+            objective=PackedObjective(bos_token_id, options.grad_checkpoint),
             optimiser=optimizers.mup_optimizer(self.config, options.beta1, options.beta2),
             decay=optimizers.mup_decay(self.config, options.weight_decay),
             clip=options.clip,

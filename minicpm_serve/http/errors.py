@@ -39,7 +39,8 @@ def refusal(status: int, message: str, param: str | None = None, code: str | Non
 def body_of(error: InputError) -> tuple[int, dict]:
     if isinstance(error, Ended):
         return 503, error_body(503, str(error), code="engine_ended")
-    return 400, error_body(400, str(error), code="context_length_exceeded" if isinstance(error, NoRoom) else None)
+    code = "context_length_exceeded" if isinstance(error, NoRoom) else None
+    return 400, error_body(400, str(error), error.option, code)
 
 
 def http_error(status: int, message: str, param: str | None = None, code: str | None = None) -> HTTPException:

@@ -140,12 +140,13 @@ class Gate:
 
 def checked_key(flag: str | None) -> str | None:
     """The key of --api-key, else that of the environment, if there is one. `InputError` for one that cannot be."""
-    name, key = ("--api-key", flag) if flag is not None else (KEY_VARIABLE, os.environ.get(KEY_VARIABLE))
+    key = os.environ.get(KEY_VARIABLE) if flag is None else flag
     if key is None:
         return None
     if not key or key != key.strip() or not key.isprintable():
         what = "is empty" if not key.strip() else "has spaces around it or characters that no header can hold"
-        raise InputError(f"{name} {what}; give a key, or leave it out to let everybody in.")
+        name = KEY_VARIABLE if flag is None else "api_key"
+        raise InputError(f"{what}; give a key, or leave it out to let everybody in.", option=name)
     return key
 
 
@@ -155,7 +156,8 @@ def checked_hosts(host: str, address: str, allowed: Sequence[str]) -> frozenset[
     for name in allowed:
         if name != "*" and not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", name):
             raise InputError(
-                f"--allowed-hosts holds {name!r}; give a name or an address such as llm.example.org (no port), or *."
+                f"holds {name!r}; give a name or an address such as llm.example.org (no port), or *.",
+                option="allowed_hosts",
             )
     outside = not ipaddress.ip_address(address.partition("%")[0]).is_loopback
     if "*" in allowed or (outside and not allowed):
@@ -168,7 +170,8 @@ def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", origin):
             raise InputError(
-                f"--allowed-origins holds {origin!r}; give what browsers send, such as http://localhost:3000, or *."
+                f"holds {origin!r}; give what browsers send, such as http://localhost:3000, or *.",
+                option="allowed_origins",
             )
     return tuple(origin.lower() for origin in origins)
 

@@ -95,7 +95,7 @@ class Strict(BaseModel):
             raise InputError(f"{listed(wrong)} are not supported; leave them out.")
         for name in wrong:
             remedy = f" or give {json.dumps(NEUTRAL[name][0])}" if name in NEUTRAL else ""
-            raise InputError(f"{short(name)} is not supported; leave it out{remedy}.")
+            raise InputError(f"is not supported; leave it out{remedy}.", option=short(name))
 
 
 class Part(Strict):
@@ -147,11 +147,11 @@ class Body(Strict):
         """`InputError` for what pydantic cannot see, but for what `Sampling` and the engine check."""
         self.check_rest()
         if not 1 <= self.choices <= MOST_CHOICES:
-            raise InputError(f"n is {self.n}; it must be from 1 to {MOST_CHOICES}.")
+            raise InputError(f"is {self.n}; it must be from 1 to {MOST_CHOICES}.", option="n")
         if len(self.stops) > MOST_STOPS:
-            raise InputError(f"stop holds {len(self.stops)} texts; give at most {MOST_STOPS}.")
+            raise InputError(f"holds {len(self.stops)} texts; give at most {MOST_STOPS}.", option="stop")
         if (longest := max(map(len, self.stops), default=0)) > LONGEST_STOP:
-            raise InputError(f"stop holds a text of {longest:,} characters; give at most {LONGEST_STOP:,}.")
+            raise InputError(f"holds a text of {longest:,} characters; give at most {LONGEST_STOP:,}.", option="stop")
         if self.stream_options is not None:
             self.stream_options.check_rest()
 
@@ -188,7 +188,11 @@ class ChatBody(Body):
     def check(self) -> None:
         super().check()
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise InputError("max_tokens and max_completion_tokens are two names of one thing; give one of them.")
+            raise InputError(
+                "and {max_completion_tokens} are two names of one thing; give one of them.",
+                "max_tokens",
+                ["max_completion_tokens"],
+            )
 
     def plain(self) -> list[dict[str, str]]:
         """The messages as `minicpm_data.tokenizer.chat_template` has them."""

@@ -73,7 +73,7 @@ def minicpm(request, reference, tmp_path_factory):
     """A MiniCPM of the reference, its numbers, and it as a Llama."""
     folder = reference(request.param)
     llama = tmp_path_factory.mktemp(request.param) / "llama"
-    convert("--model", folder, "--to", "llama", "--out", llama)
+    convert("--model", folder, "--to", "llama", "--save-path", llama)
     return folder, np.load(folder / "reference.npz"), llama
 
 
@@ -103,7 +103,7 @@ def test_and_back(minicpm, tmp_path):
     before = open_checkpoint(folder).config
     scales = ["--scale-emb", before.scale_emb, "--scale-depth", before.scale_depth]
     scales += ["--dim-model-base", before.dim_model_base]
-    convert("--model", llama, "--to", "hf", "--unfold", *scales, "--out", tmp_path / "back")
+    convert("--model", llama, "--to", "hf", "--unfold", *scales, "--save-path", tmp_path / "back")
     assert open_checkpoint(tmp_path / "back").config == before
     for backend in ours.BACKENDS:
         model = ours.load(backend, tmp_path / "back")
@@ -175,7 +175,7 @@ def test_shards_and_bfloat16(tmp_path, backend):
 
 def test_the_built_in_model_answers_in_transformers(tmp_path):
     """By its Auto classes, with tokenizer, chat template and generation as a user of it has them."""
-    convert("--model", "pico", "--to", "llama", "--out", tmp_path / "llama")
+    convert("--model", "pico", "--to", "llama", "--save-path", tmp_path / "llama")
     model, tokenizer = opened(tmp_path / "llama"), AutoTokenizer.from_pretrained(tmp_path / "llama")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "llama")) is LlamaForCausalLM
     messages = [{"role": "user", "content": "12 + 7 = ?"}]

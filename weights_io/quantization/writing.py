@@ -40,7 +40,8 @@ class Affine:
         names = [n for p in wide if p.tensor_shape(config)[-1] % self.group_size == 0 for n in p.tensors(config)]
         if not names:
             raise InputError(
-                f"no matrix of the model has rows of groups of {self.group_size}; choose a smaller q_group_size."
+                f"no matrix of the model has rows of groups of {self.group_size}; choose a smaller {{q_group_size}}.",
+                others=["q_group_size"],
             )
         return names
 
