@@ -47,7 +47,8 @@ def accept_cpu(wanted: str, remedy: str) -> str:
 def run(command: str) -> None:
     """Run a command (``python -m minicpm_jax.lora --data ...``) in this process.
 
-    A TPU can be used by one process only. The command may have several lines. Raises `InputError` where it fails, after it has printed its error.
+    A TPU can be used by one process only. The command may have several lines. Raises `InputError` where it fails, after
+    it has printed its error.
     """
     python, flag, module, *arguments = shlex.split(command)
     if (python, flag) != ("python", "-m"):
