@@ -1,13 +1,11 @@
-"""Long-context retrieval in the forms of InfiniteBench (arXiv 2402.13718; OpenBMB/InfiniteBench on GitHub).
-
-A needle lies at some depth of a text of no interest, and the model is asked for it: a pass key of 5 digits
-(``passkey``), a sequence of 10 digits half of which repeat their neighbour (``number_string``), or the value of one key
-among many (``kv_retrieval``). Wording, lengths of answers and scoring are the benchmark's, so that scores can be
-compared; the samples are ours, drawn by seed and made as long as the tokenizer counts.
+"""Write training samples for the needle tasks of InfiniteBench (arXiv 2402.13718; OpenBMB/InfiniteBench on GitHub).
 
     python -m minicpm_serve.retrieval --task passkey --lengths 160 256 --num-samples 100 --save-path train.jsonl
 
-writes samples to train on, none of whose needles is ever asked for in an evaluation.
+A needle is hidden in irrelevant text, and the model is asked for it: a pass key of 5 digits (``passkey``), a sequence
+of 10 digits in which half repeat their neighbor (``number_string``), or the value of one key among many
+(``kv_retrieval``). Wording, answer lengths and scoring are the benchmark's, so that scores can be compared. The samples
+are generated from a seed, with lengths counted in the tokenizer's tokens. Their needles never occur in an evaluation.
 """
 
 import json
@@ -42,7 +40,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Write retrieval samples to train on; their needles never come in an evaluation."""
+    """Write retrieval samples for training. Their needles never occur in an evaluation."""
     from tqdm import tqdm
 
     shortest, longest = options.lengths
@@ -52,7 +50,7 @@ def main(options: Options) -> None:
         raise InputError(f"{shortest} {longest} run backwards; give the least first.", option="lengths")
     encode = _tokenizer(options.tokenizer).encode
     space = TASKS[options.task].space
-    make_sample(options.task, encode, shortest, 0.0, "shortest", False)  # refused before the file is begun
+    make_sample(options.task, encode, shortest, 0.0, "shortest", False)  # raises before the file is created
     options.save_path.parent.mkdir(parents=True, exist_ok=True)
     tokens = 0
     with partial(options.save_path) as path, path.open("w", encoding="utf-8") as file:
@@ -67,7 +65,7 @@ def main(options: Options) -> None:
 
 
 def _tokenizer(path_or_repo: str | None) -> "Tokenizer":
-    """That of a model of any kind: no config is asked for, and a folder of tokenizer files alone is enough."""
+    """The tokenizer of any model, without its config; a folder with only tokenizer files is enough."""
     from minicpm_data.tokenizer.folder import load_tokenizer
     from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
     from weights_io.checkpoint import open_checkpoint

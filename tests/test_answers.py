@@ -383,7 +383,7 @@ def test_a_template_that_strips_what_stands_before_the_answer_is_left_whole(parr
 def test_a_template_without_the_final_message_is_refused(parrot):
     bird = parrot("", chat_template="{{ messages[0].content }}")
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "It"}]
-    with pytest.raises(InputError, match="leaves out the message"):
+    with pytest.raises(InputError, match="drops the last message"):
         bird.tokenizer.apply_chat(messages, continue_final_message=True)
 
 

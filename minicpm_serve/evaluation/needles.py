@@ -1,4 +1,4 @@
-"""Tasks that hide a needle in a long text: a pass key, a number, a key's value. In the words of InfiniteBench."""
+"""Needle tasks in long texts, with the wording of InfiniteBench: a pass key, a number, the value of a key."""
 
 import re
 import uuid
@@ -10,34 +10,34 @@ from typing import Literal
 
 from weights_io.errors import InputError
 
-Encode = Callable[[str], Sequence[int]]  # a text's token ids
+Encode = Callable[[str], Sequence[int]]  # text -> token ids
 TaskName = Literal["passkey", "number_string", "kv_retrieval"]
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 SEPARATORS = str.maketrans(dict.fromkeys("\n:\"'.,?!{}", " "))
-HELD_OUT = 10  # one needle in so many is for evaluation alone
+HELD_OUT = 10  # one needle in 10 is used only for evaluation
 
 
 @dataclass(frozen=True)
 class Task:
-    """One form. A text has ``size`` units: lines of noise, or pairs of key and value."""
+    """A kind of needle. A text has ``size`` units: lines of noise, or pairs of key and value."""
 
     needle: Callable[[Random], str]
-    text: Callable[[str, float, int, Random], str]  # needle, depth from 0 to 1, size, for what else is drawn
+    text: Callable[[str, float, int, Random], str]  # needle, depth from 0 to 1, size, source of the other random values
     space: str  # between the prompt and the answer
-    answer_tokens: int  # most that a reply may have
-    found: Callable[[str, str], bool]  # needle, reply
-    least: int = 0  # size
+    answer_tokens: int  # most tokens of a reply
+    found: Callable[[str, str], bool]  # needle, reply -> whether it is right
+    least: int = 0  # smallest size
 
 
 @dataclass(frozen=True)
 class Sample:
-    """``prompt`` is raw text that the answer continues; ``depth`` says where the needle lies, from 0 to 1."""
+    """A text with a needle. The answer continues the raw ``prompt``. ``depth`` is the needle's position, 0 to 1."""
 
     task: TaskName
     prompt: str
     answer: str
     depth: float
-    ids: Sequence[int]  # of the prompt
+    ids: Sequence[int]  # token ids of the prompt
 
 
 def _pass_key(random: Random) -> str:
@@ -111,12 +111,12 @@ TASKS: dict[TaskName, Task] = {
 
 
 def held_out(needle: str) -> bool:
-    """Whether a needle is for evaluation; the others are for training, whatever the seeds."""
+    """Whether a needle is used for evaluation only. The others are for training, whatever the seeds."""
     return zlib.crc32(needle.encode()) % HELD_OUT == 0
 
 
 def answer_tokens(task: TaskName, encode: Encode) -> int:
-    """Most tokens of a reply: the benchmark's, or what the tokenizer needs to spell a needle if that is more."""
+    """Most tokens of a reply: the benchmark's limit, or the length of a needle in tokens if that is more."""
     form = TASKS[task]
     needle = form.needle(Random(0))
     asked = form.text(needle, 0, form.least, Random(0))
@@ -127,9 +127,18 @@ def answer_tokens(task: TaskName, encode: Encode) -> int:
 def make_sample(
     task: TaskName, encode: Encode, length: int, depth: float, seed: str, for_evaluation: bool = True
 ) -> Sample:
-    """The sample of a ``seed``: as much text as fits so that prompt and reply are at most ``length`` tokens.
+    """Make a sample with as much text as fits ``length`` tokens together with the reply.
 
-    InputError where that is too short for the needle and its question.
+    Arguments:
+        task: the kind of needle.
+        encode: the tokenizer's.
+        length: most tokens of prompt and reply.
+        depth: position of the needle, 0 to 1.
+        seed: determines the sample.
+        for_evaluation: use a held-out needle.
+
+    Raises:
+        InputError: ``length`` is too short for the needle and its question.
     """
     form, random = TASKS[task], Random(f"{task} {seed} {'evaluation' if for_evaluation else 'training'}")
     needle = form.needle(random)
@@ -170,5 +179,5 @@ def evaluation_samples(
 
 
 def is_right(sample: Sample, reply: str) -> bool:
-    """The benchmark's score: the reply's first integer is the needle, or the value is among its words."""
+    """The benchmark's score: the first integer of the reply is the needle, or one of its words is the value."""
     return TASKS[sample.task].found(sample.answer, reply)

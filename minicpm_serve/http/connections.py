@@ -68,19 +68,24 @@ class Lingering:
             self._transport.resume_reading()
         else:
             self._transport.close()
-        self._loop.call_later(CLOSING_SECONDS, self._transport.abort)  # even if the client reads nothing more
+        self._loop.call_later(CLOSING_SECONDS, self._transport.abort)  # even if the client stops reading
 
 
 class Connection(H11Protocol):
-    """``waiting``: the connections of which a request is still to come, or its body, or that do not read, in the order
-    in which they began to wait. ``most``: connections at once."""
+    """A connection with timeouts.
+
+    Arguments:
+        waiting: shared by all connections: those that have not sent a complete request or do not read their answer, the
+            longest waiting first.
+        most: most connections at once; above it the first of ``waiting`` is closed.
+    """
 
     def __init__(self, *given: Any, waiting: "dict[Connection, None]", most: int, **options: Any):
         super().__init__(*given, **options)
         self._waiting, self._most = waiting, most
         self._asking: Timer = None
         self._reading: Timer = None
-        self._unread = 0  # bytes of a body that was refused
+        self._unread = 0  # bytes received of a refused body
 
     def connection_made(self, transport: Any) -> None:
         lingering: Any = Lingering(transport, self._is_unread, self.loop)
