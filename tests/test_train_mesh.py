@@ -8,9 +8,9 @@ from minicpm_jax.training import optimizers
 jax = pytest.importorskip("jax")
 
 from minicpm_jax import adapters  # noqa: E402
-from minicpm_jax.model import initialize  # noqa: E402
+from minicpm_jax.model import Model, initialize, nested  # noqa: E402
 from minicpm_jax.parallel.mesh import batch_sharding, make_mesh  # noqa: E402
-from minicpm_jax.parallel.sharding import replicated, shardings  # noqa: E402
+from minicpm_jax.parallel.sharding import padded, replicated, reshaped, shardings  # noqa: E402
 from minicpm_jax.training import step  # noqa: E402
 from minicpm_jax.training.losses import Objective  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
@@ -44,6 +44,13 @@ def batch():
     return {"ids": ids, "labels": np.where(segments > 0, ids, -100), "segments": segments}
 
 
+def loaded(weights, config, mesh):
+    """As a model that is not trained is: filled up, and nothing of it turned for its gradient."""
+    if mesh is not None:
+        weights = reshaped(weights, padded(config, mesh), mesh)
+    return Model(nested(weights), config, mesh=mesh)
+
+
 def stepped(text, kind, config=CONFIG):
     """Weights (or adapters), loss and gradient norm after a step of gradient descent. A second one is not compiled."""
     mesh, optimizer = make_mesh(text), optimizers.optimizer("sgd", 0.0, 1e9, config)
@@ -52,7 +59,7 @@ def stepped(text, kind, config=CONFIG):
     given = batch() if mesh is None else jax.device_put(batch(), batch_sharding(mesh, 8))
     base, trained = None, step.FullFinetune(config, "float32", mesh)
     if kind == "lora":
-        base, trained = trained.model(None, weights), step.LoraFinetune(2.0, 0.1)
+        base, trained = loaded(weights, config, mesh), step.LoraFinetune(2.0, 0.1)
         weights = adapters.init_lora_params(base, ADAPTER, range(2), jax.random.key(1))
         weights = jax.tree.map(lambda x: x + 0.01, weights)
         weights = weights if mesh is None else replicated(weights, mesh)
