@@ -37,9 +37,14 @@ def world(tmp_path_factory):
 
 
 def options(backend, world, out, model="model", **changes):
-    where = {"tokenizer": world / "tokenizer", "data": world / "data", "out": out, "init_from": str(world / model)}
-    sizes = {"steps": 6, "warmup_steps": 2, "decay_steps": 2, "half_life": 2.0, "batch_size": 2, "seq_length": 32}
-    often = {"valid_every": 1, "save_every": 2, "save_dtype": "float32", "dtype": "float32"}
+    where = {
+        "tokenizer": world / "tokenizer",
+        "data": world / "data",
+        "save_path": out,
+        "init_from": str(world / model),
+    }
+    sizes = {"iters": 6, "warmup_steps": 2, "decay_steps": 2, "half_life": 2.0, "batch_size": 2, "max_seq_length": 32}
+    often = {"steps_per_eval": 1, "save_every": 2, "save_dtype": "float32", "dtype": "float32"}
     return OPTIONS[backend](**{**where, **sizes, **often, **changes})
 
 
@@ -63,7 +68,7 @@ def whole(world, tmp_path_factory):
 @pytest.mark.parametrize("model", ["model", "mixture"])
 def test_the_steps_are_the_same_in_both_backends(world, tmp_path, model):
     """Warm-up, stable stage and decay, each with data of its own. Measured: losses within 2e-7, norms within 1e-5."""
-    runs = [pretrain(backend, world, tmp_path / backend, model=model, remat=True) for backend in BACKENDS]
+    runs = [pretrain(backend, world, tmp_path / backend, model=model, grad_checkpoint=True) for backend in BACKENDS]
     for one, other in zip(*runs, strict=True):
         assert one.keys() == other.keys() and one["stage"] == other["stage"] and one["tokens"] == other["tokens"]
         for name in ("loss", "learning_rate", "stable_valid_loss", "decay_valid_loss"):
