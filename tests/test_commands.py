@@ -95,7 +95,7 @@ def test_help_costs_no_heavy_import(module):
 # What each command needs besides a mesh.
 PLACED = {f"minicpm_jax.{name}": {} for name in ("generate", "chat", "evaluate", "kv_error")}
 PLACED |= {f"minicpm_serve.{name}": {"backend": "jax"} for name in ("openai_api", "longcontext")}
-PLACED |= {"minicpm_serve.history": {"backend": "jax", "model": "pico", "out": Path("out")}}
+PLACED |= {"minicpm_serve.history": {"backend": "jax", "model": "pico", "save_path": Path("out")}}
 PLACED |= {"minicpm_jax.parity": {"model": "pico", "reference": Path("x.npz")}}
 
 
@@ -106,7 +106,7 @@ def eight(monkeypatch):
 
     mesh = meshes.make_mesh("fsdp=8")
     make_mesh = meshes.make_mesh
-    monkeypatch.setattr(meshes, "make_mesh", lambda text: mesh if text is None else make_mesh(text))
+    monkeypatch.setattr(meshes, "make_mesh", lambda text, *given: mesh if text is None else make_mesh(text, *given))
     return mesh
 
 
