@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 from weights_io import command_line
+from weights_io.command_line import Former
 from weights_io.errors import flag
-from weights_io.former_names import Former
 from weights_io.memory import size
 
 TEXT = """# What it takes on a TPU

@@ -20,7 +20,7 @@ from benchmarks.throughput import Contest
 from minicpm_serve import backends
 from weights_io import command_line
 from weights_io.checkpoint import open_checkpoint
-from weights_io.former_names import Former
+from weights_io.command_line import Former
 
 READING = "reading the file"
 PROGRAMS = ("minicpm_jax", "transformers", "minicpm_mlx", "mlx_lm")

@@ -24,8 +24,8 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.models import wide, write_llama
 from weights_io import command_line
+from weights_io.command_line import Former
 from weights_io.errors import InputError
-from weights_io.former_names import Former
 
 Precision = Literal["float32", "bfloat16"]
 

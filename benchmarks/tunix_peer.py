@@ -19,8 +19,8 @@ from typing import Annotated, Any
 
 from benchmarks.models import wide
 from weights_io import command_line
+from weights_io.command_line import Former
 from weights_io.errors import InputError
-from weights_io.former_names import Former
 from weights_io.memory import size
 
 

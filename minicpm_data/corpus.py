@@ -15,9 +15,9 @@ from random import Random
 from typing import Annotated
 
 from minicpm_data.pico_corpus import facts, skills, stories
+from weights_io.command_line import Former
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
-from weights_io.former_names import Former
 from weights_io.write import folder_to_fill
 
 STAGES = ("stable", "decay")

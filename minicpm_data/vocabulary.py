@@ -13,9 +13,9 @@ from typing import Annotated, Any
 from minicpm_data.datasets.formats import Reader
 from minicpm_data.datasets.jsonl import read_documents
 from minicpm_data.tokenizer.chat_template import MINICPM_TEMPLATE
+from weights_io.command_line import Former
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
-from weights_io.former_names import Former
 from weights_io.write import check_output
 
 CONFIG = {

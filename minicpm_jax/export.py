@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpm_data.training.checkpoint_folder import CheckpointFolder
 from weights_io import command_line
+from weights_io.command_line import Former
 from weights_io.errors import InputError, listed
-from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     from weights_io.checkpoint import Checkpoint

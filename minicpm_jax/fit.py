@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpm_jax.aot.report import lines, remedies, report
 from weights_io import command_line
-from weights_io.former_names import Former, present_names
+from weights_io.command_line import Former, present_names
 from weights_io.memory import size
 
 if TYPE_CHECKING:

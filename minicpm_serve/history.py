@@ -23,9 +23,9 @@ from minicpm_serve.evaluation.curves import draw
 from minicpm_serve.evaluation.needles import answer_tokens, evaluation_samples, is_right
 from minicpm_serve.evaluation.perplexity import loss_of, read_texts
 from weights_io import catalog
+from weights_io.command_line import Former, former_names
 from weights_io.errors import InputError
 from weights_io.files.partial import write_whole
-from weights_io.former_names import Former, former_names
 from weights_io.write import folder_to_fill
 
 if TYPE_CHECKING:

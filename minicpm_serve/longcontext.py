@@ -19,10 +19,10 @@ from minicpm_data.generation.options import CacheOptions
 from minicpm_data.model_options import load_model, note_context, open_source
 from minicpm_serve import backends
 from minicpm_serve.evaluation.needles import Encode, Sample, TaskName, answer_tokens, evaluation_samples, is_right
+from weights_io.command_line import Former
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.partial import write_whole
-from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer

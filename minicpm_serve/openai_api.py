@@ -23,8 +23,8 @@ from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.engine import ServingEngine
 from weights_io import command_line
+from weights_io.command_line import Former
 from weights_io.errors import InputError
-from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     import uvicorn

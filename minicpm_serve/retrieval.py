@@ -15,9 +15,9 @@ from random import Random
 from typing import TYPE_CHECKING, Annotated
 
 from minicpm_serve.evaluation.needles import TASKS, TaskName, make_sample
+from weights_io.command_line import Former
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
-from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer

@@ -116,7 +116,7 @@ def test_help_costs_no_heavy_import(module, helpful):
 # What each command needs besides a mesh.
 PLACED = {f"minicpm_jax.{name}": {} for name in ("generate", "chat", "evaluate", "kv_error")}
 PLACED |= {f"minicpm_serve.{name}": {"backend": "jax"} for name in ("openai_api", "longcontext")}
-PLACED |= {"minicpm_serve.history": {"backend": "jax", "model": "pico", "out": Path("out")}}
+PLACED |= {"minicpm_serve.history": {"backend": "jax", "model": "pico", "save_path": Path("out")}}
 PLACED |= {"minicpm_jax.parity": {"model": "pico", "reference": Path("x.npz")}}
 
 

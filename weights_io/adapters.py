@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from weights_io import mlx_lm_format, peft_format
+from weights_io.command_line import Former
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
 from weights_io.files.partial import partial, write_whole
 from weights_io.files.safetensors import write_file
 from weights_io.files.tensor import LazyTensor
-from weights_io.former_names import Former
 from weights_io.lora import (
     Adapter,
     AdapterConfig,

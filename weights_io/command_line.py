@@ -9,12 +9,11 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from weights_io.errors import InputError, flag
-from weights_io.former_names import former_names, present_flags
 
 Options = TypeVar("Options")
 NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # upper bounds of whole numbers and of seeds
@@ -103,6 +102,46 @@ def _metavar(kind: Any) -> str | None:
     if typing.get_origin(given[0]) is Literal:
         return f"{{{','.join(map(str, typing.get_args(given[0])))}}}"
     return given[0].__name__.upper() if given[0] in (str, int, float, Path) else None
+
+
+class Former:
+    """Names that an option had: ``batch_size: Annotated[int, Former("batch")] = 1``. They go on working as flags and as
+    keywords, and no help shows them."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+def former_names(options: type) -> dict[str, str]:
+    """Former name -> field, of a dataclass."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    return {
+        former: field.name
+        for field in dataclasses.fields(options)
+        for mark in getattr(hints[field.name], "__metadata__", ())
+        if isinstance(mark, Former)
+        for former in mark.names
+    }
+
+
+def present_names(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values under the fields' own names. `InputError` where one is given under two names."""
+    former = former_names(options)
+    for name in given:
+        if former.get(name) in given:
+            raise InputError(f"is the former name of {{{former[name]}}}; give one of them.", name, [former[name]])
+    return {former.get(name, name): value for name, value in given.items()}
+
+
+def present_flags(options: type, flags: Iterable[str]) -> list[str]:
+    """A command line's words, with ``--batch`` and ``--batch=2`` as the flags of the fields' own names."""
+    former = former_names(options)
+    words = []
+    for word in flags:
+        name, equals, value = word.partition("=")
+        field = former.get(name[2:].replace("-", "_")) if name.startswith("--") else None
+        words.append(word if field is None else f"--{field.replace('_', '-')}{equals}{value}")
+    return words
 
 
 def command_above(name: str) -> Callable[[Any], None]:

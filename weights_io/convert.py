@@ -21,9 +21,9 @@ import tyro
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint
+from weights_io.command_line import Former
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.former_names import Former
 from weights_io.parameters import count
 from weights_io.quantization.writing import Affine
 from weights_io.write import Tensor, save_checkpoint

@@ -15,11 +15,11 @@ from typing import Annotated, Literal
 import numpy as np
 
 from weights_io.checkpoint import Checkpoint
+from weights_io.command_line import Former
 from weights_io.config import MAX_EXPERTS, ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor
-from weights_io.former_names import Former
 from weights_io.parameters import EXPERTS, MLP, ROUTER, Parameter, parameters, short_name
 from weights_io.write import Tensor
 

@@ -26,8 +26,8 @@ from minicpm_data.generation.responses import stop_strings
 from minicpm_data.generation.speculation import Source, Speculation
 from minicpm_data.model_options import ModelOptions, load_model, note_context
 from weights_io import command_line
+from weights_io.command_line import Former
 from weights_io.errors import InputError, not_utf8
-from weights_io.former_names import Former
 
 if TYPE_CHECKING:
     from minicpm_data.generation.responses import Response

@@ -15,8 +15,8 @@ from minicpm_data.option_checks import check_range
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io.adapters import AdapterConfig
 from weights_io.catalog import find
+from weights_io.command_line import Former
 from weights_io.errors import InputError
-from weights_io.former_names import Former
 from weights_io.memory import ADAPTERS
 from weights_io.parameters import parameters
 

@@ -14,8 +14,8 @@ from minicpm_data.training.loop import Arrays, Plan
 from minicpm_data.training.options import PretrainOptions, settings_of
 from minicpm_data.training.processes import leaving_at_interrupts
 from weights_io import command_line
+from weights_io.command_line import former_names
 from weights_io.errors import InputError
-from weights_io.former_names import former_names
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_data.training.options import LoraOptions
+from weights_io.command_line import former_names
 from weights_io.errors import InputError, flag, short
 from weights_io.files.regular import read_regular
-from weights_io.former_names import former_names
 
 SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}  # mlx_lm's names of ours
 OF_ITS_MACHINE = ("clear_cache_threshold", "trust_remote_code")  # mlx_lm's; they change no number
