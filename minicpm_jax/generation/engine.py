@@ -174,7 +174,7 @@ class Engine(engine.BatchEngine[Model]):
         numbers = {
             f.name: np.stack([getattr(params, f.name) for params in each])[:, None]
             for f in dataclasses.fields(SamplingParams)
-            if f.name not in ("greedy", "penalised")
+            if f.name not in ("greedy", "penalized")
         }
         return SamplingParams(
             **numbers, greedy=all(params.greedy for params in each), penalized=any(params.penalized for params in each)
