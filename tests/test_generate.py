@@ -251,7 +251,7 @@ def test_chat_keeps_the_history(backend, babbler):
         ({"min_p": 2}, "min_p is 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"stop": [""]}, "stop string"),
+        ({"stop": [""]}, "stop holds an empty text"),
     ],
 )
 def test_options_out_of_range_are_refused_at_once(backend, babbler, options, said):

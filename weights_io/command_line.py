@@ -47,7 +47,7 @@ def run(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show 中 shows ?
 
-    shown = for_help(options)
+    shown = for_tyro(options, bool({"-h", "--help"} & set(sys.argv[1:])))
 
     def parsed(flags: list[str]) -> Options:
         found = tyro.cli(
@@ -75,15 +75,17 @@ def flags_of(options: type) -> Callable[[str], str]:
     return lambda name: flag(fields[name]) if name in fields else name
 
 
-def for_help(options: type) -> Any:
-    """The same dataclass for tyro, with a help that says ``INT`` for ``{None}|INT``, and nothing of a default that is
-    None or empty."""
+def for_tyro(options: type, asking: bool) -> Any:
+    """The same dataclass, with a help that says ``INT`` for ``{None}|INT``, and nothing of a default that is None or
+    empty. ``asking`` for the help: without what is marked `tyro.conf.Suppress`, which tyro would not read either."""
     import tyro
 
     hints, annotated = typing.get_type_hints(options, include_extras=True), []
     for field in dataclasses.fields(options):
         hint = hints[field.name]
         marks = getattr(hint, "__metadata__", ())
+        if tyro.conf.Suppress in marks and not asking:
+            hint, marks = hint.__origin__, ()
         empty = field.default in (None, ()) and tyro.conf.UseAppendAction not in marks  # else it is "(repeatable)"
         named = any(getattr(mark, "metavar", None) for mark in marks)
         metavar = None if named else _metavar(hint.__origin__ if marks else hint)
