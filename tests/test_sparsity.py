@@ -3,12 +3,11 @@
 import importlib
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tiny_model
+from shown import typed
 
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
@@ -97,12 +96,12 @@ def test_ids_of_another_vocabulary_are_refused(backend, reference):
 
 
 def test_as_a_flag(backend, tmp_path):
-    command = [sys.executable, "-m", f"{backend.__name__}.generate", "--report-sparsity", "--max-tokens", "5"]
+    command = (f"{backend.__name__}.generate", "--report-sparsity", "--max-tokens", 5)
     folder = tiny_model.write(tmp_path, hidden_act="fatrelu", hidden_act_param=0.2)
-    ran = subprocess.run([*command, "--model", folder], capture_output=True, text=True)
+    ran = typed(*command, "--model", folder)
     assert ran.returncode == 0, ran.stderr
     assert re.search(r"^Activation sparsity: [\d.]+% of .* 0; lowest in layer [01] \(.*%\), highest", ran.stderr, re.M)
     shutil.rmtree(tmp_path)
-    ran = subprocess.run(command, capture_output=True, text=True)
+    ran = typed(*command)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
     assert ran.stderr.startswith("error: silu is never exactly 0")
