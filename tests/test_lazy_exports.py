@@ -32,9 +32,11 @@ assert_type(tokenizer.encode("Hello"), list[int])
 activation_sparsity(model, [1, 2]).mean()
 """
 WRONG = """
-from {package} import generate, nonsense  # fault: attr-defined
+from {package} import generate, load, nonsense  # fault: attr-defined
 
-generate(None, None, 5)  # fault: arg-type
+model, tokenizer = load("a folder")
+generate(None, tokenizer, "a prompt")  # fault: arg-type
+generate(model, tokenizer, 5)  # fault: arg-type
 """
 
 
