@@ -466,7 +466,7 @@ def test_an_adapter_changes_the_answer(package, folder, tmp_path):
 def test_adapters_that_do_not_fit_are_refused_in_a_sentence(package, folder, tmp_path):
     other = open_checkpoint(tiny_model.write(tmp_path, hidden_size=64))
     save_adapter(tmp_path / "adapter", tiny_adapter.make(other), other.config)
-    first = "layers.0.self_attn.q_proj.lora_A.weight in {}/adapter_model.safetensors is [4, 64], and the model has room"
+    first = "layers.0.self_attn.q_proj.lora_A.weight in {}/adapter_model.safetensors has shape [4, 64] and the model "
     for command, path, said in (("generate", tmp_path / "adapter", first), ("chat", tmp_path, "{} is no adapter")):
         ran = typed(f"{package}.{command}", "--model", folder, "--adapter-path", path)
         assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)

@@ -100,7 +100,7 @@ def test_a_prompt(backend, model, free):
 
 
 def test_an_engine_and_its_remedy(backend, model, free):
-    engine = importlib.import_module(f"{backend}.generation.engine").ServingEngine
+    engine = importlib.import_module(f"{backend}.generation.engine").Engine
     free(memory.cache_bytes(model.config, 8192, "float32"))
     with pytest.raises(
         InputError, match=r"of 8 slots x 4,096 tokens would take .* are free; lower slots, or context \("

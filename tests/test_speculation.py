@@ -106,7 +106,7 @@ def test_what_cannot_be_guessed(backend, models, options, said):
 
 def test_a_draft_of_another_vocabulary_is_refused(backend, models, reference):
     other, _ = backend.load(reference("dense_1b"), "float32")
-    with pytest.raises(InputError, match="token ids, the model .*of its tokenizer"):
+    with pytest.raises(InputError, match="token ids, the model .*with its tokenizer"):
         backend.stream_generate(models[0], None, PROMPT, draft_model=other)
 
 

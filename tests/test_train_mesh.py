@@ -10,7 +10,7 @@ jax = pytest.importorskip("jax")
 from minicpm_jax import adapters  # noqa: E402
 from minicpm_jax.model import Model, initialize, nested  # noqa: E402
 from minicpm_jax.parallel.mesh import batch_sharding, make_mesh  # noqa: E402
-from minicpm_jax.parallel.sharding import padded, replicated, reshaped, shardings  # noqa: E402
+from minicpm_jax.parallel.sharding import pad_config, pad_or_trim_params, replicated, shardings  # noqa: E402
 from minicpm_jax.training import step  # noqa: E402
 from minicpm_jax.training.losses import Objective  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
@@ -47,7 +47,7 @@ def batch():
 def loaded(weights, config, mesh):
     """As a model that is not trained is: filled up, and nothing of it turned for its gradient."""
     if mesh is not None:
-        weights = reshaped(weights, padded(config, mesh), mesh)
+        weights = pad_or_trim_params(weights, pad_config(config, mesh), mesh)
     return Model(nested(weights), config, mesh=mesh)
 
 
