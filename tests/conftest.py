@@ -43,7 +43,7 @@ QUICK = tuple(
     f"tests/test_{name}"
     for name in """
     adapters.py answers.py batches.py checkpoint.py compiled_step.py config.py config_file.py config_of_mlp.py
-    convert.py docs.py examples.py files_folder.py files_gguf.py files_safetensors.py files_torch_pickle.py forms.py
+    convert.py docs.py examples.py files_folder.py files_gguf.py files_safetensors.py files_torch_pickle.py formats.py
     fuse.py generate.py json_text.py lazy_exports.py lora.py openai_api.py packages.py pico.py streaming.py tokenizer.py
     upcycle.py variant.py write.py commands.py::test_chat commands.py::test_generate
     readme.py::test_the_readmes readme.py::test_what_is_made

@@ -1,7 +1,7 @@
 """mypy follows a call across the border between what both backends share and a backend."""
 
 import pytest
-from shown import ROOT
+from documented_commands import ROOT
 
 RIGHT = """
 from minicpm_data.generation.api import Generator

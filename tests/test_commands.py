@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_adapter
 import tiny_model
-from shown import typed
+from documented_commands import typed
 
 from weights_io import command_line
 from weights_io.adapters import save_adapter

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_model
-from shown import typed
+from documented_commands import typed
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import open_checkpoint

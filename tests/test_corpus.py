@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from shown import typed
+from documented_commands import typed
 
 from minicpm_data import corpus, load_tokenizer, vocabulary
 from minicpm_data.pico_corpus import facts

@@ -17,7 +17,7 @@ import pytest
 import tiny_adapter
 import tiny_model
 import tyro
-from shown import ROOT, blocks, commands, run, served
+from documented_commands import ROOT, blocks, commands, run, served
 
 import minicpm_jax
 from minicpm_data.cli.generate import GenerateOptions

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import tiny_adapter
+from documented_commands import typed
 from gguf import GGMLQuantizationType, quants
-from shown import typed
 
 from weights_io.adapters import fuse_adapter, read_adapter, save_adapter
 from weights_io.casting import Rounding

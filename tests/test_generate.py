@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tiny_model
-from shown import ROOT
+from documented_commands import ROOT
 
 from minicpm_data.generation.options import Sampling
 from weights_io.errors import InputError

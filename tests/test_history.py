@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_model
-from shown import typed
+from documented_commands import typed
 
 from minicpm_data.diagnostics import parity
 from minicpm_serve import backends, history

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import tiny_model
-from shown import typed
+from documented_commands import typed
 
 from minicpm_data.cli.inspect import inspect, look_up
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import tiny_model
-from shown import typed
+from documented_commands import typed
 
 from minicpm_data.diagnostics import kv_error
 from minicpm_data.generation.options import CacheOptions

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_model
-from shown import typed
+from documented_commands import typed
 
 from minicpm_data import load_tokenizer
 from minicpm_data.cli.evaluate import replies

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_model
-from shown import ROOT, served
+from documented_commands import ROOT, served
 
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_serve import backends, openai_api

@@ -13,7 +13,7 @@ import unicodedata
 
 import pytest
 import tiny_model
-from shown import ROOT
+from documented_commands import ROOT
 from test_openai_api import LONG, Played, ask, events, listening, wait_until
 
 from minicpm_data.tokenizer.folder import load_tokenizer

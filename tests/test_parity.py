@@ -13,7 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from shown import typed
+from documented_commands import typed
 
 from minicpm_data.diagnostics import parity
 from weights_io import command_line

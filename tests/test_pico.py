@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from shown import ROOT, commands, run
+from documented_commands import ROOT, commands, run
 
 import minicpm_data
 import minicpm_jax

@@ -13,11 +13,11 @@ import time
 import types
 from pathlib import Path
 
+import multiprocess
 import numpy as np
 import pytest
-import several
 import tiny_tokenizer
-from shown import typed
+from documented_commands import typed
 
 from minicpm_jax.training import optimizers
 
@@ -240,13 +240,13 @@ def test_two_processes_train_as_one(corpus, whole, tmp_path):
     """Each of two devices; stopped in one of them, the run goes on in a single process of one device. Measured: losses
     within 1e-6."""
     out = tmp_path / "out"
-    running = several.start("-m", *command(corpus, out), "--mesh", "fsdp=2,tensor=2")
+    running = multiprocess.start("-m", *command(corpus, out), "--mesh", "fsdp=2,tensor=2")
     deadline = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and figures(out)) and running[1].poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     running[1].send_signal(signal.SIGINT)
-    first, second = several.ends(running)
+    first, second = multiprocess.ends(running)
     assert (first.returncode, second.returncode) == (130, 130), first.stderr + second.stderr
     step = int(re.search(r"stopped after step (\d+) of 24; the same command with --resume", first.stdout)[1])
     assert second.stdout == "" and "Traceback" not in first.stderr + second.stderr

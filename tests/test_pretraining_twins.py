@@ -8,7 +8,7 @@ import pytest
 import tiny_model
 import tiny_tokenizer
 import tiny_training as tiny
-from shown import typed
+from documented_commands import typed
 from tiny_training import BACKENDS, part
 
 pytest.importorskip("jax")

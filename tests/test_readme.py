@@ -7,7 +7,7 @@ import re
 
 import pytest
 import tiny_model
-from shown import ROOT, blocks, commands, run
+from documented_commands import ROOT, blocks, commands, run
 
 from weights_io.command_line import print_commands
 

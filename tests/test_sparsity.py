@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_model
-from shown import typed
+from documented_commands import typed
 
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError

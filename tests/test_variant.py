@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 import tiny_model
+from documented_commands import blocks
 from safetensors.numpy import load_file, save_file
-from shown import blocks
 
 import minicpm_jax.model
 import minicpm_mlx.model

@@ -1,4 +1,4 @@
-"""Training over several devices (eight, which are none): the losses of one, and a run that goes on."""
+"""Fine-tuning on eight simulated devices: the losses of one device, and a resumed run."""
 
 import numpy as np
 import pytest
