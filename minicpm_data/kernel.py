@@ -1,7 +1,8 @@
-"""What a notebook's kernel lacks: its first cell installs this package alone, and `install` what a backend needs.
+"""Install what a notebook's kernel lacks: its first cell installs only this package, and `install` a backend's needs.
 
-Images such as Colab's bring an older JAX with much that rests on other packages. So JAX is upgraded, and what the
-kernel has imported keeps its version. Needs nothing but Python, and `packaging`, which every kernel has.
+Images such as Colab's have an older JAX, and many packages that depend on other packages. Therefore JAX is upgraded,
+and the packages that the kernel has imported keep their versions. This module needs only Python and `packaging`, which
+every kernel has.
 """
 
 import importlib
@@ -19,18 +20,23 @@ from packaging.requirements import Requirement
 from weights_io.errors import InputError
 
 PROJECT = "minicpm-jax-mlx"
-UPGRADED = frozenset(("jax", "jaxlib", "libtpu", "flax", "mlx", "mlx-lm"))  # also where the kernel has imported them
-KEPT = frozenset(("numpy",))  # also where it has not: most of an image is compiled for it
-# Not --quiet, with which it does not say what is in conflict.
+UPGRADED = frozenset(("jax", "jaxlib", "libtpu", "flax", "mlx", "mlx-lm"))  # even if the kernel has imported them
+KEPT = frozenset(("numpy",))  # even if the kernel has not imported it: most of an image is compiled for it
+# Without --quiet, which hides the packages that are in conflict.
 PIP = (sys.executable, "-m", "pip", "install", "--progress-bar", "off", "--no-input", "--disable-pip-version-check")
 RESTART = "restart the runtime (in Colab: Runtime > Restart session), then run this cell again"
 
 
 def install(backend: str) -> None:
-    """What ``backend`` (``jax`` or ``mlx``) needs and this environment lacks; says in one line what that changed.
+    """Install the packages that a backend needs and this environment lacks, and print the changes in one line.
 
-    On a machine with a TPU JAX comes with its libtpu. Raises `InputError` where pip fails, and where the kernel had
-    imported what is another version now.
+    On a machine with a TPU, JAX is installed with its libtpu.
+
+    Arguments:
+        backend: ``jax`` or ``mlx``.
+
+    Raises:
+        InputError: pip fails, or a package that the kernel has imported now has another version.
     """
     extras = (backend, "tpu") if backend == "jax" and has_tpu() else (backend,)
     before = versions()
@@ -46,44 +52,46 @@ def install(backend: str) -> None:
 
 
 def has_tpu() -> bool:
-    """By its device files or by what its host sets. An image that is made for one has libtpu."""
+    """Whether there is a TPU: a device file, a variable that its host sets, or libtpu, which an image for TPUs has."""
     files = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     told = any(map(os.environ.get, ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "COLAB_TPU_ADDR")))
     return bool(files) or told or util.find_spec("libtpu") is not None
 
 
 def needed(*extras: str) -> list[Requirement]:
-    """Of other packages, by this one with ``extras``."""
+    """The requirements of this package with ``extras``, without this package itself."""
     asked = [Requirement(text) for text in metadata.requires(PROJECT) or ()]
     found = [each for each in asked if each.marker is None or any(each.marker.evaluate({"extra": e}) for e in extras)]
     if "tpu" in extras:
-        found.append(Requirement("libtpu"))  # of a release that jax[tpu] pins
+        found.append(Requirement("libtpu"))  # jax[tpu] pins its release
     return [each for each in found if plain(each.name) != PROJECT]
 
 
 def met(requirement: Requirement, found: dict[str, str]) -> bool:
+    """Whether the installed versions ``found`` meet a requirement."""
     version = found.get(plain(requirement.name))
     return version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
 def plain(name: str) -> str:
+    """The name of a package in lower case, with single hyphens as separators."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed, by plain name; of two with one name, of the one that is imported."""
+    """Installed versions by plain name. Of two packages with one name, the version of the one that is imported."""
     importlib.invalidate_caches()
     return {plain(each.name): each.version for each in reversed([*metadata.distributions()])}
 
 
 def imported_distributions() -> set[str]:
-    """Plain names of those from which this process has imported anything."""
+    """Plain names of the packages from which this process has imported anything."""
     owners = metadata.packages_distributions()
     return {plain(owner) for module in owners.keys() & sys.modules.keys() for owner in owners[module]}
 
 
 def replaced(found: dict[str, str]) -> set[str]:
-    """Which of those that a backend cannot mix were replaced since they were imported, by whomever."""
+    """The packages whose versions a backend cannot mix and that were replaced after their import, by any program."""
     stale = set()
     for name in ("jax", "jaxlib", "flax", "numpy"):
         pair = {str(getattr(sys.modules.get(name), "__version__", "")), found.get(name, "")}
@@ -93,10 +101,10 @@ def replaced(found: dict[str, str]) -> set[str]:
 
 
 def run_pip(wanted: list[Requirement], kept: dict[str, str]) -> None:
-    """Versions in ``kept`` stay, but for those that pip says cannot."""
+    """Install packages with pip. The versions in ``kept`` stay, except those that pip reports as conflicts."""
     kept = dict(kept)
     for each in wanted:
-        each.marker = None  # which held, and pip knows no extra here
+        each.marker = None  # it was true, and pip knows no extra here
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder, "kept.txt")
         while True:
@@ -115,7 +123,7 @@ def run_pip(wanted: list[Requirement], kept: dict[str, str]) -> None:
 
 
 def changes(before: dict[str, str], after: dict[str, str]) -> Iterator[str]:
-    """``jax 0.7.2 -> 0.11.2``, and how many packages are new."""
+    """Yields changes such as ``jax 0.7.2 -> 0.11.2``, and the number of new packages."""
     for name in sorted(after.keys() & before.keys(), key=lambda name: (name not in UPGRADED, name)):
         if after[name] != before[name]:
             yield f"{name} {before[name]} -> {after[name]}"

@@ -1,4 +1,4 @@
-"""Keys of training data: every key is used, listed as ignored, or refused by name. None is dropped in silence."""
+"""Keys of training data: every key is used, listed as ignored, or refused by name. None is dropped silently."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -55,6 +55,9 @@ class KeyRules:
             notes: metadata keys, which are ignored.
             what: the subject of the message.
 
+        Returns:
+            The items with a known key.
+
         Raises:
             InputError: another key has a value (not null and not empty) and is not ignored.
         """
@@ -66,7 +69,15 @@ class KeyRules:
         return {key: value for key, value in given.items() if key in known}
 
     def without_ignored(self, given: Mapping[str, Any], needed: Collection[str] = ()) -> dict[str, Any]:
-        """``given`` without the keys that the user wants ignored, except the ``needed`` ones."""
+        """Drop the keys that the user wants ignored.
+
+        Arguments:
+            given: the object.
+            needed: keys that are kept even if they are ignored.
+
+        Returns:
+            The remaining items.
+        """
         passed = [key for key in given if key in self.ignored and key not in needed]
         self.unused.update(dict.fromkeys(passed))
         return {key: value for key, value in given.items() if key not in passed}
@@ -80,7 +91,15 @@ def says_nothing(value: Any) -> bool:
 
 
 def few(names: Collection[str], quote: str = '"') -> str:
-    """At most three keys, and the number of others."""
+    """Name at most three keys, and the number of other keys.
+
+    Arguments:
+        names: the keys.
+        quote: put before and after each key.
+
+    Returns:
+        The list for a message; ``none`` where there are no keys.
+    """
     return listed((f"{quote}{escaped(name)}{quote}" for name in names), last=" and ") or "none"
 
 
@@ -98,6 +117,7 @@ def as_json(value: Any) -> str:
 
 
 def _refusal(names: list[str]) -> str:
+    """The end of a message that refuses keys: the reason and the remedy."""
     reasons: Iterable[str] = (name for name in names if name in NOT_TRAINED)
     if (reason := next(iter(reasons), None)) is not None:
         return f'has "{reason}", which {NOT_TRAINED[reason]}.'

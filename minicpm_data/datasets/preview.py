@@ -1,4 +1,4 @@
-"""The first example of a training run as the model sees it: made of its ids, with what is trained marked."""
+"""Print the first example of a training run as the model sees it: decoded from its ids, with trained tokens marked."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,21 +10,28 @@ from minicpm_data.keys import escaped
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
-BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # turn the text around that follows
-# What would move a terminal's cursor, or worse: all control characters but tab and newline.
+BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # change the direction of the text after them
+# Characters that could move a terminal's cursor, or worse: all control characters except tab and newline.
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), *BIDI], "\ufffd")
 
-MOST_CHARACTERS = 600  # of a stretch; of a longer one both ends are shown
-MOST_LINES = 60  # in all; of more of them the first and the last
-MOST_TOKENS = 6  # added ones that are listed
+MOST_CHARACTERS = 600  # of a stretch; only the two ends of a longer one are shown
+MOST_LINES = 60  # in total; of more lines only the first and the last are shown
+MOST_TOKENS = 6  # added tokens that are listed
 BOLD, PLAIN = "\033[1;32m", "\033[0m"
 
 Stretch = tuple[bool, str]  # whether it is trained, and its text
 
 
 def show(title: str, ids: Sequence[int], trained: Sequence[bool], tokenizer: "Tokenizer") -> None:
-    """Print an example: what is trained behind "+", on a terminal in bold too; a line end as \\n. Long ones are cut in
-    the middle, to at most 60 lines."""
+    """Print an example. Trained lines are marked with "+", and are bold on a terminal. The end of a line is shown as
+    \\n. Long examples are cut in the middle, to at most 60 lines.
+
+    Arguments:
+        title: the name of the example.
+        ids: token ids.
+        trained: for each id, whether it is trained.
+        tokenizer: decodes the ids.
+    """
     print(f'{title} as the model sees it ("+" is trained):')
     on_terminal = sys.stdout.isatty()
     for is_trained, line in _few([*_lines(_stretches(ids, trained, tokenizer))]):
@@ -34,7 +41,7 @@ def show(title: str, ids: Sequence[int], trained: Sequence[bool], tokenizer: "To
 
 
 def _stretches(ids: Sequence[int], trained: Sequence[bool], tokenizer: "Tokenizer") -> Iterator[Stretch]:
-    """The text, cut where training begins and ends."""
+    """Yields the text, split where trained tokens start and end."""
     detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
     pieces = [(bool(t), detokenizer.add(int(i))) for i, t in zip(ids, trained, strict=True)]
     if pieces:
@@ -44,6 +51,7 @@ def _stretches(ids: Sequence[int], trained: Sequence[bool], tokenizer: "Tokenize
 
 
 def _lines(stretches: Iterable[Stretch]) -> Iterator[Stretch]:
+    """Yields the lines of the stretches. Long stretches are cut, and control characters are replaced."""
     for is_trained, text in stretches:
         if len(text) > MOST_CHARACTERS:
             end = MOST_CHARACTERS // 2
@@ -53,12 +61,13 @@ def _lines(stretches: Iterable[Stretch]) -> Iterator[Stretch]:
 
 
 def _few(lines: list[Stretch]) -> list[Stretch]:
+    """All lines up to `MOST_LINES`; of more lines the first and the last, and the number of those between."""
     end, left_out = MOST_LINES // 2, len(lines) - MOST_LINES
     return lines if left_out <= 0 else [*lines[:end], (False, f"({left_out:,} lines more)"), *lines[-end:]]
 
 
 def _counted(ids: Sequence[int], trained: Sequence[bool], tokenizer: "Tokenizer") -> str:
-    """How many tokens there are; those that were added to the vocabulary by id, as their text might be spelled out."""
+    """The number of tokens, and the added tokens with their ids, since their text could also be spelled out."""
     added = tokenizer.added_tokens
     found = list(dict.fromkeys(int(i) for i in ids if int(i) in added))
     listed = ", ".join(_named(found[:MOST_TOKENS], tokenizer))
@@ -68,5 +77,6 @@ def _counted(ids: Sequence[int], trained: Sequence[bool], tokenizer: "Tokenizer"
 
 
 def _named(found: Iterable[int], tokenizer: "Tokenizer") -> Iterator[str]:
+    """Yields ``text = id`` for each added token."""
     for i in found:
         yield f"{escaped(tokenizer.added_tokens[i])} = {i}"

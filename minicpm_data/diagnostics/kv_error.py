@@ -1,7 +1,7 @@
-"""How far a key/value cache of few bits moves the logits: one text through the plain cache and through the other.
+"""Measure how far a quantized key/value cache moves the logits: a text runs through it and through the plain cache.
 
-Both are fed the same tokens, whatever they would have chosen (teacher forcing), a piece at a time.
-Dims: T tokens of a piece, V vocabulary.
+Both runs get the same tokens, whatever they would have chosen (teacher forcing), one chunk at a time.
+Dims: T tokens of a chunk, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ from minicpm_data.model_options import ModelOptions, load_model
 from weights_io import command_line
 from weights_io.errors import InputError, not_utf8
 
-PIECE = 128  # tokens; [128, 122753] float64 logits are 126 MB
+PIECE = 128  # tokens of a chunk; [128, 122753] float64 logits are 126 MB
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,36 @@ class Options(ModelOptions):
             raise not_utf8(self.data, error) from None
 
 
-# model, ids and what the cache is to be -> logits [T, V] of one piece after the other
+# model, ids and the options of the cache -> logits [T, V], one chunk after the other
 Logits = Callable[[ModelT, list[int], CacheOptions], Iterator[np.ndarray]]
 
 
 @dataclass
 class Difference:
-    """Of logits from those of the plain cache, over ``tokens`` positions."""
+    """How the logits differ from those of the plain cache, over ``tokens`` positions."""
 
     tokens: int
-    deviation: float  # of the plain logits round their mean at a position, root mean square over positions
+    deviation: float  # standard deviation of the plain logits at a position, root mean square over positions
     largest: float
     rms: float
     divergence: float  # mean KL(plain || other) of the next token's distribution, in nats
-    same: int  # positions whose likeliest token is the same
+    same: int  # positions whose most likely token is the same
 
 
 def run(
     backend: Callable[[], Backend[ModelT]], logits: Logits[ModelT], prog: str, options: type[Options] = Options
 ) -> None:
-    """``python -m PACKAGE.kv_error``; ``backend`` is called, and so imported, once the flags are right."""
+    """Run the command ``python -m PACKAGE.kv_error``.
+
+    Arguments:
+        backend: returns the backend. It is called, and so the backend is imported, only when the flags are valid.
+        logits: runs a model over ids.
+        prog: the name of the command.
+        options: the backend's class of options.
+
+    Raises:
+        SystemExit: with 2, after a printed sentence, if an option is wrong or the text is empty.
+    """
 
     def main(options: Options) -> None:
         """Say how far a quantized key/value cache moves the logits of a text."""
@@ -83,7 +93,7 @@ def run(
 
 
 def compare(plain: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> Difference:
-    """The figures of two runs, each [T, V] piece after piece."""
+    """The difference between two runs, each given as chunks of logits [T, V]."""
     tokens = same = 0
     largest = squares = variances = divergence = 0.0
     for expected, found in zip(plain, other, strict=True):
@@ -101,7 +111,7 @@ def compare(plain: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> Differe
 
 
 def lines(found: Difference, bits: int) -> list[str]:
-    """For a person."""
+    """The lines of the report that is printed."""
     table = {
         "text": f"{found.tokens} tokens; a cache of {bits} bits against the plain one",
         "logits": f"standard deviation {found.deviation:.4g}",
@@ -114,5 +124,6 @@ def lines(found: Difference, bits: int) -> list[str]:
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log probabilities in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,7 +1,7 @@
-"""A conversion checked: a model's numbers beside those that another program computed from the same weights.
+"""Check a conversion: compare a model's numbers with those that another program computed from the same weights.
 
-The reference is a ``.npz`` file of numpy arrays; what it has of these keys is compared (B rows, T tokens, V vocabulary,
-L layers, D hidden, P tokens of a prompt, N new tokens; X is any ending, such as T80):
+The reference is a ``.npz`` file of numpy arrays. The following keys are compared if it has them (B batch rows,
+T tokens, V vocabulary, L layers, D hidden, P tokens of a prompt, N new tokens; X is any ending, such as T80):
 
     input_ids[_X] [B, T], logits[_X] [B, T, V]; labels [B, T] (-100: not counted) with loss, a mean
     hidden_states [L + 1, T, D] (scaled embeddings, then after each layer) and final_norm [T, D], both of row 0
@@ -9,8 +9,8 @@ L layers, D hidden, P tokens of a prompt, N new tokens; X is any ending, such as
     prompt_ids[_X] [1, P], greedy_ids[_X] [P + N], the prompt included, greedy_logits[_X] [N, V]
     batch_prompt_ids, batch_attention_mask [B, P], padded on the left, batch_greedy_ids [B, P + N]
 
-A result whose key ends in _f32, _bf16 or _f16 is of a run in that dtype. Where a file has such results of the dtype
-asked for, the others are those of other runs and are passed over.
+A result whose key ends in _f32, _bf16 or _f16 comes from a run in that dtype. If a file has such results for the
+requested dtype, its other results come from other runs and are skipped.
 """
 
 import itertools
@@ -33,11 +33,12 @@ from weights_io.memory import SMALLER
 
 IGNORED = -100  # a label that does not count, as in PyTorch
 SUFFIXES = {"float32": "_f32", "bfloat16": "_bf16", "float16": "_f16"}
-# Measured on the reference models (of 3 and 4 layers): in float32 4e-6 on logits; in bfloat16 0.05, as far as the
-# original's own run in bfloat16 is from float32; in float16 0.012, and 0.02 on hidden states after the scaling.
+# Differences measured on the reference models (3 and 4 layers): 4e-6 on logits in float32; 0.05 in bfloat16, the same
+# as between the original's own runs in bfloat16 and float32; 0.012 in float16, and 0.02 on hidden states after the
+# scaling.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
-MOST_PACKED = 20  # bytes that one byte of an archive may unpack to: floats stay as they are, ids have 8 for 1 or 2
-SMALL = 2**26  # bytes of an archive of which that is not asked
+MOST_PACKED = 20  # bytes that one byte of an archive may unpack to: floats stay as they are, ids of 8 bytes take 1 or 2
+SMALL = 2**26  # bytes that any archive may unpack to
 KEYS = "input_ids with logits, or prompt_ids with greedy_ids"
 
 
@@ -58,24 +59,24 @@ class Options:
     """Where --model is downloaded from if it is not on this disk."""
 
     def placement(self) -> dict[str, Any]:
-        """What a backend's ``load`` is told besides."""
+        """Further arguments of a backend's ``load``."""
         return {}
 
 
 @dataclass(frozen=True)
 class ParityBackend:
-    """What a backend supplies; arrays are numpy's, results float32."""
+    """The functions that a backend supplies. Arrays are numpy arrays, and results are float32."""
 
     load: Callable[..., tuple[Any, Any]]
     logits: Callable[[Any, np.ndarray, np.ndarray | None], np.ndarray]  # model, ids and mask [B, T] -> [B, T, V]
     states: Callable[[Any, np.ndarray], tuple[np.ndarray, np.ndarray]]  # model, ids [1, T] -> [L + 1, T, D], [T, D]
     continued: Callable[[Any, list[np.ndarray], np.ndarray], np.ndarray]
-    """model, B prompts, tokens [B, N] -> [B, N, V]: what each token is chosen from, through a cache"""
+    """model, B prompts, tokens [B, N] -> [B, N, V]: the logits that each token is chosen from, through a cache"""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass and what the reference has of it."""
+    """One forward pass, and the results of it that the reference has."""
 
     name: str  # a format for the name of each result: "left_{}", "{}_T80"
     ids: np.ndarray
@@ -86,7 +87,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Continuation:
-    """Prompts, the tokens [B, N] that follow and the logits [B, N, V] that each was chosen from, if they are there."""
+    """Prompts, the tokens [B, N] after them, and the logits [B, N, V] that each was chosen from, if there are any."""
 
     name: str
     prompts: list[np.ndarray]
@@ -96,8 +97,10 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Result:
+    """A comparison of one case."""
+
     case: str
-    worst: float  # largest difference; NaN where ours are
+    worst: float  # largest difference; NaN if our numbers are
     allowed: float
     note: str = ""
 
@@ -111,7 +114,15 @@ class Result:
 
 
 def run(options: Options, backend: ParityBackend) -> None:
-    """Print how the model compares, case by case. Exits with 1 where a case does not hold; raises `InputError`."""
+    """Compare a model with a reference and print the result of each case. Exits with 1 if a case fails.
+
+    Arguments:
+        options: the command's options.
+        backend: the functions of the backend.
+
+    Raises:
+        InputError: an option is wrong, or the reference cannot be used.
+    """
     tolerance = TOLERANCES[options.dtype] if options.tolerance is None else options.tolerance
     if not 0 <= tolerance < math.inf:
         raise InputError(f"is {tolerance}; it must be a number from 0 on.", option="tolerance")
@@ -125,7 +136,7 @@ def run(options: Options, backend: ParityBackend) -> None:
     results = []
     compared = [compare_pass(part, backend, model, tolerance) for part in passes]
     compared += [compare_continuation(part, backend, model, tolerance) for part in continuations]
-    with np.errstate(all="ignore"):  # logits that overflow FAIL; a warning besides says nothing more
+    with np.errstate(all="ignore"):  # logits that overflow FAIL; a warning would add nothing
         for result in itertools.chain(*compared):
             print(result.line(), flush=True)
             results.append(result)
@@ -138,6 +149,7 @@ def run(options: Options, backend: ParityBackend) -> None:
 
 
 def compare_pass(part: Pass, backend: ParityBackend, model: Any, tolerance: float) -> Iterator[Result]:
+    """Yields a result for each array of the reference that belongs to a forward pass."""
     expected = part.expected
     if expected.keys() & {"logits", "loss"}:
         logits = backend.logits(model, part.ids, part.mask)
@@ -154,8 +166,12 @@ def compare_pass(part: Pass, backend: ParityBackend, model: Any, tolerance: floa
 
 
 def compare_continuation(part: Continuation, backend: ParityBackend, model: Any, tolerance: float) -> Iterator[Result]:
-    """The reference's tokens are fed, so that one that differs does not change those after it: ours are the same
-    exactly where a free run's would be. Another token holds only as a tie, within what two logits may be off."""
+    """Yields the results of a continuation.
+
+    The model is fed the reference's tokens, so a token that differs does not change the tokens after it. Our tokens
+    equal the reference's exactly if a free run's tokens would. A different token holds only as a tie: its lead must be
+    within the differences that are allowed for two logits.
+    """
     logits = backend.continued(model, part.prompts, part.tokens)
     scale = part.logits if part.logits is not None else logits
     ours = np.argmax(logits, axis=-1)
@@ -172,12 +188,14 @@ def compare_continuation(part: Continuation, backend: ParityBackend, model: Any,
 
 
 def difference(case: str, ours: np.ndarray, expected: np.ndarray, tolerance: float) -> Result:
+    """A result with the largest absolute difference between two arrays."""
     worst = np.max(np.abs(ours.astype(np.float64) - expected))
     return Result(case, float(worst), allowed(expected, tolerance))
 
 
 def allowed(expected: np.ndarray, tolerance: float) -> float:
-    """Rounding errors grow with the numbers: hidden states of large models are in the hundreds."""
+    """The largest difference that holds. It grows with the numbers, as rounding errors do: hidden states of large
+    models are in the hundreds."""
     return tolerance * max(1.0, float(np.sqrt(np.mean(np.square(expected, dtype=np.float64)))))
 
 
@@ -192,7 +210,7 @@ def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 class Reference:
-    """The arrays of a reference file, each checked when it is asked for."""
+    """The arrays of a reference file. Each is checked when it is requested."""
 
     def __init__(self, path: Path, dtype: str):
         self.path = path
@@ -202,11 +220,12 @@ class Reference:
         self.suffix = suffix if any(self.has_ids(result) for result in results) else ""
 
     def has_ids(self, result: str) -> bool:
-        """Whether the ids are there that a result is of; logits_other_f32 without input_ids_other is none of ours."""
+        """Whether the file has the ids of a result; logits_other_f32 without input_ids_other is not compared here."""
         ending = result.partition("logits")[2]
         return any(f"{ids}{ending}" in self.arrays for ids in ("input_ids", "prompt_ids"))
 
     def passes(self, config: ModelConfig) -> list[Pass]:
+        """The forward passes for which the file has results."""
         found = []
         for key in self.arrays:
             prefix, middle, ending = key.partition("input_ids")
@@ -229,6 +248,7 @@ class Reference:
         return found
 
     def continuations(self, config: ModelConfig) -> list[Continuation]:
+        """The prompts that the file continues."""
         found = []
         for key in self.arrays:
             prefix, middle, ending = key.partition("prompt_ids")
@@ -251,10 +271,11 @@ class Reference:
         return found
 
     def refuse(self, key: str, text: str) -> InputError:
+        """The error about an array."""
         return InputError(f"{key} in {self.path} {text}.")
 
     def ids(self, key: str, config: ModelConfig, dims: int) -> np.ndarray:
-        """Token ids [B, T] (or [T]) of the model's vocabulary."""
+        """Token ids [B, T] (or [T]), checked to be in the model's vocabulary."""
         ids = self.whole(key)
         if ids.ndim != dims or ids.size == 0:
             raise self.refuse(key, f"has the shape {list(ids.shape)}, and token ids of {dims} dimensions are needed")
@@ -262,6 +283,7 @@ class Reference:
         return ids.astype(np.int64)
 
     def labels(self, key: str, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray:
+        """Labels of the given shape, checked to be in the model's vocabulary or `IGNORED`."""
         labels = self.whole(key)
         if labels.shape != shape or not np.any(labels[:, 1:] != IGNORED):
             raise self.refuse(key, f"has the shape {list(labels.shape)} and is to label tokens {list(shape)}")
@@ -269,6 +291,7 @@ class Reference:
         return labels.astype(np.int64)
 
     def mask(self, key: str, shape: tuple[int, ...]) -> np.ndarray:
+        """An attention mask of the given shape, checked to have a token in each row."""
         if key not in self.arrays:
             raise self.refuse(key, "is missing; it says which of the ids are padding")
         mask = self.whole(key)
@@ -277,11 +300,13 @@ class Reference:
         return mask.astype(np.int64)
 
     def whole(self, key: str) -> np.ndarray:
+        """An array, checked to hold whole numbers."""
         if self.arrays[key].dtype.kind not in "iub":
             raise self.refuse(key, f"holds {self.arrays[key].dtype}, and whole numbers are needed")
         return self.arrays[key]
 
     def in_vocabulary(self, key: str, ids: np.ndarray, config: ModelConfig) -> None:
+        """Raises `InputError` where an id is outside the model's vocabulary."""
         outside = ids[(ids < 0) | (ids >= config.vocab_size)]
         if outside.size:
             raise self.refuse(
@@ -290,7 +315,7 @@ class Reference:
             )
 
     def numbers(self, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-        """A result of the run in the dtype asked for; None where there is none."""
+        """A result of the run in the requested dtype, checked to be finite; None where the file has none."""
         if key + self.suffix not in self.arrays:
             return None
         array = self.arrays[key + self.suffix]
@@ -303,7 +328,7 @@ class Reference:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a .npz file. Pickles in it are not read."""
+    """All arrays of a .npz file. Pickled objects in it are not read. Raises `InputError` where it cannot be used."""
     if not os.path.lexists(path):
         raise InputError(f"{path} does not exist; give the .npz file with the reference's numbers.")
     try:
@@ -317,19 +342,19 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             arrays = {key: loaded[key] for key in loaded.files}
     except InputError:
         raise
-    except Exception as error:  # numpy evaluates headers, so that damage is anything from a TokenError to a KeyError
+    except Exception as error:  # numpy evaluates headers, so a damaged file raises anything from TokenError to KeyError
         if "allow_pickle" in str(error):
             raise InputError(f"{path} is no .npz file of plain arrays (Python objects are not read).") from error
         reason = " ".join(str(error).split())
         raise InputError(f"{path} cannot be read as .npz ({reason:.200}); save it again with numpy.savez.") from error
     for key, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # numpy hands out other members of the archive as bytes
+        if not isinstance(array, np.ndarray):  # numpy returns other members of the archive as bytes
             raise InputError(f"{short(key)} in {path} is no array; save the file again with numpy.savez.")
     return arrays
 
 
 def _check_entries(path: Path, file: BinaryIO) -> None:
-    """`InputError` where the entries of an archive would take much more memory than the file has bytes."""
+    """Raises `InputError` where an entry cannot be used, or the entries would take much more memory than the file."""
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
         if twice := [name for name, count in Counter(info.filename for info in infos).items() if count > 1]:
@@ -349,7 +374,7 @@ def _check_entries(path: Path, file: BinaryIO) -> None:
 
 
 def _check_header(path: Path, info: zipfile.ZipInfo, entry: IO[bytes]) -> None:
-    """numpy makes room for the array that a header describes before it reads one byte of it."""
+    """Check the size in a header: numpy allocates the array that it describes before it reads one byte of the array."""
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(entry)
     if version not in read:

@@ -1,4 +1,4 @@
-"""What both backends say of activation sparsity: for which models it is counted, and the figures in a line."""
+"""Activation sparsity in both backends: the models for which it is counted, and the line that reports it."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,17 @@ if TYPE_CHECKING:
 
 
 def checked_threshold(config: ModelConfig) -> float:
-    """The activation's threshold. `InputError` for a model whose activation is never 0, or that has experts."""
+    """Check that activation sparsity can be counted for a model.
+
+    Arguments:
+        config: the model's config.
+
+    Returns:
+        The activation's threshold.
+
+    Raises:
+        InputError: the model's activation is never 0, or the model has experts.
+    """
     if config.activation_threshold is None:
         raise InputError(
             f"{config.hidden_act} is never exactly 0, so there is no activation sparsity to report; take a model with "
@@ -22,7 +32,14 @@ def checked_threshold(config: ModelConfig) -> float:
 
 
 def line(shares: "np.ndarray") -> str:
-    """``shares`` [L]: of each layer's neurons, those that were 0."""
+    """The line that reports the sparsity.
+
+    Arguments:
+        shares: [L] the fraction of each layer's neurons that were 0.
+
+    Returns:
+        The line for the user.
+    """
     low, high = int(shares.argmin()), int(shares.argmax())
     return (
         f"Activation sparsity: {shares.mean():.1%} of the MLP's neurons were 0; "

@@ -22,17 +22,23 @@ ROLES = ("system", "user", "assistant")
 LONGEST_MARKERS = 200_000  # characters of all special tokens together; Gemma's 6,400 have 80,000
 END = ""  # marks the end of a token in the tree of `Markers`
 THINK, THOUGHT = "<think>", "</think>"  # around the reasoning at the start of an answer
-PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # code points without a meaning
+PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # code points without an assigned meaning
 
 Message = Mapping[str, str]
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Check messages, and return their role and content.
+    """Check messages.
+
+    Arguments:
+        messages: a list with a role and a content each.
+
+    Returns:
+        The role and content of each message.
 
     Raises:
-        InputError: the list is empty, a role or content is missing or wrong, or a message has another key with a value,
-            which no template would get.
+        InputError: the list is empty; a role or content is missing or wrong; or a message has another key with a
+            value, which would not reach the template.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise InputError('must be a list such as [{"role": "user", "content": "Hello"}], with one or more.', "messages")
@@ -72,7 +78,17 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
 
 
 def variables_of(template: str) -> frozenset[str]:
-    """The variables that a template uses. Raises `InputError` where it cannot be parsed within the limits."""
+    """The variables that a template uses and does not set.
+
+    Arguments:
+        template: Jinja source.
+
+    Returns:
+        Their names.
+
+    Raises:
+        InputError: the template cannot be parsed within the limits of time and memory.
+    """
     from minicpm_data.tokenizer import template_process
 
     return template_process.variables_of(template)
@@ -126,7 +142,7 @@ def _has_thought(content: str) -> bool:
 
 
 def _ends(prompt: str, start: int, content: str, last: bool) -> Iterator[int]:
-    """The possible ends of an answer that starts at ``start``, for the longest form first."""
+    """Yields the possible ends of an answer that starts at ``start``. The longest form of the answer comes first."""
     for form in (content, content.lstrip("\n"), content.lstrip(), content.rstrip(), content.strip()):
         if prompt.startswith(form, start):
             yield start + len(form)
@@ -158,7 +174,7 @@ class Markers:
     """Finds the special tokens of a vocabulary in texts."""
 
     def __init__(self, specials: Iterable[str]):
-        """Raises `InputError` where the special tokens have more than `LONGEST_MARKERS` characters in all."""
+        """Raises `InputError` where the special tokens together have more than `LONGEST_MARKERS` characters."""
         specials = [special for special in specials if special]
         if (length := sum(map(len, specials))) > LONGEST_MARKERS:
             raise InputError(f"the vocabulary has special tokens of {length:,} characters in all; they are too many.")
@@ -179,7 +195,7 @@ class Markers:
         )
 
     def _begins(self, text: str, at: int, solid: int) -> bool:
-        """Whether a special token is at ``at``, or one starts there and reaches the end of the text (``solid``)."""
+        """Whether a special token is at ``at``, or the start of one that reaches the end of the text (``solid``)."""
         node = self._tree
         while at < len(text) and text[at] in node:
             node, at = node[text[at]], at + 1
@@ -209,6 +225,7 @@ class Disguise:
         self._show = str.maketrans({hidden: first for first, hidden in self._hidden.items()})
 
     def hide(self, text: str) -> str:
+        """``text`` with its special tokens hidden."""
         return self._markers.hide(text, self._hidden)
 
     def hide_all(self, value: Any) -> Any:
@@ -222,4 +239,5 @@ class Disguise:
         return value
 
     def show(self, text: str) -> str:
+        """``text`` with the hidden special tokens restored."""
         return text.translate(self._show)

@@ -14,7 +14,7 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_OF_CHAR = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
-# One U+FFFD for each byte that belongs to no character, as the ByteFallback decoder of `tokenizers` writes them.
+# The ByteFallback decoder of `tokenizers` also writes one U+FFFD for each byte that belongs to no character.
 def _each_byte(error: Any) -> tuple[str, int]:
     return "\ufffd" * (error.end - error.start), error.end
 
@@ -25,7 +25,7 @@ codecs.register_error("each_byte", _each_byte)
 class Decoder:
     """The text of single tokens, from the ``decoder`` of a ``tokenizer.json``.
 
-    ``piece(id)`` is bytes where the token may be part of a character, and str otherwise.
+    ``piece(id)`` is bytes where the token may be a part of a character, and str otherwise.
     """
 
     def __init__(self, spec: dict | None, id_to_token: Callable[[int], str | None]):
@@ -86,6 +86,7 @@ class Detokenizer:
         self._separator = ""
 
     def add(self, token_id: int) -> str:
+        """The text that the next token makes complete."""
         if token_id in self._skip:
             return ""
         piece = self._decoder.piece(token_id)
@@ -96,6 +97,7 @@ class Detokenizer:
         return self._stripped(text)
 
     def finish(self) -> str:
+        """The rest of the text: U+FFFD for an incomplete character, or nothing."""
         return self._stripped(self._utf8.decode(b"", final=True))
 
     def _stripped(self, text: str) -> str:

@@ -1,7 +1,8 @@
-"""The library `tokenizers`, called at one place: what it refuses, and where it panics, is an `InputError`.
+"""All calls of the `tokenizers` library. Its errors and its Rust panics become `InputError`.
 
-A ``tokenizer.json`` is a small program. Rust panics come out of the library as exceptions that are no `Exception`, with
-a stack trace on file descriptor 2; steps that make a text many times longer would take all memory.
+A ``tokenizer.json`` is a small program. A Rust panic leaves the library as an exception that does not derive from
+`Exception`, and prints a stack trace on file descriptor 2. Steps that make a text many times longer would use all
+memory.
 """
 
 import functools
@@ -18,20 +19,24 @@ from typing import Any, BinaryIO, cast
 
 from weights_io.errors import InputError
 
-LONGEST = 1000  # characters that the steps may make of one, and ids around a text: released files reach 12 and 2
-MOST_STEPS = 1000  # each goes over the whole text: 200,000 take seconds for a word; released files have up to 20
+LONGEST = 1000  # most characters that the steps make of one, and most ids around a text; released files reach 12 and 2
+MOST_STEPS = 1000  # each processes the whole text: 200,000 take seconds for one word; released files have up to 20
 LONGEST_ADDED = 2**24  # characters of all added tokens, which are normalized too; Gemma's 6,400 have 80,000
-MOST_ADDED = 100_000  # of those; they take the library 5 s
-PROBE = 'aA1 . \t\n你好é👍\u0301\u200b\x00"</s>'  # some of each kind: what cannot be encoded shows when it is loaded
+MOST_ADDED = 100_000  # added tokens; the library takes 5 s for them
+PROBE = 'aA1 . \t\n你好é👍\u0301\u200b\x00"</s>'  # characters of each kind; a panic over them shows at load time
 
 
 class FastTokenizer:
-    """A `tokenizers.Tokenizer` as this package uses it. Every method raises `InputError`, with ``source`` in it."""
+    """A `tokenizers.Tokenizer` as this package uses it. Every method raises `InputError`, which names ``source``."""
 
     def __init__(self, spec: Mapping[str, Any], source: str | Path):
-        """Arguments:
-        spec: the contents of a ``tokenizer.json``.
-        source: names them in an error.
+        """
+        Arguments:
+            spec: the contents of a ``tokenizer.json``.
+            source: the name of the file in an error.
+
+        Raises:
+            InputError: ``spec`` does not describe a tokenizer, or fails in `check_growth`.
         """
         import tokenizers
 
@@ -47,13 +52,13 @@ class FastTokenizer:
             )
             try:
                 self._fast.encode(PROBE, add_special_tokens=False)
-            except Exception:  # of this text alone, such as a character that the vocabulary lacks; a panic goes on
+            except Exception:  # only about this text, such as a character that the vocabulary lacks; a panic propagates
                 pass
 
     def encode(self, text: str):
-        """The `Encoding` of ``text`` (``ids``, ``offsets``), with nothing put in front of it or behind."""
+        """The `Encoding` of ``text`` (``ids``, ``offsets``), with nothing added before or after it."""
         with self._calling("cannot encode this text", "get the tokenizer files again"):
-            # A batch lets other threads run: `encode` keeps Python's lock, 1 s for a million characters.
+            # `encode_batch` lets other threads run. `encode` holds Python's lock, 1 s for a million characters.
             (encoding,) = self._fast.encode_batch([text], add_special_tokens=False)
             return encoding
 
@@ -80,7 +85,7 @@ class FastTokenizer:
         return self._fast.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
     def vocabulary(self, added: bool = True) -> dict[str, int]:
-        """Token -> id, with the added tokens or without."""
+        """Token -> id, with or without the added tokens."""
         return self._fast.get_vocab(with_added_tokens=added)
 
     def added_tokens(self) -> dict[int, Any]:
@@ -97,7 +102,7 @@ class FastTokenizer:
             with panics_unprinted():
                 yield
         except BaseException as error:
-            # The library raises nothing more specific, and of a panic a class that cannot be imported.
+            # The library raises no more specific class, and the class of a panic cannot be imported.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:200].rstrip(".")
@@ -105,17 +110,26 @@ class FastTokenizer:
 
 
 def _state(part: Any) -> dict[str, Any] | None:
-    """A step as ``tokenizer.json`` describes it; None where there is none."""
+    """A step as described in a ``tokenizer.json``; None where there is none."""
     return json.loads(part.__getstate__()) if part else None
 
 
-AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # written beside characters of a word
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")  # texts that are added to characters of a word
 TEXT_STEPS = ("normalizer", "pre_tokenizer")
 
 
 def check_growth(spec: Mapping[str, Any], source: str | Path) -> None:
-    """`InputError` where the steps of a ``tokenizer.json`` could make a text more than `LONGEST` times longer, or its
-    added tokens longer than `LONGEST_ADDED`."""
+    """Check that the steps of a ``tokenizer.json`` cannot make a text far too long.
+
+    Arguments:
+        spec: the contents of the file.
+        source: the name of the file in an error.
+
+    Raises:
+        InputError: ``spec`` does not describe a tokenizer; the steps could make a text more than `LONGEST` times longer
+            or are more than `MOST_STEPS`; or there are more than `MOST_ADDED` added tokens, or more than
+            `LONGEST_ADDED` characters in them after normalization.
+    """
     try:
         added = [len(token["content"]) for token in spec.get("added_tokens") or ()]
         characters = sum(added) * _growth([spec.get("normalizer")])
@@ -137,7 +151,7 @@ def check_growth(spec: Mapping[str, Any], source: str | Path) -> None:
 
 
 def _growth(steps: list[Any]) -> float:
-    """How many characters the steps can make of one; without end where they are too many."""
+    """Most characters that the steps can make of one; infinite above `LONGEST` and for more than `MOST_STEPS` steps."""
     growth = 1.0
     for count, step in enumerate(_flat(steps)):
         match step["type"]:
@@ -158,7 +172,7 @@ def _growth(steps: list[Any]) -> float:
 
 
 def _flat(steps: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The steps, each sequence in front of its own."""
+    """Yields the steps in order; a sequence comes before the steps in it."""
     for step in steps:
         if step is not None:
             yield step
@@ -168,6 +182,7 @@ def _flat(steps: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _ids_around(step: Any) -> int:
+    """Upper bound of the ids that a post-processor writes around a text."""
     if step is None:
         return 0
     if step["type"] == "Sequence":
@@ -182,21 +197,22 @@ def _ids_around(step: Any) -> int:
 
 PANIC = re.compile(rb"(?:(?<![^\n])\n)?thread '[^\n]*' (?:\(\d+\) )?panicked at .*?(?:\nnote: [^\n]*\n|\Z)", re.DOTALL)
 _lock = threading.Lock()
-_within = 0  # threads that hold back
-_kept = -1  # a second descriptor of what descriptor 2 was
+_within = 0  # threads that are in `panics_unprinted`
+_kept = -1  # a duplicate of the original file descriptor 2
 
 
 @functools.cache
 def _sink() -> BinaryIO:
+    """The temporary file to which file descriptor 2 is redirected."""
     return cast(BinaryIO, tempfile.TemporaryFile(buffering=0))
 
 
 @contextmanager
 def panics_unprinted() -> Iterator[None]:
-    """What is written to file descriptor 2 meanwhile is written afterwards, without the reports of Rust panics.
+    """Delay the output on file descriptor 2 until the block ends, and leave out the reports of Rust panics.
 
-    A panic's message ends up in the one sentence of the error. The first thread within holds back and the last lets go,
-    so that none of several that panic at once is heard.
+    The message of a panic is in the error's sentence instead. The first thread that enters redirects the descriptor and
+    the last one that leaves restores it, so no report is printed if several threads panic at once.
     """
     global _within, _kept
     with _lock:
@@ -213,7 +229,7 @@ def panics_unprinted() -> Iterator[None]:
 
 
 def _hold_back() -> int:
-    """What descriptor 2 was; -1 where there is none, or no place for a temporary file."""
+    """Redirect descriptor 2. Returns a duplicate of it; -1 where it is closed or no temporary file can be made."""
     try:
         sink, kept = _sink(), os.dup(2)
     except OSError:
@@ -223,6 +239,7 @@ def _hold_back() -> int:
 
 
 def _let_go(kept: int) -> None:
+    """Restore descriptor 2 from its duplicate, and write the delayed output without the panic reports."""
     sink = _sink()
     os.dup2(kept, 2)
     os.close(kept)

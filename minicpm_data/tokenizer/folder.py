@@ -14,12 +14,12 @@ from weights_io.files.json_text import MAX_BYTES, MAX_CONFIG, read_json, read_op
 from weights_io.files.near_keys import refuse_near_keys
 from weights_io.files.regular import read_regular
 
-# MiniCPM-V's tokenizer classes are slow ones: SentencePiece itself, with no "▁" put in front of a text.
+# MiniCPM-V's tokenizer classes are slow: they use SentencePiece itself, which adds no "▁" before a text.
 SLOW_CLASSES = ("LlamaTokenizerWrapper", "MiniCPMVTokenizer")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
-# What would change ids if it were used, and the values with which it changes none. Other keys change no id in
-# transformers either (lengths, padding sides, class names, ...).
+# Keys that would change ids if they were used -> the values with which they change none. Other keys (lengths, padding
+# sides, class names, ...) change no id in transformers either.
 UNSUPPORTED_UNLESS = {
     "split_special_tokens": (None, False),
     "do_lower_case": (None, False),
@@ -32,7 +32,7 @@ USED = (
     *("bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens", "extra_special_tokens"),
     *("added_tokens_decoder", "chat_template", "tokenizer_class"),
 )
-# Those that are nearly one of these: transformers and models' own classes have them.
+# Keys that resemble one of `USED` and are not mistakes: transformers and models' own classes have them.
 NEARLY_USED = (
     *("sep_token", "cls_token", "mask_token", "bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"),
     *("bod_token", "boi_token", "bot_token", "eod_token", "eoi_token", "eom_token", "eop_token", "eot_token"),
@@ -45,13 +45,23 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder.
+    """Load the tokenizer of a checkpoint folder.
 
-    ``tokenizer.json`` is read as it stands. Where there is only a ``tokenizer.model``, it is converted as transformers
-    4 did for its fast Llama tokenizer, by ``legacy`` and ``add_prefix_space``; MiniCPM-V's own classes, which are slow,
-    always use the ``tokenizer.model``. BOS, EOS and the chat templates come from ``tokenizer_config.json``,
-    ``special_tokens_map.json`` and ``chat_template.jinja``; special tokens that these name and the vocabulary lacks are
-    added behind it. InputError where a file cannot be used.
+    A ``tokenizer.json`` is read unchanged. A ``tokenizer.model`` without one is converted as transformers 4 did for its
+    fast Llama tokenizer, with the options ``legacy`` and ``add_prefix_space``. MiniCPM-V's own classes, which are slow,
+    always use the ``tokenizer.model``.
+
+    BOS, EOS and the chat templates come from ``tokenizer_config.json``, ``special_tokens_map.json`` and
+    ``chat_template.jinja``. Special tokens that these files name and the vocabulary lacks get the ids after its last.
+
+    Arguments:
+        folder: the checkpoint folder.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: there are no tokenizer files, or a file cannot be used.
     """
     folder = Path(folder)
     if not has_tokenizer(folder):
@@ -100,8 +110,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """``tokenizer_config.json`` over ``special_tokens_map.json``, checked; ``special`` holds all special tokens that
-    they name, by their texts."""
+    """The checked keys of ``special_tokens_map.json`` and ``tokenizer_config.json``; the latter takes precedence.
+    ``special`` holds all special tokens that they name, by their texts."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         found = read_optional_json(folder / name)
@@ -135,7 +145,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _of_sentencepiece(
     path: Path, config: Mapping[str, Any], added: dict[int, dict]
 ) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """A ``tokenizer.model`` as the contents of a ``tokenizer.json``, and the special tokens that it names."""
+    """A ``tokenizer.model`` converted to the contents of a ``tokenizer.json``, and the special tokens that it names."""
     model = read_spm(path)
     ids = {"bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id, "unk": model.unk_id}
     names = {name: None if i is None else model.pieces[i] for name, i in ids.items()}
@@ -151,7 +161,7 @@ def _of_sentencepiece(
 
 
 def _of_json(path: Path, config: Mapping[str, Any], added: Mapping[int, dict]) -> dict[str, Any]:
-    """A ``tokenizer.json`` with the added tokens that only other files list."""
+    """The contents of a ``tokenizer.json``, with the added tokens that only other files list."""
     spec = read_json(path, MAX_BYTES)
     listed = spec.get("added_tokens") or []
     if not isinstance(listed, list) or not all(
@@ -170,8 +180,11 @@ def _of_json(path: Path, config: Mapping[str, Any], added: Mapping[int, dict]) -
 
 
 def _prefixed(spec: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """``spec`` with the space in front of a text that ``add_prefix_space`` asks for, where transformers heeds it: for a
-    byte-level vocabulary, and where it rebuilds a Llama's tokenizer without one."""
+    """``spec`` with the leading space of a text that ``add_prefix_space`` asks for.
+
+    As in transformers, the option has an effect in two cases: with a byte-level vocabulary, and if it is false with a
+    Llama tokenizer, which transformers rebuilds without the space.
+    """
     wanted, step = config.get("add_prefix_space"), spec.get("pre_tokenizer")
     if wanted is not None and step is not None and step["type"] == "ByteLevel":
         return {**spec, "pre_tokenizer": {**step, "add_prefix_space": wanted}}
@@ -186,8 +199,8 @@ def _prefixed(spec: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _with_special_tokens(spec: dict[str, Any], config: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """``spec`` with all tokens that the config calls special among its added ones, as transformers has them; a missing
-    BOS or EOS is not made up."""
+    """``spec`` with all special tokens of the config among its added tokens, as in transformers. A BOS or EOS that the
+    vocabulary lacks is not added."""
     vocab = spec["model"]["vocab"]
     listed = [*(spec.get("added_tokens") or [])]
     known = {token["content"] for token in listed}
@@ -209,11 +222,12 @@ def _with_special_tokens(spec: dict[str, Any], config: Mapping[str, Any], source
 
 
 def _highest(vocab: Any) -> int:
+    """The highest id of a vocabulary; -1 where it is empty."""
     return max(map(_number, vocab.values()), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
 
 
 def _number(value: Any) -> int:
-    """An id, or -1 where it is none, which the library will refuse."""
+    """An id; -1 for a value that is not a whole number, which the library will refuse."""
     return value if type(value) is int else -1
 
 
@@ -223,7 +237,7 @@ def _content(token: Any) -> Any:
 
 
 def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, dict]:
-    """Added tokens by id, of ``tokenizer_config.json`` and of the older ``added_tokens.json`` (content -> id)."""
+    """Added tokens by id, from ``tokenizer_config.json`` and the older ``added_tokens.json`` (content -> id)."""
     listed = read_optional_json(folder / "added_tokens.json")
     try:
         older = {_id(i): {"content": token, "special": token in config["special"]} for token, i in listed.items()}
@@ -243,8 +257,11 @@ def _id(value: Any) -> int:
 
 
 def _chat_templates(config: Mapping[str, Any], folder: Path) -> tuple[str | None, str | None]:
-    """The chat template, and the one for tools where there are two: of ``chat_template.jinja`` (and the folder
-    ``additional_chat_templates``), else of the config: a string, or a list of named ones."""
+    """The chat template, and the separate template for tools, if any.
+
+    They come from ``chat_template.jinja`` and the folder ``additional_chat_templates``. Without that file they come
+    from the config, as a string or a list of named templates.
+    """
     file = folder / "chat_template.jinja"
     tools = folder / "additional_chat_templates" / "tool_use.jinja"
     if os.path.lexists(file):

@@ -15,9 +15,18 @@ _noted: set[str] = set()
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
-    """The tokenizer of a folder's files or a GGUF file's metadata; None where there is none.
+    """Load the tokenizer from a folder's files or a GGUF file's metadata.
 
-    A note of `check_vocab` is printed on stderr, once. Raises `InputError` as `tokenizer_in` does.
+    A note of `check_vocab` is printed on stderr, once.
+
+    Arguments:
+        checkpoint: the open checkpoint.
+
+    Returns:
+        The tokenizer; None where the checkpoint has none.
+
+    Raises:
+        InputError: as `tokenizer_in`.
     """
     tokenizer, note = tokenizer_in(checkpoint.folder, checkpoint.metadata, checkpoint.config.vocab_size)
     if note is not None and note not in _noted:
@@ -33,11 +42,11 @@ def tokenizer_in(
 
     Arguments:
         folder: the model folder.
-        metadata: of a GGUF file; None for a folder.
+        metadata: the metadata of a GGUF file; None for a folder.
         vocab_size: rows of the model's embedding.
 
     Returns:
-        The tokenizer, and a note for the user; None for either where there is none.
+        The tokenizer and a note for the user; each is None if there is none.
 
     Raises:
         InputError: the tokenizer cannot be used, or does not fit the embedding.
@@ -60,6 +69,10 @@ def check_vocab(tokenizer: "Tokenizer", vocab_size: int) -> str | None:
 
     Some checkpoints add tokens such as ``[PAD]`` without enlarging the embedding. They are accepted, and from then on
     the tokenizer refuses texts that contain these tokens.
+
+    Arguments:
+        tokenizer: its ``rows`` is set if it has such tokens.
+        vocab_size: rows of the model's embedding.
 
     Returns:
         A note that names such tokens; None where all ids have a row.

@@ -1,7 +1,7 @@
-"""How a byte-level vocabulary of a GGUF file cuts text before its merges, by llama.cpp's names for it.
+"""Pre-tokenizers of byte-level vocabularies in GGUF files, by llama.cpp's names. They split a text before the merges.
 
-The patterns are those of the models' own ``tokenizer.json``, in the order of llama.cpp's table (llama-vocab.cpp). One
-is applied to the pieces of the one before; what it matches and what lies between are pieces of their own.
+The patterns are those of the models' own ``tokenizer.json``, in the order of llama.cpp's table (llama-vocab.cpp). Each
+pattern splits the pieces of the pattern before it. A match is a piece, and so is the text between two matches.
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ _ASCII_MARKS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 
 
 def _llama(digits: str, marks: str = _MARKS, lines: str = _LINES, spaces: str = _SPACES, short: str = _SHORT) -> str:
-    """The pattern of Llama 3 and its kin, which differ in how many digits are a piece."""
+    """The pattern of Llama 3 and related models, which differ in the number of digits in a piece."""
     return f"{short}|{_WORD}|{digits}|{marks}|{lines}|{spaces}"
 
 
 def _cased(digits: str, short: str = "") -> str:
-    """The pattern of GPT-4o and Tekken: a word begins where an upper case letter follows a lower case one."""
+    """The pattern of GPT-4o and Tekken: a word starts where an uppercase letter follows a lowercase one."""
     begin, end = r"[^\r\n\p{L}\p{N}]?", short and f"{short}?"
     words = f"{begin}{_UPPER}*{_LOWER}+{end}|{begin}{_UPPER}+{_LOWER}*{end}"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_LINES}|{_SPACES}"
@@ -36,7 +36,7 @@ def _deepseek(marks_end: str) -> str:
     return rf"{words}| ?[\p{{P}}\p{{S}}]+{marks_end}|{_SPACES}"
 
 
-# Letters that have a case, as the first DeepSeek models list them.
+# Letters that have uppercase and lowercase forms, as the first DeepSeek models list them.
 _CASED_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
     "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
@@ -53,12 +53,14 @@ _CASED_LETTERS = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
+    """The patterns of a pre-tokenizer, in the order in which they are applied, and the options that go with them."""
+
     patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a piece that is a token is taken as it stands, whatever its merges give
-    add_bos: bool = False  # where tokenizer.ggml.add_bos_token does not say
+    ignore_merges: bool = False  # a piece that is a token becomes that token, whatever its merges give
+    add_bos: bool = False  # the default of tokenizer.ggml.add_bos_token
 
     def spec(self) -> dict[str, Any]:
-        """As the ``pre_tokenizer`` of a ``tokenizer.json``."""
+        """The ``pre_tokenizer`` of a ``tokenizer.json``."""
         steps: list[dict[str, Any]] = [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
             for pattern in self.patterns
@@ -74,7 +76,7 @@ _DIGITS_GPT2 = (r"\p{N}", GPT2)
 _DEEPSEEK3 = (r"\p{N}{1,3}", _CJK, _deepseek(rf"[\r\n]*|{_LINES}"))
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
-# The names of each kind, as GGUF files have them in tokenizer.ggml.pre.
+# The names of each kind, as in tokenizer.ggml.pre of GGUF files, and its pre-tokenizer.
 _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
     ("default", PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))),
     ("minicpm5", PreTokenizer((r"\p{N}{1,3}", _llama(r"\p{N}+")), ignore_merges=True)),

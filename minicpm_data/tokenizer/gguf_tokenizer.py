@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file carries in its metadata (llama.cpp's ``tokenizer.*`` keys)."""
+"""Load the tokenizer from the metadata of a GGUF file (llama.cpp's ``tokenizer.*`` keys)."""
 
 from minicpm_data.tokenizer.fast_tokenizer import FastTokenizer
 from minicpm_data.tokenizer.gguf_pre_tokenizers import BYTES, PRE_TOKENIZERS
@@ -23,7 +23,7 @@ USED = (
     *(f"tokenizer.ggml.{name}" for name in (*OF_TOKENS, *FLAGS, *(f"{name}_token_id" for name in IDS))),
     "tokenizer.chat_template",
 )
-# Those of llama.cpp that are nearly one of these, and change no id of a text.
+# Keys of llama.cpp that resemble one of `USED` and change no id of a text.
 NEARLY_USED = (
     *(f"tokenizer.ggml.{name}_token_id" for name in ("eom", "eog", "eod", "seperator", "cls", "mask", "prefix")),
     *("tokenizer.ggml.add_sep_token", "tokenizer.ggml.token_type_count", "tokenizer.chat_templates"),
@@ -31,14 +31,18 @@ NEARLY_USED = (
 
 
 def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
-    """The tokenizer of a GGUF file.
+    """Load the tokenizer of a GGUF file.
 
     Arguments:
         metadata: the file's key-value pairs as Python values: lists, str, int, float, bool.
 
-    Raises InputError for metadata that describe no tokenizer, or a kind that is not supported (by its name).
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: the metadata describe no tokenizer, or a kind that is not supported; the error names the kind.
     """
-    keys = [key for key in metadata if not key.startswith("tokenizer.chat_template.")]  # those have names of their own
+    keys = [key for key in metadata if not key.startswith("tokenizer.chat_template.")]  # they have names of their own
     refuse_near_keys(keys, USED, NEARLY_USED, "the GGUF file")
     model = metadata.get("tokenizer.ggml.model")
     tokens = _list(metadata, "tokens", str)
@@ -76,6 +80,7 @@ def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
 
 
 def _spm_spec(metadata: dict, tokens: list[str], kinds: list[int], unk_id: int | None) -> dict:
+    """The contents of a ``tokenizer.json`` for a SentencePiece vocabulary."""
     scores = [float(score) for score in _list(metadata, "scores", (int, float), length=len(tokens))]
     unk_id = tokens.index("<unk>") if unk_id is None and "<unk>" in tokens else unk_id
     model = SpmModel(tokens, scores, kinds, unk_id=unk_id, bos_id=None)
@@ -83,6 +88,7 @@ def _spm_spec(metadata: dict, tokens: list[str], kinds: list[int], unk_id: int |
 
 
 def _byte_level_spec(metadata: dict, tokens: list[str], kinds: list[int], pre: str) -> dict:
+    """The contents of a ``tokenizer.json`` for a byte-level vocabulary."""
     vocab = unique_ids(tokens)
     merges = [tuple(merge.split(" ")) for merge in _list(metadata, "merges", str)]
     wrong = next((pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()), None)
@@ -112,7 +118,7 @@ def _byte_level_spec(metadata: dict, tokens: list[str], kinds: list[int], pre: s
 def _list(
     metadata: dict, name: str, kind: type | tuple, length: int | None = None, default: list | None = None
 ) -> list:
-    """``tokenizer.ggml.<name>``, checked to be a list of ``kind`` and as long as the list of tokens."""
+    """``tokenizer.ggml.<name>``, checked to be a list of ``kind``, and as long as ``length`` or ``default`` says."""
     values = metadata.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(values, list):
         raise InputError(f"the GGUF file has no list tokenizer.ggml.{name}; it carries no tokenizer that can be used.")
@@ -133,7 +139,7 @@ def _flag(metadata: dict, name: str, default: bool) -> bool:
 
 
 def _id(metadata: dict, name: str, size: int) -> int | None:
-    """``tokenizer.ggml.<name>_token_id``, checked to be one of ``size`` ids."""
+    """``tokenizer.ggml.<name>_token_id``, checked to be below ``size``; None where it is missing."""
     value = metadata.get(f"tokenizer.ggml.{name}_token_id")
     if value is not None and type(value) is not int:
         raise InputError(f"tokenizer.ggml.{name}_token_id of the GGUF file is {value!r}; it must be a whole number.")

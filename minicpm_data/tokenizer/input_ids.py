@@ -8,19 +8,19 @@ from weights_io.errors import InputError
 
 
 def checked_ids(ids: Any, vocab_size: int, device_array: Any) -> Any:
-    """Check input ids. On a device, an id outside the vocabulary would silently read a wrong row or none.
+    """Check input ids. On a device, an id outside the vocabulary would silently read a wrong row or no row.
 
     Arguments:
         ids: [B, T] integers: nested lists, a numpy array or an array of the backend.
-        vocab_size: ids must be below it.
+        vocab_size: every id must be below it.
         device_array: the backend's array type. Only the shape of such an array is checked, because reading its values
             would wait for the device.
 
     Returns:
-        ``ids`` as int32 numpy array; a device array unchanged.
+        ``ids`` as an int32 numpy array; a device array unchanged.
 
     Raises:
-        InputError: another shape or dtype, or an id out of range.
+        InputError: ``ids`` has another shape or dtype, or an id is out of range.
     """
     if isinstance(ids, device_array):
         if ids.ndim != 2:

@@ -1,4 +1,4 @@
-"""SentencePiece BPE vocabularies as a fast tokenizer: a ``tokenizer.model``, or the same lists out of a GGUF file."""
+"""Convert a SentencePiece BPE vocabulary to a fast tokenizer, from a ``tokenizer.model`` or a GGUF file's lists."""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,13 @@ from weights_io.files.regular import read_regular
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how a SentencePiece vocabulary writes a space
 BPE_MODEL = 2  # TrainerSpec.ModelType
-LONGEST_PIECE = 512  # characters; the merges of a piece take its length squared
-VARINT_BYTES = 10  # of a number of 64 bits
+LONGEST_PIECE = 512  # characters; the time for a piece's merges grows with its length squared
+VARINT_BYTES = 10  # most bytes of a 64-bit number
 
 
 @dataclass(frozen=True)
 class SpmModel:
-    """Row ``i`` of the three lists is token id ``i``."""
+    """A SentencePiece vocabulary. Index ``i`` of the three lists is token id ``i``."""
 
     pieces: list[str]
     scores: list[float]
@@ -33,7 +33,17 @@ class SpmModel:
 
 
 def read_spm(path: Path) -> SpmModel:
-    """Read a ``tokenizer.model``. InputError where it is cut short, no SentencePiece model, or not BPE."""
+    """Read a ``tokenizer.model``.
+
+    Arguments:
+        path: the file.
+
+    Returns:
+        The vocabulary.
+
+    Raises:
+        InputError: the file is truncated, or is not a SentencePiece BPE model.
+    """
     pieces, scores, types = [], [], []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -49,7 +59,7 @@ def read_spm(path: Path) -> SpmModel:
                 trainer = dict(_fields(value))
             elif field == 3:
                 normalizer = dict(_fields(value))
-        # Field numbers and defaults of TrainerSpec. Ids are int32: -1, for none, is stored as ten bytes.
+        # Field numbers and defaults of TrainerSpec. Ids are int32; -1 means none and is stored as ten bytes.
         special = [trainer.get(field, default) & 0xFFFFFFFF for field, default in ((40, 0), (41, 1), (42, 2), (43, -1))]
     except (ValueError, LookupError, TypeError, AttributeError, struct.error):
         trainer = {}
@@ -62,9 +72,9 @@ def read_spm(path: Path) -> SpmModel:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a protobuf message: varints as int, the rest as bytes.
+    """Yields (number, value) of each field of a protobuf message. A varint is an int, any other value is bytes.
 
-    ValueError or IndexError where it is cut short.
+    Raises `ValueError` or `IndexError` where the message is truncated.
     """
     at, end = 0, len(data)
 
@@ -102,9 +112,12 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 def bpe_merges(pieces: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
     """The merge list that a piece list implies, best first.
 
-    Each split of a piece into two other pieces is a merge. A merge ranks by the score of its result; equal scores keep
-    the order of ids, and splits of one piece the order of their parts' ids. This is the order of the ``tokenizer.json``
-    files that OpenBMB released, made from the ``tokenizer.model`` beside them.
+    Each split of a piece into two other pieces is a merge. Merges are sorted by the score of the piece that they make.
+    Pieces of equal score are sorted by id, and the splits of one piece by the ids of their parts. The
+    ``tokenizer.json`` files that OpenBMB released have this order; they were made from the ``tokenizer.model`` files in
+    the same folders.
+
+    Raises `InputError` where a piece is longer than `LONGEST_PIECE`.
     """
     ids = {piece: i for i, piece in enumerate(pieces)}
     if (longest := max(map(len, pieces), default=0)) > LONGEST_PIECE:
@@ -125,19 +138,26 @@ def fast_spec(
     legacy: bool = True,
     add_prefix_space: bool = True,
 ) -> dict:
-    """``model`` as the contents of a ``tokenizer.json``.
+    """Convert a SentencePiece vocabulary to the contents of a ``tokenizer.json``.
 
     Arguments:
-        space_prefix: True is what transformers' fast Llama tokenizer does (and what MiniCPM's text models were tuned
-            with): every stretch of text between special tokens gets a "▁" in front, whatever ``add_dummy_prefix`` says,
-            decoding drops one leading space, and user-defined pieces are reached by merges alone. False is
-            SentencePiece itself: nothing in front, and user-defined pieces are cut out of the text first (so are pieces
-            that only SentencePiece can merge).
-        added: more added tokens by id, each ``{"content": str, "special": bool, ...}``. One whose id is that of a
-            piece renames the piece.
-        legacy: False is what that tokenizer does so configured: only the beginning of a text gets a "▁", unless it
-            begins with a space.
-        add_prefix_space: False is what it does so configured: nothing in front.
+        model: the vocabulary.
+        space_prefix: True follows transformers' fast Llama tokenizer, with which MiniCPM's text models were tuned.
+            Every stretch of text between special tokens gets a leading "▁", whatever ``add_dummy_prefix`` says.
+            Decoding drops one leading space. User-defined pieces result from merges only.
+            False follows SentencePiece itself. A text gets no leading "▁". User-defined pieces, and pieces that only
+            SentencePiece can merge, are split off the text first.
+        added: more added tokens by id, each ``{"content": str, "special": bool, ...}``. A token with the id of a piece
+            renames the piece.
+        legacy: False follows the fast Llama tokenizer with ``legacy`` false: only the start of a text gets a "▁",
+            unless it starts with a space.
+        add_prefix_space: False follows the fast Llama tokenizer with ``add_prefix_space`` false: no leading "▁".
+
+    Returns:
+        The contents of the file, as JSON values.
+
+    Raises:
+        InputError: a piece is longer than `LONGEST_PIECE`, or a token is listed twice.
     """
     pieces = list(model.pieces)
     tokens = {i: added_token(i, pieces[i], True) for i, kind in enumerate(model.types) if kind in (UNKNOWN, CONTROL)}
@@ -180,7 +200,7 @@ def fast_spec(
 
 
 def _beyond_merges(model: SpmModel) -> list[int]:
-    """Ids of pieces that SentencePiece merges of characters which are no pieces, such as a skin tone after an emoji."""
+    """Ids of pieces that SentencePiece merges from characters that are not pieces, such as an emoji and a skin tone."""
     ids = {piece: i for i, piece in enumerate(model.pieces)}
     merged = {left + right for left, right in bpe_merges(model.pieces, model.scores)}
     made = set(merged)
@@ -193,7 +213,7 @@ def _beyond_merges(model: SpmModel) -> list[int]:
 
 
 def _bos_first(bos: str, bos_id: int) -> dict:
-    """The post-processor that writes BOS in front of each text."""
+    """The post-processor that adds BOS before each text."""
 
     def part(name: str, type_id: int) -> list[dict]:
         return [{"SpecialToken": {"id": bos, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
@@ -216,13 +236,13 @@ def added_token(
     normalized: bool = False,
     **_,
 ) -> dict:
-    """One entry of ``added_tokens`` in a ``tokenizer.json``."""
+    """One entry of ``added_tokens`` in a ``tokenizer.json``. Other keys are ignored."""
     flags = {"lstrip": lstrip, "rstrip": rstrip, "single_word": single_word, "normalized": normalized}
     return {"id": id, "content": content, "special": special, **flags}
 
 
 def unique_ids(tokens: Sequence[str]) -> dict[str, int]:
-    """Token -> id. InputError where one string has two ids."""
+    """Token -> id. Raises `InputError` where a token has two ids."""
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)

@@ -21,7 +21,7 @@ def plain_spec(spec: dict[str, Any], markers: Set[str]) -> dict[str, Any]:
 
 
 def without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
-    """``spec`` without the steps that put a space in front of a text."""
+    """``spec`` without the steps that add a space before a text."""
 
     def bare(part: dict[str, Any] | None) -> dict[str, Any] | None:
         if part is None or part["type"] == "Prepend":

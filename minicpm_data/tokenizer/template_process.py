@@ -1,4 +1,4 @@
-"""The processes that render chat templates, seen from the one that asks: started when first needed, ended with it."""
+"""Start and call the processes that render chat templates. They start when first needed and end with the caller."""
 
 import atexit
 import json
@@ -15,18 +15,26 @@ from minicpm_data.tokenizer.template_worker import MEMORY
 from weights_io.errors import InputError
 
 START = "from minicpm_data.tokenizer.template_worker import main; main()"
-PROCESSES = 4  # at most; more callers wait for one
-START_SECONDS = 60.0  # on a machine that is very busy
-WALL_SECONDS = 30.0  # for one prompt; the process itself counts its own seconds, which are fewer
-LOOK_SECONDS = 0.05  # between looks at the memory of a process that no limit holds
+PROCESSES = 4  # at most; further callers wait for a free one
+START_SECONDS = 60.0  # for a process to start on a very busy machine
+WALL_SECONDS = 30.0  # for one prompt; the process has a smaller limit of its own, in seconds of CPU time
+LOOK_SECONDS = 0.05  # between checks of a process's memory, where the system enforces no limit
 
 TOO_MUCH = "the chat template needs more time or memory than is reasonable; give shorter messages or another template."
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """The text that ``template`` makes of ``variables``, which are values of JSON.
+    """Render a chat template in one of the processes.
 
-    Raises `InputError` where the template fails or refuses, or takes more than its share of time, memory or text.
+    Arguments:
+        template: Jinja source.
+        variables: JSON values.
+
+    Returns:
+        The text of the prompt.
+
+    Raises:
+        InputError: the template fails, raises an exception of its own, or exceeds a limit of time, memory or text.
     """
     found = _answer({"template": template, "variables": variables})
     if "error" in found:
@@ -36,10 +44,10 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=16)
 def variables_of(template: str) -> frozenset[str]:
-    """The names that ``template`` reads and does not set. Raises `InputError` where it cannot be read within
-    the limits.
+    """The variables that ``template`` reads and does not set. Raises `InputError` where it cannot be parsed within the
+    limits.
 
-    Jinja computes a template's constants to find them, of which one alone can take any time and memory.
+    To find them, Jinja evaluates the template's constants. A single one can take unlimited time and memory.
     """
     found = _answer({"template": template})
     if "error" in found:
@@ -48,6 +56,7 @@ def variables_of(template: str) -> frozenset[str]:
 
 
 def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer of a process to a question. Raises `InputError` where a limit is exceeded."""
     request = json.dumps(question, ensure_ascii=False)
     with _places:
         worker = _taken()
@@ -64,6 +73,8 @@ def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Worker:
+    """A process that renders templates, and the connection to it."""
+
     def __init__(self) -> None:
         from multiprocessing.connection import Pipe
 
@@ -82,7 +93,7 @@ class _Worker:
             raise InputError("the process that renders chat templates does not start; look at this Python's packages.")
 
     def ask(self, request: bytes) -> bytes | None:
-        """Its answer; None where it ended without one or takes too much."""
+        """The answer to a request; None where the process ended without one or exceeds a limit."""
         try:
             self.connection.send_bytes(request)
         except OSError:
@@ -91,7 +102,7 @@ class _Worker:
 
     def _answer(self, seconds: float) -> bytes | None:
         try:
-            if sys.platform == "linux":  # where the process has set itself a limit of memory that holds
+            if sys.platform == "linux":  # where the process has set its own memory limit, which is enforced
                 return self.connection.recv_bytes() if self.connection.poll(seconds) else None
             until = time.monotonic() + seconds
             while not self.connection.poll(LOOK_SECONDS):
@@ -112,6 +123,7 @@ _places = threading.BoundedSemaphore(PROCESSES)
 
 
 def _taken() -> _Worker:
+    """An idle process that still runs, or else a new one."""
     while True:
         try:
             worker = _idle.pop()
@@ -119,11 +131,11 @@ def _taken() -> _Worker:
             return _Worker()
         if worker.process.poll() is None:
             return worker
-        worker.end()  # somebody else has ended it since
+        worker.end()  # another program has ended it since
 
 
 def _resident(pid: int) -> int:
-    """Bytes of memory that a process holds; 0 where that cannot be told."""
+    """Resident memory of a process in bytes; 0 where it is unknown."""
     done = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
     return int(done.stdout) * 1024 if done.stdout.strip().isdecimal() else 0
 
@@ -134,7 +146,7 @@ def _end_all() -> None:
 
 
 def _forget() -> None:
-    """After a fork: the processes answer the parent, and their connections are not to be shared with it."""
+    """After a fork, forget the processes: they answer the parent, and their connections must not be shared with it."""
     global _idle, _places
     _idle, _places = [], threading.BoundedSemaphore(PROCESSES)
 

@@ -1,7 +1,8 @@
-"""Renders chat templates in a process of its own, with limits: a template is a program that a stranger wrote.
+"""The process that renders chat templates, with limits of time and memory. `template_process` starts it.
 
-One expression can take any time and memory (``'x' * 10**10``, a list of lists that is printed), so no check from
-outside would do, and in the caller's process no limit can be set. `template_process` starts this one.
+A template is a program that a stranger wrote. A single expression can take unlimited time and memory
+(``'x' * 10**10``, a list of lists that is printed). A check from outside would not be enough, and no limit can
+be set in the caller's process.
 """
 
 import json
@@ -12,9 +13,9 @@ from functools import cache, lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
-SECONDS = 1.0  # of the processor, for one prompt; a conversation of 1,000 turns takes 0.01
-MEMORY = 256 << 20  # bytes of address space; the process itself takes 30 million
-# Characters of a prompt: a template writes text of its own, and may write what it is given several times (tools).
+SECONDS = 1.0  # of CPU time for one prompt; a conversation of 1,000 turns takes 0.01
+MEMORY = 256 << 20  # bytes of address space; the process itself needs 30 million
+# Limits of a prompt's characters. A template writes text of its own, and may write its input several times (tools).
 OWN_TEXT, TIMES = 500_000, 8
 OUT_OF_MEMORY = 3  # exit status
 
@@ -22,7 +23,7 @@ OUT_OF_MEMORY = 3  # exit status
 def main() -> None:
     """Answer requests on the connection whose file descriptor is the first argument, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the caller, who closes the connection
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the end of the process, also within a single long operation
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, even within a single long operation
     connection = Connection(int(sys.argv[1]))
     compiled("")  # imports Jinja
     _limit_memory()
@@ -49,6 +50,7 @@ def main() -> None:
 
 
 def _rendered(template: str, variables: dict[str, Any], longest: int) -> str:
+    """The rendered text. Raises `ValueError` where it is longer than ``longest`` characters."""
     parts: list[str] = []
     length = 0
     for part in compiled(template).generate(variables):
@@ -60,18 +62,20 @@ def _rendered(template: str, variables: dict[str, Any], longest: int) -> str:
 
 
 def _names(template: str) -> set[str]:
+    """The variables that ``template`` reads and does not set."""
     from jinja2.meta import find_undeclared_variables
 
     return find_undeclared_variables(environment().parse(template))
 
 
 def _limit_memory() -> None:
+    """Limit this process's address space to `MEMORY`, and write no core dumps."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, ValueError, OSError):  # not on every system: the caller watches as well
+    except (ImportError, ValueError, OSError):  # not available on every system; the caller also checks the memory
         pass
 
 
@@ -83,13 +87,13 @@ def compiled(template: str):
 
 @cache
 def environment():
-    """Jinja in a sandbox: a template reaches no attribute that leads out of its values, and changes none of them."""
+    """Jinja in a sandbox. A template cannot access an attribute that leads outside its values, nor change a value."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}...{% endgeneration %}`` marks an assistant's turn for training; prints what is inside."""
+        """``{% generation %}...{% endgeneration %}`` marks an assistant turn for training. Its content is rendered."""
 
         tags = {"generation"}
 

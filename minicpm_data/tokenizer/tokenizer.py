@@ -15,11 +15,11 @@ MOST_IDS = 2**24  # the library's serializer looks up every id from 0 to the hig
 
 
 class Tokenizer:
-    """Text to ids and back.
+    """Converts text to ids and back.
 
     Attributes:
         vocab_size: the highest id + 1. The model's embedding may have more rows (padding), never fewer.
-        bos_token_id, pad_token_id: None where there is none.
+        bos_token_id, pad_token_id, unk_token_id: None if the tokenizer has none.
         eos_token_ids: the ids that end an answer: the tokenizer's EOS first, then the tokens with which the chat
             template ends a turn (`TURN_ENDS`).
         chat_template: Jinja source; MiniCPM's template where the checkpoint has none.
@@ -92,6 +92,9 @@ class Tokenizer:
             add_bos: add BOS (and EOS) as the checkpoint's tokenizer does; BOS is never added twice.
             trusted: special tokens spelled out in the text become their ids. Otherwise they are encoded as text.
 
+        Returns:
+            The token ids.
+
         Raises:
             InputError: the text has a lone surrogate, or a token without a row in the model's embedding.
         """
@@ -100,15 +103,24 @@ class Tokenizer:
         return self._with_bos(ids) + self._after if add_bos else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Decode ids to text. Invalid UTF-8 bytes become U+FFFD, and ids of padding rows become nothing."""
+        """Decode ids to text. Invalid UTF-8 bytes become U+FFFD, and ids of padding rows become no text.
+
+        Arguments:
+            ids: token ids.
+            skip_special_tokens: leave special tokens out of the text.
+
+        Returns:
+            The text.
+        """
         detokenizer = self.detokenizer(skip_special_tokens)
         return "".join([detokenizer.add(int(i)) for i in ids]) + detokenizer.finish()
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new decoder for a stream of tokens."""
+        """A new decoder for a stream of tokens. It skips special tokens unless told otherwise."""
         return Detokenizer(self._decoder, self._special_ids if skip_special_tokens else ())
 
     def token_to_id(self, token: str) -> int | None:
+        """The id of a token; None where the vocabulary does not have it."""
         return self._fast.token_to_id(token)
 
     @property
@@ -127,7 +139,14 @@ class Tokenizer:
         return {i: token.content for i, token in added if i >= first and token.content not in own}
 
     def add_eos_token(self, token: str) -> None:
-        """Let another token end answers. Raises `InputError` where the vocabulary does not have it."""
+        """Let another token end answers.
+
+        Arguments:
+            token: the text of the token.
+
+        Raises:
+            InputError: the vocabulary does not have it.
+        """
         i = self.token_to_id(token)
         if i is None:
             raise InputError(
@@ -219,7 +238,7 @@ class Tokenizer:
 
         ids: list[int] = []
         targets: list[bool] = []
-        text, before = "", list[int]()  # the pieces so far: their text and its ids
+        text, before = "", list[int]()  # the text of the pieces so far, and its ids
         for k, piece in enumerate(pieces):
             text += piece
             whole = self._undisguised(text, disguise) if piece else before
@@ -228,7 +247,7 @@ class Tokenizer:
             before = whole
             if k == len(pieces) - 1:
                 ended = new[:1] if new and new[0] in self.eos_token_ids else [*self.eos_token_ids[:1]]
-                spelled = not new and pieces[-2] and ids[-1] in self.eos_token_ids  # by the answer itself
+                spelled = not new and pieces[-2] and ids[-1] in self.eos_token_ids  # the answer itself ends with EOS
                 new = [] if spelled else ended
             of_answer = len(new) if k % 2 else sum(i in self.eos_token_ids for i in new[:1]) if k else 0
             ids += new
@@ -263,7 +282,7 @@ class Tokenizer:
     def _undisguised(self, prompt: str, disguise: chat.Disguise, begun: bool = False) -> list[int]:
         """The ids of a rendered prompt, with disguised special tokens encoded as text.
 
-        ``begun``: the prompt continues a text, so no space is put in front of it.
+        ``begun``: the prompt continues a text, so no space is added before it.
         """
         encoded = self._fast.encode(prompt)
         if not begun and disguise.show(prompt) == prompt:
@@ -297,6 +316,7 @@ class Tokenizer:
         return ids
 
     def _with_bos(self, ids: list[int]) -> list[int]:
+        """``ids`` after the ids that the tokenizer adds before a text, unless they are already there."""
         present = ids[: len(self._before)] == self._before
         return ids if present else self._before + ids
 
@@ -307,13 +327,13 @@ class Tokenizer:
 
     @functools.cached_property
     def _inner(self) -> FastTokenizer:
-        """`_plain` for the continuation of a text: it puts no space in front."""
+        """`_plain` for the continuation of a text: it adds no leading space."""
         spec = plain_spec(self._fast.spec(), set(self._markers.values()))
         return FastTokenizer(without_prefix(spec), self._fast.source)
 
 
 def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the template variables. Raises `InputError` where they are not JSON, or would replace the messages."""
+    """Return the template variables. Raises `InputError` where they are not JSON or would replace the messages."""
     taken = [name for name in ("messages", "add_generation_prompt") if name in variables]
     if taken:
         raise InputError(f"the template variable {taken[0]} cannot be given; it is made of the messages.")

@@ -9,10 +9,13 @@ from weights_io.checkpoint import Checkpoint
 
 
 def carried_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """The tokenizer of a GGUF file as files; empty for a folder, whose files are copied.
+    """The tokenizer of a GGUF file as files.
+
+    Arguments:
+        checkpoint: the open checkpoint.
 
     Returns:
-        File name -> text.
+        File name -> text. Empty for a folder, whose files are copied, and for a GGUF file without a tokenizer.
 
     Raises:
         InputError: the tokenizer cannot be loaded, so a folder with it could not be loaded either.
@@ -23,7 +26,14 @@ def carried_files(checkpoint: Checkpoint) -> dict[str, str]:
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     """A tokenizer as files: ``tokenizer.json``, ``tokenizer_config.json`` and, for several EOS ids,
-    ``generation_config.json``. Returns file name -> text."""
+    ``generation_config.json``.
+
+    Arguments:
+        tokenizer: the tokenizer.
+
+    Returns:
+        File name -> text.
+    """
     ids = {
         "bos_token": tokenizer.bos_token_id,
         "eos_token": tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else None,
