@@ -368,10 +368,7 @@ def markdown() -> Iterator[str]:
 
 
 def how_to_run() -> Iterator[str]:
-    """The second table of docs/models.md: the memory for the weights and a conversation of 4,096 tokens.
-
-    The memory is given for bfloat16, 8-bit and 4-bit weights.
-    """
+    """The second table of docs/models.md: memory with a conversation of 4,096 tokens, in bfloat16, 8 and 4 bits."""
     yield "| `--model` | command | bfloat16 | 8 bits | 4 bits | logits checked on |"
     yield "|---|---|---|---|---|---|"
     for entry in (entry for entry in CATALOG if entry.runs):

@@ -112,7 +112,7 @@ class CheckpointFolder:
         except FileNotFoundError:
             try:
                 return None if is_old(path) else f"its {SUMS} is missing"
-            except Exception as error:  # orbax raises bare ones for damaged files
+            except Exception as error:  # orbax raises bare exceptions for damaged files
                 return _first_line(error)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return f"its {SUMS} is damaged"

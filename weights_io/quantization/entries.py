@@ -60,7 +60,7 @@ class Scheme:
 
     method: str  # a key of `LABELS`
     source: str  # the file and key that state it, for messages
-    bits: int = 0  # bits of a code
+    bits: int = 0  # bits per code
     group_size: int = 0  # -1: a whole row; 0 for bitsandbytes, whose tensors state it
     stated_format: str | None = None  # GPTQ only: gptq, whose stored zero points are one too small, or gptq_v2
     modules: Mapping[str, "tuple[int, int] | None"] = field(default_factory=dict)  # MLX: bits, group; None: not packed
