@@ -84,7 +84,7 @@ def for_tyro(options: type, asking: bool) -> Any:
 
     Arguments:
         options: the dataclass.
-        asking: whether the user asks for the help. If so, it leaves out the fields marked `tyro.conf.Suppress`.
+        asking: whether the user asks for the help. If so, fields marked `tyro.conf.Suppress` are left out.
             Otherwise the mark is removed, as tyro does not parse a suppressed flag.
     """
     import tyro
