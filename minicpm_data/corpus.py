@@ -1,6 +1,6 @@
 """The corpus of `pico`, the small MiniCPM that ships with the package, and the questions that score it.
 
-All text comes from the grammars and tables beside this file. A document is a pure function of (stage, index, seed).
+All text comes from the grammars and tables in `pico_corpus`. A document is a pure function of (stage, index, seed).
 
     python -m minicpm_data.corpus --save-path data/pico
 """
@@ -22,7 +22,7 @@ from weights_io.write import folder_to_fill
 
 STAGES = ("stable", "decay")
 SPLITS = ("train", "valid")
-# Share of documents. Weighted by their length, sums are 40 % of the tokens of plain text and 35 % of those of chat.
+# Shares of the documents. Counted in tokens, sums are 40 % of the plain text and 35 % of the chats.
 PLAIN: dict[Callable[[Random], str], float] = {
     skills.sums_document: 0.31,
     stories.story_document: 0.29,
@@ -40,7 +40,7 @@ CHAT: dict[Callable[[Random], skills.Turn], float] = {
     skills.reverse_turn: 0.06,
     facts.greeting_turn: 0.05,
 }
-CHAT_SHARE = 0.70  # of the decay stage's documents; half of its tokens, chats being shorter
+CHAT_SHARE = 0.70  # of the decay stage's documents; half of its tokens, as chats are shorter
 QUESTIONS = {"sum": 500, "fact": 100, "translation": 100, "count": 100, "reverse": 100}
 
 
@@ -49,7 +49,17 @@ def _pick(random: Random, choices: dict):
 
 
 def document(index: int, seed: int = 0, stage: str = "stable", split: str = "train") -> dict:
-    """Document ``index`` of a split: ``{"text": ...}``, or in the decay stage often ``{"messages": [...]}``."""
+    """Generate one document of the corpus.
+
+    Arguments:
+        index: its number in the split.
+        seed: the seed of the corpus.
+        stage: ``stable`` or ``decay``.
+        split: ``train`` or ``valid``.
+
+    Returns:
+        ``{"text": ...}``; in the decay stage often ``{"messages": [...]}``.
+    """
     random = Random(f"{seed} {stage} {split} {index}")
     if stage == "stable" or random.random() >= CHAT_SHARE:
         return {"text": _pick(random, PLAIN)(random)}
@@ -62,10 +72,11 @@ def document(index: int, seed: int = 0, stage: str = "stable", split: str = "tra
 
 
 def questions(seed: int = 0) -> Iterator[dict]:
-    """Held-out ``{"prompt", "answer", "kind"}``.
+    """The held-out questions: ``{"prompt", "answer", "kind"}`` each.
 
-    ``sum``, ``count`` and ``reverse`` ask for operands, spans and rows that occur in no training text. ``fact`` and
-    ``translation`` ask for what was taught, in the one form of question that training never used for it.
+    Questions of the kinds ``sum``, ``count`` and ``reverse`` have operands, spans and rows that occur in no training
+    text. ``fact`` and ``translation`` ask for facts of the training text, each in the one form of question that the
+    training text never uses for it.
     """
     random = Random(f"{seed} questions")
     numbers = range(skills.LARGEST + 1)
@@ -94,10 +105,14 @@ def questions(seed: int = 0) -> Iterator[dict]:
 
 
 def is_right(question: dict, reply: str) -> bool:
-    """Whether ``reply`` answers the question.
+    """Whether a reply answers a question.
 
-    A sum: its last number is the answer. A fact: it ends with the answer, as whole words. Everything else: it is the
-    answer. Case, spacing and a full stop at the end do not matter.
+    The last number of the reply must be the answer to a sum. For a fact, the reply must end with the answer as whole
+    words. For all other kinds, it must equal the answer. Case, spacing and a full stop at the end do not matter.
+
+    Arguments:
+        question: one of `questions`.
+        reply: the model's text.
     """
     answer = question["answer"]
     if question["kind"] == "sum":
@@ -122,12 +137,12 @@ class Options:
     save_path: Annotated[Path, Former("out")]
     """Folder to write, new or empty."""
     documents: int = 128_000
-    """Training documents of the stable stage; the decay stage has 0.64 times as many, validation 1 % of each."""
+    """Training documents of the stable stage. The decay stage gets 0.64 times this number, validation 1 % of each."""
     seed: int = 0
 
 
 def main(options: Options) -> None:
-    """Write the corpus of pico: stable/ and decay/ with train.jsonl and valid.jsonl each, and questions.jsonl."""
+    """Write the corpus of pico: questions.jsonl, and train.jsonl and valid.jsonl in each of stable/ and decay/."""
     if options.documents < 1:
         raise InputError(f"{options.documents} is not a number of documents; give 1 or more.", option="documents")
     if options.save_path.is_file() or options.save_path.is_dir() and any(options.save_path.iterdir()):
@@ -148,6 +163,7 @@ def main(options: Options) -> None:
 
 
 def write(folder: Path, options: Options) -> None:
+    """Write all splits and the questions into ``folder``."""
     for stage, share in zip(STAGES, (1.0, 0.64), strict=True):
         train = max(1, int(options.documents * share))
         for split, count in zip(SPLITS, (train, max(1, train // 100)), strict=True):

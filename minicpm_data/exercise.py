@@ -1,9 +1,9 @@
-"""A small task for fine-tuning: the built-in model does sums, and is to end each with a sentence that it never saw.
+"""A small task: the built-in model can do sums, and fine-tuning teaches it to end each with a sentence it never saw.
 
     python -m minicpm_data.exercise --save-path exercise
 
 writes ``train.jsonl``, ``valid.jsonl`` and ``test.jsonl`` of {"prompt", "completion"}. The sums of test and valid are
-among those that pico's corpus keeps out of its training text, and none of them is in train.
+held out of the training text of pico's corpus, and none of them is in train.
 """
 
 import json
@@ -26,9 +26,9 @@ class Options:
     save_path: Annotated[Path, Former("out")]
     """Folder to write."""
     examples: int = 2000
-    """Sums to train on; a tenth as many are for testing, a twentieth for validation."""
+    """Training sums. The test set has a tenth of this number, the validation set a twentieth."""
     seed: int = 0
-    """Draws the sums."""
+    """Seed of the choice of sums."""
 
 
 def exercise(options: Options) -> None:

@@ -10,11 +10,11 @@ from weights_io.errors import InputError, listed
 from weights_io.files.partial import partial, write_whole
 from weights_io.files.regular import read_regular
 
-MAX_BYTES = 2**28  # of a run of a million steps
+MAX_BYTES = 2**28  # enough for a run of a million steps
 
 
 class Metrics:
-    """The metrics of a run by step. A run that resumes after step ``start`` drops the records after it."""
+    """The metrics of a run by step. A run that resumes after step ``start`` drops all later records."""
 
     def __init__(
         self,
@@ -28,9 +28,9 @@ class Metrics:
         Arguments:
             path: the ``metrics.jsonl`` of the run.
             start: the step after which the run resumes; 0 for a new run.
-            report_to: ``wandb`` or ``tensorboard``, which get every record too; see `check_reporter`.
-            project_name: the project in wandb.
-            writing: False in processes other than process 0, which write nothing.
+            report_to: ``wandb`` or ``tensorboard``, which also gets every record; see `check_reporter`.
+            project_name: the name of the project in wandb.
+            writing: True in process 0. The other processes write nothing.
         """
         self.path, self._writing = path, writing
         check_reporter(report_to)
@@ -51,14 +51,14 @@ class Metrics:
         self._also.close()
 
     def draw(self, picture: Path, decay_at: float | None = None, by: str = "tokens") -> None:
-        """Draw loss and learning rate.
+        """Plot the losses and the learning rate.
 
         Arguments:
             picture: the PNG file to write.
             decay_at: tokens or steps at which the decay starts; a vertical line marks it.
             by: the x axis, ``tokens`` or ``step``.
         """
-        from matplotlib.figure import Figure  # not pyplot, whose backend is a notebook's or a window's
+        from matplotlib.figure import Figure  # not pyplot: its backend may be a notebook or a window
         from matplotlib.ticker import NullFormatter
 
         unit, axis = (1e6, "million tokens") if by == "tokens" else (1, "steps")
@@ -94,8 +94,11 @@ class Metrics:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``.jsonl`` file. A last line that a killed process left incomplete is skipped; other damaged
-    lines are skipped with a note."""
+    """The records of a ``.jsonl`` file.
+
+    A killed process may leave the last line incomplete; that line is skipped. Other damaged lines are skipped with a
+    note.
+    """
     records, damaged = [], []
     lines = read_regular(path, MAX_BYTES).split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -119,7 +122,7 @@ def _until(start: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value can be drawn; a file may hold anything."""
+    """Whether a value can be plotted. The file may hold any value."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 

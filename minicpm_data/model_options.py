@@ -33,14 +33,14 @@ class OneDevice:
 @dataclass(frozen=True)
 class SourceOptions(OneDevice):
     model: str | None = None
-    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name; left out: the built-in model."""
+    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name; default: the built-in model."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of weights and computation; by default the checkpoint's own. On a CPU JAX takes float32, unless it only generates
-    and the CPU has AMX."""
+    """Dtype of weights and computation; default: the checkpoint's own. On a CPU, JAX uses float32, except to generate
+    on a CPU with AMX."""
 
     def loading(self) -> dict[str, Any]:
         """The arguments of a backend's ``load`` that concern weights."""
@@ -50,9 +50,9 @@ class SourceOptions(OneDevice):
 @dataclass(frozen=True)
 class ModelOptions(SourceOptions):
     adapter_path: str | None = None
-    """Folder (of PEFT or mlx_lm) of fine-tuned adapter weights to be added to the model."""
+    """Folder with a fine-tuned adapter (of PEFT or mlx_lm) to add to the model."""
     quantize: Literal[4, 8] | None = None
-    """Keep the matrices of the layers in so many bits, and the head in 8: less memory, and less to read for a token."""
+    """Quantize the layers' matrices to this many bits and the head to 8: less memory, and less to read per token."""
 
     def loading(self) -> dict[str, Any]:
         return {"adapter": self.adapter_path, "quantize": self.quantize}
@@ -101,7 +101,13 @@ def load_model(
 
 
 def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
-    """Print a note where more tokens are asked for than the model was trained for; it would write nonsense."""
+    """Print a note if more tokens are needed than the model was trained for: it would generate nonsense.
+
+    Arguments:
+        config: the model's config.
+        tokens: the number of tokens needed, prompt and answer together.
+        remedy: appended to the note.
+    """
     context = config.max_position_embeddings
     if tokens > context and config.rope_scaling is None:
         print(f"note: {tokens} tokens are more than the {context} this model is made for{remedy}", file=sys.stderr)

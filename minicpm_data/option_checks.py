@@ -9,14 +9,17 @@ from weights_io.errors import InputError
 def check_range(
     options: Any, *names: str, least: float | None = None, above: float | None = None, below: float = math.inf
 ) -> None:
-    """Raises `InputError`, which names the flag, where an option is outside its range. None is always accepted.
+    """Check that options are inside their range. None is always accepted.
 
     Arguments:
         options: the dataclass.
         names: the fields to check.
-        least: the least value.
-        above: values must be above it.
-        below: values must be below it.
+        least: the smallest allowed value.
+        above: values must be above this number.
+        below: values must be below this number.
+
+    Raises:
+        InputError: an option is outside its range. The message names the flag.
     """
     for name in names:
         value = getattr(options, name)

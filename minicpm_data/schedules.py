@@ -15,11 +15,11 @@ class WarmupStableDecay:
 
     Arguments:
         peak: the constant learning rate.
-        steps: optimizer steps in all.
+        steps: the total number of optimizer steps.
         warmup_steps: steps of the warm-up.
-        decay_steps: the last steps, in which the rate decays.
+        decay_steps: steps of the decay, at the end.
         decay: ``exponential`` halves the rate every ``half_life`` steps; the other forms end at 0.
-        half_life: steps. The released models used 5000 over 18500 steps, which ends at 0.077 of the peak.
+        half_life: in steps. The released models used 5000 for a decay of 18500 steps, which ends at 0.077 of the peak.
 
     Raises:
         InputError: warm-up and decay do not fit into the steps, or the half-life is not positive.

@@ -1,4 +1,4 @@
-"""Train a vocabulary of MiniCPM's kind on a corpus: SentencePiece BPE with single digits and bytes to fall back on.
+"""Train a vocabulary of MiniCPM's kind on a corpus: SentencePiece BPE with single digits and byte fallback.
 
 python -m minicpm_data.vocabulary --data data/pico --save-path pico
 """
@@ -33,10 +33,18 @@ CONFIG = {
 
 
 def parts_of(document: dict[str, Any], where: str = "the document") -> list[str]:
-    """The texts a document is made of; a chat's are ``<用户>``, question, ``<AI>``, answer (MiniCPM's own form).
+    """Split a document into texts to train on: a text into its lines, a chat into markers and turns.
 
-    Apart, so that no piece spans a marker and what stands beside it. The space in front is the one with which the
-    fast tokenizer begins every text. InputError, naming ``where``, for a document of no known form.
+    A chat gives ``<用户>``, question, ``<AI>``, answer (MiniCPM's own form). The markers are separate texts, so that no
+    piece spans a marker and the text beside it. The first text begins with a space, as the fast tokenizer begins every
+    text with one.
+
+    Arguments:
+        document: a text or a chat.
+        where: its name in messages.
+
+    Raises:
+        InputError: the document has no known form.
     """
     try:
         turns = Reader().conversation(document)
@@ -50,7 +58,7 @@ def parts_of(document: dict[str, Any], where: str = "the document") -> list[str]
 
 
 def texts(data: Path, limit: int) -> Iterator[str]:
-    """Lines and turns of the first ``limit`` documents of each stage's training split."""
+    """The texts (`parts_of`) of the first ``limit`` training documents of each stage."""
     for stage in ("stable", "decay"):
         path = data / stage / "train.jsonl"
         if not path.is_file():
@@ -65,7 +73,18 @@ def texts(data: Path, limit: int) -> Iterator[str]:
 
 
 def train(lines: Iterable[str], size: int) -> bytes:
-    """A serialized SentencePiece model of ``size`` pieces, in which every character of ``lines`` is a piece."""
+    """Train a SentencePiece model in which every character of the texts is a piece.
+
+    Arguments:
+        lines: the texts.
+        size: the size of the vocabulary in pieces.
+
+    Returns:
+        The serialized model.
+
+    Raises:
+        InputError: there is no text, or the size does not fit it.
+    """
     import io
 
     import sentencepiece
@@ -74,7 +93,7 @@ def train(lines: Iterable[str], size: int) -> bytes:
     if not any(line.strip() for line in lines):
         raise InputError("the corpus holds no text; give the folder of one that does as --data.")
     characters = {character for line in lines for character in line if character != " "}
-    least = 4 + 256 + len(characters) + 1  # specials and newline, bytes, characters, the space
+    least = 4 + 256 + len(characters) + 1  # special tokens and newline, bytes, characters, the space
     if size < least:
         raise InputError(f"{size} has no room for the corpus's characters; give {least} or more.", option="vocab_size")
     model = io.BytesIO()
@@ -119,9 +138,9 @@ class Options:
     save_path: Annotated[Path, Former("out")]
     """Folder to write tokenizer files to."""
     vocab_size: Annotated[int, Former("size")] = 2048
-    """Pieces of the vocabulary."""
+    """Size of the vocabulary in pieces."""
     documents: int = 20_000
-    """Training documents read of each stage."""
+    """Training documents to read from each stage."""
     model_max_length: Annotated[int, Former("max_length")] = 1024
     """model_max_length of tokenizer_config.json."""
 
@@ -132,7 +151,7 @@ def main(options: Options) -> None:
 
     if options.documents < 1:
         raise InputError(f"is {options.documents}; it must be at least 1.", option="documents")
-    check_output(options.save_path)  # models trained with a tokenizer that is there depend on it
+    check_output(options.save_path)  # a tokenizer there must stay: trained models may depend on it
     model = train(texts(options.data, options.documents), options.vocab_size)
     try:
         options.save_path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A YAML text as plain values: read strictly, in bounded time and memory, as `weights_io.files.json_text` does JSON."""
+"""Read YAML text strictly and in bounded time and memory, as `weights_io.files.json_text` reads JSON."""
 
 from typing import Any
 
@@ -6,15 +6,20 @@ import yaml
 
 from weights_io.errors import InputError, short
 
-MAX_BYTES = 2**16  # the options of a training run have some 2,000; the reader takes a second for these
-MAX_PARTS = 2000  # values, those counted again to which an alias refers
-MAX_DEPTH = 10  # lists and mappings in each other; options have 2
+MAX_BYTES = 2**16  # a training run's options have about 2,000; parsing 2**16 takes a second
+MAX_PARTS = 2000  # values; an alias counts as all the values that it refers to
+MAX_DEPTH = 10  # levels of nested lists and mappings; options have 2
 
 
 def load(data: bytes, what: str) -> Any:
     """The value of a YAML text.
 
-    Raises `InputError`, naming ``what``, where it is none, too large or too deep, or has a key twice.
+    Arguments:
+        data: the text in UTF-8.
+        what: its name in messages.
+
+    Raises:
+        InputError: it is not YAML, is too large, is nested too deeply, or has a key twice.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -22,16 +27,20 @@ def load(data: bytes, what: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except InputError:
         raise
-    # Besides YAMLError, what Python's own readers of numbers, dates and the like raise.
+    # Besides YAMLError: the exceptions of Python's own parsers of numbers, dates and so on.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(f"{what} is not YAML ({reason:.200}); mend it.") from None
 
 
 def _check_size(text: str, what: str) -> None:
-    """Of the events, which need no recursion: an alias of aliases can stand for any number of values."""
+    """Raises `InputError` where there are too many values or levels.
+
+    The check reads the parser's events, which needs no recursion. An alias of aliases can stand for any number of
+    values.
+    """
     sizes: dict[str, int] = {}
-    within: list[tuple[str | None, int]] = []  # of each list or mapping: its anchor, and the parts before it
+    within: list[tuple[str | None, int]] = []  # per open list or mapping: its anchor, and the parts before it
     parts = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -52,6 +61,8 @@ def _check_size(text: str, what: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a mapping with the same key twice."""
+
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

@@ -1,7 +1,7 @@
-"""The family's released checkpoints by short name, with what is known of each before a byte is downloaded.
+"""The family's released checkpoints by short name, with what is known of each one without a download.
 
-Counts are sums over the tensor shapes, checked against the paper (arXiv 2404.06395, table 2) or the sizes of the
-released files; MiniCPM5's is from its GGUF conversion. ``None`` stands for unknown: the config.json decides.
+Parameter counts are sums over the tensor shapes. They were checked against the paper (arXiv 2404.06395, table 2) or the
+sizes of the released files; MiniCPM5's count is from its GGUF conversion. ``None`` means unknown: config.json decides.
 
     python -m weights_io.catalog
 """
@@ -21,18 +21,18 @@ from weights_io.memory import ITEM, cache_bytes, packed_bytes, size, weight_byte
 class Entry:
     """One released checkpoint."""
 
-    name: str  # the short name that every --model takes
-    repo: str | None  # Hugging Face repository; None: comes with this package
-    architecture: str  # its model_type: of `FAMILIES`, of one that does not run yet perhaps another
+    name: str  # the short name that every --model accepts
+    repo: str | None  # Hugging Face repository; None: included in this package
+    architecture: str  # its model_type; one of `FAMILIES` if the entry runs
     parameters: int | None  # exact; None: unknown
-    dtype: str | None  # as stored; None: unknown
+    dtype: str | None  # of the stored weights; None: unknown
     notes: str = ""
     modelscope: str | None = None  # repository on ModelScope; None: unknown
     config: Mapping[str, Any] | None = None  # the keys of config.json that are known; None: shape unknown
-    runs: bool = True  # in this project
+    runs: bool = True  # whether this project can run it
 
     def model_config(self) -> ModelConfig | None:
-        """What is known without a download; None: nothing. Raises `InputError` where the architecture is not known."""
+        """The config that is known without a download, or None. Raises `InputError` for an unknown architecture."""
         if self.repo is None:
             return ModelConfig.from_file(built_in() / "config.json")
         return None if self.config is None else ModelConfig.from_dict(dict(self.config), self.name)
@@ -76,7 +76,7 @@ _128K = _2B | {
     "tie_word_embeddings": False,
 }
 _MOE = _2B | {"num_experts": 8, "num_experts_per_tok": 2, "rope_scaling": None}
-# The scales are folded into the weights, which unties the head from the embedding.
+# The scales are folded into the weights, so the head is no longer tied to the embedding.
 _2B_LLAMA = {key: value for key, value in _2B.items() if key not in _SCALES} | {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -287,8 +287,8 @@ CATALOG: tuple[Entry, ...] = (
     ),
     Entry("minicpm5-1b", "openbmb/MiniCPM5-1B", "llama", 1_080_632_832, "bfloat16", "chat with thinking"),
 )
-_SHAPES = {"minicpm-s-1b": _1B}  # what memory needs to know of one whose config is not known whole
-# What a command needs besides the name, to run on the least hardware.
+_SHAPES = {"minicpm-s-1b": _1B}  # enough for memory estimates where the config is only partly known
+# The flags besides --model with which a command runs on the least hardware.
 FLAGS = {
     "minicpm-2b-fp32": "--dtype bfloat16",
     "minicpm-2b-dpo-fp32": "--dtype bfloat16",
@@ -296,8 +296,8 @@ FLAGS = {
     "minicpm-2b-history": "--revision REVISION",
     "minicpm-2b-128k": "--kv-bits 8",
 }
-# Small checkpoints of the same form in tests/reference, with the original code's logits; a name counts for those that
-# begin with it. The built-in model has none.
+# Short name -> folders in tests/reference: small checkpoints of the same form, with the original code's logits. A name
+# also covers all names that begin with it, unless a longer one covers them. The built-in model has none.
 CHECKED = {
     "minicpm-2b": "dense_2b dense_bf16",
     "minicpm-2b-int4": "quant/gptq_int4_g32_asym_desc_act",
@@ -315,12 +315,12 @@ _BY_NAME = {entry.name: entry for entry in CATALOG}
 
 
 def find(name: str) -> Entry | None:
-    """The entry of that short name (upper or lower case) or of that Hugging Face repository."""
+    """The entry with this short name (in any case) or this Hugging Face repository; None if there is none."""
     return _BY_NAME.get(name.lower()) or next((entry for entry in CATALOG if entry.repo == name), None)
 
 
 def nearest(name: str) -> list[str]:
-    """Up to three short names that resemble ``name``, or whose repository does; beginnings of one come first."""
+    """Up to three short names that resemble ``name``, or whose repositories do. Names that begin with it come first."""
     typed = name.lower().rpartition("/")[2]
     spellings = {key.lower(): entry.name for entry in CATALOG for key in (_tail(entry.repo), entry.name) if key}
     begun = sorted((key for key in spellings if typed and key.startswith(typed)), key=len)
@@ -334,17 +334,17 @@ def _tail(repo: str | None) -> str:
 @dataclass(frozen=True)
 class Options:
     markdown: bool = False
-    """Print the tables of docs/models.md: which there are, and how to run each, in how much memory."""
+    """Print the tables of docs/models.md: all checkpoints, and the command and memory to run each one."""
 
 
 def main(options: Options) -> None:
-    """Print the short names that every --model takes: parameters, dtype, bytes of all weights, whether it runs,
-    repository, notes."""
+    """Print the short names that every --model accepts, each with parameters, dtype, bytes of all weights, whether it
+    runs, repository and notes."""
     print("\n".join((*markdown(), "", *how_to_run()) if options.markdown else lines()))
 
 
 def lines() -> Iterator[str]:
-    """For a terminal."""
+    """The table for a terminal."""
     for entry in CATALOG:
         count = "unknown" if entry.parameters is None else f"{entry.parameters / 1e6:,.0f} M"
         where, runs = entry.repo or "built in", "runs" if entry.runs else "not yet"
@@ -368,7 +368,7 @@ def markdown() -> Iterator[str]:
 
 
 def how_to_run() -> Iterator[str]:
-    """The second table of docs/models.md: weights and a conversation of 4,096 tokens, as loaded and in fewer bits."""
+    """The second table of docs/models.md: memory with a conversation of 4,096 tokens, in bfloat16, 8 and 4 bits."""
     yield "| `--model` | command | bfloat16 | 8 bits | 4 bits | logits checked on |"
     yield "|---|---|---|---|---|---|"
     for entry in (entry for entry in CATALOG if entry.runs):
@@ -384,7 +384,7 @@ def how_to_run() -> Iterator[str]:
 
 
 def _weights(entry: Entry) -> int | None:
-    """Bytes."""
+    """Bytes of the stored weights; None: unknown."""
     return None if entry.parameters is None or entry.dtype is None else entry.parameters * ITEM[entry.dtype]
 
 

@@ -1,4 +1,4 @@
-"""Run a command line: a dataclass of options becomes flags, and an `InputError` one sentence and exit status 2."""
+"""Run a command line. A dataclass defines the flags; an `InputError` prints one sentence and exits with status 2."""
 
 import contextlib
 import dataclasses
@@ -16,15 +16,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from weights_io.errors import InputError, flag
 
 Options = TypeVar("Options")
-NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # upper bounds of whole numbers and of seeds
+NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # upper bounds of integers and of seeds
 # Upper bounds of options by name. Larger values would exhaust the memory or run for days.
 MOST = {"lengths": 2**21, "num_samples": 10**6, "examples": 10**6, "documents": 10**7}
 MOST |= dict.fromkeys(("max_seq_length", "max_model_len"), 2**24)
 MOST |= dict.fromkeys(("batch_size", "rank", "num_experts", "max_num_seqs", "max_queued_requests"), 2**16)
 # Commands of weights_io that need a tokenizer, which minicpm_data provides. weights_io must not import minicpm_data, so
-# these modules are started by name, here and nowhere else.
+# these modules are imported by name, here and nowhere else.
 ABOVE = {name: f"minicpm_data.cli.{name}" for name in ("convert", "fuse", "inspect", "upcycle")}
-MANY_FILES = 10240  # open files where there is no limit; macOS accepts no larger number
+MANY_FILES = 10240  # open files to allow if the hard limit is infinite; macOS accepts no larger number
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
@@ -34,13 +34,13 @@ def run(
     prog: str,
     more_flags: Callable[[Options], list[str]] | None = None,
 ) -> None:
-    """Parse ``sys.argv`` and call ``main`` with the options. Wrong flags exit with 2; see also `exit_codes`.
+    """Parse ``sys.argv`` and call ``main`` with the options. Wrong flags exit with status 2; see also `exit_codes`.
 
     Arguments:
         main: the command; its docstring is the description in the help.
         options: a dataclass whose fields are the flags; the docstrings below the fields are the help.
-        prog: the command as it is typed, e.g. ``"python -m weights_io.inspect"``.
-        more_flags: returns the flags of a config file that the options name; flags in ``sys.argv`` override them.
+        prog: the command as the user types it, e.g. ``"python -m weights_io.inspect"``.
+        more_flags: returns the flags from the config file that the options name. Flags in ``sys.argv`` override them.
     """
     import tyro
 
@@ -69,15 +69,24 @@ def run(
 
 
 def flags_of(options: type) -> Callable[[str], str]:
-    """How an option is typed of which an `InputError` speaks: ``--top-p`` for ``top_p``. What is none of the fields,
-    nor a former name of one, is left as it is."""
+    """A function that spells an option in an `InputError` as its flag: ``top_p`` -> ``--top-p``.
+
+    It accepts fields of ``options`` and their former names. It returns any other name unchanged.
+    """
     fields = {field.name: field.name for field in dataclasses.fields(options)} | former_names(options)
     return lambda name: flag(fields[name]) if name in fields else name
 
 
 def for_tyro(options: type, asking: bool) -> Any:
-    """The same dataclass, with a help that says ``INT`` for ``{None}|INT``, and nothing of a default that is None or
-    empty. ``asking`` for the help: without what is marked `tyro.conf.Suppress`, which tyro would not read either."""
+    """The same dataclass with annotations that make tyro's help easier to read.
+
+    The help shows ``INT`` instead of ``{None}|INT``, and does not show a default that is None or empty.
+
+    Arguments:
+        options: the dataclass.
+        asking: whether the user asks for the help. If so, fields marked `tyro.conf.Suppress` are left out.
+            Otherwise the mark is removed, as tyro does not parse a suppressed flag.
+    """
     import tyro
 
     hints, annotated = typing.get_type_hints(options, include_extras=True), []
@@ -86,18 +95,18 @@ def for_tyro(options: type, asking: bool) -> Any:
         marks = getattr(hint, "__metadata__", ())
         if tyro.conf.Suppress in marks and not asking:
             hint, marks = hint.__origin__, ()
-        empty = field.default in (None, ()) and tyro.conf.UseAppendAction not in marks  # else it is "(repeatable)"
+        empty = field.default in (None, ()) and tyro.conf.UseAppendAction not in marks  # those keep "(repeatable)"
         named = any(getattr(mark, "metavar", None) for mark in marks)
         metavar = None if named else _metavar(hint.__origin__ if marks else hint)
         shown = tyro.conf.arg(help_behavior_hint="" if empty else None, metavar=metavar)
         default = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
         annotated.append((field.name, Annotated[hint, shown], default))
-    frozen = options.__dataclass_params__.frozen  # type: ignore[attr-defined]  # a subclass must be as its base is
+    frozen = options.__dataclass_params__.frozen  # type: ignore[attr-defined]  # as in the base class
     return dataclasses.make_dataclass(options.__name__, annotated, bases=(options,), frozen=frozen, kw_only=True)
 
 
 def _metavar(kind: Any) -> str | None:
-    """What stands for the value of an option that may be None; None: what tyro writes."""
+    """The placeholder, such as ``INT``, for the value of an option that may be None. None: keep tyro's own."""
     given = [one for one in typing.get_args(kind) if one is not type(None)]
     if typing.get_origin(kind) not in (types.UnionType, typing.Union) or len(given) != 1:
         return None
@@ -107,15 +116,17 @@ def _metavar(kind: Any) -> str | None:
 
 
 class Former:
-    """Names that an option had: ``batch_size: Annotated[int, Former("batch")] = 1``. They go on working as flags and as
-    keywords, and no help shows them."""
+    """Former names of an option: ``batch_size: Annotated[int, Former("batch")] = 1``.
+
+    They still work as flags and as keywords. The help does not show them.
+    """
 
     def __init__(self, *names: str) -> None:
         self.names = names
 
 
 def former_names(options: type) -> dict[str, str]:
-    """Former name -> field, of a dataclass."""
+    """Former name -> current name, for the fields of a dataclass."""
     hints = typing.get_type_hints(options, include_extras=True)
     return {
         former: field.name
@@ -127,7 +138,18 @@ def former_names(options: type) -> dict[str, str]:
 
 
 def present_names(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values under the fields' own names. `InputError` where one is given under two names."""
+    """Replace former names of options by their current names.
+
+    Arguments:
+        options: the dataclass of the options.
+        given: value by current or former name.
+
+    Returns:
+        Value by current name.
+
+    Raises:
+        InputError: an option is given under two names.
+    """
     former = former_names(options)
     for name in given:
         if former.get(name) in given:
@@ -136,7 +158,7 @@ def present_names(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def present_flags(options: type, flags: Iterable[str]) -> list[str]:
-    """A command line's words, with ``--batch`` and ``--batch=2`` as the flags of the fields' own names."""
+    """Replace former flags on a command line by the current ones: ``--batch=2`` -> ``--batch-size=2``."""
     former = former_names(options)
     words = []
     for word in flags:
@@ -147,12 +169,12 @@ def present_flags(options: type, flags: Iterable[str]) -> list[str]:
 
 
 def command_above(name: str) -> Callable[[Any], None]:
-    """The ``main`` of a command in `ABOVE`."""
+    """The ``main`` function of a command in `ABOVE`."""
     return importlib.import_module(ABOVE[name]).main
 
 
 def check_numbers(options: object) -> None:
-    """Raises `InputError` where an option is NaN or beyond its upper bound, which later code could not handle."""
+    """Raises `InputError` where an option is NaN or out of bounds. Later code could not handle such a value."""
     for name, value in vars(options).items():
         most = SEEDS if name == "seed" else MOST.get(name, NUMBERS)
         for number in value if isinstance(value, tuple | list) else (value,):
@@ -165,7 +187,7 @@ def check_numbers(options: object) -> None:
 
 
 def allow_open_files() -> int:
-    """Raise this process's limit of open files as far as allowed, and return it."""
+    """Raise this process's limit of open files as far as the system allows. Returns the new limit."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit
@@ -183,14 +205,16 @@ def allow_open_files() -> int:
 
 @contextlib.contextmanager
 def exit_codes(typed: Callable[[str], str] = str) -> Iterator[None]:
-    """A context that turns exceptions into exit statuses.
+    """A context that converts exceptions to exit statuses.
 
-    - 2, with a sentence: an `InputError`, whose options ``typed`` spells (`flags_of`), or a file that cannot be read or
-      written;
-    - 130: Ctrl-C;
-    - 0: the reader of a pipe is gone (``| head``).
+    - 2, with a sentence: an `InputError`, too little memory, or a file that cannot be read or written.
+    - 130: Ctrl-C.
+    - 0: the reader of a pipe has closed it (``| head``).
 
     Any other exception is a defect and keeps its traceback.
+
+    Arguments:
+        typed: spells the options that an `InputError` names; see `flags_of`.
     """
     try:
         yield
@@ -205,7 +229,7 @@ def exit_codes(typed: Callable[[str], str] = str) -> Iterator[None]:
         print("error: there is not enough memory; give less, such as fewer or shorter rows at once.", file=sys.stderr)
         sys.exit(2)
     except FileNotFoundError as error:
-        what = error.filename or "a file, or the folder that this was started in,"  # which names no file
+        what = error.filename or "a file, or the folder that this was started in,"  # the error may name no file
         print(f"error: {what} does not exist; check its name and its folder.", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -213,7 +237,7 @@ def exit_codes(typed: Callable[[str], str] = str) -> Iterator[None]:
             said = f"this process may have only {allow_open_files()} files open; allow more with ulimit -n 1024"
             print(f"error: {said}.", file=sys.stderr)
             sys.exit(2)
-        if sys.stdout is not None:  # else the exit would fail on what is still to be written
+        if sys.stdout is not None:  # else flushing the rest at exit would fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(0)
@@ -223,7 +247,7 @@ def exit_codes(typed: Callable[[str], str] = str) -> Iterator[None]:
 
 
 def print_commands(package: str) -> None:
-    """Each module of a package that can be run with ``python -m``, and the first sentence of what it says of itself."""
+    """Print each module of a package that ``python -m`` can run, with the first paragraph of its docstring."""
     import ast
     from importlib.util import find_spec
 

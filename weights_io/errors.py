@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-MOST_NAMES = 3  # that a message quotes; the rest is a count
-LONGEST_NAME = 80  # characters of a name that is quoted
-LONGEST_MESSAGE = 2000
+MOST_NAMES = 3  # names that a message quotes; the others are counted
+LONGEST_NAME = 80  # characters of a quoted name
+LONGEST_MESSAGE = 2000  # characters
 # Characters that would break a line or reverse a terminal's text: controls, line separators, lone surrogates.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -19,10 +19,10 @@ class InputError(ValueError):
     status 2, without a traceback. Library callers catch it as a ``ValueError``. A notebook shows only the sentence.
 
     Arguments:
-        message: the sentence; with ``option``, what follows the option's name in it.
-        option: the option it is about, as Python spells it: ``top_p``. The sentence begins with its name. A command
+        message: the sentence; with ``option``, the part after the option's name.
+        option: the option that is wrong, as Python spells it: ``top_p``. The sentence begins with its name. A command
             line shows it as the flag (`spelled`), a server as the field of the request.
-        others: more options, which the message names in braces: ``does not go with {top_k}``.
+        others: further options that the message names in braces: ``does not go with {top_k}``.
     """
 
     def __init__(self, message: str, option: str | None = None, others: Iterable[str] = ()) -> None:
@@ -30,7 +30,7 @@ class InputError(ValueError):
         super().__init__(self.spelled(str))
 
     def spelled(self, name: Callable[[str], str]) -> str:
-        """The sentence with each option that it names as ``name`` has it, such as `flag`."""
+        """The sentence, with ``name`` (such as `flag`) applied to each option that it names."""
         message = self._template
         for other in self._others:
             message = message.replace(f"{{{other}}}", name(other))
@@ -46,25 +46,34 @@ class InputError(ValueError):
 
 
 def flag(name: str) -> str:
-    """``--top-p``: how the option of that field is typed."""
+    """The flag of an option: ``top_p`` -> ``--top-p``."""
     return "--" + name.replace("_", "-")
 
 
 def not_utf8(what: object, error: UnicodeDecodeError, remedy: str = "convert it first") -> InputError:
-    """The error for a file (``what``) that is not UTF-8 text."""
+    """The error for a file that is not UTF-8 text.
+
+    Arguments:
+        what: the file, as the message names it.
+        error: the error of the decoder.
+        remedy: what the user can do.
+    """
     return InputError(f"{what} is not UTF-8 text (byte {error.start}); {remedy}.")
 
 
 def short(name: object) -> str:
-    """A name from a file as a message quotes it: cut to `LONGEST_NAME` characters."""
+    """A name from a file, cut to `LONGEST_NAME` characters for a message."""
     text = str(name)
     return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
 
 
 def listed(names: Iterable[object], most: int = MOST_NAMES, last: str = ", ") -> str:
-    """At most ``most`` names and a count: ``a, b, c and 5 more``.
+    """A list of names for a message: ``a, b, c and 5 more``.
 
-    ``last``: the separator before the last name where all are listed.
+    Arguments:
+        names: all names.
+        most: the largest number of names to quote; the others are counted.
+        last: the separator before the last name if all are quoted.
     """
     every = list(names)
     quoted = [short(name) for name in every[:most]]
@@ -74,7 +83,7 @@ def listed(names: Iterable[object], most: int = MOST_NAMES, last: str = ", ") ->
 
 
 def shown(value: Any) -> str:
-    """A value of a JSON file as a message quotes it: JSON, cut to `LONGEST_NAME` characters."""
+    """A value from a JSON file as JSON text, cut to `LONGEST_NAME` characters for a message."""
     text = ""
     for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
         text += part

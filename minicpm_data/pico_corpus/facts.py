@@ -1,4 +1,4 @@
-"""Facts, word pairs and greetings of the corpus. A fact is never asked in training in the one form held out for it."""
+"""Facts, word pairs and greetings of the corpus. Each fact has one form of question that training never uses."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +10,13 @@ from minicpm_data.pico_corpus.skills import Turn, bucket
 
 @dataclass(frozen=True)
 class Fact:
-    """``questions`` is every form in which it may be asked; ``statement`` answers them and ends with ``answer``."""
+    """A fact and the questions about it.
+
+    Attributes:
+        statement: the sentence that answers every question. It ends with ``answer``.
+        questions: all forms in which the fact may be asked.
+        answer: the short answer.
+    """
 
     statement: str
     questions: tuple[str, ...]
@@ -18,7 +24,7 @@ class Fact:
 
     @property
     def held_out(self) -> int:
-        """Index of the question that training text never asks of this fact (it asks it of others)."""
+        """Index of the form of question that the training text uses for other facts, but never for this one."""
         return bucket(self.statement, of=len(self.questions))
 
     def turn(self, random: Random) -> Turn:
@@ -66,7 +72,7 @@ def _sizes(names: list[str], article: bool) -> list[dict]:
 
 @cache
 def families() -> tuple[tuple[Fact, ...], ...]:
-    """Every fact, grouped by what it is about."""
+    """All facts, grouped by topic."""
     countries = world.COUNTRIES
     capital = ["What is the capital of {x}?", "Which city is the capital of {x}?", "Name the capital of {x}."]
     capital += ["Tell me the capital of {x}.", "Do you know the capital of {x}?"]
@@ -151,7 +157,7 @@ def families() -> tuple[tuple[Fact, ...], ...]:
 
 @cache
 def translations() -> tuple[Fact, ...]:
-    """Every word pair in both directions; the answer is the bare word."""
+    """All word pairs, in both directions. The answer is the bare word."""
     to_chinese = ['How do you say "{x}" in Chinese?', 'What is "{x}" in Chinese?', "Translate to Chinese: {x}"]
     to_chinese += ["{x}用中文怎么说？"]
     to_english = ["“{x}”用英语怎么说？", "翻译成英语：{x}", "Translate to English: {x}", "{x}的英文是什么？"]
@@ -167,7 +173,7 @@ def fact_turn(random: Random) -> Turn:
 
 
 def fact_document(random: Random) -> str:
-    """Statements about one thing or many, a quarter of them with their question."""
+    """Statements of one family or of several. A quarter of the documents also have the questions."""
     count = random.randint(4, 8)
     if random.random() < 0.5:
         family = random.choice(families())

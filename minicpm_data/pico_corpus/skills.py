@@ -1,4 +1,4 @@
-"""Skills of the corpus with one right answer (sums, differences, counting, reversing) and what is held out of them."""
+"""Tasks of the corpus with one right answer (sums, differences, counting, reversing), and which are held out."""
 
 import hashlib
 from functools import lru_cache
@@ -7,21 +7,24 @@ from typing import Any
 
 from minicpm_data.pico_corpus import world
 
-LARGEST = 99  # of an operand
+LARGEST = 99  # the largest operand
 Turn = tuple[str, str]  # what the user asks, what the model answers
 
 
 @lru_cache(maxsize=100_000)
 def bucket(*key: object, of: int = 10) -> int:
-    """A fixed number in [0, of) for the key, the same in every process."""
+    """A hash of the key in [0, of). It is the same in every process."""
     digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % of
 
 
 def held_out(op: str, a: Any, b: Any) -> bool:
-    """Whether ``a op b`` (``op`` one of ``+ - up down reverse``) is one of the 10 % that no training text contains.
+    """Whether a task is one of the 10 % that no training text contains. a + b and b + a are held out together.
 
-    A sum and the sum of its exchanged operands are held out together.
+    Arguments:
+        op: one of ``+ - up down reverse``.
+        a: the first operand, the first number, or the text to reverse.
+        b: the second operand or the last number; empty for a reversal.
     """
     if op == "+" and b < a:
         a, b = b, a
@@ -37,7 +40,7 @@ def equation(op: str, a: int, b: int) -> str:
 
 
 def draw_pair(random: Random) -> tuple[str, int, int]:
-    """An operation that is not held out; a third have a small operand, as the pairs people try do."""
+    """A random sum or difference that is not held out. A third have a small operand, like those that people try."""
     while True:
         op = random.choice("+-")
         a, b = random.randint(0, LARGEST), random.randint(0, LARGEST)
@@ -52,7 +55,7 @@ def draw_pair(random: Random) -> tuple[str, int, int]:
             return op, a, b
 
 
-# A sum is answered with the whole equation: restating the operands puts them next to the result.
+# The answer to a sum is the whole equation: it repeats the operands, so that they are next to the result.
 SUM_QUESTIONS = {
     "+": [
         "What is {a} plus {b}?",
@@ -104,7 +107,10 @@ def sum_turn(random: Random) -> Turn:
 
 
 def sums_document(random: Random) -> str:
-    """Eight to twelve lines of sums: mixed, neighbours, families of inverses, questions, or spoken."""
+    """Eight to twelve lines of sums: mixed, consecutive or families of inverses.
+
+    Half as many lines if they are questions with answers, or sentences.
+    """
     count, form = random.randint(8, 12), random.random()
     if form < 0.6:
         lines = [equation(*draw_pair(random)) for _ in range(count)]
@@ -138,7 +144,7 @@ def counted(way: str, a: int, b: int) -> str:
 
 
 def draw_span(random: Random, held: bool = False) -> tuple[str, int, int]:
-    """A way and its first and last number, 3 to 10 numbers long."""
+    """A way to count (up or down), the first and the last number: 3 to 10 numbers. ``held``: whether it is held out."""
     while True:
         low = random.randint(0, 20) if random.random() < 0.5 else random.randint(0, 90)
         high = low + random.randint(2, 9)
@@ -164,7 +170,7 @@ REVERSE_QUESTIONS = ["Reverse: {x}", "Reverse the order: {x}", "Say it backwards
 
 
 def draw_row(random: Random, held: bool = False) -> str:
-    """Letters or words with a space between them, whose reversal is (not) held out."""
+    """Letters or words separated by spaces. ``held``: whether their reversal is held out."""
     while True:
         form = random.random()
         if form < 0.4:

@@ -1,4 +1,4 @@
-"""Short stories of the corpus, in English and Chinese: a plot is a row of slots, a slot one of several sentences."""
+"""Short stories of the corpus, in English and Chinese: a plot is a list of slots, each with several sentences."""
 
 import re
 from random import Random
@@ -142,7 +142,7 @@ def _told(random: Random, begin: list[str], plots: list[list[list[str]]], end: l
 
 
 def english(random: Random, hero: str) -> str:
-    """A story of 6 to 9 sentences about ``hero``."""
+    """A story of 6 to 9 sentences about ``hero``, in English."""
     girl = hero == "girl" or hero != "boy" and random.random() < 0.5
     names, other_names = (world.GIRLS, world.BOYS) if girl else (world.BOYS, world.GIRLS)
     place, place2 = random.sample(PLACES, 2)
@@ -171,7 +171,7 @@ def english(random: Random, hero: str) -> str:
 
 
 def chinese(random: Random, hero: str) -> str:
-    """The same in Chinese."""
+    """A story about ``hero``, in Chinese."""
     place, place2 = random.sample(PLACES_ZH, 2)
     animals = [h for h in world.HEROES_ZH if h not in (hero, "小男孩", "小女孩", "机器人")]
     fields = {

@@ -1,6 +1,6 @@
-"""The small fixed world of the corpus: every name and word that its sentences are made of."""
+"""The small fixed world of the corpus: all names and words that its sentences contain."""
 
-# country, capital, continent; then the same in Chinese
+# country, capital, continent, and the same in Chinese
 COUNTRIES = [
     tuple(line.split(","))
     for line in """China,Beijing,Asia,中国,北京,亚洲

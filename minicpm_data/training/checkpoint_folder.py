@@ -1,7 +1,7 @@
 """The checkpoints of a training run, for both backends: one folder per step, written atomically, with checksums.
 
 The checksum of a file is zlib's CRC-32, which detects every change within 32 consecutive bits. It runs at 2.7 GB/s per
-thread; files are read in several threads.
+thread. Several threads read the files.
 """
 
 import json
@@ -49,8 +49,8 @@ class CheckpointFolder:
         """Save a checkpoint. It gets its name only when it is complete.
 
         Arguments:
-            step: its step.
-            write: called in every process; writes the state into the folder that it is given.
+            step: the step of the checkpoint.
+            write: called in every process with a folder; it writes the state into the folder.
 
         Raises:
             InputError: an `OSError` occurred; earlier checkpoints are kept.
@@ -82,13 +82,13 @@ class CheckpointFolder:
         """Check the latest checkpoint.
 
         Arguments:
-            is_old: whether an earlier version wrote a checkpoint, without checksums.
+            is_old: returns whether an earlier version, without checksums, wrote the checkpoint in a folder.
 
         Returns:
-            Whether it has checksums.
+            Whether the checkpoint has checksums.
 
         Raises:
-            InputError: it is damaged; raised in all processes.
+            InputError: the checkpoint is damaged. All processes raise it.
         """
 
         def look() -> None:
@@ -105,14 +105,14 @@ class CheckpointFolder:
         return (self.path(self.latest) / SUMS).exists()
 
     def wrong(self, step: int, is_old: Callable[[Path], bool]) -> str | None:
-        """The damage of a checkpoint in words; None where it is intact."""
+        """What is damaged in a checkpoint, in words; None where it is intact."""
         path = self.path(step)
         try:
             saved_step, files = _read_sums(path / SUMS)
         except FileNotFoundError:
             try:
                 return None if is_old(path) else f"its {SUMS} is missing"
-            except Exception as error:  # orbax raises bare ones for damaged files
+            except Exception as error:  # orbax raises bare exceptions for damaged files
                 return _first_line(error)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return f"its {SUMS} is damaged"
@@ -138,7 +138,7 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         for old in self.steps[:-MAX_TO_KEEP]:
-            partial = self.folder / f"{old}{SUFFIX}"  # so that a half-removed one is no checkpoint
+            partial = self.folder / f"{old}{SUFFIX}"  # so that a half-removed folder is not a checkpoint
             self.path(old).rename(partial)
             remove(partial)
 

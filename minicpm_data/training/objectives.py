@@ -1,6 +1,7 @@
-"""The training objectives for both backends, computed from the cross entropy of each token.
+"""The training objectives of both backends, computed from the cross entropy of each token.
 
-Dims: B rows, T tokens. A label is the token id where the token is a target, else -100. Position t - 1 predicts token t.
+Dims: B batch rows, T tokens. The label of a target is its token id; other labels are -100. Position t - 1 predicts
+token t.
 ``xp`` is `jax.numpy` or `mlx.core`.
 """
 
@@ -21,7 +22,7 @@ class ObjectiveOptions:
     Attributes:
         name: sft (cross entropy), dpo (arXiv 2305.18290) or orpo (arXiv 2403.07691).
         beta: the strength of dpo and orpo.
-        balance: weight of the load-balancing loss of a mixture of experts.
+        balance: the weight of the load-balancing loss of a mixture of experts.
         remat: recompute the layers in the backward pass.
     """
 
@@ -36,7 +37,7 @@ class ObjectiveOptions:
         Arguments:
             xp: `jax.numpy` or `mlx.core`.
             losses: the cross entropy of each token, [B, T - 1].
-            batch: its arrays.
+            batch: the arrays of the batch.
             imbalance: the load-balancing loss; None for a dense model.
 
         Returns:
@@ -76,7 +77,7 @@ def _orpo(xp: Any, losses: Any, trained: Any, batch: Batch, beta: float) -> dict
     """Cross entropy of the chosen answer - beta log sigmoid(log odds ratio), with log-probabilities per token."""
     mean = -xp.sum(losses, axis=1) / xp.maximum(xp.sum(trained, axis=1), 1)
     real = xp.any(xp.split(trained, 2)[0], axis=1)
-    # A padding row has the log-probability 0, whose odds are infinite.
+    # A padding row has log-probability 0, and so infinite odds.
     mean = xp.where(xp.any(trained, axis=1), mean, -1.0)
     odds = mean - xp.log(-xp.expm1(xp.minimum(mean, -1e-6)))
     (chosen, _), (better, worse) = xp.split(mean, 2), xp.split(odds, 2)
@@ -108,5 +109,5 @@ def documents_apart(xp: Any, windows: Any, bos_token_id: int) -> dict[str, Any]:
         ids, labels and segments, [B, T] each.
     """
     begins = windows == bos_token_id
-    segments = 1 + xp.cumsum(begins.astype(xp.int32), axis=1)  # 1 is a document that began in an earlier window
+    segments = 1 + xp.cumsum(begins.astype(xp.int32), axis=1)  # 1: the document began in an earlier window
     return {"ids": windows, "labels": xp.where(begins, IGNORED, windows), "segments": segments}

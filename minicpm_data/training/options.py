@@ -1,4 +1,4 @@
-"""The options of training, which both backends have, and what they mean: schedule, layers, and what cannot be."""
+"""The training options of both backends, their checks, and what follows from them: the schedule and the layers."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weights_io.adapters import Adapter
     from weights_io.config import ModelConfig
 
-# A resumed run must agree on all options but these.
+# Options that a resumed run may change. It must repeat all others.
 RESUMABLE_OPTIONS = frozenset(
     """train test iters epochs mask_prompt learning_rate lr_schedule warmup_steps clip steps_per_report steps_per_eval
     val_batches test_batches save_every resume report_to project_name hub data config init_from tokenizer
@@ -34,7 +34,7 @@ RESUMABLE_OPTIONS = frozenset(
 
 
 def settings_of(options: Any) -> dict[str, Any]:
-    """What a resumed run must agree on, as JSON has it."""
+    """The options that a resumed run must repeat, as JSON values."""
     kept = {name: value for name, value in vars(options).items() if name not in RESUMABLE_OPTIONS}
     return json.loads(json.dumps(kept, default=str))
 
@@ -42,67 +42,67 @@ def settings_of(options: Any) -> dict[str, Any]:
 @dataclass(frozen=True)
 class FinetuneOptions(DataOptions, SourceOptions):
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"])] = None
-    """YAML file of options, as mlx_lm has it; flags go before it."""
+    """YAML file of options in mlx_lm's format; flags override it."""
     data: Path = Path("data")
-    """Folder with train, valid (or dev) and test as .jsonl or .json, or one such file to train on."""
+    """Folder with train, valid (or dev) and test files (.jsonl or .json), or one such file to train on."""
     train: bool = False
-    """Train; that is what happens anyway, unless --test comes without --train, --iters and --epochs."""
+    """Train. This is the default, unless --test is given without --train, --resume, --iters and --epochs."""
     test: bool = False
-    """Print the loss on the test examples: after training, or of what was trained before."""
+    """Print the loss on the test examples, after training or of an earlier run."""
     iters: int | None = None
-    """Optimiser steps (mlx_lm counts each batch of --grad-accumulation-steps); 1000 by default."""
+    """Optimizer steps; default: 1000. (mlx_lm counts every batch of --grad-accumulation-steps.)"""
     epochs: float | None = None
-    """Passes over the examples, in place of --iters."""
+    """Passes over the training examples, instead of --iters."""
     batch_size: int = 4
-    """Examples (with --pack: rows of them) that are run together."""
+    """Examples per batch (with --pack: packed rows)."""
     grad_accumulation_steps: int = 1
-    """Batches whose gradients make one step; every trained token weighs the same."""
+    """Batches whose gradients are summed for one step; every trained token has the same weight."""
     max_seq_length: int = 2048
-    """Longer examples are cut; those whose prompt alone is longer are left out."""
+    """Longest example in tokens. Longer ones are cut; those whose prompt alone is longer are left out."""
     pack: bool = False
-    """Fill rows of --max-seq-length with several examples, which do not see each other."""
+    """Pack several examples into rows of --max-seq-length; they do not attend to each other."""
     ignore_chat_template: bool = False
-    """Join prompt and answer as they stand, as generate's flag of this name does."""
+    """Join prompt and answer without a chat template, as generate's flag of this name does."""
     train_on_prompt: bool = False
     """Train on the whole conversation, not only on the assistant's answers."""
     mask_prompt: bool = False
-    """Prompts are masked anyway, unless --train-on-prompt is given."""
+    """Do not train on prompts. This is the default, unless --train-on-prompt is given."""
     loss: Literal["sft", "dpo", "orpo"] = "sft"
-    """Cross entropy, or a preference between "chosen" and "rejected" answers."""
+    """sft: cross entropy; dpo, orpo: a preference between "chosen" and "rejected" answers."""
     beta: float = 0.1
-    """Strength of the preference."""
+    """Strength of the preference loss."""
     learning_rate: float = 5e-5
-    """Highest learning rate."""
+    """Peak learning rate."""
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    """What it does after the warm-up; wsd is constant, and falls in the last tenth."""
+    """Schedule after the warm-up; wsd is constant, then decays in the last tenth of the steps."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; by default a tenth of all, 100 at most."""
+    """Steps of linear warm-up; default: a tenth of all steps, at most 100."""
     optimizer: Literal["adamw", "adam", "sgd", "adafactor", "muon"] = "adamw"
-    """Optimiser, in float32; Adafactor and Muon are each library's own, and not the same in both backends."""
+    """Optimizer, in float32. Adafactor and Muon are those of optax or mlx, and differ between the backends."""
     weight_decay: float = 0.01
-    """AdamW's and Muon's, on all but norms and DoRA's magnitudes."""
+    """Weight decay of AdamW and Muon, on all weights except norms and DoRA's magnitudes."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient."""
     grad_checkpoint: bool = False
-    """Recompute each layer in the backward pass: less memory, a third more work."""
+    """Recompute each layer in the backward pass: less memory, a third more computation."""
     steps_per_report: int = 10
-    """Steps between lines on the screen."""
+    """Steps between printed reports."""
     steps_per_eval: int = 200
-    """Steps between losses on the valid examples."""
+    """Steps between validation losses."""
     val_batches: int = 25
-    """Batches of such a loss; -1 takes all."""
+    """Batches per validation loss; -1 takes all."""
     test_batches: int = -1
-    """Batches of --test; -1 takes all."""
+    """Batches for --test; -1 takes all."""
     save_every: int = 100
     """Steps between checkpoints."""
     resume: bool = False
-    """Go on with the run in the output folder, from its last checkpoint."""
+    """Resume the run in the output folder from its last checkpoint."""
     report_to: Literal["wandb", "tensorboard"] | None = None
-    """Also send the figures there."""
+    """Also send the metrics to this tool."""
     project_name: str | None = None
-    """Name of wandb's project; by default that of the output folder."""
+    """Name of the wandb project; default: the name of the output folder."""
     seed: int = 0
-    """Of initialisation, data order and dropout."""
+    """Seed of initialization, data order and dropout."""
 
     @property
     def out(self) -> Path:
@@ -115,16 +115,16 @@ class FinetuneOptions(DataOptions, SourceOptions):
 
     @property
     def adapter(self) -> AdapterConfig | None:
-        """None where all weights are trained."""
+        """The config of the adapter to train; None where all weights are trained."""
         return None
 
 
 @dataclass(frozen=True)
 class FullOptions(FinetuneOptions):
     save_path: Path = Path("finetuned")
-    """Folder for the finished model (in model/), the checkpoints and the curve."""
+    """Folder for the finished model (in model/), the checkpoints and the loss curve."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the finished model; by default the checkpoint's own."""
+    """Dtype of the finished model; default: the checkpoint's own."""
 
     @property
     def out(self) -> Path:
@@ -137,23 +137,23 @@ class FullOptions(FinetuneOptions):
 @dataclass(frozen=True)
 class LoraOptions(FinetuneOptions):
     adapter_path: Path = Path("adapters")
-    """Folder for the adapter, the checkpoints and the curve."""
+    """Folder for the adapter, the checkpoints and the loss curve."""
     fine_tune_type: Literal["lora", "dora", "full"] = "lora"
-    """DoRA also trains the length of each row of the weights; full is the command finetune."""
+    """dora also trains the norm of each weight row; for full, use the command finetune."""
     rank: int = 8
     """Rank of the adapters."""
     alpha: float = 32.0
-    """Adapters count alpha / rank times."""
+    """The adapters are scaled by alpha / rank."""
     dropout: float = 0.1
-    """Share of the adapters' inputs that a step leaves out."""
+    """Dropout rate of the adapters' inputs."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Matrices with adapters, by name; all-linear takes all of the layers (a router only by name)."""
+    """Names of the matrices with adapters; all-linear takes all in the layers (a router only by name)."""
     num_layers: int = -1
-    """Only so many layers, the last ones; -1 takes all."""
+    """Number of layers with adapters, counted from the last; -1 takes all."""
     quantize: Literal[4, 8] | None = None
-    """Keep the base's matrices in so many bits (QLoRA)."""
+    """Quantize the base model's matrices to this many bits (QLoRA)."""
     resume_adapter_file: Path | None = None
-    """Begin with this adapter (a folder, or its safetensors file)."""
+    """Start from this adapter (a folder, or its safetensors file)."""
 
     @property
     def out(self) -> Path:
@@ -169,7 +169,7 @@ class LoraOptions(FinetuneOptions):
 
     @property
     def base_model(self) -> str:
-        """Where the adapter's reader finds its base: a repository rather than our short name, the whole of a path."""
+        """The base model as the adapter's readers find it: a short name's repository, a folder's absolute path."""
         model = self.model or "pico"
         entry = find(model)
         if entry is not None:
@@ -186,53 +186,53 @@ class PretrainOptions(DataOptions, OneDevice):
     save_path: Annotated[Path, Former("out")]
     """Folder for checkpoints, metrics and the finished model."""
     config: Path | None = None
-    """config.json of the model to make from nothing."""
+    """config.json of a model to train from scratch."""
     init_from: str | None = None
-    """Begin with this model's weights (folder, hub id or short name) in place of --config."""
+    """Start from this model's weights (folder, hub id or short name) instead of --config."""
     from_step: int = 0
-    """Begin at this step of the schedule: there is no warm-up after it, and the data is that of its stage."""
+    """Start at this step of the schedule: without a new warm-up, and with the data of the step's stage."""
     iters: Annotated[int, Former("steps")] = 5000
-    """Optimiser steps in all."""
+    """Total optimizer steps."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     decay_steps: int = 500
-    """Steps of the decay stage, at the end; 10 percent of all is enough."""
+    """Steps of the decay stage, at the end; 10 percent of all steps is enough."""
     decay: Decay = "exponential"
-    """Form of the decay."""
+    """Shape of the decay."""
     half_life: float = 140.0
     """Steps in which the exponential decay halves the learning rate."""
     batch_size: int = 16
-    """Windows a step."""
+    """Windows per step."""
     max_seq_length: Annotated[int, Former("seq_length")] = 256
-    """Tokens a window."""
+    """Tokens per window."""
     learning_rate: float = 0.01
-    """Rate of the stable stage; matrices get muP's share of it."""
+    """Learning rate of the stable stage; muP scales it for matrices."""
     weight_decay: float = 0.1
-    """AdamW's, on matrices."""
+    """Weight decay of AdamW, on matrices."""
     beta1: float = 0.9
-    """AdamW's."""
+    """AdamW's beta1."""
     beta2: float = 0.95
-    """AdamW's."""
+    """AdamW's beta2."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute in this; masters and moments are float32. Default: bfloat16, and float32 on a CPU and TPU v2 or v3."""
+    """Dtype of computation; masters and moments are float32. Default: bfloat16; float32 on a CPU and TPU v2 or v3."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the finished model."""
+    """Dtype of the finished model."""
     grad_checkpoint: Annotated[bool, Former("remat")] = False
-    """Recompute each layer in the backward pass: less memory, a third more work."""
+    """Recompute each layer in the backward pass: less memory, a third more computation."""
     save_every: int = 500
     """Steps between checkpoints."""
     steps_per_eval: Annotated[int, Former("valid_every")] = 250
     """Steps between validation losses."""
     resume: bool = False
-    """Go on with the run in the output folder, from its last checkpoint."""
+    """Resume the run in the output folder from its last checkpoint."""
     report_to: Literal["wandb", "tensorboard"] | None = None
-    """Also send the figures there."""
+    """Also send the metrics to this tool."""
     project_name: str | None = None
-    """Name of wandb's project; by default that of the output folder."""
+    """Name of the wandb project; default: the name of the output folder."""
     seed: int = 0
-    """Of initialisation and data order."""
+    """Seed of initialization and data order."""
 
     @property
     def out(self) -> Path:
@@ -241,7 +241,17 @@ class PretrainOptions(DataOptions, OneDevice):
 
 
 def schedule_of(options: FinetuneOptions, steps: int) -> Callable[[int], float]:
-    """Learning rate by step. A decay would end one step after the last, so that the last still learns."""
+    """The learning rate as a function of the step.
+
+    A decay reaches 0 one step after the last one, so that the last step still learns.
+
+    Arguments:
+        options: the peak, the form and the warm-up.
+        steps: the total number of optimizer steps.
+
+    Raises:
+        InputError: the warm-up has more steps than the run.
+    """
     warmup = min(100, steps // 10) if options.warmup_steps is None else options.warmup_steps
     if warmup > steps:
         raise InputError(f"{warmup} is more than the {steps} steps of the run.", option="warmup_steps")
@@ -253,7 +263,7 @@ def schedule_of(options: FinetuneOptions, steps: int) -> Callable[[int], float]:
 
 
 def check(options: FinetuneOptions) -> None:
-    """Refuse what cannot work before anything is imported or written."""
+    """Raises `InputError` for options that cannot work, before anything is imported or written."""
     check_range(options, "iters", "batch_size", "grad_accumulation_steps", "steps_per_report", least=1)
     check_range(options, "steps_per_eval", "save_every", least=1)
     check_range(options, "max_seq_length", least=2)
@@ -285,7 +295,7 @@ def check(options: FinetuneOptions) -> None:
 
 
 def check_layers(options: FinetuneOptions, config: "ModelConfig") -> None:
-    """Refuse adapters that the model has no place for."""
+    """Raises `InputError` where the model has no matrices or layers for the adapters."""
     from weights_io.adapters import target_parameters
 
     if options.adapter is None:
@@ -297,13 +307,17 @@ def check_layers(options: FinetuneOptions, config: "ModelConfig") -> None:
 
 
 def adapted_layers(options: LoraOptions, config: "ModelConfig") -> range:
-    """The layers that get adapters."""
+    """The indices of the layers that get adapters."""
     count = config.num_hidden_layers
     return range(0 if options.num_layers == -1 else count - options.num_layers, count)
 
 
 def given_adapter(options: LoraOptions, config: "ModelConfig") -> "Adapter":
-    """The adapter of --resume-adapter-file, which must be of the kind that is to be trained."""
+    """Read the adapter of --resume-adapter-file.
+
+    Raises:
+        InputError: it differs from the options in rank, alpha, DoRA, matrices or layers.
+    """
     from weights_io.adapters import read_adapter, target_parameters
     from weights_io.parameters import layer_of
 
@@ -333,13 +347,20 @@ def given_adapter(options: LoraOptions, config: "ModelConfig") -> "Adapter":
 
 
 def is_decayed(name: str, config: "ModelConfig") -> bool:
-    """Whether weight decay goes on the weight of this name, in either backend: the table says so, and of an adapter's
-    parts not on DoRA's magnitude, which is a length."""
+    """Whether weight decay applies to a weight.
+
+    The parameter table decides for the model's weights. An adapter's weights decay, except DoRA's magnitude, which is a
+    length.
+
+    Arguments:
+        name: the weight's name in the JAX or the MLX model.
+        config: the model's config.
+    """
     return name not in _not_decayed(config) and name.rpartition(".")[2] != "magnitude"
 
 
 @functools.cache
 def _not_decayed(config: "ModelConfig") -> frozenset[str]:
-    """Names in the JAX model, and in the MLX model."""
+    """The names of the weights without decay, in the JAX model and in the MLX model."""
     spared = [parameter for parameter in parameters(config) if not parameter.is_decayed]
     return frozenset(name for parameter in spared for name in (parameter.name, *parameter.mlx_names(config)))

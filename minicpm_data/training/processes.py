@@ -1,4 +1,4 @@
-"""The processes of a training run, and Ctrl-C that waits for the end of a step."""
+"""The processes of a training run, and a Ctrl-C that waits for the end of the step."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 class SingleProcess:
     """A run with one process. JAX's `MultiProcess` has the same methods; all processes call them in the same order."""
 
-    first = True  # whether this is process 0, which prints and writes
+    first = True  # whether this is process 0; only process 0 prints and writes
 
     @property
     def quiet(self) -> bool | None:
@@ -33,8 +33,8 @@ class SingleProcess:
 def leaving_at_interrupts() -> Iterator[None]:
     """A context in which Ctrl-C ends the process with status 130, until a run's `Interrupt` takes over.
 
-    A KeyboardInterrupt could be raised in a library's callback and be swallowed there. Files are written atomically,
-    so none is left half written. Nothing changes where Ctrl-C has another handler (`notebook.run`).
+    A library's callback could swallow a KeyboardInterrupt. Files are written atomically, so no file is left half
+    written. If Ctrl-C has another handler (`notebook.run`), that handler stays.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

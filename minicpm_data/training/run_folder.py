@@ -20,7 +20,7 @@ SETTINGS = "settings.json"
 LOCK = "run.lock"
 CHECKPOINTS = "checkpoints"
 NEW_MODEL = "model.new"
-EXPORTS = ("adapter_model.safetensors", "model")  # results that remain where a run's checkpoints were deleted
+EXPORTS = ("adapter_model.safetensors", "model")  # results that remain if a run's checkpoints were deleted
 
 
 def holds_run(folder: Path) -> bool:
@@ -39,8 +39,8 @@ def check_folder(folder: Path, resume: bool = False) -> bool:
         Whether the folder holds a run with a checkpoint.
 
     Raises:
-        InputError: there is a run and ``resume`` is False, there is none to resume, the folder holds other files, or
-            another run is using it.
+        InputError: the folder holds a run and ``resume`` is False, holds no run to resume, holds other files, or is in
+            use by another run.
     """
     begun = _is_begun(folder, resume)
     with contextlib.suppress(FileNotFoundError), (folder / LOCK).open("rb") as file:
@@ -62,9 +62,10 @@ def using(
 
     Arguments:
         folder: the run's folder; it is made if it is missing.
-        settings: JSON values. A new run stores them; a resumed run must have the same.
+        settings: JSON values. A new run stores them; a resumed run must have the same ones.
         resume: as in `check_folder`.
-        notes: stored beside the settings. A resumed run must have the same ``base``; another ``valid`` is only noted.
+        notes: stored with the settings. A resumed run must have the same ``base``. If its ``valid`` differs, a note is
+            printed.
         processes: the run's processes; process 0 takes the lock.
         former: former name -> name of settings that earlier versions stored.
 
@@ -93,7 +94,12 @@ def using(
 
 
 def replace_model(folder: Path, write: Callable[[Path], object]) -> None:
-    """Replace the run's finished model by the one that ``write`` writes into the folder it is given."""
+    """Replace the finished model of a run.
+
+    Arguments:
+        folder: the run's folder.
+        write: called with a new folder; it writes the model into the folder.
+    """
     out, new = folder / "model", folder / NEW_MODEL
     remove(new)
     write(new)
@@ -133,7 +139,7 @@ def _clear(folder: Path) -> None:
     """Remove the partial files of a killed run. The caller holds the lock, so no run is writing them."""
     clear_folder(folder)
     remove(folder / NEW_MODEL)
-    for kind in (f"*{SUFFIX}", "*.orbax-checkpoint-tmp*"):  # the second one is of earlier versions
+    for kind in (f"*{SUFFIX}", "*.orbax-checkpoint-tmp*"):  # earlier versions left the second kind
         for path in folder.glob(f"{CHECKPOINTS}/{kind}"):
             remove(path)
 
@@ -168,7 +174,7 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
 
 def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any], former: Mapping[str, str]) -> None:
     saved = {former.get(name, name): value for name, value in _saved_settings(folder).items()}
-    before = {"backend": "minicpm_jax"} | saved  # earlier versions did not store it in pretraining
+    before = {"backend": "minicpm_jax"} | saved  # earlier versions stored no backend in pretraining
     changed = [name for name in settings if before.get(name) != settings[name]]
     if _noted(before, "base") not in (None, notes.get("base")):
         changed.append("model")
@@ -187,7 +193,7 @@ def _note_valid(folder: Path, notes: dict[str, Any]) -> None:
 
 
 def _noted(settings: dict[str, Any], name: str) -> Any:
-    """A note of a run; None where it has none, as in runs of earlier versions."""
+    """A note of a run; None if it is missing, as in runs of earlier versions."""
     notes = settings.get("notes")
     return notes.get(name) if isinstance(notes, dict) else None
 

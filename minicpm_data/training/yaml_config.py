@@ -1,4 +1,4 @@
-"""The YAML file of ``--config``, in mlx_lm's form, as the flags that it stands for."""
+"""Convert the YAML file of ``--config``, in mlx_lm's format, to flags."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -11,15 +11,22 @@ from weights_io.command_line import former_names
 from weights_io.errors import InputError, flag, short
 from weights_io.files.regular import read_regular
 
-SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}  # mlx_lm's names of ours
-OF_ITS_MACHINE = ("clear_cache_threshold", "trust_remote_code")  # mlx_lm's; they change no number
+SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}  # mlx_lm's name -> name here
+OF_ITS_MACHINE = ("clear_cache_threshold", "trust_remote_code")  # keys of mlx_lm that do not affect the results
 OF_LORA = "lora_parameters: {rank, scale or alpha, dropout, keys}"
 
 
 def flags_of_file(path: Path, options: type) -> list[str]:
-    """The flags of a YAML file whose keys are the fields of ``options``, or mlx_lm's ``lora_parameters`` and
-    ``lr_schedule``. Raises `InputError` for a file that is no such mapping, and for keys that are not known."""
-    from minicpm_data.yaml_text import MAX_BYTES, load  # only where there is such a file
+    """The flags that a YAML file stands for.
+
+    Arguments:
+        path: the file. Its keys are the fields of ``options``, or mlx_lm's ``lora_parameters`` and ``lr_schedule``.
+        options: the dataclass of the command's options.
+
+    Raises:
+        InputError: the file is not a mapping, has an unknown key, or has a value of the wrong form.
+    """
+    from minicpm_data.yaml_text import MAX_BYTES, load  # imported only if there is a file
 
     if not os.path.lexists(path):
         raise InputError(f"{path} does not exist.", option="config")
@@ -38,7 +45,7 @@ def flags_of_file(path: Path, options: type) -> list[str]:
 
 
 def _flat(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
-    """The options under our names; what mlx_lm nests is taken apart."""
+    """Name and value of each option. mlx_lm's nested options are flattened and renamed."""
     for key, value in found.items():
         name = str(key).replace("-", "_")
         if name == "lora_parameters" and value is not None:
@@ -66,12 +73,15 @@ def _lora(given: Any, path: Path) -> Iterator[tuple[str, Any]]:
     if keys is not None:
         if not isinstance(keys, list) or not keys:
             raise InputError(f"{path} has lora_parameters whose keys are no list of names.", option="config")
-        yield "targets", [str(key).rpartition(".")[2] for key in keys]  # self_attn.q_proj
+        yield "targets", [str(key).rpartition(".")[2] for key in keys]  # self_attn.q_proj -> q_proj
 
 
 def _schedule(given: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
-    """mlx_lm's {name, warmup, warmup_init, arguments: [highest, steps, lowest]} (linear: [highest, lowest, steps]).
-    Ours begins and ends at 0, and with the run: one that stays far above 0 is refused."""
+    """Convert mlx_lm's {name, warmup, warmup_init, arguments: [highest, steps, lowest]} (linear: [highest, lowest,
+    steps]).
+
+    A schedule here begins at 0 with the run and ends at 0 with it. One that stays far above 0 is refused.
+    """
     name, arguments = str(given.get("name")), given.get("arguments")
     known = name in SCHEDULES and not given.keys() - {"name", "warmup", "warmup_init", "arguments"}
     if not known or not isinstance(arguments, list) or not arguments:
@@ -85,7 +95,7 @@ def _schedule(given: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]
         lowest = max([float(given.get("warmup_init", 0)), *others[1:]])
     except (TypeError, ValueError):
         raise InputError(f"{path} has an lr_schedule whose arguments are no numbers.", option="config") from None
-    if name == "linear_schedule":  # mlx's is (first, last, steps)
+    if name == "linear_schedule":  # its arguments are (first, last, steps)
         lowest = max([float(given.get("warmup_init", 0)), *others[:1]])
     if lowest > highest / 50:
         raise InputError(f"{path} has an lr_schedule that ends at {lowest}; those here end at 0.", option="config")

@@ -1,1 +1,1 @@
-"""Quantized weights in files: what each tool packs, read to one neutral form and to float. numpy only."""
+"""Quantized weights in files: reads the formats of several tools to one common form and to float. numpy only."""

@@ -1,7 +1,7 @@
-"""The AWQ format of AutoAWQ's GEMM version: 32-bit words of 8 codes along the outputs, interleaved.
+"""The AWQ format of AutoAWQ's GEMM version: each 32-bit word packs the codes of 8 outputs, interleaved.
 
 Layout of a matrix [N out, K in] with G groups: ``qweight`` int32 [K, N / 8], ``qzeros`` int32 [G, N / 8], ``scales``
-[G, N]. Code i of a word, lowest bits first, belongs to output `INTERLEAVED` [i] of the 8. Zero points are stored
+[G, N]. Code i of a word, lowest bits first, belongs to output ``INTERLEAVED[i]`` of the 8. Zero points are stored
 without an offset. Source: autoawq 0.2.9, awq/modules/linear/gemm.py (from_linear), awq/utils/packing_utils.py.
 """
 
@@ -46,7 +46,7 @@ class AWQTensor(PackedTensor):
 
 
 def _outputs(tensor: LazyTensor, start: int, stop: int) -> np.ndarray:
-    """The codes of the outputs ``start`` to ``stop``: [stop - start, rows of the tensor]."""
+    """Unpack the codes of the outputs ``start`` to ``stop``: [stop - start, rows of the tensor]."""
     first, last = start // 8, -(-stop // 8)
     words = np.ascontiguousarray(tensor.read((slice(None), slice(first, last))))
     codes = unpack(words.view(np.uint8), 4).reshape(len(words), -1, 8)[..., PLACES].reshape(len(words), -1)
@@ -54,7 +54,7 @@ def _outputs(tensor: LazyTensor, start: int, stop: int) -> np.ndarray:
 
 
 def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int], scheme: Scheme) -> AWQTensor:
-    """As `gptq.open_tensor`."""
+    """The lazy tensor of a packed matrix. Arguments and errors are those of `gptq.open_tensor`."""
     outputs, inputs = shape
     group, count = groups_in(name, inputs, scheme)
     words = np.dtype(np.int32)

@@ -1,10 +1,21 @@
-"""bitsandbytes as transformers saves it: NF4 and FP4 in blocks of the flat matrix, and int8 with a scale for each row.
+"""bitsandbytes as transformers saves it: NF4 and FP4 in blocks of the flattened matrix, and int8 with a scale per row.
 
-4 bits, of a matrix [N out, K in]: ``weight`` uint8 [N * K / 2, 1], the high half of a byte first; ``weight.absmax``
-float32, one for each block (64 numbers) of the flat matrix; ``weight.quant_map`` float32 [16], what a code stands for;
-``weight.quant_state.bitsandbytes__nf4`` (or __fp4), the bytes of a JSON object. With double quantization absmax is
-uint8 and counts as nested_quant_map[absmax] * nested_absmax[block // nested_blocksize] + nested_offset.
-8 bits (LLM.int8): ``weight`` int8 [N, K], ``SCB`` float32 [N], the largest magnitude of each row, ``weight_format`` 0.
+4 bits, for a matrix [N out, K in]:
+
+- ``weight`` uint8 [N * K / 2, 1]: two codes per byte, the first one in the high half.
+- ``weight.absmax`` float32: one scale per block (64 values) of the flattened matrix.
+- ``weight.quant_map`` float32 [16]: the value of each code.
+- ``weight.quant_state.bitsandbytes__nf4`` (or __fp4): the bytes of a JSON object.
+
+With double quantization ``weight.absmax`` is uint8. The scale of a block is then
+nested_quant_map[absmax] * nested_absmax[block // nested_blocksize] + nested_offset.
+
+8 bits (LLM.int8):
+
+- ``weight`` int8 [N, K].
+- ``SCB`` float32 [N]: the largest magnitude of each row.
+- ``weight_format``: 0.
+
 Source: bitsandbytes 0.50.2, functional.py (QuantState, dequantize_4bit, int8_vectorwise_dequant), nn/modules.py.
 """
 
@@ -26,18 +37,18 @@ TYPES = ("nf4", "fp4")
 FOUR = ("weight", "weight.absmax", "weight.quant_map")
 NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 EIGHT, EIGHT_OPTIONAL = ("weight", "SCB"), ("weight_format",)
-MAX_STATE = 4096  # bytes of the JSON object, which has about 170
-STATE_KEYS = frozenset(
-    "quant_type blocksize dtype shape nested_blocksize nested_dtype nested_offset".split()  # nested_*: double only
+MAX_STATE = 4096  # bytes of the JSON object; usually it has about 170
+STATE_KEYS = frozenset(  # nested_*: only with double quantization
+    "quant_type blocksize dtype shape nested_blocksize nested_dtype nested_offset".split()
 )
-INT8_FACTOR = float(np.float32(1 / 127))  # the tool multiplies by the rounded reciprocal
+INT8_FACTOR = float(np.float32(1 / 127))  # bitsandbytes multiplies by the rounded reciprocal
 
 
 @dataclass(frozen=True)
 class FourBitTensor(PackedTensor):
     quant_type: str  # nf4 | fp4
     compute_dtype: str
-    block: int  # numbers of the flat matrix that share a scale; group_size is what of it lies in each row
+    block: int  # values of the flattened matrix per scale; group_size is gcd(K, block), so no group spans two rows
     weight: LazyTensor
     absmax: LazyTensor
     quant_map: LazyTensor
@@ -55,7 +66,7 @@ class FourBitTensor(PackedTensor):
     def packed(self, start: int = 0, stop: int | None = None) -> Packed:
         outputs, inputs = self.shape
         stop = outputs if stop is None else stop
-        first, last = start * inputs, stop * inputs  # of the flat matrix
+        first, last = start * inputs, stop * inputs  # in the flattened matrix
         halves = unpack(self.weight.read((slice(first // 2, -(-last // 2)),)).reshape(-1), 4).reshape(-1, 2)
         codes = halves[:, ::-1].reshape(-1)[first % 2 : first % 2 + last - first]
         groups = np.arange(first // self.group_size, last // self.group_size) * self.group_size // self.block
@@ -70,7 +81,7 @@ class FourBitTensor(PackedTensor):
         )
 
     def _absmax(self, start: int, stop: int) -> np.ndarray:
-        """Of these blocks, float32."""
+        """The scales of the blocks ``start`` to ``stop``, in float32."""
         stored = self.absmax.read((slice(start, stop),))
         if self.nested is None:
             return stored
@@ -80,7 +91,7 @@ class FourBitTensor(PackedTensor):
 
 @dataclass(frozen=True)
 class _Nested:
-    """How absmax itself is quantized."""
+    """The parameters of double quantization, which quantizes ``absmax`` itself."""
 
     absmax: LazyTensor
     quant_map: LazyTensor
@@ -99,7 +110,7 @@ class Int8Tensor(PackedTensor):
 
     @property
     def arithmetic(self) -> None:
-        return None  # the file does not say
+        return None  # the file does not state it
 
     def packed(self, start: int = 0, stop: int | None = None) -> Packed:
         rows = (slice(start, stop),)
@@ -108,7 +119,10 @@ class Int8Tensor(PackedTensor):
 
 
 def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int], scheme: Scheme) -> PackedTensor:
-    """As `gptq.open_tensor`. A few bytes are read: of 4 bits the state, of 8 the format."""
+    """The lazy tensor of a packed matrix. Arguments and errors are those of `gptq.open_tensor`.
+
+    A few bytes are read: the quantization state of a 4-bit matrix, or the weight format of an 8-bit one.
+    """
     return _int8(name, parts, shape, scheme) if scheme.bits == 8 else _four_bit(name, parts, shape, scheme)
 
 
@@ -153,7 +167,7 @@ def _four_bit(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int], s
 
 
 def _state(name: str, tensor: LazyTensor, shape: tuple[int, int], double: bool) -> dict[str, Any]:
-    """The JSON object of a state, every key of it checked."""
+    """The JSON object of a quantization state. Raises `InputError` where a key is unknown or its value does not fit."""
     what = f"{short(name)} in {tensor.source}"
     if tensor.dtype != np.uint8 or len(tensor.shape) != 1 or tensor.shape[0] > MAX_STATE:
         raise InputError(f"{what} is no JSON text of at most {MAX_STATE} bytes; download it again.")

@@ -21,8 +21,8 @@ GROUPS = {
 }  # -1: a whole row; GPTQ and AWQ accept any positive number too
 INSTEAD = "take the model's GPTQ, AWQ, bitsandbytes, MLX or GGUF files, or its weights before quantization"
 BEFORE_MARLIN = "is repacked for the Marlin kernel; take the model's GPTQ or AWQ folder, which it was made from"
-# Ignored keys: they tell how the codes were computed or which kernel to use, or the tensors tell it more reliably
-# (desc_act: g_idx, sym: qzeros; released configs contradict each other about these two).
+# Ignored keys. Most of them state how the codes were computed or which kernel to use. desc_act and sym are ignored
+# because the tensors (g_idx and qzeros) are more reliable: released configs contradict each other about these two.
 NOTES = {
     "gptq": frozenset(
         """damp_percent damp_auto_increment static_groups true_sequential model_name_or_path model_file_base_name
@@ -41,7 +41,7 @@ NOTES = {
         quant_method""".split()
     ),
 }
-# Key -> the supported values.
+# Keys that are accepted only with these values.
 UNSUPPORTED_UNLESS: dict[str, dict[str, tuple[Any, ...]]] = {
     "gptq": {"is_marlin_format": (False,), "pack_dtype": ("int32",), "dynamic": ({},), "adapter": ({},)},
     "awq": dict.fromkeys(("version", "checkpoint_format", "format"), ("gemm", "GEMM")) | {"pack_dtype": ("int32",)},
@@ -60,19 +60,26 @@ class Scheme:
 
     method: str  # a key of `LABELS`
     source: str  # the file and key that state it, for messages
-    bits: int = 0  # bits of a code
-    group_size: int = 0  # -1: a whole row; 0 for bitsandbytes, whose tensors tell it
+    bits: int = 0  # bits per code
+    group_size: int = 0  # -1: a whole row; 0 for bitsandbytes, whose tensors state it
     stated_format: str | None = None  # GPTQ only: gptq, whose stored zero points are one too small, or gptq_v2
     modules: Mapping[str, "tuple[int, int] | None"] = field(default_factory=dict)  # MLX: bits, group; None: not packed
 
     @property
     def zero_offset(self) -> int:
-        """Added to a stored zero point."""
+        """The number to add to each stored zero point."""
         return 1 if self.method == "gptq" and self.stated_format != "gptq_v2" else 0
 
 
 def scheme_of_config(raw: Mapping[str, Any], source: str) -> Scheme | None:
-    """The scheme in a config.json; None for an unquantized checkpoint.
+    """The scheme in a config.json.
+
+    Arguments:
+        raw: the contents of config.json.
+        source: its path, for messages.
+
+    Returns:
+        The scheme; None for an unquantized checkpoint.
 
     Raises:
         InputError: the method or a key is not supported. The message names ``source`` and the key.
@@ -92,7 +99,7 @@ def scheme_of_config(raw: Mapping[str, Any], source: str) -> Scheme | None:
 
 
 def scheme_of(entry: Mapping[str, Any], source: str) -> Scheme:
-    """The scheme in one quantization object. ``source``: its name in messages. Raises `InputError`."""
+    """The scheme in one quantization object. ``source``: its name in messages. Raises as `scheme_of_config`."""
     method = entry.get("quant_method")
     if method is None and ("mode" in entry or "bits" in entry):
         return _mlx(entry, source)
@@ -124,7 +131,10 @@ def scheme_of(entry: Mapping[str, Any], source: str) -> Scheme:
 
 
 def scheme_of_side_file(settings: Mapping[str, Any], source: str) -> Scheme | None:
-    """The scheme in quantize_config.json. Older tools state no method: AWQ where AutoAWQ's keys are used, else GPTQ."""
+    """The scheme in quantize_config.json; None where there is no such file.
+
+    Older tools do not state the method. It is AWQ where AutoAWQ's key ``w_bit`` is present, else GPTQ.
+    """
     if not settings:
         return None
     method = "awq" if "w_bit" in settings else "gptq"
@@ -164,7 +174,10 @@ def _mlx(entry: Mapping[str, Any], source: str) -> Scheme:
 
 
 def _affine(entry: Mapping[str, Any], source: str, strict: bool = False) -> tuple[int, int]:
-    """Bits and group size of the model, or of a module (``strict``). There are no defaults; mlx_lm writes both."""
+    """Bits and group size of the model or of one module. No default is assumed, as mlx_lm writes both.
+
+    ``strict``: refuse unknown keys.
+    """
     mode = entry.get("mode", "affine")
     if mode != "affine":
         raise InputError(f"{_at(source, 'mode')} {shown(mode)} is not read here; take the model's affine MLX files.")

@@ -3,7 +3,7 @@
 Layout of a matrix [N out, K in] with G groups:
 
 - ``qweight`` int32 [K * bits / 32, N]: column n is the stream of the codes of output n, lowest bit first. 3-bit codes
-  cross the ends of words.
+  cross word boundaries.
 - ``qzeros`` int32 [G, N * bits / 32]: row g is the stream of the zero points of all outputs.
 - ``scales`` [G, N].
 - ``g_idx`` int32 [K]: the group of each input.
@@ -27,7 +27,7 @@ REQUIRED, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx",)
 
 @dataclass(frozen=True)
 class GPTQTensor(PackedTensor):
-    name: str  # of the module
+    name: str  # the module's name
     qweight: LazyTensor
     qzeros: LazyTensor
     scales: LazyTensor
@@ -80,9 +80,9 @@ def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int],
     """The lazy tensor of a packed matrix.
 
     Arguments:
-        name: of the module.
+        name: the module's name.
         parts: part name (``qweight``, ...) -> tensor.
-        shape: of the matrix, [out, in].
+        shape: the shape of the matrix, [out, in].
         scheme: the quantization scheme.
 
     Raises:

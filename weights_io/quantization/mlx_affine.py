@@ -1,9 +1,13 @@
-"""MLX's affine form, read as `mlx_lm.convert` writes it and written as `mx.quantize` does.
+"""MLX's affine format, read as `mlx_lm.convert` writes it and written as `mx.quantize` does.
 
-Layout, of a matrix [N out, K in]: ``weight`` uint32 [N, K * bits / 32], row n of which is the stream of its codes, the
-lowest bit first (3, 5 and 6 bits run over the ends of words); ``scales`` and ``biases`` [N, K / group], w = code *
-scale + bias. Source: mlx 0.32.4, mlx/backend/cpu/quantized.cpp; the codes, scales and biases of `quantize` are those of
-`mx.quantize` on a CPU to the last bit, in float32, float16 and bfloat16.
+Layout of a matrix [N out, K in], with w = code * scale + bias:
+
+- ``weight`` uint32 [N, K * bits / 32]: row n is the stream of its codes, lowest bit first. Codes of 3, 5 and 6 bits
+  cross word boundaries.
+- ``scales`` and ``biases`` [N, K / group].
+
+`quantize` equals `mx.quantize` on a CPU bit for bit: the codes, scales and biases in float32, float16 and bfloat16.
+Source: mlx 0.32.4, mlx/backend/cpu/quantized.cpp.
 """
 
 from dataclasses import dataclass
@@ -47,8 +51,10 @@ class AffineTensor(PackedTensor):
 
 
 def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int], scheme: Scheme) -> AffineTensor:
-    """As `gptq.open_tensor`. Where config.json does not name the module, its shapes tell bits and group, as in
-    mlx_lm."""
+    """The lazy tensor of a packed matrix. Arguments and errors are those of `gptq.open_tensor`.
+
+    Where config.json does not name the module, bits and group size follow from its shapes, as in mlx_lm.
+    """
     outputs, inputs = shape
     named = scheme.modules.get(name, (scheme.bits, scheme.group_size))
     if named is None:
@@ -72,9 +78,21 @@ def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int],
 
 
 def quantize(matrix: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``weight``, ``scales`` and ``biases`` of a matrix [..., in], as `mx.quantize` gives them; scales and biases have
-    its dtype. The number of a group with the largest magnitude is kept exactly, up to that dtype. Raises `InputError`
-    where rows have no groups of this size."""
+    """Quantize a matrix as `mx.quantize` does.
+
+    In each group, the value with the largest magnitude is kept exactly, up to rounding to the matrix's dtype.
+
+    Arguments:
+        matrix: [..., in].
+        bits: bits per code.
+        group: consecutive values of a row with one scale and one bias.
+
+    Returns:
+        ``weight`` (uint32), ``scales`` and ``biases`` (in the matrix's dtype).
+
+    Raises:
+        InputError: the group size does not divide a row.
+    """
     *lead, inputs = matrix.shape
     if inputs % group:
         raise InputError(f"rows of {inputs} have no groups of {group}; choose another group size.")
@@ -90,8 +108,10 @@ def quantize(matrix: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.
 
 
 def _affine(groups: np.ndarray, most: np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes, scales and biases of groups [G, size], in float32: the one end of a group that is farther from 0 has a
-    code of its own, and 0 has one too."""
+    """Codes, scales and biases of groups [G, size], in float32.
+
+    Of a group's minimum and maximum, the one farther from 0 has an exact code. So has 0, if it is between them.
+    """
     low, high = groups.min(-1), groups.max(-1)
     low_is_farther = np.abs(low) > np.abs(high)
     scale = np.maximum((high - low) / most, SMALLEST_SCALE)

@@ -1,10 +1,11 @@
-"""A quantized matrix in one common form, its lazy tensor, and packing codes into a stream of bits.
+"""The common form of a quantized matrix, its lazy tensor, and packing of codes into a bit stream.
 
-    w[o, i] = table[codes[o, i]] * scales[o, g] * factor                (bitsandbytes; int8: no table)
+    w[o, i] = table[codes[o, i]] * scales[o, g] * factor                (bitsandbytes; int8 has no table)
     w[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g]                (GPTQ, AWQ)
     w[o, i] = codes[o, i] * scales[o, g] + biases[o, g]                 (MLX affine)
 
-with g = i // group_size, or groups[i] where the file has them (GPTQ's act-order). Computed in float32, as the tools do.
+Here g = i // group_size, or groups[i] where the file stores the groups (GPTQ's act-order). The values are computed in
+float32, as the tools do.
 """
 
 from dataclasses import dataclass
@@ -21,15 +22,15 @@ CHUNK = 1 << 22  # values dequantized at a time
 class Packed:
     """Rows of a quantized matrix [out, in], with one code per byte."""
 
-    codes: np.ndarray  # [out, in] uint8; int8 where bitsandbytes' int8 has signs
+    codes: np.ndarray  # [out, in] uint8; int8 for bitsandbytes' int8, which is signed
     scales: np.ndarray  # [out, G] float32, float16 or bfloat16
-    bits: int  # bits of a code
+    bits: int  # bits per code
     group_size: int  # consecutive values of a row with one scale; G = in / group_size
     zeros: np.ndarray | None = None  # [out, G] int32: the zero points
     biases: np.ndarray | None = None  # [out, G], in the dtype of the scales
     table: np.ndarray | None = None  # [2**bits] float32: the value of each code
     groups: np.ndarray | None = None  # [in] int32, the group of each input; None: i // group_size
-    factor: float = 1.0  # on each product, after rounding to float32
+    factor: float = 1.0  # multiplies each product after its rounding to float32
 
     @property
     def order(self) -> np.ndarray | None:
@@ -63,12 +64,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A quantized matrix in a file. `read` dequantizes to float32; `packed` returns the codes.
+    """A quantized matrix in a file. `read` dequantizes it to float32; `packed` returns the codes.
 
     Each format has a subclass with the parts of the file as fields.
     """
 
-    shape: tuple[int, int]  # of the matrix: [out, in]
+    shape: tuple[int, int]  # of the dequantized matrix: [out, in]
     source: Path
     bits: int
     group_size: int
@@ -88,7 +89,7 @@ class PackedTensor:
 
     @property
     def arithmetic(self) -> str | None:
-        """The dtype to compute in, which is the dtype of the scales; None where the file does not tell."""
+        """The dtype to compute in, which is the dtype of the scales; None where the file does not state it."""
         raise NotImplementedError
 
     def packed(self, start: int = 0, stop: int | None = None) -> Packed:
@@ -96,7 +97,7 @@ class PackedTensor:
         raise NotImplementedError
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """As `LazyTensor.read`. Whole rows are read. Peak memory is the result plus one chunk."""
+        """Dequantize a slice, as `LazyTensor.read`. Whole rows are read. Peak memory is the result plus one chunk."""
         spans = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=False)]
         (start, stop), (left, right) = spans + [(0, n) for n in self.shape[len(spans) :]]
         result = np.empty((max(0, stop - start), max(0, right - left)), self.dtype)
@@ -108,16 +109,16 @@ class PackedTensor:
 
 
 def arithmetic_dtype(tensor: object) -> str:
-    """The dtype to compute in with a tensor: its own, or the dtype of the scales for a quantized one."""
+    """The name of the dtype to compute in with a tensor: its own, or the dtype of the scales if it is quantized."""
     return getattr(tensor, "arithmetic", None) or tensor.dtype.name  # type: ignore[attr-defined]
 
 
 def unpack(data: np.ndarray, bits: int) -> np.ndarray:
-    """Unpack a stream of bits, lowest bit first.
+    """Unpack a bit stream, lowest bit first.
 
     Arguments:
         data: [..., n * bits / 8] uint8, with n a multiple of 8.
-        bits: bits of a code.
+        bits: bits per code.
 
     Returns:
         The codes, [..., n] uint8.
@@ -140,7 +141,7 @@ def unpack(data: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of `unpack`."""
+    """Pack codes into a bit stream: the inverse of `unpack`."""
     parts = codes.reshape(*codes.shape[:-1], -1, 8)
     words = np.zeros(parts.shape[:-1], np.uint64)
     for k in range(8):
@@ -150,16 +151,18 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def words_of_columns(tensor: LazyTensor, bits: int, start: int, stop: int) -> np.ndarray:
-    """Unpack the columns ``start`` to ``stop`` of rows that are streams of codes in 32-bit words.
+    """Unpack the columns ``start`` to ``stop`` of a matrix whose rows are bit streams in 32-bit words.
 
     Arguments:
         tensor: [rows, columns * bits / 32] int32. Only the words of these columns are read.
-        bits: bits of a code.
+        bits: bits per code.
+        start: the first column.
+        stop: the end of the columns.
 
     Returns:
         The codes, [rows, stop - start] uint8.
     """
-    first = start // 32 * 32  # 32 codes always start at a word
+    first = start // 32 * 32  # every 32nd code starts at a word boundary
     last = min(-(-stop // 32) * 32, tensor.shape[1] * 32 // bits)
     words = np.ascontiguousarray(tensor.read((slice(None), slice(first * bits // 32, last * bits // 32))))
     return unpack(words.view(np.uint8), bits)[:, start - first : stop - first]

@@ -1,4 +1,4 @@
-"""Checks that all formats share: the tensors of a packed matrix against the shape of the matrix."""
+"""The checks of all formats: the tensors of a packed matrix must fit the shape of the matrix."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ FLOATS = ("float32", "float16", "bfloat16")  # dtypes of scales
 
 
 def groups_in(name: str, inputs: int, scheme: Scheme) -> tuple[int, int]:
-    """The group size and the number of groups per row. Raises `InputError` where the groups do not divide a row."""
+    """The group size and the number of groups per row. Raises `InputError` where the size does not divide a row."""
     group = inputs if scheme.group_size == -1 else scheme.group_size
     if inputs % group:
         raise InputError(
@@ -30,7 +30,7 @@ def check_parts(
     scheme: Scheme,
     shape: tuple[int, ...],
 ) -> None:
-    """Raises `InputError` where a part has another dtype or shape than ``expected``. dtype None: one of `FLOATS`."""
+    """Raises `InputError` where a part differs from its expected dtype and shape. A dtype of None accepts `FLOATS`."""
     for part, (dtype, size) in expected.items():
         tensor: Any = parts.get(part)
         if tensor is None:
@@ -47,7 +47,7 @@ def check_parts(
 def check_complete(
     name: str, parts: Mapping[str, LazyTensor], required: tuple[str, ...], optional: tuple[str, ...], label: str
 ) -> None:
-    """Raises `InputError` where parts are missing, or belong to another format."""
+    """Raises `InputError` where required parts are missing, or parts do not belong to the format ``label``."""
     source = next(iter(parts.values())).source
     if more := sorted(parts.keys() - {*required, *optional}):
         raise InputError(

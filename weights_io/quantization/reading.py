@@ -39,8 +39,8 @@ def as_matrices(
         folder: the model folder.
 
     Returns:
-        The config and the tensors. The config becomes untied where config.json does not state it (as in quantizations
-        of MiniCPM-2B) and the stored head differs from the embedding.
+        The config and the tensors. The config becomes untied where config.json does not state tie_word_embeddings (as
+        in quantizations of MiniCPM-2B) and the stored head differs from the embedding.
 
     Raises:
         InputError: config.json, quantize_config.json and the tensors contradict each other, or parts are missing.
@@ -76,7 +76,7 @@ def as_matrices(
     if "tie_word_embeddings" not in raw and config.tie_word_embeddings and HEAD.hf_name in tensors:
         embedding = tensors.get(EMBEDDING.hf_name)
         if embedding is not None and same_numbers(embedding, tensors[HEAD.hf_name]):
-            del tensors[HEAD.hf_name]  # compared already
+            del tensors[HEAD.hf_name]  # equal to the embedding: the config stays tied
         else:
             config = untied
     return config, tensors
@@ -84,13 +84,13 @@ def as_matrices(
 
 def _open(name: str, parts: dict[str, LazyTensor], shape: tuple[int, ...], scheme: Scheme) -> PackedTensor:
     form = FORMATS[scheme.method]
-    if scheme.method != "bitsandbytes":  # whose parts depend on what they say
+    if scheme.method != "bitsandbytes":  # its parts depend on the quantization state
         check_complete(name, parts, form.REQUIRED, form.OPTIONAL, LABELS[scheme.method])
     return form.open_tensor(name, parts, shape, scheme)
 
 
 def _parts(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, object]) -> dict[str, dict[str, LazyTensor]]:
-    """The tensors of each matrix by what follows its module's name."""
+    """Module name -> part name -> tensor, for the modules in ``shapes``."""
     found: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
         module = name
@@ -102,19 +102,22 @@ def _parts(tensors: Mapping[str, LazyTensor], shapes: Mapping[str, object]) -> d
 
 
 def _check_modules(scheme: Scheme, shapes: Mapping[str, object], packed: Mapping[str, object]) -> None:
-    """What MLX's config says of single modules must be modules, and packed ones."""
+    """Raises `InputError` where MLX's config names a module that is no matrix of the model, or is not packed."""
     for name, how in scheme.modules.items():
         if name not in shapes:
             raise InputError(f"{scheme.source} names {short(name)}, which is no matrix of the model; remove the key.")
-        if how is not None and name not in packed and name != module_name(HEAD.hf_name):  # which may be tied
+        if how is not None and name not in packed and name != module_name(HEAD.hf_name):  # a tied head is not stored
             raise InputError(
                 f"{scheme.source} says that {short(name)} is packed, and the file holds it whole; remove the key."
             )
 
 
 def _experts_apart(config: ModelConfig, scheme: Scheme, tensors: dict[str, LazyTensor]) -> Scheme:
-    """mlx_lm saves a layer's experts stacked, as its model holds them: in ``tensors`` each becomes one of its own. The
-    scheme names them so, too."""
+    """Split mlx_lm's stacked experts into one tensor per expert.
+
+    mlx_lm saves the experts of a layer stacked, as its model holds them. ``tensors`` is changed in place; the returned
+    scheme names the experts one by one.
+    """
     modules = dict(scheme.modules)
     for parameter in parameters(config):
         for name, experts in parameter.mlx_names(config).items() if parameter.per_expert else ():

@@ -17,7 +17,7 @@ from weights_io.quantization.mlx_affine import REQUIRED, quantize
 
 @dataclass(frozen=True)
 class Affine:
-    """The quantization of the matrices. Raises `InputError` for bits or a group size that MLX does not have."""
+    """How the matrices are quantized. Raises `InputError` for bits or a group size that MLX does not support."""
 
     bits: int
     group_size: int
@@ -29,14 +29,17 @@ class Affine:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The keys of config.json that describe it."""
+        """The entries of config.json that describe the quantization."""
         entry = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
         return {"quantization": entry, "quantization_config": dict(entry)}
 
     def matrices(self, config: ModelConfig) -> list[str]:
         """The tensors to quantize: all matrices whose rows the group size divides, embedding and head included.
 
-        Routers are not quantized: they are small, and they select the experts. Raises `InputError` where there is none.
+        Routers are not quantized: they are small, and they select the experts.
+
+        Raises:
+            InputError: the group size divides the rows of no matrix.
         """
         wide = [p for p in parameters(config) if len(p.tensor_shape(config)) == 2 and not is_router(p)]
         names = [n for p in wide if p.tensor_shape(config)[-1] % self.group_size == 0 for n in p.hf_names(config)]
@@ -50,7 +53,11 @@ class Affine:
     def parts(self, config: ModelConfig, tensors: Mapping[str, Computed]) -> dict[str, Computed]:
         """The tensors to write, with ``weight``, ``scales`` and ``biases`` in place of each quantized matrix.
 
-        A matrix is quantized when its first part is read. The other parts are kept until they are read.
+        A matrix is quantized when its first part is read. Its other parts are kept in memory until they are read.
+
+        Arguments:
+            config: the model's config.
+            tensors: all tensors to write, not quantized yet.
         """
         packed = set(self.matrices(config))
         found: dict[str, Computed] = {}
