@@ -40,7 +40,8 @@ class Options:
     kv_bits: Literal[8] | None = None
     """Bits of the quantized key/value cache."""
     mesh: str | None = None
-    """Axes and sizes of the mesh, such as fsdp=4,tensor=2. By default generation shards heads, training weights."""
+    """Axes and sizes of the mesh, such as fsdp=4,tensor=2. By default generation shards heads, and training shards
+    weights."""
     grad_checkpoint: bool = False
     """Recompute each layer in the backward pass. This takes less memory and a third more work."""
     prefill_step_size: int = 512

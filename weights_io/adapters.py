@@ -63,9 +63,9 @@ class Options:
     adapter_path: Path = Path("adapters")
     """Folder of the adapter, in either format."""
     revision: str | None = None
-    """Branch, tag or commit of the repository on the hub."""
+    """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
-    """Hub to download the config of --model from if it is not on this disk."""
+    """Where --model's config is downloaded from if it is not on this disk."""
 
 
 def main(options: Options) -> None:

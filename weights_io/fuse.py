@@ -37,9 +37,9 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the written weights. By default each tensor keeps its own (--to llama: the checkpoint's dtype)."""
     revision: str | None = None
-    """Branch, tag or commit of the repository on the hub."""
+    """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
-    """Hub to download --model from if it is not on this disk."""
+    """Where --model is downloaded from if it is not on this disk."""
 
 
 def main(options: Options) -> None:

@@ -32,9 +32,9 @@ class Options:
     model: str
     """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name. No weights are downloaded."""
     revision: str | None = None
-    """Branch, tag or commit of the repository on the hub."""
+    """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
-    """Hub to look up --model on if it is not on this disk."""
+    """Where --model is looked up if it is not on this disk."""
     json: bool = False
     """Print the report as JSON, for other programs."""
 
