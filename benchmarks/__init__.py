@@ -1,1 +1,1 @@
-"""Measurements that docs/benchmarks.md records; each is run from the project's folder: python -m benchmarks.NAME."""
+"""The measurements recorded in docs/benchmarks.md. Run each from the project's folder: python -m benchmarks.NAME."""

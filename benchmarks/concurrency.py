@@ -1,8 +1,8 @@
-"""Tokens a second of 1, 4 and 16 requests at once, which share an engine, beside one after the other.
+"""Tokens per second of 1, 4 and 16 concurrent requests in one engine, compared with a single request without it.
 
     python -m benchmarks.concurrency --backend jax
 
-Models are random. Every answer must be that of a run by itself; the command fails where one is not.
+The weights are random. Every answer must equal the answer of the same request run alone; otherwise the command fails.
 """
 
 import functools
@@ -23,18 +23,23 @@ from weights_io.errors import InputError
 @dataclass(frozen=True)
 class Options:
     backend: BackendName = "jax"
+    """Backend to measure."""
     layers: int = 8
+    """Layers of the model."""
     words: int = 16384
+    """Vocabulary size."""
     prompt: int = 32
-    """Tokens of a prompt, at most: the others are a little shorter."""
+    """Tokens of the longest prompt. The others are a little shorter."""
     tokens: int = 48
-    """Of an answer."""
+    """Tokens of an answer."""
     at_once: tuple[int, ...] = (1, 4, 16)
+    """Numbers of concurrent requests."""
     rounds: int = 5
+    """Timed runs. The median is reported."""
 
 
 def main(options: Options) -> None:
-    """Time an engine with so many slots as there are requests, and plain decoding of a single one, in turn."""
+    """Time plain decoding of one request, and an engine with one slot per request, in turn."""
     backend, model = random_model(options.backend, wide(options.layers, options.words))
     random = np.random.default_rng(0)
     prompts = [

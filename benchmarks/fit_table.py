@@ -1,4 +1,4 @@
-"""What the family's programs take on TPUs that are not here: docs/fit.md, in a quarter of an hour on two cores.
+"""Write docs/fit.md: what our programs need on TPUs. Needs no TPU, and takes a quarter of an hour on two cores.
 
 python -m benchmarks.fit_table --save-path docs/fit.md
 """
@@ -40,7 +40,7 @@ class Options:
     save_path: Annotated[Path, Former("out")] = Path("docs/fit.md")
     """File to write."""
     only: str = ""
-    """Only programs whose line, as it begins, contains this; the other lines of the file stay."""
+    """Compile only programs with this text in the first cells of their line. The other lines of the file stay."""
 
 
 Row = tuple[str, str, str, int, int, dict[str, int | str]]  # model, topology, job, batch, seq, other flags

@@ -1,10 +1,10 @@
-"""Nodes in the graphs of a decode step and of a training step: ours in MLX, and those of the minicpm of `mlx_lm`.
+"""Count graph nodes of a decode step and of a training step in MLX: our model, and the minicpm model of `mlx_lm`.
 
     python -m benchmarks.graph_nodes --layers 40
 
-One node is at least one kernel to be launched. Counted in the graph that MLX exports for this device: on a CPU the
-norms, the rotation and attention are many nodes each, on a GPU one. Training is LoRA of rank 8 on q_proj and v_proj of
-all layers, with AdamW; it is compiled here as it is on a GPU.
+Each node launches at least one kernel. The nodes are counted in the graph that MLX exports for this device. On a CPU
+the norms, RoPE and attention have many nodes each; on a GPU they have one. Training is LoRA of rank 8 on q_proj and
+v_proj of all layers, with AdamW. It is compiled here, as on a GPU.
 """
 
 import functools
@@ -34,11 +34,11 @@ OF_THEIRS += ("num_key_value_heads", "rms_norm_eps", "scale_depth", "scale_emb",
 @dataclass(frozen=True)
 class Options:
     layers: int = 40
-    """With a narrow model: the graph is the same at any width."""
+    """Layers of the model. The model is narrow, because the graph is the same at any width."""
 
 
 def main(options: Options) -> None:
-    """Count, and print a table."""
+    """Count the nodes, and print a table."""
     narrow = {"hidden_size": 96, "intermediate_size": 240, "tie_word_embeddings": False}
     _, model = random_model("mlx", wide(options.layers, 256, **narrow), join=False)
     table("decode", {name: nodes for name, (_, nodes) in steps(model)}, options.layers)
@@ -53,8 +53,8 @@ def table(kind: str, counts: dict[str, int], layers: int) -> None:
 
 
 def steps(model: Any) -> Iterator[tuple[str, tuple[Any, int]]]:
-    """Logits of a step after four tokens, and the nodes of its graph: of `mlx_lm` with the weights of ``model``, of the
-    model as it is, and joined, which it then stays."""
+    """Yield name, logits and node count of the decode step after four tokens: for `mlx_lm` with the weights of
+    ``model``, for ``model``, and for ``model`` with fused products (it stays fused)."""
     from mlx.utils import tree_flatten
 
     from minicpm_mlx.layers.fused_linear import fuse
@@ -68,7 +68,7 @@ def steps(model: Any) -> Iterator[tuple[str, tuple[Any, int]]]:
 
 
 def training_steps(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    """Nodes of a LoRA step on two rows of 64 tokens: of `mlx_lm`, and ours as it is on a CPU and as on a GPU."""
+    """Yield name and node count of a LoRA step on two rows of 64 tokens: `mlx_lm`; ours as on a CPU; as on a GPU."""
     import mlx.core as mx
 
     from minicpm_data.training.options import LoraOptions
@@ -89,7 +89,7 @@ def training_steps(config: ModelConfig) -> Iterator[tuple[str, int]]:
 
 
 def peer_training(config: ModelConfig, ids: Any) -> int:
-    """Nodes of the step that `mlx_lm.tuner.trainer` makes and compiles."""
+    """Node count of the step that `mlx_lm.tuner.trainer` builds and compiles."""
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
@@ -115,7 +115,7 @@ def peer_training(config: ModelConfig, ids: Any) -> int:
 
 
 def peer(config: ModelConfig) -> Any:
-    """`mlx_lm`'s model of a config without a tied head, which it does not divide."""
+    """`mlx_lm`'s model for a config, with an untied head: with a tied head it does not divide the logits."""
     from mlx_lm.models import minicpm
 
     same = {key: getattr(config, key) for key in OF_THEIRS}
@@ -133,7 +133,7 @@ def step(model: Any, call: Callable[[Any, list[Any]], Any]) -> tuple[Any, int]:
 
 
 def nodes(*results: Any) -> int:
-    """In the graph of arrays, or trees of them, that are not yet computed."""
+    """Number of nodes in the graph of arrays (or trees of arrays) that are not evaluated yet."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 

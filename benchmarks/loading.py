@@ -1,10 +1,10 @@
-"""How long loading takes, and how much memory, beside other programs on this machine.
+"""Measure the time and the memory of loading a model, beside other programs on this machine.
 
     python -m benchmarks.loading --peer-python ~/torch/bin/python --save-path docs/loading.md
 
-A random Llama of MiniCPM-2B's size in bfloat16, written to --folder (5.5 to 6 GB, deleted afterwards) and loaded whole
-by each program in a process of its own; they take turns, and of each figure the median counts. A program that is not
-installed is left out, with a line that says so. ``--peer-python``: where transformers is.
+The model is a random Llama of MiniCPM-2B's size in bfloat16. It is written to --folder (5.5 to 6 GB) and deleted
+afterwards. Each program loads the whole model in a process of its own. The programs take turns, and each figure is a
+median. A program that is not installed is left out, with a message. ``--peer-python``: the Python with transformers.
 """
 
 import statistics
@@ -29,20 +29,21 @@ PROGRAMS = ("minicpm_jax", "transformers", "minicpm_mlx", "mlx_lm")
 @dataclass(frozen=True)
 class Options:
     model: str = "minicpm-2b"
-    """Of the catalogue: whose shape."""
+    """Model from the catalogue whose shape is used."""
     layers: int | None = None
-    """Only so many; by default all."""
+    """Number of layers. By default all layers of the model."""
     rounds: int = 3
-    """Times that each program loads."""
+    """Number of times that each program loads the model."""
     folder: Path | None = None
-    """Where the model is written for the time; by default where this system keeps what is temporary."""
+    """Folder to write the model to. By default the system's folder for temporary files."""
     peer_python: str = sys.executable
+    """Python that has transformers."""
     save_path: Annotated[Path | None, Former("out")] = None
-    """Also write the table to this file."""
+    """File to write the table to. By default the table is only printed."""
 
 
 def main(options: Options) -> None:
-    """Measure, and print the table."""
+    """Measure loading, and print the table."""
     raw = shape_of(options.model) | THEIRS | {"eos_token_id": None}
     if options.layers is not None:
         raw["num_hidden_layers"] = options.layers
@@ -53,7 +54,7 @@ def main(options: Options) -> None:
         size = sum(file.stat().st_size for file in Path(folder).glob("model/*.safetensors"))
         in_jax = backends.get("jax").device.preferred_dtype(open_checkpoint(Path(folder, "model")), decoding=True)
         present, given = [READING, *PROGRAMS], throughput.Options(peer_python=options.peer_python)
-        throughput.start(READING, Path(folder), contest, given, {})  # into the page cache
+        throughput.start(READING, Path(folder), contest, given, {})  # brings the file into the page cache
         for _ in range(options.rounds):
             present = [name for name in present if throughput.start(name, Path(folder), contest, given, runs)]
     text = table(options, contest, size, in_jax, {name: runs[name] for name in present})
@@ -74,7 +75,7 @@ are the page cache.
 
 
 def table(options: Options, contest: Contest, size: int, in_jax: str, runs: dict[str, dict[str, list[float]]]) -> str:
-    """``in_jax``: the dtype in which the JAX package holds the weights."""
+    """The results in Markdown. ``in_jax``: the dtype of the weights in the JAX package."""
     lines = [
         f"{options.model}, {contest.layers} layers, {size / 1e9:.2f} GB:\n",
         "| program | seconds | of reading | peak | of the weights in memory |",

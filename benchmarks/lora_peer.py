@@ -1,9 +1,10 @@
-"""`minicpm_mlx.lora` and `mlx_lm.lora` on the same work: a small Llama, examples of which most are short, float32.
+"""Compare `minicpm_mlx.lora` and `mlx_lm.lora` on a small Llama in float32, with mostly short examples.
 
     python -m benchmarks.lora_peer
 
-Each run is a process of its own; they take turns. The first epoch warms up, the second is counted and timed, from the
-beginning of its first step to that of the step after it. The peak is MLX's, of the whole run, weights included.
+Each run has a process of its own, and the programs take turns. The first epoch warms up. The second epoch is counted
+and timed, from the start of its first step to the start of the step after its last one. The peak is MLX's peak memory
+over the whole run, including the weights.
 """
 
 import functools
@@ -30,8 +31,8 @@ from weights_io.config import ModelConfig
 
 PICO = Path(__file__).parents[1] / "weights_io" / "pico"
 RANK, ALPHA, TARGETS = 8, 32.0, ("q_proj", "v_proj")
-PEERS = ("ours", "ours, compiled", "ours, packed", "mlx_lm")  # compiled as on a GPU, with the C++ compiler
-# A Llama of 5 million numbers, most of which are head and embedding.
+PEERS = ("ours", "ours, compiled", "ours, packed", "mlx_lm")  # "compiled": as on a GPU, but with the C++ compiler
+# A Llama with 5 million parameters, most of them in the head and the embedding.
 SMALL: dict[str, Any] = {
     "vocab_size": 32768,
     "hidden_size": 64,
@@ -46,7 +47,7 @@ SMALL: dict[str, Any] = {
     "scale_depth": 1.4,
     "dim_model_base": 32,
 }
-# Both programs make the same ids of it.
+# Both programs render this template to the same token ids.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '<用户>' + message['content'] + '<AI>' }}{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
@@ -58,15 +59,15 @@ class Options:
     rows: int = 4
     """Batch size."""
     tokens: int = 144
-    """Longest row, and how long packed ones are."""
+    """Tokens of the longest row, and of packed rows."""
     examples: int = 24
-    """An epoch."""
+    """Examples per epoch."""
     rounds: int = 5
-    """Runs of each program, of which the median counts."""
+    """Runs of each program. The median is reported."""
     here: int | None = None
-    """Run one of the programs in this process; print what it took."""
+    """Index of a program to run in this process. Its figures are printed."""
     folder: Path = Path("unknown")
-    """Where its model and data are."""
+    """Folder of the model and the data for --here."""
 
 
 def main(options: Options) -> None:
@@ -98,7 +99,7 @@ def main(options: Options) -> None:
 
 
 def write_world(folder: Path, count: int) -> None:
-    """A random Llama with the built-in tokenizer, and examples of which most are short and a few long."""
+    """Write a random Llama with the built-in tokenizer, and training examples: most of them short, a few long."""
     from weights_io.files.safetensors import Computed
     from weights_io.llama_format import to_llama
     from weights_io.parameters import parameters
@@ -128,18 +129,18 @@ def write_world(folder: Path, count: int) -> None:
 
 
 class Ledger:
-    """What each step was given, and when it began."""
+    """Records the start time and the token counts of each step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
 
     def add(self, places: int, tokens: int, targets: int, wrong: int) -> None:
-        """``wrong``: how many of the targets are padding."""
+        """Record a step. ``places``: positions with padding; ``wrong``: targets that are padding."""
         counts = {"places": places, "tokens": tokens, "targets": targets, "wrong": wrong}
         self.steps.append({"began": time.perf_counter(), **counts})
 
     def epoch(self, steps: int) -> dict[str, float]:
-        """Sums over the second epoch."""
+        """The sums and the seconds of the second epoch."""
         second = self.steps[steps : 2 * steps]
         sums = {name: int(sum(step[name] for step in second)) for name in ("places", "tokens", "targets", "wrong")}
         seconds = self.steps[2 * steps]["began"] - self.steps[steps]["began"]
@@ -147,7 +148,7 @@ class Ledger:
 
 
 def run_here(options: Options, name: str) -> None:
-    """Two epochs and a step more; prints the counts and seconds of the second one, and the peak of memory."""
+    """Run two epochs and one more step. Print counts and seconds of the second epoch, and the peak memory."""
     import mlx.core as mx
 
     from minicpm_mlx.training import step as train
@@ -169,7 +170,7 @@ def our_run(options: Options, out: Path, ledger: Ledger, *, pack: bool) -> int:
 
     class Watched(Trainer):
         def step(self, batches, rate, number):
-            mx.eval(self.weights, self.optimizer.state)  # of the step before
+            mx.eval(self.weights, self.optimizer.state)  # wait for the step before
             segments, labels = batches[0]["segments"], batches[0]["labels"]
             wrong = int(((labels != IGNORED) & (segments == 0)).sum())
             ledger.add(segments.size, int((segments > 0).sum()), int((labels != IGNORED).sum()), wrong)
@@ -210,7 +211,7 @@ def mlx_lm_run(options: Options, out: Path, ledger: Ledger) -> int:
         for batch, lengths in iterate_batches(*args, **kwargs):
             width = batch.shape[1]
             first, last = np.array(lengths).T
-            end = np.minimum(last, width - 1)  # steps up to ``last``, which is a place behind the row's last token
+            end = np.minimum(last, width - 1)  # mlx_lm trains positions up to ``last``, one past the last token
             trained = np.maximum(end - first + 1, 0) - (first == 0)
             ledger.add(batch.size, int(last.sum()), int(trained.sum()), int((last < width).sum()))
             yield batch, lengths
@@ -218,7 +219,7 @@ def mlx_lm_run(options: Options, out: Path, ledger: Ledger) -> int:
     def run(model, args, optimizer, train_dataset, val_dataset, training_callback):
         train(model, optimizer, train_dataset, None, args, iterate_batches=watched)
 
-    lora.train = run  # which then does not stop for validation
+    lora.train = run  # passes no validation data, so training does not stop for it
     steps = options.examples // options.rows
     keys = [f"self_attn.{target}" for target in TARGETS]
     changed = {

@@ -1,4 +1,4 @@
-"""Models of MiniCPM-1B's width with random weights, of as many layers and words as a benchmark can afford."""
+"""Random models of MiniCPM-1B's width, with as many layers and as large a vocabulary as a benchmark can afford."""
 
 import functools
 from pathlib import Path
@@ -13,12 +13,12 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
 
-# What other programs take for granted otherwise where config.json does not say it.
+# Keys that must be explicit, because other programs have other defaults.
 THEIRS = {"model_type": "minicpm", "tie_word_embeddings": True}
 
 
 def shape_of(name: str) -> dict[str, Any]:
-    """The config.json of a model of the catalogue."""
+    """The config.json of a model from the catalogue. Raises `InputError` if its shape is not known."""
     entry = catalog.find(name)
     if name == "pico":
         return read_json(built_in() / "config.json")
@@ -28,13 +28,13 @@ def shape_of(name: str) -> dict[str, Any]:
 
 
 def wide(layers: int, words: int, **changes: Any) -> dict[str, Any]:
-    """A config.json of MiniCPM-1B's width; no token ends an answer."""
+    """A config.json of MiniCPM-1B's width, without an EOS token. ``words``: the vocabulary size."""
     shape = {"num_hidden_layers": layers, "vocab_size": words, "eos_token_id": None}
     return shape_of("minicpm-1b") | THEIRS | shape | changes
 
 
 def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, join: bool = True) -> tuple[Backend, Any]:
-    """The backend of that name, and a float32 model; with ``join`` in the form that decodes fastest there."""
+    """The backend and a random float32 model. ``join``: convert the model to the backend's form for decoding."""
     running, module, config = backends.get(name), backends.module(name, "model"), ModelConfig.from_dict(raw)
     if name == "jax":
         import jax
@@ -49,7 +49,7 @@ def random_model(name: BackendName, raw: dict[str, Any], seed: int = 0, join: bo
 
 
 def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:
-    """A random model as a Llama: ``model`` (safetensors) and, for llama.cpp, ``model.gguf``."""
+    """Write a random Llama: the folder ``model`` (safetensors) and, for llama.cpp, ``model.gguf``."""
     import numpy as np
 
     from weights_io.casting import numpy_dtype
@@ -71,7 +71,7 @@ def write_llama(folder: Path, raw: dict[str, Any], dtype: str) -> None:
 
 
 def write_noise(folder: Path, raw: dict[str, Any], dtype: str) -> None:
-    """A Llama as `write_llama` writes, with one tensor at a time in memory: all are the beginning of the same noise."""
+    """Write a Llama with one tensor at a time in memory: every tensor repeats the same noise. Writes no GGUF file."""
     import numpy as np
 
     from weights_io.casting import numpy_dtype

@@ -1,6 +1,6 @@
-"""The programs that `throughput` compares, each in a process of its own that runs once for every line it is sent.
+"""The programs that `throughput` compares. Each has a process of its own, which runs once per line of its input.
 
-The first line that a process prints is what loading took, the others what a run did; all are JSON.
+A process prints JSON lines: first the time and memory of loading, then the speed of each run.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 THREADS = 2
-Run = Callable[[list[int], int], tuple[float, float]]  # prompt, tokens -> seconds to the first, from there to the last
+Run = Callable[[list[int], int], tuple[float, float]]  # prompt, tokens -> seconds to the first token, and after it
 
 
 def main(name: str, folder: Path, precision: str, prompt: list[int], tokens: int) -> None:
@@ -29,17 +29,17 @@ def main(name: str, folder: Path, precision: str, prompt: list[int], tokens: int
     for _ in sys.stdin:
         first, rest = run(prompt, tokens)
         print(json.dumps({"prompt": len(prompt) / first, "decode": (tokens - 1) / rest}), flush=True)
-    os._exit(0)  # a server that was never asked anything waits for ever in its destructor
+    os._exit(0)  # the destructor of a server without requests never returns
 
 
 def memory(kind: str) -> int:
-    """Bytes that this process holds (VmRSS), or held at most (VmHWM)."""
+    """Resident bytes of this process: now (VmRSS) or at the peak (VmHWM)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
 
 
 def of_stream(stream: Callable[[list[int], int], Any]) -> Run:
-    """Of tokens that come one by one."""
+    """A `Run` that times the tokens of a stream."""
 
     def run(prompt: list[int], tokens: int) -> tuple[float, float]:
         began, marks = time.perf_counter(), []
@@ -60,7 +60,7 @@ def minicpm_mlx(folder: Path, precision: str) -> Run:
 
 
 def ours(backend: Any, folder: Path, precision: str) -> Run:
-    """In float32 where all are to compute in it, else in what the commands would choose for the file."""
+    """Our package, in float32 if ``precision`` is float32, else in the dtype that the commands choose for the file."""
     from minicpm_serve import backends
 
     running = backends.get(backend)
@@ -93,7 +93,7 @@ def transformers(folder: Path, precision: str) -> Run:
 
     torch.set_num_threads(THREADS)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, precision)).eval()
-    for weight in model.parameters():  # are mapped, and read when they are first used
+    for weight in model.parameters():  # mapped weights are read on first use: use them now
         weight.sum()
 
     @torch.inference_mode()
@@ -126,7 +126,7 @@ def llama_cpp(folder: Path, precision: str) -> Run:
 
 
 def reading(folder: Path, precision: str) -> Run:
-    """No program: the bytes of the weights' files, into memory."""
+    """No program: read the bytes of the weight files into memory."""
     held = [np.fromfile(file, np.uint8) for file in sorted((folder / "model").glob("*.safetensors"))]
     return lambda prompt, tokens: (float(len(held)), 1.0)
 

@@ -1,9 +1,10 @@
-"""What a long prompt costs in memory as it runs: 4 layers as wide as MiniCPM-2B, float32, a prompt of random tokens.
+"""Measure the memory of a long random prompt, in a float32 model with 4 layers of MiniCPM-2B's width.
 
     python -m benchmarks.prompt_memory --backend jax --tokens 2048 8192 16384 32768
 
-Each length runs in a process of its own. Measured is the process's peak of resident memory less what it held with the
-weights loaded. Predicted is the cache, 4 layers x 2 x 2304 numbers x 4 bytes a token; what is more should not grow.
+Each length runs in a process of its own. The measured value is the process's peak resident memory, minus its memory
+after loading the weights. The predicted value is the cache: 4 layers x 2 x 2304 numbers x 4 bytes per token. The
+difference between the two should not grow with the length.
 """
 
 import subprocess
@@ -21,7 +22,7 @@ from weights_io import command_line
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
-# The weights stay small, and what a token needs in the cache is a tenth of the 2B's.
+# The weights are small, and a token takes a tenth of the 2B's cache memory.
 CONFIG = ModelConfig.from_dict(
     shape_of("minicpm-2b") | {"vocab_size": 2048, "num_hidden_layers": 4, "max_position_embeddings": 65536}
 )
@@ -31,17 +32,17 @@ BYTES_A_TOKEN = CONFIG.num_hidden_layers * 2 * CONFIG.num_key_value_heads * CONF
 @dataclass(frozen=True)
 class Options:
     backend: Literal["jax", "mlx"] = "jax"
-    """Which of the two runs."""
+    """Backend to measure."""
     tokens: tuple[int, ...] = (2048, 8192, 16384)
-    """Lengths of the prompt."""
+    """Prompt lengths in tokens."""
     prefill_step_size: int = 512
-    """Tokens that run together; less shows the cache's growth in fewer tokens."""
+    """Chunk size in tokens. A smaller chunk shows the growth of the cache with fewer tokens."""
     here: bool = False
-    """Run one length in this process; print the bytes and the seconds."""
+    """Run one length in this process, and print the bytes and the seconds."""
 
 
 def main(options: Options) -> None:
-    """Measure what a prompt needs in memory beyond the weights, by its length."""
+    """Measure the memory that prompts of several lengths need in addition to the weights."""
     if not Path("/proc/self/clear_refs").exists():
         raise InputError("the peak of a process is read from /proc, which this system has not; run it on Linux.")
     if options.here:
@@ -61,7 +62,7 @@ def main(options: Options) -> None:
 
 
 def run(backend: str, tokens: int, pieces: int) -> tuple[int, float]:
-    """Bytes beyond the weights, and seconds, of one prompt and the token after it."""
+    """Bytes in addition to the weights, and seconds, for one prompt and the next token."""
     package = import_module(f"minicpm_{backend}")
     model = initialised(backend)
     prompt = np.random.default_rng(0).integers(0, CONFIG.vocab_size, tokens).tolist()
@@ -73,7 +74,7 @@ def run(backend: str, tokens: int, pieces: int) -> tuple[int, float]:
 
 
 def initialised(backend: str):
-    """The model with random weights, all computed."""
+    """The model with random weights, all of them evaluated."""
     if backend == "jax":
         import jax
 

@@ -1,12 +1,12 @@
-"""What a decode step gains where it reads only the rows of the MLP's active neurons: MiniCPM-S-1B's width, one token.
+"""Measure the gain of a decode step that reads only the weights of active MLP neurons (MiniCPM-S-1B, one token).
 
     python -m benchmarks.sparse_down --backend jax
     python -m benchmarks.sparse_down --backend jax --whole-step
 
-`down`: gate and up are dense, and down is stored [F, D], so that a neuron's row is contiguous. `up+down`: up's rows are
-skipped too, as a gate of 0 makes the neuron 0 whatever up gives. Predicted is the time of the dense run times the share
-of its bytes that are read. Every result is compared with the dense one, before any is timed.
-Dims: D hidden, F intermediate, A active neurons (the capacity), L layers of different weights, too many for a cache.
+`down`: gate and up are dense. down is stored as [F, D], so that a neuron's row is contiguous. `up+down`: rows of up are
+skipped too, because a neuron whose gate is 0 is 0 for any value of up. The predicted time is the dense time multiplied
+by the fraction of the bytes that is read. Before timing, every result is compared with the dense result.
+Dims: D hidden, F intermediate, A active neurons (the capacity), L layers with different weights (too large to cache).
 """
 
 import math
@@ -22,7 +22,7 @@ from benchmarks.timing import alternating
 from weights_io import command_line
 from weights_io.config import ModelConfig
 
-# MiniCPM-S-1B, but for the layers; the head is as large beside them as in the whole model.
+# MiniCPM-S-1B with fewer layers. The vocabulary shrinks with them, so the head keeps its fraction of the model.
 LAYERS, VOCABULARY = 52, 73440
 SHAPE: dict[str, Any] = {
     "hidden_size": 1536,
@@ -37,21 +37,21 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 D, F = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-BLOCK = 64  # active neurons of a turn of the loop
+BLOCK = 64  # active neurons per iteration of the loop
 
 
 @dataclass(frozen=True)
 class Options:
     backend: Literal["jax", "mlx"] = "jax"
-    """Which of the two runs."""
+    """Backend to measure."""
     whole_step: bool = False
-    """Time attention and head as well, in a model of so many layers whose cache holds no more than the token."""
+    """Also time attention and head, in a model of --layers layers whose cache holds only this token."""
     layers: int = 24
-    """MLPs that run one after the other; 24 hold 1.7 GB."""
+    """Number of MLPs, run one after the other. 24 of them take 1.7 GB."""
     rounds: int = 9
-    """Timed runs, of which the median counts."""
+    """Timed runs. The median is reported."""
     sparsity: tuple[float, ...] = (0.5, 0.85, 0.9, 0.95)
-    """Shares of neurons that are 0."""
+    """Fractions of neurons that are 0."""
 
 
 Variants = dict[str, Callable[[], np.ndarray]]
@@ -64,11 +64,11 @@ def main(options: Options) -> None:
     print("|---|---|---|---|---|---|---|")
     for sparsity in options.sparsity:
         config = config_of(sparsity, options.layers)
-        capacity = -(-round(1.2 * (1 - sparsity) * F) // BLOCK) * BLOCK  # more than any of the layers has active
+        capacity = -(-round(1.2 * (1 - sparsity) * F) // BLOCK) * BLOCK  # more than the active neurons of any layer
         variants = backend(config, min(capacity, F), options.whole_step)
         expected = variants["dense"]()
         differences = {name: np.abs(run() - expected).max() / expected.std() for name, run in variants.items()}
-        most = 1e-4 if options.whole_step else 1e-5  # the roundings of many layers add up
+        most = 1e-4 if options.whole_step else 1e-5  # rounding errors of many layers add up
         for name, difference in differences.items():
             assert difference < most, f"{name} is {difference} from what the dense MLP gives"
         seconds = alternating(variants, options.rounds)
@@ -84,7 +84,8 @@ def main(options: Options) -> None:
 
 
 def config_of(sparsity: float, layers: int) -> ModelConfig:
-    """A random model's gates are normal: a threshold at the right deviation makes any share of them 0."""
+    """The config of a random model with this sparsity. Its gates are normally distributed, so the threshold is the
+    matching quantile."""
     config = ModelConfig(num_hidden_layers=layers, vocab_size=VOCABULARY * layers // LAYERS, **SHAPE)
     deviation = config.initializer_range / math.sqrt(config.logit_divisor) * math.sqrt(D)
     return ModelConfig(
@@ -93,7 +94,7 @@ def config_of(sparsity: float, layers: int) -> ModelConfig:
 
 
 def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Variants:
-    """`take`: A rows are gathered; `blocks`: a loop over as many blocks of rows as there are."""
+    """`take`: gather A rows at once; `blocks`: loop over the blocks of active rows."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -120,7 +121,7 @@ def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
         return product(h, rows[index], "f,fd->d")
 
     def in_blocks(h, of_block):
-        """The sum of what ``of_block`` makes of the numbers of 64 active neurons and of their h."""
+        """The sum of ``of_block(indices, h)`` over the blocks of 64 active neurons."""
         (index,) = jnp.nonzero(h, size=F, fill_value=F)
         active = h.at[index].get(mode="fill", fill_value=0)
 
@@ -156,7 +157,7 @@ def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
         outputs = []
         for mlp in mlps:
             outputs.append(mlp(x))
-            x = x + 1e-9 * outputs[-1]  # each waits for the one before
+            x = x + 1e-9 * outputs[-1]  # each MLP depends on the one before
         return jnp.concatenate(outputs)
 
     @jax.jit
@@ -183,8 +184,8 @@ def jax_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Varian
 
 
 def mlx_variants(config: ModelConfig, capacity: int, whole_step: bool) -> Variants:
-    """`top`: the A neurons with the largest gates, found on the device; `host`: exactly the active ones, found by
-    numpy, for which every layer waits."""
+    """`top`: the A neurons with the largest gates, selected on the device; `host`: exactly the active neurons, selected
+    by numpy, which makes every layer wait for the host."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 

@@ -1,10 +1,10 @@
-"""Tokens a second with guesses and without, where the text repeats itself and where it does not.
+"""Tokens per second with and without speculative decoding, for text that repeats itself and for text that does not.
 
     python -m benchmarks.speculation --backend jax
 
-Models are random. What such a model thinks likeliest soon goes round in circles: text that copies itself. What is drawn
-from it at temperature 1 does not repeat: free text. The draft model is the model without the upper part of its layers.
-Every way must give the same tokens; the command fails where one does not.
+The weights are random. Greedy text of such a model soon repeats itself ("copies itself"). Text sampled at temperature 1
+does not ("free"). The draft model is the model with only its lowest layers. All ways must give the same tokens as plain
+decoding; otherwise the command fails.
 """
 
 import functools
@@ -23,13 +23,19 @@ TEXTS: dict[str, dict[str, Any]] = {"copies itself": {}, "free": {"temperature":
 @dataclass(frozen=True)
 class Options:
     backend: BackendName = "jax"
+    """Backend to measure."""
     layers: int = 8
+    """Layers of the model."""
     draft_layers: int = 2
+    """Layers of the draft model."""
     words: int = 16384
+    """Vocabulary size."""
     tokens: int = 96
-    """Of an answer."""
+    """Tokens of an answer."""
     num_draft_tokens: tuple[int, ...] = (3, 7)
+    """Numbers of tokens that are guessed at a time."""
     rounds: int = 5
+    """Timed runs. The median is reported."""
 
 
 def main(options: Options) -> None:
@@ -58,7 +64,7 @@ def main(options: Options) -> None:
 
 
 def shallow(model: Any, name: BackendName, layers: int) -> Any:
-    """The lowest layers, between the same embedding and head."""
+    """A model of the lowest layers, with the same embedding and head."""
     kept = list(model.model.layers)[:layers]
     config = replace(model.config, num_hidden_layers=layers)
     if name == "jax":

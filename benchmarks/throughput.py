@@ -1,10 +1,11 @@
-"""Prompt and answer tokens a second, loading and memory, beside other programs on this machine.
+"""Measure prompt and answer tokens per second, loading and memory, beside other programs on this machine.
 
     python -m benchmarks.throughput --peer-python ~/torch/bin/python --save-path docs/throughput
 
-All run the same random Llama of MiniCPM-1B's width, on two threads, each in a process of its own that stays; they take
-turns, and of each figure the median counts. Writes the figures (.json), a table (.md) and a picture (.png). A program
-that is not installed is left out, with a line that says so. ``--peer-python``: where transformers and xllamacpp are.
+All programs run the same random Llama of MiniCPM-1B's width on two threads. Each has a process of its own, which stays
+alive. The programs take turns, and each figure is a median. The command writes the figures (.json), a table (.md) and a
+picture (.png). A program that is not installed is left out, with a message. ``--peer-python``: the Python that has
+transformers and xllamacpp.
 """
 
 import json
@@ -33,32 +34,39 @@ Precision = Literal["float32", "bfloat16"]
 @dataclass(frozen=True)
 class Options:
     rounds: int = 5
-    """Loadings of each program, and half of its runs."""
+    """Number of times that each program loads. It has twice as many timed runs."""
     layers: int = 8
-    """Of the model that JAX, transformers and llama.cpp run; 52 are the whole one."""
+    """Layers of the model for JAX, transformers and llama.cpp. The whole model has 52."""
     words: int = 16384
+    """Vocabulary size."""
     prompt: int = 128
+    """Tokens of the prompt."""
     tokens: int = 32
+    """Tokens of the answer."""
     mlx_layers: int = 2
-    """Of the smaller one that MLX runs, which is slow on a CPU."""
+    """Layers of the smaller model for MLX, which is slow on a CPU."""
     mlx_words: int = 4096
+    """Vocabulary size of the smaller model."""
     mlx_prompt: int = 32
+    """Tokens of the prompt for the smaller model."""
     mlx_tokens: int = 9
+    """Tokens of the answer of the smaller model."""
     peer_python: str = sys.executable
+    """Python that has transformers and xllamacpp."""
     save_path: Annotated[Path, Former("out")] = Path("throughput")
-    """Name of the files to be written, less .json, .md and .png."""
+    """Name of the files to write, without .json, .md and .png."""
     only: tuple[str, ...] = ()
-    """Measure again where these of ours run (minicpm_mlx); the other figures stay those of the last time."""
+    """Measure again only the comparisons with these packages (minicpm_mlx). The other figures stay as they are."""
     worker: tuple[str, Path, Precision, int, int, int] | None = None
-    """Be one of the programs: name, folder, precision, prompt, tokens, words."""
+    """Run as one of the programs: name, folder, precision, prompt, tokens, words."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Programs that run the same model; the first one is ours."""
+    """Programs that run the same model. The first one is ours."""
 
     names: tuple[str, ...]
-    precision: Precision  # that they compute in
+    precision: Precision  # the dtype of the computation
     layers: int
     words: int
     prompt: int
@@ -71,7 +79,7 @@ class Contest:
 
 
 def main(options: Options) -> None:
-    """Measure, and write the table and the picture."""
+    """Measure all programs, and write the table and the picture."""
     if options.worker is not None:
         name, folder, precision, prompt, tokens, words = options.worker
         ids = np.random.default_rng(0).integers(3, words, prompt).tolist()
@@ -81,7 +89,7 @@ def main(options: Options) -> None:
     small = (options.mlx_layers, options.mlx_words, options.mlx_prompt, options.mlx_tokens)
     both = ("minicpm_jax", "transformers", "llama.cpp")
     contests = [Contest(both, "float32", *large), Contest(both, "bfloat16", *large, file="bfloat16")]
-    # As MiniCPM was released; llama.cpp rounds to bfloat16 what meets a weight in it.
+    # As MiniCPM was released. llama.cpp is left out: it rounds activations to bfloat16 for bfloat16 weights.
     contests.append(Contest(both[:2], "float32", *large, file="bfloat16"))
     contests.append(Contest(("minicpm_mlx", "mlx_lm"), "float32", *small))
     path = options.save_path.with_suffix(".json")
@@ -116,7 +124,7 @@ of the file size. A value of "of ours" below 1 is slower than ours.
 
 
 def measured(contest: Contest, options: Options) -> tuple[dict[str, dict[str, float]], int]:
-    """The medians of each program, and the bytes of the file."""
+    """The medians of each program, and the size of the file in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
         write_llama(world, wide(contest.layers, contest.words), contest.file)
@@ -128,15 +136,15 @@ def measured(contest: Contest, options: Options) -> tuple[dict[str, dict[str, fl
                 start(name, world, contest, options, runs)
         workers = {name: worker(name, world, contest, options) for name in present}
         for process in workers.values():
-            process.stdout.readline()  # it has loaded
-        order = random.Random(0)  # by chance: the threads of the one before may still be awake
+            process.stdout.readline()  # wait until it has loaded
+        order = random.Random(0)  # random order, because threads of the previous program may still be awake
         for turn in range(2 * options.rounds + 1):
             for name in order.sample(present, len(present)):
                 process = workers[name]
                 process.stdin.write("go\n")
                 process.stdin.flush()
                 run = json.loads(process.stdout.readline())
-                for figure in ("prompt", "decode") if turn else ():  # the first one warms up
+                for figure in ("prompt", "decode") if turn else ():  # the first run warms up
                     runs[name].setdefault(figure, []).append(run[figure])
         for process in workers.values():
             process.stdin.close()
@@ -156,7 +164,7 @@ def worker(name: str, world: Path, contest: Contest, options: Options) -> Any:
 
 
 def start(name: str, world: Path, contest: Contest, options: Options, runs: dict[str, Any]) -> bool:
-    """Let a program load and end; False where it cannot."""
+    """Let a program load and exit. Returns False if it cannot run."""
     process = worker(name, world, contest, options)
     line, _ = process.communicate()
     if process.returncode or not line:

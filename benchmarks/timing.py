@@ -1,4 +1,4 @@
-"""How the benchmarks time: every variant in turn, round after round, so that a busy moment meets all of them."""
+"""Timing for the benchmarks: the variants alternate in every round, so that a busy moment affects all of them."""
 
 import statistics
 import time
@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 
 def alternating(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant, whose call returns when its result is there. One round before warms up."""
+    """Median seconds of each variant. A variant must return only when its result is computed. An extra first round
+    warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, variant in variants.items():

@@ -1,14 +1,14 @@
-"""What fine-tuning takes: the loss over the vocabulary in chunks, and packing.
+"""Measure what fine-tuning takes: the loss in vocabulary chunks, packing, and a full step.
 
     python -m benchmarks.training --part loss --backend jax
     python -m benchmarks.training --part loss --backend mlx
     python -m benchmarks.training --part packing --backend jax --shape wide
     python -m benchmarks.training --part step --tokens 16
 
-`loss`: memory and numbers of the loss in chunks beside those of all logits at once. In JAX the whole LoRA step of a
-released shape is compiled for a TPU, which needs none; in MLX loss and gradient run. `packing`: tokens a second of LoRA
-steps on examples whose lengths are skewed, each in a row of its own or packed. `step`: time and memory of a step of all
-weights in MLX, as it is on a CPU and compiled as on a GPU.
+`loss`: memory and values of the loss in chunks, compared with the loss from all logits at once. In JAX, the whole LoRA
+step of a released shape is compiled for a TPU, without a TPU. In MLX, the loss and its gradient are run. `packing`:
+tokens per second of LoRA steps on examples with skewed lengths, one per row or packed. `step`: time and memory of a
+full fine-tuning step in MLX, as on a CPU, and compiled as on a GPU.
 Dims: B rows, T tokens, V vocabulary, D hidden.
 """
 
@@ -33,35 +33,35 @@ from weights_io.adapters import AdapterConfig
 from weights_io.config import ModelConfig
 
 RANK, ALPHA, TARGETS = 8, 32.0, ("q_proj", "v_proj")
-VOCABULARY = 32768  # of the loss in MLX, whose head is 32 wide
+VOCABULARY = 32768  # vocabulary of the loss in MLX; its head has width 32
 
 
 @dataclass(frozen=True)
 class Options:
     part: Literal["loss", "packing", "step"]
-    """What is measured."""
+    """What to measure."""
     backend: Literal["jax", "mlx"] = "jax"
-    """Which of the two runs."""
+    """Backend to measure."""
     model: str = "minicpm-2b"
-    """Of the loss in JAX: whose shape."""
+    """loss in JAX: the model whose shape is used."""
     topology: str = "v5e:1x1"
-    """Of the loss in JAX: the TPU that is compiled for."""
+    """loss in JAX: the TPU to compile for."""
     rows: int = 4
-    """B."""
+    """Batch rows (B)."""
     tokens: int = 2048
-    """T; of packing the longest row, 256 at most."""
+    """Tokens of a row (T). packing: tokens of the longest row, at most 256."""
     logits: tuple[int, ...] = (2**26,)
-    """Of the loss: most logits at once."""
+    """loss: maximum number of logits at once."""
     shape: Literal["pico", "wide"] = "pico"
-    """Of packing: the built-in model's shape, or two layers as wide as MiniCPM-2B with its whole vocabulary."""
+    """packing: the built-in model's shape, or two layers of MiniCPM-2B's width with its whole vocabulary."""
     examples: int = 32
-    """Of packing: how many there are, an epoch."""
+    """packing: number of examples per epoch."""
     rounds: int = 5
-    """Of packing and of the step: timed runs, of which the median counts."""
+    """packing and step: timed runs. The median is reported."""
 
 
 def main(options: Options) -> None:
-    """Measure what fine-tuning takes in memory and time."""
+    """Measure the memory and time of fine-tuning."""
     if options.part == "step":
         mlx_step(options)
     elif options.part == "loss":
@@ -74,7 +74,8 @@ def main(options: Options) -> None:
 
 
 def mlx_step(options: Options) -> None:
-    """80 narrow layers: MLX on a CPU holds what the next hundred kernels write, which must be few of all."""
+    """Measure 80 narrow layers. MLX on a CPU holds the outputs of the next hundred kernels, which must be a small part
+    of all kernels."""
     import mlx.core as mx
 
     from benchmarks.models import wide
@@ -107,8 +108,9 @@ def mlx_step(options: Options) -> None:
 
 
 def one_layer(vocabulary: int, width: int) -> ModelConfig:
-    """Of weights and hidden states of deviation 1 it has logits of sqrt(D): some words are much likelier than others,
-    without which no two ways of computing the loss would differ."""
+    """The config of a one-layer model. With weights and hidden states of standard deviation 1, its logits have standard
+    deviation sqrt(D). Some tokens are then much likelier than others; otherwise all ways of computing the loss would
+    agree."""
     return ModelConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -158,7 +160,7 @@ def jax_loss(options: Options) -> None:
     told = {"trained": train.LoraFinetune(adapter.scale, adapter.dropout), "optimizer": optimizer}
     told["objective"] = losses.Objective(remat=True)
 
-    # The numbers, on this machine: the whole vocabulary and a narrow head.
+    # Compare the values on this machine, with the whole vocabulary and a narrow head.
     narrow = one_layer(config.vocab_size, 64)
     model, random = initialize(narrow, jax.random.key(0)), np.random.default_rng(0)
     x, labels = random.normal(size=(2, 33, 64)).astype(np.float32), random.integers(0, narrow.vocab_size, (2, 33))
@@ -185,7 +187,7 @@ def jax_loss(options: Options) -> None:
         difference = largest_difference(found, expected)
         cross_entropy.LOGITS = limit or cross_entropy.LOGITS
         small = of_hidden(losses.token_losses).lower(*alone).compile().memory_analysis()
-        train.train_step.clear_cache()  # it is traced with what token_losses is now
+        train.train_step.clear_cache()  # trace it again with the current token_losses
         whole = train.train_step.lower(*step, **told).compile().memory_analysis()
         in_all = whole.argument_size_in_bytes + whole.temp_size_in_bytes
         memory = (small.temp_size_in_bytes, whole.temp_size_in_bytes, in_all)
@@ -244,7 +246,7 @@ def named(limit: int | None) -> str:
 
 
 def largest_difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
-    """In shares of the largest number of each array; it must be below 1e-5."""
+    """Largest difference, relative to the largest value of each array. It must be below 1e-5."""
     pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(found, expected, strict=True)]
     largest = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
     assert largest < 1e-5, f"the loss in chunks is {largest} from the plain one"
@@ -274,7 +276,7 @@ def packing(options: Options) -> None:
     for name, feed in feeds.items():
         tokens = sum(int((batch["segments"] > 0).sum()) for batch in feed)
         computed = sum(batch["ids"].size for batch in feed)
-        rates[name] = tokens / computed, tokens / seconds[name]  # padding is all that differs
+        rates[name] = tokens / computed, tokens / seconds[name]  # only the padding differs
         (share, rate), (share_before, rate_before) = rates[name], rates["one example each"]
         print(
             f"| {name} | {len(feed)} | {computed:,}, {1 - share:.0%} | {seconds[name] / len(feed):.2f}"
@@ -283,7 +285,7 @@ def packing(options: Options) -> None:
 
 
 def trainer(options: Options, config: ModelConfig) -> tuple[Any, Callable[[], object]]:
-    """A trainer of adapters on random weights, and what waits for its last step."""
+    """A LoRA trainer on random weights, and a function that waits for its last step."""
     chosen = LoraOptions(rank=RANK, alpha=ALPHA, targets=TARGETS, batch_size=options.rows)
     made = importlib.import_module(f"minicpm_{options.backend}.training.trainer").Trainer
     initialize = importlib.import_module(f"minicpm_{options.backend}.model").initialize

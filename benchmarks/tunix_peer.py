@@ -1,10 +1,11 @@
-"""Beside google-tunix's Llama3 of the same shape, both compiled for TPUs that are not here.
+"""Compare our model with google-tunix's Llama3 of the same shape, both compiled for absent TPUs.
 
     python -m benchmarks.tunix_peer --peer-python ~/tunix/bin/python --save-path docs/tunix.md
 
-Each program is traced and compiled in a process of its own, one after the other: the loop that decodes (greedy), and
-the loss and its gradients of all weights with layers recomputed; bfloat16, the shape of MiniCPM-1B, the same mesh.
-``--peer-python``: where google-tunix and libtpu are installed, of the same releases of jax and libtpu as here.
+Each program is traced and compiled in a process of its own, one after the other. The programs are the greedy decoding
+loop, and the loss with its gradients for all weights and with each layer recomputed. Both use bfloat16, the shape of
+MiniCPM-1B and the same mesh. ``--peer-python``: a Python with google-tunix and libtpu, and with the same releases of
+jax and libtpu as here.
 """
 
 import json
@@ -27,15 +28,17 @@ from weights_io.memory import size
 @dataclass(frozen=True)
 class Options:
     peer_python: str = sys.executable
+    """Python that has google-tunix and libtpu."""
     save_path: Annotated[Path, Former("out")] = Path("tunix.md")
     """File to write."""
     layers: int = 52
-    """Of both models; 52 are the whole MiniCPM-1B."""
+    """Layers of both models. The whole MiniCPM-1B has 52."""
     words: int = 73440
+    """Vocabulary size."""
     only: str = ""
-    """Only cases whose title contains this; the other lines of the file stay."""
+    """Compile only cases with this text in their title. The other lines of the file stay."""
     worker: tuple[str, Path] | None = None
-    """Be the process that compiles one of our programs: its case, where the figures go."""
+    """Run as the process that compiles one of our programs: its case, and the file for the figures."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ compile both for absent chips.
 
 
 def main(options: Options) -> None:
-    """Compile the programs of both, and write the table."""
+    """Compile the programs of both packages, and write the table."""
     if options.worker is not None:
         ours(json.loads(options.worker[0]), options.worker[1])
         return
@@ -117,7 +120,7 @@ def cells(case: Case, whose: str, options: Options) -> Iterator[str]:
             program = Path(__file__).with_name("tunix_program.py")
             command = [options.peer_python, str(program), given, str(out)]
             environment |= ALONE
-            environment.pop("LIBTPU_INIT_ARGS", None)  # what ours tells it
+            environment.pop("LIBTPU_INIT_ARGS", None)  # the flags that our package set
         ran = subprocess.run(command, env=environment, capture_output=True, text=True)
         if ran.returncode:
             last = ran.stderr.strip().splitlines()[-1:]
@@ -139,7 +142,7 @@ def cells(case: Case, whose: str, options: Options) -> Iterator[str]:
 
 
 def ours(case: dict[str, Any], out: Path) -> None:
-    """As `minicpm_jax.fit` compiles it, of training without the optimiser."""
+    """Compile our program as `minicpm_jax.fit` does, but training without the optimizer."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -148,7 +151,7 @@ def ours(case: dict[str, Any], out: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(case["shape"]), "utf-8")
-        # What tunix calls fsdp splits rows alone when it decodes: our axis data.
+        # In decoding, the axis fsdp of tunix shards only the batch rows, as our axis data does.
         names = {"fsdp" if case["job"] == "train" else "data": case["fsdp"], "tensor": case["tensor"]}
         mesh = ",".join(f"{name}={size}" for name, size in names.items() if size > 1)
         job = fit.job_of(

@@ -1,6 +1,6 @@
-"""Programs of google-tunix, compiled for TPUs that are not here: run by `tunix_peer` with the Python that has it.
+"""Compile programs of google-tunix for absent TPUs. `tunix_peer` runs this file with the Python that has google-tunix.
 
-Its Llama3 (PyPI google-tunix 0.1.7) with its own sampler and loss; of ours nothing is imported.
+The model is its Llama3 (PyPI google-tunix 0.1.7), with its own sampler and loss. Nothing of our package is imported.
 """
 
 import json
@@ -19,14 +19,14 @@ from jax.sharding import PartitionSpec as P
 
 
 def measured(function: Any, arguments: tuple[Any, ...], out: Path, fixed: Mapping[str, Any]) -> None:
-    """Trace, lower and compile; the figures go to ``out``.json, the program's text to ``out``.txt."""
+    """Trace, lower and compile. Write the figures to ``out``.json and the program's text to ``out``.txt."""
     began = time.perf_counter()
     lowered = function.lower(*arguments, **fixed)
     traced = time.perf_counter()
     figures: dict[str, Any] = {"tracing": traced - began}
     try:
         program = lowered.compile()
-    except Exception as error:  # jax.errors.JaxRuntimeError, which has no kinds of its own
+    except Exception as error:  # jax.errors.JaxRuntimeError, which has no subclasses by cause
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         figures["exhausted"] = str(error).partition("\n")[0]
@@ -54,7 +54,7 @@ def main(case: dict[str, Any], out: Path) -> None:
     def constrained(x: jax.Array, spec: tuple[Any, ...]) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
-    llama3.shard = constrained  # theirs does so on a TPU, and nothing where JAX runs on a CPU, as here
+    llama3.shard = constrained  # their function does this on a TPU, but nothing if JAX runs on a CPU, as here
     config = llama3.ModelConfig(
         num_layers=shape["num_hidden_layers"],
         vocab_size=shape["vocab_size"],
@@ -104,7 +104,7 @@ def main(case: dict[str, Any], out: Path) -> None:
 
 
 def decoding(model: Any, graph: Any, weights: Any, rows: Any, batch: int, seq: int, mesh: Mesh) -> Any:
-    """The loop of its `Sampler`, greedy, as it is compiled, with a cache of ``seq`` and as many tokens to come."""
+    """The greedy loop of its `Sampler` and its arguments, with a cache length and a token buffer of ``seq``."""
     from tunix.generate.sampler import CacheConfig, Sampler, _init_cache, _SamplingState
 
     class Tokenizer:
@@ -112,7 +112,7 @@ def decoding(model: Any, graph: Any, weights: Any, rows: Any, batch: int, seq: i
             return 0
 
     config, everywhere = model.config, NamedSharding(mesh, P())
-    sampler = object.__new__(Sampler)  # whose __init__ wants arrays and a tokenizer
+    sampler = object.__new__(Sampler)  # its __init__ would need real arrays and a tokenizer
     sampler.tokenizer, sampler._transformer_graphdef = Tokenizer(), graph
     sampler.cache_config = CacheConfig(seq, config.num_layers, config.num_kv_heads, config.head_dim)
     sampler.eos_ids = jnp.array([2])

@@ -1,9 +1,9 @@
-"""Export a checkpoint of a training run as a model: in Hugging Face layout, or as `weights_io.convert` converts it.
+"""Export a checkpoint of a training run as a model, in Hugging Face layout or in a format of `weights_io.convert`.
 
     python -m minicpm_jax.export --checkpoint finetuned --step 500 --save-path model-500
 
-``--checkpoint`` is the folder of a run of minicpm_jax.finetune or minicpm_jax.pretrain, finished or interrupted, of
-one host or several. One parameter at a time is in memory; no accelerator is needed.
+``--checkpoint`` is the folder of a run of minicpm_jax.finetune or minicpm_jax.pretrain. The run may be finished or
+interrupted, and may have used one host or several. One parameter at a time is in memory. No accelerator is needed.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     checkpoint: Path
-    """Folder of the run; or of one of its checkpoints, RUN/checkpoints/STEP."""
+    """Folder of the run, or of one of its checkpoints (RUN/checkpoints/STEP)."""
     save_path: Annotated[Path, Former("out")]
-    """Folder to write; it must not exist yet, or be empty."""
+    """Folder to write. It must be empty or not exist yet."""
     step: int | None = None
-    """Which of its checkpoints; by default the last."""
+    """Step of the checkpoint. By default the last one."""
     to: Literal["hf", "llama", "mlx"] = "hf"
-    """As convert's: the model's own architecture, LlamaForCausalLM, or what mlx_lm opens."""
+    """Format, as in convert. hf: the model's own architecture; llama: LlamaForCausalLM; mlx: for mlx_lm."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the written weights; by default what the run would write at its end."""
+    """Dtype of the written weights. By default the dtype that the run itself writes at its end."""
     source: str | None = None
-    """Where the model that was fine-tuned, or the tokenizer of a pretraining, is now; by default where it was then."""
+    """New place of the base model (or, after pretraining, of the tokenizer), if it was moved since the run."""
 
 
 def main(options: Options) -> None:
@@ -59,7 +59,7 @@ def main(options: Options) -> None:
 
     from minicpm_jax.training.run_checkpoints import Saved, check
 
-    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run itself
+    jax.config.update("jax_platforms", "cpu")  # the run itself may still use the accelerator
     start = (pretrained if pretraining else finetuned)(settings, options.source)
     notes = settings.get("notes", {})
     check(run / "checkpoints", step)
@@ -72,7 +72,7 @@ def main(options: Options) -> None:
 
 
 def find(folder: Path, step: int | None) -> tuple[Path, int]:
-    """The run's folder, and the step of one of its checkpoints."""
+    """The run's folder, and the step of the checkpoint to export. Raises `InputError` if there is none."""
     if folder.parent.name == "checkpoints" and folder.name.isdecimal():
         if step not in (None, int(folder.name)):
             raise InputError(
@@ -103,7 +103,7 @@ def pretrained(settings: Mapping[str, Any], source: str | None) -> "Checkpoint":
 
 
 def finetuned(settings: Mapping[str, Any], source: str | None) -> "Checkpoint":
-    """The model that was fine-tuned."""
+    """The base model of a fine-tuning run, from ``source`` or from where the run read it."""
     from weights_io.checkpoint import open_model
 
     notes = settings.get("notes", {})

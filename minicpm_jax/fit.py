@@ -1,10 +1,10 @@
-"""Will it fit on a TPU, and what will it cost? Compiles the program that would run there, with no TPU present.
+"""Will it fit on a TPU, and what will it cost? Compiles the program for that TPU, with no TPU present.
 
     python -m minicpm_jax.fit --model minicpm-2b --topology v5e:1x1 --job generate --max-seq-length 4096
     python -m minicpm_jax.fit --model minicpm-2b --topology v5e:2x4 --job finetune --batch-size 8 --grad-checkpoint
 
-No weight is allocated or downloaded. Memory is XLA's plan; bytes and collectives are counted in its program
-(`minicpm_jax.aot.hlo_cost`); times are lower bounds: no program runs faster than its chip reads or multiplies.
+No weight is allocated or downloaded. Memory is XLA's plan. Bytes and collectives are counted in the compiled program
+(`minicpm_jax.aot.hlo_cost`). Times are lower bounds: no program runs faster than its chip reads or multiplies.
 """
 
 import dataclasses
@@ -24,29 +24,30 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     model: str = "minicpm-2b"
-    """Short name of the catalogue (nothing is downloaded), folder, or config.json."""
+    """Short name from the catalogue (nothing is downloaded), model folder, or config.json."""
     topology: str = "v5e:1x1"
-    """Kind and arrangement of the chips: v2, v3, v4, v5e, v5p or v6e, such as v5e:2x4 or v4:2x2x1."""
+    """Kind (v2, v3, v4, v5e, v5p or v6e) and layout of the chips, such as v5e:2x4 or v4:2x2x1."""
     job: Literal["generate", "prefill", "lora", "finetune", "pretrain"] = "generate"
-    """A step of decoding, a piece of a prompt, or a step of training."""
+    """generate: one decode step; prefill: one chunk of a prompt; the others: one training step."""
     batch_size: Annotated[int, Former("batch")] = 1
-    """Rows; in training over all chips together."""
+    """Batch rows. In training: the rows of all chips together."""
     max_seq_length: Annotated[int, Former("seq")] = 4096
-    """Slots of the cache; in training tokens of a row."""
+    """Cache length. In training: tokens of a row."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """Of weights and computation; masters of finetune and pretrain are float32."""
+    """Dtype of weights and computation. The master weights of finetune and pretrain are float32."""
     quantize: Literal[4, 8] | None = None
-    """Keep the matrices of the layers in so many bits (not of what is trained); to generate, the head in 8."""
+    """Bits of the quantized matrices of the layers (never of trained ones). In generation the head has 8 bits."""
     kv_bits: Literal[8] | None = None
-    """Keep keys and values in so many bits."""
+    """Bits of the quantized key/value cache."""
     mesh: str | None = None
-    """How the chips are arranged, such as fsdp=4,tensor=2; by default generation splits heads, training weights."""
+    """Axes and sizes of the mesh, such as fsdp=4,tensor=2. By default generation shards heads, and training shards
+    weights."""
     grad_checkpoint: bool = False
-    """Recompute each layer in the backward pass: less memory, a third more work."""
+    """Recompute each layer in the backward pass. This takes less memory and a third more work."""
     prefill_step_size: int = 512
-    """Tokens of a prompt that are run together."""
+    """Chunk size of a prompt in tokens."""
     rank: int = 8
-    """Of the adapters of lora."""
+    """Rank of the adapters of lora."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Matrices with adapters."""
 
@@ -54,7 +55,7 @@ class Options:
 @dataclass(frozen=True)
 class CommandOptions(Options):
     json: bool = False
-    """Print the figures as JSON, and try nothing else where it does not fit."""
+    """Print the figures as JSON. Alternatives are not tried if the program does not fit."""
 
 
 def compile_job(
@@ -70,13 +71,16 @@ def compile_job(
 ) -> Any:
     """Compile one of the project's programs for a TPU that need not be present.
 
-    Arguments: the flags of the command (`Options`); ``more``: the rest of them, and the former names of all: ``batch``,
-    ``seq``.
+    Arguments:
+        model, topology, job, batch_size, max_seq_length, dtype, quantize, mesh: as in `Options`.
+        more: the other fields of `Options`, and the former names ``batch`` and ``seq``.
 
-    Returns: a `jax.stages.Compiled`.
+    Returns:
+        A `jax.stages.Compiled`.
 
-    Raises: `InputError` for invalid arguments. If a chip's memory does not suffice, XLA's own error with
-    RESOURCE_EXHAUSTED.
+    Raises:
+        InputError: an argument is invalid.
+        jax.errors.JaxRuntimeError: XLA's own error with RESOURCE_EXHAUSTED, if a chip has too little memory.
     """
     given = {"batch_size": batch_size, "max_seq_length": max_seq_length, "quantize": quantize, "mesh": mesh}
     given |= present_names(Options, more)
@@ -92,12 +96,12 @@ def job_of(options: Options) -> "Job":
 
 
 def main(options: CommandOptions) -> None:
-    """Compile a job of a model for a TPU that need not be here: what it takes, and how fast it can be at most."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # do not take a local TPU from its users
+    """Compile a program for a TPU that need not be present. Print its memory, and a bound on its speed."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leave a local TPU to its users
     from minicpm_jax.parallel.chips import Topology
     from minicpm_jax.parallel.sharding import warn_idle_mesh_axes
 
-    Topology.parse(options.topology).devices()  # first the checks that cost nothing
+    Topology.parse(options.topology).devices()  # the cheap checks come first
     job = job_of(options)
     found = report(job)
     warn_idle_mesh_axes(job.config, job.placed, job.batch_size)

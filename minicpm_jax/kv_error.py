@@ -1,4 +1,4 @@
-"""Say how far a quantized key/value cache moves the logits of a text.
+"""Measure how far a quantized key/value cache moves the logits of a text.
 
 python -m minicpm_jax.kv_error --model openbmb/MiniCPM-2B-sft-bf16 --data some.txt
 """
@@ -25,8 +25,8 @@ class Options(Serving, kv_error.Options):
 
 
 def logits(model: "Model", ids: list[int], cache_options: CacheOptions) -> Iterator[np.ndarray]:
-    """[T, V] logits of one chunk after the other, through a cache of its own. Raises `InputError` for unsupported
-    cache options."""
+    """Yield the [T, V] logits of each chunk, computed with a new cache. Raises `InputError` for unsupported cache
+    options."""
     import jax
 
     from minicpm_jax.generation import decoding

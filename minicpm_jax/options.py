@@ -1,9 +1,9 @@
-"""Where a command of this package runs: the flags that say which processes work together, and over which devices.
+"""Options for where a command runs: on which devices, and in how many processes that work together.
 
     python -m minicpm_jax.finetune ... --coordinator-address 10.0.0.1:1234 --num-processes 2 --process-id 0
     python -m minicpm_jax.finetune ... --coordinator-address 10.0.0.1:1234 --num-processes 2 --process-id 1
 
-One such command on each host; on Cloud TPU, Slurm or Open MPI the same ``... --distributed`` on all of them.
+Run one such command on each host. On Cloud TPU, Slurm or Open MPI, run the same ``... --distributed`` on all hosts.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from weights_io.errors import InputError, flag
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
-    """Of one process."""
+    """Devices of a command that runs in one process."""
 
     mesh: str | None = None
-    """How the devices (of all processes) are arranged, such as data=2,fsdp=4; by default all along fsdp to train, and
-    to generate heads along tensor as far as each then holds less of the cache."""
+    """Axes and sizes of the device mesh (all processes), such as data=2,fsdp=4. By default training puts all devices on
+    fsdp; generation shards heads over tensor as long as that makes each device's cache smaller."""
 
     def placement(self) -> dict[str, Any]:
-        """What ``load`` is told besides."""
+        """The arguments of ``load`` that concern devices."""
         from minicpm_jax.parallel.mesh import make_mesh
 
         return {"mesh": make_mesh(self.mesh)}
@@ -31,18 +31,18 @@ class Devices:
 @dataclass(frozen=True, kw_only=True)
 class Placement(Devices):
     distributed: bool = False
-    """Run with the processes that Cloud TPU, Slurm or Open MPI started, each of which is given this same command."""
+    """Join the processes that Cloud TPU, Slurm or Open MPI started. All of them must run this same command."""
     coordinator_address: str | None = None
-    """Where the first of several processes that run this same command is, with a free port: 10.0.0.1:1234."""
+    """Host and free port of the first process, such as 10.0.0.1:1234, if several processes run this command."""
     num_processes: int | None = None
-    """How many they are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which of them this is; from 0, the first, which alone prints and writes."""
+    """Index of this process, from 0. Only process 0 prints and writes."""
     join_timeout: int = 300
-    """Seconds to wait for the others at the start."""
+    """Seconds to wait for the other processes at the start."""
 
     def check_placement(self) -> None:
-        """`InputError` for flags that cannot be; JAX is not asked."""
+        """Raises `InputError` for invalid flags or combinations of flags. Does not start JAX."""
         named = {name: getattr(self, name) for name in ("coordinator_address", "num_processes", "process_id")}
         missing = [flag(name) for name, value in named.items() if value is None]
         if self.distributed and len(missing) < len(named):
@@ -70,7 +70,7 @@ class Placement(Devices):
         host_and_port(self.coordinator_address or "")
 
     def placement(self) -> dict[str, Any]:
-        """What ``load`` is told besides. Waits for the other processes, if there are any."""
+        """The arguments of ``load`` that concern devices. Waits for the other processes, if there are any."""
         self.check_placement()
         from minicpm_jax.parallel.rendezvous import join
 
@@ -80,7 +80,7 @@ class Placement(Devices):
 
 @dataclass(frozen=True, kw_only=True)
 class Serving(Devices):
-    """Without --mesh, what `minicpm_jax.fit` compiles to generate: heads on devices of their own."""
+    """The default mesh is the one that `minicpm_jax.fit` compiles generation for: it shards heads over devices."""
 
     def placement(self) -> dict[str, Any]:
         found = super().placement()

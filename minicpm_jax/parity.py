@@ -1,9 +1,9 @@
-"""Check a conversion: compare a model with numbers that another program computed from the same weights.
+"""Check a conversion: compare a model with the results of another program for the same weights.
 
     python -m minicpm_jax.parity --model DIR --reference FILE.npz
 
-`minicpm_data.diagnostics.parity` says which arrays the file may hold. The exit code is 0 where all hold, 1 where some
-do not and 2 where the comparison cannot be made.
+`minicpm_data.diagnostics.parity` says which arrays the file may hold. The exit code is 0 if all arrays agree, 1 if some
+do not, and 2 if the comparison is not possible.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Options(Devices, parity.Options):
 
 
 def main(options: parity.Options) -> None:
-    """Compare a model with numbers that another program computed from the same weights."""
+    """Compare a model with the results of another program for the same weights."""
     from minicpm_jax import load
 
     parity.run(options, parity.ParityBackend(load, logits, states, continued))

@@ -3,14 +3,13 @@
     python -m minicpm_jax.pretrain --config config.json --tokenizer DIR --data DIR --save-path DIR --iters 5000 ...
     python -m minicpm_jax.pretrain --init-from MODEL --from-step 4500 --tokenizer DIR --data DIR --iters 5000 ...
 
-The second begins with the weights of a checkpoint, at its place in the schedule: 4500 of 5000 steps is where the decay
-starts. Any checkpoint will do, an upcycled mixture of experts too.
+The second command starts from the weights of a checkpoint, at the given step of the schedule. In this example the
+decay starts at step 4500 of 5000. Any checkpoint can be used, also an upcycled mixture of experts.
 
 ``--data`` holds ``stable/`` and ``decay/``, each with ``train.jsonl`` and ``valid.jsonl`` of {"text"} or {"messages"}
-documents; the decay stage reads the second, as MiniCPM mixes chat data in there (arXiv 2404.06395, section 4).
+documents. The decay stage reads ``decay/``, because MiniCPM adds chat data there (arXiv 2404.06395, section 4).
 ``--save-path`` gets ``metrics.jsonl``, ``loss.png``, ``checkpoints/`` (orbax) and, at the end, ``model/`` (Hugging Face
-layout). Interrupted by Ctrl-C, a kill or a power cut, the same command with ``--resume`` goes on where the last
-checkpoint was.
+layout). After Ctrl-C, a kill or a power cut, the same command with ``--resume`` resumes from the last checkpoint.
 """
 
 from dataclasses import dataclass

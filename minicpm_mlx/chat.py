@@ -2,7 +2,7 @@
 
     python -m minicpm_mlx.chat --model openbmb/MiniCPM-2B-sft-bf16
 
-Without ``--model`` it is the built-in model.
+Without ``--model`` the built-in model is used.
 """
 
 from minicpm_mlx.backend import backend, generator

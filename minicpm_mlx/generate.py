@@ -1,8 +1,8 @@
-"""Text from a prompt.
+"""Generate text from a prompt.
 
     python -m minicpm_mlx.generate --model openbmb/MiniCPM-2B-sft-bf16 --prompt "What is the capital of China?"
 
-Without ``--model`` it is the built-in model. The prompt is formatted with the checkpoint's chat template.
+Without ``--model`` the built-in model is used. The prompt is formatted with the checkpoint's chat template.
 """
 
 from minicpm_mlx.backend import backend, generator

@@ -2,7 +2,7 @@
 
     python -m minicpm_mlx.lora --model openbmb/MiniCPM-2B-sft-bf16 --data DIR --iters 1000 --adapter-path adapters
 
-``--adapter-path`` gets the adapter in PEFT's form, ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``.
+``--adapter-path`` gets the adapter in the format of PEFT, ``metrics.jsonl``, ``loss.png`` and ``checkpoints/``.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The backends by name. Each is imported on first use."""
+"""The backends by name. Each is imported on its first use."""
 
 import importlib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ BackendName = Literal["jax", "mlx"]
 
 
 def module(backend: BackendName, name: str) -> ModuleType:
-    """The module ``minicpm_BACKEND.NAME``. Raises `InputError` where the backend's packages are not installed."""
+    """The module ``minicpm_BACKEND.NAME``. Raises `InputError` if the backend's packages are not installed."""
     try:
         return importlib.import_module(f"minicpm_{backend}.{name}")
     except ModuleNotFoundError:  # a defect of the installation
@@ -30,10 +30,10 @@ def get(backend: BackendName) -> Backend:
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions(ModelOptions):
     backend: BackendName
-    """What runs the model."""
+    """Backend that runs the model."""
     mesh: str | None = None
-    """How the devices are arranged (JAX), such as data=2,tensor=4; by default heads along tensor as far as each device
-    then holds less of the cache."""
+    """Axes and sizes of the device mesh (JAX), such as data=2,tensor=4. By default heads are sharded over tensor as
+    long as that makes each device's cache smaller."""
 
     def check_placement(self) -> None:
         if self.backend == "mlx" and self.mesh is not None:

@@ -4,7 +4,7 @@
         --evaluation loss --data text.txt --save-path history
 
 Checkpoints are revisions of ``--model``, or folders in it (on the hub or on this disk). Each result is appended to
-``history.jsonl`` in ``--save-path``, and the same command resumes where it was stopped.
+``history.jsonl`` in ``--save-path``. After an interruption, the same command resumes.
 """
 
 import dataclasses
@@ -46,25 +46,25 @@ SETTINGS = {
 @dataclass(frozen=True, kw_only=True)
 class Options(backends.BackendOptions):
     save_path: Annotated[Path, Former("out")]
-    """Folder of history.jsonl and history.png."""
+    """Folder for history.jsonl and history.png."""
     revisions: tuple[str, ...] = ()
-    """Branches, tags or commits of --model, in the order of the run."""
+    """Branches, tags or commits of --model with the checkpoints, in the order of the run."""
     folders: tuple[str, ...] = ()
-    """Instead: folders in --model or, without it, model folders."""
+    """In place of --revisions: folders in --model or, without --model, model folders."""
     evaluation: Literal["questions", "loss", "passkey"] = "questions"
-    """The built-in questions, the loss on --data, or pass keys found in long texts."""
+    """questions: the built-in questions; loss: the loss on --data; passkey: pass keys found in long texts."""
     data: Path | None = None
-    """A text file, or .jsonl with a "text" a line, whose loss is measured."""
+    """Text to measure the loss on: a text file, or a .jsonl file with "text" in each line."""
     max_seq_length: Annotated[int, Former("length")] = 512
-    """Tokens of a text with a pass key, or of the windows that --data is cut into."""
+    """Tokens of a text with a pass key, or of each window of --data."""
     num_samples: Annotated[int, Former("samples")] = 20
-    """Texts with a pass key."""
+    """Number of texts with a pass key."""
     limit: int | None = None
-    """Only so many of the 900 questions."""
+    """Number of questions to ask. By default all 900 are asked."""
     seed: int = 0
-    """Draws the questions or the pass keys."""
+    """Seed of the questions or the pass keys."""
     batch_size: int = 8
-    """Questions, texts or windows together."""
+    """Questions, texts or windows in a batch."""
 
     def settings(self) -> dict[str, Any]:
         """The settings that all results of one curve share."""

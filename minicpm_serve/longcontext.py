@@ -2,7 +2,7 @@
 
     python -m minicpm_serve.longcontext --backend mlx --model minicpm-2b-128k --task passkey --max-seq-length 16384
 
-The score is reported by the depth of the needle. ``--rope-scaling`` overrides the RoPE scaling of the model.
+The score is reported by depth of the needle. ``--rope-scaling`` overrides the RoPE scaling of the model.
 """
 
 import json
@@ -34,29 +34,29 @@ CONFIDENCE = 1.96  # standard deviations: 95 %
 @dataclass(frozen=True, kw_only=True)
 class Options(backends.BackendOptions):
     task: TaskName = "passkey"
-    """A pass key of 5 digits, a sequence of 10, or a value of a JSON object."""
+    """passkey: 5 digits; number_string: a sequence of 10 digits; kv_retrieval: a value of a JSON object."""
     max_seq_length: Annotated[int, Former("length")] = 4096
-    """Most tokens of a prompt with its answer; the text is made to be just under it."""
+    """Maximum number of tokens of a prompt with its answer. The texts are made just short enough."""
     num_samples: Annotated[int, Former("samples")] = 20
-    """Texts to search."""
+    """Number of texts."""
     depth: tuple[float, ...] = ()
-    """Where the needles lie, from 0 (beginning) to 1 (end), in turn; by default evenly spread."""
+    """Positions of the needles, from 0 (beginning) to 1 (end), used in turn. By default they are evenly spread."""
     seed: int = 0
-    """Draws the needles."""
+    """Seed of the needles."""
     batch_size: int = 1
-    """Texts searched together."""
+    """Texts in a batch."""
     chat: bool = False
-    """Put the text into the model's chat template; by default it is continued as it stands."""
+    """Use the model's chat template. By default the model continues the raw text."""
     rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None
-    """In place of the checkpoint's own, such as {"type": "linear", "factor": 4}; null: none."""
+    """RoPE scaling that replaces the checkpoint's, such as {"type": "linear", "factor": 4}. null: no scaling."""
     kv_bits: Literal[4, 8] | None = None
-    """Keep keys and values in so many bits (JAX: 8)."""
+    """Bits of the quantized key/value cache (JAX: 8)."""
     kv_group_size: int | None = None
-    """Numbers that share a scale with --kv-bits in MLX; by default 64, or 32 where 64 does not divide a head."""
+    """Group size of --kv-bits in MLX. By default 64, or 32 if the head dimension is not a multiple of 64."""
     prefill_step_size: int = 512
-    """Tokens of a text that are run together: less takes less memory."""
+    """Chunk size of a text in tokens. A smaller chunk takes less memory."""
     save_path: Annotated[Path | None, Former("json")] = None
-    """Also write score, samples and replies to this file, as JSON."""
+    """JSON file for the score, the samples and the replies. By default no file is written."""
 
 
 def main(options: Options) -> None:
@@ -123,7 +123,7 @@ def counted(right: Sequence[bool]) -> str:
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """The interval of E. B. Wilson (1927) for a share of which ``right`` of ``count`` were seen."""
+    """Wilson's confidence interval (E. B. Wilson, 1927) of a proportion: ``right`` successes in ``count`` trials."""
     share, z = right / count, CONFIDENCE
     middle = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

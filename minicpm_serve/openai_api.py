@@ -30,39 +30,39 @@ if TYPE_CHECKING:
     import uvicorn
 
 QUEUED = 1024  # connections that the system queues until they are accepted
-GRACE = 5.0  # seconds that answers have to come to their end once the server is told to
-GOODBYE = 0.5  # seconds more, for the word that they did not
+GRACE = 5.0  # seconds that unfinished answers get after the signal to stop
+GOODBYE = 0.5  # further seconds, to tell clients that their answers were ended early
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(backends.BackendOptions):
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in."""
+    """Address to listen at. 0.0.0.0 accepts other machines."""
     port: int = 8000
-    """0: one that is free."""
+    """Port to listen at. 0 selects a free port."""
     api_key: str | None = None
-    """Let nobody in who does not send this key; by default that of MINICPM_API_KEY, which, unlike this, no list of
-    processes shows."""
+    """Key that every request must send. By default the environment variable MINICPM_API_KEY is used; unlike this
+    option, it is not visible in a list of processes."""
     allowed_hosts: tuple[str, ...] = ()
-    """More names by which this server may be asked for, or * for any; by default localhost and --host, and any where
-    other machines are let in."""
+    """Additional host names that requests may use, or * for any. By default localhost and --host are accepted, or any
+    name if other machines can reach the server."""
     allowed_origins: tuple[str, ...] = ()
-    """Pages in browsers that may ask this server, such as http://localhost:3000, or * for all."""
+    """Origins of web pages that may use this server, such as http://localhost:3000, or * for all."""
     max_num_seqs: Annotated[int | None, Former("slots")] = None
-    """Requests that are decoded together; others wait. By default 8, or fewer where the memory has no room for them."""
+    """Maximum number of concurrent requests; others wait. By default 8, or fewer if the memory is too small for 8."""
     max_queued_requests: Annotated[int, Former("waiting")] = 256
-    """Requests that may wait; more are refused (503)."""
+    """Maximum number of waiting requests. Further requests are refused (503)."""
     max_model_len: Annotated[int | None, Former("context")] = None
-    """Most tokens of a prompt and its answer; by default as many as the model was made for, or what there is room for
-    where one request is decoded."""
+    """Maximum number of tokens of a prompt and its answer. By default the model's context length, or less if even one
+    request of that length does not fit in memory."""
     kv_bits: Literal[8] | None = None
-    """Keep keys and values in so many bits (JAX)."""
+    """Bits of the quantized key/value cache (JAX)."""
     prefill_step_size: int = 512
-    """Tokens of a prompt that are run together: less lets the other answers go on sooner."""
+    """Chunk size of a prompt in tokens. A smaller chunk delays the other answers less."""
 
 
 def main(options: Options) -> None:
-    """Serve a MiniCPM (or Llama) model over HTTP as OpenAI does."""
+    """Serve a MiniCPM (or Llama) model over HTTP, with OpenAI's API."""
     options.check_placement()
     require_positive(options, "max_num_seqs", "max_model_len", "prefill_step_size")
     check_range(options, "max_queued_requests", least=0)
@@ -96,7 +96,7 @@ def main(options: Options) -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens at the address. Raises `InputError` where the address is in use or not available."""
+    """A socket that listens at the address. Raises `InputError` if the address is in use or not available."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind)

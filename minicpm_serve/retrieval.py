@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     save_path: Annotated[Path, Former("out")]
-    """The .jsonl file to write: {"prompt": ..., "completion": ...} a line."""
+    """The .jsonl file to write, with {"prompt": ..., "completion": ...} in each line."""
     tokenizer: str | None = None
-    """Folder, GGUF file, hub id or short name of the model whose tokens are counted; left out: the built-in model."""
+    """Model whose tokenizer counts tokens: folder, GGUF file, hub id or short name (default: the built-in model)."""
     task: TaskName = "passkey"
-    """A pass key of 5 digits, a sequence of 10, or a value of a JSON object."""
+    """passkey: 5 digits; number_string: a sequence of 10 digits; kv_retrieval: a value of a JSON object."""
     lengths: tuple[int, int] = (512, 4096)
-    """Least and most tokens of a prompt with its answer; each sample's is drawn between them."""
+    """Minimum and maximum number of tokens of a prompt with its answer. Each sample's length is random."""
     num_samples: Annotated[int, Former("samples")] = 2000
-    """Lines to write."""
+    """Number of samples, one per line."""
     seed: int = 0
-    """Draws needles, depths and lengths."""
+    """Seed of the needles, depths and lengths."""
 
 
 def main(options: Options) -> None:

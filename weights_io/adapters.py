@@ -55,13 +55,13 @@ CONFIG = "adapter_config.json"
 @dataclass(frozen=True)
 class Options:
     to: Form
-    """peft: adapter_model.safetensors as PEFT reads it; mlx_lm: adapters.safetensors."""
+    """Format. peft: adapter_model.safetensors for PEFT; mlx_lm: adapters.safetensors for mlx_lm."""
     save_path: Annotated[Path, Former("out")]
     """Folder to write."""
     model: str | None = None
-    """Model that the adapter is for: folder, GGUF file, hub id or short name (default: the built-in model)."""
+    """Model of the adapter: folder, GGUF file, hub id or short name (default: the built-in model)."""
     adapter_path: Path = Path("adapters")
-    """Folder of the adapter, in either form."""
+    """Folder of the adapter, in either format."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"

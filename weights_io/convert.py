@@ -36,32 +36,32 @@ MODEL_CODE = "from minicpm_mlx.model import Model, ModelArgs  # noqa: F401\n"
 @dataclass(frozen=True)
 class Options:
     model: str
-    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name of the catalogue."""
+    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name from the catalogue."""
     to: Literal["hf", "llama", "mlx"]
-    """hf: Hugging Face layout in the model's own architecture; mlx: the same, which mlx_lm then opens with
-    --trust-remote-code where this package is installed; llama: MiniCPM's scales folded in, LlamaForCausalLM."""
+    """hf: Hugging Face layout in the model's own architecture; mlx: the same, and mlx_lm opens it with
+    --trust-remote-code if this package is installed; llama: LlamaForCausalLM, with MiniCPM's scales folded in."""
     save_path: Annotated[Path, Former("out")]
-    """Folder to write; it must not exist yet, or be empty."""
+    """Folder to write. It must be empty or not exist yet."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the written weights; by default each tensor keeps its own."""
+    """Dtype of the written weights. By default each tensor keeps its own dtype."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
     unfold: bool = False
-    """With --to hf: turn a MiniCPM in the Llama format back into one with scales."""
+    """With --to hf: convert a MiniCPM in Llama format back to a MiniCPM with scales."""
     scale_emb: float = 12.0
-    """With --unfold: factor on the embedding. The defaults of the three are those of all released MiniCPMs."""
+    """With --unfold: factor on the embedding. The defaults of the three scales are those of all released MiniCPMs."""
     scale_depth: float = 1.4
     """With --unfold: factor on each residual branch, times 1 / sqrt(layers)."""
     dim_model_base: int = 256
-    """With --unfold: the logits are divided by hidden_size / dim_model_base."""
+    """With --unfold: base width; the logits are divided by hidden_size / dim_model_base."""
     quantize: Annotated[bool, tyro.conf.arg(aliases=("-q",))] = False
-    """With --to mlx: pack the matrices in few bits, as mlx_lm convert does."""
+    """With --to mlx: quantize the matrices, as mlx_lm convert does."""
     q_bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    """With --quantize: bits of a number."""
+    """With --quantize: bits of each weight."""
     q_group_size: Literal[32, 64, 128] = 64
-    """With --quantize: numbers of a row that share a scale and a bias."""
+    """With --quantize: group size, the number of weights of a row that share a scale and a bias."""
 
 
 def main(options: Options) -> None:
@@ -169,7 +169,7 @@ def write_model(
 
 
 def check(options: Options) -> None:
-    """Raises `InputError` for options that exclude each other."""
+    """Raises `InputError` for options that cannot be combined."""
     if options.quantize and options.to != "mlx":
         raise InputError("packs in MLX's form; use it with {to} mlx.", "quantize", ["to"])
     defaults = {field.name: field.default for field in dataclasses.fields(options)}

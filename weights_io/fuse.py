@@ -27,15 +27,15 @@ BLOCK = 32  # values of a row that share a scale in most GGUF types
 @dataclass(frozen=True)
 class Options:
     model: str | None = None
-    """Model folder, GGUF file, hub id (owner/name) or short name of the catalogue (default: the built-in model)."""
+    """Model folder, GGUF file, hub id (owner/name) or short name from the catalogue (default: the built-in model)."""
     adapter_path: Path = Path("adapters")
-    """Folder of the adapter, as PEFT or mlx_lm writes it."""
+    """Folder of the adapter, in the format of PEFT or mlx_lm."""
     save_path: Path = Path("fused_model")
-    """Folder to write; it must not exist yet, or be empty."""
+    """Folder to write. It must be empty or not exist yet."""
     to: Literal["hf", "llama"] = "hf"
-    """hf: the model's own architecture; llama: MiniCPM's scales folded in, LlamaForCausalLM."""
+    """hf: the model's own architecture; llama: LlamaForCausalLM, with MiniCPM's scales folded in."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the written weights; by default each tensor keeps its own (--to llama: the checkpoint's)."""
+    """Dtype of the written weights. By default each tensor keeps its own (--to llama: the checkpoint's dtype)."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"

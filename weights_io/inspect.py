@@ -30,13 +30,13 @@ DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
 @dataclass(frozen=True)
 class Options:
     model: str
-    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name; weights are not downloaded."""
+    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name. No weights are downloaded."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is looked up if it is not on this disk."""
     json: bool = False
-    """Print JSON, for other programs."""
+    """Print the report as JSON, for other programs."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Report:
     source: str  # folder, file or catalogue entry
     architecture: str
     parameters: int
-    parameters_without_embedding: int  # without the head too, where it is not tied
+    parameters_without_embedding: int  # also without an untied head
     parameters_active: int  # parameters that one token is computed with; fewer than all in a mixture of experts
     dtype: str  # the dtype that a loader uses by default
     stored: dict[str, int]  # dtype or quantized type in the files -> number of tensors
@@ -135,8 +135,8 @@ def describe(
     Arguments:
         source: what the model is called in the report.
         raw: the contents of config.json.
-        tensors: Hugging Face name -> tensor; empty where the weights are not available.
-        config: the config where it does not follow from ``raw`` alone.
+        tensors: Hugging Face name -> tensor; empty if the weights are not available.
+        config: the config, if it does not follow from ``raw`` alone.
     """
     config = config or ModelConfig.from_dict(dict(raw), source)
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
@@ -238,7 +238,7 @@ def _absent_keys(raw: Mapping[str, Any], config: ModelConfig) -> list[str]:
     given = set(raw) | set(raw.get("rope_parameters") or {})
     used = dataclasses.asdict(config)
     defaults = COMMON_DEFAULTS | config.family.defaults | {"model_type": config.model_type}
-    del defaults["initializer_range"]  # says how training began
+    del defaults["initializer_range"]  # describes only the initial weights of training
     absent = [key for key, default in defaults.items() if default is not None and key not in given]
     notes = {key: f"the default {json.dumps(used[key])} is taken" for key in sorted(absent)}
     if "tie_word_embeddings" in notes and config.tie_word_embeddings != defaults["tie_word_embeddings"]:

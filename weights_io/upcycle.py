@@ -1,4 +1,4 @@
-"""Sparse upcycling (arXiv 2212.05055): turn a dense model into a mixture of experts, to continue training.
+"""Sparse upcycling (arXiv 2212.05055): convert a dense model to a mixture of experts, to continue training.
 
     python -m weights_io.upcycle --model openbmb/MiniCPM-2B-sft-bf16 --num-experts 8 --save-path minicpm-moe-8x2b
 
@@ -30,17 +30,17 @@ COPIES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 @dataclass(frozen=True)
 class Options:
     save_path: Annotated[Path, Former("out")]
-    """Folder to write; it must not exist yet, or be empty."""
+    """Folder to write. It must be empty or not exist yet."""
     model: str | None = None
     """Dense model: folder, GGUF file, hub id (owner/name) or short name (default: the built-in model)."""
     num_experts: Annotated[int, Former("experts")] = 8
-    """Copies of each MLP."""
+    """Number of experts: copies of each MLP."""
     num_experts_per_tok: Annotated[int, Former("top_k")] = 2
-    """Experts that each token takes."""
+    """Experts selected for each token."""
     seed: int = 0
-    """Of the router's random weights."""
+    """Seed of the router's random weights."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the written weights; by default each tensor keeps its own."""
+    """Dtype of the written weights. By default each tensor keeps its own dtype."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
@@ -48,7 +48,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Turn a dense model into a mixture of experts with the same logits, to continue training."""
+    """Convert a dense model to a mixture of experts with the same logits, to continue training."""
     from weights_io.command_line import command_above
 
     command_above("upcycle")(options)
@@ -57,7 +57,7 @@ def main(options: Options) -> None:
 def upcycled(
     checkpoint: Checkpoint, num_experts: int, num_experts_per_tok: int, seed: int = 0
 ) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    """Config and tensors of the mixture; each tensor is read, or drawn, when its turn comes.
+    """Config and tensors of the mixture. Each tensor is read or generated when it is needed.
 
     Raises:
         InputError: the model has experts already or is a Llama, which has none; ``num_experts_per_tok`` is above

@@ -1,1 +1,1 @@
-"""Command lines that both backends have."""
+"""Command lines shared by both backends."""

@@ -1,4 +1,4 @@
-"""What an evaluation asks a model, and how many of the built-in model's held-out questions it answers rightly."""
+"""The command evaluate of both backends: ask a model questions, and count the right answers."""
 
 import math
 import sys
@@ -25,25 +25,25 @@ from weights_io.errors import InputError, listed
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
-SHOWN = 5  # wrong answers
+SHOWN = 5  # wrong answers that are printed
 
 
 @dataclass(frozen=True)
 class EvaluateOptions(DataOptions, ModelOptions):
     data: Path | None = None
-    """Ask what is in this file (conversations in any form that lora takes), and count the replies that are, to the
-    letter but for special tokens, its answers; by default the questions of pico."""
+    """File of conversations, in any format that lora reads. A reply counts as right if it equals the file's answer,
+    apart from special tokens. By default the questions of pico are asked."""
     limit: int | None = None
-    """Only so many questions, spread over all kinds; by default all."""
+    """Number of questions to ask, spread over all kinds. By default all are asked."""
     batch_size: int = 50
-    """Questions answered together."""
+    """Questions in a batch."""
     max_tokens: int = 48
-    """Most tokens of an answer."""
+    """Maximum number of tokens of an answer."""
     seed: int = 0
-    """Draws the questions; 0 draws those that pico's corpus keeps out of its training text."""
+    """Seed that selects the questions. Seed 0 selects those that pico's corpus keeps out of its training text."""
     require: tuple[str, ...] = ()
-    """Exit with 1 where fewer of the questions of a kind are right than this percentage: sum=95 fact=50. Those of
-    --data are all of the kind exact."""
+    """Exit with code 1 if a lower percentage of a kind of question is answered rightly: sum=95 fact=50. The questions
+    of --data have the kind exact."""
     require_sums: Annotated[float | None, tyro.conf.Suppress] = None
     """The former name of --require sum=95."""
 
@@ -62,9 +62,9 @@ def replies(
 
     Arguments:
         backend, model, tokenizer: as for generation.
-        prompts: token ids each.
+        prompts: the token ids of each prompt.
         batch_size: prompts per batch.
-        max_tokens: most tokens of an answer.
+        max_tokens: maximum number of tokens of an answer.
         stop: strings that end an answer.
         cache: the options of the key/value cache.
 
@@ -133,7 +133,7 @@ def ask_questions(
 
 
 def _without_tokens(answer: str, tokenizer: "Tokenizer") -> str:
-    """The answer as a reply would show it, without special tokens."""
+    """The answer without special tokens, which a reply does not show either."""
     ids = tokenizer.encode(answer, add_bos=False)
     return tokenizer.decode(ids) if tokenizer.added_tokens.keys() & set(ids) else answer
 
@@ -209,8 +209,8 @@ def run_evaluate(
     """``python -m PACKAGE.evaluate``. ``backend`` is imported only when the flags are valid."""
 
     def main(options: EvaluateOptions) -> None:
-        """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing), or a file's,
-        and count the right answers."""
+        """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing) or those of a
+        file, and count the right answers."""
         require_positive(options, "batch_size", "max_tokens", "limit")
         required = requirements(options)
         running = backend()

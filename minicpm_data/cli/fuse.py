@@ -1,4 +1,4 @@
-"""What ``python -m weights_io.fuse`` does: its tokenizer is made, or refused, before a weight is written."""
+"""The command ``python -m weights_io.fuse``. The tokenizer is built, or refused, before any weight is written."""
 
 from minicpm_data.tokenizer.writing import carried_files
 from weights_io.adapters import read_adapter

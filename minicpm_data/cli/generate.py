@@ -1,4 +1,4 @@
-"""The commands generate and chat of both backends: flags, output and the terminal chat."""
+"""The commands generate and chat of both backends: flags, output, and chat in a terminal."""
 
 import json
 import sys
@@ -41,19 +41,19 @@ class SamplingOptions:
     temp: Annotated[float, Former("temperature")] = 0.0
     """Temperature; 0 takes the likeliest token."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the likeliest tokens that together have this probability."""
     top_k: int = 0
-    """Draw from this many of the likeliest tokens; 0: from all."""
+    """Sample from the K likeliest tokens. 0 samples from all tokens."""
     min_p: float = 0.0
-    """Leave out tokens with less than this share of the likeliest one's probability."""
+    """Exclude tokens whose probability is below this fraction of the likeliest token's probability."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens of prompt and answer become less likely to come again."""
+    """Values above 1 make tokens of the prompt and the answer less likely to be repeated."""
     seed: int | None = None
-    """The same seed draws the same answer; by default another each time."""
+    """Random seed. The same seed gives the same answer. By default each run uses a new seed."""
     system_prompt: str | None = None
-    """A system message before the first question."""
+    """System message before the first question."""
     stop: Texts = ()
-    """End the answer where one of these texts begins."""
+    """Texts that end the answer. They are not printed."""
 
     def stops(self, *more: str) -> tuple[str, ...]:
         """The texts of --stop, checked, and ``more``."""
@@ -66,36 +66,36 @@ class SamplingOptions:
 @dataclass(frozen=True)
 class GenerateOptions(SamplingOptions, ModelOptions):
     prompt: Annotated[str, tyro.conf.arg(aliases=("-p",))] = "Hello!"
-    """What to answer; - reads it from standard input."""
+    """The prompt. - reads it from standard input."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = ANSWER_TOKENS
-    """Most tokens of the answer."""
+    """Maximum number of tokens of the answer."""
     ignore_chat_template: bool = False
-    """Continue the prompt as raw text."""
+    """Continue the prompt as raw text, without the chat template."""
     prefill_response: str | None = None
-    """Begin the answer with this text; what the model adds to it is printed."""
+    """Text that the answer begins with. Only the model's continuation is printed."""
     chat_template_config: str | None = None
-    """More variables for the chat template, as a JSON object."""
+    """Additional variables for the chat template, as a JSON object."""
     extra_eos_token: Texts = ()
-    """End the answer at these tokens too, such as <|im_end|>."""
+    """Additional tokens that end the answer, such as <|im_end|>."""
     kv_bits: Literal[4, 8] | None = None
-    """Keep keys and values in so many bits (JAX: 8)."""
+    """Bits of the quantized key/value cache (JAX: 8)."""
     kv_group_size: int | None = None
-    """Numbers that share a scale with --kv-bits in MLX; by default 64, or 32 where 64 does not divide a head."""
+    """Group size of --kv-bits in MLX. By default 64, or 32 if the head dimension is not a multiple of 64."""
     max_kv_size: int | None = None
-    """Keep only the first 4 and the latest so many tokens (MLX)."""
+    """Maximum number of tokens in the cache: the first 4 and the latest ones (MLX)."""
     prefill_step_size: int = 512
-    """Tokens of the prompt that are run together: less takes less memory."""
+    """Chunk size of the prompt in tokens. A smaller chunk takes less memory."""
     draft_model: str | None = None
-    """A smaller model of the same tokenizer that guesses the next tokens: the same answer, sooner."""
+    """Smaller model with the same tokenizer that guesses the next tokens. The answer is the same, and comes sooner."""
     num_draft_tokens: int = 3
-    """Tokens that are guessed at once."""
+    """Number of tokens that are guessed at a time."""
     prompt_lookup: bool = False
-    """Guess that the text goes on as it did where its last words stood before: sooner where much is repeated."""
+    """Find the last tokens earlier in the text, and guess that the same tokens follow. Speeds up repetitive text."""
     verbose: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Print speed and memory at the end."""
     report_sparsity: bool = False
-    """Print at the end which share of the MLP's neurons the activation left at 0 over prompt and answer, before up is
-    multiplied in (models with relu or fatrelu, such as MiniCPM-S-1B)."""
+    """At the end, print the fraction of MLP neurons that the activation sets to 0 over prompt and answer, before the
+    product with up_proj. For models with relu or fatrelu, such as MiniCPM-S-1B."""
 
     def cache_options(self) -> CacheOptions:
         return CacheOptions(
@@ -137,9 +137,9 @@ class ChatOptions(SamplingOptions, ModelOptions):
     temp: Annotated[float, Former("temperature")] = CHAT_TEMPERATURE
     """Temperature; 0 takes the likeliest token."""
     top_p: float = CHAT_TOP_P
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the likeliest tokens that together have this probability."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = CHAT_TOKENS
-    """Most tokens of an answer."""
+    """Maximum number of tokens of an answer."""
 
 
 def run_generate(
@@ -152,7 +152,7 @@ def run_generate(
         options.check_placement()
         sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
         variables, cache_options = options.template_variables(), options.cache_options()
-        options.speculation(options.draft_model)  # check the range before anything is loaded
+        options.speculation(options.draft_model)  # checks the range before anything is loaded
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something.")
@@ -195,7 +195,7 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
     """``python -m PACKAGE.chat``; ``backend`` as in `run_generate`."""
 
     def main(options: ChatOptions) -> None:
-        """Talk with a MiniCPM (or Llama) model; /help lists what can be typed besides questions."""
+        """Chat with a MiniCPM (or Llama) model. /help lists the commands of the chat."""
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
@@ -217,7 +217,7 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
                         note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
             except InputError as error:
                 complain(error)
-            except KeyboardInterrupt:  # a second one, while the first one ended the answer
+            except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
                 print()
 
     command_line.run(main, options, prog)
@@ -231,7 +231,7 @@ class Meter:
         self.tokens: list[int] = []
         self.from_draft = 0
         self.reason: str | None = None
-        self.clock = [time.perf_counter()]  # before, at the first token, at the end
+        self.clock = [time.perf_counter()]  # times: at the start, at the first token, at the end
         self.compiled = [device.compile_seconds()]
 
     def watch(self, answer: "Iterable[Response]") -> "Iterator[Response]":

@@ -1,4 +1,4 @@
-"""The command ``python -m weights_io.inspect``, with the tokenizer, which is built as a loader builds it."""
+"""The command ``python -m weights_io.inspect``. It builds the tokenizer as a loader does."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ def main(options: Options) -> None:
 def look_up(options: Options) -> Report:
     """The report on a model.
 
-    Of a hub's model only config and tokenizer are downloaded, and weights are counted if they are cached. Where the hub
-    cannot be reached, the report comes from the catalogue. Raises `InputError` where the model is not found.
+    For a model on a hub, only the config and the tokenizer are downloaded, and weights are counted if they are cached.
+    If the hub cannot be reached, the report comes from the catalogue. Raises `InputError` if the model is not found.
     """
     from weights_io.hub import resolve
 
@@ -45,9 +45,9 @@ def look_up(options: Options) -> Report:
 
 
 def inspect(path: Path, downloaded: bool = False) -> Report:
-    """The report on a model folder or GGUF file. ``downloaded``: a hub's cache, whose weights may be missing.
+    """The report on a model folder or GGUF file. ``downloaded``: the folder is a hub's cache, which may lack weights.
 
-    Raises `InputError` where config.json (or the GGUF header) cannot be used; other faults are listed in the report.
+    Raises `InputError` if config.json (or the GGUF header) cannot be used. Other faults are listed in the report.
     """
     report, metadata = without_tokenizer(path, downloaded)
     _describe_tokenizer(report, path, metadata)
@@ -55,8 +55,8 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
 
 
 def _describe_tokenizer(report: Report, path: Path, metadata: Mapping[str, Any] | None) -> None:
-    """Fill in the tokenizer's kind, its number of ids, and the place of its chat template. A loader's error becomes a
-    problem of the report."""
+    """Set the report's fields on the tokenizer: its kind, its number of ids, and where its chat template is. An error
+    of the loader becomes a problem of the report."""
     kind = _tokenizer_kind(path, metadata)
     try:
         tokenizer, note = tokenizer_in(path, metadata, report.config["vocab_size"])

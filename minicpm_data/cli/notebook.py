@@ -1,5 +1,5 @@
-"""Helpers for notebooks, for both backends: checks of the runtime, memory and disks, running commands in the notebook's
-process, and Colab's secrets and Google Drive."""
+"""Helpers for the notebooks of both backends: checks of the runtime, memory and disks, commands that run in the
+notebook's process, Colab's secrets, and Google Drive."""
 
 import os
 import runpy
@@ -47,15 +47,15 @@ def accept_cpu(wanted: str, remedy: str) -> str:
 def run(command: str) -> None:
     """Run a command (``python -m minicpm_jax.lora --data ...``) in this process.
 
-    A TPU can be used by one process only. The command may have several lines. Raises `InputError` where it fails, after
-    it has printed its error.
+    Only one process can use a TPU. The command may have several lines. Raises `InputError` if the command fails, after
+    the command has printed its error.
     """
     python, flag, module, *arguments = shlex.split(command)
     if (python, flag) != ("python", "-m"):
         raise InputError(f"{command} does not begin with python -m; give a command of a module.")
     before, sys.argv = sys.argv, [module, *arguments]
     handler = signal.signal(signal.SIGINT, _interrupt)  # a command must not end the notebook
-    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # it may be the second time
+    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # the module may already have run
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
@@ -81,7 +81,7 @@ def take_token(model: str) -> None:
     where, get = found
     try:
         token = (get(TOKEN) or "").strip()
-    except Exception as error:  # their own classes: no such secret, no access, no answer
+    except Exception as error:  # classes of the platform: no such secret, no access, no answer
         print(f"no {TOKEN} from the secrets of {where} ({type(error).__name__}); public models need none")
         return
     if token:

@@ -1,4 +1,4 @@
-"""The options of every command that reads training data."""
+"""The options of all commands that read training data."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class DataOptions:
     ignore_keys: tuple[str, ...] = ()
-    """Keys of the data's lines and messages to pass over; another key that is not understood is refused."""
+    """Keys to ignore in the lines and messages of the data. Any other unknown key is an error."""
     special_tokens_as_text: bool = False
-    """Keep tokens of the vocabulary that the data spells out ("<|sql|>", "</s>") plain text, as the server does with
-    what it is sent; by default they become the tokens."""
+    """Treat the names of special tokens in the data ("<|sql|>", "</s>") as plain text, as the server does with its
+    requests. By default they become the tokens."""
