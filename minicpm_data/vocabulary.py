@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from minicpm_data.datasets.formats import Reader
 from minicpm_data.datasets.jsonl import read_documents
+from minicpm_data.option_checks import check_range
 from minicpm_data.tokenizer.chat_template import MINICPM_TEMPLATE
 from weights_io.command_line import Former
 from weights_io.errors import InputError
@@ -149,8 +150,7 @@ def main(options: Options) -> None:
     """Train a SentencePiece vocabulary on a corpus: tokenizer.model, tokenizer.json and tokenizer_config.json."""
     from minicpm_data.tokenizer.sentencepiece import fast_spec, read_spm
 
-    if options.documents < 1:
-        raise InputError(f"is {options.documents}; it must be at least 1.", option="documents")
+    check_range(options, "documents", "model_max_length", least=1)
     check_output(options.save_path)  # a tokenizer there must stay: trained models may depend on it
     model = train(texts(options.data, options.documents), options.vocab_size)
     try:

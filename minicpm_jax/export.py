@@ -49,7 +49,10 @@ def main(options: Options) -> None:
     settings = read_json(run / "settings.json")
     pretraining = "config" in settings  # earlier versions wrote no backend there, as MLX had no pretraining
     if settings.get("backend", "minicpm_jax" if pretraining else None) != "minicpm_jax":
-        raise InputError(f"{run} is a run of MLX, whose checkpoints are its own; its last model or adapter is in it.")
+        raise InputError(
+            f"{run} is a run of MLX, whose checkpoints this command does not read; a finished run holds its model or "
+            "adapter, and --resume finishes an interrupted one."
+        )
     if "rank" in settings:
         raise InputError(f"{run} is a run of adapters; python -m minicpm_jax.fuse works them into their model.")
     if (options.source or "").endswith(".gguf") and pretraining:

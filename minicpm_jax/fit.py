@@ -62,8 +62,8 @@ def compile_job(
     model: str = "minicpm-2b",
     topology: str = "v5e:1x1",
     job: Literal["generate", "prefill", "lora", "finetune", "pretrain"] = "generate",
-    batch_size: int = 1,
-    max_seq_length: int = 4096,
+    batch_size: int | None = None,
+    max_seq_length: int | None = None,
     dtype: str = "bfloat16",
     quantize: int | None = None,
     mesh: str | None = None,
@@ -82,8 +82,8 @@ def compile_job(
         InputError: an argument is invalid.
         jax.errors.JaxRuntimeError: XLA's own error with RESOURCE_EXHAUSTED, if a chip has too little memory.
     """
-    given = {"batch_size": batch_size, "max_seq_length": max_seq_length, "quantize": quantize, "mesh": mesh}
-    given |= present_names(Options, more)
+    named = {"batch_size": batch_size, "max_seq_length": max_seq_length, "quantize": quantize, "mesh": mesh}
+    given = present_names(Options, {name: value for name, value in named.items() if value is not None} | more)
     return job_of(Options(model, topology, job, dtype=dtype, **given)).compiled()  # type: ignore[arg-type]
 
 

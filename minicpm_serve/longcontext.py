@@ -80,6 +80,8 @@ def main(options: Options) -> None:
     for raw in scaling:
         config = with_rope_scaling(config, raw)
     encode = _in_template(tokenizer) if options.chat else tokenizer.encode
+    if options.save_path is not None and not options.save_path.expanduser().absolute().parent.is_dir():
+        raise InputError(f"is {options.save_path}, in a folder that does not exist; make it first.", option="save_path")
     samples = evaluation_samples(
         options.task, encode, options.max_seq_length, options.num_samples, options.seed, options.depth
     )

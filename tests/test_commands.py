@@ -384,6 +384,12 @@ def test_former_flags_go_on_working(command, monkeypatch, capsys):
     assert not words & {flag.partition("=")[0].split()[0] for flag in RENAMED[command]}
 
 
+@pytest.mark.parametrize("flag", ["--max-length", "--model-max-length"])
+def test_an_error_names_the_flag_as_it_was_typed(flag, tmp_path):
+    ran = typed("minicpm_data.vocabulary", "--data", tmp_path, "--save-path", tmp_path / "out", f"{flag}=-7")
+    assert (ran.returncode, ran.stderr) == (2, f"error: {flag} is -7; it must be at least 1.\n")
+
+
 def test_help_says_nothing_of_a_default_that_is_none(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["openai_api", "--help"])
     from minicpm_serve.openai_api import Options

@@ -391,3 +391,8 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'minicpm-jax-mlx\[fit\]'"):
         Topology.parse("v5e:1x1").devices()
+
+
+def test_two_names_of_one_option_are_refused():
+    with pytest.raises(InputError, match="batch is the former name of batch_size; give one of them"):
+        fit.compile_job("pico", batch=1, batch_size=2)

@@ -121,7 +121,7 @@ def test_a_run_of_the_other_backend_is_left_as_it_is(world, whole, tmp_path):
 def test_the_export_of_jax_names_a_run_of_mlx(whole, tmp_path):
     from minicpm_jax.export import Options, main
 
-    with pytest.raises(InputError, match="is a run of MLX, whose checkpoints are its own"):
+    with pytest.raises(InputError, match="is a run of MLX, whose checkpoints this command does not read"):
         main(Options(whole, tmp_path / "none"))
 
 

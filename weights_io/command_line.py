@@ -59,7 +59,7 @@ def run(
         )
         return options(**{field.name: getattr(found, field.name) for field in dataclasses.fields(shown)})
 
-    with exit_codes(flags_of(options)):
+    with exit_codes(flags_of(options, sys.argv[1:])):
         allow_open_files()
         given = parsed(sys.argv[1:])
         if more_flags is not None and (more := more_flags(given)):
@@ -68,13 +68,20 @@ def run(
         main(given)
 
 
-def flags_of(options: type) -> Callable[[str], str]:
+def flags_of(options: type, words: Iterable[str] = ()) -> Callable[[str], str]:
     """A function that spells an option in an `InputError` as its flag: ``top_p`` -> ``--top-p``.
 
     It accepts fields of ``options`` and their former names. It returns any other name unchanged.
+
+    Arguments:
+        options: the dataclass of the options.
+        words: the command line. An option that it gives by a former name is spelled by that name.
     """
-    fields = {field.name: field.name for field in dataclasses.fields(options)} | former_names(options)
-    return lambda name: flag(fields[name]) if name in fields else name
+    former = former_names(options)
+    fields = {field.name: field.name for field in dataclasses.fields(options)} | former
+    names = (word.partition("=")[0][2:].replace("-", "_") for word in words if word.startswith("--"))
+    typed = {former[name]: name for name in names if name in former}
+    return lambda name: flag(typed.get(fields[name], fields[name])) if name in fields else name
 
 
 def for_tyro(options: type, asking: bool) -> Any:

@@ -58,10 +58,10 @@ class Options:
     """With --unfold: base width; the logits are divided by hidden_size / dim_model_base."""
     quantize: Annotated[bool, tyro.conf.arg(aliases=("-q",))] = False
     """With --to mlx: quantize the matrices, as mlx_lm convert does."""
-    q_bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    """With --quantize: bits of each weight."""
-    q_group_size: Literal[32, 64, 128] = 64
-    """With --quantize: group size, the number of weights of a row that share a scale and a bias."""
+    q_bits: Literal[2, 3, 4, 5, 6, 8] | None = None
+    """With --quantize: bits of each weight; 4 by default."""
+    q_group_size: Literal[32, 64, 128] | None = None
+    """With --quantize: group size, the number of weights of a row that share a scale and a bias; 64 by default."""
 
 
 def main(options: Options) -> None:
@@ -102,7 +102,7 @@ def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[s
             options.dtype,
             rounding,
         )
-    affine = Affine(options.q_bits, options.q_group_size) if options.quantize else None
+    affine = Affine(options.q_bits or 4, options.q_group_size or 64) if options.quantize else None
     dtype = options.dtype or (checkpoint.dtype if options.quantize else None)
     how: dict[str, Any] = {"for_mlx_lm": options.to == "mlx", "affine": affine}
     lines = write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files, **how)
@@ -172,8 +172,7 @@ def check(options: Options) -> None:
     """Raises `InputError` for options that cannot be combined."""
     if options.quantize and options.to != "mlx":
         raise InputError("packs in MLX's form; use it with {to} mlx.", "quantize", ["to"])
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    unused = [name for name in ("q_bits", "q_group_size") if getattr(options, name) != defaults[name]]
+    unused = [name for name in ("q_bits", "q_group_size") if getattr(options, name) is not None]
     if unused and not options.quantize:
         raise InputError("is only used with {quantize}; leave it out or add {quantize}.", unused[0], ["quantize"])
     if options.unfold and options.to != "hf":

@@ -102,6 +102,7 @@ def ask_questions(
     data: Path | None = None,
     ignore_keys: Collection[str] = (),
     trusted: bool = True,
+    required: Collection[str] = (),
 ) -> list[Answered]:
     """Ask a model the held-out questions of pico's corpus, or the questions of a file.
 
@@ -112,18 +113,25 @@ def ask_questions(
         seed: selects pico's questions.
         data: a file of conversations; None asks pico's questions.
         ignore_keys, trusted: as in `load_split`.
+        required: kinds of which there must be a question.
 
     Returns:
         The questions with the replies.
 
     Raises:
-        InputError: the file cannot be used.
+        InputError: the file cannot be used, or no question is of a required kind.
     """
     from minicpm_data.corpus import questions
 
     everything = list(questions(seed)) if data is None else questions_of(data, ignore_keys)
     count = min(limit or len(everything), len(everything))
     asked = [everything[i * len(everything) // count] for i in range(count)]
+    kinds = dict.fromkeys(q["kind"] for q in asked)
+    for kind in required:
+        if kind not in kinds:
+            raise InputError(
+                f"names the kind {kind}, and the questions are of the kinds {listed(kinds)}.", option="require"
+            )
     if trusted:
         asked = [{**q, "answer": _without_tokens(q["answer"], tokenizer)} for q in asked]
     messages = [q.get("messages", [{"role": "user", "content": q["prompt"]}]) for q in asked]
@@ -192,12 +200,8 @@ def requirements(options: EvaluateOptions) -> dict[str, float]:
 
 
 def missed(required: Mapping[str, float], scores: Mapping[str, Sequence[bool]]) -> str | None:
-    """The first requirement that is not met, as a sentence; None where all are met. Raises `InputError` for a kind of
-    question that was not asked."""
+    """The first requirement that is not met, as a sentence; None where all are met."""
     for kind, percentage in required.items():
-        if kind not in scores:
-            asked = listed(scores)
-            raise InputError(f"names the kind {kind}, and the questions are of the kinds {asked}.", option="require")
         if (share := 100 * sum(scores[kind]) / len(scores[kind])) < percentage:
             return f"{share:.1f} % of the questions of the kind {kind} are right; --require asks for {percentage:g} %."
     return None
@@ -218,7 +222,7 @@ def run_evaluate(
         running.device.warn_idle_axes(model, options.batch_size)
         numbers = options.limit, options.batch_size, options.max_tokens, options.seed, options.data
         reading = options.ignore_keys, not options.special_tokens_as_text
-        answers = ask_questions(running, model, tokenizer, *numbers, *reading)
+        answers = ask_questions(running, model, tokenizer, *numbers, *reading, required)
         scores: dict[str, list[bool]] = defaultdict(list)
         for answer in answers:
             scores[answer.question["kind"]].append(answer.right)

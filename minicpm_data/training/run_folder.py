@@ -180,7 +180,9 @@ def _compare(folder: Path, settings: dict[str, Any], notes: dict[str, Any], form
         changed.append("model")
     if changed:
         raise InputError(
-            f"{folder} holds a run with another {listed(changed)}; choose another folder, or delete this one."
+            f"{folder} holds a run with another {listed(f'{{{name}}}' for name in changed)}; choose another folder, or "
+            "delete this one.",
+            others=changed,
         )
 
 
