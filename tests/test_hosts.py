@@ -147,7 +147,7 @@ def test_what_cannot_be_is_said_in_each_process(out, ended):
         assert process.returncode == 2 and "process 1 has other options, another model or other data" in process.stderr
     assert not (out / "none").exists()
     for process in ended["other"]:
-        assert process.returncode == 2 and "other holds a run with another --model, " in process.stderr
+        assert process.returncode == 2 and "other holds a run with another model, " in process.stderr
 
 
 def test_an_answer_of_two_processes_is_that_of_one(world, ended):

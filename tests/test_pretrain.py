@@ -400,7 +400,7 @@ def test_bad_input(corpus, tmp_path, arguments, said):
 def test_another_run_is_not_continued(corpus, whole, tmp_path):
     before = sorted(os.listdir(whole)), figures(whole)
     ran = run(corpus, whole, "--resume", "--seed", "1")
-    assert ran.returncode == 2 and "another seed" in ran.stderr
+    assert ran.returncode == 2 and "another --seed" in ran.stderr
     changed = tmp_path / "data"
     shutil.copytree(corpus / "data", changed)
     with (changed / "stable" / "valid.jsonl").open("a") as file:
