@@ -406,5 +406,5 @@ def test_another_run_is_not_continued(corpus, whole, tmp_path):
     with (changed / "stable" / "valid.jsonl").open("a") as file:
         file.write(json.dumps({"text": "One more. " * 40}) + "\n")
     ran = run(corpus, whole, "--resume", "--data", changed)
-    assert ran.returncode == 2 and "another data" in ran.stderr
+    assert ran.returncode == 2 and "another --data" in ran.stderr
     assert (sorted(os.listdir(whole)), figures(whole)) == before
