@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from minicpm_data.cli.evaluate import ask_questions, replies, require_positive
+from minicpm_data.cli.evaluate import ask_questions, replies
 from minicpm_data.metrics import read_records
 from minicpm_data.model_options import load_model
+from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.evaluation.curves import draw
 from minicpm_serve.evaluation.needles import answer_tokens, evaluation_samples, is_right
@@ -87,7 +88,7 @@ class RunCheckpoint:
 def main(options: Options) -> None:
     """Evaluate the checkpoints of a training run one after the other, and draw the curve."""
     options.check_placement()
-    require_positive(options, "max_seq_length", "num_samples", "limit", "batch_size")
+    check_range(options, "max_seq_length", "num_samples", "limit", "batch_size", least=1)
     if (options.evaluation == "loss") != (options.data is not None):
         raise InputError("loss and {data} go together; give both or neither.", "evaluation", ["data"])
     if options.data is not None and options.max_seq_length < 2:

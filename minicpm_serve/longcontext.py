@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minicpm_data.cli.evaluate import replies, require_positive
+from minicpm_data.cli.evaluate import replies
 from minicpm_data.generation.options import CacheOptions
 from minicpm_data.model_options import load_model, note_context, open_source
+from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.evaluation.needles import Encode, Sample, TaskName, answer_tokens, evaluation_samples, is_right
 from weights_io.command_line import Former
@@ -64,7 +65,7 @@ def main(options: Options) -> None:
     from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 
     options.check_placement()
-    require_positive(options, "num_samples", "max_seq_length", "batch_size")
+    check_range(options, "num_samples", "max_seq_length", "batch_size", least=1)
     if wrong := [depth for depth in options.depth if not 0 <= depth <= 1]:
         raise InputError(f"is {wrong[0]:g}; it must be a number from 0 to 1.", option="depth")
     cache = CacheOptions(

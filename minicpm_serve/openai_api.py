@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from minicpm_data.cli.evaluate import require_positive
 from minicpm_data.generation.options import CacheOptions
 from minicpm_data.model_options import load_model, note_context
 from minicpm_data.option_checks import check_range
@@ -64,7 +63,7 @@ class Options(backends.BackendOptions):
 def main(options: Options) -> None:
     """Serve a MiniCPM (or Llama) model over HTTP, with OpenAI's API."""
     options.check_placement()
-    require_positive(options, "max_num_seqs", "max_model_len", "prefill_step_size")
+    check_range(options, "max_num_seqs", "max_model_len", "prefill_step_size", least=1)
     check_range(options, "max_queued_requests", least=0)
     if not 0 <= options.port < 2**16:
         raise InputError(f"is {options.port}; it must be from 0 to 65535.", option="port")

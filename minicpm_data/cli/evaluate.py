@@ -177,11 +177,6 @@ def is_right(question: dict[str, Any], reply: str) -> bool:
     return corpus.is_right(question, reply)
 
 
-def require_positive(options: Any, *names: str) -> None:
-    """Raises `InputError` where one of these options is below 1. None is accepted."""
-    check_range(options, *names, least=1)
-
-
 def requirements(options: EvaluateOptions) -> dict[str, float]:
     """Kind of question -> the required percentage of right answers. Raises `InputError`."""
     given = options.require if options.require_sums is None else (*options.require, f"sum={options.require_sums}")
@@ -215,7 +210,7 @@ def run_evaluate(
     def main(options: EvaluateOptions) -> None:
         """Ask the held-out questions of pico's corpus (sums, facts, translations, counting, reversing) or those of a
         file, and count the right answers."""
-        require_positive(options, "batch_size", "max_tokens", "limit")
+        check_range(options, "batch_size", "max_tokens", "limit", least=1)
         required = requirements(options)
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
