@@ -172,11 +172,16 @@ def test_the_cache_of_jax_grows_with_the_answer(tmp_path, monkeypatch):
         {"temperature": 1.3, "top_p": 0.6},
         {"temperature": 1.0, "min_p": 0.3},
         {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
+        {"temperature": 1.0, "min_p": 0.6, "min_tokens_to_keep": 3},
+        {"temperature": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.12},
+        {"temperature": 1.5, "xtc_probability": 0.5, "xtc_threshold": 0.05, "xtc_special_tokens": (1, 6)},
+        {"temperature": 0.7, "top_k": 4, "xtc_probability": 0.3, "xtc_threshold": 0.2},
+        {"temperature": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.5},
     ],
     ids=str,
 )
 def test_draws_follow_the_distribution(backend, options):
-    """2000 draws from 8 known logits against what transformers' chain of warpers leaves of them."""
+    """2000 draws from 8 known logits against what transformers' chain of warpers, then mlx_lm's XTC leave of them."""
     logits = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], np.float32)
     seen = np.array([True, False, False, True, False, False, False, True])
     expected = warped(logits, seen, **options)
@@ -186,10 +191,23 @@ def test_draws_follow_the_distribution(backend, options):
         assert abs(counts[token] / 2000 - probability) <= 4.5 * np.sqrt(probability * (1 - probability) / 2000)
 
 
-def warped(logits, seen, temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """The probabilities that transformers draws from, worked out one token at a time."""
+def warped(
+    logits,
+    seen,
+    temperature,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    min_tokens_to_keep=1,
+    xtc_probability=0.0,
+    xtc_threshold=0.1,
+    xtc_special_tokens=(),
+):
+    """The probabilities that transformers draws from, worked out one token at a time, and `mlx_lm`'s XTC on them."""
     scores = np.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-    scores = np.where(seen, scores, logits) / temperature
+    own = np.where(seen, scores, logits)
+    scores = own / temperature
     order = np.argsort(-scores)
     kept = set(order[: top_k or len(order)].tolist())
     p = np.where(np.isin(np.arange(len(scores)), list(kept)), np.exp(scores), 0)
@@ -201,8 +219,18 @@ def warped(logits, seen, temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_
         nucleus.add(int(token))
         total += p[token]
     p = np.where(np.isin(np.arange(len(scores)), list(nucleus)), p, 0)
-    p = np.where(p >= min_p * p.max(), p, 0)
-    return p / p.sum()
+    p = np.where((p >= min_p * p.max()) | np.isin(np.arange(len(p)), order[:min_tokens_to_keep]), p, 0)
+    p /= p.sum()
+    if not xtc_probability:
+        return p
+    from mlx_lm.sample_utils import apply_xtc
+
+    import mlx.core as mx
+
+    left = mx.array(np.where(p > 0, own, -np.inf).astype(np.float32))[None]
+    spared = np.isfinite(np.asarray(apply_xtc(left, 1.0, xtc_threshold, list(xtc_special_tokens))))[0]
+    without = np.where(spared, p, 0)
+    return xtc_probability * without / without.sum() + (1 - xtc_probability) * p
 
 
 def draws(package, logits, seen, count, sampling):
@@ -249,6 +277,11 @@ def test_chat_keeps_the_history(backend, babbler):
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": -3}, "top_k is -3"),
         ({"min_p": 2}, "min_p is 2"),
+        ({"min_tokens_to_keep": 0}, "min_tokens_to_keep is 0"),
+        ({"xtc_probability": 1.5}, "xtc_probability is 1.5"),
+        ({"xtc_threshold": 0.6}, "xtc_threshold is 0.6"),
+        ({"xtc_probability": 1, "xtc_special_tokens": (1, 99999)}, "xtc_special_tokens holds 99999"),
+        ({"quantized_kv_start": 5}, "quantized_kv_start is for kv_bits"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"stop": [""]}, "stop holds an empty text"),

@@ -71,7 +71,8 @@ class Checkpoint:
         Raises:
             InputError: the dtype is not supported.
         """
-        return check_dtype(dtype(self) if callable(dtype) else dtype or self.dtype)
+        of_library = isinstance(dtype, type)  # jnp.bfloat16, which may be called, too
+        return check_dtype(dtype(self) if callable(dtype) and not of_library else dtype or self.dtype)
 
     def read(self, name: str, dtype: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Read a tensor in the dtype of its file.

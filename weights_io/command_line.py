@@ -65,6 +65,7 @@ def run(
         if more_flags is not None and (more := more_flags(given)):
             given = parsed(more + sys.argv[1:])
         check_numbers(given)
+        note_unneeded(given)
         main(given)
 
 
@@ -130,6 +131,23 @@ class Former:
 
     def __init__(self, *names: str) -> None:
         self.names = names
+
+
+class Unneeded:
+    """Marks a flag that other tools need and that changes nothing here, with the reason:
+    ``trust_remote_code: Annotated[bool, Unneeded("no code of a checkpoint is run")] = False``.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def note_unneeded(options: Any) -> None:
+    """Print a note for each flag marked `Unneeded` that was given."""
+    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(mark, Unneeded) and getattr(options, name):
+                print(f"note: {flag(name)} changes nothing here: {mark.reason}", file=sys.stderr)
 
 
 def former_names(options: type) -> dict[str, str]:

@@ -4,10 +4,11 @@
 both backends have the same names, signatures and behavior.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from minicpm_data.arguments import check_keywords
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     CHAT_TEMPERATURE,
@@ -20,7 +21,7 @@ from minicpm_data.generation.options import (
 from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt
 from minicpm_data.generation.responses import Response, stop_strings, stream_text
 from minicpm_data.generation.speculation import Speculation
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +82,7 @@ class Generator(Generic[ModelT]):
         draft_model: ModelT | None = None,
         num_draft_tokens: int = 3,
         prompt_lookup: bool = False,
-        **cache_options: Any,
+        **options: Any,
     ) -> Iterator[Response]:
         """Generate from one prompt, and yield a `Response` for each new token.
 
@@ -96,16 +97,19 @@ class Generator(Generic[ModelT]):
             stop: strings that end the answer; they are not part of the text.
             draft_model, num_draft_tokens, prompt_lookup: speculative decoding, see `Speculation`; the tokens are the
                 same.
-            cache_options: the fields of `CacheOptions`.
+            options: the other fields of `Sampling` (``xtc_probability``, ``xtc_threshold``, ``xtc_special_tokens``,
+                ``min_tokens_to_keep``), and those of `CacheOptions`.
 
         Returns:
             An iterator over `Response` (``text``, ``token``, ``finish_reason``, ``from_draft``).
 
         Raises:
-            InputError: an argument is out of range, or the memory does not hold the cache.
+            InputError: an argument is out of range or of another type, or the memory does not hold the cache.
+            TypeError: an argument is unknown; the message names the nearest one.
         """
-        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        kept, speculation = CacheOptions(**cache_options), Speculation(draft_model, prompt_lookup, num_draft_tokens)
+        kept, options = cache_and_others(options, ("prompt", "max_tokens", "stop", "draft_model", "num_draft_tokens", "prompt_lookup"))
+        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, **options)
+        speculation = Speculation(draft_model, prompt_lookup, num_draft_tokens)
         request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, kept)
         return self.stream(model, tokenizer, request, stop, speculation)
 
@@ -155,9 +159,11 @@ class Generator(Generic[ModelT]):
         Raises:
             InputError: as `stream_generate`.
         """
-        if not prompts:
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            raise InputError(f"is {short(repr(prompts))}; it must be a list of prompts.", option="prompts")
+        if not len(prompts):
             return []
-        kept = CacheOptions(**{f.name: options.pop(f.name) for f in fields(CacheOptions) if f.name in options})
+        kept, options = cache_and_others(options, ("prompts", "max_tokens", "stop"))
         request = GenerationRequest.of(model, tokenizer, prompts, max_tokens, Sampling(**options), kept)
         return self.batch(model, tokenizer, request, stop)
 
@@ -202,12 +208,27 @@ class Generator(Generic[ModelT]):
         """
         if tokenizer is None:
             raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
+        if not isinstance(history, list | tuple | None):
+            raise InputError(f"is {short(repr(history))}; it must be a list of messages.", option="history")
         messages = [*(history or ()), {"role": "user", "content": query}]
         prompt = tokenizer.apply_chat(messages)
         options |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
         options["stop"] = (*stop_strings(options.get("stop", ())), *tokenizer.turn_markers)
         reply = self.generate(model, tokenizer, prompt, **options).strip()
         return reply, [*messages, {"role": "assistant", "content": reply}]
+
+
+def cache_and_others(
+    options: Mapping[str, Any], own: Collection[str]
+) -> tuple[CacheOptions, dict[str, Any]]:
+    """The cache options among keyword arguments, and the others, which are fields of `Sampling`.
+
+    ``own``: the other arguments of the function, which a message may suggest. Raises `TypeError` for an unknown one.
+    """
+    of_cache, of_sampling = ({f.name for f in fields(kind)} for kind in (CacheOptions, Sampling))
+    check_keywords(options, {*of_cache, *of_sampling, *own})
+    kept = CacheOptions(**{name: value for name, value in options.items() if name in of_cache})
+    return kept, {name: value for name, value in options.items() if name in of_sampling}
 
 
 def _marked(

@@ -29,7 +29,8 @@ RESUMABLE_OPTIONS = frozenset(
     """train test iters epochs mask_prompt learning_rate lr_schedule warmup_steps clip steps_per_report steps_per_eval
     val_batches test_batches save_every resume report_to project_name hub data config init_from tokenizer
     grad_checkpoint adapter_path ignore_keys special_tokens_as_text save_path save_dtype mesh distributed
-    coordinator_address num_processes process_id join_timeout""".split()
+    coordinator_address num_processes process_id join_timeout
+    trust_remote_code""".split()
 )
 
 
