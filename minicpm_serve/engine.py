@@ -26,7 +26,15 @@ from minicpm_data.generation.options import (
     CacheOptions,
     Sampling,
 )
-from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt, PromptIds, end_ids, prompt_ids, special_tokens_kept
+from minicpm_data.generation.request import (
+    GenerationRequest,
+    ModelT,
+    Prompt,
+    PromptIds,
+    end_ids,
+    prompt_ids,
+    special_tokens_kept,
+)
 from minicpm_data.generation.responses import Response, stream_text
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName

@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import tiny_model
 from documented_commands import ROOT
 
 from minicpm_data.generation.options import Sampling
+from minicpm_data.generation.request import GenerationRequest
 from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
@@ -223,9 +225,8 @@ def warped(
     p /= p.sum()
     if not xtc_probability:
         return p
-    from mlx_lm.sample_utils import apply_xtc
-
     import mlx.core as mx
+    from mlx_lm.sample_utils import apply_xtc
 
     left = mx.array(np.where(p > 0, own, -np.inf).astype(np.float32))[None]
     spared = np.isfinite(np.asarray(apply_xtc(left, 1.0, xtc_threshold, list(xtc_special_tokens))))[0]
@@ -290,6 +291,81 @@ def test_chat_keeps_the_history(backend, babbler):
 def test_options_out_of_range_are_refused_at_once(backend, babbler, options, said):
     with pytest.raises(InputError, match=said):
         backend.stream_generate(*babbler, "Hello", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_tokens": "3"}, "max_tokens is '3'; it must be a number"),
+        ({"max_tokens": 3.5}, "max_tokens is 3.5; it must be a whole number"),
+        ({"temperature": None}, "temperature is None; it must be a number"),
+        ({"temperature": np.ones(2)}, "temperature is array"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"stop": 5}, "stop is 5; it must be a text or a list of texts"),
+        ({"kv_bits": "8"}, "kv_bits is '8'; it must be a number"),
+        ({"num_draft_tokens": "3"}, "num_draft_tokens is '3'"),
+        ({"draft_model": "pico"}, "draft_model is 'pico'; give the model that load returns"),
+        (
+            {"xtc_probability": 1, "xtc_special_tokens": 5},
+            "xtc_special_tokens is 5; it must be a list of whole numbers",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_refused_at_once(backend, babbler, options, said):
+    with pytest.raises(InputError, match=said):
+        backend.stream_generate(*babbler, "Hello", **options)
+
+
+def test_numbers_of_numpy_are_numbers(backend, babbler):
+    given = {"max_tokens": np.int64(4), "temperature": np.float32(0.5), "seed": np.int32(1)}
+    plain = {name: value.item() for name, value in given.items()}
+    assert backend.generate(*babbler, np.array([1, 7]), **given) == backend.generate(*babbler, [1, 7], **plain)
+
+
+def test_unknown_arguments_name_the_near_one(backend, babbler):
+    for call, given, near in (
+        (backend.generate, {"prompt": "Hello", "temp": 1}, "'temp'; did you mean 'temperature'"),
+        (backend.batch_generate, {"prompts": ["Hello"], "max_toknes": 1}, "'max_toknes'; did you mean 'max_tokens'"),
+        (backend.chat, {"query": "Hello", "kv_bit": 8}, "'kv_bit'; did you mean 'kv_bits'"),
+        (backend.generate, {"prompt": "Hello", "verbose": True}, "'verbose'; the keywords are draft_model, kv_bits"),
+    ):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument {near}"):
+            call(*babbler, **given)
+    with pytest.raises(TypeError, match="'adapter_path'; did you mean 'adapter'"):
+        backend.load(adapter_path="x")
+
+
+def test_other_things_than_prompts_and_models_are_refused(backend, babbler):
+    model, tokenizer = babbler
+    for prompt in (None, 5, b"Hello", [1.5], ["Hello"], [[1, 2]]):
+        with pytest.raises(InputError, match="give a text, or a list of token ids"):
+            backend.stream_generate(model, tokenizer, prompt)
+    for prompts in ("Hello", 5):
+        with pytest.raises(InputError, match="it must be a list of prompts"):
+            backend.batch_generate(model, tokenizer, prompts)
+    with pytest.raises(InputError, match="model is .*; give the model that load returns"):
+        backend.stream_generate(tokenizer, model, "Hello")
+    with pytest.raises(InputError, match="history is 'Hi'; it must be a list of messages"):
+        backend.chat(model, tokenizer, "Hello", history="Hi")
+    for given, said in (
+        ({"dtype": np.float32}, "dtype is float32 of a library; give its name as a text"),
+        ({"path_or_repo": 5}, "path_or_repo is 5; it must be the name"),
+        ({"adapter": b"x"}, "adapter is b'x'; it must be the name"),
+        ({"quantize": "4"}, "quantize is '4'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            backend.load(**given)
+
+
+def test_xtc_spares_the_line_break_and_the_ends(backend, babbler):
+    """As in mlx_lm, which has no flag for these tokens."""
+    model, tokenizer = babbler
+    sampling = Sampling(temperature=1.0, xtc_probability=1.0)
+    request = GenerationRequest.of(model, tokenizer, ["Hello"], sampling=sampling)
+    assert set(request.sampling.xtc_special_tokens) == {*tokenizer.encode("\n"), *request.end_ids}
+    given = replace(sampling, xtc_special_tokens=(3,))
+    assert GenerationRequest.of(model, tokenizer, ["Hello"], sampling=given).sampling == given
 
 
 @pytest.mark.parametrize(("prompt", "said"), [([], "empty"), ([1, 100_000], "100000"), ([-1], "-1")])

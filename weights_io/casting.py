@@ -111,7 +111,7 @@ def largest_magnitude(values: np.ndarray) -> np.ndarray:
     return largest[None].view(values.dtype)[0]
 
 
-def check_dtype(dtype: str) -> str:
+def check_dtype(dtype: object) -> str:
     """Return ``dtype`` if weights can be loaded and written in it. Raises `InputError` otherwise."""
     if not isinstance(dtype, str):
         name = getattr(dtype, "__name__", str(dtype)).rpartition(".")[2]

@@ -71,8 +71,9 @@ class Checkpoint:
         Raises:
             InputError: the dtype is not supported.
         """
-        of_library = isinstance(dtype, type)  # jnp.bfloat16, which may be called, too
-        return check_dtype(dtype(self) if callable(dtype) and not of_library else dtype or self.dtype)
+        if callable(dtype) and not isinstance(dtype, type):  # jnp.bfloat16 is a type
+            return check_dtype(dtype(self))
+        return check_dtype(dtype or self.dtype)
 
     def read(self, name: str, dtype: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Read a tensor in the dtype of its file.

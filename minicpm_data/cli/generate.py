@@ -88,8 +88,7 @@ class KVCacheOptions:
     kv_bits: Literal[4, 8] | None = None
     """Bits of the quantized key/value cache (JAX: 8)."""
     kv_group_size: int | None = None
-    """Group size of --kv-bits. In MLX 64 by default, or 32 if the head dimension is not a multiple of 64; in JAX a group
-    is a head."""
+    """Group size of --kv-bits. MLX: 64 by default, or 32 if the head dimension is not a multiple of 64. JAX: a head."""
     quantized_kv_start: int = 0
     """Quantize the cache of --kv-bits once it holds this many tokens (MLX). By default from the first token on."""
     max_kv_size: int | None = None

@@ -107,7 +107,9 @@ class Generator(Generic[ModelT]):
             InputError: an argument is out of range or of another type, or the memory does not hold the cache.
             TypeError: an argument is unknown; the message names the nearest one.
         """
-        kept, options = cache_and_others(options, ("prompt", "max_tokens", "stop", "draft_model", "num_draft_tokens", "prompt_lookup"))
+        kept, options = cache_and_others(
+            options, ("prompt", "max_tokens", "stop", "draft_model", "num_draft_tokens", "prompt_lookup")
+        )
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, **options)
         speculation = Speculation(draft_model, prompt_lookup, num_draft_tokens)
         request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, kept)
@@ -218,9 +220,7 @@ class Generator(Generic[ModelT]):
         return reply, [*messages, {"role": "assistant", "content": reply}]
 
 
-def cache_and_others(
-    options: Mapping[str, Any], own: Collection[str]
-) -> tuple[CacheOptions, dict[str, Any]]:
+def cache_and_others(options: Mapping[str, Any], own: Collection[str]) -> tuple[CacheOptions, dict[str, Any]]:
     """The cache options among keyword arguments, and the others, which are fields of `Sampling`.
 
     ``own``: the other arguments of the function, which a message may suggest. Raises `TypeError` for an unknown one.

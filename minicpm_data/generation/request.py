@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from minicpm_data.arguments import check_model, check_number
-from minicpm_data.generation.options import ANSWER_TOKENS, GREEDY, MOST, MOST_SPECIAL, PLAIN_CACHE, CacheOptions, Sampling
+from minicpm_data.generation.options import (
+    ANSWER_TOKENS,
+    GREEDY,
+    MOST,
+    MOST_SPECIAL,
+    PLAIN_CACHE,
+    CacheOptions,
+    Sampling,
+)
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:

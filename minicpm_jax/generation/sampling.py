@@ -107,8 +107,9 @@ def filtered(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array
     likeliest = jnp.max(probabilities, axis=-1, keepdims=True)  # always kept
     some = jax.lax.cond(
         jnp.any(params.min_tokens_to_keep > 1),
-        lambda: ordered
-        >= _cut(ordered, lambda above: jnp.sum(above, axis=-1, keepdims=True) >= params.min_tokens_to_keep),
+        lambda: (
+            ordered >= _cut(ordered, lambda above: jnp.sum(above, axis=-1, keepdims=True) >= params.min_tokens_to_keep)
+        ),
         lambda: jnp.zeros(ordered.shape, bool),
     )
     likely = some | (probabilities >= params.min_p * likeliest)
