@@ -91,7 +91,7 @@ class FinetuneOptions(DataOptions, SourceOptions):
     steps_per_eval: int = 200
     """Steps between validation losses."""
     val_batches: int = 25
-    """Batches per validation loss; -1 takes all."""
+    """Batches per validation loss; -1 takes all, 0 does not validate."""
     test_batches: int = -1
     """Batches for --test; -1 takes all."""
     save_every: int = 100
@@ -274,9 +274,9 @@ def check(options: FinetuneOptions) -> None:
     check_range(options, "warmup_steps", least=0)
     if options.iters is not None and options.epochs is not None:
         raise InputError("and {epochs} both say how long to train; leave one of them out.", "iters", ["epochs"])
-    for name in ("val_batches", "test_batches"):
-        if (value := getattr(options, name)) != -1 and value < 1:
-            raise InputError(f"is {value}; it must be at least 1, or -1 for all.", option=name)
+    for name, least, of in (("val_batches", 0, " (0 does not validate)"), ("test_batches", 1, "")):
+        if (value := getattr(options, name)) != -1 and value < least:
+            raise InputError(f"is {value}; it must be at least {least}{of}, or -1 for all.", option=name)
     options.check_placement()
     if options.pack and options.loss != "sft":
         raise InputError("is for {loss} sft; pairs stand in rows of their own.", "pack", ["loss"])
