@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint
+from weights_io.command_line import Former, Unneeded
 from weights_io.config import DTYPES
 from weights_io.lora import Adapter, UpdateStats
 from weights_io.write import Tensor
@@ -40,6 +41,10 @@ class Options:
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
+    dequantize: Annotated[bool, Former("de_quantize")] = False
+    """Write the weights of a quantized model in that model's dtype, as mlx_lm does. By default they become float32."""
+    trust_remote_code: Annotated[bool, Unneeded("no code of a checkpoint is run")] = False
+    """Accepted for scripts of mlx_lm; it changes nothing, as no code of a checkpoint is run."""
 
 
 def main(options: Options) -> None:
@@ -72,6 +77,9 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_f
     config = checkpoint.config
     dtype: str | None = options.dtype
     tensors: Mapping[str, Tensor]
+    kinds = quantized_kinds(checkpoint)
+    if options.dequantize and kinds:
+        dtype = dtype or checkpoint.dtype
     if options.to == "llama":
         dtype = dtype or checkpoint.dtype
         config, tensors = to_llama(config, fuse_adapter(checkpoint, adapter, "float32", change=change), dtype, rounding)
@@ -83,7 +91,9 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_f
     if change.lost:
         line += f", and rounding is {change.error:.2g} of that change"
     lines.append(line)
-    if kinds := quantized_kinds(checkpoint):
+    if options.dequantize and not kinds:
+        lines.append(f"{checkpoint.path.name} is not quantized, so --dequantize changes nothing")
+    if kinds:
         lines.append(
             f"{checkpoint.path.name} is quantized ({', '.join(kinds)}): the fused weights carry that error, by the "
             f"steps of its blocks about {quantization_error(checkpoint):.2g} of their size (root mean square); fuse "
