@@ -196,7 +196,7 @@ def test_generate(package, folder):
     assert re.search(r"Generation: \d+ tokens, [\d.]+ tokens-per-sec\n", ran.stderr)
     assert re.search(r"Peak memory: [\d.]+ GB on ", ran.stderr)
     quiet = typed(
-        *(f"{package}.generate", "--model", folder, "-p", "The fox", "-m", 12, "--verbose", "False"),
+        *(f"{package}.generate", "--model", folder, "-p", "The fox", "-m", 12, "--verbose", "F"),
         *("--dtype", "float32", "--trust-remote-code", "--use-default-chat-template", "--xtc-probability", 0.5),
     )
     assert quiet.stdout == ran.stdout

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import tyro
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint
@@ -43,7 +44,7 @@ class Options:
     """Where --model is downloaded from if it is not on this disk."""
     dequantize: Annotated[bool, Former("de_quantize")] = False
     """Write the weights of a quantized model in that model's dtype, as mlx_lm does. By default they become float32."""
-    trust_remote_code: Annotated[bool, Unneeded("no code of a checkpoint is run")] = False
+    trust_remote_code: Annotated[bool, tyro.conf.Suppress, Unneeded("no code of a checkpoint is run")] = False
     """Accepted for scripts of mlx_lm; it changes nothing, as no code of a checkpoint is run."""
 
 

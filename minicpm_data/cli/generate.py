@@ -114,7 +114,9 @@ class GenerateOptions(KVCacheOptions, SamplingOptions, ModelOptions):
     """Additional variables for the chat template, as a JSON object."""
     extra_eos_token: Texts = ()
     """Additional tokens that end the answer, such as <|im_end|>."""
-    use_default_chat_template: Annotated[bool, Unneeded("a model without a chat template gets a default one")] = False
+    use_default_chat_template: Annotated[
+        bool, tyro.conf.Suppress, Unneeded("a model without a chat template gets a default one")
+    ] = False
     """Accepted for scripts of mlx_lm; it changes nothing, as a model without a chat template gets a default one."""
     draft_model: str | None = None
     """Smaller model with the same tokenizer that guesses the next tokens. The answer is the same, and comes sooner."""

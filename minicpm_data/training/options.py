@@ -15,7 +15,7 @@ from minicpm_data.option_checks import check_range
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io.adapters import AdapterConfig
 from weights_io.catalog import find
-from weights_io.command_line import Former
+from weights_io.command_line import Former, Unneeded
 from weights_io.errors import InputError
 from weights_io.memory import ADAPTERS
 from weights_io.parameters import parameters
@@ -30,7 +30,7 @@ RESUMABLE_OPTIONS = frozenset(
     val_batches test_batches save_every resume report_to project_name hub data config init_from tokenizer
     grad_checkpoint adapter_path ignore_keys special_tokens_as_text save_path save_dtype mesh distributed
     coordinator_address num_processes process_id join_timeout
-    trust_remote_code""".split()
+    trust_remote_code clear_cache_threshold""".split()
 )
 
 
@@ -104,6 +104,10 @@ class FinetuneOptions(DataOptions, SourceOptions):
     """Name of the wandb project; default: the name of the output folder."""
     seed: int = 0
     """Seed of initialization, data order and dropout."""
+    clear_cache_threshold: Annotated[
+        int | None, tyro.conf.Suppress, Unneeded("MLX frees memory when others need it")
+    ] = None
+    """Accepted for scripts of mlx_lm; it changes nothing."""
 
     @property
     def out(self) -> Path:
