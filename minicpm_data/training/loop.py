@@ -198,7 +198,8 @@ class _Recent:
 
     def add(self, record: dict[str, Any], count: Count) -> None:
         self._trained += count.trained
-        self._records.append(record | {"trained_tokens": self._trained})
+        # The ``tokens`` of pretraining follow from the step. A resumed run finds the last of its few records.
+        self._records.append({"trained_tokens": record.get("tokens", self._trained)} | record)
         self._tokens += count.tokens
         self._steps += 1
 
