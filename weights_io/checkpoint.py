@@ -217,6 +217,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
         if weights:
             found = open_folder(path)
             _check_names(dict(tensor_shapes(config)), found, path)  # packed matrices are looked for by their names
+            _check_inner_names(found, path)
             config, tensors = as_matrices(config, raw, found, path)
     begin, end = special_ids(path, raw, config.vocab_size)
     return Checkpoint(
@@ -286,12 +287,9 @@ def _check_names(expected: Mapping[str, object], found: Mapping[str, object], pa
     Modules are compared, because the parts of a packed matrix have other names than the matrix.
     """
     if NORM.hf_name in found:
-        for known, why in INNER_WRAPPERS.items():
-            if inside := [name for name in found if known in name]:
-                raise InputError(f"{path}: tensor names hold {known!r} ({listed(inside, 1)}), which {why}.")
         return
-    wanted, modules = (frozenset(name.rpartition(".")[0] for name in names) for names in (expected, found))
     wrapped = (name for name in found if name.endswith(NORM.hf_name))
+    wanted, modules = (frozenset(name.rpartition(".")[0] for name in names) for names in (expected, found))
     for name in heapq.nsmallest(MOST_NAMES, wrapped, key=len):  # each is compared with the whole table
         start = name.removesuffix(NORM.hf_name)
         if 2 * sum(f"{start}{each}" in modules for each in wanted) > len(wanted):
@@ -305,6 +303,13 @@ def _check_names(expected: Mapping[str, object], found: Mapping[str, object], pa
             f"{path}: the tensor names lack the prefix 'model.', as in a model without its head; save the whole "
             "ForCausalLM model."
         )
+
+
+def _check_inner_names(found: Mapping[str, object], path: Path) -> None:
+    """Report the wrappers of single modules inside the names as one fault. Raises `InputError`."""
+    for known, remedy in INNER_WRAPPERS.items():
+        if NORM.hf_name in found and (inside := [name for name in found if known in name]):
+            raise InputError(f"{path}: tensor names hold {known!r} ({listed(inside, 1)}), which {remedy}.")
 
 
 def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: Path) -> None:
