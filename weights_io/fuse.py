@@ -78,23 +78,23 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_f
     config = checkpoint.config
     dtype: str | None = options.dtype
     tensors: Mapping[str, Tensor]
-    kinds = quantized_kinds(checkpoint)
-    if options.dequantize and kinds:
+    lines = []
+    if options.dequantize and quantized_kinds(checkpoint):
         dtype = dtype or checkpoint.dtype
+    elif options.dequantize:
+        lines.append(f"{checkpoint.path.name} is not quantized, so --dequantize changes nothing")
     if options.to == "llama":
         dtype = dtype or checkpoint.dtype
         config, tensors = to_llama(config, fuse_adapter(checkpoint, adapter, "float32", change=change), dtype, rounding)
     else:
         tensors = fuse_adapter(checkpoint, adapter, dtype, rounding, change)
-    lines = [f"adapter: {summary(adapter)}"]
+    lines.append(f"adapter: {summary(adapter)}")
     lines += write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files)
     line = f"the adapter changes its weights by {change.size:.2g} of their size (root mean square)"
     if change.lost:
         line += f", and rounding is {change.error:.2g} of that change"
     lines.append(line)
-    if options.dequantize and not kinds:
-        lines.append(f"{checkpoint.path.name} is not quantized, so --dequantize changes nothing")
-    if kinds:
+    if kinds := quantized_kinds(checkpoint):
         lines.append(
             f"{checkpoint.path.name} is quantized ({', '.join(kinds)}): the fused weights carry that error, by the "
             f"steps of its blocks about {quantization_error(checkpoint):.2g} of their size (root mean square); fuse "

@@ -221,8 +221,8 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
 
     def main(options: ChatOptions) -> None:
         """Chat with a MiniCPM (or Llama) model. /help lists the commands of the chat."""
-        sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         cache_options = options.cache_options()
+        sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
         running.device.warn_idle_axes(model, 1)

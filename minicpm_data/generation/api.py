@@ -4,11 +4,10 @@
 both backends have the same names, signatures and behavior.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from minicpm_data.arguments import check_keywords
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     CHAT_TEMPERATURE,
@@ -17,6 +16,7 @@ from minicpm_data.generation.options import (
     PLAIN_CACHE,
     CacheOptions,
     Sampling,
+    cache_and_others,
 )
 from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt
 from minicpm_data.generation.responses import Response, stop_strings, stream_text
@@ -218,17 +218,6 @@ class Generator(Generic[ModelT]):
         options["stop"] = (*stop_strings(options.get("stop", ())), *tokenizer.turn_markers)
         reply = self.generate(model, tokenizer, prompt, **options).strip()
         return reply, [*messages, {"role": "assistant", "content": reply}]
-
-
-def cache_and_others(options: Mapping[str, Any], own: Collection[str]) -> tuple[CacheOptions, dict[str, Any]]:
-    """The cache options among keyword arguments, and the others, which are fields of `Sampling`.
-
-    ``own``: the other arguments of the function, which a message may suggest. Raises `TypeError` for an unknown one.
-    """
-    of_cache, of_sampling = ({f.name for f in fields(kind)} for kind in (CacheOptions, Sampling))
-    check_keywords(options, {*of_cache, *of_sampling, *own})
-    kept = CacheOptions(**{name: value for name, value in options.items() if name in of_cache})
-    return kept, {name: value for name, value in options.items() if name in of_sampling}
 
 
 def _marked(

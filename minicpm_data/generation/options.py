@@ -2,11 +2,11 @@
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from minicpm_data.arguments import check_number, check_whole_numbers
+from minicpm_data.arguments import check_keywords, check_number, check_whole_numbers
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
@@ -147,6 +147,17 @@ class CacheOptions:
 
 
 GREEDY, PLAIN_CACHE = Sampling(), CacheOptions()  # the defaults
+
+
+def cache_and_others(options: Mapping[str, Any], own: Collection[str]) -> tuple[CacheOptions, dict[str, Any]]:
+    """The cache options among keyword arguments, and the others, which are fields of `Sampling`.
+
+    ``own``: the other arguments of the function, which a message may suggest. Raises `TypeError` for an unknown one.
+    """
+    of_cache, of_sampling = ({f.name for f in fields(kind)} for kind in (CacheOptions, Sampling))
+    check_keywords(options, {*of_cache, *of_sampling, *own})
+    kept = CacheOptions(**{name: value for name, value in options.items() if name in of_cache})
+    return kept, {name: value for name, value in options.items() if name in of_sampling}
 
 
 def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> "np.ndarray":
