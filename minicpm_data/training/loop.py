@@ -174,7 +174,7 @@ def _train(plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics", int
                 last = recent.flush(source.evaluation if plan.evaluates(step) else dict, reporting)
                 bar.set_postfix(loss=f"{last['loss']:.3f}", tokens_s=f"{last['tokens_per_second']:,.0f}")
                 if reporting:
-                    bar.write(line(last))
+                    bar.write(line(last | {"loss": recent.mean_loss()}))
                 recent.restart()
             if saving:
                 trainer.save(step)
@@ -189,6 +189,7 @@ class _Recent:
     def __init__(self, plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics"):
         self._plan, self._trainer, self._source, self._metrics = plan, trainer, source, metrics
         self._records: list[dict[str, Any]] = []
+        self._losses: list[float] = []  # of the steps since the last report
         self._trained = metrics.last("trained_tokens")  # of the whole run, also where it is resumed
         self.restart()
 
@@ -222,10 +223,16 @@ class _Recent:
             # Convert the device's arrays, which are computed by now.
             record |= {name: x if isinstance(x, str | int) else float(x) for name, x in record.items()}
             self._check(record)
+            self._losses.append(record["loss"])
             if self._plan.record_all or (reporting and record is last):
                 self._metrics.write(record)
         self._records = []
         return last
+
+    def mean_loss(self) -> float:
+        """The mean loss of the steps since the last call, which mlx_lm prints."""
+        losses, self._losses = self._losses, []
+        return sum(losses) / len(losses)
 
     def _check(self, record: Mapping[str, Any]) -> None:
         for name in ("loss", "gradient_norm"):
