@@ -39,6 +39,10 @@ class Metrics:
             self.records = _until(start, read_records(path)) if path.exists() else []
             write_whole(path, "".join(json.dumps(record) + "\n" for record in self.records))
 
+    def last(self, name: str) -> Any:
+        """The figure ``name`` of the last record; 0 where there is none."""
+        return self.records[-1].get(name, 0) if self._writing and self.records else 0
+
     def write(self, record: dict[str, Any]) -> None:
         if not self._writing:
             return

@@ -7,10 +7,13 @@ tokenizer before the weights.
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from minicpm_data.generation.api import Backend
 from minicpm_data.generation.request import ModelT
+from weights_io.command_line import Unneeded
 from weights_io.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ class SourceOptions(OneDevice):
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
+    trust_remote_code: Annotated[bool, tyro.conf.Suppress, Unneeded("no code of a checkpoint is run")] = False
+    """Accepted for scripts of mlx_lm; it changes nothing, as no code of a checkpoint is run."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of weights and computation; default: the checkpoint's own. On a CPU, JAX uses float32, except to generate
     on a CPU with AMX."""

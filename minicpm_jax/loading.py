@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from minicpm_data.arguments import check_path, named_keywords
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_jax import device
 from minicpm_jax.adapters import attach, from_adapter
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 
+@named_keywords
 def load(
     path_or_repo: str | Path | Checkpoint | None = None,
     dtype: str | Callable[[Checkpoint], str] | None = None,
@@ -71,6 +73,9 @@ def load(
 
     Raises: `InputError` with one sentence if something cannot be used.
     """
+    for name, value in (("path_or_repo", path_or_repo), ("adapter", adapter)):
+        if value is not None and not isinstance(value, Checkpoint):
+            check_path(name, value)
     checkpoint = path_or_repo
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_model(checkpoint, revision, hub)

@@ -26,7 +26,15 @@ from minicpm_data.generation.options import (
     CacheOptions,
     Sampling,
 )
-from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt, PromptIds, end_ids, prompt_ids
+from minicpm_data.generation.request import (
+    GenerationRequest,
+    ModelT,
+    Prompt,
+    PromptIds,
+    end_ids,
+    prompt_ids,
+    special_tokens_kept,
+)
 from minicpm_data.generation.responses import Response, stream_text
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
@@ -168,6 +176,7 @@ class ServingEngine(Generic[ModelT]):
     def request(self, ids: PromptIds, max_tokens: int, sampling: Sampling) -> GenerationRequest:
         """A request with this engine's EOS ids and cache options. Raises `PromptTooLong`."""
         self._engine.check_context(len(ids), max_tokens)
+        sampling = special_tokens_kept(sampling, self.tokenizer, self._ends, self.model.config.vocab_size)
         return GenerationRequest((ids,), max_tokens, sampling, self._ends, self._engine.cache_options)
 
     def group(self) -> int:

@@ -53,7 +53,7 @@ def test_a_batch_position_by_position():
     assert batch.labels[short].tolist() == [-100, 2, 3] + [-100] * 29
     assert batch.segments[short].tolist() == [1] * 3 + [0] * 29
     assert batch.labels[long].tolist() == [-100, -100, 1003, 1004, 1005] + [-100] * 27
-    assert batch.tokens == 5 and batch.index is None
+    assert batch.tokens == batch.trained == 5 and batch.index is None
 
 
 def test_a_packed_batch_position_by_position():
@@ -218,6 +218,7 @@ def test_pairs():
                 assert batch.ids[at][batch.segments[at] == 1].tolist() == part.ids.tolist()
         found += batch.index.tolist()
         part = batches.part(n, lambda rows: range(rows // 2, rows))  # of the rejected answers
+        assert part.trained == batch.trained == batch.tokens > part.tokens
         assert part.index.tolist() == batch.index.tolist() and np.array_equal(part.ids, batch.ids[4:])
     assert sorted(found) == list(range(24))
     assert measured_padding(batches) == pytest.approx(batches.padding)

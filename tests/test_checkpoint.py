@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
@@ -77,6 +79,7 @@ def test_a_message_names_three_tensors_and_a_count(tmp_path):
         ("_orig_mod.", "torch.compile put there; save the state_dict of the model before it was compiled"),
         ("module.", "DataParallel or an engine put there; save the state_dict of model.module"),
         ("module._orig_mod.", "DataParallel"),
+        ("_fsdp_wrapped_module.", "FSDP put there"),
         ("base_model.model.", "PEFT put there; call merge_and_unload"),
         ("language_model.", "a model with other parts puts there; save its language model alone"),
         ("transformer.", "is no prefix of the model; save the state_dict of the model inside"),
@@ -87,6 +90,22 @@ def test_a_prefix_of_every_name_is_one_fault(tmp_path, prefix, remedy):
     write(tmp_path, {prefix + name: array for name, array in tensors.items()})
     text = refused(tmp_path, f"the tensor names begin with '{prefix}', which {remedy}")
     assert len(text.removeprefix(str(tmp_path))) < 160
+
+
+def test_a_wrapper_inside_the_names_is_one_fault(tmp_path):
+    """torch.compile of every layer."""
+    write(tmp_path, {re.sub(r"(layers.\d+.)", r"\1_orig_mod.", name): array for name, array in arrays().items()})
+    text = refused(tmp_path, r"tensor names hold '_orig_mod.' .* and \d+ more\), which torch.compile put there")
+    assert len(text.removeprefix(str(tmp_path))) < 220
+
+
+def test_a_prefix_of_packed_matrices_is_named(reference, tmp_path):
+    """And not that nothing is packed."""
+    packed = reference("quant") / "mlx_affine_4bit"
+    tensors = {f"_orig_mod.{name}": array for name, array in load_file(packed / "model.safetensors").items()}
+    (tmp_path / "config.json").write_bytes((packed / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    refused(tmp_path, "the tensor names begin with '_orig_mod.', which torch.compile put there")
 
 
 def test_many_names_of_one_ending_are_no_prefixes(tmp_path):

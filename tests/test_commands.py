@@ -196,9 +196,13 @@ def test_generate(package, folder):
     assert re.search(r"Generation: \d+ tokens, [\d.]+ tokens-per-sec\n", ran.stderr)
     assert re.search(r"Peak memory: [\d.]+ GB on ", ran.stderr)
     quiet = typed(
-        f"{package}.generate", "--model", folder, "-p", "The fox", "-m", 12, "--verbose", "False", "--dtype", "float32"
+        *(f"{package}.generate", "--model", folder, "-p", "The fox", "-m", 12, "--verbose", "F"),
+        *("--dtype", "float32", "--trust-remote-code", "--use-default-chat-template", "--xtc-probability", 0.5),
     )
     assert quiet.stdout == ran.stdout
+    assert "note: --trust-remote-code changes nothing here: no code of a checkpoint is run\n" in quiet.stderr
+    assert "note: --use-default-chat-template changes nothing here" in quiet.stderr
+    assert "note: --temp 0 takes the likeliest token, so --xtc-probability changes nothing\n" in quiet.stderr
     assert "tokens-per-sec" not in quiet.stderr
 
 
@@ -441,8 +445,11 @@ def test_chat(package, folder):
     ran = typed(f"{package}.chat", "--model", folder, "--seed", 1, "--max-tokens", 6, stdin=lines)
     assert ran.returncode == 0, ran.stderr
     assert "/reset" in ran.stdout
-    ended = typed(f"{package}.chat", "--model", folder, "--seed", 1, "--max-tokens", 6, stdin="Hello\n")
+    call = (f"{package}.chat", "--model", folder, "--seed", 1, "--max-tokens", 6)
+    ended = typed(*call, "--prefill-step-size", 16, stdin="Hello\n")
     assert ended.returncode == 0 and ran.stdout.startswith(ended.stdout)
+    refused = typed(*call, "--kv-bits", 4, stdin="Hello\n")  # at once, not after the question
+    assert (refused.returncode, refused.stdout) == (2, "") and refused.stderr.startswith("error: --kv-")
 
 
 def test_evaluate_counts(package, folder):

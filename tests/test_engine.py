@@ -18,7 +18,7 @@ REQUESTS = [  # prompt, most tokens, sampling
     ([1, 7, 9], 12, {}),
     (LONG, 20, {}),
     ([1, 5], 9, {"temperature": 0.9, "top_k": 6, "repetition_penalty": 1.4, "seed": 3}),
-    ([*LONG[:30], 4, 4], 14, {"temperature": 1.1, "repetition_penalty": 1.3, "seed": 8}),
+    ([*LONG[:30], 4, 4], 14, {"temperature": 1.1, "xtc_probability": 0.5, "xtc_threshold": 0.02, "seed": 8}),
     ([2, 3, 4], 5, {}),
 ]
 

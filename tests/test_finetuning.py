@@ -57,7 +57,7 @@ def whole(backend, world, tmp_path_factory):
 
 
 def figures(out):
-    return [{name: n for name, n in record.items() if name != "tokens_per_second"} for record in tiny.records(out)]
+    return [{name: n for name, n in record.items() if name not in tiny.MEASURED} for record in tiny.records(out)]
 
 
 def adapter_bytes(out):

@@ -86,6 +86,9 @@ FORMS = [
     {"conversations": [user("1 + 1 = ?"), answer("deux")]},
     {"prompt": [user("1 + 1 = ?")], "completion": [answer("deux")]},
     {"prompt": [user("1 + 1 = ?")], "completion": answer("deux")},
+    {"prompt": [user("1 + 1 = ?")], "response": [answer("deux")]},
+    {"input": "1 + 1 = ?", "output": "deux"},
+    {"instruction": "", "input": "1 + 1 = ?", "output": "deux"},
     {"messages": [user([{"type": "text", "text": "1 + 1"}, {"type": "text", "text": " = ?"}]), answer("deux")]},
 ]
 
@@ -101,8 +104,9 @@ def test_system_and_history_stand_before_every_form(form):
 
 
 def test_history_stands_behind_a_system_message_of_the_messages():
-    document = {"messages": [{"role": "system", "content": "s"}, user("b")], "history": [["q", "a"]]}
-    assert turns(document) == [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "b")]
+    for role in ("system", "developer"):
+        document = {"messages": [{"role": role, "content": "s"}, user("b")], "history": [["q", "a"]]}
+        assert turns(document) == [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "b")]
 
 
 def test_a_system_message_that_is_there_twice_is_written_once():

@@ -126,6 +126,28 @@ def test_a_quantised_source_is_told(reference, tmp_path, capsys):
         np.testing.assert_array_equal(written.tensors[name].read(), tensor.read())
 
 
+@pytest.mark.parametrize(
+    "flag, dtype", [("--dequantize", "bfloat16"), ("--de-quantize", "bfloat16"), (None, "float32")]
+)
+def test_an_adapter_of_a_packed_base(reference, tmp_path, flag, dtype):
+    """It becomes float weights: the dequantized ones, with the adapter added."""
+    packed, flags = tmp_path / "packed", [flag] if flag else []
+    quantize = "--to", "mlx", "--quantize", "--q-group-size", 32, "--save-path", packed
+    assert typed("weights_io.convert", "--model", reference("dense_bf16"), *quantize).returncode == 0
+    checkpoint = open_checkpoint(packed)
+    adapter = tiny_adapter.make(checkpoint, ["q_proj"])
+    save_adapter(tmp_path / "adapter", adapter, checkpoint.config)
+    folders = "--adapter-path", tmp_path / "adapter", "--save-path", tmp_path / "fused"
+    ran = typed("weights_io.fuse", "--model", packed, *folders, *flags)
+    assert ran.returncode == 0, ran.stderr
+    fused, name = open_checkpoint(tmp_path / "fused"), "model.layers.0.self_attn.q_proj"
+    found = fused.tensors[f"{name}.weight"].read()
+    assert "quantization" not in fused.raw_config and str(found.dtype) == dtype
+    assert dtype == "float32" or {str(tensor.dtype) for tensor in fused.tensors.values()} == {dtype}
+    expected = adapter.tensors[name].applied(checkpoint.tensors[f"{name}.weight"].read())
+    np.testing.assert_allclose(found.astype(np.float32), expected, rtol=1e-6 if flag is None else 2**-8)
+
+
 def test_what_is_refused_leaves_nothing(source, reference, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_adapter.make(source), source.config)
     options = {"adapter_path": tmp_path / "adapter", "save_path": tmp_path / "out"}

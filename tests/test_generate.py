@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import tiny_model
 from documented_commands import ROOT
 
 from minicpm_data.generation.options import Sampling
+from minicpm_data.generation.request import GenerationRequest
 from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
@@ -172,11 +174,16 @@ def test_the_cache_of_jax_grows_with_the_answer(tmp_path, monkeypatch):
         {"temperature": 1.3, "top_p": 0.6},
         {"temperature": 1.0, "min_p": 0.3},
         {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
+        {"temperature": 1.0, "min_p": 0.6, "min_tokens_to_keep": 3},
+        {"temperature": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.12},
+        {"temperature": 1.5, "xtc_probability": 0.5, "xtc_threshold": 0.05, "xtc_special_tokens": (1, 6)},
+        {"temperature": 0.7, "top_k": 4, "xtc_probability": 0.3, "xtc_threshold": 0.2},
+        {"temperature": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.5},
     ],
     ids=str,
 )
 def test_draws_follow_the_distribution(backend, options):
-    """2000 draws from 8 known logits against what transformers' chain of warpers leaves of them."""
+    """2000 draws from 8 known logits against what transformers' chain of warpers, then mlx_lm's XTC leave of them."""
     logits = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], np.float32)
     seen = np.array([True, False, False, True, False, False, False, True])
     expected = warped(logits, seen, **options)
@@ -186,10 +193,23 @@ def test_draws_follow_the_distribution(backend, options):
         assert abs(counts[token] / 2000 - probability) <= 4.5 * np.sqrt(probability * (1 - probability) / 2000)
 
 
-def warped(logits, seen, temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """The probabilities that transformers draws from, worked out one token at a time."""
+def warped(
+    logits,
+    seen,
+    temperature,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    min_tokens_to_keep=1,
+    xtc_probability=0.0,
+    xtc_threshold=0.1,
+    xtc_special_tokens=(),
+):
+    """The probabilities that transformers draws from, worked out one token at a time, and `mlx_lm`'s XTC on them."""
     scores = np.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-    scores = np.where(seen, scores, logits) / temperature
+    own = np.where(seen, scores, logits)
+    scores = own / temperature
     order = np.argsort(-scores)
     kept = set(order[: top_k or len(order)].tolist())
     p = np.where(np.isin(np.arange(len(scores)), list(kept)), np.exp(scores), 0)
@@ -201,8 +221,17 @@ def warped(logits, seen, temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_
         nucleus.add(int(token))
         total += p[token]
     p = np.where(np.isin(np.arange(len(scores)), list(nucleus)), p, 0)
-    p = np.where(p >= min_p * p.max(), p, 0)
-    return p / p.sum()
+    p = np.where((p >= min_p * p.max()) | np.isin(np.arange(len(p)), order[:min_tokens_to_keep]), p, 0)
+    p /= p.sum()
+    if not xtc_probability:
+        return p
+    import mlx.core as mx
+    from mlx_lm.sample_utils import apply_xtc
+
+    left = mx.array(np.where(p > 0, own, -np.inf).astype(np.float32))[None]
+    spared = np.isfinite(np.asarray(apply_xtc(left, 1.0, xtc_threshold, list(xtc_special_tokens))))[0]
+    without = np.where(spared, p, 0)
+    return xtc_probability * without / without.sum() + (1 - xtc_probability) * p
 
 
 def draws(package, logits, seen, count, sampling):
@@ -249,6 +278,11 @@ def test_chat_keeps_the_history(backend, babbler):
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": -3}, "top_k is -3"),
         ({"min_p": 2}, "min_p is 2"),
+        ({"min_tokens_to_keep": 0}, "min_tokens_to_keep is 0"),
+        ({"xtc_probability": 1.5}, "xtc_probability is 1.5"),
+        ({"xtc_threshold": 0.6}, "xtc_threshold is 0.6"),
+        ({"xtc_probability": 1, "xtc_special_tokens": (1, 99999)}, "xtc_special_tokens holds 99999"),
+        ({"quantized_kv_start": 5}, "quantized_kv_start is for kv_bits"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"stop": [""]}, "stop holds an empty text"),
@@ -257,6 +291,81 @@ def test_chat_keeps_the_history(backend, babbler):
 def test_options_out_of_range_are_refused_at_once(backend, babbler, options, said):
     with pytest.raises(InputError, match=said):
         backend.stream_generate(*babbler, "Hello", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_tokens": "3"}, "max_tokens is '3'; it must be a number"),
+        ({"max_tokens": 3.5}, "max_tokens is 3.5; it must be a whole number"),
+        ({"temperature": None}, "temperature is None; it must be a number"),
+        ({"temperature": np.ones(2)}, "temperature is array"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"stop": 5}, "stop is 5; it must be a text or a list of texts"),
+        ({"kv_bits": "8"}, "kv_bits is '8'; it must be a number"),
+        ({"num_draft_tokens": "3"}, "num_draft_tokens is '3'"),
+        ({"draft_model": "pico"}, "draft_model is 'pico'; give the model that load returns"),
+        (
+            {"xtc_probability": 1, "xtc_special_tokens": 5},
+            "xtc_special_tokens is 5; it must be a list of whole numbers",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_refused_at_once(backend, babbler, options, said):
+    with pytest.raises(InputError, match=said):
+        backend.stream_generate(*babbler, "Hello", **options)
+
+
+def test_numbers_of_numpy_are_numbers(backend, babbler):
+    given = {"max_tokens": np.int64(4), "temperature": np.float32(0.5), "seed": np.int32(1)}
+    plain = {name: value.item() for name, value in given.items()}
+    assert backend.generate(*babbler, np.array([1, 7]), **given) == backend.generate(*babbler, [1, 7], **plain)
+
+
+def test_unknown_arguments_name_the_near_one(backend, babbler):
+    for call, given, near in (
+        (backend.generate, {"prompt": "Hello", "temp": 1}, "'temp'; did you mean 'temperature'"),
+        (backend.batch_generate, {"prompts": ["Hello"], "max_toknes": 1}, "'max_toknes'; did you mean 'max_tokens'"),
+        (backend.chat, {"query": "Hello", "kv_bit": 8}, "'kv_bit'; did you mean 'kv_bits'"),
+        (backend.generate, {"prompt": "Hello", "verbose": True}, "'verbose'; the keywords are draft_model, kv_bits"),
+    ):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument {near}"):
+            call(*babbler, **given)
+    with pytest.raises(TypeError, match="'adapter_path'; did you mean 'adapter'"):
+        backend.load(adapter_path="x")
+
+
+def test_other_things_than_prompts_and_models_are_refused(backend, babbler):
+    model, tokenizer = babbler
+    for prompt in (None, 5, b"Hello", [1.5], ["Hello"], [[1, 2]]):
+        with pytest.raises(InputError, match="give a text, or a list of token ids"):
+            backend.stream_generate(model, tokenizer, prompt)
+    for prompts in ("Hello", 5):
+        with pytest.raises(InputError, match="it must be a list of prompts"):
+            backend.batch_generate(model, tokenizer, prompts)
+    with pytest.raises(InputError, match="model is .*; give the model that load returns"):
+        backend.stream_generate(tokenizer, model, "Hello")
+    with pytest.raises(InputError, match="history is 'Hi'; it must be a list of messages"):
+        backend.chat(model, tokenizer, "Hello", history="Hi")
+    for given, said in (
+        ({"dtype": np.float32}, "dtype is float32 of a library; give its name as a text"),
+        ({"path_or_repo": 5}, "path_or_repo is 5; it must be the name"),
+        ({"adapter": b"x"}, "adapter is b'x'; it must be the name"),
+        ({"quantize": "4"}, "quantize is '4'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            backend.load(**given)
+
+
+def test_xtc_spares_the_line_break_and_the_ends(backend, babbler):
+    """As in mlx_lm, which has no flag for these tokens."""
+    model, tokenizer = babbler
+    sampling = Sampling(temperature=1.0, xtc_probability=1.0)
+    request = GenerationRequest.of(model, tokenizer, ["Hello"], sampling=sampling)
+    assert set(request.sampling.xtc_special_tokens) == {*tokenizer.encode("\n"), *request.end_ids}
+    given = replace(sampling, xtc_special_tokens=(3,))
+    assert GenerationRequest.of(model, tokenizer, ["Hello"], sampling=given).sampling == given
 
 
 @pytest.mark.parametrize(("prompt", "said"), [([], "empty"), ([1, 100_000], "100000"), ([-1], "-1")])

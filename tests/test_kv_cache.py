@@ -10,6 +10,7 @@ from documented_commands import typed
 
 from minicpm_data.diagnostics import kv_error
 from minicpm_data.generation.options import CacheOptions
+from minicpm_data.generation.request import GenerationRequest
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
@@ -155,6 +156,32 @@ def test_a_cache_of_the_latest_tokens_forgets(reference):
     assert [r.token for r in rows[0]] == exact
 
 
+def test_a_cache_is_quantized_when_mlx_lm_quantizes_it():
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    import minicpm_mlx as backend
+    from minicpm_mlx.generation.decoding import prefill_and_sample
+
+    model, tokenizer = backend.load(dtype="float32")
+    model.eos_token_ids = ()
+    prompt = tokenizer.encode("Tell me a story about a dog.")
+    start = len(prompt) + 8
+    options = {"kv_bits": 4, "kv_group_size": 32}
+    found = tokens(backend, model, prompt, 40, quantized_kv_start=start, **options)
+    theirs = generate_step(mx.array(prompt), model, max_tokens=40, quantized_kv_start=start, **options)
+    assert found == [int(token) for token, _ in theirs]
+    plain, packed = tokens(backend, model, prompt, 40), tokens(backend, model, prompt, 40, **options)
+    assert found[:8] == plain[:8] and found != plain and found != packed
+    guessed = tokens(backend, model, prompt, 40, quantized_kv_start=start, prompt_lookup=True, **options)
+    assert guessed[:8] == plain[:8]
+    for start, kind in ((len(prompt) + 1, False), (len(prompt), True)):
+        cache = CacheOptions(quantized_kv_start=start, **options)
+        state = prefill_and_sample(model, GenerationRequest.of(model, None, [prompt], cache=cache))
+        assert isinstance(state.cache[0], QuantizedKVCache) == kind
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -162,6 +189,7 @@ def test_a_cache_of_the_latest_tokens_forgets(reference):
         ({"max_kv_size": 2}, "max_kv_size is 2"),
         ({"prefill_step_size": 0}, "prefill_step_size is 0"),
         ({"kv_bits": 8, "max_kv_size": 64}, "do not go together"),
+        ({"kv_group_size": 32}, "kv_group_size is for kv_bits"),
     ],
 )
 def test_caches_that_cannot_be_are_refused_at_once(backend, folder, options, said):
@@ -175,6 +203,12 @@ def test_caches_of_the_other_backend_are_refused_at_once(folder):
     model, _ = jax.load(folder, "float32")
     with pytest.raises(InputError, match="keeps every token"):
         jax.stream_generate(model, None, PROMPT, max_kv_size=64)
+    with pytest.raises(
+        InputError, match="kv_group_size is 16; the 8-bit cache of JAX has one scale for each head of 32"
+    ):
+        jax.stream_generate(model, None, PROMPT, kv_bits=8, kv_group_size=16)
+    with pytest.raises(InputError, match="quantized_kv_start is 9; the cache of JAX is quantized from the first token"):
+        jax.stream_generate(model, None, PROMPT, kv_bits=8, quantized_kv_start=9)
     model, _ = mlx.load(folder, "float32")
     with pytest.raises(InputError, match="does not divide the head dimension 32"):
         mlx.stream_generate(model, None, PROMPT, kv_bits=8, kv_group_size=64)

@@ -1,5 +1,8 @@
 """LoRA, DoRA and QLoRA in both backends: where they begin, their steps, and what is saved of them."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_adapter
@@ -9,6 +12,7 @@ from tiny_training import BACKENDS, MOE
 from minicpm_data import load_tokenizer
 from minicpm_data.datasets.batches import Batches
 from minicpm_data.datasets.examples import load_split
+from minicpm_data.training.trainable import adapter_parameters, share
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
 
@@ -149,3 +153,42 @@ def test_a_quantised_base(worlds, tmp_path, backend, bits):
     worker.export()
     on_the_base = tiny.logits(tiny.load(backend, root / "model", adapter=tmp_path / "out")) - base
     assert np.sqrt(np.mean((on_the_base - moved) ** 2)) < 0.3 * np.sqrt(np.mean(moved**2))
+
+
+def test_the_share_that_is_trained(worlds, kind, tmp_path):
+    """As many numbers as an adapter of these options has."""
+    root, flags = worlds["moe" if "moe" in kind else "dense"], KINDS[kind]
+    options, checkpoint = tiny.lora(root, tmp_path, rank=4, **flags), open_checkpoint(root / "model")
+    targets, layers = flags.get("targets", ("q_proj", "v_proj")), [1] if "last" in kind else None
+    made = tiny_adapter.make(checkpoint, targets, layers, dora="dora" in kind)
+    sizes = [0 if x is None else x.size for m in made.tensors.values() for x in (m.a, m.b, m.magnitude)]
+    count, whole = (
+        sum(sizes),
+        sum(np.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
+    )
+    assert adapter_parameters(options, checkpoint.config) == count
+    said = f"Trainable parameters: {count / (count + whole):.3%} ({count / 1e6:.3f}M/{(count + whole) / 1e6:.3f}M)"
+    assert share(options, checkpoint.config) == said
+    assert share(tiny.full(root, tmp_path), checkpoint.config).startswith("Trainable parameters: 100.000% (")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_reports_as_mlx_lm_does(worlds, tmp_path, capsys, backend):
+    options = tiny.lora(worlds["dense"], tmp_path / "out", iters=3, val_batches=1)
+    tiny.finetune(backend, options)
+    said = capsys.readouterr().out
+    assert re.search(r"^Trainable parameters: \d+\.\d{3}% \(\d+\.\d{3}M/\d+\.\d{3}M\)$", said, re.M)
+    assert len(re.findall(r"^Iter [13]: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s$", said, re.M)) == 2
+    figures = r"Learning Rate \S+e-\d\d, It/sec [\d.]+, Tokens/sec [\d,]+, Trained Tokens (\d+), Peak mem \d+\.\d{3} GB"
+    (one, first), (mean, last) = re.findall(rf"^Iter [13]: Train loss (\d+\.\d{{3}}), {figures}$", said, re.M)
+    records = tiny.records(tmp_path / "out")
+    counts = [record["trained_tokens"] for record in records]
+    assert 0 < counts[0] < counts[1] < counts[2] and [counts[0], counts[2]] == [int(first), int(last)]
+    losses = [record["loss"] for record in records]
+    assert (float(one), float(mean)) == pytest.approx((losses[0], (losses[1] + losses[2]) / 2), abs=6e-4)
+    assert {*tiny.MEASURED} <= records[-1].keys()
+    if backend == "minicpm_mlx":  # its run is not compiled again
+        tiny.finetune(backend, replace(options, iters=4, resume=True, val_batches=0))
+        said = capsys.readouterr().out
+        assert "Val loss" not in said and "valid.jsonl" not in said
+        assert tiny.records(tmp_path / "out")[-1]["trained_tokens"] > counts[2]

@@ -244,6 +244,7 @@ def user(content="a", **more):
         ({**user(), "chat_template_kwargs": {"enable_thinking": True}}, 400, "knows no variable 'enable_thinking'"),
         ({**user(), "chat_template_kwargs": {str(i): None for i in range(70_000)}}, 400, "send less text"),
         ({**user(), "top_k": -2}, 400, "top_k is -2"),
+        ({**user(), "xtc_threshold": 0.7}, 400, "xtc_threshold is 0.7"),
         ({**user(), "ignore_eos": True, "min_tokens": 3}, 400, "ignore_eos, min_tokens are not supported"),
         ({**user(), "reasoning_effort": "none"}, 400, "reasoning_effort is not supported; leave it out"),
         (user(reasoning_content="so"), 400, "reasoning_content is not supported"),
@@ -291,6 +292,7 @@ def test_what_asks_for_nothing_is_no_matter(api):
         "stop_token_ids": [],
     }
     more |= {"chat_template_kwargs": {"enable_thinking": False}, "temperature": 1e308, "top_k": 10**30}
+    more |= {"xtc_probability": 0.5, "xtc_threshold": 0.2, "min_p": 0.1, "min_tokens_to_keep": 2}
     for message in ({"refusal": None}, {"refusal": "", "reasoning_content": ""}):
         status, answer = ask(api.port, "/v1/chat/completions", {**user(**message), **more, "max_tokens": 1})
         assert status == 200, answer

@@ -17,6 +17,7 @@ import multiprocess
 import numpy as np
 import pytest
 import tiny_tokenizer
+import tiny_training as tiny
 from documented_commands import typed
 
 from minicpm_jax.training import optimizers
@@ -336,7 +337,7 @@ def test_a_run_that_breaks_down_keeps_what_was_saved(corpus, tmp_path):
 
 def figures(out: Path):
     records = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+    return [{key: value for key, value in record.items() if key not in tiny.MEASURED} for record in records]
 
 
 def test_a_half_written_line_of_figures_is_dropped(tmp_path):

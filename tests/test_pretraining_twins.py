@@ -49,7 +49,7 @@ def pretrain(backend, world, out, **changes):
 
 
 def figures(out):
-    return [{name: x for name, x in record.items() if name != "tokens_per_second"} for record in tiny.records(out)]
+    return [{name: x for name, x in record.items() if name not in tiny.MEASURED} for record in tiny.records(out)]
 
 
 @pytest.fixture(scope="module")

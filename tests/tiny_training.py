@@ -22,6 +22,7 @@ UNTIED = {**DENSE, "tie_word_embeddings": False}
 MOE = {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 WIDTH = 32  # of all rows, so that few programs are compiled
 IDS = np.random.default_rng(0).integers(3, 300, (2, 24))
+MEASURED = ("iterations_per_second", "tokens_per_second", "valid_seconds", "peak_memory")  # differ from run to run
 WORDS = "fox dog sea story world hello lazy quick brown little".split()
 
 

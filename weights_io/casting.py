@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weights_io.config import DTYPES
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 BLOCK = 1 << 20  # elements cast at a time, so that a 1 GB embedding needs no second copy in float32
 GROUPS = (64, 32)  # quantization group sizes; the first that divides a row is used
@@ -111,8 +111,11 @@ def largest_magnitude(values: np.ndarray) -> np.ndarray:
     return largest[None].view(values.dtype)[0]
 
 
-def check_dtype(dtype: str) -> str:
+def check_dtype(dtype: object) -> str:
     """Return ``dtype`` if weights can be loaded and written in it. Raises `InputError` otherwise."""
+    if not isinstance(dtype, str):
+        name = getattr(dtype, "__name__", str(dtype)).rpartition(".")[2]
+        raise InputError(f"is {short(name)} of a library; give its name as a text, such as 'bfloat16'.", option="dtype")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; choose {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     return dtype
@@ -121,7 +124,7 @@ def check_dtype(dtype: str) -> str:
 def check_bits(bits: int) -> int:
     """Return ``bits`` if weights can be quantized to it. Raises `InputError` otherwise."""
     if bits not in (4, 8):
-        raise InputError(f"quantize is {bits}; it must be 4 or 8.")
+        raise InputError(f"quantize is {bits!r}; it must be 4 or 8.")
     return bits
 
 

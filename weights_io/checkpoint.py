@@ -38,9 +38,16 @@ MAX_SETTINGS = 1000  # keys of generation_config.json; transformers has about 70
 WRAPPERS = {
     "_orig_mod.": "torch.compile put there; save the state_dict of the model before it was compiled",
     "module.": "DataParallel or an engine put there; save the state_dict of model.module",
+    "_fsdp_wrapped_module.": "FSDP put there; save the full state_dict of the model inside",
     "base_model.": "PEFT put there; call merge_and_unload() and save its result",
     "language_model.": "a model with other parts puts there; save its language model alone",
     "model.language_": "a model with other parts puts there; save its language model alone",
+}
+# The same inside the names, of wrappers around single modules.
+INNER_WRAPPERS = {
+    "_orig_mod.": "torch.compile put there; save the state_dict of the modules before they were compiled",
+    "_fsdp_wrapped_module.": "FSDP put there; save the full state_dict of the model",
+    "_checkpoint_wrapped_module.": "activation checkpointing put there; save the state_dict of the model without it",
 }
 
 
@@ -71,7 +78,9 @@ class Checkpoint:
         Raises:
             InputError: the dtype is not supported.
         """
-        return check_dtype(dtype(self) if callable(dtype) else dtype or self.dtype)
+        if callable(dtype) and not isinstance(dtype, type):  # jnp.bfloat16 is a type
+            return check_dtype(dtype(self))
+        return check_dtype(dtype or self.dtype)
 
     def read(self, name: str, dtype: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Read a tensor in the dtype of its file.
@@ -206,7 +215,10 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
         if config is None:  # the model is refused before its weights are looked for
             config = ModelConfig.from_dict(raw, str(path / "config.json"))
         if weights:
-            config, tensors = as_matrices(config, raw, open_folder(path), path)
+            found = open_folder(path)
+            _check_names(dict(tensor_shapes(config)), found, path)  # packed matrices are looked for by their names
+            _check_inner_names(found, path)
+            config, tensors = as_matrices(config, raw, found, path)
     begin, end = special_ids(path, raw, config.vocab_size)
     return Checkpoint(
         path=path,
@@ -270,23 +282,34 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: 
 
 
 def _check_names(expected: Mapping[str, object], found: Mapping[str, object], path: Path) -> None:
-    """Report names with a wrapper's prefix, or without ``model.``, as one fault. Raises `InputError`."""
+    """Report names with a wrapper's prefix, or without ``model.``, as one fault. Raises `InputError`.
+
+    Modules are compared, because the parts of a packed matrix have other names than the matrix.
+    """
     if NORM.hf_name in found:
         return
     wrapped = (name for name in found if name.endswith(NORM.hf_name))
+    wanted, modules = (frozenset(name.rpartition(".")[0] for name in names) for names in (expected, found))
     for name in heapq.nsmallest(MOST_NAMES, wrapped, key=len):  # each is compared with the whole table
         start = name.removesuffix(NORM.hf_name)
-        if 2 * sum(f"{start}{each}" in found for each in expected) > len(expected):
+        if 2 * sum(f"{start}{each}" in modules for each in wanted) > len(wanted):
             remedy = next((text for known, text in WRAPPERS.items() if start.startswith(known)), None)
             raise InputError(
                 f"{path}: the tensor names begin with {short(start)!r}, which "
                 f"{remedy or 'is no prefix of the model; save the state_dict of the model inside'}."
             )
-    if 2 * sum(each.removeprefix("model.") in found for each in expected) > len(expected):
+    if 2 * sum(each.removeprefix("model.") in modules for each in wanted) > len(wanted):
         raise InputError(
             f"{path}: the tensor names lack the prefix 'model.', as in a model without its head; save the whole "
             "ForCausalLM model."
         )
+
+
+def _check_inner_names(found: Mapping[str, object], path: Path) -> None:
+    """Report the wrappers of single modules inside the names as one fault. Raises `InputError`."""
+    for known, remedy in INNER_WRAPPERS.items():
+        if NORM.hf_name in found and (inside := [name for name in found if known in name]):
+            raise InputError(f"{path}: tensor names hold {known!r} ({listed(inside, 1)}), which {remedy}.")
 
 
 def _check_experts(config: ModelConfig, found: Mapping[str, LazyTensor], path: Path) -> None:

@@ -24,6 +24,7 @@ MOST |= dict.fromkeys(("batch_size", "rank", "num_experts", "max_num_seqs", "max
 # Commands of weights_io that need a tokenizer, which minicpm_data provides. weights_io must not import minicpm_data, so
 # these modules are imported by name, here and nowhere else.
 ABOVE = {name: f"minicpm_data.cli.{name}" for name in ("convert", "fuse", "inspect", "upcycle")}
+TRUTH = {"t": "True", "true": "True", "f": "False", "false": "False"}
 MANY_FILES = 10240  # open files to allow if the hard limit is infinite; macOS accepts no larger number
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
@@ -65,6 +66,7 @@ def run(
         if more_flags is not None and (more := more_flags(given)):
             given = parsed(more + sys.argv[1:])
         check_numbers(given)
+        note_unneeded(given)
         main(given)
 
 
@@ -132,6 +134,23 @@ class Former:
         self.names = names
 
 
+class Unneeded:
+    """Marks a flag that other tools need and that changes nothing here, with the reason:
+    ``trust_remote_code: Annotated[bool, Unneeded("no code of a checkpoint is run")] = False``.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def note_unneeded(options: Any) -> None:
+    """Print a note for each flag marked `Unneeded` that was given."""
+    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(mark, Unneeded) and getattr(options, name):
+                print(f"note: {flag(name)} changes nothing here: {mark.reason}", file=sys.stderr)
+
+
 def former_names(options: type) -> dict[str, str]:
     """Former name -> current name, for the fields of a dataclass."""
     hints = typing.get_type_hints(options, include_extras=True)
@@ -165,14 +184,30 @@ def present_names(options: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def present_flags(options: type, flags: Iterable[str]) -> list[str]:
-    """Replace former flags on a command line by the current ones: ``--batch=2`` -> ``--batch-size=2``."""
-    former = former_names(options)
-    words = []
+    """Replace former flags on a command line by the current ones: ``--batch=2`` -> ``--batch-size=2``.
+
+    The value of a flag that is True or False may be spelled as in mlx_lm: ``--verbose F``.
+    """
+    former, switches = former_names(options), valued_switches(options)
+    words: list[str] = []
     for word in flags:
         name, equals, value = word.partition("=")
         field = former.get(name[2:].replace("-", "_")) if name.startswith("--") else None
-        words.append(word if field is None else f"--{field.replace('_', '-')}{equals}{value}")
+        if name in switches and equals:
+            value = TRUTH.get(value.lower(), value)
+        elif words and words[-1] in switches:
+            name = TRUTH.get(name.lower(), name)
+        words.append(f"{name if field is None else flag(field)}{equals}{value}")
     return words
+
+
+def valued_switches(options: type) -> frozenset[str]:
+    """The flags that take True or False as a value (`tyro.conf.FlagConversionOff`)."""
+    import tyro
+
+    hints = typing.get_type_hints(options, include_extras=True)
+    marked = tyro.conf.FlagConversionOff
+    return frozenset(flag(name) for name, hint in hints.items() if marked in getattr(hint, "__metadata__", ()))
 
 
 def command_above(name: str) -> Callable[[Any], None]:

@@ -11,12 +11,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import tyro
 
 from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint
+from weights_io.command_line import Former, Unneeded
 from weights_io.config import DTYPES
 from weights_io.lora import Adapter, UpdateStats
 from weights_io.write import Tensor
@@ -40,6 +42,10 @@ class Options:
     """Branch, tag or commit of the hub's repository."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     """Where --model is downloaded from if it is not on this disk."""
+    dequantize: Annotated[bool, Former("de_quantize")] = False
+    """Write the weights of a quantized model in that model's dtype, as mlx_lm does. By default they become float32."""
+    trust_remote_code: Annotated[bool, tyro.conf.Suppress, Unneeded("no code of a checkpoint is run")] = False
+    """Accepted for scripts of mlx_lm; it changes nothing, as no code of a checkpoint is run."""
 
 
 def main(options: Options) -> None:
@@ -72,12 +78,17 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_f
     config = checkpoint.config
     dtype: str | None = options.dtype
     tensors: Mapping[str, Tensor]
+    lines = []
+    if options.dequantize and quantized_kinds(checkpoint):
+        dtype = dtype or checkpoint.dtype
+    elif options.dequantize:
+        lines.append(f"{checkpoint.path.name} is not quantized, so --dequantize changes nothing")
     if options.to == "llama":
         dtype = dtype or checkpoint.dtype
         config, tensors = to_llama(config, fuse_adapter(checkpoint, adapter, "float32", change=change), dtype, rounding)
     else:
         tensors = fuse_adapter(checkpoint, adapter, dtype, rounding, change)
-    lines = [f"adapter: {summary(adapter)}"]
+    lines.append(f"adapter: {summary(adapter)}")
     lines += write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files)
     line = f"the adapter changes its weights by {change.size:.2g} of their size (root mean square)"
     if change.lost:

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from minicpm_data.generation.responses import stop_strings
 from minicpm_data.generation.speculation import Source, Speculation
 from minicpm_data.model_options import ModelOptions, load_model, note_context
 from weights_io import command_line
-from weights_io.command_line import Former
+from weights_io.command_line import Former, Unneeded
 from weights_io.errors import InputError, not_utf8
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ class SamplingOptions:
     """Sample from the K likeliest tokens. 0 samples from all tokens."""
     min_p: float = 0.0
     """Exclude tokens whose probability is below this fraction of the likeliest token's probability."""
+    min_tokens_to_keep: int = 1
+    """Number of the likeliest tokens that --min-p never excludes."""
+    xtc_probability: float = 0.0
+    """How often a token is sampled with XTC, which excludes the likeliest choices: 0 is never, 1 is always."""
+    xtc_threshold: float = 0.1
+    """XTC excludes the tokens above this probability, except the least likely of them."""
     repetition_penalty: float = 1.0
     """Values above 1 make tokens of the prompt and the answer less likely to be repeated."""
     seed: int | None = None
@@ -60,11 +66,42 @@ class SamplingOptions:
         return stop_strings([*chain(*self.stop), *more])
 
     def sampling(self) -> Sampling:
-        return Sampling(self.temp, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
+        """The sampling parameters. A note names flags that change nothing, because nothing is sampled."""
+        sampling = Sampling(
+            temperature=self.temp,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            xtc_probability=self.xtc_probability,
+            xtc_threshold=self.xtc_threshold,
+            min_tokens_to_keep=self.min_tokens_to_keep,
+        )
+        if sampling.greedy and sampling.excludes:
+            print("note: --temp 0 takes the likeliest token, so --xtc-probability changes nothing", file=sys.stderr)
+        return sampling
 
 
 @dataclass(frozen=True)
-class GenerateOptions(SamplingOptions, ModelOptions):
+class KVCacheOptions:
+    kv_bits: Literal[4, 8] | None = None
+    """Bits of the quantized key/value cache (JAX: 8)."""
+    kv_group_size: int | None = None
+    """Group size of --kv-bits. MLX: 64 by default, or 32 if the head dimension is not a multiple of 64. JAX: a head."""
+    quantized_kv_start: int = 0
+    """Quantize the cache of --kv-bits once it holds this many tokens (MLX). By default from the first token on."""
+    max_kv_size: int | None = None
+    """Maximum number of tokens in the cache: the first 4 and the latest ones (MLX)."""
+    prefill_step_size: int = 512
+    """Chunk size of the prompt in tokens. A smaller chunk takes less memory."""
+
+    def cache_options(self) -> CacheOptions:
+        return CacheOptions(**{field.name: getattr(self, field.name) for field in fields(KVCacheOptions)})
+
+
+@dataclass(frozen=True)
+class GenerateOptions(KVCacheOptions, SamplingOptions, ModelOptions):
     prompt: Annotated[str, tyro.conf.arg(aliases=("-p",))] = "Hello!"
     """The prompt. - reads it from standard input."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = ANSWER_TOKENS
@@ -77,14 +114,10 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     """Additional variables for the chat template, as a JSON object."""
     extra_eos_token: Texts = ()
     """Additional tokens that end the answer, such as <|im_end|>."""
-    kv_bits: Literal[4, 8] | None = None
-    """Bits of the quantized key/value cache (JAX: 8)."""
-    kv_group_size: int | None = None
-    """Group size of --kv-bits in MLX. By default 64, or 32 if the head dimension is not a multiple of 64."""
-    max_kv_size: int | None = None
-    """Maximum number of tokens in the cache: the first 4 and the latest ones (MLX)."""
-    prefill_step_size: int = 512
-    """Chunk size of the prompt in tokens. A smaller chunk takes less memory."""
+    use_default_chat_template: Annotated[
+        bool, tyro.conf.Suppress, Unneeded("a model without a chat template gets a default one")
+    ] = False
+    """Accepted for scripts of mlx_lm; it changes nothing, as a model without a chat template gets a default one."""
     draft_model: str | None = None
     """Smaller model with the same tokenizer that guesses the next tokens. The answer is the same, and comes sooner."""
     num_draft_tokens: int = 3
@@ -96,14 +129,6 @@ class GenerateOptions(SamplingOptions, ModelOptions):
     report_sparsity: bool = False
     """At the end, print the fraction of MLP neurons that the activation sets to 0 over prompt and answer, before the
     product with up_proj. For models with relu or fatrelu, such as MiniCPM-S-1B."""
-
-    def cache_options(self) -> CacheOptions:
-        return CacheOptions(
-            kv_bits=self.kv_bits,
-            max_kv_size=self.max_kv_size,
-            prefill_step_size=self.prefill_step_size,
-            kv_group_size=self.kv_group_size,
-        )
 
     def speculation(self, draft_model: Source | None) -> Speculation[Source]:
         """The options of speculative decoding. ``draft_model``: the name from the flag, or the loaded model."""
@@ -133,7 +158,7 @@ class GenerateOptions(SamplingOptions, ModelOptions):
 
 
 @dataclass(frozen=True)
-class ChatOptions(SamplingOptions, ModelOptions):
+class ChatOptions(KVCacheOptions, SamplingOptions, ModelOptions):
     temp: Annotated[float, Former("temperature")] = CHAT_TEMPERATURE
     """Temperature; 0 takes the likeliest token."""
     top_p: float = CHAT_TOP_P
@@ -196,10 +221,15 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
 
     def main(options: ChatOptions) -> None:
         """Chat with a MiniCPM (or Llama) model. /help lists the commands of the chat."""
+        cache_options = options.cache_options()
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True)
         running.device.warn_idle_axes(model, 1)
+        # An option that the backend lacks is refused now, and not after each question.
+        running.generator.decoding.check(
+            model, GenerationRequest.of(model, tokenizer, [[0]], 1, sampling, cache_options)
+        )
         stops = options.stops(*tokenizer.turn_markers)
         conversation = Conversation(options.system_prompt)
         for query in typed_lines():
@@ -210,7 +240,7 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
                 elif query.strip():
                     asked = [*conversation.messages, {"role": "user", "content": query}]
                     prompt = tokenizer.apply_chat(asked)
-                    request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling)
+                    request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, cache_options)
                     if reply := printed(running.generator.stream(model, tokenizer, request, stops)):
                         # A question without an answer is not kept.
                         conversation.messages = [*asked, {"role": "assistant", "content": reply}]

@@ -41,6 +41,7 @@ class Batch:
     segments: np.ndarray  # [B, T] int32: 1, 2, ... for the examples of a row, 0 for padding
     size: int  # B over all processes
     length: int  # tokens over all processes, targets or not
+    trained: int  # targets over all processes
     index: np.ndarray | None = None  # [B] int32, for pairs only: the index of each row's pair, -1 for padding rows
 
     def arrays(self, references: np.ndarray | None = None, local_rows: LocalRows = range) -> dict[str, np.ndarray]:
@@ -251,5 +252,6 @@ def _assemble(
             labels[b, at] = IGNORED  # the first token has no predecessor in its example
             at = here.stop
     index = np.array([row[0] if row else -1 for row in rows], np.int32) if sides == 2 else None
-    length = sum(part.length for row in rows for i in row for part in examples[i].parts)
-    return Batch(ids, labels, segments, sides * len(rows), length, index)
+    parts = [part for row in rows for i in row for part in examples[i].parts]
+    length, trained = sum(part.length for part in parts), sum(int(part.trained[1:].sum()) for part in parts)
+    return Batch(ids, labels, segments, sides * len(rows), length, trained, index)

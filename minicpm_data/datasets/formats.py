@@ -50,10 +50,14 @@ def _of(question: str, answer: str, *context: str, notes: Keys = ()) -> Form:
     return Form((question, answer), read, (*BESIDE, *context), notes)
 
 
-def _prompted(document: Document, rules: KeyRules) -> list[Turn]:
-    """``prompt`` and ``completion``, texts or TRL's lists of messages. Answers in the prompt are not trained."""
-    prompt = [replace(turn, asked=True) for turn in response(document, "prompt", "user", rules)]
-    return [*prompt, *response(document, "completion", "assistant", rules)]
+def _prompted(answer: str) -> Form:
+    """``prompt`` and ``answer``, texts or TRL's lists of messages. Answers in the prompt are not trained."""
+
+    def read(document: Document, rules: KeyRules) -> list[Turn]:
+        prompt = [replace(turn, asked=True) for turn in response(document, "prompt", "user", rules)]
+        return [*prompt, *response(document, answer, "assistant", rules)]
+
+    return Form(("prompt", answer), read)
 
 
 def _mlx_advertise_gen(document: Document, rules: KeyRules) -> list[Turn]:
@@ -72,11 +76,12 @@ FORMS = (
         ("conversations",), lambda document, rules: read_turns(document["conversations"], rules), notes=SHAREGPT_NOTES
     ),
     Form(("conversation",), lambda document, rules: read_turns(document["conversation"], rules)),  # LMSYS-Chat's
-    Form(("prompt", "completion"), _prompted),
-    _of("prompt", "response"),
+    _prompted("completion"),
+    _prompted("response"),
     _of("query", "response", notes=("type", "original_question")),  # MetaMathQA's
     _of("question", "answer"),
     _of("question", "response"),
+    _of("input", "output"),
     _of("instruction", "output", "input"),
     _of("instruction", "response", "input", "context"),
     _of("content", "summary"),  # AdvertiseGen
@@ -194,9 +199,9 @@ def _copies(document: Document) -> list[str]:
 
 
 def _fitting(keys: Any, forms: Sequence[Form]) -> list[Form]:
-    """The formats whose keys are all present, without those whose keys are a subset of another match."""
-    found = [form for form in forms if set(form.keys) <= set(keys)]
-    return [form for form in found if not any(set(form.keys) < set(other.keys) for other in found)]
+    """The formats whose keys are all present, without those that use a part of the keys of another match."""
+    used = {form: {*form.keys, *form.optional} & set(keys) for form in forms if set(form.keys) <= set(keys)}
+    return [form for form, own in used.items() if not any(own < others for others in used.values())]
 
 
 def _answered(whole: list[Turn], prompt: list[Turn], answer: list[Turn], key: str) -> list[Turn]:

@@ -67,6 +67,7 @@ def _turn(item: Any, i: int, rules: KeyRules) -> tuple[Any, bool | None]:
         if not isinstance(speaker, str) or speaker not in ROLE_OF:
             raise InputError(f"{what} is from {escaped(speaker)!r}; it must be from human, gpt or system.")
         speaker = ROLE_OF[speaker]
+    speaker = "system" if speaker == "developer" else speaker  # OpenAI's newer name
     return {"role": speaker, "content": _content(found[content], what, rules)}, _weight(found, speaker, what)
 
 

@@ -4,8 +4,8 @@
 both backends have the same names, signatures and behavior.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from minicpm_data.generation.options import (
@@ -16,11 +16,12 @@ from minicpm_data.generation.options import (
     PLAIN_CACHE,
     CacheOptions,
     Sampling,
+    cache_and_others,
 )
 from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt
 from minicpm_data.generation.responses import Response, stop_strings, stream_text
 from minicpm_data.generation.speculation import Speculation
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +82,7 @@ class Generator(Generic[ModelT]):
         draft_model: ModelT | None = None,
         num_draft_tokens: int = 3,
         prompt_lookup: bool = False,
-        **cache_options: Any,
+        **options: Any,
     ) -> Iterator[Response]:
         """Generate from one prompt, and yield a `Response` for each new token.
 
@@ -96,16 +97,21 @@ class Generator(Generic[ModelT]):
             stop: strings that end the answer; they are not part of the text.
             draft_model, num_draft_tokens, prompt_lookup: speculative decoding, see `Speculation`; the tokens are the
                 same.
-            cache_options: the fields of `CacheOptions`.
+            options: the other fields of `Sampling` (``xtc_probability``, ``xtc_threshold``, ``xtc_special_tokens``,
+                ``min_tokens_to_keep``), and those of `CacheOptions`.
 
         Returns:
             An iterator over `Response` (``text``, ``token``, ``finish_reason``, ``from_draft``).
 
         Raises:
-            InputError: an argument is out of range, or the memory does not hold the cache.
+            InputError: an argument is out of range or of another type, or the memory does not hold the cache.
+            TypeError: an argument is unknown; the message names the nearest one.
         """
-        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        kept, speculation = CacheOptions(**cache_options), Speculation(draft_model, prompt_lookup, num_draft_tokens)
+        kept, options = cache_and_others(
+            options, ("prompt", "max_tokens", "stop", "draft_model", "num_draft_tokens", "prompt_lookup")
+        )
+        sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, **options)
+        speculation = Speculation(draft_model, prompt_lookup, num_draft_tokens)
         request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, kept)
         return self.stream(model, tokenizer, request, stop, speculation)
 
@@ -155,9 +161,11 @@ class Generator(Generic[ModelT]):
         Raises:
             InputError: as `stream_generate`.
         """
-        if not prompts:
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+            raise InputError(f"is {short(repr(prompts))}; it must be a list of prompts.", option="prompts")
+        if not len(prompts):
             return []
-        kept = CacheOptions(**{f.name: options.pop(f.name) for f in fields(CacheOptions) if f.name in options})
+        kept, options = cache_and_others(options, ("prompts", "max_tokens", "stop"))
         request = GenerationRequest.of(model, tokenizer, prompts, max_tokens, Sampling(**options), kept)
         return self.batch(model, tokenizer, request, stop)
 
@@ -202,6 +210,8 @@ class Generator(Generic[ModelT]):
         """
         if tokenizer is None:
             raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
+        if not isinstance(history, list | tuple | None):
+            raise InputError(f"is {short(repr(history))}; it must be a list of messages.", option="history")
         messages = [*(history or ()), {"role": "user", "content": query}]
         prompt = tokenizer.apply_chat(messages)
         options |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}

@@ -2,16 +2,18 @@
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from weights_io.errors import InputError
+from minicpm_data.arguments import check_keywords, check_number, check_whole_numbers
+from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     import numpy as np
 
 MOST = 2**31 - 1  # upper bound of every number of tokens
+MOST_SPECIAL = 64  # ids that XTC keeps: an array of this length is an input of JAX's programs
 
 ANSWER_TOKENS = 256  # default of max_tokens
 CHAT_TOKENS, CHAT_TEMPERATURE, CHAT_TOP_P = 1024, 0.3, 0.8  # the original's temperature and top_p
@@ -19,7 +21,7 @@ CHAT_TOKENS, CHAT_TEMPERATURE, CHAT_TOP_P = 1024, 0.3, 0.8  # the original's tem
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled. The steps are applied in the order of transformers.
+    """How the next token is sampled. The steps are applied in the order of transformers, then XTC.
 
     Arguments, in that order:
         repetition_penalty: on every token of the prompt and of the answer so far; 1 is none.
@@ -27,6 +29,11 @@ class Sampling:
         top_k: 0 keeps all tokens.
         top_p: 1 keeps all tokens.
         min_p: least probability relative to the most likely token's; 0 keeps all tokens.
+        min_tokens_to_keep: most likely tokens that min_p keeps in any case.
+        xtc_probability: how often XTC ("exclude top choices") is applied to a token; 0 is never.
+        xtc_threshold: of the tokens above this probability XTC keeps only the least likely one. The probabilities are
+            those at temperature 1 of the tokens that are left, as in mlx_lm.
+        xtc_special_tokens: ids that XTC keeps. None: the ends of an answer and the line break, as in mlx_lm.
         seed: None draws a new seed for each request.
 
     Raises:
@@ -39,8 +46,18 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    xtc_special_tokens: tuple[int, ...] | None = None
+    min_tokens_to_keep: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "xtc_probability", "xtc_threshold"):
+            check_number(name, getattr(self, name))
+        for name in ("top_k", "min_tokens_to_keep"):
+            check_number(name, getattr(self, name), whole=True)
+        if self.seed is not None:
+            check_number("seed", self.seed, whole=True)
         self._require("temperature", 0 <= self.temperature < math.inf, "a number from 0 on (0 is greedy)")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require(
@@ -49,10 +66,18 @@ class Sampling:
         self._require("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         self._require("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 1e-6 to 1e6 (1 is none)")
         self._require("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1")
+        self._require("xtc_probability", 0 <= self.xtc_probability <= 1, "between 0 and 1 (0 is never)")
+        self._require("xtc_threshold", 0 <= self.xtc_threshold <= 0.5, "between 0 and 0.5")
+        kept = self.min_tokens_to_keep
+        self._require("min_tokens_to_keep", 1 <= kept <= MOST and kept == int(kept), "a whole number, at least 1")
+        if (special := self.xtc_special_tokens) is not None:
+            check_whole_numbers("xtc_special_tokens", special)
+            if len(special) > MOST_SPECIAL:
+                raise InputError(f"holds {len(special)} ids; give at most {MOST_SPECIAL}.", option="xtc_special_tokens")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
-            raise InputError(f"is {getattr(self, name)}; it must be {what}.", option=name)
+            raise InputError(f"is {short(getattr(self, name))}; it must be {what}.", option=name)
 
     @property
     def greedy(self) -> bool:
@@ -61,6 +86,11 @@ class Sampling:
     @property
     def penalized(self) -> bool:
         return self.repetition_penalty != 1
+
+    @property
+    def excludes(self) -> bool:
+        """Whether XTC may be applied."""
+        return self.xtc_probability > 0
 
     def row_keys(self, rows: int) -> "np.ndarray":
         """Random keys [rows, 2] uint32, one per batch row, for the generators of both backends."""
@@ -79,29 +109,55 @@ class CacheOptions:
             (float32 where JAX decodes on a CPU).
         max_kv_size: MLX only: keep the first 4 tokens and rotate the rest within this size. None keeps all tokens.
         prefill_step_size: tokens per prefill chunk; it only affects memory.
-        kv_group_size: MLX only: quantization group size. None is 64, or 32 where 64 does not divide a head.
+        kv_group_size: quantization group size. None is 64 in MLX, or 32 where 64 does not divide a head; in JAX a
+            group is a head.
+        quantized_kv_start: MLX only: quantize the cache once it holds this many tokens; 0 is from the first one.
 
     Raises:
-        InputError: a value is out of range, or kv_bits and max_kv_size are both given.
+        InputError: a value is out of range, kv_bits and max_kv_size are both given, or an option of a quantized cache
+            without kv_bits.
     """
 
     kv_bits: int | None = None
     max_kv_size: int | None = None
     prefill_step_size: int = 512
     kv_group_size: int | None = None
+    quantized_kv_start: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None:
+                check_number(name, value, whole=True)
         if self.kv_bits not in (None, 4, 8):
             raise InputError(f"is {self.kv_bits}; it must be 4 or 8.", option="kv_bits")
-        for name, least in (("max_kv_size", 8), ("prefill_step_size", 1), ("kv_group_size", 1)):
+        for name, least in (
+            ("max_kv_size", 8),
+            ("prefill_step_size", 1),
+            ("kv_group_size", 1),
+            ("quantized_kv_start", 0),
+        ):
             value = getattr(self, name)
             if value is not None and not (least <= value <= MOST and value == int(value)):
                 raise InputError(f"is {value}; it must be a whole number, from {least} to {MOST}.", option=name)
         if self.kv_bits and self.max_kv_size:
             raise InputError("and {max_kv_size} do not go together; leave one of them out.", "kv_bits", ["max_kv_size"])
+        for name in ("kv_group_size", "quantized_kv_start"):
+            if self.kv_bits is None and getattr(self, name):
+                raise InputError("is for {kv_bits}; give it too, or leave both out.", name, ["kv_bits"])
 
 
 GREEDY, PLAIN_CACHE = Sampling(), CacheOptions()  # the defaults
+
+
+def cache_and_others(options: Mapping[str, Any], own: Collection[str]) -> tuple[CacheOptions, dict[str, Any]]:
+    """The cache options among keyword arguments, and the others, which are fields of `Sampling`.
+
+    ``own``: the other arguments of the function, which a message may suggest. Raises `TypeError` for an unknown one.
+    """
+    of_cache, of_sampling = ({f.name for f in fields(kind)} for kind in (CacheOptions, Sampling))
+    check_keywords(options, {*of_cache, *of_sampling, *own})
+    kept = CacheOptions(**{name: value for name, value in options.items() if name in of_cache})
+    return kept, {name: value for name, value in options.items() if name in of_sampling}
 
 
 def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> "np.ndarray":

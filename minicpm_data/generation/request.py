@@ -1,11 +1,21 @@
 """`GenerationRequest`: one frozen object for everything asked of a model, from the command line down to the device."""
 
+import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from minicpm_data.generation.options import ANSWER_TOKENS, GREEDY, MOST, PLAIN_CACHE, CacheOptions, Sampling
-from weights_io.errors import InputError
+from minicpm_data.arguments import check_model, check_number
+from minicpm_data.generation.options import (
+    ANSWER_TOKENS,
+    GREEDY,
+    MOST,
+    MOST_SPECIAL,
+    PLAIN_CACHE,
+    CacheOptions,
+    Sampling,
+)
+from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -34,13 +44,25 @@ class PromptIds(tuple[int, ...]):
     """
 
     def __new__(cls, ids: Iterable[int], vocab_size: int) -> "PromptIds":
-        checked = super().__new__(cls, (int(i) for i in ids))
+        checked = super().__new__(cls, _whole(ids))
         if not checked:
             raise InputError("the prompt is empty; give at least one token.")
         for i in checked:
             if not 0 <= i < vocab_size:
                 raise InputError(f"token id {i} of the prompt is outside the vocabulary of {vocab_size}.")
         return checked
+
+
+def _whole(ids: Iterable[int]) -> list[int]:
+    """The ids as integers. Raises `InputError` where they are something else."""
+    try:
+        if isinstance(ids, bytes | bytearray):
+            raise TypeError
+        return [operator.index(i.item() if hasattr(i, "item") else i) for i in ids]
+    except TypeError:
+        raise InputError(
+            f"the prompt is {short(repr(ids))}; give a text, or a list of token ids (whole numbers)."
+        ) from None
 
 
 def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> PromptIds:
@@ -55,6 +77,25 @@ def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -
 def end_ids(model: LanguageModel, tokenizer: "Tokenizer | None") -> frozenset[int]:
     """The ids that end an answer: those of config.json, generation_config.json and the tokenizer together."""
     return frozenset([*model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())])
+
+
+def special_tokens_kept(
+    sampling: Sampling, tokenizer: "Tokenizer | None", ends: frozenset[int], vocab_size: int
+) -> Sampling:
+    """``sampling`` with the ids that XTC keeps: the line break and ``ends``, where it names none.
+
+    Raises `InputError` for an id outside the vocabulary.
+    """
+    if not sampling.excludes:
+        return sampling
+    kept = sampling.xtc_special_tokens
+    if kept is None:
+        breaks = () if tokenizer is None else tokenizer.encode("\n")
+        kept = tuple(sorted({*breaks, *ends}))[:MOST_SPECIAL]
+    for i in kept:
+        if not 0 <= i < vocab_size:
+            raise InputError(f"holds {i}, outside the vocabulary of {vocab_size}.", option="xtc_special_tokens")
+    return replace(sampling, xtc_special_tokens=tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -79,6 +120,7 @@ class GenerationRequest:
     cache: CacheOptions = PLAIN_CACHE
 
     def __post_init__(self) -> None:
+        check_number("max_tokens", self.max_tokens, whole=True)
         if not 1 <= self.max_tokens <= MOST:
             raise InputError(f"is {self.max_tokens}; it must be from 1 to {MOST}.", option="max_tokens")
 
@@ -93,8 +135,11 @@ class GenerationRequest:
         cache: CacheOptions = PLAIN_CACHE,
     ) -> "GenerationRequest":
         """A request for prompts given as texts or ids, with the EOS ids of this model and tokenizer."""
+        check_model("model", model)
         rows = tuple(prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts)
-        return cls(rows, max_tokens, sampling, end_ids(model, tokenizer), cache)
+        ends = end_ids(model, tokenizer)
+        sampling = special_tokens_kept(sampling, tokenizer, ends, model.config.vocab_size)
+        return cls(rows, max_tokens, sampling, ends, cache)
 
     @property
     def prompt(self) -> PromptIds:

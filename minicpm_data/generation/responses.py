@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from minicpm_data.tokenizer.detokenizer import Detokenizer
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def stream_text(
 
 def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     """One or several stop strings as a tuple. Raises `InputError` where one is empty."""
+    if not isinstance(stop, str | Iterable) or any(not isinstance(text, str) for text in stop):
+        raise InputError(f"is {short(repr(stop))}; it must be a text or a list of texts.", option="stop")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:
         raise InputError("holds an empty text; leave it out.", option="stop")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from minicpm_data.arguments import check_model, check_number
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from weights_io.errors import InputError
 
@@ -43,7 +44,8 @@ class Speculation(Generic[Source]):
 
     def __post_init__(self) -> None:
         count = self.num_draft_tokens
-        if count != int(count) or not 1 <= count <= MOST:
+        check_number("num_draft_tokens", count, whole=True)
+        if not 1 <= count <= MOST:
             raise InputError(f"is {count}; it must be a whole number from 1 to {MOST}.", option="num_draft_tokens")
         if self.draft_model is not None and self.prompt_lookup:
             raise InputError(
@@ -63,6 +65,7 @@ class Speculation(Generic[Source]):
                 "cannot rewind a wrong guess; leave it out, or leave out the speculation.", option="max_kv_size"
             )
         if self.draft_model is not None:
+            check_model("draft_model", self.draft_model)
             draft, own = self.draft_model.config.vocab_size, model.config.vocab_size
             if draft != own:
                 raise InputError(f"the draft model has {draft} token ids, the model {own}; use one with its tokenizer.")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from minicpm_data.generation.api import Backend
 from minicpm_data.model_options import load_model, open_source
 from minicpm_data.tokenizer.chat_template import PLAIN_TEMPLATE
-from minicpm_data.training import loop
-from minicpm_data.training.loop import Arrays, Plan
+from minicpm_data.training import loop, trainable
+from minicpm_data.training.loop import Arrays, Count, Plan
 from minicpm_data.training.options import (
     FinetuneOptions,
     FullOptions,
@@ -82,7 +82,8 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     if options.ignore_chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
     train = read_split(options, tokenizer, "train") if options.training else None
-    valid = read_split(options, tokenizer, "valid", required=False) if options.training else None
+    validating = options.training and options.val_batches != 0
+    valid = read_split(options, tokenizer, "valid", required=False) if validating else None
     test = read_split(options, tokenizer, "test") if options.test else None
     worker = trainer(model, options, source.checkpoint)  # refuses a batch that the mesh does not divide
     running.device.warn_idle_axes(model, options.batch_size)
@@ -138,6 +139,7 @@ def train_and_export(
     with using(options.out, settings, options.resume, notes, trainer.processes):
         rows = f"{options.batch_size * options.grad_accumulation_steps} {'rows' if options.pack else 'examples'}"
         print(f"{planned.steps} steps of {rows}, {batches.padding:.1%} of them padding")
+        print(trainable.share(options, base.config))
         step = loop.restored(planned, trainer)
         known = references(options, trainer, train)
         valid_feed = [] if valid is None else feed(options, trainer, valid)
@@ -189,10 +191,11 @@ class Examples:
     known: "np.ndarray | None"  # `references` of the training examples
     valid: Sequence[Arrays]
 
-    def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
+    def batches(self, step: int) -> tuple[Sequence[Arrays], Count]:
         several, local_rows = self.options.grad_accumulation_steps, self.trainer.local_rows
         made = [self.train.part(step * several + i, local_rows) for i in range(several)]
-        return [batch.arrays(self.known, local_rows) for batch in made], sum(batch.length for batch in made)
+        count = Count(sum(batch.length for batch in made), sum(batch.trained for batch in made))
+        return [batch.arrays(self.known, local_rows) for batch in made], count
 
     def figures(self, step: int) -> Mapping[str, Any]:
         return {"epoch": step * self.options.grad_accumulation_steps / self.train.per_epoch}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, SupportsFloat
 
 from weights_io.errors import InputError
 
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, "np.ndarray"]  # the arrays of one batch, by name
 Figures = Mapping[str, SupportsFloat]  # metrics, which the device may still be computing
 SHOWN = 12  # token ids that the message of a non-finite loss quotes
+
+
+class Count(NamedTuple):
+    """The number of tokens of a step, over all processes."""
+
+    tokens: int
+    trained: int  # those that are targets
 
 
 class Trainer(Protocol):
@@ -49,6 +56,9 @@ class Trainer(Protocol):
     def evaluate(self, batch: Arrays) -> Figures:
         """The objective's sums over a batch, and ``weight``, their divisor. Without ``weight`` they are means."""
 
+    def peak_memory(self) -> int:
+        """Most bytes that the device held so far."""
+
     def save(self, step: int) -> None:
         """Save a checkpoint atomically."""
 
@@ -65,8 +75,8 @@ class Trainer(Protocol):
 class Source(Protocol):
     """Where the batches of a run come from."""
 
-    def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
-        """The micro-batches of a step (from 0), and the number of tokens in them over all processes."""
+    def batches(self, step: int) -> tuple[Sequence[Arrays], "Count"]:
+        """The micro-batches of a step (from 0), and the number of their tokens."""
 
     def figures(self, step: int) -> Mapping[str, Any]:
         """The data's part of a metrics record, such as the epoch, after a step (from 1)."""
@@ -147,16 +157,16 @@ def _train(plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics", int
     """Train from ``step`` on, and return the number of completed steps."""
     from tqdm import tqdm
 
-    processes, recent = trainer.processes, _Recent(plan, source, metrics)
+    processes, recent = trainer.processes, _Recent(plan, trainer, source, metrics)
     stopping = False
     with tqdm(total=plan.steps, initial=step, unit="step", dynamic_ncols=True, disable=processes.quiet) as bar:
         while step < plan.steps and not stopping:
-            batches, tokens = source.batches(step)
+            batches, count = source.batches(step)
             rate = plan.schedule(step)
             figures = trainer.step(batches, rate, step)
             recent.wait()  # at most one step is queued behind the running one
             step += 1
-            recent.add({"step": step, **source.figures(step), "learning_rate": rate, **figures}, tokens)
+            recent.add({"step": step, **source.figures(step), "learning_rate": rate, **figures}, count)
             bar.update()
             stopping = processes.any(interrupt.wanted)  # read once, so that the last step is saved
             reporting, saving = plan.reports(step), plan.saves(step) or stopping
@@ -164,7 +174,7 @@ def _train(plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics", int
                 last = recent.flush(source.evaluation if plan.evaluates(step) else dict, reporting)
                 bar.set_postfix(loss=f"{last['loss']:.3f}", tokens_s=f"{last['tokens_per_second']:,.0f}")
                 if reporting:
-                    bar.write(line(last))
+                    bar.write(line(last | {"loss": recent.mean_loss()}))
                 recent.restart()
             if saving:
                 trainer.save(step)
@@ -176,18 +186,23 @@ def _train(plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics", int
 class _Recent:
     """The records of the steps since the last report. Their metrics may still be computing on the device."""
 
-    def __init__(self, plan: Plan, source: Source, metrics: "Metrics"):
-        self._plan, self._source, self._metrics = plan, source, metrics
+    def __init__(self, plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics"):
+        self._plan, self._trainer, self._source, self._metrics = plan, trainer, source, metrics
         self._records: list[dict[str, Any]] = []
+        self._losses: list[float] = []  # of the steps since the last report
+        self._trained = metrics.last("trained_tokens")  # of the whole run, also where it is resumed
         self.restart()
 
     def restart(self) -> None:
         """Start counting time and tokens."""
-        self._began, self._tokens = time.perf_counter(), 0
+        self._began, self._tokens, self._steps = time.perf_counter(), 0, 0
 
-    def add(self, record: dict[str, Any], tokens: int) -> None:
-        self._records.append(record)
-        self._tokens += tokens
+    def add(self, record: dict[str, Any], count: Count) -> None:
+        self._trained += count.trained
+        # The ``tokens`` of pretraining follow from the step. A resumed run finds the last of its few records.
+        self._records.append({"trained_tokens": record.get("tokens", self._trained)} | record)
+        self._tokens += count.tokens
+        self._steps += 1
 
     def wait(self) -> None:
         """Wait until the device has computed the metrics."""
@@ -198,16 +213,26 @@ class _Recent:
         """Write the records, and return the last one, to which the results of ``evaluation`` are added."""
         self.wait()
         last = self._records[-1]
-        last["tokens_per_second"] = self._tokens / (time.perf_counter() - self._began)
-        last |= evaluation()
+        taken = time.perf_counter() - self._began
+        last |= {"iterations_per_second": self._steps / taken, "tokens_per_second": self._tokens / taken}
+        last["peak_memory"] = self._trainer.peak_memory() / 1e9
+        began = time.perf_counter()
+        if found := evaluation():
+            last |= {**found, "valid_seconds": time.perf_counter() - began}
         for record in self._records:
             # Convert the device's arrays, which are computed by now.
             record |= {name: x if isinstance(x, str | int) else float(x) for name, x in record.items()}
             self._check(record)
+            self._losses.append(record["loss"])
             if self._plan.record_all or (reporting and record is last):
                 self._metrics.write(record)
         self._records = []
         return last
+
+    def mean_loss(self) -> float:
+        """The mean loss of the steps since the last call, which mlx_lm prints."""
+        losses, self._losses = self._losses, []
+        return sum(losses) / len(losses)
 
     def _check(self, record: Mapping[str, Any]) -> None:
         for name in ("loss", "gradient_norm"):
@@ -221,16 +246,22 @@ class _Recent:
 
 
 def line(record: Mapping[str, Any]) -> str:
-    """A record as one line for the terminal, in the format of mlx_lm. With several validation losses, the one of the
-    record's stage is shown."""
-    parts = [f"Iter {record['step']}: Train loss {record['loss']:.3f}"]
+    """A record as one or two lines for the terminal, in the format of mlx_lm. With several validation losses, the one
+    of the record's stage is shown."""
+    step = f"Iter {record['step']}: "
+    parts = [f"{step}Train loss {record['loss']:.3f}"]
     if "accuracy" in record:
         parts.append(f"preferred {record['accuracy']:.1%}")
+    parts += [
+        f"Learning Rate {record['learning_rate']:.3e}",
+        f"It/sec {record['iterations_per_second']:.3f}",
+        f"Tokens/sec {record['tokens_per_second']:,.0f}",
+        f"Trained Tokens {record['trained_tokens']:,}",
+        f"Peak mem {record['peak_memory']:.3f} GB",
+    ]
     valid = record.get("valid_loss", record.get(f"{record.get('stage')}_valid_loss"))
-    if valid is not None:
-        parts.append(f"Val loss {valid:.3f}")
-    parts += [f"Learning rate {record['learning_rate']:.3e}", f"Tokens/sec {record['tokens_per_second']:,.0f}"]
-    return ", ".join(parts)
+    first = "" if valid is None else f"{step}Val loss {valid:.3f}, Val took {record['valid_seconds']:.3f}s\n"
+    return first + ", ".join(parts)
 
 
 def means(trainer: Trainer, batches: Iterable[Arrays], limit: int | None, precision: type) -> dict[str, float]:

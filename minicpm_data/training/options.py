@@ -15,7 +15,7 @@ from minicpm_data.option_checks import check_range
 from minicpm_data.schedules import Decay, WarmupStableDecay
 from weights_io.adapters import AdapterConfig
 from weights_io.catalog import find
-from weights_io.command_line import Former
+from weights_io.command_line import Former, Unneeded
 from weights_io.errors import InputError
 from weights_io.memory import ADAPTERS
 from weights_io.parameters import parameters
@@ -29,7 +29,8 @@ RESUMABLE_OPTIONS = frozenset(
     """train test iters epochs mask_prompt learning_rate lr_schedule warmup_steps clip steps_per_report steps_per_eval
     val_batches test_batches save_every resume report_to project_name hub data config init_from tokenizer
     grad_checkpoint adapter_path ignore_keys special_tokens_as_text save_path save_dtype mesh distributed
-    coordinator_address num_processes process_id join_timeout""".split()
+    coordinator_address num_processes process_id join_timeout
+    trust_remote_code clear_cache_threshold""".split()
 )
 
 
@@ -90,7 +91,7 @@ class FinetuneOptions(DataOptions, SourceOptions):
     steps_per_eval: int = 200
     """Steps between validation losses."""
     val_batches: int = 25
-    """Batches per validation loss; -1 takes all."""
+    """Batches per validation loss; -1 takes all, 0 does not validate."""
     test_batches: int = -1
     """Batches for --test; -1 takes all."""
     save_every: int = 100
@@ -103,6 +104,10 @@ class FinetuneOptions(DataOptions, SourceOptions):
     """Name of the wandb project; default: the name of the output folder."""
     seed: int = 0
     """Seed of initialization, data order and dropout."""
+    clear_cache_threshold: Annotated[
+        int | None, tyro.conf.Suppress, Unneeded("MLX frees memory when others need it")
+    ] = None
+    """Accepted for scripts of mlx_lm; it changes nothing."""
 
     @property
     def out(self) -> Path:
@@ -273,9 +278,9 @@ def check(options: FinetuneOptions) -> None:
     check_range(options, "warmup_steps", least=0)
     if options.iters is not None and options.epochs is not None:
         raise InputError("and {epochs} both say how long to train; leave one of them out.", "iters", ["epochs"])
-    for name in ("val_batches", "test_batches"):
-        if (value := getattr(options, name)) != -1 and value < 1:
-            raise InputError(f"is {value}; it must be at least 1, or -1 for all.", option=name)
+    for name, least, of in (("val_batches", 0, " (0 does not validate)"), ("test_batches", 1, "")):
+        if (value := getattr(options, name)) != -1 and value < least:
+            raise InputError(f"is {value}; it must be at least {least}{of}, or -1 for all.", option=name)
     options.check_placement()
     if options.pack and options.loss != "sft":
         raise InputError("is for {loss} sft; pairs stand in rows of their own.", "pack", ["loss"])

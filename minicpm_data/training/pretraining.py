@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from minicpm_data.option_checks import check_range
 from minicpm_data.schedules import WarmupStableDecay
 from minicpm_data.training import loop
-from minicpm_data.training.loop import Arrays, Plan
+from minicpm_data.training.loop import Arrays, Count, Plan
 from minicpm_data.training.options import PretrainOptions, settings_of
 from minicpm_data.training.processes import leaving_at_interrupts
 from weights_io import command_line
@@ -169,10 +169,10 @@ class Windows:
         name, start = ("decay", self.decay_start) if step >= self.decay_start else ("stable", 0)
         return name, step - max(start, self.options.from_step)
 
-    def batches(self, step: int) -> tuple[Sequence[Arrays], int]:
+    def batches(self, step: int) -> tuple[Sequence[Arrays], Count]:
         name, number = self._stage(step)
         ids = self.stages[name].train.part(number, self.trainer.local_rows)
-        return [{"ids": ids}], self._tokens
+        return [{"ids": ids}], Count(self._tokens, self._tokens)
 
     def figures(self, step: int) -> Mapping[str, Any]:
         return {"stage": self._stage(step - 1)[0], "tokens": (step - self.options.from_step) * self._tokens}

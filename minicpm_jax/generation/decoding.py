@@ -186,6 +186,17 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
         raise InputError("is for MLX; leave it out, as the cache of JAX keeps every token.", option="max_kv_size")
     if cache_options.kv_bits == 4:
         raise InputError("is 4; the cache of JAX keeps keys and values whole or in 8 bits.", option="kv_bits")
+    group, width = cache_options.kv_group_size, model.config.head_dim
+    if group not in (None, width):
+        raise InputError(
+            f"is {group}; the 8-bit cache of JAX has one scale for each head of {width} numbers: leave it out.",
+            option="kv_group_size",
+        )
+    if start := cache_options.quantized_kv_start:
+        raise InputError(
+            f"is {start}; the cache of JAX is quantized from the first token on: leave it out, or give 0.",
+            option="quantized_kv_start",
+        )
 
 
 def check(model: Model, request: GenerationRequest) -> None:

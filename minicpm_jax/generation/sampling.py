@@ -1,4 +1,4 @@
-"""The next token from logits: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
+"""The next token from logits: greedy, or drawn from what temperature, top-k, top-p, min-p and XTC leave.
 
 Dims: B batch, V vocabulary.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from minicpm_data.generation.options import Sampling
+from minicpm_data.generation.options import MOST_SPECIAL, Sampling
 
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 HOTTEST = 1e38  # more overflows float32; either way all tokens are equally likely
@@ -20,7 +20,17 @@ HOTTEST = 1e38  # more overflows float32; either way all tokens are equally like
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_p", "top_k", "min_p", "repetition_penalty"],
+    data_fields=[
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "min_tokens_to_keep",
+        "repetition_penalty",
+        "xtc_probability",
+        "xtc_threshold",
+        "xtc_special_tokens",
+    ],
     meta_fields=["greedy", "penalized"],
 )
 @dataclass(frozen=True)
@@ -32,18 +42,28 @@ class SamplingParams:
     top_p: Float[Array, ""] | Float[Array, "B 1"]
     top_k: Int[Array, ""] | Int[Array, "B 1"]
     min_p: Float[Array, ""] | Float[Array, "B 1"]
+    min_tokens_to_keep: Int[Array, ""] | Int[Array, "B 1"]
     repetition_penalty: Float[Array, ""] | Float[Array, "B 1"]
+    xtc_probability: Float[Array, ""] | Float[Array, "B 1"]
+    xtc_threshold: Float[Array, ""] | Float[Array, "B 1"]
+    xtc_special_tokens: Int[Array, "N"] | Int[Array, "B 1 N"]  # filled up with the size of the vocabulary
     greedy: bool
     penalized: bool
 
     @staticmethod
     def of(sampling: Sampling, vocab_size: int) -> "SamplingParams":
+        special = np.full(MOST_SPECIAL, vocab_size, np.int32)
+        special[: len(sampling.xtc_special_tokens or ())] = sampling.xtc_special_tokens or ()
         return SamplingParams(
             np.float32(min(max(sampling.temperature, COLDEST), HOTTEST)),
             np.float32(sampling.top_p),
             np.int32(min(sampling.top_k or vocab_size, vocab_size)),
             np.float32(sampling.min_p),
+            np.int32(min(sampling.min_tokens_to_keep, vocab_size)),
             np.float32(sampling.repetition_penalty),
+            np.float32(sampling.xtc_probability),
+            np.float32(sampling.xtc_threshold),
+            special,
             sampling.greedy,
             sampling.penalized,
         )
@@ -61,7 +81,12 @@ def sample(
     likeliest = jnp.argmax(logits, axis=-1)
     if params.greedy:
         return likeliest
-    drawn = jax.vmap(jax.random.categorical)(keys, filtered(logits / params.temperature, params))
+    kept = filtered(logits / params.temperature, params)
+    # Under a condition, so that a first request with XTC needs no program of its own.
+    kept = jax.lax.cond(
+        jnp.any(params.xtc_probability > 0), lambda: without_top_choices(logits, kept, params, keys), lambda: kept
+    )
+    drawn = jax.vmap(jax.random.categorical)(keys, kept)
     return jnp.where(jnp.ravel(params.temperature) <= COLDEST, likeliest, drawn)
 
 
@@ -80,8 +105,34 @@ def filtered(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array
         return (mass >= params.top_p) & (params.top_p < 1)
 
     likeliest = jnp.max(probabilities, axis=-1, keepdims=True)  # always kept
-    stays = kept & (ordered >= _cut(ordered, enough)) & (probabilities >= params.min_p * likeliest)
-    return jnp.where(stays, logits, -jnp.inf)
+    some = jax.lax.cond(
+        jnp.any(params.min_tokens_to_keep > 1),
+        lambda: (
+            ordered >= _cut(ordered, lambda above: jnp.sum(above, axis=-1, keepdims=True) >= params.min_tokens_to_keep)
+        ),
+        lambda: jnp.zeros(ordered.shape, bool),
+    )
+    likely = some | (probabilities >= params.min_p * likeliest)
+    return jnp.where(kept & (ordered >= _cut(ordered, enough)) & likely, logits, -jnp.inf)
+
+
+def without_top_choices(
+    logits: Float[Array, "B V"], kept: Float[Array, "B V"], params: SamplingParams, keys: Array
+) -> Float[Array, "B V"]:
+    """XTC: ``kept`` (from `filtered`) with -inf, at random, for all tokens above a threshold but the least likely one.
+
+    The probabilities are those of ``logits`` at temperature 1, as in `mlx_lm`. Its parts are in the order of
+    `mlx_lm.sample_utils.apply_xtc`; each row has its own chance.
+    """
+    probabilities = jax.nn.softmax(jnp.where(kept == -jnp.inf, -jnp.inf, logits), axis=-1)
+    above = jnp.where(probabilities > params.xtc_threshold, probabilities, jnp.inf)
+    rows = len(logits)
+    special = jnp.broadcast_to(params.xtc_special_tokens, (rows, 1, MOST_SPECIAL))[:, 0]
+    spared = jnp.zeros(logits.shape, bool).at[jnp.arange(rows)[:, None], special].set(True, mode="drop")
+    excluded = (probabilities > jnp.min(above, axis=-1, keepdims=True)) & ~spared
+    chance = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
+    applied = chance[:, None] < params.xtc_probability
+    return jnp.where(excluded & applied, -jnp.inf, kept)
 
 
 def _ordered(logits: Float[Array, "B V"]) -> UInt32[Array, "B V"]:

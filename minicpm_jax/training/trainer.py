@@ -78,6 +78,9 @@ class BaseTrainer:
         """Batches [B, T] of this process's rows as arrays [A, B, T] sharded over all devices."""
         return shard_rows(stack_batches(batches), self.mesh, self.rows)
 
+    def peak_memory(self) -> int:
+        return device.peak_memory()
+
     def save(self, step: int) -> None:
         self.checkpoints.save(step, self.state)
 

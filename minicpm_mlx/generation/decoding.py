@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import wired_limit
-from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, QuantizedKVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, QuantizedKVCache, make_prompt_cache
 
-from minicpm_data.generation.options import CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_mlx import device
 from minicpm_mlx.generation.sampling import sample
@@ -42,13 +42,20 @@ class State:
 def make_cache(model: Model, padding: Sequence[int], cache_options: CacheOptions) -> list[Any]:
     """One cache per layer, for rows with the given left ``padding``. The options must have passed `check_kind`."""
     batch = len(padding) > 1
-    if cache_options.kv_bits is not None:
+    if cache_options.kv_bits is not None and not cache_options.quantized_kv_start:
         return [QuantizedKVCache(group_size(model, cache_options), cache_options.kv_bits) for _ in model.layers]
     if not batch:
         return make_prompt_cache(model, cache_options.max_kv_size)
     if cache_options.max_kv_size is None:
         return [BatchKVCache(padding) for _ in model.layers]
     return [BatchRotatingKVCache(cache_options.max_kv_size, padding) for _ in model.layers]
+
+
+def quantize_late(model: Model, cache: list[Any], cache_options: CacheOptions) -> None:
+    """Quantize a cache, in place, once it holds ``quantized_kv_start`` tokens."""
+    start, bits = cache_options.quantized_kv_start, cache_options.kv_bits
+    if start and bits is not None and isinstance(cache[0], KVCache) and cache[0].offset >= start:
+        cache[:] = [layer.to_quantized(group_size(model, cache_options), bits) for layer in cache]
 
 
 def group_size(model: Model, cache_options: CacheOptions) -> int:
@@ -60,7 +67,7 @@ def cache_bytes(model: Model, batch: int, length: int, cache_options: CacheOptio
     """Bytes of a cache of ``batch`` rows and ``length`` positions (per device)."""
     dtype = model.model.norm.weight.dtype
     whole = memory.cache_bytes(model.config, batch * length, str(dtype).rpartition(".")[2])
-    if cache_options.kv_bits is None:
+    if cache_options.kv_bits is None or 0 < length <= cache_options.quantized_kv_start:
         return whole
     bits = cache_options.kv_bits + 2 * 8 * dtype.size / group_size(model, cache_options)
     return int(whole * bits / (8 * dtype.size))
@@ -72,11 +79,19 @@ def check_cache(model: Model, batch: int, length: int, cache_options: CacheOptio
     memory.check_cache(batch, length, needed, device.free_memory(model))
 
 
-def prefill_chunks(model: Model, ids: mx.array, cache: list[Any], pieces: int, length: int | mx.array) -> mx.array:
+def prefill_chunks(
+    model: Model,
+    ids: mx.array,
+    cache: list[Any],
+    pieces: int,
+    length: int | mx.array,
+    cache_options: CacheOptions = PLAIN_CACHE,
+) -> mx.array:
     """Run tokens [B, T], ``pieces`` at a time, through the cache. Returns the last token's hidden state [B, 1, D].
-    ``length``: of the whole prompt, if these tokens end one."""
+    ``length``: of the whole prompt, if these tokens end one. ``cache_options``: say when the cache is quantized."""
     for start in range(0, ids.shape[1], pieces):
         hidden = model.decode(ids[:, start : start + pieces], cache, length, last=True)
+        quantize_late(model, cache, cache_options)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
     return hidden
@@ -133,6 +148,7 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
         ends, finished = np.array(sorted(request.end_ids)), np.zeros(len(request.prompts), bool)
         for made in range(1, max_tokens + 1):
             following = step(model, state, sampling) if made < max_tokens else state
+            quantize_late(model, following.cache, request.cache)
             tokens = np.asarray(state.token)
             yield tokens
             finished |= np.isin(tokens, ends)
@@ -152,7 +168,7 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     cache = make_cache(model, padding, request.cache)
     ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
     length = width if len(prompts) == 1 else mx.array(lengths)
-    hidden = prefill_chunks(model, ids, cache, request.cache.prefill_step_size, length)
+    hidden = prefill_chunks(model, ids, cache, request.cache.prefill_step_size, length, request.cache)
     token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
     state = State(cache, ids[:, -1], token_mask, mx.array(sampling.row_keys(len(prompts))))
     return sample_next(state, model.head(hidden)[:, 0], sampling)

@@ -1,4 +1,4 @@
-"""Sample the next token from logits: greedy, or randomly with temperature, top-k, top-p and min-p.
+"""Sample the next token from logits: greedy, or randomly with temperature, top-k, top-p, min-p and XTC.
 
 Dims: B batch, V vocabulary.
 """
@@ -20,6 +20,8 @@ def sample(logits: mx.array, token_mask: mx.array | None, sampling: Sampling, ke
     if sampling.greedy or keys is None:
         return mx.argmax(logits, axis=-1)
     kept = filtered(logits / max(sampling.temperature, COLDEST), sampling)
+    if sampling.excludes:
+        kept = without_top_choices(logits, kept, sampling, keys)
     return mx.stack([mx.random.categorical(row, key=key) for row, key in zip(kept, keys, strict=True)])
 
 
@@ -42,6 +44,21 @@ def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
     probabilities = mx.softmax(mx.where(in_top_k, descending, -mx.inf), axis=-1, precise=True)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
     # A token is kept while the likelier ones do not reach top_p by themselves; the likeliest is always kept.
-    stays = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1]) & in_top_k
+    likely = (probabilities >= sampling.min_p * probabilities[:, :1]) | (rank < sampling.min_tokens_to_keep)
+    stays = (before < sampling.top_p) & likely & in_top_k
     lowest = mx.min(mx.where(stays, descending, mx.inf), axis=-1, keepdims=True)
     return mx.where(logits >= lowest, logits, -mx.inf)
+
+
+def without_top_choices(logits: mx.array, kept: mx.array, sampling: Sampling, keys: mx.array) -> mx.array:
+    """XTC: ``kept`` (from `filtered`) with -inf, at random, for all tokens above a threshold but the least likely one.
+
+    The probabilities are those of ``logits`` at temperature 1, as in `mlx_lm`. Its parts are in the order of
+    `mlx_lm.sample_utils.apply_xtc`, which has one chance for all rows; here each row has its own."""
+    probabilities = mx.softmax(mx.where(kept == -mx.inf, -mx.inf, logits), axis=-1, precise=True)
+    above = mx.where(probabilities > sampling.xtc_threshold, probabilities, mx.inf)
+    excluded = probabilities > mx.min(above, axis=-1, keepdims=True)
+    if sampling.xtc_special_tokens:
+        excluded[:, mx.array(sampling.xtc_special_tokens)] = mx.array(False)
+    chance = mx.stack([mx.random.uniform(key=mx.random.split(key)[1]) for key in keys])
+    return mx.where(excluded & (chance[:, None] < sampling.xtc_probability), -mx.inf, kept)

@@ -81,6 +81,7 @@ def stream_speculated(
         def verified(guesses: Sequence[int]) -> list[int]:
             nonlocal state
             state, tokens = verify(model, state, guesses, request.sampling)
+            decoding.quantize_late(model, state.cache, request.cache)
             return tokens
 
         guess = PromptLookup() if speculation.draft_model is None else draft_of(request, speculation)

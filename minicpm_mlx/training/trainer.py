@@ -85,6 +85,9 @@ class BaseTrainer:
         """All weights, by Hugging Face names."""
         return of_layers(self.model.config, {name: np.array(w) for name, w in self.weights.items()})
 
+    def peak_memory(self) -> int:
+        return device.peak_memory()
+
     def save(self, step: int) -> None:
         self.checkpoints.save(step, {"weights": self.weights, "moments": self.optimizer.state})
 

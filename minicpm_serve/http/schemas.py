@@ -138,6 +138,9 @@ class Body(Strict):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    min_tokens_to_keep: int | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     n: int | None = None
@@ -176,7 +179,8 @@ class Body(Strict):
 
     def sampling(self, **usual: float) -> Sampling:
         """The sampling options of the request; ``usual`` are the defaults."""
-        given = {f.name: value for f in fields(Sampling) if (value := getattr(self, f.name)) is not None}
+        names = (f.name for f in fields(Sampling) if f.name in type(self).model_fields)
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k == NO_TOP_K:
             given["top_k"] = 0
         return Sampling(**{**usual, **given})
