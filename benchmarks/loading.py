@@ -68,8 +68,8 @@ HEADER = """# Loading a model of {model}'s shape
 `python -m benchmarks.loading` writes this file. Each program reads the same random Llama from one bfloat16 file, on
 the same two CPU cores. Everything is imported and the file is in the page cache. The programs take turns, and each
 figure is a median. "Peak" is the most memory that loading added. On a CPU without AMX the JAX package computes in
-float32; its weights are then twice the size of the file. transformers maps the file and copies nothing: its weights
-are the page cache.
+float32 and keeps the weights in bfloat16. transformers maps the file and copies nothing: its weights are the page
+cache.
 
 """
 

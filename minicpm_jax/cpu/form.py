@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from minicpm_jax.cpu.packed import CpuQuantizedEmbedding, CpuQuantizedWeight, on_cpu
-from minicpm_jax.cpu.products import CpuMatrix
+from minicpm_jax.cpu.products import Bfloat16Bits, CpuMatrix
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Embedding, Linear
 from minicpm_jax.layers.moe import ExpertLinear
@@ -67,10 +67,10 @@ class CpuForm(Form):
         return "bfloat16" if fast else None
 
     def matrices_dtype(self, checkpoint: Checkpoint, dtype: str) -> str:
-        """bfloat16 for a float32 model whose file holds bfloat16, if a matrix unit makes it faster: `linear_on_cpu`
-        loses nothing."""
+        """bfloat16 for a float32 model whose file holds bfloat16: `linear_on_cpu` with a matrix unit and `Bfloat16Bits`
+        without one lose nothing. Experts are float32: their product slices one expert of a stacked array."""
         exact = all(tensor.dtype.name == "bfloat16" for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1)
-        kept = dtype == "float32" and exact and not checkpoint.config.num_experts and has_matrix_unit()
+        kept = dtype == "float32" and exact and not checkpoint.config.num_experts
         return "bfloat16" if kept else dtype
 
     def packing(self, config: ModelConfig, packs: Packing) -> Packing:
@@ -142,17 +142,26 @@ def unstack_layers(model: Model, donate: bool = False) -> Model:
             leaf.delete()
     copy = jax.tree.map(lambda x: x, model)
     copy.model.layers = Layers([jax.tree.unflatten(form, layer) for layer in each])
-    return jax.tree.map(_converted, copy, is_leaf=lambda part: isinstance(part, MATRICES))
+    computes_in = copy.model.norm.weight.dtype
+    return jax.tree.map(
+        lambda part: _converted(part, computes_in), copy, is_leaf=lambda part: isinstance(part, MATRICES)
+    )
 
 
 MATRICES = Linear, Embedding, ExpertLinear
 
 
-def _converted(part: Any) -> Any:
-    """A layer with its weight in the CPU form."""
+def _converted(part: Any, computes_in: Any) -> Any:
+    """A layer with its weight in the CPU form, in a model that computes in the dtype ``computes_in``."""
     if isinstance(part, MATRICES):
         weight = part.weight if isinstance(part, ExpertLinear) else on_cpu(part.weight)
-        part.weight = weight if isinstance(weight, CpuQuantizedWeight | CpuQuantizedEmbedding) else CpuMatrix(weight)
+        narrow = isinstance(weight, nnx.Param) and weight.dtype == jnp.bfloat16 and computes_in == jnp.float32
+        if narrow and not has_matrix_unit():
+            part.weight = Bfloat16Bits(weight[...])
+        elif isinstance(weight, CpuQuantizedWeight | CpuQuantizedEmbedding):
+            part.weight = weight
+        else:
+            part.weight = CpuMatrix(weight)
     return part
 
 

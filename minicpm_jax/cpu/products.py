@@ -4,10 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
-from minicpm_jax.layers.ops import FEW, OwnProduct, expert_weight, linear, rows
+from minicpm_jax.layers.ops import FEW, OwnProduct, Weight, expert_weight, linear, rows
+
+PART = 2**18  # weights widened at a time: as float32 they fill 1 MB of a cache
 
 
 class CpuMatrix(OwnProduct):
@@ -21,6 +24,51 @@ class CpuMatrix(OwnProduct):
 
     def expert_weight(self, expert: Int[Array, ""]) -> "CpuMatrix":
         return CpuMatrix(nnx.Param(expert_weight(self.weight[...], expert)))
+
+
+class Bfloat16Bits(Weight):
+    """The bits of a bfloat16 weight [O, I] that multiplies in float32, for a CPU without a matrix unit.
+
+    It takes half the memory of a float32 weight. The bits are stored as uint16: XLA:CPU would convert a bfloat16 array
+    to float32 as a whole, and those of all layers at once.
+    """
+
+    def __init__(self, weight: Float[Array, "O I"]):
+        """``weight``: a bfloat16 array, whose memory is shared."""
+        self.bits = nnx.Param(jax.device_put(np.asarray(weight).view(np.uint16), next(iter(weight.devices()))))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.bits.shape
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype("float32")
+
+    def __getitem__(self, index: Any) -> Array:
+        return _widened(self.bits[index])
+
+    def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """W x. A few rows of W are widened at a time, in a loop of at least two turns. XLA would replace a loop of one
+        turn, and widen the weights of all layers before it uses the first."""
+        flat, bits = x.reshape(-1, x.shape[-1]), self.bits[...]
+        out, width = bits.shape
+        size = max(min(PART // width, out // 2), 1)
+        turns = out // size
+
+        def product(turn: Array, y: Array) -> Array:
+            part = jax.lax.dynamic_slice(bits, (turn * size, 0), (size, width))
+            return jax.lax.dynamic_update_slice(y, linear(_widened(part), flat), (0, turn * size))
+
+        y = jax.lax.fori_loop(0, turns, product, jnp.zeros((len(flat), turns * size), x.dtype))
+        if rest := out - turns * size:
+            y = jnp.concatenate([y, linear(_widened(bits[-rest:]), flat)], axis=1)
+        return y.reshape(*x.shape[:-1], out)
+
+
+def _widened(bits: UInt16[Array, "..."]) -> Float[Array, "..."]:
+    """bfloat16 is the upper half of float32."""
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def linear_on_cpu(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
