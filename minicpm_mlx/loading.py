@@ -59,7 +59,8 @@ def load(
         quantize: keep the layers' matrices in this many bits (4 or 8) and the head in 8, to generate with less memory.
         decoding: return the form that generates fastest but is not to be trained: layers with the same input are fused.
         quantize_head: False keeps the head unquantized, to train adapters.
-        dequantize: hold the matrices of a quantized checkpoint in ``dtype``, to train them. By default they stay quantized.
+        dequantize: hold the matrices of a quantized checkpoint in ``dtype``, to train them; otherwise they stay
+            quantized.
         remedy: what an error advises if the weights do not fit into memory; None: fewer bits, or a smaller model.
 
     Returns: the model and its tokenizer (None if the folder holds no tokenizer files).

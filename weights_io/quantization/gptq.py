@@ -34,6 +34,8 @@ class GPTQTensor(PackedTensor):
     g_idx: LazyTensor | None
     zero_offset: int
 
+    parts = ("zeros",)
+
     @property
     def kind(self) -> str:
         return f"{LABELS['gptq']} {self.bits}-bit {self.grouping}"

@@ -76,6 +76,7 @@ class PackedTensor:
     group_size: int
 
     linear: ClassVar[bool] = True  # a value is linear in its code; False: a table holds the values
+    parts: ClassVar[tuple[str, ...]] = ()  # the arrays of `Packed` beside codes and scales: zeros or biases
 
     @property
     def dtype(self) -> np.dtype:
