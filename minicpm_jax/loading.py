@@ -24,6 +24,8 @@ from minicpm_jax.cpu.form import Packing, for_decoding, form_of
 from minicpm_jax.model import Model, get_layer, nested
 from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
 from minicpm_jax.parallel.sharding import fraction_per_device, pad_config, pad_or_trim, partition_spec
+from minicpm_jax.quantization.kept import Form as KeptForm
+from minicpm_jax.quantization.kept import kept_bytes, kept_forms, kept_rows
 from minicpm_jax.quantization.model import axes_of, packing
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
@@ -49,6 +51,7 @@ def load(
     *,
     decoding: bool = False,
     quantize_head: bool = True,
+    dequantize: bool = False,
     remedy: str | None = None,
     mesh: MeshChoice = None,
 ) -> "tuple[Model, Tokenizer | None]":
@@ -65,6 +68,8 @@ def load(
         quantize: keep the layers' matrices in this many bits (4 or 8) and the head in 8, to generate with less memory.
         decoding: return the form that generates fastest here but cannot be trained: on a CPU one array per layer.
         quantize_head: False keeps the head unquantized, to train adapters.
+        dequantize: hold the matrices of a quantized checkpoint in ``dtype``, to train them; otherwise they stay
+            quantized.
         remedy: what an error advises if the weights do not fit into memory; None: fewer bits, or a smaller model.
         mesh: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert, or a function that makes one (or
             None) from the model's config (`sharding.serving_mesh`).
@@ -81,8 +86,8 @@ def load(
         checkpoint = open_model(checkpoint, revision, hub)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "remedy": remedy}
-    model = load_weights(checkpoint, dtype, mesh, decoding=decoding, **how)
+    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "dequantize": dequantize}
+    model = load_weights(checkpoint, dtype, mesh, decoding=decoding, **how, remedy=remedy)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
     return for_decoding(model) if decoding else model, tokenizer
@@ -96,6 +101,7 @@ def load_weights(
     decoding: bool = False,
     quantize: int | None = None,
     quantize_head: bool = True,
+    dequantize: bool = False,
     remedy: str | None = None,
 ) -> Model:
     """The model of an open checkpoint, each array placed as the mesh requires; other arguments as in `load`.
@@ -103,11 +109,16 @@ def load_weights(
     target = jnp.dtype(checkpoint.target(dtype))
     device.check_dtype(target.name)
     mesh = mesh_for(mesh, checkpoint.config)
-    config, shape = checkpoint.config, pad_config(checkpoint.config, mesh, packed=quantize is not None)
+    kept = {} if dequantize or quantize is not None else kept_forms(checkpoint)
+    config = checkpoint.config
+    shape = pad_config(config, mesh, packed=quantize is not None or bool(kept))
     form = form_of(decoding, mesh)
-    as_read = mesh is None and quantize is None and jax.default_backend() == "cpu"
+    as_read = mesh is None and quantize is None and not kept and jax.default_backend() == "cpu"
     packs: Packing = {}
-    if quantize is None:
+    if kept:
+        kind, needed = "quantized", kept_bytes(checkpoint, kept, target.name)
+        packs = form.packing(config, dict.fromkeys(kept, lambda weight: weight))
+    elif quantize is None:
         matrices = form.matrices_dtype(checkpoint, target.name)
         kind, needed = target.name, weight_bytes(shape, matrices)
     else:
@@ -117,10 +128,10 @@ def load_weights(
     with reading(checkpoint) as checkpoint:
         if as_read:
             leaves = _read_whole(checkpoint, target.name, matrices)
-        elif quantize is None:
+        elif not packs:
             leaves = _placed(checkpoint, shape, target, mesh)
         else:
-            leaves = _placed_packed(checkpoint, shape, target, mesh, packs)
+            leaves = _placed_packed(checkpoint, shape, target, mesh, packs, kept)
     model = Model(nested(leaves), config, checkpoint.eos_token_ids, mesh)
     for name in packs:
         get_layer(model, name).weight = leaves[name]
@@ -145,12 +156,20 @@ def _placed(checkpoint: Checkpoint, padded_config: ModelConfig, dtype: Any, mesh
 
 
 def _placed_packed(
-    checkpoint: Checkpoint, padded_config: ModelConfig, dtype: Any, mesh: Mesh | None, packs: Mapping[str, Callable]
+    checkpoint: Checkpoint,
+    padded_config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh | None,
+    packs: Mapping[str, Callable],
+    kept: Mapping[str, KeptForm],
 ) -> Leaves:
-    """Like `_placed`, with each parameter in ``packs`` packed, one tensor at a time."""
+    """Like `_placed`, with each parameter in ``packs`` packed, one tensor at a time. Those in ``kept`` are quantized in
+    the files."""
     leaves = {}
     for p in parameters(checkpoint.config):
         pack, rows = packs.get(p.name), _rows(checkpoint, p, padded_config, dtype, mesh)
+        if p.name in kept:
+            rows = _kept_rows(checkpoint, p, kept[p.name], padded_config, dtype, mesh)
         leaves[p.name] = _stacked(checkpoint, p, padded_config, mesh, rows if pack is None else map(pack, rows))
     return leaves
 
@@ -170,6 +189,25 @@ def _rows(
     place = _where(parameter.logical_axes()[depth:], shape, mesh)
     for name in parameter.hf_names(checkpoint.config):
         yield _read(checkpoint, name, stored, shape, dtype, place)
+
+
+def _kept_rows(
+    checkpoint: Checkpoint,
+    parameter: Parameter,
+    form: KeptForm,
+    padded_config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh | None,
+) -> Iterator[Any]:
+    """The quantized tensors of a parameter, each read and placed when it is requested."""
+    depth = len(parameter.stack(checkpoint.config))
+    axes = parameter.logical_axes()[depth:]
+
+    def place(part: str, array: np.ndarray) -> jax.Array:
+        where = _where(axes_of((part,), axes, array.ndim), array.shape, mesh)
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    return kept_rows(checkpoint, parameter, form, parameter.shape(padded_config)[depth:], dtype.name, place)
 
 
 def _stacked(

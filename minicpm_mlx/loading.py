@@ -7,7 +7,7 @@ their three matrices at a time. Peak memory is the weights plus one tensor, or o
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_mlx import device
 from minicpm_mlx.adapters import attach, cache_dora_ratios, from_adapter
 from minicpm_mlx.model import Model
-from minicpm_mlx.quantization.model import quantize_model
+from minicpm_mlx.quantization.model import packed_layouts, quantize_model, with_layouts
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_model
@@ -28,6 +28,7 @@ from weights_io.files.threaded_reader import check_all_finite
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import parameters
 from weights_io.progress import reading
+from weights_io.quantization.affine import affine, kept_bytes
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ def load(
     *,
     decoding: bool = False,
     quantize_head: bool = True,
+    dequantize: bool = False,
     remedy: str | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
     """Load a released checkpoint, unmodified.
@@ -59,6 +61,8 @@ def load(
         quantize: keep the layers' matrices in this many bits (4 or 8) and the head in 8, to generate with less memory.
         decoding: return the form that generates fastest but is not to be trained: layers with the same input are fused.
         quantize_head: False keeps the head unquantized, to train adapters.
+        dequantize: hold the matrices of a quantized checkpoint in ``dtype``, to train them; otherwise they stay
+            quantized.
         remedy: what an error advises if the weights do not fit into memory; None: fewer bits, or a smaller model.
 
     Returns: the model and its tokenizer (None if the folder holds no tokenizer files).
@@ -73,7 +77,8 @@ def load(
         checkpoint = open_model(checkpoint, revision, hub)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    model = load_weights(checkpoint, dtype, quantize=quantize, quantize_head=quantize_head, remedy=remedy)
+    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "dequantize": dequantize}
+    model = load_weights(checkpoint, dtype, **how, remedy=remedy)
     if found is not None:
         model = cache_dora_ratios(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
     return device.for_decoding(model) if decoding else model, tokenizer
@@ -85,27 +90,35 @@ def load_weights(
     *,
     quantize: int | None = None,
     quantize_head: bool = True,
+    dequantize: bool = False,
     remedy: str | None = None,
 ) -> Model:
     """The model of an open checkpoint, every weight checked and mapped, or read; other arguments as in `load`."""
     target, config = checkpoint.target(dtype), checkpoint.config
     model = Model(config, checkpoint.eos_token_ids)
+    layouts = {} if dequantize or quantize is not None else packed_layouts(checkpoint)
     if quantize is None:
         kind, needed = target, weight_bytes(config, target)
+        if layouts:
+            kind, needed = "quantized", kept_bytes(checkpoint, layouts, target)
+            model = with_layouts(model, layouts)
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(config, target, quantize, quantize_head)
         model = quantize_model(model, quantize, quantize_head)  # the lazy initial weights are never computed
     check_weights(kind, needed, device.free_memory(), remedy)
-    packed = {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "group_size")}
+    layers = {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "group_size")}
     mapped = _mapped(checkpoint, target)
     leaves: dict[str, mx.array] = {}
     with reading(checkpoint) as checkpoint:
         check_all_finite(checkpoint, mapped, target)
         for parameter in parameters(checkpoint.config):
             for name, tensors in parameter.mlx_names(checkpoint.config).items():
+                if name in layouts:
+                    leaves |= _packed(checkpoint, name, tensors, target, layers[name], parameter.per_expert)
+                    continue
                 arrays = [_read(checkpoint, tensor, target, mapped) for tensor in tensors]
                 array = _stacked(arrays) if parameter.per_expert else arrays.pop()
-                leaves |= _quantized(name, array, packed[name]) if name in packed else {name: array}
+                leaves |= _quantized(name, array, layers[name]) if name in layers else {name: array}
                 del array  # free it before the next one is read
     model.load_weights(list(leaves.items()))
     return model.eval()
@@ -130,6 +143,28 @@ def _quantized(name: str, weight: mx.array, layer: Any) -> dict[str, mx.array]:
     return {f"{name.removesuffix('weight')}{part}": array for part, array in parts.items()}
 
 
+def _packed(
+    checkpoint: Checkpoint, name: str, tensors: Sequence[str], dtype: str, layer: Any, stacked: bool
+) -> dict[str, mx.array]:
+    """The arrays of a quantized layer, from ``tensors`` that are quantized in the files (``stacked``: experts)."""
+    parts: list[list[mx.array]] = [[], [], []]
+    for tensor in tensors:
+        packed = checkpoint.packed(tensor)
+        assert packed is not None
+        if packed.order is not None:
+            layer.set_order(packed.order)
+        words, *rest = affine(packed, layer.group_size, dtype)
+        for values in rest:
+            checkpoint.check(tensor, dtype, values)
+        for found, values in zip(parts, (words, *rest), strict=True):
+            found.append(_array(values))
+    arrays = [each[0] if not stacked else mx.stack(each) for each in parts]
+    mx.eval(*arrays)
+    mx.clear_cache()
+    stem = name.removesuffix("weight")
+    return {f"{stem}{part}": array for part, array in zip(("weight", "scales", "biases"), arrays, strict=True)}
+
+
 def _stacked(arrays: list[mx.array]) -> mx.array:
     """Stack E arrays to [E, ...]; the list is cleared."""
     stacked = mx.stack(arrays)
@@ -140,15 +175,17 @@ def _stacked(arrays: list[mx.array]) -> mx.array:
 
 
 def _read(checkpoint: Checkpoint, name: str, dtype: str, mapped: dict[str, mx.array]) -> mx.array:
-    """Read one tensor of the files. bfloat16 is passed as bits; MLX has no float64 on a GPU."""
+    """Read one tensor of the files."""
     if name in mapped:
         return mapped.pop(name)  # pop: otherwise stacked tensors stay in memory
-    data = checkpoint.read(name, dtype)
-    if data.dtype.name == "bfloat16":
-        array = mx.array(data.view(np.uint16)).view(mx.bfloat16)
-    else:
-        array = mx.array(data.astype(np.float32) if data.dtype == np.float64 else data)
-    array = array.astype(getattr(mx, dtype))
+    array = _array(checkpoint.read(name, dtype)).astype(getattr(mx, dtype))
     mx.eval(array)
     mx.clear_cache()  # otherwise MLX keeps the buffer of the cast
     return array
+
+
+def _array(data: np.ndarray) -> mx.array:
+    """bfloat16 is passed as bits; MLX has no float64 on a GPU."""
+    if data.dtype.name == "bfloat16":
+        return mx.array(data.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(data.astype(np.float32) if data.dtype == np.float64 else data)

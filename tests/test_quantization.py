@@ -10,16 +10,20 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import tiny_adapter
 from mlx.utils import tree_flatten
 
 import minicpm_jax
 import minicpm_mlx
 from weights_io import convert, inspect
+from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
@@ -102,6 +106,45 @@ def test_both_backends_load_it_and_answer(reference, name):
         np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5 * np.abs(expected["logits"]).max())
         half, _ = backend.load(folder)
         assert np.isfinite(np.array(half(expected["input_ids"].astype(np.int32)))).all()
+
+
+def held(model):
+    """Bytes of a model's weights; an int4 array holds two numbers a byte."""
+    if isinstance(model, nn.Module):
+        return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return sum(x.size / 2 if x.dtype == jnp.int4 else x.nbytes for x in jax.tree.leaves(model))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("backend", [minicpm_jax, minicpm_mlx])
+def test_it_stays_quantized_in_memory(reference, tmp_path, name, backend):
+    """At most 1.05 times the file, in its own dtype; adapters act on it as on the dequantized weights."""
+    folder = reference(f"quant/{name}")
+    expected, size = np.load(folder / "reference.npz"), (folder / "model.safetensors").stat().st_size
+    assert held(backend.load(folder)[0]) < 1.05 * size
+    checkpoint = open_checkpoint(folder)
+    save_adapter(tmp_path, tiny_adapter.make(checkpoint, dora=True), checkpoint.config)
+    ids = expected["input_ids"].astype(np.int32)
+    kept, _ = backend.load(folder, "float32", decoding=True)
+    exact, _ = backend.load(folder, "float32", dequantize=True)
+    assert held(kept) < 2 * size < held(exact)
+    for rows in (ids, ids[:1, :1]):  # on a CPU few rows have a product of their own
+        scale = np.abs(expected["logits"]).max()
+        np.testing.assert_allclose(np.array(kept(rows)), np.array(exact(rows)), rtol=0, atol=1e-5 * scale)
+    adapted = [backend.load(folder, "float32", tmp_path, dequantize=whole)[0](ids) for whole in (False, True)]
+    assert np.abs(np.array(adapted[1]) - expected["logits"]).max() > 0.01 * scale
+    np.testing.assert_allclose(np.array(adapted[0]), np.array(adapted[1]), rtol=0, atol=1e-5 * np.abs(adapted[1]).max())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_it_stays_quantized_over_a_mesh(reference, name):
+    folder = reference(f"quant/{name}")
+    expected = np.load(folder / "reference.npz")
+    model, _ = minicpm_jax.load(folder, "float32", mesh=jax.make_mesh((2, 4), ("fsdp", "tensor")))
+    qweight = model.model.layers.mlp.up_proj.weight.qweight
+    assert qweight.dtype == jnp.int4 and qweight.sharding.shard_shape(qweight.shape)[2] == qweight.shape[2] // 4
+    logits = np.array(model(expected["input_ids"].astype(np.int32)))
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5 * np.abs(expected["logits"]).max())
 
 
 def test_inspect_tells_the_format(reference, capsys):

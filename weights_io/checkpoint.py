@@ -102,13 +102,19 @@ class Checkpoint:
         """A quantized matrix in packed form, or its ``rows``. `read` dequantizes it instead.
 
         Returns None for a matrix that is not quantized, and for GGUF blocks. Raises `InputError` where the file
-        contradicts its format.
+        contradicts its format, or a scale is NaN or infinite.
         """
         tensor = self.tensors[name]
         if not isinstance(tensor, PackedTensor):
             return None
         start, stop, _ = rows.indices(tensor.shape[0])
-        return tensor.packed(start, stop)
+        found = tensor.packed(start, stop)
+        for part in (found.scales, found.biases):
+            if part is not None:
+                check_finite(located(name, tensor), part)
+        if self.on_read is not None:
+            self.on_read(found.codes.size * tensor.dtype.itemsize)  # as counted by `nbytes`
+        return found
 
     def read_rows(self, name: str, start: int, rows: np.ndarray) -> None:
         """Fill the array ``rows`` with a tensor's rows from ``start`` on, cast to its dtype. Raises as `read` does."""
@@ -119,11 +125,18 @@ class Checkpoint:
             rows[...] = self.read(name, dtype, (slice(start, start + len(rows)),))
 
     def checked(self, name: str, dtype: str, values: np.ndarray) -> np.ndarray:
-        """Check values that were read from a tensor, and return them.
+        """Check values that were read from a tensor, count them for the progress bar, and return them.
 
         Raises:
             InputError: a value is NaN, infinite or too large for ``dtype``. One such value makes every logit NaN.
         """
+        self.check(name, dtype, values)
+        if self.on_read is not None:
+            self.on_read(values.nbytes)
+        return values
+
+    def check(self, name: str, dtype: str, values: np.ndarray) -> None:
+        """Raise as `checked` for values of a tensor."""
         name = located(name, self.tensors[name])
         largest = check_finite(name, values)
         with np.errstate(over="ignore"):
@@ -132,9 +145,6 @@ class Checkpoint:
             raise InputError(
                 f"{name} holds {float(largest):.4g}, which is too large for {dtype}; choose a dtype of wider range."
             )
-        if self.on_read is not None:
-            self.on_read(values.nbytes)
-        return values
 
     @property
     def nbytes(self) -> int:

@@ -136,7 +136,7 @@ class FullOptions(FinetuneOptions):
         return self.save_path
 
     def loading(self) -> dict[str, Any]:
-        return {"remedy": ADAPTERS}
+        return {"dequantize": True, "remedy": ADAPTERS}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,11 @@ class CpuQuantizedWeight(Weight):
         qweight = packed.qweight[...]
         if qweight.dtype == jnp.int4:
             qweight = _in_pairs(qweight) if qweight.shape[-1] % 2 == 0 else qweight.astype(jnp.int8)
+        biases = packed.biases
+        if packed.zeros is not None:
+            biases = nnx.Param(-packed.zeros[...].astype(packed.dtype) * packed.scales[...])
         self.qweight, self.scales = nnx.Param(qweight), packed.scales
+        self.biases, self.order = (nnx.data(None) if part is None else part for part in (biases, packed.order))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,12 +54,14 @@ class CpuQuantizedWeight(Weight):
         qweight, scales = self.qweight[...], self.scales[...]
         if qweight.shape[-1] != scales.shape[-1]:
             qweight = jnp.concatenate(_halves(qweight), axis=-1)
-        return QuantizedWeight(qweight, scales, scales.dtype)[index]
+        biases, order = (None if part is None else part[...] for part in (self.biases, self.order))
+        return QuantizedWeight(qweight, scales, scales.dtype, biases=biases, order=order)[index]
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """W x with float32 accumulation, in x's dtype."""
         scales = self.scales[...]
         groups, out = scales.shape
+        x = x if self.order is None else jnp.take(x, self.order[...], axis=-1)
         qweight = self.qweight[...].reshape(groups, -1, self.qweight.shape[-1])
         rows = x.reshape(-1, groups, qweight.shape[1]).swapaxes(0, 1)
         few, whole = rows.shape[1] <= FEW_OF_GROUPS, qweight.shape[-1] == out
@@ -64,6 +70,9 @@ class CpuQuantizedWeight(Weight):
             y = product(qweight, scales, rows)
         else:  # in a loop: otherwise XLA dequantizes all weights of the model before it uses the first
             y = _part_by_part(product, qweight, scales, rows)
+        if self.biases is not None:
+            sums = jnp.sum(rows.astype(jnp.float32), axis=-1)  # [G, R]
+            y = y + jnp.einsum("gr,go->ro", sums, self.biases[...].astype(jnp.float32), precision=precision(sums))
         return y.astype(x.dtype).reshape(*x.shape[:-1], out)
 
 

@@ -62,8 +62,10 @@ def quantize_model(model: "Model", bits: int, head: bool = False) -> "Model":
 
 def axes_of(path: Any, axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
     """Logical axes of the leaf at ``path`` of a weight with logical ``axes``, quantized or not."""
-    transposed = {"qweight", "scales"} & set(names_of(path))
-    return (*axes[:-2], axes[-1], axes[-2]) if transposed else axes[:ndim]  # a head has one scale per row
+    names = set(names_of(path))
+    if {"qweight", "scales", "zeros", "biases"} & names:  # transposed
+        return (*axes[:-2], axes[-1], axes[-2])
+    return (*axes[:-2], axes[-1]) if "order" in names else axes[:ndim]  # a head has one scale per row
 
 
 def names_of(path: Any) -> list[str]:

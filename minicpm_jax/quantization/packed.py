@@ -4,21 +4,35 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
-from minicpm_jax.layers.ops import Weight
+from minicpm_jax.layers.ops import Weight, linear
 
 
 class QuantizedWeight(Weight):
     """A weight [.., O, I] as integers with one scale per group of inputs; ``weight[...]`` dequantizes it.
 
+        w = (qweight - zeros) * scales + biases
+
     It is stored transposed: with O last, no group is split between registers. Otherwise a TPU program would
     transpose it in every call.
     """
 
-    def __init__(self, qweight: Array, scales: Float[Array, "... G O"], dtype: Any):
-        """``qweight``: [.., I, O] integers. ``dtype``: of the dequantized weight."""
+    def __init__(
+        self,
+        qweight: Int[Array, "... I O"],
+        scales: Float[Array, "... G O"],
+        dtype: Any,
+        zeros: Int[Array, "... G O"] | None = None,
+        biases: Float[Array, "... G O"] | None = None,
+        order: Int[Array, "... I"] | None = None,
+    ):
+        """``dtype``: of the dequantized weight. ``order``: the inputs of the checkpoint's weight, sorted by group
+        (GPTQ's act-order)."""
         self.qweight, self.scales, self.dtype = nnx.Param(qweight), nnx.Param(scales), dtype
+        self.zeros, self.biases, self.order = (
+            nnx.data(None) if part is None else nnx.Param(part) for part in (zeros, biases, order)
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -26,10 +40,25 @@ class QuantizedWeight(Weight):
         return *stack, out, width
 
     def __getitem__(self, index: Any) -> Array:
+        weight = self._sorted()
+        if self.order is not None:
+            weight = jnp.take_along_axis(weight, jnp.argsort(self.order[...], axis=-1)[..., None, :], axis=-1)
+        return weight[index]
+
+    def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        return linear(self._sorted(), x if self.order is None else jnp.take(x, self.order[...], axis=-1))
+
+    def _sorted(self) -> Float[Array, "... O I"]:
+        """The weight with its inputs sorted by group."""
         qweight, scales = self.qweight[...], self.scales[...]
         *stack, groups, out = scales.shape
-        wide = qweight.astype(self.dtype).reshape(*stack, groups, -1, out) * scales[..., None, :]
-        return wide.reshape(qweight.shape).swapaxes(-1, -2)[index]
+        wide = qweight.astype(self.dtype).reshape(*stack, groups, -1, out)
+        if self.zeros is not None:
+            wide = wide - self.zeros[...].astype(self.dtype)[..., None, :]
+        wide = wide * scales[..., None, :]
+        if self.biases is not None:
+            wide = wide + self.biases[...][..., None, :]
+        return wide.reshape(qweight.shape).swapaxes(-1, -2)
 
 
 class QuantizedEmbedding(Weight):
@@ -50,6 +79,26 @@ class QuantizedEmbedding(Weight):
     def __getitem__(self, index: Any) -> Array:
         scale = self.scale[...][index][..., None]
         return self.table[...][index].astype(scale.dtype) * scale
+
+
+class GroupedEmbedding(Weight):
+    """An embedding table [V, D] as integers with a scale and a bias per group of each row, as MLX stores it."""
+
+    def __init__(self, table: Int[Array, "V D"], scale: Float[Array, "V G"], bias: Float[Array, "V G"]):
+        self.table, self.scale, self.bias = nnx.Param(table), nnx.Param(scale), nnx.Param(bias)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.table.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.scale.dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        table, scale, bias = (part[...][index] for part in (self.table, self.scale, self.bias))
+        wide = table.astype(scale.dtype).reshape(*scale.shape, -1) * scale[..., None] + bias[..., None]
+        return wide.reshape(table.shape)
 
 
 def quantize_embedding(weight: Float[Array, "V D"]) -> QuantizedEmbedding:

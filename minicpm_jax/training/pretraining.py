@@ -72,5 +72,5 @@ def initial_weights(
         return config, read_json(options.config), make(jax.random.key(options.seed))
     checkpoint = open_model(options.init_from)
     check(checkpoint.config)
-    weights = train.weights_of(load_weights(checkpoint, "float32", mesh, remedy=SMALLER))
+    weights = train.weights_of(load_weights(checkpoint, "float32", mesh, dequantize=True, remedy=SMALLER))
     return checkpoint.config, dict(checkpoint.raw_config), weights

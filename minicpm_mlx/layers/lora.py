@@ -51,4 +51,5 @@ def dense(layer: Any) -> mx.array:
     """The weight [.., O, I] of a layer, dequantized if necessary."""
     if "scales" not in layer:
         return layer.weight
-    return mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+    weight = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+    return layer.in_order(weight) if hasattr(layer, "in_order") else weight

@@ -53,4 +53,8 @@ def initial_weights(options: PretrainOptions) -> tuple[ModelConfig, dict[str, An
         return config, read_json(options.config), initialize(config, mx.random.key(options.seed))
     checkpoint = open_checkpoint(resolve(options.init_from, check=ModelConfig.from_dict))
     check(checkpoint.config)
-    return checkpoint.config, dict(checkpoint.raw_config), load_weights(checkpoint, "float32", remedy=SMALLER)
+    return (
+        checkpoint.config,
+        dict(checkpoint.raw_config),
+        load_weights(checkpoint, "float32", dequantize=True, remedy=SMALLER),
+    )

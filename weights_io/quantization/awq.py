@@ -26,6 +26,8 @@ class AWQTensor(PackedTensor):
     qzeros: LazyTensor
     scales: LazyTensor
 
+    parts = ("zeros",)
+
     @property
     def kind(self) -> str:
         return f"{LABELS['awq']} {self.bits}-bit {self.grouping}"

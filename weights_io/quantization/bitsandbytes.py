@@ -54,6 +54,8 @@ class FourBitTensor(PackedTensor):
     quant_map: LazyTensor
     nested: "_Nested | None"
 
+    linear = False
+
     @property
     def kind(self) -> str:
         double = " (double)" if self.nested else ""

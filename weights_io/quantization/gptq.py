@@ -34,6 +34,8 @@ class GPTQTensor(PackedTensor):
     g_idx: LazyTensor | None
     zero_offset: int
 
+    parts = ("zeros",)
+
     @property
     def kind(self) -> str:
         return f"{LABELS['gptq']} {self.bits}-bit {self.grouping}"
@@ -59,11 +61,10 @@ class GPTQTensor(PackedTensor):
             bits=self.bits,
             group_size=self.group_size,
             zeros=np.ascontiguousarray(zeros.T).astype(np.int32) + self.zero_offset,
-            groups=self._groups(),
+            groups=self.groups(),
         )
 
-    def _groups(self) -> np.ndarray | None:
-        """The group of each input; None where the groups are contiguous and in order."""
+    def groups(self) -> np.ndarray | None:
         if self.g_idx is None:
             return None
         groups, inputs = self.g_idx.read().astype(np.int32), self.shape[1]

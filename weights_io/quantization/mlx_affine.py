@@ -30,6 +30,8 @@ class AffineTensor(PackedTensor):
     scales: LazyTensor
     biases: LazyTensor
 
+    parts = ("biases",)
+
     @property
     def kind(self) -> str:
         return f"{LABELS['mlx']} {self.bits}-bit {self.grouping}"

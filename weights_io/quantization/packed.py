@@ -10,6 +10,7 @@ float32, as the tools do.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -74,6 +75,9 @@ class PackedTensor:
     bits: int
     group_size: int
 
+    linear: ClassVar[bool] = True  # a value is linear in its code; False: a table holds the values
+    parts: ClassVar[tuple[str, ...]] = ()  # the arrays of `Packed` beside codes and scales: zeros or biases
+
     @property
     def dtype(self) -> np.dtype:
         return np.dtype(np.float32)
@@ -91,6 +95,10 @@ class PackedTensor:
     def arithmetic(self) -> str | None:
         """The dtype to compute in, which is the dtype of the scales; None where the file does not state it."""
         raise NotImplementedError
+
+    def groups(self) -> np.ndarray | None:
+        """The group of each input [in]; None where they are contiguous and in order. Raises as `packed`."""
+        return None
 
     def packed(self, start: int = 0, stop: int | None = None) -> Packed:
         """The rows from ``start`` to ``stop``, packed. Raises `InputError` where the file contradicts its format."""

@@ -1,0 +1,133 @@
+"""The matrices of a quantized checkpoint, kept quantized: from the codes of the files to the weights of a model.
+
+An embedding is kept only in MLX's format, the only one that quantizes it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array
+
+from minicpm_jax.layers.ops import Weight
+from minicpm_jax.parallel.sharding import pad_or_trim
+from minicpm_jax.quantization.packed import GroupedEmbedding, QuantizedWeight
+from weights_io.casting import numpy_dtype
+from weights_io.checkpoint import Checkpoint
+from weights_io.files.tensor import LazyTensor
+from weights_io.memory import ITEM
+from weights_io.parameters import EMBEDDING, Parameter, parameters
+from weights_io.quantization.packed import Packed, PackedTensor
+
+Place = Callable[[str, np.ndarray], Array]  # attribute of the weight, its values -> the array on the device or mesh
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of the tensors of one parameter. They are stacked, so they have the same."""
+
+    bits: int  # of an integer: 4 or 8
+    group: int  # inputs per group
+    parts: frozenset[str]  # which of zeros, biases and order there are
+
+    def bits_per_weight(self, dtype: str) -> float:
+        """Bits of a weight, its share of scales, zeros and biases included. ``dtype``: of the scales."""
+        item = 8 * ITEM[dtype]
+        of_group = item + item * ("biases" in self.parts) + self.bits * ("zeros" in self.parts)
+        return self.bits + of_group / self.group
+
+
+def kept_forms(checkpoint: Checkpoint) -> dict[str, Form]:
+    """Parameter name -> form, for the parameters whose tensors are all quantized and linear in their codes."""
+    found = {}
+    for parameter in parameters(checkpoint.config):
+        each = [_form_of(checkpoint.tensors[name]) for name in parameter.hf_names(checkpoint.config)]
+        forms = [form for form in each if form is not None]
+        if len(forms) < len(each) or (parameter is EMBEDDING and forms[0].parts != {"biases"}):
+            continue
+        parts = frozenset[str]().union(*(form.parts for form in forms))
+        bits, group = max(form.bits for form in forms), math.gcd(*(form.group for form in forms))
+        found[parameter.name] = Form(bits, group, parts)
+    return found
+
+
+def _form_of(tensor: LazyTensor) -> Form | None:
+    if not isinstance(tensor, PackedTensor) or not tensor.linear:
+        return None
+    groups = tensor.groups()
+    if groups is not None and (np.bincount(groups) != tensor.group_size).any():
+        return None  # groups of unequal sizes
+    order = () if groups is None else ("order",)
+    return Form(4 if tensor.bits <= 4 else 8, tensor.group_size, frozenset((*tensor.parts, *order)))
+
+
+def kept_bytes(checkpoint: Checkpoint, forms: dict[str, Form], dtype: str) -> int:
+    """Bytes of a model's weights, of which those in ``forms`` stay quantized and the others are in ``dtype``."""
+    total = 0.0
+    for parameter in parameters(checkpoint.config):
+        form = forms.get(parameter.name)
+        bits = 8 * ITEM[dtype] if form is None else form.bits_per_weight(dtype)
+        total += math.prod(parameter.shape(checkpoint.config)) * bits / 8
+    return int(total)
+
+
+def kept_rows(
+    checkpoint: Checkpoint, parameter: Parameter, form: Form, shape: tuple[int, ...], dtype: str, place: Place
+) -> Iterator[Weight]:
+    """The quantized tensors of a parameter, each read and placed when it is requested.
+
+    Arguments:
+        shape: [O, I] to zero-pad each matrix to.
+        dtype: of scales and biases.
+        place: places an array.
+
+    Raises:
+        InputError: as `Checkpoint.packed`, or a scale is too large for ``dtype``.
+    """
+    for name in parameter.hf_names(checkpoint.config):
+        packed = checkpoint.packed(name)
+        assert packed is not None
+        arrays = _arrays(packed, form, shape, dtype)
+        for part in arrays.keys() & {"scales", "biases"}:
+            checkpoint.check(name, dtype, arrays[part])
+        if parameter is EMBEDDING:
+            named = {"table": "qweight", "scale": "scales", "bias": "biases"}
+            yield GroupedEmbedding(**{name: place(name, arrays[part]) for name, part in named.items()})
+        else:
+            placed = {part: place(part, _transposed(array)) for part, array in arrays.items()}
+            yield QuantizedWeight(dtype=numpy_dtype(dtype), **placed)
+
+
+def _arrays(packed: Packed, form: Form, shape: tuple[int, ...], dtype: str) -> dict[str, np.ndarray]:
+    """The arrays of a `QuantizedWeight`, not transposed. Codes become signed integers around 0."""
+    kind = np.dtype(ml_dtypes.int4) if form.bits == 4 else np.dtype(np.int8)
+    middle = 0 if packed.codes.dtype == np.int8 else 1 << (packed.bits - 1)
+    codes = (packed.codes.view(np.uint8) - np.uint8(middle)).view(np.int8)  # modulo 256
+    group = math.gcd(form.group, shape[1])
+    of_groups = shape[0], shape[1] // group
+    scales = packed.scales.astype(np.float32) * np.float32(packed.factor)
+
+    def each(values: np.ndarray, kind: np.dtype) -> np.ndarray:
+        """The values of all groups of the form's size."""
+        with np.errstate(over="ignore"):  # `kept_rows` checks them
+            return pad_or_trim(np.repeat(values, packed.group_size // group, axis=1).astype(kind), of_groups)
+
+    arrays = {"scales": each(scales, numpy_dtype(dtype))}
+    if "zeros" in form.parts:
+        assert packed.zeros is not None
+        arrays["zeros"] = each(packed.zeros - middle, kind)
+    if "biases" in form.parts:
+        assert packed.biases is not None
+        arrays["biases"] = each(packed.biases.astype(np.float32) + middle * scales, numpy_dtype(dtype))
+    if "order" in form.parts:
+        order = np.arange(shape[1], dtype=np.int32)
+        if packed.order is not None:
+            order[: len(packed.order)], codes = packed.order, codes[:, packed.order]
+        arrays["order"] = order
+    return {"qweight": pad_or_trim(codes, shape).astype(kind), **arrays}
+
+
+def _transposed(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.T)

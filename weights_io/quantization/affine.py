@@ -1,0 +1,92 @@
+"""A quantized matrix in the affine form that MLX multiplies: w = code * scale + bias, in groups of 32, 64 or 128.
+
+GPTQ, AWQ and bitsandbytes' int8 have this form, with bias = -zero * scale. Larger groups become several with the same
+scale. The values of bitsandbytes' 4-bit codes are in a table, so they have no such form.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from weights_io.casting import numpy_dtype
+from weights_io.checkpoint import Checkpoint
+from weights_io.files.tensor import LazyTensor
+from weights_io.memory import ITEM
+from weights_io.parameters import parameters
+from weights_io.quantization.entries import GROUPS
+from weights_io.quantization.mlx_affine import AffineTensor
+from weights_io.quantization.packed import Packed, PackedTensor, pack
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Bits per code, inputs per group, and how the inputs are ordered."""
+
+    bits: int
+    group_size: int
+    reordered: bool  # act-order: the layer reorders its input by `Packed.order`
+
+
+def layout_of(tensor: LazyTensor) -> Layout | None:
+    """The affine layout of a tensor; None where it is not quantized or has no affine form."""
+    if not isinstance(tensor, PackedTensor) or not tensor.linear:
+        return None
+    groups = tensor.groups()
+    if groups is not None and (np.bincount(groups) != tensor.group_size).any():
+        return None  # groups of unequal sizes
+    if isinstance(tensor, AffineTensor):
+        return Layout(tensor.bits, tensor.group_size, False)
+    fitting = [group for group in sorted(GROUPS["mlx"]) if tensor.group_size % group == 0]
+    return Layout(tensor.bits, fitting[-1], groups is not None) if fitting else None
+
+
+def affine(packed: Packed, group: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays of MLX's affine form.
+
+    In float32 the values are those of the file. In another dtype the scales and biases are rounded to it, which is
+    exact for float16 scales with the zero point 8 (symmetric 4-bit GPTQ) in float16.
+
+    Arguments:
+        packed: a quantized matrix, whose inputs are sorted by `Packed.order`.
+        group: inputs per group of the result; it divides the matrix's own group size.
+        dtype: of scales and biases.
+
+    Returns:
+        ``weight`` uint32 [out, in * bits / 32], ``scales`` and ``biases`` [out, in / group].
+    """
+    codes, scales = packed.codes, packed.scales.astype(np.float32) * np.float32(packed.factor)
+    zeros = packed.zeros
+    if codes.dtype == np.int8:  # bitsandbytes: signed codes
+        codes, zeros = (codes.view(np.uint8) ^ 128), np.full(scales.shape, 128)
+    if packed.biases is not None:
+        biases = packed.biases.astype(np.float32)
+    else:
+        assert zeros is not None
+        biases = -zeros.astype(np.float32) * scales
+    if packed.order is not None:
+        codes = codes[:, packed.order]
+    words = pack(codes, packed.bits).view("<u4").astype(np.uint32, copy=False)
+    repeat = packed.group_size // group
+    with np.errstate(over="ignore"):  # the caller checks the result
+        rounded = [np.repeat(x, repeat, axis=1).astype(numpy_dtype(dtype)) for x in (scales, biases)]
+    return words, rounded[0], rounded[1]
+
+
+def kept_bytes(checkpoint: Checkpoint, layouts: Mapping[str, Layout], dtype: str) -> int:
+    """Bytes of the weights of a quantized checkpoint that stay quantized, in MLX's affine form.
+
+    Arguments:
+        checkpoint: an open checkpoint.
+        layouts: MLX tensor name -> layout, for the matrices that stay quantized.
+        dtype: dtype of the other weights, and of the scales and biases.
+    """
+    total = 0.0
+    for parameter in parameters(checkpoint.config):
+        for name, tensors in parameter.mlx_names(checkpoint.config).items():
+            layout, size = layouts.get(name), float(ITEM[dtype])
+            if layout is not None:
+                size = layout.bits / 8 + 2 * size / layout.group_size
+            total += len(tensors) * math.prod(parameter.tensor_shape(checkpoint.config)) * size
+    return int(total)
