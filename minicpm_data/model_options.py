@@ -4,10 +4,13 @@ A command opens its checkpoint once: in `load_model`, or earlier in `open_source
 tokenizer before the weights.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from minicpm_data.generation.api import Backend
 from minicpm_data.generation.request import ModelT
@@ -54,9 +57,26 @@ class ModelOptions(SourceOptions):
     """Folder with a fine-tuned adapter (of PEFT or mlx_lm) to add to the model."""
     quantize: Literal[4, 8] | None = None
     """Quantize the layers' matrices to this many bits and the head to 8: less memory, and less to read per token."""
+    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None
+    """RoPE scaling that replaces the checkpoint's, such as {"type": "linear", "factor": 4}. null: no scaling."""
 
     def loading(self) -> dict[str, Any]:
         return {"adapter": self.adapter_path, "quantize": self.quantize}
+
+    def scaled(self, config: "ModelConfig") -> "ModelConfig":
+        """The config with the scaling of --rope-scaling. Raises `InputError` for one that is not understood."""
+        if self.rope_scaling is None:
+            return config
+        try:
+            raw = json.loads(self.rope_scaling)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"is not JSON ({error}); give an object or null.", option="rope_scaling") from None
+        return with_rope_scaling(config, raw)
+
+
+def with_rope_scaling(config: "ModelConfig", raw: Any) -> "ModelConfig":
+    """The config with another ``rope_scaling``, written as in config.json. Raises `InputError` for an invalid one."""
+    return type(config).from_dict({**config.to_dict(), "rope_scaling": raw}, "--rope-scaling")
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,10 @@ def load_model(
     Raises:
         InputError: the model cannot be loaded, or has no tokenizer.
     """
+    scaled = options.scaled if isinstance(options, ModelOptions) and options.rope_scaling is not None else None
+    if scaled is not None:
+        source = source or open_source(options)
+        scaled(source.checkpoint.config)  # refused before the weights are read
     placement = options.placement() if source is None else source.placement  # before the first use of a device
     named = {"revision": options.revision, "hub": options.hub} if source is None else {}
     where = options.model if source is None else source.checkpoint
@@ -98,6 +122,8 @@ def load_model(
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."
         )
+    if scaled is not None:
+        model.config = scaled(model.config)
     return model, tokenizer
 
 

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files import gguf
 
@@ -136,6 +137,23 @@ def test_scales_and_options_that_are_stored(path):
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
 
 
+FACTORS = {
+    "rope_factors_long.weight": np.linspace(1.1, 31.02392307921529, 8).astype(np.float32),
+    "rope_factors_short.weight": np.linspace(1, 2, 8).astype(np.float32),
+}
+LONGROPE = {"rope.scaling.type": "longrope"}
+
+
+@pytest.mark.parametrize("original", [{}, {"rope.scaling.original_context_length": 512}])
+def test_longrope_has_its_factors_in_two_tensors(path, original):
+    file = gguf.open_file(made(path, tensors=FACTORS, **SCALES, **LONGROPE, **original))
+    scaling = ModelConfig.from_dict(file.config).rope_scaling
+    assert scaling.original_max_position_embeddings == (512 if original else NUMBERS["context_length"])
+    np.testing.assert_array_equal(np.float32(scaling.long_factor), FACTORS["rope_factors_long.weight"])
+    np.testing.assert_array_equal(np.float32(scaling.short_factor), FACTORS["rope_factors_short.weight"])
+    assert not file.tensors.keys() & FACTORS.keys()
+
+
 def test_llama_and_what_has_no_hugging_face_name(path):
     bias = RNG.normal(size=HIDDEN).astype(np.float32)
     brain = RNG.normal(size=(4, 6)).astype(ml_dtypes.bfloat16)
@@ -169,7 +187,9 @@ def test_llama_and_what_has_no_hugging_face_name(path):
         ({"rope.scaling.type": "yarn"}, "RoPE scaling 'yarn'"),
         ({"rope.scaling.factor": 0.0}, "rope.scaling.factor = 0.0 where a positive number"),
         ({"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}}, "has rope_freqs.weight"),
-        ({"tensors": {"rope_factors_long.weight": np.ones(8, np.float32)}}, "has rope_factors_long.weight"),
+        ({"tensors": FACTORS}, "has rope_factors_long.weight, rope_factors_short.weight, which is used with"),
+        (LONGROPE, "has no rope_factors_long.weight, rope_factors_short.weight for its longrope"),
+        (LONGROPE | {"tensors": FACTORS, "rope.scaling.factor": 4.0}, "which exclude each other"),
         (
             {"tensors": {"model.embed_tokens.weight": np.ones(8, np.float32)}},
             "two tensors for model.embed_tokens.weight",
