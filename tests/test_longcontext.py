@@ -258,8 +258,8 @@ def test_rope_scaling_is_that_of_a_config(backend, tmp_path, raw):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("command", ["generate", "chat"])
-def test_rope_scaling_of_an_answer(backend, tmp_path, command):
+def test_rope_scaling_of_an_answer(backend, tmp_path):
+    command = "chat" if backend == "jax" else "generate"  # they share their code
     folder = tiny_model.write(tmp_path, initializer_range=0.5, tie_word_embeddings=False)
     asked = ["--prompt", "The quick brown fox"] if command == "generate" else []
     said = []

@@ -187,8 +187,11 @@ def lines(report: Report) -> list[str]:
     if config["num_key_value_heads"] != config["num_attention_heads"]:
         heads += f" ({config['num_key_value_heads']} for keys and values)"
     rope = f"RoPE base {config['rope_theta']:g}"
-    if config["rope_scaling"]:
-        rope += f", {config['rope_scaling']['type']} scaling by {config['rope_scaling']['factor']:g}"
+    if scaling := config["rope_scaling"]:
+        longrope = scaling["type"] == "longrope"
+        rope += f", {scaling['type']} " + (
+            f"of {scaling['original_max_position_embeddings']:,}" if longrope else f"scaling by {scaling['factor']:g}"
+        )
     stored = ", ".join(f"{kind} ({n})" for kind, n in report.stored.items())
     derived = report.derived
     tokenizer = report.tokenizer or ("none" if report.files else "unknown")
