@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files import gguf
@@ -314,3 +315,39 @@ def test_no_flipped_byte_of_the_header_gives_another_error(path, flip):
         except InputError:
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 0
+
+
+def test_a_model_with_longrope_computes_the_originals_logits(reference, path):
+    """The reference folder, written as llama.cpp's converter writes it."""
+    minicpm_mlx = pytest.importorskip("minicpm_mlx")
+    source = open_checkpoint(reference("minicpm4_8b"))
+    config, scaling = source.config, source.config.rope_scaling
+    writer = package.GGUFWriter(path, "minicpm")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_embedding_scale(config.scale_emb)
+    writer.add_residual_scale(config.residual_scale)
+    writer.add_logit_scale(config.logit_divisor)
+    writer.add_rope_scaling_type(package.RopeScalingType.LONGROPE)
+    names = package.get_tensor_name_map(package.MODEL_ARCH.MINICPM, config.num_hidden_layers)
+    for name, tensor in source.tensors.items():
+        array = np.asarray(tensor.read(), np.float32)
+        for module, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            array = permuted(array, heads) if module in name else array
+        writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", np.ascontiguousarray(array))
+    writer.add_tensor("rope_factors_long.weight", np.float32(scaling.long_factor))
+    writer.add_tensor("rope_factors_short.weight", np.float32(scaling.short_factor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model, _ = minicpm_mlx.load(path, "float32")
+    known = np.load(reference("minicpm4_8b") / "reference.npz")
+    for length in (32, 33):
+        logits = np.asarray(model(known[f"input_ids_T{length}"]))
+        np.testing.assert_allclose(logits, known[f"logits_T{length}"], rtol=0, atol=2e-5)
