@@ -6,6 +6,7 @@ tokenizer before the weights.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -109,22 +110,26 @@ def load_model(
     Raises:
         InputError: the model cannot be loaded, or has no tokenizer.
     """
-    scaled = options.scaled if isinstance(options, ModelOptions) and options.rope_scaling is not None else None
-    if scaled is not None:
-        source = source or open_source(options)
-        scaled(source.checkpoint.config)  # refused before the weights are read
     placement = options.placement() if source is None else source.placement  # before the first use of a device
     named = {"revision": options.revision, "hub": options.hub} if source is None else {}
     where = options.model if source is None else source.checkpoint
     dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **placement)
+    if isinstance(options, ModelOptions):
+        dtype = partial(_checked_dtype, options, dtype)
     model, tokenizer = backend.load(where, dtype, decoding=decoding, **named, **options.loading(), **placement)
     if tokenizer is None:
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."
         )
-    if scaled is not None:
-        model.config = scaled(model.config)
+    if isinstance(options, ModelOptions):
+        model.config = options.scaled(model.config)
     return model, tokenizer
+
+
+def _checked_dtype(options: ModelOptions, dtype: "str | Callable[[Checkpoint], str]", checkpoint: "Checkpoint") -> str:
+    """The dtype to load. A wrong --rope-scaling is refused before the weights are read."""
+    options.scaled(checkpoint.config)
+    return dtype(checkpoint) if callable(dtype) else dtype
 
 
 def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
