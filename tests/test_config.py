@@ -8,8 +8,10 @@ import pytest
 
 from weights_io import catalog
 from weights_io.config import MAX_COUNT, ModelConfig, RopeScaling, stored_dtype, token_ids
+from weights_io.config_keys import note_sparse, sparse_note
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
+from weights_io.rope_config import LongRoPE
 
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 40}
 # HuggingFaceTB/SmolLM2-135M-Instruct, as released.
@@ -115,6 +117,7 @@ def test_the_defaults_are_those_of_minicpms_own_class():
     assert (llama.model_type, llama.tie_word_embeddings) == ("llama", False)
 
 
+UNTIED = {3_007_703_808, 3_007_736_064, 8_185_253_888, 1_080_632_832, 2_516_756_480}  # parameters
 RELEASED = [entry for entry in catalog.CATALOG if entry.config and entry.runs]
 
 
@@ -123,11 +126,11 @@ def test_released_configs(entry):
     config = ModelConfig.from_dict({**entry.config, **TRANSFORMERS_4})
     assert config == ModelConfig.from_dict(dict(entry.config))
     assert config.model_type == entry.architecture
-    assert config.tie_word_embeddings == ("llama" not in entry.architecture and "128k" not in entry.name)
-    assert config.rope_theta == (1e6 if "128k" in entry.name else 1e4)
+    assert config.tie_word_embeddings == (entry.parameters not in UNTIED)
+    assert config.rope_theta == (1e6 if "128k" in entry.name else 5e6 if "cpm5" in entry.name else 1e4)
     if entry.architecture == "minicpm":
-        assert config.residual_scale == pytest.approx(1.4 / math.sqrt(52 if "1b" in entry.name else 40))
-        assert config.logit_divisor == (6 if "1b" in entry.name else 9)
+        assert config.residual_scale == pytest.approx(1.4 / math.sqrt(config.num_hidden_layers))
+        assert config.logit_divisor == config.hidden_size / 256
 
 
 def test_smollm2():
@@ -277,6 +280,103 @@ def test_scales_are_numbers_that_float32_holds(key, value):
 @pytest.mark.parametrize("factor", [10**400, 1e300, 1, 0.5, math.nan, math.inf, "2", True, None])
 def test_factor_of_rope_scaling(factor):
     refused({**TINY, "rope_scaling": {"type": "linear", "factor": factor}}, "rope_scaling factor")
+
+
+LONG = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2, 3, 4, 5], "original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize("kind", [{"type": "longrope"}, {"rope_type": "longrope", "factor": 1.0}])
+def test_longrope(kind):
+    """MiniCPM3's configs say ``type``, MiniCPM4's ``rope_type``; one long-context model adds an unused factor."""
+    config = ModelConfig.from_dict({**TINY, "rope_scaling": kind | LONG, "mup_denominator": 32})
+    assert config.rope_scaling == LongRoPE((1, 1.5, 2, 2.5), (2, 3, 4, 5), 2048) and config.rope_amplitude == 1
+    five = {"rope_parameters": {"rope_theta": 10000.0, **kind, **LONG}}
+    assert ModelConfig.from_dict({**TINY, **five}) == config
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.to_dict()["rope_scaling"]["type"] == config.to_dict()["rope_scaling"]["rope_type"] == "longrope"
+    longer = ModelConfig.from_dict({**TINY, "rope_scaling": kind | LONG, "max_position_embeddings": 2048**2})
+    assert longer.rope_amplitude == pytest.approx(math.sqrt(2)) and longer.rope_scaling.always_long(2048**2)
+    llama = {"architectures": ["LlamaForCausalLM"], "rope_scaling": kind | LONG}
+    assert ModelConfig.from_dict({**TINY, **llama}).rope_scaling == config.rope_scaling
+    refused({**TINY, **llama, "max_position_embeddings": 4096}, "transformers computes longrope of a Llama otherwise")
+    refused(
+        {**TINY, **llama, "rope_scaling": kind | LONG | {"factor": 4.0}}, "transformers computes longrope of a Llama"
+    )
+    other = {"rope_scaling": {**LONG, "type": "longrope", "long_factor": [1, 1, 1, 1]}}
+    refused({**TINY, **five, **other}, "rope_scaling is .*, which rope_parameters contradicts")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"short_factor": [1.0, 1.5, 2.0]}, "short_factor has 3 factors, and RoPE has 4 frequencies"),
+        ({"long_factor": [1.0] * 5}, "long_factor has 5 factors, and RoPE has 4 frequencies"),
+        ({"long_factor": None}, "has no long_factor"),
+        ({"long_factor": 4.0}, "long_factor is 4.0; it must be a list of numbers"),
+        ({"long_factor": []}, r"long_factor is \[\]; it must be a list of numbers"),
+        ({"short_factor": [1, 1, "2", 1]}, r"short_factor\[2\] is \"2\"; it must be a positive number"),
+        ({"short_factor": [1, True, 1, 1]}, r"short_factor\[1\] is true"),
+        ({"short_factor": [0, 1, 1, 1]}, r"short_factor\[0\] is 0"),
+        ({"short_factor": [1, 1, 1, math.nan]}, r"short_factor\[3\] is NaN"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0; it must be a whole number"),
+        ({"original_max_position_embeddings": 32.0}, "original_max_position_embeddings is 32.0; it must be a whole"),
+        ({"beta_fast": 32, "long_mscale": 1.2}, "has beta_fast and long_mscale, not understood in longrope"),
+        ({"rope_type": "dynamic"}, "has two types"),
+    ],
+)
+def test_longrope_that_is_not_understood(change, message):
+    refused({**TINY, "rope_scaling": {"type": "longrope", **LONG, **change}}, message)
+
+
+SPARSE = {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "block_size": 64, "window_size": 2048, "topk": 64}
+
+
+def test_sparse_config_is_dense_with_a_note(capsys):
+    assert ModelConfig.from_dict({**TINY, "sparse_config": SPARSE}) == ModelConfig.from_dict(TINY)
+    note = sparse_note({"sparse_config": SPARSE})
+    assert "what the model does below 8192 tokens. From there on the results differ" in note
+    assert "implemented. At every length the results" in sparse_note({"sparse_config": SPARSE | {"dense_len": -1}})
+    assert sparse_note({"sparse_config": None}) is sparse_note(TINY) is None
+    for _ in range(2):
+        note_sparse({"sparse_config": SPARSE | {"dense_len": 8999}})
+    assert capsys.readouterr().err.count("note: config.json asks for InfLLM-v2") == 1
+
+
+@pytest.mark.parametrize(
+    "sparse, message",
+    [
+        ({"kernel": 3}, "has kernel, not understood"),
+        ({"topk": 64.0}, "topk is 64.0; it must be a whole number"),
+        ({"use_nope": 1}, "use_nope is 1; it must be true or false"),
+        ({"dense_len": -2}, "dense_len is -2; it must be a number of tokens"),
+        ([1], "it must be null or an object"),
+    ],
+)
+def test_sparse_config_that_is_not_understood(sparse, message):
+    refused({**TINY, "sparse_config": SPARSE | sparse if isinstance(sparse, dict) else sparse}, message)
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        ({"architectures": ["MiniCPMSALAForCausalLM"]}, "MiniCPM-SALA is not supported: 24 of its 32 layers .* SGLang"),
+        ({"architectures": ["MiniCPMForCausalLM"], "mixer_types": ["minicpm4"]}, "MiniCPM-SALA is not supported"),
+        ({"model_type": "minicpm_sala"}, "MiniCPM-SALA is not supported"),
+        ({"architectures": ["EagleMiniCPMForCausalLM"]}, "EagleMiniCPMForCausalLM is a draft head .* CPM.cu"),
+        ({"architectures": ["LlamaForCausalLM"], "draft_vocab_size": 32000}, "is a draft head .* CPM.cu"),
+        ({"architectures": ["MiniCPM"], "is_causal": False}, "MiniCPM is an embedding model or a reranker"),
+        ({"architectures": ["MiniCPMForCausalLM"], "is_causal": False}, "is an embedding model or a reranker"),
+        ({"architectures": ["MiniCPMForSequenceClassification"]}, "is an embedding model or a reranker"),
+        (
+            {"architectures": ["MiniCPMV"], "model_type": "minicpmv", "version": 2.6},
+            "MiniCPMV is not supported",
+        ),
+        ({"architectures": ["MiniCPMO"]}, "MiniCPMO is not supported: it takes images or sound; vLLM"),
+        ({"model_type": "minicpmv4_6"}, "minicpmv4_6 is not supported: it takes images"),
+    ],
+)
+def test_other_models_of_openbmb_are_refused_by_name(raw, message):
+    refused({**TINY, **raw}, message)
 
 
 def test_shapes_that_contradict_each_other():

@@ -434,10 +434,11 @@ def test_damaged_index(tmp_path, weight_map):
 def parameters(config: dict) -> int:
     """Sum over the shapes of a text model, written out by hand."""
     D, F, V, L = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers"))
-    K = D // config["num_attention_heads"] * config["num_key_value_heads"]
+    Q = config.get("head_dim", D // config["num_attention_heads"]) * config["num_attention_heads"]
+    K = Q // config["num_attention_heads"] * config["num_key_value_heads"]
     experts = config.get("num_experts", 1)
     router = experts * D if experts > 1 else 0
-    layer = 2 * D * D + 2 * D * K + experts * 3 * D * F + router + 2 * D
+    layer = 2 * D * Q + 2 * D * K + experts * 3 * D * F + router + 2 * D
     return L * layer + D + (1 if config.get("tie_word_embeddings", True) else 2) * V * D
 
 

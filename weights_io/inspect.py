@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from weights_io.checkpoint import BUFFERS, check_tensors, special_ids
 from weights_io.config import COMMON_DEFAULTS, ModelConfig, stored_dtype
+from weights_io.config_keys import sparse_note
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
 from weights_io.files.tensor import LazyTensor
@@ -186,8 +187,11 @@ def lines(report: Report) -> list[str]:
     if config["num_key_value_heads"] != config["num_attention_heads"]:
         heads += f" ({config['num_key_value_heads']} for keys and values)"
     rope = f"RoPE base {config['rope_theta']:g}"
-    if config["rope_scaling"]:
-        rope += f", {config['rope_scaling']['type']} scaling by {config['rope_scaling']['factor']:g}"
+    if scaling := config["rope_scaling"]:
+        longrope = scaling["type"] == "longrope"
+        rope += f", {scaling['type']} " + (
+            f"of {scaling['original_max_position_embeddings']:,}" if longrope else f"scaling by {scaling['factor']:g}"
+        )
     stored = ", ".join(f"{kind} ({n})" for kind, n in report.stored.items())
     derived = report.derived
     tokenizer = report.tokenizer or ("none" if report.files else "unknown")
@@ -260,6 +264,8 @@ def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mappi
         notes.append(f"the tensors are of several dtypes: {', '.join(dtypes)}")
     if said and dtypes and dtypes != [said]:
         notes.append(f"config.json says {said} and the tensors are {' and '.join(dtypes)}")
+    if (sparse := sparse_note(raw)) is not None:
+        notes.append(sparse)
     if "auto_map" in raw:
         notes.append("config.json points to Python code of its own (auto_map), which is never run here")
     if any(tensor.source.suffix == ".bin" for tensor in tensors.values()):
