@@ -37,7 +37,7 @@ from weights_io.errors import InputError  # noqa: E402
 from weights_io.parameters import parameters  # noqa: E402
 
 FOLDERS = ["dense_1b", "dense_2b", "dense_bf16", "dense_eps", "dense_untied", "llama_format", "long_128k"]
-FOLDERS += ["long_linear", "bin_sharded", "moe_8x2b", "s_1b"]
+FOLDERS += ["long_linear", "bin_sharded", "moe_8x2b", "s_1b", "minicpm3_untied"]
 TOLERANCE = 2e-5  # measured: at most 3.5e-6; the original's own distance from float64 is 1e-5
 SMALL = ModelConfig(
     vocab_size=64,

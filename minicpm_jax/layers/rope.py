@@ -66,7 +66,7 @@ def positions_of(
 def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array, "B #T"]) -> tuple[Array, Array]:
     """cos and sin [B, T, H] in float32, in half-split order (arXiv 2104.09864). Dynamic NTK scaling grows the base
     with ``length``, the number of tokens so far."""
-    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    half = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
     theta = jnp.float32(config.rope_theta)
     position = index.astype(jnp.float32)
     scaling = config.rope_scaling
@@ -74,7 +74,7 @@ def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array
         position = position / scaling.factor
     if scaling is not None and scaling.type == "dynamic":
         stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
-        grown = theta * stretch ** (config.head_dim / (config.head_dim - 2))
+        grown = theta * stretch ** (config.rotary_dim / (config.rotary_dim - 2))
         theta = jnp.where(length > config.max_position_embeddings, grown, theta)[..., None]
     angle = position[..., None] / theta**half
     angle = jnp.concatenate([angle, angle], axis=-1)

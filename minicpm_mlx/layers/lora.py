@@ -52,3 +52,14 @@ def dense(layer: Any) -> mx.array:
     if "scales" not in layer:
         return layer.weight
     return mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+
+
+def effective_weight(layer: Any, dtype: mx.Dtype) -> mx.array:
+    """The weight [O, I] with which a linear layer multiplies, adapted and dequantized, in ``dtype``. An adapter's
+    dropout is not in it."""
+    if not isinstance(layer, LoRALayer):
+        return dense(layer).astype(dtype)
+    wide = dense(layer.base).astype(layer.b.dtype) + layer.scale * (layer.b @ layer.a)
+    if layer.magnitude is not None:
+        wide = wide * (layer.ratio() if layer._ratio is None else layer._ratio)[:, None]
+    return wide.astype(dtype)

@@ -69,13 +69,13 @@ def positions_of(
 def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:
     """theta^(2h/H) in float32, in half-split order (arXiv 2104.09864): [H/2], or [..., H/2] for lengths [...].
     Dynamic NTK scaling grows the base with ``length``, the number of tokens so far."""
-    half = mx.arange(0, config.head_dim, 2, dtype=mx.float32) / config.head_dim
+    half = mx.arange(0, config.rotary_dim, 2, dtype=mx.float32) / config.rotary_dim
     theta = mx.array(config.rope_theta, mx.float32)
     scaling = config.rope_scaling
     if scaling is not None and scaling.type == "dynamic":
         length = mx.array(length, mx.float32)[..., None]
         stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
-        grown = theta * stretch ** (config.head_dim / (config.head_dim - 2))
+        grown = theta * stretch ** (config.rotary_dim / (config.rotary_dim - 2))
         theta = mx.where(length > config.max_position_embeddings, grown, theta)
     freqs = theta**half
     if scaling is not None and scaling.type == "linear":
