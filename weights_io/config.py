@@ -241,7 +241,9 @@ class _Reader:
         if config.rotary_dim % 2:
             raise self.refuse(f"{rotated} {config.rotary_dim} is odd, and RoPE rotates pairs; correct it.")
         if config.rotary_dim == 2 and config.rope_scaling and config.rope_scaling.type == "dynamic":
-            raise self.refuse(f"{rotated} 2 and dynamic rope_scaling (exponent H / (H - 2)) exclude each other; fix one.")
+            raise self.refuse(
+                f"{rotated} 2 and dynamic rope_scaling (exponent H / (H - 2)) exclude each other; fix one."
+            )
         if config.family.heads_fill_hidden and config.head_dim * config.num_attention_heads != config.hidden_size:
             raise self.refuse(
                 f"hidden_size {config.hidden_size} is not num_attention_heads {config.num_attention_heads} x head_dim "

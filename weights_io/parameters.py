@@ -100,9 +100,9 @@ class Parameter:
         return 1 / config.logit_divisor if self.init == "matrix" else 1.0
 
 
-# V vocabulary, D hidden, F intermediate, N query heads, K key/value heads, H head dimension, E experts. Latent attention:
-# Q latent of the queries, C latent of keys and values, R rotary key, P key without RoPE and rotary key, U key without
-# RoPE and value.
+# V vocabulary, D hidden, F intermediate, N query heads, K key/value heads, H head dimension, E experts. For latent
+# attention: Q latent of the queries, C latent of keys and values, R rotary key, P key without RoPE and rotary key, U
+# key without RoPE and value.
 LAYERS = "model.layers."  # before a layer's number
 _LAYER = LAYERS + "{layer}."
 _EXPERT = _LAYER + "mlp.experts.{expert}."

@@ -26,6 +26,8 @@ RULES = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "latent": None,  # all heads are computed from it
+    "from_latent": "fsdp",
     "expert": "expert",
     "router": None,
     "layers": None,

@@ -3,12 +3,12 @@
 Dims: B batch, T new tokens, S cache slots, D hidden, N heads, C latent of keys and values, R rotary key, E = width of a
       key's part without RoPE, H value width.
 
-The cache holds the latent and the one rotary key of a token, in place of each head's key and value: an `mlx_lm` cache has
-the latents [B, 1, S, C] for keys and the rotary keys [B, 1, S, R] for values.
+The cache holds the latent and the one rotary key of a token, in place of each head's key and value: an `mlx_lm` cache
+has the latents [B, 1, S, C] for keys and the rotary keys [B, 1, S, R] for values.
 
 A few tokens attend in the absorbed form: the key half of ``kv_b_proj`` is applied to the query, and its value half to
-the weighted sum of the latents, so that nothing is computed per cache slot and head. For more tokens the keys and values
-of all heads are expanded from the latents.
+the weighted sum of the latents, so that nothing is computed per cache slot and head. For more tokens the keys and
+values of all heads are expanded from the latents.
 """
 
 from typing import Any
@@ -119,11 +119,13 @@ def _product(x: mx.array, stored: Any, cache: Any, transpose: bool) -> mx.array:
     """x [B, 1, M, X] times the stored [B, 1, S, X] transposed, or x [B, 1, M, S] times it."""
     if isinstance(stored, mx.array):
         return x @ (stored.swapaxes(-1, -2) if transpose else stored)
-    return mx.quantized_matmul(x, *stored, transpose=transpose, group_size=cache.group_size, bits=cache.bits)
+    packed, scales, biases = stored
+    return mx.quantized_matmul(x, packed, scales, biases, transpose, cache.group_size, cache.bits)
 
 
 def _whole(stored: Any, cache: Any) -> mx.array:
     """The stored numbers as an array."""
     if isinstance(stored, mx.array):
         return stored
-    return mx.dequantize(*stored, group_size=cache.group_size, bits=cache.bits)
+    packed, scales, biases = stored
+    return mx.dequantize(packed, scales, biases, cache.group_size, cache.bits)

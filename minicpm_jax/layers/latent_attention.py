@@ -1,0 +1,180 @@
+"""Multi-head latent attention (arXiv 2405.04434) as MiniCPM3 has it.
+
+Dims as in model.py: B batch, T new tokens, S cache slots, D hidden, N heads, C latent of keys and values, R rotary key,
+      E = width of a key's part without RoPE, H value width.
+
+The cache holds the latent and the one rotary key of a token (`kv_cache.LatentCache`), in place of each head's key and
+value. A few tokens attend in the absorbed form: the key half of ``kv_b_proj`` is applied to the query, and its value
+half to the weighted sum of the latents, so that nothing is computed per cache slot and head. For more tokens the keys
+and values of all heads are expanded from the latents, a block of slots at a time.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from minicpm_jax.layers.attention import over_mesh, self_attention
+from minicpm_jax.layers.blockwise import blockwise_attention, blockwise_attention_in_turn
+from minicpm_jax.layers.kernels.precision import precision
+from minicpm_jax.layers.kv_cache import Cache, LatentCache
+from minicpm_jax.layers.linear import Linear, RMSNorm
+from minicpm_jax.layers.lora import effective_weight
+from minicpm_jax.layers.rope import Positions, apply_rope
+from minicpm_jax.parallel.activations import shard_heads
+from weights_io.config import ModelConfig
+
+ABSORBED = 64  # most new tokens in the absorbed form; in MiniCPM3-4B it has fewer products for up to 85 tokens
+
+
+class LatentNorm(RMSNorm):
+    """The norm of a latent. Its eps is 1e-6, whatever rms_norm_eps is."""
+
+    def __init__(self, weight: Float[Array, "C"]):
+        super().__init__(weight, 1e-6)
+
+
+class LatentAttention(nnx.Module):
+    """Projections to latents and from them, RoPE, attention (over the cache, if there is one), output projection."""
+
+    def __init__(self, weights: dict[str, Any], config: ModelConfig):
+        self.q_a_proj, self.q_b_proj = Linear(weights["q_a_proj"]["weight"]), Linear(weights["q_b_proj"]["weight"])
+        self.kv_a_proj_with_mqa = Linear(weights["kv_a_proj_with_mqa"]["weight"])
+        self.kv_b_proj, self.o_proj = Linear(weights["kv_b_proj"]["weight"]), Linear(weights["o_proj"]["weight"])
+        self.q_a_layernorm = LatentNorm(weights["q_a_layernorm"]["weight"])
+        self.kv_a_layernorm = LatentNorm(weights["kv_a_layernorm"]["weight"])
+        # The head count comes from the weights: a mesh may have padded it.
+        self.rank, self.nope_dim = config.kv_lora_rank, config.qk_nope_head_dim
+        self.key_dim, self.value_dim = config.qk_nope_head_dim + config.qk_rope_head_dim, config.head_dim
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, layer: ArrayLike = 0
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        batch, width, _ = x.shape
+        with jax.named_scope("attention"):
+            q = shard_heads(self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))), cache)
+            q = q.reshape(batch, width, -1, self.key_dim)
+            nope, rope = q[..., : self.nope_dim], apply_rope(q[..., self.nope_dim :], positions)
+            joint = self.kv_a_proj_with_mqa(x)
+            latent = self.kv_a_layernorm(joint[..., : self.rank])
+            rope_key = apply_rope(joint[..., None, self.rank :], positions)[..., 0, :]
+            if cache is not None:
+                mixed, cache = self.cached(nope, rope, latent, rope_key, cache, layer, positions.index)
+                return self.o_proj(mixed), cache
+            both = shard_heads(self.kv_b_proj(latent)).reshape(batch, width, -1, self.nope_dim + self.value_dim)
+            k, v = keys_and_values(both, rope_key, self.nope_dim)
+            return self.o_proj(self_attention(jnp.concatenate([nope, rope], axis=-1), k, v, positions.segments)), cache
+
+    def cached(
+        self,
+        nope: Float[Array, "B T N E"],
+        rope: Float[Array, "B T N R"],
+        latent: Float[Array, "B T C"],
+        rope_key: Float[Array, "B T R"],
+        cache: Cache,
+        layer: ArrayLike,
+        index: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T NH"], Cache]:
+        """Write latents and rotary keys into the cache slots ``index``, then attend to the filled ones. Over a mesh
+        each device of tensor handles its heads, and all of them hold the cache of their rows."""
+        weight = effective_weight(self.kv_b_proj, nope.dtype).reshape(-1, self.nope_dim + self.value_dim, self.rank)
+
+        def own(nope, rope, latent, rope_key, weight, cache, layer, index):
+            cache = cache.update(layer, latent, rope_key, index)
+            form = absorbed if index.shape[1] <= ABSORBED else expanded
+            return form(nope, rope, weight, cache, layer, index), cache
+
+        return over_mesh(own, (nope, rope), (latent, rope_key), (weight,), cache, layer, index)
+
+
+def keys_and_values(
+    both: Float[Array, "... N E+H"], rope_key: Float[Array, "... R"], nope_dim: int
+) -> tuple[Float[Array, "... N E+R"], Float[Array, "... N H"]]:
+    """The keys and values of all heads, from the output of ``kv_b_proj`` and the rotary key that the heads share."""
+    shared = jnp.broadcast_to(rope_key[..., None, :], (*both.shape[:-1], rope_key.shape[-1]))
+    return jnp.concatenate([both[..., :nope_dim], shared], axis=-1), both[..., nope_dim:]
+
+
+def absorbed(
+    nope: Float[Array, "B T N E"],
+    rope: Float[Array, "B T N R"],
+    weight: Float[Array, "N E+H C"],
+    cache: LatentCache,
+    layer: ArrayLike,
+    index: Int[Array, "B T"],
+) -> Float[Array, "B T NH"]:
+    """Attention over the filled slots of one layer's latents, which are keys and values of all heads at once. A token
+    sees the slots up to its own, ``index``."""
+    batch, width, _, nope_dim = nope.shape
+    scale, exact = (nope_dim + rope.shape[-1]) ** -0.5, precision(nope)
+    q = jnp.einsum("btne,nec->btnc", nope, weight[:, :nope_dim], precision=exact)
+    mixed = _blockwise(jnp.concatenate([q, rope], axis=-1), cache, layer, index, scale)
+    mixed = mixed.reshape(*q.shape[:3], -1)[..., : q.shape[-1]]  # the sum of the rotary keys is not used
+    return jnp.einsum("btnc,nhc->btnh", mixed, weight[:, nope_dim:], precision=exact).reshape(batch, width, -1)
+
+
+def expanded(
+    nope: Float[Array, "B T N E"],
+    rope: Float[Array, "B T N R"],
+    weight: Float[Array, "N E+H C"],
+    cache: LatentCache,
+    layer: ArrayLike,
+    index: Int[Array, "B T"],
+) -> Float[Array, "B T NH"]:
+    """`absorbed` with the keys and values of each head, which have fewer dimensions than a latent."""
+    batch, width, heads, nope_dim = nope.shape
+    key_dim, value_dim = nope_dim + rope.shape[-1], weight.shape[1] - nope_dim
+    q = _padded(jnp.concatenate([nope, rope], axis=-1), max(key_dim, value_dim))
+    mixed = _blockwise(q, ExpandedCache(cache, weight, nope_dim), layer, index, key_dim**-0.5)
+    return mixed.reshape(batch, width, heads, -1)[..., :value_dim].reshape(batch, width, -1)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["cache", "weight"], meta_fields=["nope_dim"])
+@dataclass(frozen=True)
+class ExpandedCache:
+    """A latent cache as `blockwise_attention` reads one with keys and values of ``weight``'s heads, computed block by
+    block. The narrower of keys and values is padded to the width of the other."""
+
+    cache: LatentCache
+    weight: Float[Array, "N E+H C"]
+    nope_dim: int
+
+    @property
+    def k(self) -> Array:
+        return self.cache.k
+
+    @property
+    def slots(self) -> int:
+        return self.cache.slots
+
+    @property
+    def grain(self) -> int:
+        return self.cache.grain
+
+    def heads(self, head_dim: int) -> int:
+        return self.weight.shape[0]
+
+    def read_block(
+        self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, head: ArrayLike, like: Float[Array, "S N X"]
+    ) -> tuple[Array, Array]:
+        """`Cache.read_block`."""
+        size, heads, width = like.shape
+        latent, rope_key = self.cache.read(layer, row, slot, size, like.dtype)
+        weight = jax.lax.dynamic_slice_in_dim(self.weight, head, heads).astype(like.dtype)
+        both = jnp.einsum("sc,nfc->snf", latent, weight, precision=precision(latent))
+        k, v = keys_and_values(both, rope_key, self.nope_dim)
+        return _padded(k, width), _padded(v, width)
+
+
+def _blockwise(q: Array, cache: Any, layer: ArrayLike, index: Array, scale: float) -> Array:
+    default = functools.partial(blockwise_attention, scale=scale)
+    cpu = functools.partial(blockwise_attention_in_turn, scale=scale)
+    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, cpu=cpu, default=default)
+
+
+def _padded(x: Array, width: int) -> Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
