@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from minicpm_data.generation.api import Backend
 from minicpm_data.generation.request import ModelT
 from weights_io.errors import InputError
+from weights_io.rope_config import RopeScaling
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -109,5 +110,6 @@ def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
         remedy: appended to the note.
     """
     context = config.max_position_embeddings
-    if tokens > context and config.rope_scaling is None:
+    # LongRoPE's factors are made for max_position_embeddings; dynamic NTK and a linear factor reach further.
+    if tokens > context and not isinstance(config.rope_scaling, RopeScaling):
         print(f"note: {tokens} tokens are more than the {context} this model is made for{remedy}", file=sys.stderr)

@@ -10,6 +10,7 @@ from weights_io import catalog
 from weights_io.config import MAX_COUNT, ModelConfig, RopeScaling, stored_dtype, token_ids
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
+from weights_io.rope_config import LongRoPE
 
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 40}
 # HuggingFaceTB/SmolLM2-135M-Instruct, as released.
@@ -277,6 +278,52 @@ def test_scales_are_numbers_that_float32_holds(key, value):
 @pytest.mark.parametrize("factor", [10**400, 1e300, 1, 0.5, math.nan, math.inf, "2", True, None])
 def test_factor_of_rope_scaling(factor):
     refused({**TINY, "rope_scaling": {"type": "linear", "factor": factor}}, "rope_scaling factor")
+
+
+LONG = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2, 3, 4, 5], "original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize("kind", [{"type": "longrope"}, {"rope_type": "longrope", "factor": 1.0}])
+def test_longrope(kind):
+    """MiniCPM3's configs say ``type``, MiniCPM4's ``rope_type``; one long-context model adds an unused factor."""
+    config = ModelConfig.from_dict({**TINY, "rope_scaling": kind | LONG, "mup_denominator": 32})
+    assert config.rope_scaling == LongRoPE((1, 1.5, 2, 2.5), (2, 3, 4, 5), 2048) and config.rope_amplitude == 1
+    five = {"rope_parameters": {"rope_theta": 10000.0, **kind, **LONG}}
+    assert ModelConfig.from_dict({**TINY, **five}) == config
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.to_dict()["rope_scaling"]["type"] == config.to_dict()["rope_scaling"]["rope_type"] == "longrope"
+    longer = ModelConfig.from_dict({**TINY, "rope_scaling": kind | LONG, "max_position_embeddings": 2048**2})
+    assert longer.rope_amplitude == pytest.approx(math.sqrt(2)) and longer.rope_scaling.always_long(2048**2)
+    llama = {"architectures": ["LlamaForCausalLM"], "rope_scaling": kind | LONG}
+    assert ModelConfig.from_dict({**TINY, **llama}).rope_scaling == config.rope_scaling
+    refused({**TINY, **llama, "max_position_embeddings": 4096}, "transformers computes longrope of a Llama otherwise")
+    refused(
+        {**TINY, **llama, "rope_scaling": kind | LONG | {"factor": 4.0}}, "transformers computes longrope of a Llama"
+    )
+    other = {"rope_scaling": {**LONG, "type": "longrope", "long_factor": [1, 1, 1, 1]}}
+    refused({**TINY, **five, **other}, "rope_scaling is .*, which rope_parameters contradicts")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"short_factor": [1.0, 1.5, 2.0]}, "short_factor has 3 factors, and RoPE has 4 frequencies"),
+        ({"long_factor": [1.0] * 5}, "long_factor has 5 factors, and RoPE has 4 frequencies"),
+        ({"long_factor": None}, "has no long_factor"),
+        ({"long_factor": 4.0}, "long_factor is 4.0; it must be a list of numbers"),
+        ({"long_factor": []}, r"long_factor is \[\]; it must be a list of numbers"),
+        ({"short_factor": [1, 1, "2", 1]}, r"short_factor\[2\] is \"2\"; it must be a positive number"),
+        ({"short_factor": [1, True, 1, 1]}, r"short_factor\[1\] is true"),
+        ({"short_factor": [0, 1, 1, 1]}, r"short_factor\[0\] is 0"),
+        ({"short_factor": [1, 1, 1, math.nan]}, r"short_factor\[3\] is NaN"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0; it must be a whole number"),
+        ({"original_max_position_embeddings": 32.0}, "original_max_position_embeddings is 32.0; it must be a whole"),
+        ({"beta_fast": 32, "long_mscale": 1.2}, "has beta_fast and long_mscale, not understood"),
+        ({"rope_type": "dynamic"}, "has two types"),
+    ],
+)
+def test_longrope_that_is_not_understood(change, message):
+    refused({**TINY, "rope_scaling": {"type": "longrope", **LONG, **change}}, message)
 
 
 def test_shapes_that_contradict_each_other():

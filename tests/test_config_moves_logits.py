@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from weights_io.checkpoint import Checkpoint
-from weights_io.config import ModelConfig, RopeScaling
+from weights_io.config import ModelConfig
 from weights_io.parameters import tensor_shapes
+from weights_io.rope_config import RopeScaling
 
 BASE = ModelConfig(
     vocab_size=32,

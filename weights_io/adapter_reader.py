@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from weights_io.casting import check_finite
-from weights_io.config import LARGEST, MAX_COUNT, ModelConfig, shown
+from weights_io.config import MAX_COUNT, ModelConfig, shown
+from weights_io.config_keys import LARGEST
 from weights_io.errors import InputError, short
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.lora import Adapter, AdapterConfig, LoRAMatrices

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_io.config_keys import IGNORED_KEYS, PER_LAYER, UNSUPPORTED_UNLESS, among
+from weights_io.config_keys import IGNORED_KEYS, LARGEST, PER_LAYER, SMALLEST, UNSUPPORTED_UNLESS, among
 from weights_io.errors import InputError, short, shown
 from weights_io.files.json_text import read_json
 from weights_io.quantization.entries import KEYS, scheme_of_config
+from weights_io.rope_config import LongRoPE, RopeScaling, check_llama, check_scaling, rope_parameters, rope_scaling
 
 
 @dataclass(frozen=True)
@@ -75,28 +76,14 @@ MAX_LAYERS = 1000
 MAX_EXPERTS = 1024  # of a layer
 MAX_EXPERT_LAYERS = 100_000  # experts of all layers
 MOST = {"num_hidden_layers": MAX_LAYERS, "num_experts": MAX_EXPERTS}
-SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # range of normal float32 numbers; the scales are float32
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """RoPE scaling for contexts longer than the trained one.
-
-    - ``linear``: positions are divided by ``factor``.
-    - ``dynamic`` (NTK): for a length above ``max_position_embeddings`` (max) the base becomes
-      theta * (factor * length / max - (factor - 1)) ** (H / (H - 2)).
-    """
-
-    type: str
-    factor: float
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and scales of a decoder, under the names of ``config.json``.
 
-    Every number changes the logits: ``max_position_embeddings`` under dynamic RoPE scaling, ``initializer_range`` in a
-    newly initialized model.
+    Every number changes the logits: ``max_position_embeddings`` under dynamic RoPE scaling and LongRoPE,
+    ``initializer_range`` in a newly initialized model.
     """
 
     model_type: str = "minicpm"  # of `FAMILIES`
@@ -117,7 +104,7 @@ class ModelConfig:
     hidden_act_param: float | None = None  # fatrelu's threshold
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LongRoPE | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -128,6 +115,17 @@ class ModelConfig:
     @property
     def family(self) -> Family:
         return FAMILIES[self.model_type]
+
+    @property
+    def rope_dim(self) -> int:
+        """The numbers of a head that RoPE rotates; half as many frequencies."""
+        return self.qk_rope_head_dim if self.is_latent else self.head_dim
+
+    @property
+    def rope_amplitude(self) -> float:
+        """Factor on the cosines and sines of RoPE."""
+        scaling = self.rope_scaling
+        return scaling.amplitude(self.max_position_embeddings) if isinstance(scaling, LongRoPE) else 1.0
 
     @property
     def embedding_scale(self) -> float:
@@ -148,11 +146,6 @@ class ModelConfig:
     def is_latent(self) -> bool:
         """Whether attention is multi-head latent attention (arXiv 2405.04434), which caches latents."""
         return self.kv_lora_rank > 0
-
-    @property
-    def rotary_dim(self) -> int:
-        """The width of the part of a head that RoPE rotates."""
-        return self.qk_rope_head_dim if self.is_latent else self.head_dim
 
     @property
     def activation_threshold(self) -> float | None:
@@ -187,6 +180,10 @@ class ModelConfig:
         absent += list(self.family.ignored) if self.is_latent else list(LATENT)
         absent += [] if self.num_experts else ["num_experts", "num_experts_per_tok"]
         absent += ["hidden_act_param"] if self.hidden_act_param is None else []
+        if isinstance(self.rope_scaling, LongRoPE):  # MiniCPM3's code reads type, MiniCPM4's rope_type
+            scaling = dataclasses.asdict(self.rope_scaling)
+            lists = {key: list(value) for key, value in scaling.items() if isinstance(value, tuple)}
+            raw["rope_scaling"] = {"rope_type": self.rope_scaling.type, **scaling, **lists}
         # Other readers of MiniCPM3 default it to qk_nope_head_dim, or require it.
         widths = {"v_head_dim": self.head_dim} if self.is_latent else {}
         return {key: value for key, value in raw.items() if key not in absent} | widths
@@ -211,12 +208,12 @@ class _Reader:
         values |= dict.fromkeys(ignored & values.keys())
         self.refuse_unknown({*defaults, *KEYS, *ignored})
         if "rope_parameters" in self.raw:
-            self.read_rope_parameters(values)
+            values |= rope_parameters(self.raw, values["rope_theta"], self.refuse)
         for key in ("num_key_value_heads", "head_dim"):
             if values[key] is None:
                 n, d = self.count(values, "num_attention_heads"), self.count(values, "hidden_size")
                 values[key] = n if key == "num_key_value_heads" else d // n
-        values["rope_scaling"] = self.rope_scaling(values["rope_scaling"])
+        values["rope_scaling"] = rope_scaling(values["rope_scaling"], self.refuse)
         for key in {"num_experts", "num_experts_per_tok"} & values.keys():
             values[key] = 0 if among(values[key], (None, 0)) else self.count(values, key)
         for key, value in values.items():
@@ -237,13 +234,13 @@ class _Reader:
                 f"num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{config.num_key_value_heads}; one of the two is wrong."
             )
-        rotated = "qk_rope_head_dim" if config.is_latent else "head_dim"
-        if config.rotary_dim % 2:
-            raise self.refuse(f"{rotated} {config.rotary_dim} is odd, and RoPE rotates pairs; correct it.")
-        if config.rotary_dim == 2 and config.rope_scaling and config.rope_scaling.type == "dynamic":
-            raise self.refuse(
-                f"{rotated} 2 and dynamic rope_scaling (exponent H / (H - 2)) exclude each other; fix one."
-            )
+        if config.rope_dim % 2:
+            key = "qk_rope_head_dim" if config.is_latent else "head_dim"
+            raise self.refuse(f"{key} {config.rope_dim} is odd, and RoPE rotates pairs; correct it.")
+        if config.rope_scaling is not None:
+            check_scaling(config.rope_scaling, config.rope_dim, config.max_position_embeddings, self.refuse)
+        if isinstance(config.rope_scaling, LongRoPE) and not config.family.scaled:
+            check_llama(self.raw, config.rope_scaling, config.max_position_embeddings, self.refuse)
         if config.family.heads_fill_hidden and config.head_dim * config.num_attention_heads != config.hidden_size:
             raise self.refuse(
                 f"hidden_size {config.hidden_size} is not num_attention_heads {config.num_attention_heads} x head_dim "
@@ -287,47 +284,6 @@ class _Reader:
                     f"{short(key)} = {shown(value)} is unknown and may change the logits; "
                     "remove the key if it is only a note."
                 )
-
-    def read_rope_parameters(self, values: dict[str, Any]) -> None:
-        """transformers 5 writes ``rope_parameters: {rope_theta, rope_type, factor...}`` in place of two keys."""
-        rope = self.raw["rope_parameters"]
-        if rope is None:
-            return
-        if not isinstance(rope, dict):
-            raise self.refuse(f"rope_parameters is {shown(rope)}; it must be an object.")
-        rope = dict(rope)
-        theta = rope.pop("rope_theta", values["rope_theta"])
-        scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-        if not scaled and (
-            set(rope) - {"rope_type", "type", "partial_rotary_factor"}
-            or not among(rope.get("partial_rotary_factor"), (1, 1.0, None))
-        ):
-            raise self.refuse(f"rope_parameters {shown(rope)} changes the default RoPE; use a model without it.")
-        new = {"rope_theta": theta, "rope_scaling": rope if scaled else None}
-        for key in [key for key in new if self.raw.get(key) is not None]:
-            both = [self.rope_scaling(each[key]) if key == "rope_scaling" else each[key] for each in (self.raw, new)]
-            if both[0] != both[1]:
-                raise self.refuse(f"{key} is {shown(self.raw[key])}, which rope_parameters contradicts; remove one.")
-        values |= new
-
-    def rope_scaling(self, raw: Any) -> RopeScaling | None:
-        if raw is None:
-            return None
-        if not isinstance(raw, dict):
-            raise self.refuse(f"rope_scaling is {shown(raw)}; it must be null or an object with type and factor.")
-        fields = dict(raw)
-        kinds = [fields.pop(key) for key in ("rope_type", "type") if key in fields]
-        kind = kinds[0] if kinds else None
-        if kinds[1:] and kinds[1] != kind:
-            raise self.refuse(f"rope_scaling {shown(raw)} has two types; remove the wrong one.")
-        if kind == "default" and not fields:
-            return None
-        factor = fields.pop("factor", None)
-        if kind not in ("linear", "dynamic") or fields:
-            raise self.refuse(f"rope_scaling {shown(raw)} is not supported; the types are linear and dynamic.")
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= LARGEST:
-            raise self.refuse(f"rope_scaling factor is {shown(factor)}; it must be a float32 number above 1.")
-        return RopeScaling(kind, float(factor))
 
     def threshold(self, activation: Any, value: Any) -> float | None:
         if activation not in ACTIVATIONS:

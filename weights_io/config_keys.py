@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # range of normal float32 numbers; the scales are float32
 # Key -> the supported values. Any other value would change the logits.
 UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -13,8 +14,6 @@ UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (0, None),
     "sliding_window": (None,),
     "partial_rotary_factor": (1, 1.0, None),
-    "sparse_config": (None,),
-    "mup_denominator": (None,),  # of MiniCPM4
     "is_decoder": (None, False, True),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -39,7 +38,7 @@ IGNORED_KEYS = frozenset(
     torchscript use_bfloat16 tf_legacy_loss use_flash_attn attn_implementation
     name_or_path model_file unsloth_fixed unsloth_version is_llama_config transformers.js_config
     _name_or_path _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _from_model_config
+    _from_model_config mup_denominator
     max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups
     diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate

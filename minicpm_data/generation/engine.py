@@ -243,13 +243,12 @@ class BatchEngine(ABC, Generic[ModelT]):
 def shared(config: ModelConfig, prompt: Sequence[int], old: RequestState) -> int:
     """The length of the prefix that a prompt shares with an older request, whose keys and values can be copied.
 
-    It is shorter than the prompt, because the last token must be run. It is 0 where the copy does not pay, and under
-    dynamic NTK scaling for a prompt beyond the model's context, where the keys depend on the prompt's length.
+    It is shorter than the prompt, because the last token must be run. It is 0 where the copy does not pay, and where
+    one of the prompts is so long that dynamic NTK or LongRoPE rotates its keys in another way.
     """
     scaling = config.rope_scaling
-    if scaling is not None and scaling.type == "dynamic":
-        if max(len(prompt), len(old.prompt)) > config.max_position_embeddings:
-            return 0
+    if scaling is not None and scaling.grows(config.max_position_embeddings, max(len(prompt), len(old.prompt))):
+        return 0
     text = (*old.prompt, *old.generated[:-1])  # the model never saw the last token
     most = min(len(prompt) - 1, len(text))
     same = next((i for i in range(most) if prompt[i] != text[i]), most)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minicpm_jax.layers.kernels.precision import precision
 from weights_io.config import ModelConfig
+from weights_io.rope_config import LongRoPE, RopeScaling
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "cos", "sin", "segments"], meta_fields=[])
@@ -43,8 +44,8 @@ def positions_of(
         mask: [B, T]; 0 for padding, in a batch without a cache.
         start: [B] number of cached tokens before the new ones; needs ``length``.
         segments: [B, T] numbers of the documents packed into a row; 0 is padding. A token attends only to its own
-            document, and dynamic NTK scales RoPE for that document's length.
-        length: [B] or [B, T] length of the whole prompt or answer, for dynamic NTK.
+            document, and dynamic NTK and LongRoPE scale RoPE for that document's length.
+        length: [B] or [B, T] length of the whole prompt or answer, for dynamic NTK and LongRoPE.
     """
     batch, width = shape
     if start is not None:
@@ -65,20 +66,27 @@ def positions_of(
 
 def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array, "B #T"]) -> tuple[Array, Array]:
     """cos and sin [B, T, H] in float32, in half-split order (arXiv 2104.09864). Dynamic NTK scaling grows the base
-    with ``length``, the number of tokens so far."""
-    half = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
+    with ``length``, the number of tokens so far; LongRoPE chooses its factors by it."""
+    half = jnp.arange(0, config.rope_dim, 2, dtype=jnp.float32) / config.rope_dim
     theta = jnp.float32(config.rope_theta)
     position = index.astype(jnp.float32)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.type == "linear":
+    scaling, context = config.rope_scaling, config.max_position_embeddings
+    if isinstance(scaling, RopeScaling) and scaling.type == "linear":
         position = position / scaling.factor
-    if scaling is not None and scaling.type == "dynamic":
-        stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
-        grown = theta * stretch ** (config.rotary_dim / (config.rotary_dim - 2))
-        theta = jnp.where(length > config.max_position_embeddings, grown, theta)[..., None]
-    angle = position[..., None] / theta**half
+    if isinstance(scaling, RopeScaling) and scaling.type == "dynamic":
+        stretch = scaling.factor * length / context - (scaling.factor - 1)
+        grown = theta * stretch ** (config.rope_dim / (config.rope_dim - 2))
+        theta = jnp.where(length > context, grown, theta)[..., None]
+    freqs = theta**half  # positions per radian: [H/2] or [B, #T, H/2]
+    if isinstance(scaling, LongRoPE):
+        short, long = jnp.float32(scaling.short_factor), jnp.float32(scaling.long_factor)
+        beyond = jnp.maximum(length, context) > scaling.original_max_position_embeddings
+        freqs = freqs * jnp.where(beyond[..., None], long, short)
+    angle = position[..., None] / freqs
     angle = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    amplitude = config.rope_amplitude
+    return (cos, sin) if amplitude == 1 else (cos * amplitude, sin * amplitude)
 
 
 def apply_rope(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:

@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_attention_mask
 
 from weights_io.config import ModelConfig
+from weights_io.rope_config import LongRoPE, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def positions_of(
         mask: [B, T]; 0 for padding, in a batch without a cache.
         cache: any one layer's cache; the new tokens follow its tokens.
         segments: [B, T] numbers of the documents packed into a row; 0 is padding. A token attends only to its own
-            document, and dynamic NTK scales RoPE for that document's length.
-        length: length of the whole prompt ([B] if rows differ, [B, T] if tokens do), for dynamic NTK, if these tokens
-            are one chunk of it.
+            document, and dynamic NTK and LongRoPE scale RoPE for that document's length.
+        length: length of the whole prompt ([B] if rows differ, [B, T] if tokens do), for dynamic NTK and LongRoPE, if
+            these tokens are one chunk of it.
     """
     width = ids.shape[1]
     offset = 0 if cache is None else cache.offset
@@ -52,9 +53,10 @@ def positions_of(
     if same is not None:
         length = same.sum(axis=2)
     freqs = rope_freqs(config, offset + width if length is None else length)
-    # The kernel takes one base for all rows. On a CPU it would add a graph per layer; the tables are shared by layers.
-    kernel = freqs.ndim == 1 and mx.default_device() != mx.cpu
-    tables = None if kernel else rope_tables(offset, width, freqs)
+    # The kernel takes one base for all rows and no amplitude. On a CPU it would add a graph per layer; the tables are
+    # shared by layers.
+    kernel = freqs.ndim == 1 and config.rope_amplitude == 1 and mx.default_device() != mx.cpu
+    tables = None if kernel else rope_tables(offset, width, freqs, config.rope_amplitude)
     if mask is None and segments is None:
         return Positions(offset, freqs, tables, create_attention_mask(ids, cache))
     visible = mx.tril(mx.ones((width, width), mx.bool_))[None]
@@ -68,27 +70,35 @@ def positions_of(
 
 def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:
     """theta^(2h/H) in float32, in half-split order (arXiv 2104.09864): [H/2], or [..., H/2] for lengths [...].
-    Dynamic NTK scaling grows the base with ``length``, the number of tokens so far."""
-    half = mx.arange(0, config.rotary_dim, 2, dtype=mx.float32) / config.rotary_dim
+    Dynamic NTK scaling grows the base with ``length``, the number of tokens so far; LongRoPE chooses its factors by
+    it."""
+    half = mx.arange(0, config.rope_dim, 2, dtype=mx.float32) / config.rope_dim
     theta = mx.array(config.rope_theta, mx.float32)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.type == "dynamic":
+    scaling, context = config.rope_scaling, config.max_position_embeddings
+    if isinstance(scaling, RopeScaling) and scaling.type == "dynamic":
         length = mx.array(length, mx.float32)[..., None]
-        stretch = scaling.factor * length / config.max_position_embeddings - (scaling.factor - 1)
-        grown = theta * stretch ** (config.rotary_dim / (config.rotary_dim - 2))
-        theta = mx.where(length > config.max_position_embeddings, grown, theta)
+        stretch = scaling.factor * length / context - (scaling.factor - 1)
+        grown = theta * stretch ** (config.rope_dim / (config.rope_dim - 2))
+        theta = mx.where(length > context, grown, theta)
     freqs = theta**half
-    if scaling is not None and scaling.type == "linear":
+    if isinstance(scaling, RopeScaling) and scaling.type == "linear":
         freqs = freqs * scaling.factor  # the same as dividing the position
+    if isinstance(scaling, LongRoPE):
+        short, long = mx.array(scaling.short_factor), mx.array(scaling.long_factor)
+        beyond = mx.maximum(mx.array(length), context) > scaling.original_max_position_embeddings
+        freqs = freqs * mx.where(beyond[..., None], long, short)
     return freqs
 
 
-def rope_tables(offset: int | mx.array, width: int, freqs: mx.array) -> tuple[mx.array, mx.array]:
-    """cos and sin [B, 1, T, H] of the angles in float32. The first half of sin is negated: it multiplies (x2, x1)."""
+def rope_tables(offset: int | mx.array, width: int, freqs: mx.array, amplitude: float) -> tuple[mx.array, mx.array]:
+    """cos and sin [B, 1, T, H] of the angles in float32, times ``amplitude``. The first half of sin is negated: it
+    multiplies (x2, x1)."""
     index = mx.array(offset)[..., None] + mx.arange(width)  # [T] or [B, T]
     angle = index[..., None] / (freqs[:, None] if freqs.ndim == 2 else freqs)
     angle = angle[None] if angle.ndim == 2 else angle
     cos, sin = mx.cos(angle), mx.sin(angle)
+    if amplitude != 1:
+        cos, sin = cos * amplitude, sin * amplitude
     return mx.concatenate([cos, cos], axis=-1)[:, None], mx.concatenate([-sin, sin], axis=-1)[:, None]
 
 
