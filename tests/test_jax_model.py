@@ -37,8 +37,10 @@ from weights_io.errors import InputError  # noqa: E402
 from weights_io.parameters import parameters  # noqa: E402
 
 FOLDERS = ["dense_1b", "dense_2b", "dense_bf16", "dense_eps", "dense_untied", "llama_format", "long_128k"]
-FOLDERS += ["long_linear", "bin_sharded", "moe_8x2b", "s_1b", "minicpm3_untied"]
-TOLERANCE = 2e-5  # measured: at most 3.5e-6; the original's own distance from float64 is 1e-5
+FOLDERS += ["long_linear", "bin_sharded", "moe_8x2b", "s_1b", "minicpm3", "minicpm3_scaled", "minicpm3_untied"]
+TOLERANCE = (
+    5e-5  # measured: at most 2.8e-5 (minicpm3_scaled), else 3.5e-6; the original's own distance from float64 is 2.3e-5
+)
 SMALL = ModelConfig(
     vocab_size=64,
     hidden_size=64,
@@ -134,7 +136,7 @@ def test_hidden_states(case):
     states = [case.model.model.embed(ids)]
     for layer in unstack_layers(case.model).model.layers:
         states.append(layer(states[-1], positions)[0])
-    close(jnp.concatenate(states), case["hidden_states"], 3e-4)  # numbers of up to 66: measured 1.05e-4
+    close(jnp.concatenate(states), case["hidden_states"], 6e-4)  # numbers of up to 600: measured 3.7e-4
     close(case.model.model.norm(states[-1])[0], case["final_norm"], 1e-4)
     close(case.model.hidden_states(ids, positions)[0], case["final_norm"], 1e-4)
 

@@ -193,13 +193,14 @@ def module_name(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
-def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Parameter, ...]:
+def target_parameters(config: ModelConfig, targets: Sequence[str] | None) -> tuple[Parameter, ...]:
     """The matrices that an adapter's ``targets`` select.
 
     Arguments:
         config: the model's.
         targets: each is the end of a module name (``q_proj``, ``self_attn.q_proj``, ``w1``) or ``all-linear``, which
             selects every matrix of the layers except an MoE router. The router is selected only by its name, ``gate``.
+            None selects those of OpenBMB's training script, `default_targets`.
 
     Returns:
         The rows of the table, in table order.
@@ -209,7 +210,7 @@ def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Para
     """
     matrices = [p for p in parameters(config) if p.per_layer and p.init == "matrix"]
     found: set[str] = set()
-    for target in targets:
+    for target in default_targets(config) if targets is None else targets:
         hits = {p.name for p in matrices if target == ALL_LINEAR and not is_router(p)}
         hits |= {p.name for p in matrices if f".{module_name(p.name)}".endswith(f".{target}") and target}
         if not hits:
@@ -221,6 +222,12 @@ def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Para
     if not found:
         raise InputError(f"an adapter needs at least one target; {ALL_LINEAR} selects every matrix of the layers.")
     return tuple(p for p in matrices if p.name in found)
+
+
+def default_targets(config: ModelConfig) -> tuple[str, ...]:
+    """The matrices that OpenBMB's training script adapts."""
+    latent = "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"
+    return latent if config.is_latent else ("q_proj", "v_proj")
 
 
 def is_router(parameter: Parameter) -> bool:

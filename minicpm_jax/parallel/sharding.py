@@ -77,7 +77,8 @@ def pad_config_over(config: ModelConfig, parts: int, lanes: int = LANES, packed:
     if parts == 1:
         return config
     neurons = parts * math.lcm(lanes, GROUPS[0]) if packed else parts
-    heads = _multiple(config.num_key_value_heads, parts * lanes // math.gcd(lanes, config.head_dim))
+    filled = 1 if config.is_latent else lanes // math.gcd(lanes, config.head_dim)  # the heads share their latents
+    heads = _multiple(config.num_key_value_heads, parts * filled)
     return dataclasses.replace(
         config,
         num_key_value_heads=heads,
