@@ -39,7 +39,8 @@ from weights_io.parameters import parameters  # noqa: E402
 FOLDERS = ["dense_1b", "dense_2b", "dense_bf16", "dense_eps", "dense_untied", "llama_format", "long_128k"]
 FOLDERS += ["long_linear", "bin_sharded", "moe_8x2b", "s_1b", "minicpm3", "minicpm3_scaled", "minicpm3_untied"]
 TOLERANCE = (
-    5e-5  # measured: at most 2.8e-5 (minicpm3_scaled), else 3.5e-6; the original's own distance from float64 is 2.3e-5
+    5e-5  # measured: at most 2.8e-5 (minicpm3_scaled), else 3.5e-6
+    # The original's own distance from float64 is at most 2.3e-5.
 )
 SMALL = ModelConfig(
     vocab_size=64,
@@ -175,8 +176,10 @@ def test_greedy_batch_of_unequal_prompts(case):
     assert greedy(case.model, prompts, expected.shape[1]).tolist() == expected.tolist()
 
 
-def test_cached_keys_keep_their_rotation(long):
-    """Dynamic NTK: a prompt in two pieces is not one forward pass, in the original either."""
+@pytest.mark.parametrize("name", ["long_128k", "minicpm3"])
+def test_cached_keys_keep_their_rotation(reference, name):
+    """Dynamic NTK and LongRoPE: a prompt in two pieces is not one forward pass, in the original either."""
+    long = Reference(reference(name), load_weights)
     ids, split = jnp.asarray(long["input_ids_T80"]), int(long["chunk_split"])
     first, cache = decoded(long.model, ids[:, :split], empty_cache(long.model, 1, 80), split)
     second, _ = decoded(long.model, ids[:, split:], cache, 80 - split)

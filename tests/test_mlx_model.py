@@ -30,7 +30,8 @@ from weights_io.parameters import parameters  # noqa: E402
 FOLDERS = ["dense_1b", "dense_2b", "dense_bf16", "dense_eps", "dense_untied", "llama_format", "long_128k"]
 FOLDERS += ["long_linear", "bin_sharded", "moe_8x2b", "s_1b", "minicpm3", "minicpm3_scaled", "minicpm3_untied"]
 TOLERANCE = (
-    5e-5  # measured: at most 1.9e-5 (minicpm3_scaled), else 4.2e-6; the original's own distance from float64 is 2.3e-5
+    5e-5  # measured: at most 1.9e-5 (minicpm3_scaled), else 4.2e-6
+    # The original's own distance from float64 is at most 2.3e-5.
 )
 # A head dimension of 32, the smallest that a quantised cache takes.
 SMALL = ModelConfig(
@@ -148,8 +149,10 @@ def test_greedy_batch_with_left_padding(case):
     assert greedy(case.model, prompt, expected.shape[1], cache).tolist() == expected.tolist()
 
 
-def test_cached_keys_keep_their_rotation(long):
-    """Dynamic NTK: a prompt in two pieces is not one forward pass, in the original either."""
+@pytest.mark.parametrize("name", ["long_128k", "minicpm3"])
+def test_cached_keys_keep_their_rotation(reference, name):
+    """Dynamic NTK and LongRoPE: a prompt in two pieces is not one forward pass, in the original either."""
+    long = Reference(reference(name), load_weights)
     ids, split = mx.array(long["input_ids_T80"]), int(long["chunk_split"])
     cache = caches.make_prompt_cache(long.model)
     logits = [long.model(ids[:, :split], cache=cache), long.model(ids[:, split:], cache=cache)]
