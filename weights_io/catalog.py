@@ -8,8 +8,10 @@ sizes of the released files; MiniCPM5's count is from its GGUF conversion. ``Non
 
 import difflib
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from weights_io.built_in import built_in
@@ -36,6 +38,11 @@ class Entry:
         if self.repo is None:
             return ModelConfig.from_file(built_in() / "config.json")
         return None if self.config is None else ModelConfig.from_dict(dict(self.config), self.name)
+
+
+def _released(name: str) -> dict[str, Any]:
+    """The config.json of a checkpoint of the catalogue, as it was released."""
+    return json.loads((Path(__file__).parent / "released" / f"{name}.json").read_text("utf-8"))
 
 
 _later = functools.partial(Entry, runs=False)
@@ -81,26 +88,6 @@ _2B_LLAMA = {key: value for key, value in _2B.items() if key not in _SCALES} | {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "tie_word_embeddings": False,
-}
-_V2 = _2B | {
-    "architectures": ["MiniCPMV"],
-    "model_type": "minicpmv",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "drop_vision_last_layer": True,
-    "image_size": 448,
-    "max_slice_nums": 9,
-    "mm_use_im_start_end": True,
-    "patch_size": 14,
-    "pretraining_tp": 1,
-    "query_num": 64,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "scale_resolution": 448,
-    "slice_mode": True,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "vision_encoder": "vit_so400m_patch14_siglip_384.webli",
 }
 _BF16, _FP16, _FP32 = ({"torch_dtype": dtype} for dtype in ("bfloat16", "float16", "float32"))
 _N2B, _N2B_UNTIED, _N1B = 2_724_880_896, 3_007_703_808, 1_360_246_272
@@ -248,10 +235,17 @@ CATALOG: tuple[Entry, ...] = (
         3_434_965_792,
         "bfloat16",
         "images, sliced",
-        config=_V2 | _BF16,
+        config=_released("minicpm-v-2"),
     ),
-    _later(
-        "minicpm3-4b", "openbmb/MiniCPM3-4B", "minicpm3", None, "bfloat16", "latent attention", "OpenBMB/MiniCPM3-4B"
+    Entry(
+        "minicpm3-4b",
+        "openbmb/MiniCPM3-4B",
+        "minicpm3",
+        4_073_875_968,
+        "bfloat16",
+        "chat; latent attention, whose cache is small",
+        "OpenBMB/MiniCPM3-4B",
+        _released("minicpm3-4b"),
     ),
     _later(
         "minicpm4-0.5b", "openbmb/MiniCPM4-0.5B", "minicpm", None, "bfloat16", "chat, LongRoPE", "OpenBMB/MiniCPM4-0.5B"
@@ -309,6 +303,7 @@ CHECKED = {
     "minicpm-1b": "dense_1b",
     "minicpm-s-1b": "s_1b",
     "minicpm-moe-8x2b": "moe_8x2b",
+    "minicpm3-4b": "minicpm3 minicpm3_scaled minicpm3_untied",
     "minicpm5-1b": "llama_format",
 }
 _BY_NAME = {entry.name: entry for entry in CATALOG}

@@ -189,6 +189,10 @@ class LatentCache(Cache):
         batch, width = index.shape
         row, start = jnp.arange(batch)[:, None], index[:, :1]
         entries = start // GRAIN + jnp.arange((width + 2 * GRAIN - 2) // GRAIN)  # [B, A]
+        if entries.size == 1 and self.k_scale is not None:
+            # XLA turns a scatter of one entry into a slice, for which it would copy all layers out of their tiles of 32
+            # rows and back: so write it twice.
+            entries = jnp.repeat(entries, 2, axis=1)
         token = entries[..., None] * GRAIN + jnp.arange(GRAIN) - start[..., None]  # [B, A, 4]
         new, token = (token >= 0) & (token < width), jnp.clip(token, 0, width - 1)
         old = self.k.at[layer, row, entries].get(mode="clip").reshape(*new.shape[:2], -1)
