@@ -28,6 +28,7 @@ from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.config import ModelConfig
+from weights_io.config_keys import note_sparse
 from weights_io.files.threaded_reader import read_stacked
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import Parameter, parameters
@@ -95,6 +96,7 @@ def load_weights(
 ) -> Model:
     """The model of an open checkpoint, each array placed as the mesh requires; other arguments as in `load`.
     ``decoding``: prepare the weights for `cpu.form.for_decoding`."""
+    note_sparse(checkpoint.raw_config)
     target = jnp.dtype(checkpoint.target(dtype))
     device.check_dtype(target.name)
     mesh = mesh_for(mesh, checkpoint.config)

@@ -22,6 +22,7 @@ from minicpm_mlx.quantization.model import quantize_model
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_model
+from weights_io.config_keys import note_sparse
 from weights_io.files.tensor import FileTensor
 from weights_io.files.threaded_reader import check_all_finite
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
@@ -83,6 +84,7 @@ def load_weights(
     remedy: str | None = None,
 ) -> Model:
     """The model of an open checkpoint, every weight checked and mapped, or read; other arguments as in `load`."""
+    note_sparse(checkpoint.raw_config)
     target, config = checkpoint.target(dtype), checkpoint.config
     model = Model(config, checkpoint.eos_token_ids)
     if quantize is None:

@@ -8,6 +8,7 @@ import pytest
 
 from weights_io import catalog
 from weights_io.config import MAX_COUNT, ModelConfig, RopeScaling, stored_dtype, token_ids
+from weights_io.config_keys import note_sparse, sparse_note
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
 from weights_io.rope_config import LongRoPE
@@ -318,12 +319,63 @@ def test_longrope(kind):
         ({"short_factor": [1, 1, 1, math.nan]}, r"short_factor\[3\] is NaN"),
         ({"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0; it must be a whole number"),
         ({"original_max_position_embeddings": 32.0}, "original_max_position_embeddings is 32.0; it must be a whole"),
-        ({"beta_fast": 32, "long_mscale": 1.2}, "has beta_fast and long_mscale, not understood"),
+        ({"beta_fast": 32, "long_mscale": 1.2}, "has beta_fast and long_mscale, not understood in longrope"),
         ({"rope_type": "dynamic"}, "has two types"),
     ],
 )
 def test_longrope_that_is_not_understood(change, message):
     refused({**TINY, "rope_scaling": {"type": "longrope", **LONG, **change}}, message)
+
+
+SPARSE = {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "block_size": 64, "window_size": 2048, "topk": 64}
+
+
+def test_sparse_config_is_dense_with_a_note(capsys):
+    assert ModelConfig.from_dict({**TINY, "sparse_config": SPARSE}) == ModelConfig.from_dict(TINY)
+    note = sparse_note({"sparse_config": SPARSE})
+    assert "what the model does below 8192 tokens. From there on the results differ" in note
+    assert "implemented. At every length the results" in sparse_note({"sparse_config": SPARSE | {"dense_len": -1}})
+    assert sparse_note({"sparse_config": None}) is sparse_note(TINY) is None
+    for _ in range(2):
+        note_sparse({"sparse_config": SPARSE | {"dense_len": 8999}})
+    assert capsys.readouterr().err.count("note: config.json asks for InfLLM-v2") == 1
+
+
+@pytest.mark.parametrize(
+    "sparse, message",
+    [
+        ({"kernel": 3}, "has kernel, not understood"),
+        ({"topk": 64.0}, "topk is 64.0; it must be a whole number"),
+        ({"use_nope": 1}, "use_nope is 1; it must be true or false"),
+        ({"dense_len": -2}, "dense_len is -2; it must be a number of tokens"),
+        ([1], "it must be null or an object"),
+    ],
+)
+def test_sparse_config_that_is_not_understood(sparse, message):
+    refused({**TINY, "sparse_config": SPARSE | sparse if isinstance(sparse, dict) else sparse}, message)
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        ({"architectures": ["MiniCPMSALAForCausalLM"]}, "MiniCPM-SALA is not supported: 24 of its 32 layers .* SGLang"),
+        ({"architectures": ["MiniCPMForCausalLM"], "mixer_types": ["minicpm4"]}, "MiniCPM-SALA is not supported"),
+        ({"model_type": "minicpm_sala"}, "MiniCPM-SALA is not supported"),
+        ({"architectures": ["EagleMiniCPMForCausalLM"]}, "EagleMiniCPMForCausalLM is a draft head .* CPM.cu"),
+        ({"architectures": ["LlamaForCausalLM"], "draft_vocab_size": 32000}, "is a draft head .* CPM.cu"),
+        ({"architectures": ["MiniCPM"], "is_causal": False}, "MiniCPM is an embedding model or a reranker"),
+        ({"architectures": ["MiniCPMForCausalLM"], "is_causal": False}, "is an embedding model or a reranker"),
+        ({"architectures": ["MiniCPMForSequenceClassification"]}, "is an embedding model or a reranker"),
+        (
+            {"architectures": ["MiniCPMV"], "model_type": "minicpmv", "version": 2.6},
+            "MiniCPMV is not supported",
+        ),
+        ({"architectures": ["MiniCPMO"]}, "MiniCPMO is not supported: it takes images or sound; vLLM"),
+        ({"model_type": "minicpmv4_6"}, "minicpmv4_6 is not supported: it takes images"),
+    ],
+)
+def test_other_models_of_openbmb_are_refused_by_name(raw, message):
+    refused({**TINY, **raw}, message)
 
 
 def test_shapes_that_contradict_each_other():

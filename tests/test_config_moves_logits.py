@@ -10,7 +10,7 @@ import pytest
 from weights_io.checkpoint import Checkpoint
 from weights_io.config import ModelConfig
 from weights_io.parameters import tensor_shapes
-from weights_io.rope_config import RopeScaling
+from weights_io.rope_config import LongRoPE, RopeScaling
 
 BASE = ModelConfig(
     vocab_size=32,
@@ -29,6 +29,11 @@ BASE = ModelConfig(
     scale_depth=1.4,
     dim_model_base=16,
 )
+SHORT, LONG = (1.0, 1.5, 2.0, 2.5), (2.0, 3.0, 4.0, 5.0)
+# LongRoPE of 12 tokens: with the short factors, with the long ones for the length, and for max_position_embeddings.
+FEW = dataclasses.replace(BASE, rope_scaling=LongRoPE(SHORT, LONG, 16), max_position_embeddings=16)
+MANY = dataclasses.replace(BASE, rope_scaling=LongRoPE(SHORT, LONG, 8), max_position_embeddings=8)
+EDITED = dataclasses.replace(BASE, rope_scaling=LongRoPE(SHORT, LONG, 16), max_position_embeddings=64)
 EXPERTS = dataclasses.replace(BASE, num_experts=4, num_experts_per_tok=2)
 FATRELU = dataclasses.replace(BASE, hidden_act="fatrelu", hidden_act_param=0.1)
 LATENT = dataclasses.replace(
@@ -38,7 +43,7 @@ LATENT = dataclasses.replace(
     q_lora_rank=12,
     kv_lora_rank=10,
     qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
+    qk_rope_head_dim=8,
 )
 # What the fields are changed in that mean nothing in BASE.
 BASES = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS, "hidden_act_param": FATRELU}
@@ -118,7 +123,8 @@ def backend(request):
 
 @pytest.fixture(scope="module")
 def base_logits(backend):
-    return {base: np.asarray(backend[0](checkpoint(base))(IDS)) for base in (BASE, *BASES.values())}
+    bases = (BASE, *BASES.values(), FEW, MANY, EDITED)
+    return {base: np.asarray(backend[0](checkpoint(base))(IDS)) for base in bases}
 
 
 def test_every_field_is_changed_below():
@@ -140,10 +146,42 @@ def test_field_moves_logits(backend, base_logits, field):
     assert after.shape != before.shape or np.abs(after - before).max() > 1e-3
 
 
+OTHER = tuple(1.1 * factor for factor in SHORT)
+
+
+@pytest.mark.parametrize(
+    "base, field, value, moves",
+    [
+        (FEW, "short_factor", OTHER, True),
+        (FEW, "long_factor", OTHER, False),
+        (MANY, "short_factor", OTHER, False),
+        (MANY, "long_factor", OTHER, True),
+        (EDITED, "short_factor", OTHER, False),
+        (EDITED, "long_factor", OTHER, True),
+        (EDITED, "original_max_position_embeddings", 17, True),
+        (EDITED, "max_position_embeddings", 65, True),
+        (FEW, "max_position_embeddings", 17, True),
+        (FEW, "original_max_position_embeddings", 11, True),
+        (FEW, "max_position_embeddings", 15, True),
+    ],
+)
+def test_numbers_of_longrope_move_logits_where_they_are_used(backend, base_logits, base, field, value, moves):
+    config = base
+    if field == "max_position_embeddings":
+        config = dataclasses.replace(base, max_position_embeddings=value)
+    else:
+        config = dataclasses.replace(base, rope_scaling=dataclasses.replace(base.rope_scaling, **{field: value}))
+    moved = np.abs(np.asarray(backend[0](checkpoint(config))(IDS)) - base_logits[base]).max()
+    assert moved > 1e-3 if moves else moved == 0
+
+
 def test_kind_of_mlp_moves_logits(backend, base_logits):
     """Dense, with experts, FATReLU, with both, and latent attention."""
     both = dataclasses.replace(EXPERTS, hidden_act="fatrelu", hidden_act_param=0.1)
-    kinds = [*base_logits.values(), np.asarray(backend[0](checkpoint(both))(IDS))]
+    kinds = [
+        *(base_logits[base] for base in (BASE, EXPERTS, FATRELU, LATENT)),
+        np.asarray(backend[0](checkpoint(both))(IDS)),
+    ]
     for i, kind in enumerate(kinds):
         assert all(np.abs(kind - other).max() > 1e-3 for other in kinds[:i])
 
@@ -155,7 +193,7 @@ def test_kind_of_rope_scaling_moves_logits(backend, base_logits, scaling):
 
 
 @pytest.mark.parametrize("base", [BASE, EXPERTS, FATRELU, LATENT])
-@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("dynamic", 4.0)])
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("dynamic", 4.0), MANY.rope_scaling])
 def test_backends_agree(scaling, base):
     pytest.importorskip("mlx.core")
     pytest.importorskip("jax")

@@ -146,9 +146,10 @@ def run_one(engine, index):
     return run(engine)[number]
 
 
-def test_dynamic_ntk_turns_each_prompt_by_its_own_length(backend, reference):
-    """The original's tokens of prompts on both sides of the 32 tokens from which the base grows."""
-    folder = reference("long_128k")
+@pytest.mark.parametrize("name", ["long_128k", "minicpm4_8b"])
+def test_scaled_rope_rotates_each_prompt_by_its_own_length(backend, reference, name):
+    """The original's tokens of prompts on both sides of the 32 tokens from which RoPE is scaled otherwise."""
+    folder = reference(name)
     model, _ = backend.load(folder, "float32")
     data = np.load(folder / "reference.npz")
     engine = make(backend, model, slots=2, context=64, cache_options=CacheOptions(prefill_step_size=16))

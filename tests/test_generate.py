@@ -14,7 +14,7 @@ from minicpm_data.generation.options import Sampling
 from weights_io.errors import InputError
 
 BACKENDS = ["minicpm_jax", "minicpm_mlx"]
-FOLDERS = ["dense_1b", "dense_2b", "dense_untied", "llama_format", "long_128k", "moe_8x2b", "s_1b"]
+FOLDERS = ["dense_1b", "dense_2b", "dense_untied", "llama_format", "long_128k", "minicpm4_8b", "moe_8x2b", "s_1b"]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -51,14 +51,16 @@ def test_greedy_ids_are_the_originals(backend, case):
         assert tokens_of(backend.stream_generate(model, None, prompt, max_tokens=len(made))) == made
 
 
-@pytest.mark.parametrize("case", ["dense_1b", "long_128k", "moe_8x2b", "s_1b"], indirect=True)
+@pytest.mark.parametrize("case", ["dense_1b", "long_128k", "minicpm4_8b", "moe_8x2b", "s_1b"], indirect=True)
 def test_a_batch_of_unequal_prompts_equals_single_runs(backend, case):
     model, data = case
     mask = data["batch_attention_mask"]
     prompts = [row[seen == 1].tolist() for row, seen in zip(data["batch_prompt_ids"], mask, strict=True)]
     prompts.append(prompts[0][:3])
     rows = backend.batch_generate(model, None, prompts, max_tokens=24)
-    if model.config.rope_scaling is None:  # the original counts padding as length, which moves a dynamic base
+    if (
+        getattr(model.config.rope_scaling, "type", None) != "dynamic"
+    ):  # the original counts padding as length, which moves a dynamic base
         assert [tokens_of(row) for row in rows[:2]] == data["batch_greedy_ids"][:, mask.shape[1] :].tolist()
     singles = [tokens_of(backend.stream_generate(model, None, prompt, max_tokens=24)) for prompt in prompts]
     assert [tokens_of(row) for row in rows] == singles
@@ -328,13 +330,13 @@ def public(module):
     return {name: value for name, value in named.items() if callable(value) and not name.startswith("_")}
 
 
-@pytest.mark.parametrize("pieces", [3, 32])
-def test_the_size_of_a_prompts_pieces_changes_nothing(backend, reference, pieces, monkeypatch):
-    """Under dynamic NTK too: each piece takes the base of the whole prompt."""
+@pytest.mark.parametrize("pieces, name", [(3, "minicpm4_8b"), (32, "long_128k")])
+def test_the_size_of_a_prompts_pieces_changes_nothing(backend, reference, pieces, name, monkeypatch):
+    """Under dynamic NTK and LongRoPE too: each piece is rotated for the whole prompt."""
     if backend.__name__ == "minicpm_jax":  # whose pieces are at least 32 tokens, and attention's blocks 512
         monkeypatch.setattr("minicpm_jax.generation.decoding.bucket_length", lambda length: -(-length // 4) * 4)
         monkeypatch.setattr("minicpm_jax.layers.blockwise.BLOCK", 7)
-    model, data = opened(backend, reference("long_128k"))
+    model, data = opened(backend, reference(name))
     for ending in ["", *(key.removeprefix("prompt_ids") for key in data if key.startswith("prompt_ids_P"))]:
         prompt, expected = data[f"prompt_ids{ending}"][0].tolist(), data[f"greedy_ids{ending}"].reshape(-1).tolist()
         made = expected[len(prompt) :]

@@ -48,9 +48,10 @@ def test_the_tokens_are_those_of_plain_decoding(backend, models, draft, sampling
     assert guessed < 60
 
 
-def test_dynamic_ntk_turns_each_token_by_its_own_length(backend, reference):
-    """The original's tokens, through the length of 32 from which the base grows."""
-    folder = reference("long_128k")
+@pytest.mark.parametrize("name", ["long_128k", "minicpm4_8b"])
+def test_scaled_rope_rotates_each_token_by_its_own_length(backend, reference, name):
+    """The original's tokens, through the length of 32 from which RoPE is scaled otherwise."""
+    folder = reference(name)
     model, _ = backend.load(folder, "float32")
     data = np.load(folder / "reference.npz")
     prompt, expected = data["prompt_ids_P20"][0].tolist(), data["greedy_ids_P20"].tolist()

@@ -273,6 +273,11 @@ def _check_names(expected: Mapping[str, object], found: Mapping[str, object], pa
     """Report names with a wrapper's prefix, or without ``model.``, as one fault. Raises `InputError`."""
     if NORM.hf_name in found:
         return
+    if "fc.weight" in found or any(name.startswith("midlayer.") for name in found):
+        raise InputError(
+            f"{path} holds a draft head (Eagle, FRSpec), which only proposes tokens for a larger model; SGLang, vLLM "
+            "and CPM.cu run both together."
+        )
     wrapped = (name for name in found if name.endswith(NORM.hf_name))
     for name in heapq.nsmallest(MOST_NAMES, wrapped, key=len):  # each is compared with the whole table
         start = name.removesuffix(NORM.hf_name)

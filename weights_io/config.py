@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights_io.config_keys import IGNORED_KEYS, LARGEST, PER_LAYER, SMALLEST, UNSUPPORTED_UNLESS, among
+from weights_io.config_keys import (
+    IGNORED_KEYS,
+    LARGEST,
+    PER_LAYER,
+    SMALLEST,
+    UNSUPPORTED_UNLESS,
+    among,
+    check_sparse,
+    other_model,
+)
 from weights_io.errors import InputError, short, shown
 from weights_io.files.json_text import read_json
 from weights_io.quantization.entries import KEYS, scheme_of_config
@@ -206,7 +215,8 @@ class _Reader:
         scheme_of_config(self.raw, self.source)
         ignored = FAMILIES[family].ignored
         values |= dict.fromkeys(ignored & values.keys())
-        self.refuse_unknown({*defaults, *KEYS, *ignored})
+        self.refuse_unknown({*defaults, *KEYS, "sparse_config", *ignored})
+        check_sparse(self.raw.get("sparse_config"), self.refuse)
         if "rope_parameters" in self.raw:
             values |= rope_parameters(self.raw, values["rope_theta"], self.refuse)
         for key in ("num_key_value_heads", "head_dim"):
@@ -253,6 +263,8 @@ class _Reader:
         architectures = [] if architectures is None else architectures
         if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
             raise self.refuse(f"architectures is {shown(architectures)}; it must be a list of names.")
+        if (reason := other_model(self.raw, architectures)) is not None:
+            raise self.refuse(reason)
         known = {family.architecture: name for name, family in FAMILIES.items()}
         if not isinstance(self.raw.get("model_type"), str | None):
             raise self.refuse(f"model_type is {shown(self.raw['model_type'])}; it must be a name.")

@@ -1,7 +1,13 @@
-"""Keys of ``config.json`` that `ModelConfig` does not use: those with only one supported value, and ignored ones."""
+"""Keys of ``config.json`` that `ModelConfig` does not use: those with only one supported value, ignored ones, those of
+sparse attention, and those that tell a model which is not supported."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from weights_io.errors import InputError, listed, short, shown
+
+Refuse = Callable[[str], InputError]  # makes the error of a sentence
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # range of normal float32 numbers; the scales are float32
 # Key -> the supported values. Any other value would change the logits.
@@ -15,6 +21,7 @@ UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "partial_rotary_factor": (1, 1.0, None),
     "is_decoder": (None, False, True),
+    "is_causal": (None, True),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "use_qk_norm": (False, None),
@@ -51,3 +58,82 @@ PER_LAYER = frozenset({"layer_types"})  # keys of `UNSUPPORTED_UNLESS` that hold
 def among(value: Any, allowed: Sequence[Any]) -> bool:
     """Whether ``allowed`` has a value of a JSON file, of the same type: 1, 1.0 and true are three values."""
     return any(type(value) is type(each) and value == each for each in allowed)
+
+
+# The keys of ``sparse_config`` (InfLLM-v2 of MiniCPM4). They choose the blocks of keys that a query attends to; there
+# are no further tensors.
+SPARSE_COUNTS = frozenset("kernel_size kernel_stride init_blocks block_size window_size topk".split())
+DENSE_LEN = 8192  # the original's default
+_noted: set[str] = set()
+
+
+def check_sparse(sparse: Any, refuse: Refuse) -> None:
+    """Raise `InputError` for a ``sparse_config`` that is not understood. None is dense attention."""
+    if sparse is None:
+        return
+    if not isinstance(sparse, dict):
+        raise refuse(f"sparse_config is {shown(sparse)}; it must be null or an object.")
+    if unknown := sorted(sparse.keys() - SPARSE_COUNTS - {"use_nope", "dense_len"}):
+        raise refuse(f"sparse_config has {listed(unknown, last=' and ')}, not understood; remove a mere note.")
+    for key, value in sparse.items():
+        if key == "use_nope" and not isinstance(value, bool):
+            raise refuse(f"sparse_config use_nope is {shown(value)}; it must be true or false.")
+        if key in SPARSE_COUNTS and (type(value) is not int or value < 0):
+            raise refuse(f"sparse_config {key} is {shown(value)}; it must be a whole number.")
+        if key == "dense_len" and (type(value) is not int or value < -1):
+            raise refuse(f"sparse_config dense_len is {shown(value)}; it must be a number of tokens, or -1 for always.")
+
+
+def sparse_note(raw: Mapping[str, Any]) -> str | None:
+    """What a user has to know of a config.json with ``sparse_config``; None without one."""
+    sparse = raw.get("sparse_config")
+    if sparse is None:
+        return None
+    length = sparse.get("dense_len", DENSE_LEN)
+    dense = f"; it is what the model does below {length} tokens. From there on" if length > 0 else ". At every length"
+    return (
+        f"config.json asks for InfLLM-v2 sparse attention (sparse_config, dense_len {length}). Only dense attention is "
+        f"implemented{dense} the results differ from the sparse model's and attention cost grows with the full length. "
+        "Remove sparse_config to silence this."
+    )
+
+
+def note_sparse(raw: Mapping[str, Any]) -> None:
+    """Print `sparse_note` on stderr, once."""
+    if (note := sparse_note(raw)) is not None and note not in _noted:
+        _noted.add(note)
+        print(f"note: {note}", file=sys.stderr)
+
+
+def other_model(raw: Mapping[str, Any], architectures: Sequence[str]) -> str | None:
+    """Why a model of OpenBMB is not supported, and what runs it; None for any other config.
+
+    Some of these have the name or the keys of a supported model and compute something else.
+    """
+    kind = raw.get("model_type")
+    names = [name.lower() for name in (*architectures, kind) if isinstance(name, str)]
+    said = short(architectures[0] if architectures else kind)
+    if any(name.startswith(("minicpmsala", "minicpm_sala")) for name in names) or raw.get("mixer_types") is not None:
+        return (
+            "MiniCPM-SALA is not supported: 24 of its 32 layers are Lightning linear attention (mixer_types, state "
+            "instead of a key/value cache) and 8 are gated InfLLM-v2 attention without RoPE; SGLang and its own code "
+            "in transformers run it."
+        )
+    drafts = [key for key in ("draft_vocab_size", "eagle_config", "eagle_num_layers") if raw.get(key) is not None]
+    if any("eagle" in name for name in names) or drafts:
+        return (
+            f"{said if 'eagle' in said.lower() else 'this'} is a draft head (Eagle, FRSpec), which only proposes "
+            "tokens for a larger model; SGLang, vLLM and CPM.cu run both together."
+        )
+    if any(name.startswith(("minicpmv", "minicpmo", "minicpm_v", "minicpm_o")) for name in names):
+        return (
+            f"{said} is not supported: it takes images or sound; vLLM, SGLang, llama.cpp and its own code in "
+            "transformers run it."
+        )
+    heads = ("minicpm", "minicpmmodel", "minicpmforsequenceclassification", "layerwiseminicpmforcausallm")
+    if any(name.lower() in heads for name in architectures) or raw.get("is_causal") is False:
+        return (
+            f"{said if architectures else 'this'} is an embedding model or a reranker, which generates no text; "
+            "sentence-transformers and its own code in transformers run it."
+        )
+    return None

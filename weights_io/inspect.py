@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from weights_io.checkpoint import BUFFERS, check_tensors, special_ids
 from weights_io.config import COMMON_DEFAULTS, ModelConfig, stored_dtype
+from weights_io.config_keys import sparse_note
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
 from weights_io.files.tensor import LazyTensor
@@ -260,6 +261,8 @@ def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mappi
         notes.append(f"the tensors are of several dtypes: {', '.join(dtypes)}")
     if said and dtypes and dtypes != [said]:
         notes.append(f"config.json says {said} and the tensors are {' and '.join(dtypes)}")
+    if (sparse := sparse_note(raw)) is not None:
+        notes.append(sparse)
     if "auto_map" in raw:
         notes.append("config.json points to Python code of its own (auto_map), which is never run here")
     if any(tensor.source.suffix == ".bin" for tensor in tensors.values()):

@@ -1,15 +1,13 @@
 """RoPE scaling for long contexts: the keys ``rope_scaling`` and, of transformers 5, ``rope_parameters``."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from weights_io.config_keys import LARGEST, SMALLEST, among
-from weights_io.errors import InputError, listed, shown
+from weights_io.config_keys import LARGEST, SMALLEST, Refuse, among
+from weights_io.errors import listed, shown
 
 LONGROPE_KEYS = ("short_factor", "long_factor", "original_max_position_embeddings")
-Refuse = Callable[[str], InputError]  # makes the error of a sentence
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _longrope(fields: dict[str, Any], refuse: Refuse) -> LongRoPE:
     # The original computes its amplitude from the two context lengths, and reads no "factor".
     if unknown := sorted(fields.keys() - {*LONGROPE_KEYS, "factor"}):
         raise refuse(
-            f"rope_scaling of type longrope has {listed(unknown, last=' and ')}, not understood; remove what is only a note."
+            f"rope_scaling has {listed(unknown, last=' and ')}, not understood in longrope; remove a mere note."
         )
     if missing := [key for key in LONGROPE_KEYS if fields.get(key) is None]:
         raise refuse(f"rope_scaling of type longrope has no {listed(missing, last=' and ')}; take the released file's.")
