@@ -20,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_jax.layers.attention import over_mesh, self_attention
 from minicpm_jax.layers.blockwise import blockwise_attention, blockwise_attention_in_turn
+from minicpm_jax.layers.kernels.latent_attention import latent_attention, runs
 from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.layers.kv_cache import Cache, LatentCache
 from minicpm_jax.layers.linear import Linear, RMSNorm
@@ -108,12 +109,24 @@ def absorbed(
     index: Int[Array, "B T"],
 ) -> Float[Array, "B T NH"]:
     """Attention over the filled slots of one layer's latents, which are keys and values of all heads at once. A token
-    sees the slots up to its own, ``index``."""
+    sees the slots up to its own, ``index``. On a TPU this is a Pallas kernel."""
     batch, width, _, nope_dim = nope.shape
-    scale, exact = (nope_dim + rope.shape[-1]) ** -0.5, precision(nope)
+    rank, exact = weight.shape[2], precision(nope)
+    scale = (nope_dim + rope.shape[-1]) ** -0.5
     q = jnp.einsum("btne,nec->btnc", nope, weight[:, :nope_dim], precision=exact)
-    mixed = _blockwise(jnp.concatenate([q, rope], axis=-1), cache, layer, index, scale)
-    mixed = mixed.reshape(*q.shape[:3], -1)[..., : q.shape[-1]]  # the sum of the rotary keys is not used
+
+    def kernel(q, rope, cache, layer, index):
+        return latent_attention(q, rope, cache, layer, index[:, 0], scale)
+
+    def blocks(attention, q, rope, cache, layer, index):
+        mixed = attention(jnp.concatenate([q, rope], axis=-1), cache, layer, index, scale=scale)
+        return mixed.reshape(*q.shape[:3], -1)[..., :rank]  # the sum of the rotary keys is not used
+
+    default = functools.partial(blocks, blockwise_attention)
+    forms = {"cpu": functools.partial(blocks, blockwise_attention_in_turn)}
+    if runs(q, rope):
+        forms["tpu"] = kernel
+    mixed = jax.lax.platform_dependent(q, rope, cache, jnp.asarray(layer), index, **forms, default=default)
     return jnp.einsum("btnc,nhc->btnh", mixed, weight[:, nope_dim:], precision=exact).reshape(batch, width, -1)
 
 
@@ -129,7 +142,10 @@ def expanded(
     batch, width, heads, nope_dim = nope.shape
     key_dim, value_dim = nope_dim + rope.shape[-1], weight.shape[1] - nope_dim
     q = _padded(jnp.concatenate([nope, rope], axis=-1), max(key_dim, value_dim))
-    mixed = _blockwise(q, ExpandedCache(cache, weight, nope_dim), layer, index, key_dim**-0.5)
+    default = functools.partial(blockwise_attention, scale=key_dim**-0.5)
+    cpu = functools.partial(blockwise_attention_in_turn, scale=key_dim**-0.5)
+    given = q, ExpandedCache(cache, weight, nope_dim), jnp.asarray(layer), index
+    mixed = jax.lax.platform_dependent(*given, cpu=cpu, default=default)
     return mixed.reshape(batch, width, heads, -1)[..., :value_dim].reshape(batch, width, -1)
 
 
@@ -168,12 +184,6 @@ class ExpandedCache:
         both = jnp.einsum("sc,nfc->snf", latent, weight, precision=precision(latent))
         k, v = keys_and_values(both, rope_key, self.nope_dim)
         return _padded(k, width), _padded(v, width)
-
-
-def _blockwise(q: Array, cache: Any, layer: ArrayLike, index: Array, scale: float) -> Array:
-    default = functools.partial(blockwise_attention, scale=scale)
-    cpu = functools.partial(blockwise_attention_in_turn, scale=scale)
-    return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, cpu=cpu, default=default)
 
 
 def _padded(x: Array, width: int) -> Array:
