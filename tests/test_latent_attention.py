@@ -134,6 +134,25 @@ def test_adapters_and_quantized_weights_act_in_both_halves(backend, folder, tmp_
         np.testing.assert_allclose(in_pieces(backend, sharded, 20, IDS[:20]), expected, rtol=0, atol=2e-5)
 
 
+def test_rows_of_the_cache_over_tensor(folder):
+    """Four rows over four devices: each holds one row, and gets its queries of all heads. Absorbed and expanded."""
+    jax = pytest.importorskip("jax")
+    import minicpm_jax
+    from minicpm_jax.generation import decoding, teacher_forcing
+    from minicpm_jax.parallel.mesh import make_mesh
+
+    prompts, tokens = [np.array(IDS[i : i + 70 - i]) for i in range(4)], np.array(IDS[:12]).reshape(4, 3)
+    one, _ = minicpm_jax.load(folder, "float32")
+    model, _ = minicpm_jax.load(folder, "float32", mesh=make_mesh("tensor=4", jax.devices()[:4]))
+    expected, found = (teacher_forcing.continued(each, prompts, tokens) for each in (one, model))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    cache = decoding.empty(model, 4, 32, None)[0]
+    assert cache.k.sharding.shard_shape(cache.k.shape)[1] == 1
+    assert 4 * decoding.cache_bytes(model, 4, 32, CacheOptions()) < 1.01 * decoding.cache_bytes(
+        one, 4, 32, CacheOptions()
+    )
+
+
 def test_heads_that_a_mesh_does_not_divide(reference):
     """Six heads over four devices give the original's tokens."""
     jax = pytest.importorskip("jax")
@@ -145,7 +164,7 @@ def test_heads_that_a_mesh_does_not_divide(reference):
     model, _ = minicpm_jax.load(case.folder, "float32", mesh=make_mesh("tensor=4", jax.devices()[:4]))
     run = minicpm_jax.stream_generate(model, None, prompt, max_tokens=len(expected) - 20)
     assert [r.token for r in run] == expected[20:]
-    assert minicpm_jax.generation.decoding.empty(model, 2, 32, None)[0].k.sharding.is_fully_replicated
+    assert minicpm_jax.generation.decoding.empty(model, 1, 32, None)[0].k.sharding.is_fully_replicated
 
 
 def test_requests_share_an_engine(backend, model):

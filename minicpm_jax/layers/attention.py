@@ -76,13 +76,14 @@ def over_mesh(
     layer: ArrayLike,
     index: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T NH"], Cache]:
-    """``own(*by_head, *shared, *weights, cache, layer, index)`` on each device with its rows and heads. ``shared``
-    is whole on every device of tensor."""
+    """``own(*by_head, *shared, *weights, cache, layer, index)`` on each device with its rows and heads. The
+    rows of ``shared``, ``cache`` and ``index`` are those of the cache, which `cache_specs` may divide over tensor."""
     mesh = ambient_mesh()
     if mesh is None:
         return own(*by_head, *shared, *weights, cache, layer, index)
     parts, (batch, width, each, head_dim) = cache_specs(cache, mesh), by_head[0].shape
     rows, heads = parts.k[1], "tensor" if "tensor" in mesh.shape else None
+    outer = row_axes(mesh, batch) or None
     whole = tuple(name for name in row_axes(mesh, batch) if name != "fsdp")
 
     def few(x, *axes):
@@ -92,9 +93,9 @@ def over_mesh(
             return x
         return jax.lax.with_sharding_constraint(x, P(whole, None, *axes))
 
-    specs = *([P(rows, None, heads, None)] * len(by_head)), *([P(rows)] * len(shared)), *([P(heads)] * len(weights))
+    specs = *([P(outer, None, heads, None)] * len(by_head)), *([P(rows)] * len(shared)), *([P(heads)] * len(weights))
     specs = *specs, parts, P(), P(rows, None)
-    sharded = jax.shard_map(own, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
+    sharded = jax.shard_map(own, in_specs=specs, out_specs=(P(outer, None, heads), parts), check_vma=False)
     given = *(few(x, heads) for x in by_head), *map(few, shared), *weights
     mixed, cache = sharded(*given, cache, jnp.asarray(layer), few(index))
     return few(mixed, heads), cache

@@ -5,6 +5,7 @@ Dims as in attention.py: L layers, B batch, T new tokens, S cache slots, K key/v
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +161,7 @@ class LatentCache(Cache):
 
     @staticmethod
     def of_latents(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None) -> "LatentCache":
-        """`Cache.empty`. Every device of a mesh's axis tensor holds it."""
+        """`Cache.empty`."""
         rank, entries = config.kv_lora_rank, -(-slots // GRAIN)
         shape = config.num_hidden_layers, batch, entries, GRAIN * (rank + config.qk_rope_head_dim)
         lengths = jnp.zeros(batch, jnp.int32)
@@ -240,10 +241,19 @@ class LatentCache(Cache):
 
 def cache_specs(cache: Cache, mesh: Mesh | AbstractMesh) -> Cache:
     """The `PartitionSpec` of each array of a cache on the ``mesh``: rows over the batch axes that divide them, heads
-    over tensor. The lengths are replicated: every device computes the RoPE angles of all rows."""
-    rows = row_axes(mesh, cache.k.shape[1]) or None
+    over tensor. Latents have no heads: their rows go over tensor too, if it divides them. The lengths are replicated:
+    every device computes the RoPE angles of all rows."""
+    rows = (*row_axes(mesh, cache.k.shape[1]), *(["tensor"] if rows_over_tensor(cache, mesh) else [])) or None
     heads = "tensor" if "tensor" in mesh.shape and not isinstance(cache, LatentCache) else None
     stored, scale = P(None, rows, None, heads), P(None, rows, heads)
     specs = {"k": stored, "v": stored, "k_scale": scale, "v_scale": scale}
     present = {name: spec for name, spec in specs.items() if getattr(cache, name) is not None}
     return dataclasses.replace(cache, **present, lengths=P())
+
+
+def rows_over_tensor(cache: Cache, mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether the rows of a cache are divided over tensor too: those of latents, if it divides them."""
+    if mesh is None or "tensor" not in mesh.shape or not isinstance(cache, LatentCache):
+        return False
+    batch = cache.k.shape[1]
+    return batch % (math.prod(mesh.shape[name] for name in row_axes(mesh, batch)) * mesh.shape["tensor"]) == 0

@@ -22,11 +22,12 @@ from minicpm_jax.layers.attention import over_mesh, self_attention
 from minicpm_jax.layers.blockwise import blockwise_attention, blockwise_attention_in_turn
 from minicpm_jax.layers.kernels.latent_attention import latent_attention, runs
 from minicpm_jax.layers.kernels.precision import precision
-from minicpm_jax.layers.kv_cache import Cache, LatentCache
+from minicpm_jax.layers.kv_cache import Cache, LatentCache, rows_over_tensor
 from minicpm_jax.layers.linear import Linear, RMSNorm
 from minicpm_jax.layers.lora import effective_weight
 from minicpm_jax.layers.rope import Positions, apply_rope
 from minicpm_jax.parallel.activations import shard_heads
+from minicpm_jax.parallel.mesh import ambient_mesh
 from weights_io.config import ModelConfig
 
 ABSORBED = 64  # most new tokens in the absorbed form; in MiniCPM3-4B it has fewer products for up to 85 tokens
@@ -81,13 +82,16 @@ class LatentAttention(nnx.Module):
         index: Int[Array, "B T"],
     ) -> tuple[Float[Array, "B T NH"], Cache]:
         """Write latents and rotary keys into the cache slots ``index``, then attend to the filled ones. Over a mesh
-        each device of tensor handles its heads, and all of them hold the cache of their rows."""
+        each device of tensor handles its heads. It holds the cache of its share of the rows, whose queries of all heads
+        it gets from the others; or of all rows, if tensor does not divide them."""
         weight = effective_weight(self.kv_b_proj, nope.dtype).reshape(-1, self.nope_dim + self.value_dim, self.rank)
+
+        exchange = Exchange(rows_over_tensor(cache, ambient_mesh()))
 
         def own(nope, rope, latent, rope_key, weight, cache, layer, index):
             cache = cache.update(layer, latent, rope_key, index)
             form = absorbed if index.shape[1] <= ABSORBED else expanded
-            return form(nope, rope, weight, cache, layer, index), cache
+            return form(nope, rope, weight, cache, layer, index, exchange), cache
 
         return over_mesh(own, (nope, rope), (latent, rope_key), (weight,), cache, layer, index)
 
@@ -100,6 +104,24 @@ def keys_and_values(
     return jnp.concatenate([both[..., :nope_dim], shared], axis=-1), both[..., nope_dim:]
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """What the devices of tensor send each other where each one holds the cache of some rows (``split``)."""
+
+    split: bool = False
+
+    def to_rows(self, x: Float[Array, "B T N _"]) -> Float[Array, "B T N _"]:
+        """From some heads of all rows to all heads of some rows."""
+        return jax.lax.all_to_all(x, "tensor", 0, 2, tiled=True) if self.split else x
+
+    def to_heads(self, x: Float[Array, "B T N _"]) -> Float[Array, "B T N _"]:
+        """And back."""
+        return jax.lax.all_to_all(x, "tensor", 2, 0, tiled=True) if self.split else x
+
+    def all_heads(self, weight: Float[Array, "N _ _"]) -> Float[Array, "N _ _"]:
+        return jax.lax.all_gather(weight, "tensor", tiled=True) if self.split else weight
+
+
 def absorbed(
     nope: Float[Array, "B T N E"],
     rope: Float[Array, "B T N R"],
@@ -107,6 +129,7 @@ def absorbed(
     cache: LatentCache,
     layer: ArrayLike,
     index: Int[Array, "B T"],
+    exchange: Exchange,
 ) -> Float[Array, "B T NH"]:
     """Attention over the filled slots of one layer's latents, which are keys and values of all heads at once. A token
     sees the slots up to its own, ``index``. On a TPU this is a Pallas kernel."""
@@ -114,6 +137,7 @@ def absorbed(
     rank, exact = weight.shape[2], precision(nope)
     scale = (nope_dim + rope.shape[-1]) ** -0.5
     q = jnp.einsum("btne,nec->btnc", nope, weight[:, :nope_dim], precision=exact)
+    q, rope = exchange.to_rows(q), exchange.to_rows(rope)
 
     def kernel(q, rope, cache, layer, index):
         return latent_attention(q, rope, cache, layer, index[:, 0], scale)
@@ -123,10 +147,11 @@ def absorbed(
         return mixed.reshape(*q.shape[:3], -1)[..., :rank]  # the sum of the rotary keys is not used
 
     default = functools.partial(blocks, blockwise_attention)
-    forms = {"cpu": functools.partial(blocks, blockwise_attention_in_turn)}
+    forms: dict[str, Any] = {"cpu": functools.partial(blocks, blockwise_attention_in_turn)}
     if runs(q, rope):
         forms["tpu"] = kernel
     mixed = jax.lax.platform_dependent(q, rope, cache, jnp.asarray(layer), index, **forms, default=default)
+    mixed = exchange.to_heads(mixed)
     return jnp.einsum("btnc,nhc->btnh", mixed, weight[:, nope_dim:], precision=exact).reshape(batch, width, -1)
 
 
@@ -137,16 +162,19 @@ def expanded(
     cache: LatentCache,
     layer: ArrayLike,
     index: Int[Array, "B T"],
+    exchange: Exchange,
 ) -> Float[Array, "B T NH"]:
     """`absorbed` with the keys and values of each head, which have fewer dimensions than a latent."""
-    batch, width, heads, nope_dim = nope.shape
+    batch, width, _, nope_dim = nope.shape
     key_dim, value_dim = nope_dim + rope.shape[-1], weight.shape[1] - nope_dim
-    q = _padded(jnp.concatenate([nope, rope], axis=-1), max(key_dim, value_dim))
+    q = exchange.to_rows(_padded(jnp.concatenate([nope, rope], axis=-1), max(key_dim, value_dim)))
+    weight = exchange.all_heads(weight)
     default = functools.partial(blockwise_attention, scale=key_dim**-0.5)
     cpu = functools.partial(blockwise_attention_in_turn, scale=key_dim**-0.5)
     given = q, ExpandedCache(cache, weight, nope_dim), jnp.asarray(layer), index
     mixed = jax.lax.platform_dependent(*given, cpu=cpu, default=default)
-    return mixed.reshape(batch, width, heads, -1)[..., :value_dim].reshape(batch, width, -1)
+    mixed = exchange.to_heads(mixed.reshape(*q.shape[:3], -1)[..., :value_dim])
+    return mixed.reshape(batch, width, -1)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["cache", "weight"], meta_fields=["nope_dim"])
