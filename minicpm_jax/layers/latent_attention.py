@@ -20,7 +20,10 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from minicpm_jax.layers.attention import over_mesh, self_attention
 from minicpm_jax.layers.blockwise import blockwise_attention, blockwise_attention_in_turn
-from minicpm_jax.layers.kernels.latent_attention import latent_attention, runs
+from minicpm_jax.layers.kernels.latent_attention import latent_attention
+from minicpm_jax.layers.kernels.latent_attention import runs as latent_attention_runs
+from minicpm_jax.layers.kernels.latent_prefill import latent_prefill
+from minicpm_jax.layers.kernels.latent_prefill import runs as latent_prefill_runs
 from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.layers.kv_cache import Cache, LatentCache, rows_over_tensor
 from minicpm_jax.layers.linear import Linear, RMSNorm
@@ -148,7 +151,7 @@ def absorbed(
 
     default = functools.partial(blocks, blockwise_attention)
     forms: dict[str, Any] = {"cpu": functools.partial(blocks, blockwise_attention_in_turn)}
-    if runs(q, rope):
+    if latent_attention_runs(q, rope):
         forms["tpu"] = kernel
     mixed = jax.lax.platform_dependent(q, rope, cache, jnp.asarray(layer), index, **forms, default=default)
     mixed = exchange.to_heads(mixed)
@@ -164,17 +167,27 @@ def expanded(
     index: Int[Array, "B T"],
     exchange: Exchange,
 ) -> Float[Array, "B T NH"]:
-    """`absorbed` with the keys and values of each head, which have fewer dimensions than a latent."""
+    """`absorbed` with the keys and values of each head, which have fewer dimensions than a latent. On a TPU
+    this is a Pallas kernel."""
     batch, width, _, nope_dim = nope.shape
     key_dim, value_dim = nope_dim + rope.shape[-1], weight.shape[1] - nope_dim
-    q = exchange.to_rows(_padded(jnp.concatenate([nope, rope], axis=-1), max(key_dim, value_dim)))
-    weight = exchange.all_heads(weight)
-    default = functools.partial(blockwise_attention, scale=key_dim**-0.5)
-    cpu = functools.partial(blockwise_attention_in_turn, scale=key_dim**-0.5)
-    given = q, ExpandedCache(cache, weight, nope_dim), jnp.asarray(layer), index
-    mixed = jax.lax.platform_dependent(*given, cpu=cpu, default=default)
-    mixed = exchange.to_heads(mixed.reshape(*q.shape[:3], -1)[..., :value_dim])
-    return mixed.reshape(batch, width, -1)
+    nope, rope, weight = exchange.to_rows(nope), exchange.to_rows(rope), exchange.all_heads(weight)
+
+    def kernel(nope, rope, weight, cache, layer, index):
+        return latent_prefill(nope, rope, weight, cache, layer, index[:, 0])
+
+    def blocks(attention, nope, rope, weight, cache, layer, index):
+        q = _padded(jnp.concatenate([nope, rope], axis=-1), max(key_dim, value_dim))
+        mixed = attention(q, ExpandedCache(cache, weight, nope_dim), layer, index, scale=key_dim**-0.5)
+        return mixed.reshape(*q.shape[:3], -1)[..., :value_dim]
+
+    default = functools.partial(blocks, blockwise_attention)
+    forms: dict[str, Any] = {"cpu": functools.partial(blocks, blockwise_attention_in_turn)}
+    if latent_prefill_runs(nope, rope, weight):
+        forms["tpu"] = kernel
+    given = nope, rope, weight, cache, jnp.asarray(layer), index
+    mixed = jax.lax.platform_dependent(*given, **forms, default=default)
+    return exchange.to_heads(mixed).reshape(batch, width, -1)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["cache", "weight"], meta_fields=["nope_dim"])

@@ -37,15 +37,17 @@ class LatentTiling(Tiling):
     """`cache_attention.Tiling` with entries for slots: it begins at a token and counts the entries of its tokens."""
 
     def seen(self, first: Any, piece: Any) -> Any:
-        """Number of entries that the tokens attend to, in a row whose first new token has slot ``first``."""
-        return least(divided(first + self.width - 1, TOKENS) + 1, self.slots)
+        """Number of entries that the tokens of a piece attend to, in a row whose first new token has slot ``first``."""
+        last = first + least((piece + 1) * self.piece, self.width) - 1
+        return least(divided(last, TOKENS) + 1, self.slots)
 
 
-def tiling_of(batch: int, width: int, entries: int, lanes: int) -> LatentTiling:
+def tiling_of(batch: int, width: int, entries: int, lanes: int, piece: int | None = None) -> LatentTiling:
+    """The tiling for all new tokens at once, with a last block in parts, or for a ``piece`` of them at a time."""
     block = grain = min(BLOCK, entries)
-    while grain % (2 * GRAIN) == 0 and grain << PARTS - 1 > block:
+    while piece is None and grain % (2 * GRAIN) == 0 and grain << PARTS - 1 > block:
         grain //= 2
-    return LatentTiling(batch, width, entries, 1, 1, lanes, lanes, width, block, grain)
+    return LatentTiling(batch, width, entries, 1, 1, lanes, lanes, piece or width, block, grain)
 
 
 class LatentCache(Protocol):
@@ -85,7 +87,6 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: LatentTiling, 
     @pl.when(step < blocks)
     def _():
         q, block = q_ref[:, :rank], joined(blocks_of)
-        exact = precision(q)
         begins = [tiling.cut(part, least(seen - step * tiling.block, tiling.block)) for part in tiling.parts]
 
         def entries(shape: tuple[int, int], axis: int) -> Array:
@@ -102,15 +103,11 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: LatentTiling, 
             block = block.astype(jnp.float32).astype(q.dtype)
             scale = _in_order(scales[0], step, begins, tiling)
 
-        def product(x: Array, y: Array, contracted: int) -> Array:
-            dims = (((1,), (contracted,)), ((), ()))
-            return jax.lax.dot_general(x, y, dims, precision=exact, preferred_element_type=jnp.float32)
-
         rotary = product(wide[...].astype(q.dtype), block[:, TOKENS * rank :], 1)  # [4M, A]
         at = first + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), width)
         entry, higher, scores = entries((1, tiling.block), 1), top[...], []
         for token in range(TOKENS):
-            latent, turned = product(q, _latent(block, token, rank), 1), rotary[token * rows : (token + 1) * rows]
+            latent, turned = product(q, latent_of(block, token, rank), 1), rotary[token * rows : (token + 1) * rows]
             if scales:
                 latent = latent * scale[token : token + 1]
                 turned = turned * scale[TOKENS + token : TOKENS + token + 1]
@@ -126,7 +123,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: LatentTiling, 
             new += jnp.sum(weights, axis=1, keepdims=True)
             if scales:
                 weights = weights * scale[token : token + 1]
-            added += product(weights.astype(q.dtype), _latent(block, token, rank), 0)
+            added += product(weights.astype(q.dtype), latent_of(block, token, rank), 0)
         total[...], mixed[...] = new, added
 
     @pl.when(step == blocks - 1)
@@ -134,7 +131,13 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: LatentTiling, 
         out_ref[...] = (mixed[...] / total[...]).astype(out_ref.dtype)
 
 
-def _latent(block: Array, token: int, rank: int) -> Array:
+def product(x: Array, y: Array, contracted: int) -> Array:
+    """x [M, X] times y [X, Y] (``contracted`` 0) or y [Y, X] (1), in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return jax.lax.dot_general(x, y, dims, precision=precision(x), preferred_element_type=jnp.float32)
+
+
+def latent_of(block: Array, token: int, rank: int) -> Array:
     """The latents [A, C] of one token of each entry."""
     return block[:, token * rank : (token + 1) * rank]
 
