@@ -237,3 +237,72 @@ def test_a_quantized_cache_needs_groups_that_divide_latents_and_rotary_keys(refe
     model, _ = minicpm_mlx.load(reference("minicpm3"), "float32")
     with pytest.raises(InputError, match="does not divide the width of rotary keys and latents, 8"):
         next(minicpm_mlx.stream_generate(model, None, [1, 2], kv_bits=8))
+
+
+def filled(starts, slots, width, heads, rank=128, rope_dim=32, bits=None):
+    """Two parts of queries, and a latent cache with something in every slot of its second layer."""
+    import jax.numpy as jnp
+
+    from minicpm_jax.layers.kv_cache import Cache
+
+    sizes = {"kv_lora_rank": rank, "qk_rope_head_dim": rope_dim, "num_hidden_layers": 2}
+    config = ModelConfig.from_dict({**SHAPE, **sizes, "hidden_size": 8 * heads, "num_attention_heads": heads})
+    random, batch = np.random.default_rng(0), len(starts)
+    stored = random.normal(size=(batch, slots, rank + rope_dim)).astype(np.float32)
+    everywhere = jnp.tile(jnp.arange(slots), (batch, 1))
+    cache = Cache.empty(config, batch, slots, jnp.float32, bits)
+    cache = cache.update(1, stored[..., :rank], stored[..., rank:], everywhere)
+    q, rope = (random.normal(size=(batch, width, heads, size)).astype(np.float32) for size in (rank, rope_dim))
+    return q, rope, cache, jnp.array(starts)[:, None] + jnp.arange(width)
+
+
+@pytest.mark.parametrize(
+    "starts, slots, width, heads, rank, rope_dim, bits",
+    [
+        ([0, 5, 63], 64, 1, 4, 128, 32, None),
+        ([1, 1100, 2299], 2304, 4, 5, 128, 32, 8),  # three blocks, of which the last has parts
+        ([0, 7, 30], 36, 3, 3, 20, 8, None),  # a part beyond the end
+    ],
+)
+def test_the_decoding_kernel(starts, slots, width, heads, rank, rope_dim, bits):
+    """Interpreted, against plain XLA."""
+    jnp = pytest.importorskip("jax.numpy")
+    from minicpm_jax.layers.blockwise import blockwise_attention
+    from minicpm_jax.layers.kernels.latent_attention import latent_attention
+
+    q, rope, cache, index = filled(starts, slots, width, heads, rank, rope_dim, bits)
+    expected = blockwise_attention(jnp.concatenate([q, rope], axis=-1), cache, 1, index, scale=0.1)
+    found = latent_attention(q, rope, cache, 1, index[:, 0], 0.1, interpret=True)
+    np.testing.assert_allclose(found, expected.reshape(*q.shape[:3], -1)[..., :rank], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("starts, slots, width, bits", [([0, 30], 128, 70, None), ([100], 640, 530, 8)])
+def test_the_kernel_of_prompts(starts, slots, width, bits):
+    """Interpreted, against the absorbed form in plain XLA."""
+    jnp = pytest.importorskip("jax.numpy")
+    from minicpm_jax.layers.kernels.latent_prefill import latent_prefill
+    from minicpm_jax.layers.latent_attention import Exchange, absorbed
+
+    _, rope, cache, index = filled(starts, slots, width, 2, bits=bits)
+    random = np.random.default_rng(1)
+    nope = random.normal(size=(*rope.shape[:3], 64)).astype(np.float32)
+    weight = (0.1 * random.normal(size=(2, 128, 128))).astype(np.float32)
+    expected = absorbed(nope, rope, weight, cache, 1, index, Exchange())
+    found = latent_prefill(nope, rope, weight, cache, jnp.int32(1), index[:, 0], interpret=True)
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch, most", [(1, 1.002), (64, 1.02)])
+def test_a_step_of_the_4b_reads_the_filled_latents_once(batch, most):
+    """Counted from the grid: bytes of weights and of what the kernel fetches, over those of weights and latents."""
+    pytest.importorskip("jax")
+    from test_cache_attention import bytes_read
+
+    from minicpm_jax.layers.kernels.latent_attention import tiling_of
+
+    weights, layers = 2 * 4_073_875_968, 62
+    for fill in (2048, 4096):
+        tiling = tiling_of(batch, 1, 1024, 1152)
+        read = bytes_read(tiling, [fill - 1] * batch, 2) / 2  # keys alone: they are the values
+        held = fill * batch * 288 * 2
+        assert 1 <= (weights + layers * read) / (weights + layers * held) < most
