@@ -4,10 +4,14 @@ A command opens its checkpoint once: in `load_model`, or earlier in `open_source
 tokenizer before the weights.
 """
 
+import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from minicpm_data.generation.api import Backend
 from minicpm_data.generation.request import ModelT
@@ -54,9 +58,26 @@ class ModelOptions(SourceOptions):
     """Folder with a fine-tuned adapter (of PEFT or mlx_lm) to add to the model."""
     quantize: Literal[4, 8] | None = None
     """Quantize the layers' matrices to this many bits and the head to 8: less memory, and less to read per token."""
+    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None
+    """RoPE scaling that replaces the checkpoint's, such as {"type": "linear", "factor": 4}. null: no scaling."""
 
     def loading(self) -> dict[str, Any]:
         return {"adapter": self.adapter_path, "quantize": self.quantize}
+
+    def scaled(self, config: "ModelConfig") -> "ModelConfig":
+        """The config with the scaling of --rope-scaling. Raises `InputError` for one that is not understood."""
+        if self.rope_scaling is None:
+            return config
+        try:
+            raw = json.loads(self.rope_scaling)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"is not JSON ({error}); give an object or null.", option="rope_scaling") from None
+        return with_rope_scaling(config, raw)
+
+
+def with_rope_scaling(config: "ModelConfig", raw: Any) -> "ModelConfig":
+    """The config with another ``rope_scaling``, written as in config.json. Raises `InputError` for an invalid one."""
+    return type(config).from_dict({**config.to_dict(), "rope_scaling": raw}, "--rope-scaling")
 
 
 @dataclass(frozen=True)
@@ -93,12 +114,22 @@ def load_model(
     named = {"revision": options.revision, "hub": options.hub} if source is None else {}
     where = options.model if source is None else source.checkpoint
     dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **placement)
+    if isinstance(options, ModelOptions):
+        dtype = partial(_checked_dtype, options, dtype)
     model, tokenizer = backend.load(where, dtype, decoding=decoding, **named, **options.loading(), **placement)
     if tokenizer is None:
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."
         )
+    if isinstance(options, ModelOptions):
+        model.config = options.scaled(model.config)
     return model, tokenizer
+
+
+def _checked_dtype(options: ModelOptions, dtype: "str | Callable[[Checkpoint], str]", checkpoint: "Checkpoint") -> str:
+    """The dtype to load. A wrong --rope-scaling is refused before the weights are read."""
+    options.scaled(checkpoint.config)
+    return dtype(checkpoint) if callable(dtype) else dtype
 
 
 def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:

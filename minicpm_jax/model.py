@@ -189,8 +189,8 @@ class Model(nnx.Module):
             new: number of tokens per row.
             start: [B] position of the first token, if it is not the row's current length (a row whose prompt has
                 ended).
-            length: [B] length of the whole prompt, if these tokens are one chunk of it: dynamic NTK scales RoPE for the
-                whole prompt. [B, T] if each token needs the scaling of its own length.
+            length: [B] length of the whole prompt, if these tokens are one chunk of it: dynamic NTK and LongRoPE scale
+                RoPE for the whole prompt. [B, T] if each token needs the scaling of its own length.
 
         Returns: the hidden states [B, T, D] after the final norm, for `head`, and the updated cache.
         """

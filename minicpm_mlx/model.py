@@ -210,7 +210,7 @@ class Model(nn.Module):
             ids: [B, T] tokens.
             cache: one `mlx_lm` cache per layer, updated in place.
             length: length of the whole prompt ([B] if rows differ), if these tokens are one chunk of it: dynamic NTK
-                scales RoPE for the whole prompt. [B, T] if each token needs the scaling of its own length.
+                and LongRoPE scale RoPE for the whole prompt. [B, T] if each token needs the scaling of its own length.
             last: compute only the last token's output, which spares the last layer work.
 
         Returns: the hidden states [B, T, D] after the final norm, for `head` ([B, 1, D] with ``last``).

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
 from minicpm_data.cli.evaluate import replies
 from minicpm_data.generation.options import CacheOptions
 from minicpm_data.model_options import load_model, note_context, open_source
@@ -48,8 +46,6 @@ class Options(backends.BackendOptions):
     """Texts in a batch."""
     chat: bool = False
     """Use the model's chat template. By default the model continues the raw text."""
-    rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None
-    """RoPE scaling that replaces the checkpoint's, such as {"type": "linear", "factor": 4}. null: no scaling."""
     kv_bits: Literal[4, 8] | None = None
     """Bits of the quantized key/value cache (JAX: 8)."""
     kv_group_size: int | None = None
@@ -71,15 +67,12 @@ def main(options: Options) -> None:
     cache = CacheOptions(
         kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size, kv_group_size=options.kv_group_size
     )
-    scaling = [] if options.rope_scaling is None else [_parsed(options.rope_scaling)]
     backend = backends.get(options.backend)
     source = open_source(options)
-    config, tokenizer = source.checkpoint.config, tokenizer_of(source.checkpoint)
+    config, tokenizer = options.scaled(source.checkpoint.config), tokenizer_of(source.checkpoint)
     if tokenizer is None:
         path = source.checkpoint.path
         raise InputError(f"{path} holds no tokenizer files; put the model's tokenizer.json beside its weights.")
-    for raw in scaling:
-        config = with_rope_scaling(config, raw)
     encode = _in_template(tokenizer) if options.chat else tokenizer.encode
     if options.save_path is not None and not options.save_path.expanduser().absolute().parent.is_dir():
         raise InputError(f"is {options.save_path}, in a folder that does not exist; make it first.", option="save_path")
@@ -90,7 +83,6 @@ def main(options: Options) -> None:
     note_context(config, max(len(sample.ids) for sample in samples) + most, "; --rope-scaling stretches them")
     model, tokenizer = load_model(backend, options, decoding=True, source=source)
     backend.device.warn_idle_axes(model, options.batch_size)
-    model.config = config
     stop = tokenizer.turn_markers if options.chat else ()
     prompts = [sample.ids for sample in samples]
     said = list(replies(backend, model, tokenizer, prompts, options.batch_size, most, stop, cache))
@@ -99,11 +91,6 @@ def main(options: Options) -> None:
     print(f"{options.task} at {options.max_seq_length} tokens: {counted(right)}")
     if options.save_path is not None:
         write_whole(options.save_path, json.dumps(_report(options, config, samples, said, right), indent=1) + "\n")
-
-
-def with_rope_scaling(config: ModelConfig, raw: Any) -> ModelConfig:
-    """The config with another ``rope_scaling``, written as in config.json. Raises `InputError` for an invalid one."""
-    return ModelConfig.from_dict({**config.to_dict(), "rope_scaling": raw}, "--rope-scaling")
 
 
 def table(samples: Sequence[Sample], right: Sequence[bool]) -> list[str]:
@@ -136,13 +123,6 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 def _in_template(tokenizer: "Tokenizer") -> Encode:
     return lambda text: tokenizer.apply_chat([{"role": "user", "content": text}])
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error}); give an object or null.", option="rope_scaling") from None
 
 
 def _report(

@@ -102,6 +102,11 @@ def test_names_without_their_beginning(tmp_path):
     refused(tmp_path, "the tensor names lack the prefix 'model.'")
 
 
+def test_a_draft_head_is_called_by_its_name(tmp_path):
+    write(tmp_path, {"fc.weight": np.zeros((8, 16), np.float32), "layers.0.mlp.up_proj.weight": arrays()[UP]})
+    refused(tmp_path, "holds a draft head .Eagle, FRSpec., which only proposes tokens for a larger model")
+
+
 def test_shards_hold_what_the_index_leaves_out(tmp_path):
     """As in a single file: buffers are passed over, a tied head is compared, the rest is unexpected."""
     tensors = arrays()

@@ -117,6 +117,7 @@ def test_the_defaults_are_those_of_minicpms_own_class():
     assert (llama.model_type, llama.tie_word_embeddings) == ("llama", False)
 
 
+UNTIED = {3_007_703_808, 3_007_736_064, 8_185_253_888, 1_080_632_832, 2_516_756_480}  # parameters
 RELEASED = [entry for entry in catalog.CATALOG if entry.config and entry.runs]
 
 
@@ -125,11 +126,11 @@ def test_released_configs(entry):
     config = ModelConfig.from_dict({**entry.config, **TRANSFORMERS_4})
     assert config == ModelConfig.from_dict(dict(entry.config))
     assert config.model_type == entry.architecture
-    assert config.tie_word_embeddings == ("llama" not in entry.architecture and "128k" not in entry.name)
-    assert config.rope_theta == (1e6 if "128k" in entry.name else 1e4)
+    assert config.tie_word_embeddings == (entry.parameters not in UNTIED)
+    assert config.rope_theta == (1e6 if "128k" in entry.name else 5e6 if "cpm5" in entry.name else 1e4)
     if entry.architecture == "minicpm":
-        assert config.residual_scale == pytest.approx(1.4 / math.sqrt(52 if "1b" in entry.name else 40))
-        assert config.logit_divisor == (6 if "1b" in entry.name else 9)
+        assert config.residual_scale == pytest.approx(1.4 / math.sqrt(config.num_hidden_layers))
+        assert config.logit_divisor == config.hidden_size / 256
 
 
 def test_smollm2():

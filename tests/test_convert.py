@@ -55,8 +55,9 @@ def test_unfolding_is_the_inverse_and_ties_again(reference, name):
         )
 
 
-def test_an_untied_model_stays_untied(reference):
-    source = open_checkpoint(reference("dense_untied"))
+@pytest.mark.parametrize("name", ["dense_untied", "minicpm4_8b"])
+def test_an_untied_model_stays_untied(reference, name):
+    source = open_checkpoint(reference(name))
     c = source.config
     config, tensors = to_llama(c, source.tensors)
     back, unfolded = from_llama(
@@ -88,18 +89,27 @@ def test_formats_that_leave_nothing_to_do_are_refused(reference):
         from_llama(llama.config, llama.tensors, scale_emb=-1)
 
 
-@pytest.mark.parametrize("name", ["moe_8x2b", "s_1b"])
-def test_experts_and_fatrelu_are_rewritten_bit_for_bit(reference, tmp_path, name):
+@pytest.mark.parametrize("name", ["moe_8x2b", "s_1b", "minicpm4_sparse", "minicpm5"])
+def test_other_models_are_rewritten_bit_for_bit(reference, tmp_path, name):
     main(Options(model=str(reference(name)), to="hf", save_path=tmp_path / "out"))
     source, written = open_checkpoint(reference(name)), open_checkpoint(tmp_path / "out")
     assert written.config == source.config
+    assert written.raw_config.get("sparse_config") == source.raw_config.get("sparse_config")
+    assert written.raw_config["rope_theta"] == source.config.rope_theta  # mlx_lm reads no rope_parameters
     assert written.tensors.keys() == source.tensors.keys()
     for key, tensor in source.tensors.items():
         np.testing.assert_array_equal(written.tensors[key].read(), tensor.read())
 
 
-@pytest.mark.parametrize("name, message", [("moe_8x2b", "a Llama has no experts"), ("s_1b", "a Llama has no FATReLU")])
-def test_a_llama_of_experts_or_fatrelu_is_refused(reference, tmp_path, name, message):
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("moe_8x2b", "a Llama has no experts"),
+        ("s_1b", "a Llama has no FATReLU"),
+        ("minicpm4_scaled", "a Llama takes longrope's factors by the length alone"),
+    ],
+)
+def test_what_a_llama_has_not_is_refused(reference, tmp_path, name, message):
     with pytest.raises(InputError, match=f"{message}.*; use --to hf"):
         main(Options(model=str(reference(name)), to="llama", save_path=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

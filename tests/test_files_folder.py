@@ -100,6 +100,13 @@ def test_one_file_and_its_own_index(tmp_path):
     assert open_folder(tmp_path).keys() == {"a"}
 
 
+def test_shards_may_be_numbered_from_zero(tmp_path):
+    """As MiniCPM5-1B's only file is."""
+    store(tmp_path / "model-00000-of-00001.safetensors", "a")
+    index(tmp_path, {"a": "model-00000-of-00001.safetensors"})
+    assert open_folder(tmp_path).keys() == {"a"}
+
+
 def test_a_single_file_of_another_name(tmp_path):
     store(tmp_path / "adapter_model.safetensors", "lora")
     store(tmp_path / "adapters.safetensors", "lora")

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from weights_io.checkpoint import open_checkpoint
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files import gguf
 
@@ -136,6 +138,23 @@ def test_scales_and_options_that_are_stored(path):
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
 
 
+FACTORS = {
+    "rope_factors_long.weight": np.linspace(1.1, 31.02392307921529, 8).astype(np.float32),
+    "rope_factors_short.weight": np.linspace(1, 2, 8).astype(np.float32),
+}
+LONGROPE = {"rope.scaling.type": "longrope"}
+
+
+@pytest.mark.parametrize("original", [{}, {"rope.scaling.original_context_length": 512}])
+def test_longrope_has_its_factors_in_two_tensors(path, original):
+    file = gguf.open_file(made(path, tensors=FACTORS, **SCALES, **LONGROPE, **original))
+    scaling = ModelConfig.from_dict(file.config).rope_scaling
+    assert scaling.original_max_position_embeddings == (512 if original else NUMBERS["context_length"])
+    np.testing.assert_array_equal(np.float32(scaling.long_factor), FACTORS["rope_factors_long.weight"])
+    np.testing.assert_array_equal(np.float32(scaling.short_factor), FACTORS["rope_factors_short.weight"])
+    assert not file.tensors.keys() & FACTORS.keys()
+
+
 def test_llama_and_what_has_no_hugging_face_name(path):
     bias = RNG.normal(size=HIDDEN).astype(np.float32)
     brain = RNG.normal(size=(4, 6)).astype(ml_dtypes.bfloat16)
@@ -169,7 +188,9 @@ def test_llama_and_what_has_no_hugging_face_name(path):
         ({"rope.scaling.type": "yarn"}, "RoPE scaling 'yarn'"),
         ({"rope.scaling.factor": 0.0}, "rope.scaling.factor = 0.0 where a positive number"),
         ({"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}}, "has rope_freqs.weight"),
-        ({"tensors": {"rope_factors_long.weight": np.ones(8, np.float32)}}, "has rope_factors_long.weight"),
+        ({"tensors": FACTORS}, "has rope_factors_long.weight, rope_factors_short.weight, which is used with"),
+        (LONGROPE, "has no rope_factors_long.weight, rope_factors_short.weight for its longrope"),
+        (LONGROPE | {"tensors": FACTORS, "rope.scaling.factor": 4.0}, "which exclude each other"),
         (
             {"tensors": {"model.embed_tokens.weight": np.ones(8, np.float32)}},
             "two tensors for model.embed_tokens.weight",
@@ -294,3 +315,39 @@ def test_no_flipped_byte_of_the_header_gives_another_error(path, flip):
         except InputError:
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 0
+
+
+def test_a_model_with_longrope_computes_the_originals_logits(reference, path):
+    """The reference folder, written as llama.cpp's converter writes it."""
+    minicpm_mlx = pytest.importorskip("minicpm_mlx")
+    source = open_checkpoint(reference("minicpm4_8b"))
+    config, scaling = source.config, source.config.rope_scaling
+    writer = package.GGUFWriter(path, "minicpm")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_embedding_scale(config.scale_emb)
+    writer.add_residual_scale(config.residual_scale)
+    writer.add_logit_scale(config.logit_divisor)
+    writer.add_rope_scaling_type(package.RopeScalingType.LONGROPE)
+    names = package.get_tensor_name_map(package.MODEL_ARCH.MINICPM, config.num_hidden_layers)
+    for name, tensor in source.tensors.items():
+        array = np.asarray(tensor.read(), np.float32)
+        for module, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            array = permuted(array, heads) if module in name else array
+        writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", np.ascontiguousarray(array))
+    writer.add_tensor("rope_factors_long.weight", np.float32(scaling.long_factor))
+    writer.add_tensor("rope_factors_short.weight", np.float32(scaling.short_factor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model, _ = minicpm_mlx.load(path, "float32")
+    known = np.load(reference("minicpm4_8b") / "reference.npz")
+    for length in (32, 33):
+        logits = np.asarray(model(known[f"input_ids_T{length}"]))
+        np.testing.assert_allclose(logits, known[f"logits_T{length}"], rtol=0, atol=2e-5)

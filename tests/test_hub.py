@@ -434,10 +434,11 @@ def test_damaged_index(tmp_path, weight_map):
 def parameters(config: dict) -> int:
     """Sum over the shapes of a text model, written out by hand."""
     D, F, V, L = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers"))
-    K = D // config["num_attention_heads"] * config["num_key_value_heads"]
+    Q = config.get("head_dim", D // config["num_attention_heads"]) * config["num_attention_heads"]
+    K = Q // config["num_attention_heads"] * config["num_key_value_heads"]
     experts = config.get("num_experts", 1)
     router = experts * D if experts > 1 else 0
-    attention = 2 * D * D + 2 * D * K
+    attention = 2 * D * Q + 2 * D * K
     if "kv_lora_rank" in config:
         N, Q, C = (config[key] for key in ("num_attention_heads", "q_lora_rank", "kv_lora_rank"))
         E, R = config["qk_nope_head_dim"], config["qk_rope_head_dim"]

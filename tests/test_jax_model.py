@@ -422,7 +422,13 @@ def test_initialise_follows_the_parameter_table(tied, experts):
 
 @pytest.mark.parametrize(
     "name, parameters",
-    [("minicpm-2b", 2_724_880_896), ("minicpm-1b", 1_360_246_272), ("minicpm-moe-8x2b", 13_873_291_776)],
+    [
+        ("minicpm-2b", 2_724_880_896),
+        ("minicpm-1b", 1_360_246_272),
+        ("minicpm-moe-8x2b", 13_873_291_776),
+        ("minicpm4-8b", 8_185_253_888),
+        ("minicpm5-1b", 1_080_632_832),
+    ],
 )
 def test_full_size_has_the_published_count_and_shapes(name, parameters):
     """As shapes: nothing is allocated."""

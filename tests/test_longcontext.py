@@ -14,6 +14,7 @@ from documented_commands import typed
 from minicpm_data import load_tokenizer
 from minicpm_data.cli.evaluate import replies
 from minicpm_data.generation.api import Generator
+from minicpm_data.model_options import with_rope_scaling
 from minicpm_serve import backends, longcontext, retrieval
 from minicpm_serve.evaluation.needles import TASKS, Sample, answer_tokens, evaluation_samples, held_out, is_right
 from minicpm_serve.retrieval import Random
@@ -230,7 +231,15 @@ def test_chat_asks_in_the_template(backend, folder, tmp_path):
         assert 330 - 12 - 72 < sample["tokens"] <= 330 - 12
 
 
-@pytest.mark.parametrize("raw", [{"type": "linear", "factor": 4}, {"type": "dynamic", "factor": 2.0}, None])
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize("raw", [{"type": "linear", "factor": 4}, {"type": "dynamic", "factor": 2.0}, LONGROPE, None])
 def test_rope_scaling_is_that_of_a_config(backend, tmp_path, raw):
     """The logits are those of a checkpoint whose config.json says so, and not those of its own."""
     own = {"type": "linear", "factor": 2.0} if raw is None else None
@@ -240,13 +249,26 @@ def test_rope_scaling_is_that_of_a_config(backend, tmp_path, raw):
     (model, tokenizer), (other, _) = load(given, "float32"), load(wanted, "float32")
     ids = [tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 4)[:60]]
     before, expected = np.asarray(model(ids)), np.asarray(other(ids))
-    model.config = longcontext.with_rope_scaling(model.config, raw)
+    model.config = with_rope_scaling(model.config, raw)
     np.testing.assert_allclose(np.asarray(model(ids)), expected, rtol=0, atol=1e-6)
     assert np.abs(before - expected).max() > 1e-3
     prompts, texts = [ids[0]] * 2, []
     for which in (model, other):
         texts.append(list(replies(backends.get(backend), which, tokenizer, prompts, 2, 8)))
     assert texts[0] == texts[1]
+
+
+def test_rope_scaling_of_an_answer(backend, tmp_path):
+    command = "chat" if backend == "jax" else "generate"  # they share their code
+    folder = tiny_model.write(tmp_path, initializer_range=0.5, tie_word_embeddings=False)
+    asked = ["--prompt", "The quick brown fox"] if command == "generate" else []
+    said = []
+    for scaling in ("null", json.dumps(LONGROPE | {"original_max_position_embeddings": 2}), '{"type": "longrope"}'):
+        options = ("--model", folder, "--max-tokens", 8, "--temp", 0, "--rope-scaling", scaling, *asked)
+        ran = typed(f"minicpm_{backend}.{command}", *options, stdin="The quick brown fox\n")
+        said.append((ran.returncode, ran.stdout))
+    assert [code for code, _ in said] == [0, 0, 2] and "--rope-scaling: rope_scaling of type longrope has" in ran.stderr
+    assert said[0] != said[1]
 
 
 def test_rope_scaling_on_the_command_line(backend, tmp_path):

@@ -18,6 +18,15 @@ pytest.importorskip("mlx.core")
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "dim_model_base": 16}
 DYNAMIC = {"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+LONGROPE = {
+    "max_position_embeddings": 16,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 1.5, 3.0, 8.0],
+        "original_max_position_embeddings": 16,
+    },
+}
 B, T, V, D = 3, 12, 199, 32
 
 
@@ -214,7 +223,7 @@ def test_the_logits_of_a_batch_are_never_there_at_once(backend, monkeypatch, hea
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("losses")
-    kinds = {"untied": UNTIED, "moe": MOE, "dynamic": DYNAMIC}
+    kinds = {"untied": UNTIED, "moe": MOE, "dynamic": DYNAMIC, "longrope": LONGROPE}
     return {name: tiny.write_world(root / name, **changes) / "model" for name, changes in kinds.items()}
 
 
@@ -224,9 +233,9 @@ def examples(lengths, seed=0):
     return [Example(i, random.random(len(i)) < 0.6) for i in ids]
 
 
-@pytest.mark.parametrize("kind", ["untied", "moe", "dynamic"])
+@pytest.mark.parametrize("kind", ["untied", "moe", "dynamic", "longrope"])
 def test_packed_or_not_and_in_either_backend_the_gradients_are_the_same(folders, kind):
-    """Of experts the imbalance too: padding does not count. Nor does it in the length that dynamic NTK goes by."""
+    """Of experts the imbalance too: padding does not count. Nor does it in the length that scales RoPE."""
     random = np.random.default_rng(0)
     ids = [random.integers(3, 300, length).astype(np.int32) for length in (9, 17, 14, 22, 6, 28)]
     examples = [Example(i, random.random(len(i)) < 0.6) for i in ids]

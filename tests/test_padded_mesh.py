@@ -171,6 +171,13 @@ def test_axes_without_a_use_are_named(text, experts, rows, said, capsys):
     assert re.fullmatch(said and f"note: {said}", capsys.readouterr().err)
 
 
+def test_more_devices_than_key_value_heads_are_named(capsys):
+    warn_idle_mesh_axes(ModelConfig(num_key_value_heads=2), make_mesh("tensor=8"), 1)
+    assert "tensor=8 splits 2 key/value heads, so 6 of 8 devices attend to padding" in capsys.readouterr().err
+    warn_idle_mesh_axes(ModelConfig(num_key_value_heads=2), make_mesh("fsdp=4,tensor=2"), 1)
+    assert not capsys.readouterr().err
+
+
 def test_generating_says_which_axes_have_no_use(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["prog", "--mesh", "data=8", "--max-tokens", "1", "--verbose", "False"])
     run_generate(backend, "prog", Options)

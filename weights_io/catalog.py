@@ -1,7 +1,7 @@
 """The family's released checkpoints by short name, with what is known of each one without a download.
 
 Parameter counts are sums over the tensor shapes. They were checked against the paper (arXiv 2404.06395, table 2) or the
-sizes of the released files; MiniCPM5's count is from its GGUF conversion. ``None`` means unknown: config.json decides.
+sizes of the released files. ``None`` means unknown: config.json decides.
 
     python -m weights_io.catalog
 """
@@ -41,8 +41,19 @@ class Entry:
 
 
 def _released(name: str) -> dict[str, Any]:
-    """The config.json of a checkpoint of the catalogue, as it was released."""
+    """The config.json of a checkpoint: as released, or the keys that are known of it."""
     return json.loads((Path(__file__).parent / "released" / f"{name}.json").read_text("utf-8"))
+
+
+def _text(
+    name: str, repo: str, parameters: int, notes: str, modelscope: str | None = "OpenBMB", config: Any = None
+) -> Entry:
+    """A text model in bfloat16. ``config``: None is the file in released/."""
+    config = _released(name) if config is None else config
+    kinds = {"LlamaForCausalLM": "llama", "MiniCPM3ForCausalLM": "minicpm3"}
+    architecture = kinds.get(config["architectures"][0], "minicpm")
+    mirror = modelscope and f"{modelscope}/{repo}"
+    return Entry(name, f"openbmb/{repo}", architecture, parameters, "bfloat16", notes, mirror, config)
 
 
 _later = functools.partial(Entry, runs=False)
@@ -91,6 +102,8 @@ _2B_LLAMA = {key: value for key, value in _2B.items() if key not in _SCALES} | {
 }
 _BF16, _FP16, _FP32 = ({"torch_dtype": dtype} for dtype in ("bfloat16", "float16", "float32"))
 _N2B, _N2B_UNTIED, _N1B = 2_724_880_896, 3_007_703_808, 1_360_246_272
+_N4, _N4_SMALL = 8_185_253_888, 433_873_920  # 8B and 0.5B
+_TERNARY = "chat; ternary weights, stored as floats"
 
 CATALOG: tuple[Entry, ...] = (
     Entry("pico", None, "minicpm", 1_296_000, "float32", "built in; small enough for a laptop's CPU"),
@@ -237,49 +250,14 @@ CATALOG: tuple[Entry, ...] = (
         "images, sliced",
         config=_released("minicpm-v-2"),
     ),
-    Entry(
-        "minicpm3-4b",
-        "openbmb/MiniCPM3-4B",
-        "minicpm3",
-        4_073_875_968,
-        "bfloat16",
-        "chat; latent attention, whose cache is small",
-        "OpenBMB/MiniCPM3-4B",
-        _released("minicpm3-4b"),
-    ),
-    _later(
-        "minicpm4-0.5b", "openbmb/MiniCPM4-0.5B", "minicpm", None, "bfloat16", "chat, LongRoPE", "OpenBMB/MiniCPM4-0.5B"
-    ),
-    _later(
-        "minicpm4-8b",
-        "openbmb/MiniCPM4-8B",
-        "minicpm",
-        None,
-        "bfloat16",
-        "chat, LongRoPE; attention is sparse on long prompts",
-        "OpenBMB/MiniCPM4-8B",
-    ),
-    _later(
-        "minicpm4.1-8b",
-        "openbmb/MiniCPM4.1-8B",
-        "minicpm",
-        None,
-        "bfloat16",
-        "chat with thinking; attention is sparse on long prompts",
-    ),
-    _later(
-        "bitcpm4-0.5b",
-        "openbmb/BitCPM4-0.5B",
-        "minicpm",
-        None,
-        None,
-        "ternary, stored as floats",
-        "OpenBMB/BitCPM4-0.5B",
-    ),
-    _later(
-        "bitcpm4-1b", "openbmb/BitCPM4-1B", "minicpm", None, None, "ternary, stored as floats", "OpenBMB/BitCPM4-1B"
-    ),
-    Entry("minicpm5-1b", "openbmb/MiniCPM5-1B", "llama", 1_080_632_832, "bfloat16", "chat with thinking"),
+    _text("minicpm3-4b", "MiniCPM3-4B", 4_073_875_968, "chat; latent attention, whose cache is small"),
+    _text("minicpm4-0.5b", "MiniCPM4-0.5B", _N4_SMALL, "chat, LongRoPE"),
+    _text("minicpm4-8b", "MiniCPM4-8B", _N4, "chat, LongRoPE; dense attention"),
+    _text("minicpm4.1-8b", "MiniCPM4.1-8B", _N4, "chat with thinking, LongRoPE; dense attention", None),
+    _text("bitcpm4-0.5b", "BitCPM4-0.5B", _N4_SMALL, _TERNARY, config=_released("minicpm4-0.5b")),
+    _text("bitcpm4-1b", "BitCPM4-1B", 1_360_258_560, _TERNARY, config=_1B | {"vocab_size": 73448} | _BF16),
+    _text("minicpm5-1b", "MiniCPM5-1B", 1_080_632_832, "chat with thinking", None),
+    _text("minicpm5-2b", "MiniCPM5-2B", 2_516_756_480, "chat with thinking", None),
 )
 _SHAPES = {"minicpm-s-1b": _1B}  # enough for memory estimates where the config is only partly known
 # The flags besides --model with which a command runs on the least hardware.
@@ -304,7 +282,10 @@ CHECKED = {
     "minicpm-s-1b": "s_1b",
     "minicpm-moe-8x2b": "moe_8x2b",
     "minicpm3-4b": "minicpm3 minicpm3_scaled minicpm3_untied",
-    "minicpm5-1b": "llama_format",
+    "minicpm4-0.5b": "minicpm4_05b minicpm4_scaled",
+    "minicpm4": "minicpm4_8b minicpm4_scaled minicpm4_sparse",
+    "bitcpm4": "minicpm4_05b",
+    "minicpm5": "minicpm5",
 }
 _BY_NAME = {entry.name: entry for entry in CATALOG}
 

@@ -26,6 +26,7 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.parameters import count
 from weights_io.quantization.writing import Affine
+from weights_io.rope_config import LongRoPE
 from weights_io.write import Tensor, save_checkpoint
 
 # A file beside the weights that names the model classes. mlx_lm uses these instead of its own.
@@ -106,6 +107,11 @@ def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[s
     dtype = options.dtype or (checkpoint.dtype if options.quantize else None)
     how: dict[str, Any] = {"for_mlx_lm": options.to == "mlx", "affine": affine}
     lines = write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files, **how)
+    scaling = config.rope_scaling
+    if options.to != "mlx" and isinstance(scaling, LongRoPE) and scaling.short_factor != scaling.long_factor:
+        lines.append(
+            "mlx_lm's own models always take longrope's long factors; --to mlx writes a model that it runs right"
+        )
     if options.unfold:
         state = "are the same numbers and are tied" if config.tie_word_embeddings else "differ and stay untied"
         lines.append(f"unfolded with these scales, head and embedding {state}")

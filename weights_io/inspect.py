@@ -192,9 +192,11 @@ def lines(report: Report) -> list[str]:
         latent = f"latents of {config['kv_lora_rank']} and a rotary key of {config['qk_rope_head_dim']}"
         widths = f"{widths} (keys of {key}), cached as {latent} a token"
     rope = f"RoPE base {config['rope_theta']:g}"
-    if config["rope_scaling"]:
-        factor = config["rope_scaling"].get("factor")
-        rope += f", {config['rope_scaling']['type']}" + ("" if factor is None else f" scaling by {factor:g}")
+    if scaling := config["rope_scaling"]:
+        longrope = scaling["type"] == "longrope"
+        rope += f", {scaling['type']} " + (
+            f"of {scaling['original_max_position_embeddings']:,}" if longrope else f"scaling by {scaling['factor']:g}"
+        )
     stored = ", ".join(f"{kind} ({n})" for kind, n in report.stored.items())
     derived = report.derived
     tokenizer = report.tokenizer or ("none" if report.files else "unknown")

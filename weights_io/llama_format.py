@@ -20,6 +20,7 @@ from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import EMBEDDING, HEAD, Parameter, parameters
+from weights_io.rope_config import LongRoPE
 
 ROWS = 4096  # rows read at a time to compare head and embedding
 
@@ -34,6 +35,12 @@ def refusal(config: ModelConfig) -> str | None:
         return "a Llama has no experts, so that an MoE cannot be written as one; use --to hf."
     if config.hidden_act == "fatrelu":
         return "a Llama has no FATReLU, and another activation would change the logits; use --to hf."
+    scaling = config.rope_scaling
+    if isinstance(scaling, LongRoPE) and config.max_position_embeddings != scaling.original_max_position_embeddings:
+        return (
+            "a Llama takes longrope's factors by the length alone, and this model by max_position_embeddings too, "
+            "which is not original_max_position_embeddings; use --to hf."
+        )
     return None
 
 

@@ -224,6 +224,7 @@ def _side_files(
     copy_from: Path | None,
 ) -> dict[str, str | bytes]:
     copied = {key for key in IGNORED_KEYS - NOT_COPIED_KEYS if not key.startswith("_")}
+    copied |= {"sparse_config"} if config.family.scaled else set()  # what the original's code reads
     kept = {key: value for key, value in (raw_config or {}).items() if key in copied}
     files: dict[str, str | bytes] = {
         "config.json": _json(kept | config.to_dict() | {"torch_dtype": dtype} | dict(added_keys or {}))

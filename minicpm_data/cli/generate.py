@@ -172,7 +172,7 @@ def run_generate(
             stops = options.stops(*tokenizer.turn_markers)
         draft = None
         if options.draft_model is not None:
-            source = replace(options, model=options.draft_model, revision=None, adapter_path=None)
+            source = replace(options, model=options.draft_model, revision=None, adapter_path=None, rope_scaling=None)
             draft, _ = load_model(running, source, decoding=True)
         meter = Meter(running.device)
         request = GenerationRequest.of(model, tokenizer, [ids], max_tokens, sampling, cache_options)

@@ -74,7 +74,7 @@ def propose(
 
 
 def _lengths(start: Int[Array, "1"], width: int) -> Int[Array, "1 W"]:
-    """The length at each token, as in plain decoding: dynamic NTK depends on it."""
+    """The length at each token, as in plain decoding: dynamic NTK and LongRoPE depend on it."""
     return start[:, None] + 1 + jnp.arange(width)
 
 

@@ -79,14 +79,18 @@ def rope_tables(config: ModelConfig, index: Int[Array, "B T"], length: Int[Array
         theta = jnp.where(length > context, grown, theta)[..., None]
     freqs = theta**half  # positions per radian: [H/2] or [B, #T, H/2]
     if isinstance(scaling, LongRoPE):
-        short, long = jnp.float32(scaling.short_factor), jnp.float32(scaling.long_factor)
-        beyond = jnp.maximum(length, context) > scaling.original_max_position_embeddings
-        freqs = freqs * jnp.where(beyond[..., None], long, short)
+        freqs = freqs * rope_factors(scaling, context, length)
     angle = position[..., None] / freqs
     angle = jnp.concatenate([angle, angle], axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     amplitude = config.rope_amplitude
     return (cos, sin) if amplitude == 1 else (cos * amplitude, sin * amplitude)
+
+
+def rope_factors(scaling: LongRoPE, context: int, length: Int[Array, "B #T"]) -> Float[Array, "B #T H/2"]:
+    """LongRoPE's factors."""
+    long = jnp.maximum(length, context)[..., None] > scaling.original_max_position_embeddings
+    return jnp.where(long, jnp.float32(scaling.long_factor), jnp.float32(scaling.short_factor))
 
 
 def apply_rope(x: Float[Array, "B T X H"], positions: Positions) -> Float[Array, "B T X H"]:

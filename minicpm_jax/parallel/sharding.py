@@ -37,7 +37,7 @@ RULES = {
 def warn_idle_mesh_axes(config: ModelConfig, mesh: Mesh | None, rows: int) -> None:
     """Print to stderr which mesh axes are idle (their devices repeat each other's work) for a batch of ``rows``. If
     an axis shards weights but cannot shard the batch, every device on it processes all rows with its shard of the
-    weights."""
+    weights. Also print where tensor has more devices than the model has key/value heads (`pad_config`)."""
     if mesh is None or jax.process_index() > 0:
         return
     sizes = {name: size for name, size in mesh.shape.items() if size > 1}
@@ -52,6 +52,10 @@ def warn_idle_mesh_axes(config: ModelConfig, mesh: Mesh | None, rows: int) -> No
     for name in [n for n in sizes if n not in BATCH and n not in of_weights]:
         what = f"{name}={sizes[name]} splits none of this model's weights"
         print(f"note: {what}, and its devices all run the same; take another axis", file=sys.stderr)
+    heads, parts = config.num_key_value_heads, sizes.get("tensor", 1)
+    if parts > heads:
+        what = f"tensor={parts} splits {heads} key/value heads, so {parts - heads} of {parts} devices attend to padding"
+        print(f"note: {what}; a smaller tensor, with fsdp for the rest, takes less memory", file=sys.stderr)
 
 
 def pad_config(config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> ModelConfig:

@@ -38,7 +38,7 @@ def verify(model: Model, state: State, guesses: Sequence[int], sampling: Samplin
 
 def _decode(model: Model, ids: mx.array, cache: list[Any]) -> mx.array:
     """[1, T, D] of tokens that follow the cached text. Each has the length that it has in plain decoding: dynamic
-    NTK depends on it."""
+    NTK and LongRoPE depend on it."""
     return model.decode(ids, cache, cache[0].offset + 1 + mx.arange(ids.shape[1])[None])
 
 

@@ -84,10 +84,17 @@ def rope_freqs(config: ModelConfig, length: int | mx.array) -> mx.array:
     if isinstance(scaling, RopeScaling) and scaling.type == "linear":
         freqs = freqs * scaling.factor  # the same as dividing the position
     if isinstance(scaling, LongRoPE):
-        short, long = mx.array(scaling.short_factor), mx.array(scaling.long_factor)
-        beyond = mx.maximum(mx.array(length), context) > scaling.original_max_position_embeddings
-        freqs = freqs * mx.where(beyond[..., None], long, short)
+        freqs = freqs * rope_factors(scaling, context, length)
     return freqs
+
+
+def rope_factors(scaling: LongRoPE, context: int, length: int | mx.array) -> mx.array:
+    """LongRoPE's factors: [H/2], or [..., H/2] for lengths [...]."""
+    if isinstance(length, int):
+        beyond = max(length, context) > scaling.original_max_position_embeddings
+        return mx.array(scaling.long_factor if beyond else scaling.short_factor)
+    long = mx.maximum(length, context)[..., None] > scaling.original_max_position_embeddings
+    return mx.where(long, mx.array(scaling.long_factor), mx.array(scaling.short_factor))
 
 
 def rope_tables(offset: int | mx.array, width: int, freqs: mx.array, amplitude: float) -> tuple[mx.array, mx.array]:

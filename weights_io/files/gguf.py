@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from weights_io.errors import InputError, short
-from weights_io.files.gguf_config import config_of
+from weights_io.files.gguf_config import LONGROPE, config_of
 from weights_io.files.regular import open_regular
 from weights_io.files.tensor import FileTensor, LazyTensor, contiguous_strides
 
@@ -132,7 +132,7 @@ def open_file(path: Path) -> GGUFFile:
 
     Raises:
         InputError: the file is missing, damaged or truncated, not of the architectures minicpm and llama, or has
-            something that would change the numbers and is not supported (experts, RoPE tables, YaRN, split files).
+            something that would change the numbers and is not supported (experts, Llama 3.1's RoPE, YaRN, split files).
     """
     with open_regular(path) as file:
         metadata, stored = _Header(path, file).read()
@@ -140,6 +140,8 @@ def open_file(path: Path) -> GGUFFile:
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in stored.items():
+        if name in LONGROPE.values():
+            continue  # read into the config
         name = _hugging_face_name(name)
         if name in tensors:
             raise InputError(f"{path} has two tensors for {short(name)}; convert the model anew.")

@@ -17,14 +17,15 @@ from weights_io.errors import InputError, listed, short
 from weights_io.files.tensor import LazyTensor
 
 ARCHITECTURES = {"minicpm": "MiniCPMForCausalLM", "llama": "LlamaForCausalLM"}
-# llama.cpp's tables of per-frequency RoPE factors (Llama 3.1, LongRoPE).
-ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# llama.cpp's tables of RoPE factors, one per frequency: that of Llama 3.1, which is not supported, and LongRoPE's two.
+ROPE_FREQS = "rope_freqs.weight"
+LONGROPE = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 SCALES = ("embedding_scale", "residual_scale", "logit_scale")
 # The keys that are used, without the prefix "ARCHITECTURE.".
 USED = frozenset(
     """block_count context_length embedding_length feed_forward_length attention.head_count attention.head_count_kv
     attention.layer_norm_rms_epsilon attention.key_length attention.value_length rope.dimension_count rope.freq_base
-    rope.scaling.type rope.scaling.factor rope.scale_linear""".split()
+    rope.scaling.type rope.scaling.factor rope.scale_linear rope.scaling.original_context_length""".split()
 )
 # Key -> the supported values, which are also the defaults. Any other value would change the logits.
 UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
@@ -47,7 +48,7 @@ UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
 # Keys that llama.cpp does not use, or uses only for other architectures or other RoPE scalings.
 IGNORED_KEYS = frozenset(
     """vocab_size tensor_data_layout pooling_type decoder_start_token_id attention.layer_norm_epsilon
-    rope.scaling.original_context_length rope.scaling.finetuned""".split()
+    rope.scaling.finetuned""".split()
 )
 
 
@@ -80,7 +81,7 @@ class _Metadata:
             "max_position_embeddings": self.count("context_length"),
             "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
             "rope_theta": self.number("rope.freq_base", 10000.0),
-            "rope_scaling": self.rope_scaling(),
+            "rope_scaling": self.rope_scaling(stored),
             "tie_word_embeddings": "output.weight" not in stored,
         }
         if (head_dim := self.head_dim()) is not None:
@@ -105,9 +106,8 @@ class _Metadata:
                 f"{self.path} is of general.type {short(self.values['general.type'])}, not a model; take the model."
             )
         self.refuse_unknown()
-        for name in ROPE_TABLES:
-            if name in stored:
-                raise InputError(f"{self.path} has {name}, a RoPE scaling that is not supported; use another model.")
+        if ROPE_FREQS in stored:
+            raise InputError(f"{self.path} has {ROPE_FREQS}, a RoPE scaling that is not supported; use another model.")
 
     def refuse_unknown(self) -> None:
         start = f"{self.architecture}."
@@ -146,17 +146,41 @@ class _Metadata:
             "dim_model_base": round(base),
         }
 
-    def rope_scaling(self) -> dict[str, Any] | None:
+    def rope_scaling(self, stored: Mapping[str, LazyTensor]) -> dict[str, Any] | None:
         kind = self.get("rope.scaling.type", "linear")
+        key = "rope.scaling.factor" if self.get("rope.scaling.factor") is not None else "rope.scale_linear"  # old name
+        factor = self.number(key, 1.0)
+        if kind == "longrope":
+            return self.longrope(stored, factor)
+        if unused := [name for name in LONGROPE.values() if name in stored]:
+            raise InputError(
+                f"{self.path} has {listed(unused)}, which is used with rope.scaling.type longrope; convert it anew."
+            )
         if kind == "none":
             return None
         if kind != "linear":
             raise InputError(
-                f"{self.path} has the RoPE scaling {short(repr(kind))}, which is not read from GGUF; only linear is."
+                f"{self.path} has the RoPE scaling {short(repr(kind))}, which is not read from GGUF; linear and "
+                "longrope are."
             )
-        key = "rope.scaling.factor" if self.get("rope.scaling.factor") is not None else "rope.scale_linear"  # old name
-        factor = self.number(key, 1.0)
         return None if factor == 1 else {"type": "linear", "factor": factor}
+
+    def longrope(self, stored: Mapping[str, LazyTensor], factor: float) -> dict[str, Any]:
+        """The tables of factors are tensors. Without an original length, llama.cpp takes the context's."""
+        names = LONGROPE.values()
+        most = self.count("embedding_length")  # far above half of a head
+        fits = {
+            name: name in stored and len(stored[name].shape) == 1 and stored[name].shape[0] <= most for name in names
+        }
+        if missing := [name for name in names if not fits[name]]:
+            raise InputError(f"{self.path} has no {listed(missing)} for its longrope; convert it anew.")
+        if factor != 1:
+            raise InputError(f"{self.path} has longrope and rope.scaling.factor {factor:g}, which exclude each other.")
+        tables = {
+            key: [float(str(x)) for x in stored[name].read().astype(np.float32)] for key, name in LONGROPE.items()
+        }
+        original = self.count("rope.scaling.original_context_length", self.count("context_length"))
+        return {"rope_type": "longrope", **tables, "original_max_position_embeddings": original}
 
     def head_dim(self) -> int | None:
         keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
