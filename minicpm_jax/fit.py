@@ -48,8 +48,8 @@ class Options:
     """Chunk size of a prompt in tokens."""
     rank: int = 8
     """Rank of the adapters of lora."""
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Matrices with adapters."""
+    targets: tuple[str, ...] | None = None
+    """Matrices with adapters; by default those of the command lora."""
 
 
 @dataclass(frozen=True)

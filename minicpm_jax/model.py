@@ -22,6 +22,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from minicpm_data.tokenizer.input_ids import checked_ids
 from minicpm_jax.layers.attention import Attention
 from minicpm_jax.layers.kv_cache import Cache
+from minicpm_jax.layers.latent_attention import LatentAttention
 from minicpm_jax.layers.linear import Embedding, Linear, RMSNorm
 from minicpm_jax.layers.moe import MoE
 from minicpm_jax.layers.ops import divide, gated_act, scale
@@ -52,8 +53,11 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, weights: dict[str, Any], config: ModelConfig):
         self.input_layernorm = RMSNorm(weights["input_layernorm"]["weight"], config.rms_norm_eps)
-        projections = {name: Linear(part["weight"]) for name, part in weights["self_attn"].items()}
-        self.self_attn = Attention(projections, config)
+        if config.is_latent:
+            self.self_attn: Attention | LatentAttention = LatentAttention(weights["self_attn"], config)
+        else:
+            projections = {name: Linear(part["weight"]) for name, part in weights["self_attn"].items()}
+            self.self_attn = Attention(projections, config)
         self.post_attention_layernorm = RMSNorm(weights["post_attention_layernorm"]["weight"], config.rms_norm_eps)
         if config.num_experts:
             router = Linear(weights["mlp"]["gate"]["weight"])

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from minicpm_data.tokenizer.input_ids import checked_ids
 from minicpm_mlx.layers.attention import Attention
 from minicpm_mlx.layers.fused_linear import FusedLinear, added, runs_fused
+from minicpm_mlx.layers.latent_attention import LatentAttention
 from minicpm_mlx.layers.moe import MoE
 from minicpm_mlx.layers.ops import divide, gated_act, scale
 from minicpm_mlx.layers.rope import Positions, positions_of
@@ -63,7 +64,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         # nn.RMSNorm rounds x / rms(x) to the model's dtype before the weight, as the original does.
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = LatentAttention(config) if config.is_latent else Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.num_experts else MLP(config)
         self.residual_scale = config.residual_scale
@@ -77,7 +78,7 @@ class DecoderLayer(nn.Module):
         D].
         """
         normed, kept = self.input_layernorm(x), x[:, -1:] if last else x
-        if type(self.self_attn) is Attention:  # a variant may override __call__
+        if type(self.self_attn) in (Attention, LatentAttention):  # a variant may override __call__
             mixed = self.self_attn.mixed(normed, positions, cache, last)
             x = added(kept, self.self_attn.o_proj, mixed, self.residual_scale)
         else:

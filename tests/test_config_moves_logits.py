@@ -36,8 +36,18 @@ MANY = dataclasses.replace(BASE, rope_scaling=LongRoPE(SHORT, LONG, 8), max_posi
 EDITED = dataclasses.replace(BASE, rope_scaling=LongRoPE(SHORT, LONG, 16), max_position_embeddings=64)
 EXPERTS = dataclasses.replace(BASE, num_experts=4, num_experts_per_tok=2)
 FATRELU = dataclasses.replace(BASE, hidden_act="fatrelu", hidden_act_param=0.1)
+LATENT = dataclasses.replace(
+    BASE,
+    model_type="minicpm3",
+    num_key_value_heads=4,
+    q_lora_rank=12,
+    kv_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=8,
+)
 # What the fields are changed in that mean nothing in BASE.
 BASES = {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS, "hidden_act_param": FATRELU}
+BASES |= dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"), LATENT)
 # One other value for each field; where the weights keep their shapes, nothing but the field can move the logits.
 CHANGES = {
     "model_type": "llama",
@@ -48,6 +58,10 @@ CHANGES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 4,
     "head_dim": 16,
+    "q_lora_rank": 13,
+    "kv_lora_rank": 11,
+    "qk_nope_head_dim": 7,
+    "qk_rope_head_dim": 6,
     "num_experts": 5,
     "num_experts_per_tok": 1,
     "hidden_act": "relu",
@@ -162,9 +176,12 @@ def test_numbers_of_longrope_move_logits_where_they_are_used(backend, base_logit
 
 
 def test_kind_of_mlp_moves_logits(backend, base_logits):
-    """Dense, with experts, FATReLU, and with both."""
+    """Dense, with experts, FATReLU, with both, and latent attention."""
     both = dataclasses.replace(EXPERTS, hidden_act="fatrelu", hidden_act_param=0.1)
-    kinds = [*(base_logits[base] for base in (BASE, EXPERTS, FATRELU)), np.asarray(backend[0](checkpoint(both))(IDS))]
+    kinds = [
+        *(base_logits[base] for base in (BASE, EXPERTS, FATRELU, LATENT)),
+        np.asarray(backend[0](checkpoint(both))(IDS)),
+    ]
     for i, kind in enumerate(kinds):
         assert all(np.abs(kind - other).max() > 1e-3 for other in kinds[:i])
 
@@ -175,7 +192,7 @@ def test_kind_of_rope_scaling_moves_logits(backend, base_logits, scaling):
     assert np.abs(np.asarray(backend[0](checkpoint(config))(IDS)) - base_logits[BASE]).max() > 1e-3
 
 
-@pytest.mark.parametrize("base", [BASE, EXPERTS, FATRELU])
+@pytest.mark.parametrize("base", [BASE, EXPERTS, FATRELU, LATENT])
 @pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("dynamic", 4.0), MANY.rope_scaling])
 def test_backends_agree(scaling, base):
     pytest.importorskip("mlx.core")

@@ -438,7 +438,12 @@ def parameters(config: dict) -> int:
     K = Q // config["num_attention_heads"] * config["num_key_value_heads"]
     experts = config.get("num_experts", 1)
     router = experts * D if experts > 1 else 0
-    layer = 2 * D * Q + 2 * D * K + experts * 3 * D * F + router + 2 * D
+    attention = 2 * D * Q + 2 * D * K
+    if "kv_lora_rank" in config:
+        N, Q, C = (config[key] for key in ("num_attention_heads", "q_lora_rank", "kv_lora_rank"))
+        E, R = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+        attention = Q * (D + 1 + N * (E + R)) + (C + R) * D + C * (1 + N * E + D) + D * D
+    layer = attention + experts * 3 * D * F + router + 2 * D
     return L * layer + D + (1 if config.get("tie_word_embeddings", True) else 2) * V * D
 
 

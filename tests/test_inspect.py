@@ -210,6 +210,9 @@ def test_memory_is_told_before_anything_is_downloaded(monkeypatch):
     text = "\n".join(lines(look_up(Options(model="minicpm-2b-128k"))))
     assert "6.02 GB as stored; 6.02 GB in bfloat16, 3.46 GB in int8, 2.24 GB in int4" in text
     assert "for 1,000 tokens; 24.16 GB in bfloat16, 12.92 GB in int8 for 65,536" in text
+    text = "\n".join(lines(look_up(Options(model="minicpm3-4b"))))
+    assert "35.7 MB in bfloat16, 18.4 MB in int8 for 1,000 tokens; 1.17 GB in bfloat16" in text
+    assert "40 heads of 64 (keys of 96), cached as latents of 256 and a rotary key of 32 a token" in text
     report = look_up(Options(model="minicpm-2b-history"))
     assert report.dtype == "unknown" and report.memory["stored"] is None and report.memory["bfloat16"] == 5449761792
     assert "unknown as stored; 5.45 GB in bfloat16" in "\n".join(lines(report))
@@ -227,6 +230,7 @@ def test_memory_as_the_backends_have_it(reference):
     from weights_io.config import ModelConfig
     from weights_io.memory import cache_bytes, packed_bytes, weight_bytes
 
+    latent = ModelConfig.from_file(reference("minicpm3") / "config.json")
     config = ModelConfig.from_file(reference("dense_2b") / "config.json")
     config = dataclasses.replace(config, hidden_size=128, intermediate_size=96, num_attention_heads=4, head_dim=32)
     whole = abstract(config)
@@ -240,10 +244,10 @@ def test_memory_as_the_backends_have_it(reference):
         packed = jax.eval_shape(lambda model, bits=bits: quantised_jax(model, bits, head=True), plain)
         sizes = [x.size * (0.5 if x.dtype == "int4" else x.dtype.itemsize) for x in jax.tree.leaves(packed)]
         assert least * told < sum(sizes) < told
-    for dtype, bits in (("bfloat16", None), ("int8", 8)):
-        cache = jax.eval_shape(lambda bits=bits: Cache.empty(config, 1, 50, "bfloat16", bits))
+    for dtype, bits, kind in (("bfloat16", None, config), ("int8", 8, config), ("int8", 8, latent)):
+        cache = jax.eval_shape(lambda bits=bits, kind=kind: Cache.empty(kind, 1, 48, "bfloat16", bits))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) - 4  # less the row's length
-        assert held == cache_bytes(config, 50, dtype)
+        assert held == cache_bytes(kind, 48, dtype)
 
 
 def test_the_catalogue_tells_sizes(capsys):

@@ -38,8 +38,10 @@ from weights_io.parameters import parameters  # noqa: E402
 
 FOLDERS = ["dense_1b", "dense_2b", "dense_bf16", "dense_eps", "dense_untied", "llama_format", "long_128k"]
 FOLDERS += ["long_linear", "bin_sharded", "moe_8x2b", "s_1b"]
+FOLDERS += ["minicpm3", "minicpm3_scaled", "minicpm3_untied"]
 FOLDERS += ["minicpm4_05b", "minicpm4_8b", "minicpm4_scaled", "minicpm5"]  # sparse: config.json alone, as in MLX
-TOLERANCE = 2e-5  # measured: at most 3.5e-6; the original's own distance from float64 is 1e-5
+# Measured: at most 2.8e-5 (minicpm3_scaled), as far as the original's own distance from float64 there.
+TOLERANCE = 5e-5
 SMALL = ModelConfig(
     vocab_size=64,
     hidden_size=64,

@@ -84,9 +84,10 @@ def main(options: Options) -> None:
 def summary(adapter: Adapter) -> str:
     """One line for the user: kind, rank, scale, number of matrices and targets."""
     config = adapter.config
+    targets = config.targets or dict.fromkeys(module.rpartition(".")[2] for module in adapter.tensors)
     return (
         f"{'DoRA' if config.dora else 'LoRA'} of rank {config.rank}, scale {config.scale:g}, on "
-        f"{len(adapter.tensors)} matrices ({', '.join(config.targets)})"
+        f"{len(adapter.tensors)} matrices ({', '.join(targets)})"
     )
 
 

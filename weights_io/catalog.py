@@ -50,7 +50,8 @@ def _text(
 ) -> Entry:
     """A text model in bfloat16. ``config``: None is the file in released/."""
     config = _released(name) if config is None else config
-    architecture = "llama" if config["architectures"] == ["LlamaForCausalLM"] else "minicpm"
+    kinds = {"LlamaForCausalLM": "llama", "MiniCPM3ForCausalLM": "minicpm3"}
+    architecture = kinds.get(config["architectures"][0], "minicpm")
     mirror = modelscope and f"{modelscope}/{repo}"
     return Entry(name, f"openbmb/{repo}", architecture, parameters, "bfloat16", notes, mirror, config)
 
@@ -249,9 +250,7 @@ CATALOG: tuple[Entry, ...] = (
         "images, sliced",
         config=_released("minicpm-v-2"),
     ),
-    _later(
-        "minicpm3-4b", "openbmb/MiniCPM3-4B", "minicpm3", None, "bfloat16", "latent attention", "OpenBMB/MiniCPM3-4B"
-    ),
+    _text("minicpm3-4b", "MiniCPM3-4B", 4_073_875_968, "chat; latent attention, whose cache is small"),
     _text("minicpm4-0.5b", "MiniCPM4-0.5B", _N4_SMALL, "chat, LongRoPE"),
     _text("minicpm4-8b", "MiniCPM4-8B", _N4, "chat, LongRoPE; dense attention"),
     _text("minicpm4.1-8b", "MiniCPM4.1-8B", _N4, "chat with thinking, LongRoPE; dense attention", None),
@@ -282,6 +281,7 @@ CHECKED = {
     "minicpm-1b": "dense_1b",
     "minicpm-s-1b": "s_1b",
     "minicpm-moe-8x2b": "moe_8x2b",
+    "minicpm3-4b": "minicpm3 minicpm3_scaled minicpm3_untied",
     "minicpm4-0.5b": "minicpm4_05b minicpm4_scaled",
     "minicpm4": "minicpm4_8b minicpm4_scaled minicpm4_sparse",
     "bitcpm4": "minicpm4_05b",

@@ -35,23 +35,27 @@ class Family:
     defaults: dict[str, Any]  # defaults of its configuration class that differ from `COMMON_DEFAULTS`
     scaled: bool = False  # muP's scales are applied to the embedding, the residual branches and the logits
     heads_fill_hidden: bool = False  # its attention requires head_dim = hidden_size / num_attention_heads
+    ignored: frozenset[str] = frozenset()  # keys that its original code does not use
     table: "Callable[[ModelConfig], Sequence[Any]] | None" = None  # its parameter table; None: the standard decoder's
 
 
-# Defaults: MiniCPM's class (configuration_minicpm.py of April 2024) and Llama's (transformers).
+# Defaults: MiniCPM's class (configuration_minicpm.py of April 2024), MiniCPM3's (of September 2024) and Llama's
+# (transformers).
+_SCALES: dict[str, Any] = {"tie_word_embeddings": True, "scale_emb": 1.0, "dim_model_base": 1, "scale_depth": 1.0}
 FAMILIES = {
     "minicpm": Family(
         "MiniCPMForCausalLM",
-        {
-            "tie_word_embeddings": True,
-            "scale_emb": 1.0,
-            "dim_model_base": 1,
-            "scale_depth": 1.0,
-            "num_experts": None,
-            "num_experts_per_tok": None,
-        },
+        _SCALES | {"num_experts": None, "num_experts_per_tok": None},
         scaled=True,
         heads_fill_hidden=True,
+    ),
+    "minicpm3": Family(
+        "MiniCPM3ForCausalLM",
+        _SCALES | {"q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32},
+        scaled=True,
+        heads_fill_hidden=True,
+        # Each head has its own key and value, and its values have hidden_size / num_attention_heads numbers.
+        ignored=frozenset({"num_key_value_heads", "head_dim", "v_head_dim"}),
     ),
     "llama": Family("LlamaForCausalLM", {"tie_word_embeddings": False}),
 }
@@ -74,6 +78,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
 ACTIVATIONS = ("silu", "relu", "fatrelu")
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_NAMES = {name: name for name in DTYPES} | {"float": "float32", "half": "float16"}  # torch's short names too
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")  # the sizes of latent attention
 MAX_COUNT = 2**31 - 1  # sizes and positions are int32 in both backends
 # The table lists every layer and expert. The deepest released MiniCPM has 62 layers, the widest 40 layers of 8 experts.
 MAX_LAYERS = 1000
@@ -97,7 +102,11 @@ class ModelConfig:
     num_hidden_layers: int = 32  # L
     num_attention_heads: int = 32  # N
     num_key_value_heads: int = 32  # K
-    head_dim: int = 128  # H
+    head_dim: int = 128  # H; with latent attention the width of a head's values
+    q_lora_rank: int = 0  # Q: width of the latent of the queries
+    kv_lora_rank: int = 0  # C: width of the latent of keys and values; 0: no latent attention
+    qk_nope_head_dim: int = 0  # width of a key's part without RoPE
+    qk_rope_head_dim: int = 0  # R: width of the rotated part, which all heads share
     num_experts: int = 0  # E; 0: dense
     num_experts_per_tok: int = 0  # C: experts selected per token
     hidden_act: str = "silu"  # silu | relu | fatrelu
@@ -119,7 +128,7 @@ class ModelConfig:
     @property
     def rope_dim(self) -> int:
         """The numbers of a head that RoPE rotates; half as many frequencies."""
-        return self.head_dim
+        return self.qk_rope_head_dim if self.is_latent else self.head_dim
 
     @property
     def rope_amplitude(self) -> float:
@@ -141,6 +150,11 @@ class ModelConfig:
     def logit_divisor(self) -> float:
         """Divisor of the final hidden state before the head, tied or not. It is also muP's width ratio."""
         return self.hidden_size / self.dim_model_base if self.family.scaled else 1.0
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether attention is multi-head latent attention (arXiv 2405.04434), which caches latents."""
+        return self.kv_lora_rank > 0
 
     @property
     def activation_threshold(self) -> float | None:
@@ -172,13 +186,16 @@ class ModelConfig:
             **dataclasses.asdict(self),
         }
         absent = [] if self.family.scaled else ["scale_emb", "scale_depth", "dim_model_base"]
+        absent += list(self.family.ignored) if self.is_latent else list(LATENT)
         absent += [] if self.num_experts else ["num_experts", "num_experts_per_tok"]
         absent += ["hidden_act_param"] if self.hidden_act_param is None else []
         if isinstance(self.rope_scaling, LongRoPE):  # MiniCPM3's code reads type, MiniCPM4's rope_type
             scaling = dataclasses.asdict(self.rope_scaling)
             lists = {key: list(value) for key, value in scaling.items() if isinstance(value, tuple)}
             raw["rope_scaling"] = {"rope_type": self.rope_scaling.type, **scaling, **lists}
-        return {key: value for key, value in raw.items() if key not in absent}
+        # Other readers of MiniCPM3 default it to qk_nope_head_dim, or require it.
+        widths = {"v_head_dim": self.head_dim} if self.is_latent else {}
+        return {key: value for key, value in raw.items() if key not in absent} | widths
 
 
 @dataclass
@@ -196,7 +213,9 @@ class _Reader:
         defaults = COMMON_DEFAULTS | FAMILIES[family].defaults
         values = {key: self.raw.get(key, default) for key, default in defaults.items()}
         scheme_of_config(self.raw, self.source)
-        self.refuse_unknown({*defaults, *KEYS, "sparse_config"})
+        ignored = FAMILIES[family].ignored
+        values |= dict.fromkeys(ignored & values.keys())
+        self.refuse_unknown({*defaults, *KEYS, "sparse_config", *ignored})
         check_sparse(self.raw.get("sparse_config"), self.refuse)
         if "rope_parameters" in self.raw:
             values |= rope_parameters(self.raw, values["rope_theta"], self.refuse)
@@ -210,7 +229,7 @@ class _Reader:
         for key, value in values.items():
             if key.startswith("num_experts"):
                 continue  # may be 0
-            if key.startswith("num_") or key.endswith("_size") or key in ("head_dim", "dim_model_base"):
+            if key.startswith("num_") or key.endswith("_size") or key in ("head_dim", "dim_model_base", *LATENT):
                 values[key] = self.count(values, key)
             elif key in ("rms_norm_eps", "rope_theta", "scale_emb", "scale_depth", "initializer_range"):
                 values[key] = self.number(key, value)
@@ -225,8 +244,9 @@ class _Reader:
                 f"num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{config.num_key_value_heads}; one of the two is wrong."
             )
-        if config.head_dim % 2:
-            raise self.refuse(f"head_dim {config.head_dim} is odd, and RoPE rotates pairs; correct it.")
+        if config.rope_dim % 2:
+            key = "qk_rope_head_dim" if config.is_latent else "head_dim"
+            raise self.refuse(f"{key} {config.rope_dim} is odd, and RoPE rotates pairs; correct it.")
         if config.rope_scaling is not None:
             check_scaling(config.rope_scaling, config.rope_dim, config.max_position_embeddings, self.refuse)
         if isinstance(config.rope_scaling, LongRoPE) and not config.family.scaled:

@@ -186,6 +186,11 @@ def lines(report: Report) -> list[str]:
     heads = f"{config['num_attention_heads']} heads"
     if config["num_key_value_heads"] != config["num_attention_heads"]:
         heads += f" ({config['num_key_value_heads']} for keys and values)"
+    widths = f"{config['head_dim']}"
+    if config["kv_lora_rank"]:
+        key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+        latent = f"latents of {config['kv_lora_rank']} and a rotary key of {config['qk_rope_head_dim']}"
+        widths = f"{widths} (keys of {key}), cached as {latent} a token"
     rope = f"RoPE base {config['rope_theta']:g}"
     if scaling := config["rope_scaling"]:
         longrope = scaling["type"] == "longrope"
@@ -219,7 +224,7 @@ def lines(report: Report) -> list[str]:
         "cache": f"{_sizes(report.cache)} for 1,000 tokens; {_sizes(whole)} for {report.context_length:,}",
         "context": f"{report.context_length:,} tokens, {rope}",
         "shape": f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, MLP "
-        f"{config['intermediate_size']} ({activation}), {heads} of {config['head_dim']}, vocabulary "
+        f"{config['intermediate_size']} ({activation}), {heads} of {widths}, vocabulary "
         f"{config['vocab_size']:,}",
         "scales": f"embedding x {derived['embedding_scale']:g}, residual x {derived['residual_scale']:.7g}, "
         f"logits / {derived['logit_divisor']:.7g}",

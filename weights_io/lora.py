@@ -35,7 +35,7 @@ class AdapterConfig:
     alpha: float  # the update is alpha / rank * B A
     dropout: float = 0.0  # on the input of A, in training only
     dora: bool = False
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] | None = None  # None: `parameters.default_targets`
     base_model: str | None = None  # a note for the reader: the model that the adapter was trained on
 
     def __post_init__(self) -> None:

@@ -47,8 +47,13 @@ def packed_bytes(config: ModelConfig, dtype: str, bits: int, head: bool) -> int:
 def cache_bytes(config: ModelConfig, tokens: int, dtype: str) -> int:
     """Bytes of the keys and values of ``tokens`` tokens in all layers.
 
-    int8 adds a 4-byte scale per token and head; the number of heads is padded to a multiple of 8.
+    int8 adds a 4-byte scale per token and head; the number of heads is padded to a multiple of 8. Latent attention
+    caches a latent and a rotary key per token, each with a scale in int8, whatever the number of heads.
     """
+    if config.is_latent:
+        numbers = config.kv_lora_rank + config.qk_rope_head_dim
+        token = numbers + 2 * 4 if dtype == "int8" else numbers * ITEM[dtype]
+        return config.num_hidden_layers * tokens * token
     heads = config.num_key_value_heads
     token = heads * config.head_dim * (1 if dtype == "int8" else ITEM[dtype])
     scales = -(-heads // 8) * 8 * 4 if dtype == "int8" else 0

@@ -100,7 +100,9 @@ class Parameter:
         return 1 / config.logit_divisor if self.init == "matrix" else 1.0
 
 
-# V vocabulary, D hidden, F intermediate, N query heads, K key/value heads, H head dimension, E experts.
+# V vocabulary, D hidden, F intermediate, N query heads, K key/value heads, H head dimension, E experts. For latent
+# attention: Q latent of the queries, C latent of keys and values, R rotary key, P key without RoPE and rotary key, U
+# key without RoPE and value.
 LAYERS = "model.layers."  # before a layer's number
 _LAYER = LAYERS + "{layer}."
 _EXPERT = _LAYER + "mlp.experts.{expert}."
@@ -112,6 +114,17 @@ ATTENTION = (
     Parameter(_LAYER + "self_attn.v_proj.weight", "KH D", ("kv_heads", "embed"), "matrix"),
     Parameter(_LAYER + "self_attn.o_proj.weight", "D NH", ("embed", "heads"), "matrix"),
     Parameter(_LAYER + "post_attention_layernorm.weight", "D", ("norm",), "ones"),
+)
+# MiniCPM3's. Every device of tensor computes the latents ("latent"), and its own heads from them.
+LATENT_ATTENTION = (
+    ATTENTION[0],
+    Parameter(_LAYER + "self_attn.q_a_proj.weight", "Q D", ("latent", "embed"), "matrix"),
+    Parameter(_LAYER + "self_attn.q_a_layernorm.weight", "Q", ("norm",), "ones"),
+    Parameter(_LAYER + "self_attn.q_b_proj.weight", "NP Q", ("heads", "from_latent"), "matrix"),
+    Parameter(_LAYER + "self_attn.kv_a_proj_with_mqa.weight", "CR D", ("latent", "embed"), "matrix"),
+    Parameter(_LAYER + "self_attn.kv_a_layernorm.weight", "C", ("norm",), "ones"),
+    Parameter(_LAYER + "self_attn.kv_b_proj.weight", "NU C", ("heads", "from_latent"), "matrix"),
+    *ATTENTION[4:],
 )
 MLP = (
     Parameter(_LAYER + "mlp.gate_proj.weight", "F D", ("mlp", "embed"), "matrix"),
@@ -134,7 +147,8 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """The table of a config's architecture. A tied head has no row of its own."""
     if config.family.table is not None:
         return tuple(config.family.table(config))
-    table = (EMBEDDING, *ATTENTION, *MOE, NORM) if config.num_experts else DENSE
+    attention = LATENT_ATTENTION if config.is_latent else ATTENTION
+    table = (EMBEDDING, *attention, *(MOE if config.num_experts else MLP), NORM)
     return table if config.tie_word_embeddings else (*table, HEAD)
 
 
@@ -147,6 +161,11 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
         "NH": config.num_attention_heads * config.head_dim,
         "KH": config.num_key_value_heads * config.head_dim,
         "E": config.num_experts,
+        "Q": config.q_lora_rank,
+        "C": config.kv_lora_rank,
+        "CR": config.kv_lora_rank + config.qk_rope_head_dim,
+        "NP": config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim),
+        "NU": config.num_attention_heads * (config.qk_nope_head_dim + config.head_dim),
     }
 
 
@@ -174,13 +193,14 @@ def module_name(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
-def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Parameter, ...]:
+def target_parameters(config: ModelConfig, targets: Sequence[str] | None) -> tuple[Parameter, ...]:
     """The matrices that an adapter's ``targets`` select.
 
     Arguments:
         config: the model's.
         targets: each is the end of a module name (``q_proj``, ``self_attn.q_proj``, ``w1``) or ``all-linear``, which
             selects every matrix of the layers except an MoE router. The router is selected only by its name, ``gate``.
+            None selects those of OpenBMB's training script, `default_targets`.
 
     Returns:
         The rows of the table, in table order.
@@ -190,7 +210,7 @@ def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Para
     """
     matrices = [p for p in parameters(config) if p.per_layer and p.init == "matrix"]
     found: set[str] = set()
-    for target in targets:
+    for target in default_targets(config) if targets is None else targets:
         hits = {p.name for p in matrices if target == ALL_LINEAR and not is_router(p)}
         hits |= {p.name for p in matrices if f".{module_name(p.name)}".endswith(f".{target}") and target}
         if not hits:
@@ -202,6 +222,12 @@ def target_parameters(config: ModelConfig, targets: Sequence[str]) -> tuple[Para
     if not found:
         raise InputError(f"an adapter needs at least one target; {ALL_LINEAR} selects every matrix of the layers.")
     return tuple(p for p in matrices if p.name in found)
+
+
+def default_targets(config: ModelConfig) -> tuple[str, ...]:
+    """The matrices that OpenBMB's training script adapts."""
+    latent = "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"
+    return latent if config.is_latent else ("q_proj", "v_proj")
 
 
 def is_router(parameter: Parameter) -> bool:

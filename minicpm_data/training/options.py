@@ -151,8 +151,9 @@ class LoraOptions(FinetuneOptions):
     """The adapters are scaled by alpha / rank."""
     dropout: float = 0.1
     """Dropout rate of the adapters' inputs."""
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the matrices with adapters; all-linear takes all in the layers (a router only by name)."""
+    targets: tuple[str, ...] | None = None
+    """Names of the matrices with adapters; all-linear takes all in the layers (a router only by name). By default as in
+    OpenBMB's script: q_proj and v_proj; in MiniCPM3 q_a_proj, q_b_proj, kv_a_proj_with_mqa and kv_b_proj."""
     num_layers: int = -1
     """Number of layers with adapters, counted from the last; -1 takes all."""
     quantize: Literal[4, 8] | None = None
@@ -170,7 +171,8 @@ class LoraOptions(FinetuneOptions):
     @property
     def adapter(self) -> AdapterConfig:
         dora = self.fine_tune_type == "dora"
-        return AdapterConfig(self.rank, self.alpha, self.dropout, dora, tuple(self.targets), self.base_model)
+        targets = None if self.targets is None else tuple(self.targets)
+        return AdapterConfig(self.rank, self.alpha, self.dropout, dora, targets, self.base_model)
 
     @property
     def base_model(self) -> str:

@@ -60,7 +60,7 @@ class Job:
     grad_checkpoint: bool
     prefill_step_size: int
     rank: int
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] | None
 
     @functools.cached_property
     def config(self) -> ModelConfig:

@@ -28,7 +28,7 @@ from minicpm_data.generation.request import GenerationRequest
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation.sampling import SamplingParams, sample
-from minicpm_jax.layers.kv_cache import STORED, Cache, cache_specs
+from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.processes import broadcast_from_main, fetch
 from weights_io import memory
@@ -172,12 +172,7 @@ def resize_state(state: State, slots: int) -> State:
 @functools.partial(jax.jit, static_argnames="slots")
 def resize_cache(cache: Cache, slots: int) -> Cache:
     """Pad the cache to S slots."""
-    more = slots - cache.slots
-
-    def padded(stored, axis):
-        return None if stored is None else jnp.pad(stored, [(0, more if i == axis else 0) for i in range(4)])
-
-    return dataclasses.replace(cache, **{name: padded(getattr(cache, name), axis) for name, axis in STORED.items()})
+    return cache.resized(slots)
 
 
 def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:

@@ -59,8 +59,9 @@ def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: in
     def part(stored, axis):
         if stored is None:
             return None
-        more = slots - stored.shape[axis]
-        begun = jax.lax.slice_in_dim(stored, 0, min(slots, stored.shape[axis]), axis=axis)
+        entries = slots // cache.grain
+        more = entries - stored.shape[axis]
+        begun = jax.lax.slice_in_dim(stored, 0, min(entries, stored.shape[axis]), axis=axis)
         row = jnp.take(begun, slot[None], axis=1, mode="clip")  # slicing over a mesh would communicate all rows
         return jnp.pad(row, [(0, max(more, 0) if i == axis else 0) for i in range(4)])
 

@@ -4,6 +4,8 @@ Dims as in model.py: B batch, T new tokens, S cache slots, N query heads, K key/
       H head dimension.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -57,16 +59,31 @@ def cached_attention(
     (`sharding.pad_config`). XLA cannot partition a Pallas kernel by itself, and would send updates whose slots
     differ by row to every device.
     """
-    mesh = ambient_mesh()
 
     def own(q, k, v, cache, layer, index):
         cache = cache.update(layer, k, v, index)
         return attend_cache(q, cache, layer, index), cache
 
+    return over_mesh(own, (q, k, v), (), (), cache, layer, index)
+
+
+def over_mesh(
+    own: Callable[..., tuple[Array, Cache]],
+    by_head: tuple[Float[Array, "B T _ _"], ...],
+    shared: tuple[Float[Array, "B T _"], ...],
+    weights: tuple[Float[Array, "N _ _"], ...],
+    cache: Cache,
+    layer: ArrayLike,
+    index: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T NH"], Cache]:
+    """``own(*by_head, *shared, *weights, cache, layer, index)`` on each device with its rows and heads. The
+    rows of ``shared``, ``cache`` and ``index`` are those of the cache, which `cache_specs` may divide over tensor."""
+    mesh = ambient_mesh()
     if mesh is None:
-        return own(q, k, v, cache, layer, index)
-    parts, (batch, width, each, head_dim) = cache_specs(cache, mesh), q.shape
-    _, rows, _, heads = parts.k
+        return own(*by_head, *shared, *weights, cache, layer, index)
+    parts, (batch, width, each, head_dim) = cache_specs(cache, mesh), by_head[0].shape
+    rows, heads = parts.k[1], "tensor" if "tensor" in mesh.shape else None
+    outer = row_axes(mesh, batch) or None
     whole = tuple(name for name in row_axes(mesh, batch) if name != "fsdp")
 
     def few(x, *axes):
@@ -76,10 +93,11 @@ def cached_attention(
             return x
         return jax.lax.with_sharding_constraint(x, P(whole, None, *axes))
 
-    new = P(rows, None, heads, None)
-    specs = new, new, new, parts, P(), P(rows, None)
-    sharded = jax.shard_map(own, in_specs=specs, out_specs=(P(rows, None, heads), parts), check_vma=False)
-    mixed, cache = sharded(*(few(x, heads) for x in (q, k, v)), cache, jnp.asarray(layer), few(index))
+    specs = *([P(outer, None, heads, None)] * len(by_head)), *([P(rows)] * len(shared)), *([P(heads)] * len(weights))
+    specs = *specs, parts, P(), P(rows, None)
+    sharded = jax.shard_map(own, in_specs=specs, out_specs=(P(outer, None, heads), parts), check_vma=False)
+    given = *(few(x, heads) for x in by_head), *map(few, shared), *weights
+    mixed, cache = sharded(*given, cache, jnp.asarray(layer), few(index))
     return few(mixed, heads), cache
 
 
@@ -101,7 +119,8 @@ def attend_cache(
 def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "#B T S"]
 ) -> Float[Array, "B T NH"]:
-    """softmax(q k / sqrt(H)) v, with scores and softmax in float32. Query head n reads key/value head n // G."""
+    """softmax(q k / sqrt(H)) v, with scores and softmax in float32. Query head n reads key/value head n // G. The
+    values may have another width than the keys."""
     batch, width, heads, head_dim = q.shape
     # Transpose the small operands, not the scores: with batch and head axes leading, no [T, S] array is transposed.
     q = q.reshape(batch, width, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
@@ -111,7 +130,7 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("bkgts,bksh->bkgth", weights, v, precision=highest)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * head_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, width, heads * v.shape[-1])
 
 
 def self_attention(

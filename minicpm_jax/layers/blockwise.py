@@ -1,17 +1,36 @@
 """Attention over the filled part of the cache in plain XLA, block by block: used where there is no kernel."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from minicpm_jax.layers.kv_cache import Cache
-
 BLOCK = 512  # most tokens, or cache slots, of a block; half as many for one new token
 TOGETHER = 256  # one new token: most lanes (heads x head dimension) of a cache slot in one part
 SCORES = 1 << 19  # several new tokens: most scores of one part
+
+
+class BlockCache(Protocol):
+    """What is read of a `kv_cache.Cache`, or of another one with keys and values."""
+
+    @property
+    def k(self) -> Array:
+        """What is stored; only its dtype is used."""
+
+    @property
+    def slots(self) -> int: ...
+    @property
+    def grain(self) -> int:
+        """A block begins at a multiple of this many slots."""
+
+    def heads(self, head_dim: int) -> int:
+        """Key/value heads."""
+
+    def read_block(
+        self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, head: ArrayLike, like: Any
+    ) -> tuple[Array, Array]: ...
 
 
 def _at_once(part: Callable, given: Any) -> Array:
@@ -20,22 +39,25 @@ def _at_once(part: Callable, given: Any) -> Array:
 
 def blockwise_attention(
     q: Float[Array, "B T N H"],
-    cache: Cache,
+    cache: BlockCache,
     layer: ArrayLike,
     index: Int[Array, "B T"],
     each: Callable[[Callable, Any], Array] = _at_once,
+    scale: float | None = None,
 ) -> Float[Array, "B T NH"]:
     """`attend` over the filled slots of a cache, one block at a time with a running softmax (arXiv 2205.14135): no [T,
     S] array is built. A token sees the slots up to its own, ``index``.
 
     The work is split into parts: one row and C of its K key/value heads each. ``each`` maps a function over the
     parts. For a single new token the query is zero in the lanes of the other heads, so keys are multiplied in their
-    stored layout; a product per head, as for several tokens, transposes them.
+    stored layout; a product per head, as for several tokens, transposes them. ``scale``: of the scores; None is 1 /
+    sqrt(H).
     """
     batch, width, heads, head_dim = q.shape
-    kv_heads = cache.k.shape[3] // head_dim
+    kv_heads, scale = cache.heads(head_dim), head_dim**-0.5 if scale is None else scale
     # Most prompts are shorter than the cache: with blocks as long as a chunk, the first chunk reads one block.
     block = min(BLOCK // 2 if width == 1 else max(width, BLOCK // 4), BLOCK, cache.slots)
+    block -= block % cache.grain
     room = TOGETHER // head_dim if width == 1 else SCORES // (heads // kv_heads * width * block)
     together = max(c for c in range(1, max(1, room) + 1) if kv_heads % c == 0)
     wide, parts = width == 1, kv_heads // together
@@ -61,9 +83,9 @@ def blockwise_attention(
             slots = first + jnp.arange(block)
             visible = (slots >= i * block) & (slots <= index[row][:, None])  # [T, S]
             if wide:  # scaled before the transpose: otherwise XLA transposes the keys instead of the scores
-                scores = (jnp.einsum("sch,crh->csr", k, queries, **exact) * head_dim**-0.5).swapaxes(1, 2)
+                scores = (jnp.einsum("sch,crh->csr", k, queries, **exact) * scale).swapaxes(1, 2)
             else:
-                scores = jnp.einsum("crh,sch->crs", queries, k, **exact) * head_dim**-0.5
+                scores = jnp.einsum("crh,sch->crs", queries, k, **exact) * scale
             scores = jnp.where(visible, scores.reshape(*shape, block), lowest)
             higher = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.where(visible, jnp.exp(scores - higher[..., None]), 0)
@@ -88,7 +110,11 @@ def blockwise_attention(
 
 
 def blockwise_attention_in_turn(
-    q: Float[Array, "B T N H"], cache: Cache, layer: ArrayLike, index: Int[Array, "B T"]
+    q: Float[Array, "B T N H"],
+    cache: BlockCache,
+    layer: ArrayLike,
+    index: Int[Array, "B T"],
+    scale: float | None = None,
 ) -> Float[Array, "B T NH"]:
     """`blockwise_attention`, one part after the other: the keys and scores of a part stay in a CPU's cache."""
-    return blockwise_attention(q, cache, layer, index, jax.lax.map)
+    return blockwise_attention(q, cache, layer, index, jax.lax.map, scale)

@@ -5,6 +5,7 @@ Dims as in attention.py: L layers, B batch, T new tokens, S cache slots, K key/v
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from minicpm_jax.parallel.mesh import row_axes
 from minicpm_jax.parallel.sharding import pad_config
 from weights_io.config import ModelConfig
 
+GRAIN = 4  # tokens of an entry of a latent cache
 STORED = {"k": 2, "v": 2, "k_scale": 3, "v_scale": 3}  # arrays of a cache -> their axis of slots
 
 
@@ -46,6 +48,8 @@ class Cache:
     ) -> "Cache":
         """A cache of zeros with ``slots`` positions per row. ``bits``: 8 for int8, None for ``dtype``. ``mesh``: the
         model's."""
+        if config.is_latent:
+            return LatentCache.of_latents(config, batch, slots, dtype, bits)
         config, parts = pad_config(config, mesh), 1 if mesh is None else mesh.shape.get("tensor", 1)
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch, slots, heads * config.head_dim)
@@ -61,6 +65,24 @@ class Cache:
     def slots(self) -> int:
         """Length S of the cache."""
         return self.k.shape[2]
+
+    @property
+    def grain(self) -> int:
+        """Slots of one entry along the axis of slots; S is a multiple of it."""
+        return 1
+
+    def heads(self, head_dim: int) -> int:
+        """K, for heads of ``head_dim``."""
+        return self.k.shape[3] // head_dim
+
+    def resized(self, slots: int) -> "Cache":
+        """The cache padded to at least ``slots`` slots."""
+        more = -(-slots // self.grain) - self.slots // self.grain
+
+        def padded(stored, axis):
+            return None if stored is None else jnp.pad(stored, [(0, more if i == axis else 0) for i in range(4)])
+
+        return dataclasses.replace(self, **{name: padded(getattr(self, name), axis) for name, axis in STORED.items()})
 
     def update(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "Cache":
         """Write k and v [B, T, K, H] of one layer into the slots ``index``. Either all rows write the same T
@@ -111,17 +133,127 @@ class Cache:
         return part(self.k, self.k_scale), part(self.v, self.v_scale)
 
 
-def quantize_kv(x: Float[Array, "B T K H"]) -> tuple[Int8[Array, "B T K H"], Float[Array, "B T K"]]:
-    """int8 values and one scale per head."""
+def quantize_kv(x: Float[Array, "... H"]) -> tuple[Int8[Array, "... H"], Float[Array, "..."]]:
+    """int8 values and one scale per head, or latent."""
     wide = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), 1e-30) / 127
     return jnp.round(wide / scale[..., None]).astype(jnp.int8), scale
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths", "k_scale", "v_scale"], meta_fields=["rank"]
+)
+@dataclass(frozen=True)
+class LatentCache(Cache):
+    """Latents [C] and rotary keys [R] of multi-head latent attention. The latents are the values, so ``v`` is None.
+
+    An entry of ``k`` holds `GRAIN` consecutive tokens, first their latents, then their rotary keys: 1,152 numbers in
+    MiniCPM3-4B, which fill 9 registers of 128 lanes. One token's 288 would be padded to 384, and XLA would put the
+    slots into the lanes and copy the cache to write it.
+
+    An int8 cache has two scales per token: rows 0 to 3 of ``k_scale`` are of the latents, 4 to 7 of the rotary keys.
+    """
+
+    k: Float[Array, "L B S/4 4C+4R"] | Int8[Array, "L B S/4 4C+4R"]
+    v: None  # type: ignore[assignment]
+    k_scale: Float[Array, "L B 8 S/4"] | None = None
+    rank: int = 0  # C
+
+    @staticmethod
+    def of_latents(config: ModelConfig, batch: int, slots: int, dtype: Any, bits: int | None) -> "LatentCache":
+        """`Cache.empty`."""
+        rank, entries = config.kv_lora_rank, -(-slots // GRAIN)
+        shape = config.num_hidden_layers, batch, entries, GRAIN * (rank + config.qk_rope_head_dim)
+        lengths = jnp.zeros(batch, jnp.int32)
+        if bits is None:
+            return LatentCache(jnp.zeros(shape, dtype), None, lengths, rank=rank)
+        scales = jnp.zeros((*shape[:2], 2 * GRAIN, entries), jnp.float32)
+        return LatentCache(jnp.zeros(shape, jnp.int8), None, lengths, scales, rank=rank)
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[2] * GRAIN
+
+    @property
+    def grain(self) -> int:
+        return GRAIN
+
+    def heads(self, head_dim: int) -> int:
+        return 1
+
+    def update(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "LatentCache":
+        """Write the latents ``k`` [B, T, C] and rotary keys ``v`` [B, T, R] of one layer into the slots ``index``,
+        which are consecutive in each row; slots beyond the cache are dropped.
+
+        The entries that hold them are read, merged and written back.
+        """
+        batch, width = index.shape
+        row, start = jnp.arange(batch)[:, None], index[:, :1]
+        entries = start // GRAIN + jnp.arange((width + 2 * GRAIN - 2) // GRAIN)  # [B, A]
+        if entries.size == 1 and self.k_scale is not None:
+            # XLA turns a scatter of one entry into a slice, for which it would copy all layers out of their tiles of 32
+            # rows and back: so write it twice.
+            entries = jnp.repeat(entries, 2, axis=1)
+        token = entries[..., None] * GRAIN + jnp.arange(GRAIN) - start[..., None]  # [B, A, 4]
+        new, token = (token >= 0) & (token < width), jnp.clip(token, 0, width - 1)
+        old = self.k.at[layer, row, entries].get(mode="clip").reshape(*new.shape[:2], -1)
+
+        def merged(old, given):  # [B, A, 4, X] and [B, T, X]
+            return jnp.where(new[..., None], given[row[..., None], token].astype(old.dtype), old)
+
+        both, scales = (k, v), self.k_scale
+        if scales is not None:
+            both, each = zip(*(quantize_kv(x) for x in both), strict=True)  # scales [B, T]
+            held = scales.at[layer, row, :, entries].get(mode="clip")  # [B, A, 8]
+            held = jnp.concatenate(
+                [
+                    merged(held[..., at : at + GRAIN, None], x[..., None])[..., 0]
+                    for at, x in zip((0, GRAIN), each, strict=True)
+                ],
+                axis=-1,
+            )
+            scales = scales.at[layer, row, :, entries].set(held, mode="drop")
+        parts = zip(jnp.split(old, [GRAIN * self.rank], axis=-1), both, strict=True)
+        joint = [merged(x.reshape(*new.shape, -1), given).reshape(*new.shape[:2], -1) for x, given in parts]
+        k = self.k.at[layer, row, entries].set(jnp.concatenate(joint, axis=-1), mode="drop")
+        return dataclasses.replace(self, k=k, k_scale=scales)
+
+    def read(
+        self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, size: int, dtype: Any
+    ) -> tuple[Float[Array, "S C"], Float[Array, "S R"]]:
+        """Latents and rotary keys of ``size`` slots of one row, from ``slot`` on. Both are multiples of `GRAIN`."""
+        entries, first = size // GRAIN, slot // GRAIN
+        block = jax.lax.dynamic_slice(self.k, (layer, row, first, 0), (1, 1, entries, self.k.shape[3]))[0, 0]
+        latent, rope_key = jnp.split(block, [GRAIN * self.rank], axis=-1)
+        latent, rope_key = latent.reshape(size, -1), rope_key.reshape(size, -1)
+        if self.k_scale is not None:
+            scale = jax.lax.dynamic_slice(self.k_scale, (layer, row, 0, first), (1, 1, 2 * GRAIN, entries))[0, 0]
+            latent, rope_key = latent * scale[:GRAIN].T.reshape(-1, 1), rope_key * scale[GRAIN:].T.reshape(-1, 1)
+        return latent.astype(dtype), rope_key.astype(dtype)
+
+    def read_block(
+        self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, head: ArrayLike, like: Float[Array, "S 1 C+R"]
+    ) -> tuple[Array, Array]:
+        """`read` as the keys of one head, and the same again as its values, of which the last R are not used."""
+        joint = jnp.concatenate(self.read(layer, row, slot, like.shape[0], like.dtype), axis=-1)[:, None]
+        return joint, joint
+
+
 def cache_specs(cache: Cache, mesh: Mesh | AbstractMesh) -> Cache:
     """The `PartitionSpec` of each array of a cache on the ``mesh``: rows over the batch axes that divide them, heads
-    over tensor. The lengths are replicated: every device computes the RoPE angles of all rows."""
-    rows = row_axes(mesh, cache.k.shape[1]) or None
-    heads = "tensor" if "tensor" in mesh.shape else None
-    stored, scale = P(None, rows, None, heads), None if cache.k_scale is None else P(None, rows, heads)
-    return Cache(stored, stored, P(), scale, scale)
+    over tensor. Latents have no heads: their rows go over tensor too, if it divides them. The lengths are replicated:
+    every device computes the RoPE angles of all rows."""
+    rows = (*row_axes(mesh, cache.k.shape[1]), *(["tensor"] if rows_over_tensor(cache, mesh) else [])) or None
+    heads = "tensor" if "tensor" in mesh.shape and not isinstance(cache, LatentCache) else None
+    stored, scale = P(None, rows, None, heads), P(None, rows, heads)
+    specs = {"k": stored, "v": stored, "k_scale": scale, "v_scale": scale}
+    present = {name: spec for name, spec in specs.items() if getattr(cache, name) is not None}
+    return dataclasses.replace(cache, **present, lengths=P())
+
+
+def rows_over_tensor(cache: Cache, mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether the rows of a cache are divided over tensor too: those of latents, if it divides them."""
+    if mesh is None or "tensor" not in mesh.shape or not isinstance(cache, LatentCache):
+        return False
+    batch = cache.k.shape[1]
+    return batch % (math.prod(mesh.shape[name] for name in row_axes(mesh, batch)) * mesh.shape["tensor"]) == 0

@@ -45,6 +45,17 @@ class LoRALayer(nnx.Module):
             return ((y + added) * ratio(self.ratio)).astype(y.dtype)
 
 
+def effective_weight(layer: Any, dtype: Any) -> Float[Array, "O I"]:
+    """The weight with which a `linear.Linear` multiplies, adapted and dequantized, in ``dtype``. An adapter's dropout
+    is not in it."""
+    weight, adapter = layer.weight[...], layer.adapter
+    if adapter is None:
+        return weight.astype(dtype)
+    a, b = adapter.a[...], adapter.b[...]
+    wide = weight.astype(a.dtype) + adapter.scale * jnp.matmul(b, a, precision=precision(a))
+    return (wide if adapter.ratio is None else wide * adapter.ratio[:, None]).astype(dtype)
+
+
 def ratio(weight: Any, params: LoRAParams, scale: float) -> Float[Array, "... O"]:
     """DoRA's magnitudes over the norms of the rows of W + scale B A. The norms are treated as constants (section 4.3 of
     the paper), and W + scale B A is never built."""

@@ -66,7 +66,7 @@ def replicate_norm_weights(layers: Any, x: Float[Array, "B T D"]) -> Any:
         return layers
 
     def own(part: Any) -> Any:
-        if not isinstance(part, RMSNorm):
+        if type(part) is not RMSNorm:  # a norm inside of attention, where all devices of tensor have all tokens
             return part
         norm = RMSNorm(part.weight[...], part.eps)
         norm.weight = PerDeviceWeight(nnx.Param(replicate_per_device(part.weight[...], x)))

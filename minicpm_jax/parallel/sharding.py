@@ -26,6 +26,8 @@ RULES = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "latent": None,  # all heads are computed from it
+    "from_latent": "fsdp",
     "expert": "expert",
     "router": None,
     "layers": None,
@@ -79,7 +81,8 @@ def pad_config_over(config: ModelConfig, parts: int, lanes: int = LANES, packed:
     if parts == 1:
         return config
     neurons = parts * math.lcm(lanes, GROUPS[0]) if packed else parts
-    heads = _multiple(config.num_key_value_heads, parts * lanes // math.gcd(lanes, config.head_dim))
+    filled = 1 if config.is_latent else lanes // math.gcd(lanes, config.head_dim)  # the heads share their latents
+    heads = _multiple(config.num_key_value_heads, parts * filled)
     return dataclasses.replace(
         config,
         num_key_value_heads=heads,

@@ -6,6 +6,7 @@ submitted while the step before it is computed, so the device never waits for Py
 Dims: B batch, T longest prompt, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,7 +61,14 @@ def quantize_late(model: Model, cache: list[Any], cache_options: CacheOptions) -
 
 def group_size(model: Model, cache_options: CacheOptions) -> int:
     """Group size of a quantized cache: the elements of a head that share a scale and a bias."""
-    return cache_options.kv_group_size or group_of(model.config.head_dim)
+    return cache_options.kv_group_size or group_of(_row_width(model))
+
+
+def _row_width(model: Model) -> int:
+    """The number that a group size of a quantized cache must divide: the width of a head, or of what is cached of
+    latents and of rotary keys."""
+    config = model.config
+    return math.gcd(config.kv_lora_rank, config.qk_rope_head_dim) if config.is_latent else config.head_dim
 
 
 def cache_bytes(model: Model, batch: int, length: int, cache_options: CacheOptions) -> int:
@@ -125,11 +133,12 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
         return
     if batch > 1:
         raise InputError("is for one prompt at a time in MLX; leave it out for a batch.", option="kv_bits")
-    group, width = group_size(model, cache_options), model.config.head_dim
+    group, width = group_size(model, cache_options), _row_width(model)
     if width % group:
         groups = " or ".join(str(size) for size in (32, 64, 128) if width % size == 0)
+        what = "the width of rotary keys and latents," if model.config.is_latent else "the head dimension"
         remedy = f"choose {groups}." if groups else "leave {kv_bits} out."
-        raise InputError(f"{group} does not divide the head dimension {width}; {remedy}", "kv_group_size", ["kv_bits"])
+        raise InputError(f"{group} does not divide {what} {width}; {remedy}", "kv_group_size", ["kv_bits"])
 
 
 def check(model: Model, request: GenerationRequest) -> None:

@@ -53,3 +53,14 @@ def dense(layer: Any) -> mx.array:
         return layer.weight
     weight = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
     return layer.in_order(weight) if hasattr(layer, "in_order") else weight
+
+
+def effective_weight(layer: Any, dtype: mx.Dtype) -> mx.array:
+    """The weight [O, I] with which a linear layer multiplies, adapted and dequantized, in ``dtype``. An adapter's
+    dropout is not in it."""
+    if not isinstance(layer, LoRALayer):
+        return dense(layer).astype(dtype)
+    wide = dense(layer.base).astype(layer.b.dtype) + layer.scale * (layer.b @ layer.a)
+    if layer.magnitude is not None:
+        wide = wide * (layer.ratio() if layer._ratio is None else layer._ratio)[:, None]
+    return wide.astype(dtype)

@@ -123,16 +123,16 @@ class Tiling:
 
     def seen(self, first: Any, piece: Any) -> Any:
         """Number of slots that the tokens of a piece attend to, in a row whose first new token has slot ``first``."""
-        return _least(first + _least((piece + 1) * self.piece, self.width), self.slots)
+        return least(first + least((piece + 1) * self.piece, self.width), self.slots)
 
     def blocks(self, first: Any, piece: Any) -> Any:
         """Number of blocks that hold them."""
-        return _divided(self.seen(first, piece) - 1, self.block) + 1
+        return divided(self.seen(first, piece) - 1, self.block) + 1
 
     def cut(self, part: Any, filled: Any) -> tuple[Any, Any]:
         """Offset of a sub-block within a block whose first ``filled`` slots (at least one) are filled, and whether
         it is needed."""
-        grains = _divided(filled - 1, self.grain)
+        grains = divided(filled - 1, self.grain)
         return (grains >> part << part) * self.grain, (2 * grains + 1) >> part & 1 == 1
 
     def grid(self, first: Any) -> tuple[Any, ...]:
@@ -149,7 +149,7 @@ class Tiling:
         at, part = entry // (2 * parts), parts - 1 - entry // 2 % parts
         first = jnp.repeat(first, self.pieces)[:, None]
         seen = self.seen(first, other % self.pieces)
-        last = _divided(seen - 1, self.block)
+        last = divided(seen - 1, self.block)
         offset, needed = self.cut(part, seen - last * self.block)
         slot = last * self.block + jnp.where(needed, offset, self.begin(part) - self.block)
         place = other // self.pieces * self.slots + slot  # it grows from row to row
@@ -169,10 +169,10 @@ class Tiling:
 
     def scale(self, row: Any, group: Any, piece: Any, step: Any, layer: Any, first: Any, held: Any) -> tuple[Any, ...]:
         """Index map of the scales [L, B, X, S]: all heads at once, because they are few."""
-        return layer[0], row, 0, _least(step, self.blocks(first[row], piece) - 1)
+        return layer[0], row, 0, least(step, self.blocks(first[row], piece) - 1)
 
 
-def _least(x: Any, y: Any) -> Any:
+def least(x: Any, y: Any) -> Any:
     return (jnp if isinstance(x, jax.Array) or isinstance(y, jax.Array) else np).minimum(x, y)
 
 
@@ -180,7 +180,7 @@ def _chosen(condition: Any, x: Any, y: Any) -> Any:
     return (jnp if isinstance(condition, jax.Array) else np).where(condition, x, y)
 
 
-def _divided(x: Any, by: int) -> Any:
+def divided(x: Any, by: int) -> Any:
     """x // by for x >= 0. JAX's ``//`` handles signs, for which Mosaic asks the default device for its type; that
     device is no TPU when compiling for one elsewhere."""
     return jax.lax.div(x, jnp.int32(by)) if isinstance(x, jax.Array) else x // by
@@ -218,7 +218,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
 
     def own(head: int) -> Array:
         """The lanes [1, W] of one head of the group."""
-        return _divided(jax.lax.broadcasted_iota(jnp.int32, (1, tiling.lanes), 1), tiling.head_dim) == head
+        return divided(jax.lax.broadcasted_iota(jnp.int32, (1, tiling.lanes), 1), tiling.head_dim) == head
 
     @pl.when(step == 0)
     def _():
@@ -231,9 +231,9 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
 
     @pl.when(step < blocks)
     def _():
-        q, k, v = wide[...].astype(q_ref.dtype), _joined(keys), _joined(values)
+        q, k, v = wide[...].astype(q_ref.dtype), joined(keys), joined(values)
         exact = precision(q)
-        begins = [tiling.cut(part, _least(seen - step * tiling.block, tiling.block)) for part in tiling.parts]
+        begins = [tiling.cut(part, least(seen - step * tiling.block, tiling.block)) for part in tiling.parts]
 
         def slots(shape: tuple[int, int], axis: int) -> Array:
             """The cache slots in the block; slots of a sub-block that is not needed get a number beyond the cache."""
@@ -291,7 +291,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
         out_ref[...] = out.astype(out_ref.dtype)
 
 
-def _joined(parts: Sequence[Any]) -> Array:
+def joined(parts: Sequence[Any]) -> Array:
     return parts[0][...] if len(parts) == 1 else jnp.concatenate([part[...] for part in parts])
 
 
@@ -301,7 +301,7 @@ def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Fl
     span = tiling.heads_per_kv * tiling.piece
     few = span < 8  # fewer rows than a tile: repeat them in the product
     shape = (tiling.rows if few else tiling.heads, scale.shape[0])
-    head = _divided(jax.lax.broadcasted_iota(jnp.int32, shape, 0), span if few else 1) + group * tiling.heads
+    head = divided(jax.lax.broadcasted_iota(jnp.int32, shape, 0), span if few else 1) + group * tiling.heads
     ones = (head == jax.lax.broadcasted_iota(jnp.int32, shape, 1)).astype(jnp.float32)
     picked = jnp.dot(ones, scale, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     if few:

@@ -56,4 +56,4 @@ def causal_attention(
     if segments is not None:
         segments = jnp.pad(segments.astype(jnp.int32), [(0, 0), (0, filled - width)])
     mixed = jax.vmap(row)(rows(q * head_dim**-0.5), rows(k), rows(v), segments)
-    return mixed.transpose(0, 2, 1, 3).reshape(batch, filled, heads * head_dim)[:, :width]
+    return mixed.transpose(0, 2, 1, 3).reshape(batch, filled, -1)[:, :width]
