@@ -139,6 +139,7 @@ class Options:
     documents: int = 128_000
     """Training documents of the stable stage. The decay stage gets 0.64 times this number, validation 1 % of each."""
     seed: int = 0
+    """Seed of the documents."""
 
 
 def main(options: Options) -> None:

@@ -110,6 +110,7 @@ def test_help_costs_no_heavy_import(module, helpful):
     code, said, imported = json.loads(helpful.stdout.readline())
     assert code == 0
     assert f"python -m {module}" in said
+    assert re.search(rf"Examples?:\n  python -m {module}", said) and "None" not in said and "default: False" not in said
     assert not HEAVY & set(imported)
 
 
@@ -233,6 +234,46 @@ def test_wrong_calls(package, folder, arguments, said):
     ran = typed(f"{package}.generate", *model, *filled, "--seed", 4)
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr and said in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("minicpm_jax.generate --max-tokns 3", "--max-tokns is unknown; did you mean --max-tokens? See {help}"),
+        ("minicpm_jax.generate --temprature=1", "--temprature is unknown; did you mean --temp? See {help}"),
+        ("minicpm_jax.generate --zz --yy", "--zz and --yy are unknown; see {help}"),
+        ("minicpm_jax.generate -m x", "--max-tokens is x; it must be a whole number."),
+        ("minicpm_jax.generate --temperature hot", "--temperature is hot; it must be a number."),
+        ("minicpm_jax.generate --kv-bits 3", "--kv-bits is 3; it must be 4 or 8."),
+        ("minicpm_jax.generate --verbose maybe", "--verbose is maybe; it must be True or False."),
+        ("minicpm_jax.generate --max-tokens", "--max-tokens needs a whole number; none is given."),
+        (
+            "minicpm_jax.generate --prompt-lookup yes",
+            "--prompt-lookup takes no value, and yes follows it; leave that out.",
+        ),
+        ("minicpm_jax.generate --temp 1 2", "--temp takes 1 value; 2 follows and belongs to no option."),
+        ("minicpm_jax.generate hello", "hello does not belong to an option; see {help}"),
+        ("minicpm_serve.retrieval --lengths 3 --save-path x", "--lengths needs 2 values; 1 is given."),
+        ("weights_io.convert --model x", "--to and --save-path must be given; see {help}"),
+        ("minicpm_jax.evaluate --require-sums 200", "--require-sums is 200; give a percentage from 0 to 100."),
+        ("minicpm_jax.lora -c {yaml}", "--config {yaml}: iters is many; it must be a whole number."),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_refused_in_a_sentence(command, said, tmp_path):
+    yaml = tmp_path / "lora.yaml"
+    yaml.write_text("iters: many\n")
+    module, *flags = command.format(yaml=yaml).split()
+    ran = typed(module, *flags)
+    said = said.format(help=f"python -m {module} --help.", yaml=yaml)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", f"error: {said}\n")
+
+
+def test_help_has_groups_and_fits_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    said = typed("minicpm_jax.lora", "--help").stdout
+    groups = "model data memory training schedule adapter device output"
+    assert re.findall("─ ([a-z]+) options", said) == groups.split()
+    assert all(len(line) <= 60 for line in said.splitlines() if line[:1] in "│╭╰")
 
 
 def test_answers_beyond_the_context_are_noted(package, tmp_path):

@@ -179,18 +179,19 @@ def is_right(question: dict[str, Any], reply: str) -> bool:
 
 def requirements(options: EvaluateOptions) -> dict[str, float]:
     """Kind of question -> the required percentage of right answers. Raises `InputError`."""
-    given = options.require if options.require_sums is None else (*options.require, f"sum={options.require_sums}")
+    sums = options.require_sums
+    given = [("require", text) for text in options.require] + [("require_sums", f"sum={sums}")] * (sums is not None)
     found = {}
-    for text in given:
+    for option, text in given:
         kind, _, percentage = text.partition("=")
         try:
             found[kind] = float(percentage)
         except ValueError:
             found[kind] = math.nan
         if not 0 <= found[kind] <= 100:
-            raise InputError(
-                f"is {text}; give a kind of question and a percentage from 0 to 100: sum=95.", option="require"
-            )
+            if option == "require_sums":
+                raise InputError(f"is {sums:g}; give a percentage from 0 to 100.", option)
+            raise InputError(f"is {text}; give a kind of question and a percentage from 0 to 100: sum=95.", option)
     return found
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -32,6 +32,9 @@ RESUMABLE_OPTIONS = frozenset(
     coordinator_address num_processes process_id join_timeout""".split()
 )
 
+# Options that the help of a training command shows in another group than that of a command that generates.
+IN_HELP = dict.fromkeys(("seed", "batch_size", "max_seq_length"), "training") | {"ignore_chat_template": "data"}
+
 
 def settings_of(options: Any) -> dict[str, Any]:
     """The options that a resumed run must repeat, as JSON values."""
@@ -41,6 +44,8 @@ def settings_of(options: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FinetuneOptions(DataOptions, SourceOptions):
+    help_groups: ClassVar = IN_HELP
+
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"])] = None
     """YAML file of options in mlx_lm's format; flags override it."""
     data: Path = Path("data")
@@ -136,6 +141,8 @@ class FullOptions(FinetuneOptions):
 
 @dataclass(frozen=True)
 class LoraOptions(FinetuneOptions):
+    help_groups: ClassVar = IN_HELP | {"adapter_path": "output"}
+
     adapter_path: Path = Path("adapters")
     """Folder for the adapter, the checkpoints and the loss curve."""
     fine_tune_type: Literal["lora", "dora", "full"] = "lora"
@@ -179,6 +186,8 @@ class LoraOptions(FinetuneOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(DataOptions, OneDevice):
+    help_groups: ClassVar = IN_HELP
+
     tokenizer: Path
     """Folder of the tokenizer."""
     data: Path
