@@ -16,7 +16,7 @@ import tyro
 
 from minicpm_data.cli.evaluate import replies
 from minicpm_data.generation.options import CacheOptions
-from minicpm_data.model_options import load_model, note_context, open_source
+from minicpm_data.model_options import load_model, note_context, open_early, open_source
 from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.evaluation.needles import Encode, Sample, TaskName, answer_tokens, evaluation_samples, is_right
@@ -24,6 +24,7 @@ from weights_io.command_line import Former
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.partial import write_whole
+from weights_io.progress import waiting
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -72,8 +73,11 @@ def main(options: Options) -> None:
         kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size, kv_group_size=options.kv_group_size
     )
     scaling = [] if options.rope_scaling is None else [_parsed(options.rope_scaling)]
+    if options.save_path is not None and not options.save_path.expanduser().absolute().parent.is_dir():
+        raise InputError(f"is {options.save_path}, in a folder that does not exist; make it first.", option="save_path")
+    here = open_early(options)
     backend = backends.get(options.backend)
-    source = open_source(options)
+    source = open_source(options, here)
     config, tokenizer = source.checkpoint.config, tokenizer_of(source.checkpoint)
     if tokenizer is None:
         path = source.checkpoint.path
@@ -81,11 +85,10 @@ def main(options: Options) -> None:
     for raw in scaling:
         config = with_rope_scaling(config, raw)
     encode = _in_template(tokenizer) if options.chat else tokenizer.encode
-    if options.save_path is not None and not options.save_path.expanduser().absolute().parent.is_dir():
-        raise InputError(f"is {options.save_path}, in a folder that does not exist; make it first.", option="save_path")
-    samples = evaluation_samples(
-        options.task, encode, options.max_seq_length, options.num_samples, options.seed, options.depth
-    )
+    with waiting("writing the texts"):
+        samples = evaluation_samples(
+            options.task, encode, options.max_seq_length, options.num_samples, options.seed, options.depth
+        )
     most = answer_tokens(options.task, encode)
     note_context(config, max(len(sample.ids) for sample in samples) + most, "; --rope-scaling stretches them")
     model, tokenizer = load_model(backend, options, decoding=True, source=source)

@@ -339,7 +339,9 @@ def test_the_command_says_what_it_takes():
     assert memory.startswith("memory a chip") and memory.endswith(": fits") and "of 17.18 GB" in memory
     for said in ("arguments", "temporaries", "compiling", "HBM traffic", "GFLOP a chip", "at most", "tokens/s"):
         assert said in ran.stdout
-    assert ran.stderr == ""
+    assert all(
+        re.fullmatch(r"(starting JAX|\w+ .*generate of pico for v5e:1x1) \.\.", x) for x in ran.stderr.splitlines()
+    )
 
 
 @pytest.mark.tpu

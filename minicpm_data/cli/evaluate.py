@@ -17,10 +17,11 @@ from minicpm_data.generation.api import Backend
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.keys import KeyRules, few
-from minicpm_data.model_options import ModelOptions, load_model
+from minicpm_data.model_options import ModelOptions, load_model, open_early
 from minicpm_data.option_checks import check_range
 from weights_io import command_line
 from weights_io.errors import InputError, listed
+from weights_io.progress import progress_bar
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -58,7 +59,7 @@ def replies(
     stop: Sequence[str] = (),
     cache: CacheOptions = PLAIN_CACHE,
 ) -> Iterator[str]:
-    """Answer prompts greedily, in batches, with a progress bar.
+    """Answer prompts greedily, in batches, with a progress bar that each finished answer moves.
 
     Arguments:
         backend, model, tokenizer: as for generation.
@@ -71,15 +72,12 @@ def replies(
     Returns:
         An iterator over the texts, in the order of the prompts.
     """
-    from tqdm import tqdm
-
-    with tqdm(total=len(prompts), desc="asking", disable=None, delay=1) as bar:  # None: only on a terminal
+    with progress_bar("asking", len(prompts), unit=" questions") as bar:
         for start in range(0, len(prompts), batch_size):
             group = prompts[start : start + batch_size]
             request = GenerationRequest.of(model, tokenizer, group, max_tokens, cache=cache)
-            for answer in backend.generator.batch(model, tokenizer, request, stop):
+            for answer in backend.generator.batch(model, tokenizer, request, stop, bar.update):
                 yield "".join(response.text for response in answer)
-            bar.update(len(group))
 
 
 @dataclass(frozen=True)
@@ -213,8 +211,11 @@ def run_evaluate(
         file, and count the right answers."""
         check_range(options, "batch_size", "max_tokens", "limit", least=1)
         required = requirements(options)
+        if options.data is not None and not options.data.is_file():
+            raise InputError(f"is {options.data}, which is no file; give a file of conversations.", "data")
+        here = open_early(options)
         running = backend()
-        model, tokenizer = load_model(running, options, decoding=True)
+        model, tokenizer = load_model(running, options, decoding=True, source=here)
         running.device.warn_idle_axes(model, options.batch_size)
         numbers = options.limit, options.batch_size, options.max_tokens, options.seed, options.data
         reading = options.ignore_keys, not options.special_tokens_as_text

@@ -13,7 +13,7 @@ from minicpm_data.datasets.options import DataOptions
 from minicpm_data.model_options import OneDevice, SourceOptions
 from minicpm_data.option_checks import check_range
 from minicpm_data.schedules import Decay, WarmupStableDecay
-from weights_io.adapters import AdapterConfig
+from weights_io.adapters import AdapterConfig, adapter_folder
 from weights_io.catalog import find
 from weights_io.command_line import Former
 from weights_io.errors import InputError
@@ -298,6 +298,8 @@ def check(options: FinetuneOptions) -> None:
         raise InputError(
             f"{options.data} does not exist; give a folder with train.jsonl, or such a file.", option="data"
         )
+    if (start := getattr(options, "resume_adapter_file", None)) is not None:
+        adapter_folder(start)
     if getattr(options, "fine_tune_type", None) == "full":
         raise InputError("full is a command of its own: finetune in place of lora.", option="fine_tune_type")
     _ = options.adapter  # checks rank, alpha and dropout

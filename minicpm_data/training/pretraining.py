@@ -16,6 +16,7 @@ from minicpm_data.training.processes import leaving_at_interrupts
 from weights_io import command_line
 from weights_io.command_line import former_names
 from weights_io.errors import InputError
+from weights_io.hub import locate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,6 +107,12 @@ def check(options: PretrainOptions) -> None:
             others=["init_from", "iters"],
         )
     check_folder(options.out, options.resume)
+    for name in ("config", "tokenizer", "data"):
+        path = getattr(options, name)
+        if path is not None and not path.expanduser().exists():
+            raise InputError(f"is {path}, which does not exist.", option=name)
+    if options.init_from is not None:
+        locate(options.init_from, check=lambda raw, source: None)
 
 
 class Stage(NamedTuple):

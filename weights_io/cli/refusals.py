@@ -82,7 +82,8 @@ def former_flags(former: Mapping[str, str]) -> dict[str, str]:
 
 def given(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Each option of a command line with its values; first ``""`` with the words before any option."""
-    name, values = "", []
+    name: str = ""
+    values: list[str] = []
     for word in words:
         if re.match(r"--?[A-Za-z]", word):
             yield name, values
