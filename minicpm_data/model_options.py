@@ -76,8 +76,8 @@ def open_early(options: Any, model: str | None = None) -> "Checkpoint | None":
         model: a name in place of that of the options.
 
     Returns:
-        The open checkpoint of a model on this disk, for `open_source` or `load_model`. None for a model of a hub: only
-        its name is checked, as several processes must join before one of them downloads.
+        The open checkpoint, for `open_source` or `load_model`. None for a model of a hub if several processes run the
+        command: they must join before one of them downloads, so only the name is checked.
 
     Raises:
         InputError: the model cannot be opened, or there is no adapter.
@@ -91,7 +91,8 @@ def open_early(options: Any, model: str | None = None) -> "Checkpoint | None":
         from weights_io.adapters import adapter_folder
 
         adapter_folder(options.adapter_path)
-    return open_model(name, options.revision, options.hub) if isinstance(found, Path) else None
+    several = getattr(options, "distributed", False) or getattr(options, "num_processes", None) is not None
+    return None if several and not isinstance(found, Path) else open_model(name, options.revision, options.hub)
 
 
 def open_source(options: SourceOptions, checkpoint: "Checkpoint | None" = None) -> Source:

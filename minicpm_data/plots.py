@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weights_io.errors import InputError
 from weights_io.files.partial import partial
 
 # Colors that people with color blindness can tell apart (Okabe and Ito, 2008).
@@ -18,22 +17,17 @@ DPI = 120
 Table = Mapping[str, Mapping[str, float]]  # bar -> part or series -> value
 
 
-def check_picture(path: Path, option: str = "plot") -> None:
-    """Raises `InputError` unless ``path`` ends in .png and its folder exists; called before the work begins."""
-    if path.suffix.lower() != ".png":
-        raise InputError(f"is {path}; give the name of a .png file.", option)
-    if path.is_dir() or not path.expanduser().absolute().parent.is_dir():
-        raise InputError(f"is {path}, which is a folder or in one that does not exist; make it first.", option)
+def figure(height: float = 4.5, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of README width, and its axes (an array [rows, columns] where there are several).
 
-
-def figure(height: float = 4.5) -> tuple[Any, Any]:
-    """A figure of README width, and its axes. Not by pyplot, whose backend may be a notebook or a window."""
+    Not by pyplot, whose backend may be a notebook or a window.
+    """
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
-    axes = made.subplots()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes = made.subplots(rows, columns, squeeze=rows * columns == 1)
+    for each in made.axes:
+        each.spines[["top", "right"]].set_visible(False)
     return made, axes
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from minicpm_data.plots import check_picture
+from minicpm_data.option_checks import check_new_file
 from minicpm_jax.aot.report import lines, remedies, report
 from weights_io import command_line
 from weights_io.checkpoint import config_of
@@ -106,7 +106,7 @@ def main(options: CommandOptions) -> None:
     """Compile a program for a TPU that need not be present. Print its memory, and a bound on its speed."""
     config_of(options.model)  # the cheap checks come first
     if options.plot is not None:
-        check_picture(options.plot)
+        check_new_file(options.plot, "plot", ".png")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leave a local TPU to its users
     with waiting("starting JAX"):
         from minicpm_jax.parallel.chips import Topology

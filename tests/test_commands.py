@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_adapter
 import tiny_model
+import tiny_training
 from documented_commands import typed
 
 from weights_io import command_line
@@ -518,3 +519,63 @@ def test_adapters_that_do_not_fit_are_refused_in_a_sentence(package, folder, tmp
         ran = typed(f"{package}.{command}", "--model", folder, "--adapter-path", path)
         assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
         assert said.format(path) in ran.stderr
+
+
+# Mistakes that need no backend to be seen; {0} is a folder with a model, data and nothing else.
+REFUSED = [f"minicpm_{backend}.{call}" for backend in ("jax", "mlx") for call in (
+    "generate --model /nope",
+    "generate --model {0}/model --adapter-path {0}",
+    "chat --model no/such/model/here",
+    "evaluate --model {0}/model --data {0}/none.jsonl",
+    "evaluate --model {0}/model --plot {0}/picture.pdf",
+    "parity --model /nope --reference {0}/reference.npz",
+    "kv_error --model {0}/model --data {0}/none.txt",
+    "lora --model /nope --data {0}/data",
+    "lora --model {0}/model --data {0}/none",
+    "lora --model {0}/model --data {0}/data --adapter-path {0}",
+    "pretrain --init-from /nope --tokenizer {0}/model --data {0}/data --save-path {0}/new",
+    "pretrain --config {0}/none.json --tokenizer {0}/model --data {0}/data --save-path {0}/new",
+    "fuse --model {0}/model --adapter-path {0}/none --save-path {0}/new",
+)]  # fmt: skip
+REFUSED += [f"minicpm_serve.{call}" for call in (
+    "longcontext --backend jax --model /nope",
+    "longcontext --backend mlx --model {0}/model --plot {0}/none/x.png",
+    "history --backend jax --folders /nope --save-path {0}/new",
+    "openai_api --backend mlx --model /nope --port 0",
+)]  # fmt: skip
+REFUSED += ["minicpm_jax.fit --model /nope", "minicpm_jax.fit --plot {0}/none/x.png"]
+REFUSED += ["weights_io.convert --model /nope --to hf --save-path {0}/new"]
+REFUSED += ["weights_io.convert --model {0}/model --to hf --save-path {0}"]
+# Runs each command line that it reads, in a child that has imported nothing but what all of them need.
+REFUSING = """
+import contextlib, io, json, os, runpy, sys
+import numpy, tyro, weights_io.checkpoint, weights_io.command_line, minicpm_data.training.options
+for line in map(str.split, sys.stdin):
+    if os.fork():
+        os.wait()
+        continue
+    sys.argv, said, code = line, io.StringIO(), 0
+    try:
+        with contextlib.redirect_stderr(said):
+            runpy.run_module(line[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    print(json.dumps([line, code or 0, said.getvalue(), sorted({"jax", "mlx.core", "torch"} & set(sys.modules))]))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+def test_a_cheap_mistake_is_refused_before_a_backend_is_imported(folder, tmp_path):
+    (tmp_path / "model").symlink_to(folder)
+    tiny_training.write_data(tmp_path / "data", tiny_training.chats(2), valid=tiny_training.chats(2, seed=1))
+    np.savez(tmp_path / "reference.npz", input_ids=np.ones((1, 2), int))
+    before = sorted(tmp_path.iterdir())
+    lines = "".join(command.format(tmp_path) + "\n" for command in REFUSED)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", REFUSING], input=lines, env=environment, capture_output=True, text=True)
+    results = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(results) == len(REFUSED), ran.stderr
+    wrong = [result for result in results if (result[1], result[2].count("\n"), result[3]) != (2, 1, [])]
+    assert not wrong and all(said.startswith("error: ") for _, _, said, _ in results), wrong or results
+    assert sorted(tmp_path.iterdir()) == before

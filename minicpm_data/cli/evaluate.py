@@ -1,5 +1,6 @@
 """The command evaluate of both backends: ask a model questions, and count the right answers."""
 
+import json
 import math
 import sys
 from collections import defaultdict
@@ -18,9 +19,11 @@ from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.keys import KeyRules, few
 from minicpm_data.model_options import ModelOptions, load_model, open_early
-from minicpm_data.option_checks import check_range
+from minicpm_data.option_checks import check_new_file, check_range
 from weights_io import command_line
 from weights_io.errors import InputError, listed
+from weights_io.files.json_text import read_json
+from weights_io.files.partial import write_whole
 from weights_io.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -45,6 +48,12 @@ class EvaluateOptions(DataOptions, ModelOptions):
     require: tuple[str, ...] = ()
     """Exit with code 1 if a lower percentage of a kind of question is answered rightly: sum=95 fact=50. The questions
     of --data have the kind exact."""
+    save_path: Path | None = None
+    """JSON file for the scores, the questions and the replies. By default no file is written."""
+    before: Path | None = None
+    """File of --save-path from an earlier run, such as one without the adapter, to compare with."""
+    plot: Path | None = None
+    """PNG file for a bar of each kind of question, and with --before for two. By default none is drawn."""
     require_sums: Annotated[float | None, tyro.conf.Suppress] = None
     """The former name of --require sum=95."""
 
@@ -201,6 +210,35 @@ def missed(required: Mapping[str, float], scores: Mapping[str, Sequence[bool]]) 
     return None
 
 
+def report(options: EvaluateOptions, shares: Mapping[str, float], answers: Sequence[Answered]) -> dict[str, Any]:
+    """The file of --save-path: what was asked of which model, the share of right answers, and each reply."""
+    asked = [
+        {name: answer.question[name] for name in ("kind", "prompt", "answer")}
+        | {"reply": answer.reply, "right": answer.right}
+        for answer in answers
+    ]
+    chosen = {name: getattr(options, name) for name in ("model", "revision", "adapter_path", "limit", "seed")}
+    return {**chosen, "scores": dict(shares), "questions": asked}
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Kind of question -> share of right answers, of a file that `report` made. Raises `InputError`."""
+    scores = read_json(path).get("scores")
+    if not isinstance(scores, dict) or not all(type(x) in (int, float) and 0 <= x <= 1 for x in scores.values()):
+        raise InputError(f"{path} holds no scores; give a file that evaluate wrote with --save-path.", "before")
+    return scores
+
+
+def draw(path: Path, shares: Mapping[str, float], earlier: Mapping[str, float] | None) -> None:
+    """Draw the percentage of right answers, a bar for each kind of question; two where there are earlier scores."""
+    from minicpm_data.plots import grouped_bars
+
+    runs = {"right": shares} if earlier is None else {"before": earlier, "after": shares}
+    kinds = dict.fromkeys(kind for run in runs.values() for kind in run)
+    bars = {kind: {name: 100 * run[kind] for name, run in runs.items() if kind in run} for kind in kinds}
+    grouped_bars(path, bars, "right answers (%)", most=100, form="{:.0f}")
+
+
 def run_evaluate(
     backend: Callable[[], Backend[ModelT]], prog: str, options: type[EvaluateOptions] = EvaluateOptions
 ) -> None:
@@ -213,6 +251,10 @@ def run_evaluate(
         required = requirements(options)
         if options.data is not None and not options.data.is_file():
             raise InputError(f"is {options.data}, which is no file; give a file of conversations.", "data")
+        earlier = None if options.before is None else read_scores(options.before)
+        for name in ("plot", "save_path"):
+            if (path := getattr(options, name)) is not None:
+                check_new_file(path, name, ".png" if name == "plot" else ".json")
         here = open_early(options)
         running = backend()
         model, tokenizer = load_model(running, options, decoding=True, source=here)
@@ -223,11 +265,18 @@ def run_evaluate(
         scores: dict[str, list[bool]] = defaultdict(list)
         for answer in answers:
             scores[answer.question["kind"]].append(answer.right)
+        shares = {kind: sum(right) / len(right) for kind, right in scores.items()}
         for kind, right in scores.items():
-            print(f"{kind:12} {sum(right):>4} of {len(right):>4} right, {sum(right) / len(right):.1%}")
+            was = "" if earlier is None or kind not in earlier else f" (before: {earlier[kind]:.1%})"
+            print(f"{kind:12} {sum(right):>4} of {len(right):>4} right, {shares[kind]:.1%}{was}")
         for answer in [answer for answer in answers if not answer.right][:SHOWN]:
             question = answer.question
             print(f"wrong: {question['prompt']} -> {answer.reply} (right: {question['answer']})")
+        if options.save_path is not None:
+            written = json.dumps(report(options, shares, answers), ensure_ascii=False, indent=1)
+            write_whole(options.save_path, written + "\n")
+        if options.plot is not None:
+            draw(options.plot, shares, earlier)
         if unmet := missed(required, scores):
             print(unmet, file=sys.stderr)
             sys.exit(1)
