@@ -175,7 +175,7 @@ def write(folder: Path, options: Options) -> None:
         train = max(1, int(options.documents * share))
         for split, count in zip(SPLITS, (train, max(1, train // 100)), strict=True):
             name = f"{stage}/{split}.jsonl"
-            with progress_bar(name, count, unit=" documents") as bar:
+            with progress_bar(name, count, unit="document") as bar:
                 _write(folder / name, (_told(document(i, options.seed, stage, split), bar) for i in range(count)))
             print(f"{name}: {count} documents", file=sys.stderr)
     _write(folder / "questions.jsonl", questions(options.seed))

@@ -55,7 +55,7 @@ def main(options: Options) -> None:
     with (
         partial(options.save_path) as path,
         path.open("w", encoding="utf-8") as file,
-        progress_bar("writing", options.num_samples, unit=" samples") as bar,
+        progress_bar("writing", options.num_samples, unit="sample") as bar,
     ):
         for i in range(options.num_samples):
             random = Random(f"{options.seed} {i}")

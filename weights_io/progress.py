@@ -2,23 +2,25 @@
 
 import contextlib
 import dataclasses
+import itertools
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from weights_io.checkpoint import Checkpoint
 from weights_io.memory import size
 
 Item = TypeVar("Item")
-PATIENCE = 1.0  # seconds of silence after which a word is due
-_silenced: list[threading.Event] = []  # of the lines that are shown now; a bar takes their place
+PATIENCE = 0.7  # seconds of silence after which a word is due
+_shown: list[Callable[[], None]] = []  # each ends a line that is shown now; a bar takes its place
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A context that says what takes so long, if it takes more than a second.
+    """A context that says what takes so long, if it takes about a second or more.
 
     A terminal shows ``what`` and the seconds, until the context ends or a bar takes its place. A file or pipe gets one
     plain line.
@@ -36,50 +38,69 @@ def waiting(what: str) -> Iterator[None]:
             if not stream.isatty():
                 print(f"{what} ..", file=stream, flush=True)
                 return
+            room = max(20, shutil.get_terminal_size().columns - 12)  # a folded line could not be cleared
+            text = what if len(what) <= room else f"{what[: room - 3]}..."
             while True:
-                print(f"\r{what} .. {time.monotonic() - began:.0f} s", end="", file=stream, flush=True)
+                print(f"\r{text} .. {time.monotonic() - began:.0f} s", end="", file=stream, flush=True)
                 if done.wait(1):
                     break
             print("\r\x1b[K", end="", file=stream, flush=True)  # the line is cleared
 
     speaker = threading.Thread(target=say, daemon=True)
-    _silenced.append(done)
+
+    def end() -> None:
+        done.set()
+        speaker.join()
+
+    _shown.append(end)
     speaker.start()
     try:
         yield
     finally:
-        done.set()
-        _silenced.remove(done)
-        speaker.join()
+        _shown.remove(end)
+        end()
 
 
 def awaited(what: str, items: Iterable[Item]) -> Iterator[Item]:
     """The same items; while the first one is awaited, `waiting` says so."""
     iterator = iter(items)
     with waiting(what):
-        first = list(zip(iterator, range(1), strict=False))
-    for item, _ in first:
-        yield item
-        yield from iterator
+        first = list(itertools.islice(iterator, 1))
+    yield from first
+    yield from iterator
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Any]:
-    """A `tqdm.tqdm` over ``total`` bytes or other units, as a context manager.
+    """A `tqdm.tqdm` over ``total`` bytes, or units such as ``"question"``, as a context manager.
 
     It is drawn only on a terminal; a bar of bytes only where the work takes longer than a second. A file or pipe gets
     one plain line where the work takes longer than that.
     """
     from tqdm import tqdm
 
-    for line in _silenced:
-        line.set()
-    of_bytes = unit == "B"
+    for end in _shown:
+        end()
+    of_bytes, done = unit == "B", threading.Event()
     how: dict[str, Any] = {"unit": unit, "unit_scale": of_bytes, "delay": 1 if of_bytes else 0}
-    amount = size(total) if of_bytes else f"{total:,} {unit.strip()}"
+    amount = size(total) if of_bytes else f"{total:,} {unit}{'s' * (total != 1)}"
     with tqdm(total=total, desc=what, disable=None, **how) as bar:  # None: only on a terminal
-        with waiting(f"{what}: {amount}") if bar.disable else contextlib.nullcontext():
+        if bar.disable:
+            with waiting(f"{what}: {amount}"):
+                yield bar
+            return
+
+        def tick() -> None:
+            while not done.wait(1):
+                bar.refresh()  # the time goes on where the first step takes long, as while JAX compiles
+
+        ticker = threading.Thread(target=tick, daemon=True)
+        ticker.start()
+        try:
             yield bar
+        finally:
+            done.set()
+            ticker.join()
 
 
 @contextlib.contextmanager

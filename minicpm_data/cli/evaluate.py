@@ -81,7 +81,7 @@ def replies(
     Returns:
         An iterator over the texts, in the order of the prompts.
     """
-    with progress_bar("asking", len(prompts), unit=" questions") as bar:
+    with progress_bar("asking", len(prompts), unit="question") as bar:
         for start in range(0, len(prompts), batch_size):
             group = prompts[start : start + batch_size]
             request = GenerationRequest.of(model, tokenizer, group, max_tokens, cache=cache)

@@ -88,7 +88,7 @@ def run(
         ids = tokenizer.encode(text)[:most]
         if not text or not ids:
             raise InputError("the text is empty; give some with --prompt or --data.")
-        with progress_bar("comparing", len(ids), unit=" tokens") as bar:
+        with progress_bar("comparing", len(ids), unit="token") as bar:
 
             def told(chunk: np.ndarray) -> np.ndarray:
                 bar.update(len(chunk))
