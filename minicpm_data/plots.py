@@ -121,13 +121,11 @@ def heat_map(
         title: what stands above the map.
     """
     import numpy as np
-    from matplotlib import colormaps
 
     made, axes = figure(1.6 + 0.38 * len(rows))
-    colors = colormaps["RdYlGn"].copy()
-    colors.set_bad("#dddddd")
+    axes.set_facecolor("#dddddd")  # seen where a cell is masked
     shares = np.array([[np.nan if value is None else value for value in row] for row in values], float)
-    image = axes.imshow(np.ma.masked_invalid(shares), vmin=0, vmax=1, cmap=colors, aspect="auto")
+    image = axes.imshow(np.ma.masked_invalid(shares), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         if not np.isnan(share):
             dark = 0.2 < share < 0.8  # the ends of the map are dark, its middle is light

@@ -494,6 +494,19 @@ def test_evaluate_counts(package, folder):
     assert typed(f"{package}.evaluate", "--limit", 0).returncode == 2
 
 
+def test_evaluate_compares_with_an_earlier_run(folder, tmp_path):
+    asked = ("minicpm_mlx.evaluate", "--limit", 6, "--max-tokens", 4)
+    first = typed(*asked, "--model", folder, "--save-path", tmp_path / "before.json")
+    written = json.loads((tmp_path / "before.json").read_text())
+    assert first.returncode == 0 and written["scores"]["sum"] == 0 and len(written["questions"]) == 6
+    ran = typed(*asked, "--before", tmp_path / "before.json", "--plot", tmp_path / "scores.png")
+    assert re.search(r"sum +\d of +4 right, [\d.]+% \(before: 0.0%\)", ran.stdout), ran.stderr
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "before.json").write_text('{"scores": {"sum": 95}}')
+    wrong = typed(*asked, "--before", tmp_path / "before.json")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and "holds no scores" in wrong.stderr
+
+
 def test_a_run_that_compiles_says_only_how_long(folder, tmp_path):
     """Programs that compile in less than half a second are not kept for the next run."""
     ran = run("minicpm_jax.generate", "--model", folder, "-m", 4, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "new"))
