@@ -96,8 +96,11 @@ def main(options: Options) -> None:
         raise InputError("is 1, and a window of one token predicts none; give at least 2.", option="max_seq_length")
     listed = checkpoints(options)
     documents = [] if options.data is None else read_texts(options.data)
-    for checkpoint in listed:
-        locate(checkpoint.model, checkpoint.revision, options.hub)  # wrong names are told before the first one is run
+    for checkpoint in listed:  # a wrong name is told before the first one is run
+        try:
+            locate(checkpoint.model, checkpoint.revision, options.hub)
+        except InputError as error:
+            raise InputError(f"{checkpoint.name}: {error}") from None
     with folder_to_fill(options.save_path):
         evaluate_all(options, listed, documents)
 

@@ -72,8 +72,8 @@ def main(options: Options) -> None:
 
     options.check_placement()
     check_range(options, "num_samples", "max_seq_length", "batch_size", least=1)
-    if wrong := [length for length in options.lengths if length < 1]:
-        raise InputError(f"is {wrong[0]}; it must be at least 1.", option="lengths")
+    if options.lengths and min(options.lengths) < 1:
+        raise InputError(f"is {min(options.lengths)}; it must be at least 1.", option="lengths")
     if wrong := [depth for depth in options.depth if not 0 <= depth <= 1]:
         raise InputError(f"is {wrong[0]:g}; it must be a number from 0 to 1.", option="depth")
     cache = CacheOptions(

@@ -117,10 +117,12 @@ def _wrong_values(hint: Any, values: Sequence[str]) -> str | None:
 
 def _kind_of(hint: Any) -> tuple[Any, int | None, bool]:
     """The type of one value, the number of values (None: any), and whether the option is a switch without a value."""
+    import tyro
+
     marks = getattr(hint, "__metadata__", ())
     hint = hint.__origin__ if marks else hint
     if hint is bool:
-        return bool, 1, not any("FlagConversionOff" in repr(mark) for mark in marks)
+        return bool, 1, tyro.conf.FlagConversionOff not in marks
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         rest = [one for one in typing.get_args(hint) if one is not type(None)]
         return _kind_of(rest[0]) if len(rest) == 1 else (str, None, False)
