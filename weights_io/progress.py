@@ -15,7 +15,14 @@ from weights_io.memory import size
 
 Item = TypeVar("Item")
 PATIENCE = 0.7  # seconds of silence after which a word is due
+_quiet = False  # in processes other than the first of several
 _shown: list[Callable[[], None]] = []  # each ends a line that is shown now; a bar takes its place
+
+
+def hush(quiet: bool) -> None:
+    """Say nothing more in this process, if ``quiet``: of several processes, only the first one speaks."""
+    global _quiet
+    _quiet = quiet
 
 
 @contextlib.contextmanager
@@ -26,7 +33,7 @@ def waiting(what: str) -> Iterator[None]:
     plain line.
     """
     stream, done = sys.stderr, threading.Event()
-    if stream is None:
+    if stream is None or _quiet:
         yield
         return
 
@@ -84,7 +91,7 @@ def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Any]:
     of_bytes, done = unit == "B", threading.Event()
     how: dict[str, Any] = {"unit": unit, "unit_scale": of_bytes, "delay": 1 if of_bytes else 0}
     amount = size(total) if of_bytes else f"{total:,} {unit}{'s' * (total != 1)}"
-    with tqdm(total=total, desc=what, disable=None, **how) as bar:  # None: only on a terminal
+    with tqdm(total=total, desc=what, disable=_quiet or None, **how) as bar:  # None: only on a terminal
         if bar.disable:
             with waiting(f"{what}: {amount}"):
                 yield bar

@@ -113,7 +113,7 @@ def check(options: PretrainOptions) -> None:
     for name in ("config", "tokenizer", "data"):
         path = getattr(options, name)
         if path is not None and not path.expanduser().exists():
-            raise InputError(f"is {path}, which does not exist; check its name and its folder.", option=name)
+            raise InputError(f"{path} does not exist; check its name and its folder.", option=name)
     if options.init_from is not None:
         locate(options.init_from, check=lambda raw, source: None)
 
