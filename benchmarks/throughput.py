@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.models import wide, write_llama
+from minicpm_data import plots
 from weights_io import command_line
 from weights_io.command_line import Former
 from weights_io.errors import InputError
@@ -198,23 +199,19 @@ def ratio(found: dict[str, float], ours: dict[str, float], key: str) -> str:
 
 
 def draw(bars: Sequence[tuple[Contest, dict[str, dict[str, float]]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(bars), figsize=(4 * len(bars), 5), squeeze=False, layout="constrained")
-    for column, (contest, figures) in enumerate(bars):
+    """A row of the picture for each contest, with the speed of the prompt and of the answer beside each other."""
+    made, axes = plots.figure(0.6 + 1.65 * len(bars), len(bars), 2)
+    for row, (contest, figures) in enumerate(bars):
         shown = {name: found for name, found in figures.items() if "prompt" in found}
-        colours = ["#c44e52" if name == contest.names[0] else "#8c8c8c" for name in shown]
-        for row, (key, title) in enumerate((("prompt", "prompt"), ("decode", "answer"))):
+        colors = [plots.COLORS[0] if name == contest.names[0] else plots.COLORS[-1] for name in shown]
+        for column, (key, title) in enumerate((("prompt", "prompt"), ("decode", "answer"))):
             axis = axes[row][column]
-            drawn = axis.barh(list(shown), [found[key] for found in shown.values()], color=colours)
+            drawn = axis.barh(list(shown), [found[key] for found in shown.values()], color=colors)
             axis.bar_label(drawn, fmt="%.1f", padding=3)
             axis.margins(x=0.2)
             axis.invert_yaxis()
             axis.set_title(f"{title}, tokens/s\n{contest.title}, {contest.layers} layers", fontsize=9)
-    figure.savefig(path, dpi=110)
+    plots.save(made, path)
 
 
 if __name__ == "__main__":

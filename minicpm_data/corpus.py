@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
 from minicpm_data.pico_corpus import facts, skills, stories
 from weights_io.command_line import Former
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
+from weights_io.progress import progress_bar
 from weights_io.write import folder_to_fill
 
 STAGES = ("stable", "decay")
@@ -126,6 +127,11 @@ def is_right(question: dict, reply: str) -> bool:
     return reply == answer
 
 
+def _told(document: dict, bar: Any) -> dict:
+    bar.update()
+    return document
+
+
 def _write(path: Path, rows: Iterable[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
@@ -139,6 +145,7 @@ class Options:
     documents: int = 128_000
     """Training documents of the stable stage. The decay stage gets 0.64 times this number, validation 1 % of each."""
     seed: int = 0
+    """Seed of the documents."""
 
 
 def main(options: Options) -> None:
@@ -167,9 +174,10 @@ def write(folder: Path, options: Options) -> None:
     for stage, share in zip(STAGES, (1.0, 0.64), strict=True):
         train = max(1, int(options.documents * share))
         for split, count in zip(SPLITS, (train, max(1, train // 100)), strict=True):
-            rows = (document(index, options.seed, stage, split) for index in range(count))
-            _write(folder / stage / f"{split}.jsonl", rows)
-            print(f"{stage}/{split}.jsonl: {count} documents", file=sys.stderr)
+            name = f"{stage}/{split}.jsonl"
+            with progress_bar(name, count, unit="document") as bar:
+                _write(folder / name, (_told(document(i, options.seed, stage, split), bar) for i in range(count)))
+            print(f"{name}: {count} documents", file=sys.stderr)
     _write(folder / "questions.jsonl", questions(options.seed))
 
 

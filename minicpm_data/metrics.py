@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from minicpm_data.plots import figure, save
 from weights_io.errors import InputError, listed
-from weights_io.files.partial import partial, write_whole
+from weights_io.files.partial import write_whole
 from weights_io.files.regular import read_regular
 
 MAX_BYTES = 2**28  # enough for a run of a million steps
@@ -62,14 +63,12 @@ class Metrics:
             decay_at: tokens or steps at which the decay starts; a vertical line marks it.
             by: the x axis, ``tokens`` or ``step``.
         """
-        from matplotlib.figure import Figure  # not pyplot: its backend may be a notebook or a window
         from matplotlib.ticker import NullFormatter
 
         unit, axis = (1e6, "million tokens") if by == "tokens" else (1, "steps")
         drawn = [r for r in self.records if all(_is_number(r.get(key)) for key in (by, "loss", "learning_rate"))]
         at = [r[by] / unit for r in drawn]
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
+        made, axes = figure()
         axes.plot(at, [r["loss"] for r in drawn], lw=0.8, alpha=0.6, label="training loss")
         valid: dict[str, list[tuple[float, float]]] = {}
         for record in drawn:
@@ -92,9 +91,8 @@ class Metrics:
         rates.plot(at, [r["learning_rate"] for r in drawn], color="tab:red", lw=0.8, alpha=0.5)
         rates.set_ylabel("learning rate", color="tab:red")
         rates.set_ylim(bottom=0)
-        figure.legend(loc="outside lower center", ncols=3)
-        with partial(picture) as path:
-            figure.savefig(path, dpi=120, format="png")
+        made.legend(loc="outside lower center", ncols=3, frameon=False)
+        save(made, picture)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

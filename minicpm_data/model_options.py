@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -17,6 +18,7 @@ from minicpm_data.generation.api import Backend
 from minicpm_data.generation.request import ModelT
 from weights_io.command_line import Unneeded
 from weights_io.errors import InputError
+from weights_io.progress import waiting
 from weights_io.rope_config import RopeScaling
 
 if TYPE_CHECKING:
@@ -91,16 +93,52 @@ class Source:
     placement: dict[str, Any]  # from the options
 
 
-def open_source(options: SourceOptions) -> Source:
-    """Open the checkpoint that the options name. No weight is read. Raises `InputError` as `open_model` does."""
+def open_early(options: Any, model: str | None = None) -> "Checkpoint | None":
+    """Refuse a wrong model or adapter before a backend is imported, which takes seconds.
+
+    Arguments:
+        options: `SourceOptions`, or others with ``model``, ``revision`` and ``hub``.
+        model: a name in place of that of the options.
+
+    Returns:
+        The open checkpoint, for `open_source` or `load_model`. None for a model of a hub if several processes run the
+        command: they must join before one of them downloads, so only the name is checked.
+
+    Raises:
+        InputError: the model cannot be opened, there is no adapter, or the RoPE scaling is not understood.
+    """
+    from weights_io.checkpoint import open_model
+    from weights_io.hub import locate
+
+    name = options.model if model is None else model
+    found = locate(name, options.revision, options.hub, check=lambda raw, source: None)
+    if isinstance(options, ModelOptions) and options.adapter_path is not None:
+        from weights_io.adapters import adapter_folder
+
+        adapter_folder(options.adapter_path)
+    several = getattr(options, "distributed", False) or getattr(options, "num_processes", None) is not None
+    if several and not isinstance(found, Path):
+        return None
+    checkpoint = open_model(name, options.revision, options.hub)
+    if isinstance(options, ModelOptions):
+        options.scaled(checkpoint.config)
+    return checkpoint
+
+
+def open_source(options: SourceOptions, checkpoint: "Checkpoint | None" = None) -> Source:
+    """Open the checkpoint that the options name, unless `open_early` has. No weight is read. Raises `InputError` as
+    `open_model` does."""
     from weights_io.checkpoint import open_model
 
     placement = options.placement()  # must come before the first use of a device
-    return Source(open_model(options.model, options.revision, options.hub), placement)
+    return Source(checkpoint or open_model(options.model, options.revision, options.hub), placement)
 
 
 def load_model(
-    backend: Backend[ModelT], options: SourceOptions, decoding: bool = False, source: Source | None = None
+    backend: Backend[ModelT],
+    options: SourceOptions,
+    decoding: bool = False,
+    source: "Source | Checkpoint | None" = None,
 ) -> "tuple[ModelT, Tokenizer]":
     """Load the model and the tokenizer that the options name.
 
@@ -108,18 +146,20 @@ def load_model(
         backend: the backend to load with.
         options: the model, dtype, adapter and placement.
         decoding: load the weights in the form that generates fastest.
-        source: from `open_source`, if the checkpoint is open already.
+        source: from `open_source` or `open_early`, if the checkpoint is open already.
 
     Raises:
         InputError: the model cannot be loaded, or has no tokenizer.
     """
-    placement = options.placement() if source is None else source.placement  # before the first use of a device
-    named = {"revision": options.revision, "hub": options.hub} if source is None else {}
-    where = options.model if source is None else source.checkpoint
-    dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **placement)
-    if isinstance(options, ModelOptions):
-        dtype = partial(_checked_dtype, options, dtype)
-    model, tokenizer = backend.load(where, dtype, decoding=decoding, **named, **options.loading(), **placement)
+    with waiting("loading the model"):
+        # The placement comes before the first use of a device.
+        placement = source.placement if isinstance(source, Source) else options.placement()
+        named = {"revision": options.revision, "hub": options.hub} if source is None else {}
+        where = source.checkpoint if isinstance(source, Source) else source or options.model
+        dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **placement)
+        if isinstance(options, ModelOptions):
+            dtype = partial(_checked_dtype, options, dtype)
+        model, tokenizer = backend.load(where, dtype, decoding=decoding, **named, **options.loading(), **placement)
     if tokenizer is None:
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."

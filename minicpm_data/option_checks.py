@@ -1,9 +1,18 @@
 """Range checks of options."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from weights_io.errors import InputError
+
+
+def check_new_file(path: Path, option: str, ending: str) -> None:
+    """Raises `InputError` unless ``path`` has the ending and its folder exists; called before the work begins."""
+    if path.suffix.lower() != ending:
+        raise InputError(f"is {path}; give the name of a {ending} file.", option)
+    if path.is_dir() or not path.expanduser().absolute().parent.is_dir():
+        raise InputError(f"is {path}, which is a folder or in one that does not exist; make it first.", option)
 
 
 def check_range(

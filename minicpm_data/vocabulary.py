@@ -17,6 +17,7 @@ from minicpm_data.tokenizer.chat_template import MINICPM_TEMPLATE
 from weights_io.command_line import Former
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
+from weights_io.progress import waiting
 from weights_io.write import check_output
 
 CONFIG = {
@@ -152,7 +153,8 @@ def main(options: Options) -> None:
 
     check_range(options, "documents", "model_max_length", least=1)
     check_output(options.save_path)  # a tokenizer there must stay: trained models may depend on it
-    model = train(texts(options.data, options.documents), options.vocab_size)
+    with waiting(f"training {options.vocab_size:,} pieces on {options.data}"):
+        model = train(texts(options.data, options.documents), options.vocab_size)
     try:
         options.save_path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

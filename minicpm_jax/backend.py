@@ -7,6 +7,7 @@ from minicpm_data.generation.api import Backend, Generator
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Speculation
+from weights_io.progress import waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,10 +69,11 @@ class Decoding:
 
 def backend() -> "Backend[Model]":
     """The backend for the command lines."""
-    from minicpm_jax import device
-    from minicpm_jax.cpu.form import for_decoding
-    from minicpm_jax.generation.sparsity import activation_sparsity
-    from minicpm_jax.loading import load
+    with waiting("starting JAX"):
+        from minicpm_jax import device
+        from minicpm_jax.cpu.form import for_decoding
+        from minicpm_jax.generation.sparsity import activation_sparsity
+        from minicpm_jax.loading import load
 
     return Backend(load, generator, device, for_decoding, activation_sparsity)
 

@@ -16,6 +16,7 @@ from minicpm_data.training.checkpoint_folder import CheckpointFolder
 from weights_io import command_line
 from weights_io.command_line import Former
 from weights_io.errors import InputError, listed
+from weights_io.progress import waiting
 
 if TYPE_CHECKING:
     from weights_io.checkpoint import Checkpoint
@@ -58,9 +59,10 @@ def main(options: Options) -> None:
     if (options.source or "").endswith(".gguf") and pretraining:
         raise InputError("is a GGUF file; give the folder of the run's tokenizer.", option="source")
 
-    import jax
+    with waiting("starting JAX"):
+        import jax
 
-    from minicpm_jax.training.run_checkpoints import Saved, check
+        from minicpm_jax.training.run_checkpoints import Saved, check
 
     jax.config.update("jax_platforms", "cpu")  # the run itself may still use the accelerator
     start = (pretrained if pretraining else finetuned)(settings, options.source)

@@ -10,15 +10,20 @@ No weight is allocated or downloaded. Memory is XLA's plan. Bytes and collective
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from minicpm_data.option_checks import check_new_file
 from minicpm_jax.aot.report import lines, remedies, report
 from weights_io import command_line
+from weights_io.checkpoint import config_of
 from weights_io.command_line import Former, present_names
 from weights_io.memory import size
+from weights_io.progress import waiting
 
 if TYPE_CHECKING:
     from minicpm_jax.aot.programs import Job
+    from minicpm_jax.aot.report import Report
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Options:
 class CommandOptions(Options):
     json: bool = False
     """Print the figures as JSON. Alternatives are not tried if the program does not fit."""
+    plot: Path | None = None
+    """PNG file to draw the memory of a chip to: weights, cache and the rest as a stacked bar beside the chip's HBM."""
 
 
 def compile_job(
@@ -97,17 +104,23 @@ def job_of(options: Options) -> "Job":
 
 def main(options: CommandOptions) -> None:
     """Compile a program for a TPU that need not be present. Print its memory, and a bound on its speed."""
+    config_of(options.model)  # the cheap checks come first
+    if options.plot is not None:
+        check_new_file(options.plot, "plot", ".png")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # leave a local TPU to its users
-    from minicpm_jax.parallel.chips import Topology
-    from minicpm_jax.parallel.sharding import warn_idle_mesh_axes
+    with waiting("starting JAX"):
+        from minicpm_jax.parallel.chips import Topology
+        from minicpm_jax.parallel.sharding import warn_idle_mesh_axes
 
-    Topology.parse(options.topology).devices()  # the cheap checks come first
-    job = job_of(options)
+        Topology.parse(options.topology).devices()
+        job = job_of(options)
     found = report(job)
     warn_idle_mesh_axes(job.config, job.placed, job.batch_size)
+    bars = [(f"{options.job} of {options.model} on {options.topology}", found)]
     if options.json:
         import json
 
+        picture(options, bars)
         print(json.dumps(dataclasses.asdict(found), indent=1))
         return
     for line in lines(job, found):
@@ -118,8 +131,18 @@ def main(options: CommandOptions) -> None:
         for flags, other in remedies(job):
             none = False
             print(f"  {flags}: {size(other.needed)} of {size(other.hbm)} a chip", flush=True)
+            bars.append((f"with {flags}", other))
         if none:
             print("  nothing that was tried; more chips, and fewer rows or tokens together.")
+    picture(options, bars)
+
+
+def picture(options: CommandOptions, bars: "list[tuple[str, Report]]") -> None:
+    """Draw --plot, if it is given."""
+    if options.plot is not None:
+        from minicpm_jax.aot.picture import draw
+
+        draw(options.plot, bars)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from weights_io.config_keys import note_sparse
 from weights_io.files.threaded_reader import read_stacked
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import Parameter, parameters
-from weights_io.progress import reading
+from weights_io.progress import reading, waiting
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -91,7 +91,8 @@ def load(
     model = load_weights(checkpoint, dtype, mesh, decoding=decoding, **how, remedy=remedy)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
-    return for_decoding(model) if decoding else model, tokenizer
+    with waiting("arranging the weights"):
+        return for_decoding(model) if decoding else model, tokenizer
 
 
 def load_weights(

@@ -11,6 +11,7 @@ from typing import Any
 
 from minicpm_jax.parallel.address import host_and_port
 from weights_io.errors import InputError, flag
+from weights_io.progress import hush
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,10 @@ class Placement(Devices):
         from minicpm_jax.parallel.rendezvous import join
 
         join(self.distributed, self.coordinator_address, self.num_processes, self.process_id, self.join_timeout)
+        if self.distributed or self.num_processes is not None:
+            import jax
+
+            hush(jax.process_index() > 0)
         return super().placement()
 
 

@@ -7,15 +7,12 @@ do not, and 2 if the comparison is not possible.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from minicpm_data.diagnostics import parity
 from minicpm_jax.generation.teacher_forcing import continued, logits, states
 from minicpm_jax.options import Devices
 from weights_io import command_line
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,11 @@ class Options(Devices, parity.Options):
 
 def main(options: parity.Options) -> None:
     """Compare a model with the results of another program for the same weights."""
-    from minicpm_jax import load
+
+    def load(*where: Any, **how: Any) -> Any:
+        import minicpm_jax
+
+        return minicpm_jax.load(*where, **how)
 
     parity.run(options, parity.ParityBackend(load, logits, states, continued))
 

@@ -7,6 +7,7 @@ from minicpm_data.generation.api import Backend, Generator
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Speculation
+from weights_io.progress import waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,9 +68,10 @@ class Decoding:
 
 def backend() -> "Backend[Model]":
     """The backend for the command lines."""
-    from minicpm_mlx import device
-    from minicpm_mlx.generation.sparsity import activation_sparsity
-    from minicpm_mlx.loading import load
+    with waiting("starting MLX"):
+        from minicpm_mlx import device
+        from minicpm_mlx.generation.sparsity import activation_sparsity
+        from minicpm_mlx.loading import load
 
     return Backend(load, generator, device, device.for_decoding, activation_sparsity)
 

@@ -28,7 +28,7 @@ from weights_io.files.tensor import FileTensor
 from weights_io.files.threaded_reader import check_all_finite
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import parameters
-from weights_io.progress import reading
+from weights_io.progress import reading, waiting
 from weights_io.quantization.affine import affine, kept_bytes
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def load(
     model = load_weights(checkpoint, dtype, **how, remedy=remedy)
     if found is not None:
         model = cache_dora_ratios(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
-    return device.for_decoding(model) if decoding else model, tokenizer
+    with waiting("arranging the weights"):
+        return device.for_decoding(model) if decoding else model, tokenizer
 
 
 def load_weights(

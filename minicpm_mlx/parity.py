@@ -6,19 +6,20 @@
 do not, and 2 if the comparison is not possible.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from minicpm_data.diagnostics import parity
 from minicpm_mlx.generation.teacher_forcing import continued, logits, states
 from weights_io import command_line
 
-if TYPE_CHECKING:
-    pass
-
 
 def main(options: parity.Options) -> None:
     """Compare a model with the results of another program for the same weights."""
-    from minicpm_mlx import load
+
+    def load(*where: Any, **how: Any) -> Any:
+        import minicpm_mlx
+
+        return minicpm_mlx.load(*where, **how)
 
     parity.run(options, parity.ParityBackend(load, logits, states, continued))
 

@@ -27,6 +27,7 @@ from weights_io import catalog
 from weights_io.command_line import Former, former_names
 from weights_io.errors import InputError
 from weights_io.files.partial import write_whole
+from weights_io.hub import locate
 from weights_io.write import folder_to_fill
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ def main(options: Options) -> None:
         raise InputError("is 1, and a window of one token predicts none; give at least 2.", option="max_seq_length")
     listed = checkpoints(options)
     documents = [] if options.data is None else read_texts(options.data)
+    for checkpoint in listed:  # a wrong name is told before the first one is run
+        try:
+            locate(checkpoint.model, checkpoint.revision, options.hub)
+        except InputError as error:
+            raise InputError(f"{checkpoint.name}: {error}") from None
     with folder_to_fill(options.save_path):
         evaluate_all(options, listed, documents)
 

@@ -7,21 +7,23 @@ The score is reported by depth of the needle. ``--rope-scaling`` overrides the R
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpm_data.cli.evaluate import replies
 from minicpm_data.generation.options import CacheOptions
-from minicpm_data.model_options import load_model, note_context, open_source
-from minicpm_data.option_checks import check_range
+from minicpm_data.model_options import load_model, note_context, open_early, open_source
+from minicpm_data.option_checks import check_new_file, check_range
+from minicpm_data.plots import heat_map
 from minicpm_serve import backends
 from minicpm_serve.evaluation.needles import Encode, Sample, TaskName, answer_tokens, evaluation_samples, is_right
 from weights_io.command_line import Former
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.partial import write_whole
+from weights_io.progress import waiting
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -36,6 +38,8 @@ class Options(backends.BackendOptions):
     """passkey: 5 digits; number_string: a sequence of 10 digits; kv_retrieval: a value of a JSON object."""
     max_seq_length: Annotated[int, Former("length")] = 4096
     """Maximum number of tokens of a prompt with its answer. The texts are made just short enough."""
+    lengths: tuple[int, ...] = ()
+    """Several maximum numbers of tokens, in place of --max-seq-length, each with --num-samples texts: 1024 2048."""
     num_samples: Annotated[int, Former("samples")] = 20
     """Number of texts."""
     depth: tuple[float, ...] = ()
@@ -54,6 +58,8 @@ class Options(backends.BackendOptions):
     """Chunk size of a text in tokens. A smaller chunk takes less memory."""
     save_path: Annotated[Path | None, Former("json")] = None
     """JSON file for the score, the samples and the replies. By default no file is written."""
+    plot: Path | None = None
+    """PNG file for a heat map of the score, by the depth of the needle and --lengths. By default none is drawn."""
 
 
 def main(options: Options) -> None:
@@ -62,46 +68,87 @@ def main(options: Options) -> None:
 
     options.check_placement()
     check_range(options, "num_samples", "max_seq_length", "batch_size", least=1)
+    if options.lengths and min(options.lengths) < 1:
+        raise InputError(f"is {min(options.lengths)}; it must be at least 1.", option="lengths")
     if wrong := [depth for depth in options.depth if not 0 <= depth <= 1]:
         raise InputError(f"is {wrong[0]:g}; it must be a number from 0 to 1.", option="depth")
     cache = CacheOptions(
         kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size, kv_group_size=options.kv_group_size
     )
+    if options.save_path is not None and not options.save_path.expanduser().absolute().parent.is_dir():
+        raise InputError(f"is {options.save_path}, in a folder that does not exist; make it first.", option="save_path")
+    if options.plot is not None:
+        check_new_file(options.plot, "plot", ".png")
+    here = open_early(options)
     backend = backends.get(options.backend)
-    source = open_source(options)
+    source = open_source(options, here)
     config, tokenizer = options.scaled(source.checkpoint.config), tokenizer_of(source.checkpoint)
     if tokenizer is None:
         path = source.checkpoint.path
         raise InputError(f"{path} holds no tokenizer files; put the model's tokenizer.json beside its weights.")
     encode = _in_template(tokenizer) if options.chat else tokenizer.encode
-    if options.save_path is not None and not options.save_path.expanduser().absolute().parent.is_dir():
-        raise InputError(f"is {options.save_path}, in a folder that does not exist; make it first.", option="save_path")
-    samples = evaluation_samples(
-        options.task, encode, options.max_seq_length, options.num_samples, options.seed, options.depth
-    )
+    lengths, how = options.lengths or (options.max_seq_length,), (options.num_samples, options.seed, options.depth)
+    with waiting("writing the texts"):
+        texts = {length: evaluation_samples(options.task, encode, length, *how) for length in lengths}
     most = answer_tokens(options.task, encode)
-    note_context(config, max(len(sample.ids) for sample in samples) + most, "; --rope-scaling stretches them")
+    longest = max(len(sample.ids) for samples in texts.values() for sample in samples)
+    note_context(config, longest + most, "; --rope-scaling stretches them")
     model, tokenizer = load_model(backend, options, decoding=True, source=source)
     backend.device.warn_idle_axes(model, options.batch_size)
     stop = tokenizer.turn_markers if options.chat else ()
-    prompts = [sample.ids for sample in samples]
-    said = list(replies(backend, model, tokenizer, prompts, options.batch_size, most, stop, cache))
-    right = [is_right(sample, reply) for sample, reply in zip(samples, said, strict=True)]
-    print("\n".join(table(samples, right)))
-    print(f"{options.task} at {options.max_seq_length} tokens: {counted(right)}")
+    results: dict[int, Result] = {}
+    for length, samples in texts.items():
+        prompts = [sample.ids for sample in samples]
+        said = list(replies(backend, model, tokenizer, prompts, options.batch_size, most, stop, cache))
+        right = [is_right(sample, reply) for sample, reply in zip(samples, said, strict=True)]
+        results[length] = Result(samples, said, right)
+        print("\n".join(table(samples, right)))
+        print(f"{options.task} at {length} tokens: {counted(right)}", flush=True)
+        if options.plot is not None:  # after each length, as the long ones take longest
+            draw(options, results)
     if options.save_path is not None:
-        write_whole(options.save_path, json.dumps(_report(options, config, samples, said, right), indent=1) + "\n")
+        write_whole(options.save_path, json.dumps(_report(options, config, results), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The texts of one length, with a reply to each and whether it is right."""
+
+    samples: Sequence[Sample]
+    said: Sequence[str]
+    right: Sequence[bool]
+
+
+def draw(options: Options, results: Mapping[int, Result]) -> None:
+    """Draw the heat map of --plot: a row for each tenth of the depth that has a needle, a column for each length."""
+    columns = [by_depth(result.samples, result.right) for result in results.values()]
+    rows = [group for group in range(GROUPS) if any(column[group] for column in columns)]
+    shares = [[sum(c[group]) / len(c[group]) if c[group] else None for c in columns] for group in rows]
+    names = [depth_of(group) for group in rows], [f"{length:,}" for length in results]
+    title = f"{options.task}, {options.model or 'pico'}"
+    assert options.plot is not None
+    heat_map(options.plot, shares, *names, "depth of the needle", "tokens of the text", title)
 
 
 def table(samples: Sequence[Sample], right: Sequence[bool]) -> list[str]:
     """The score as lines, one per tenth of the depth that has a needle."""
     lines = [f"{'depth':>10} {'right':>6} {'of':>4}"]
-    for group in range(GROUPS):
-        here = [r for s, r in zip(samples, right, strict=True) if min(int(s.depth * GROUPS), GROUPS - 1) == group]
+    for group, here in enumerate(by_depth(samples, right)):
         if here:
-            depth = f"{100 * group // GROUPS}-{100 * (group + 1) // GROUPS} %"
-            lines.append(f"{depth:>10} {sum(here):>6} {len(here):>4}")
+            lines.append(f"{depth_of(group):>10} {sum(here):>6} {len(here):>4}")
     return lines
+
+
+def by_depth(samples: Sequence[Sample], right: Sequence[bool]) -> list[list[bool]]:
+    """Whether the replies are right, for each tenth of the depth."""
+    groups: list[list[bool]] = [[] for _ in range(GROUPS)]
+    for sample, found in zip(samples, right, strict=True):
+        groups[min(int(sample.depth * GROUPS), GROUPS - 1)].append(found)
+    return groups
+
+
+def depth_of(group: int) -> str:
+    return f"{100 * group // GROUPS}-{100 * (group + 1) // GROUPS} %"
 
 
 def counted(right: Sequence[bool]) -> str:
@@ -125,18 +172,24 @@ def _in_template(tokenizer: "Tokenizer") -> Encode:
     return lambda text: tokenizer.apply_chat([{"role": "user", "content": text}])
 
 
-def _report(
-    options: Options, config: ModelConfig, samples: Sequence[Sample], said: Sequence[str], right: Sequence[bool]
-) -> dict[str, Any]:
+def _report(options: Options, config: ModelConfig, results: Mapping[int, Result]) -> dict[str, Any]:
+    """The file of --save-path. With --lengths, the scores are a list, one for each length."""
+    chosen = {name: getattr(options, name) for name in ("model", "revision", "backend", "task", "seed")}
+    scaling = {"rope_scaling": config.to_dict()["rope_scaling"]}
+    if options.lengths:
+        scores = [{"length": length} | _score(result) for length, result in results.items()]
+        return {**chosen, **scaling, "lengths": scores}
+    return {**chosen, "length": options.max_seq_length, **scaling, **_score(results[options.max_seq_length])}
+
+
+def _score(result: Result) -> dict[str, Any]:
+    right = result.right
     asked = [
         {"depth": sample.depth, "tokens": len(sample.ids), "answer": sample.answer, "reply": reply, "right": found}
-        for sample, reply, found in zip(samples, said, right, strict=True)
+        for sample, reply, found in zip(result.samples, result.said, right, strict=True)
     ]
-    chosen = {name: getattr(options, name) for name in ("model", "revision", "backend", "task", "seed")}
-    chosen["length"] = options.max_seq_length
-    low, high = wilson(sum(right), len(right))
-    score = {"right": sum(right), "of": len(right), "score": sum(right) / len(right), "interval": [low, high]}
-    return {**chosen, "rope_scaling": config.to_dict()["rope_scaling"], **score, "samples": asked}
+    score = {"right": sum(right), "of": len(right), "score": sum(right) / len(right)}
+    return {**score, "interval": list(wilson(sum(right), len(right))), "samples": asked}
 
 
 if __name__ == "__main__":

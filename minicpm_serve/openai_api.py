@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minicpm_data.generation.options import CacheOptions
-from minicpm_data.model_options import load_model, note_context
+from minicpm_data.model_options import load_model, note_context, open_early
 from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.engine import ServingEngine
@@ -78,8 +78,9 @@ def main(options: Options) -> None:
         options.host, options.port
     ) as listening:  # before the model is loaded, so that a port in use is reported at once
         hosts = checked_hosts(options.host, listening.getsockname()[0], options.allowed_hosts)
+        here = open_early(options)
         backend = backends.get(options.backend)
-        model, tokenizer = load_model(backend, options, decoding=True)
+        model, tokenizer = load_model(backend, options, decoding=True, source=here)
         cache_options = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
         limits = options.max_num_seqs, options.max_model_len, cache_options
         engine = ServingEngine(options.backend, model, tokenizer, *limits)

@@ -18,6 +18,7 @@ from minicpm_serve.evaluation.needles import TASKS, TaskName, make_sample
 from weights_io.command_line import Former
 from weights_io.errors import InputError
 from weights_io.files.partial import partial
+from weights_io.progress import progress_bar
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -41,8 +42,6 @@ class Options:
 
 def main(options: Options) -> None:
     """Write retrieval samples for training. Their needles never occur in an evaluation."""
-    from tqdm import tqdm
-
     shortest, longest = options.lengths
     if options.num_samples < 1:
         raise InputError(f"is {options.num_samples}; it must be at least 1.", option="num_samples")
@@ -53,14 +52,19 @@ def main(options: Options) -> None:
     make_sample(options.task, encode, shortest, 0.0, "shortest", False)  # raises before the file is created
     options.save_path.parent.mkdir(parents=True, exist_ok=True)
     tokens = 0
-    with partial(options.save_path) as path, path.open("w", encoding="utf-8") as file:
-        for i in tqdm(range(options.num_samples), desc="writing", disable=None, delay=1):
+    with (
+        partial(options.save_path) as path,
+        path.open("w", encoding="utf-8") as file,
+        progress_bar("writing", options.num_samples, unit="sample") as bar,
+    ):
+        for i in range(options.num_samples):
             random = Random(f"{options.seed} {i}")
             length, depth = random.randint(shortest, longest), random.random()
             sample = make_sample(options.task, encode, length, depth, f"{options.seed} {i}", False)
             line = {"prompt": sample.prompt, "completion": f"{space}{sample.answer}{'.' if space else ''}"}
             file.write(json.dumps(line) + "\n")
             tokens += len(sample.ids)
+            bar.update()
     print(f"{options.save_path}: {options.num_samples} samples of {options.task}, {tokens:,} tokens of prompts")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_adapter
 import tiny_model
+import tiny_training
 from documented_commands import typed
 
 from weights_io import command_line
@@ -110,6 +111,7 @@ def test_help_costs_no_heavy_import(module, helpful):
     code, said, imported = json.loads(helpful.stdout.readline())
     assert code == 0
     assert f"python -m {module}" in said
+    assert re.search(rf"Examples?:\n  python -m {module}", said) and "None" not in said and "default: False" not in said
     assert not HEAVY & set(imported)
 
 
@@ -237,6 +239,46 @@ def test_wrong_calls(package, folder, arguments, said):
     ran = typed(f"{package}.generate", *model, *filled, "--seed", 4)
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr and said in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("minicpm_jax.generate --max-tokns 3", "--max-tokns is unknown; did you mean --max-tokens? See {help}"),
+        ("minicpm_jax.generate --temprature=1", "--temprature is unknown; did you mean --temp? See {help}"),
+        ("minicpm_jax.generate --zz --yy", "--zz and --yy are unknown; see {help}"),
+        ("minicpm_jax.generate -m x", "--max-tokens is x; it must be a whole number."),
+        ("minicpm_jax.generate --temperature hot", "--temperature is hot; it must be a number."),
+        ("minicpm_jax.generate --kv-bits 3", "--kv-bits is 3; it must be 4 or 8."),
+        ("minicpm_jax.generate --verbose maybe", "--verbose is maybe; it must be True or False."),
+        ("minicpm_jax.generate --max-tokens", "--max-tokens needs a whole number; none is given."),
+        (
+            "minicpm_jax.generate --prompt-lookup yes",
+            "--prompt-lookup takes no value, and yes follows it; leave that out.",
+        ),
+        ("minicpm_jax.generate --temp 1 2", "--temp takes 1 value; 2 follows and belongs to no option."),
+        ("minicpm_jax.generate hello", "hello does not belong to an option; see {help}"),
+        ("minicpm_serve.retrieval --lengths 3 --save-path x", "--lengths needs 2 values; 1 is given."),
+        ("weights_io.convert --model x", "--to and --save-path must be given; see {help}"),
+        ("minicpm_jax.evaluate --require-sums 200", "--require-sums is 200; give a percentage from 0 to 100."),
+        ("minicpm_jax.lora -c {yaml}", "--config {yaml}: iters is many; it must be a whole number."),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_refused_in_a_sentence(command, said, tmp_path):
+    yaml = tmp_path / "lora.yaml"
+    yaml.write_text("iters: many\n")
+    module, *flags = command.format(yaml=yaml).split()
+    ran = typed(module, *flags)
+    said = said.format(help=f"python -m {module} --help.", yaml=yaml)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", f"error: {said}\n")
+
+
+def test_help_has_groups_and_fits_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    said = typed("minicpm_jax.lora", "--help").stdout
+    groups = "model data memory training schedule adapter device output"
+    assert re.findall("─ ([a-z]+) options", said) == groups.split()
+    assert all(len(line) <= 60 for line in said.splitlines() if line[:1] in "│╭╰")
 
 
 def test_answers_beyond_the_context_are_noted(package, tmp_path):
@@ -459,6 +501,19 @@ def test_evaluate_counts(package, folder):
     assert typed(f"{package}.evaluate", "--limit", 0).returncode == 2
 
 
+def test_evaluate_compares_with_an_earlier_run(folder, tmp_path):
+    asked = ("minicpm_mlx.evaluate", "--limit", 6, "--max-tokens", 4)
+    first = typed(*asked, "--model", folder, "--save-path", tmp_path / "before.json")
+    written = json.loads((tmp_path / "before.json").read_text())
+    assert first.returncode == 0 and written["scores"]["sum"] == 0 and len(written["questions"]) == 6
+    ran = typed(*asked, "--before", tmp_path / "before.json", "--plot", tmp_path / "scores.png")
+    assert re.search(r"sum +\d of +4 right, [\d.]+% \(before: 0.0%\)", ran.stdout), ran.stderr
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "before.json").write_text('{"scores": {"sum": 95}}')
+    wrong = typed(*asked, "--before", tmp_path / "before.json")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and "holds no scores" in wrong.stderr
+
+
 def test_a_run_that_compiles_says_only_how_long(folder, tmp_path):
     """Programs that compile in less than half a second are not kept for the next run."""
     ran = run("minicpm_jax.generate", "--model", folder, "-m", 4, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "new"))
@@ -484,3 +539,63 @@ def test_adapters_that_do_not_fit_are_refused_in_a_sentence(package, folder, tmp
         ran = typed(f"{package}.{command}", "--model", folder, "--adapter-path", path)
         assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
         assert said.format(path) in ran.stderr
+
+
+# Mistakes that need no backend to be seen; {0} is a folder with a model, data and nothing else.
+REFUSED = [f"minicpm_{backend}.{call}" for backend in ("jax", "mlx") for call in (
+    "generate --model /nope",
+    "generate --model {0}/model --adapter-path {0}",
+    "chat --model no/such/model/here",
+    "evaluate --model {0}/model --data {0}/none.jsonl",
+    "evaluate --model {0}/model --plot {0}/picture.pdf",
+    "parity --model /nope --reference {0}/reference.npz",
+    "kv_error --model {0}/model --data {0}/none.txt",
+    "lora --model /nope --data {0}/data",
+    "lora --model {0}/model --data {0}/none",
+    "lora --model {0}/model --data {0}/data --adapter-path {0}",
+    "pretrain --init-from /nope --tokenizer {0}/model --data {0}/data --save-path {0}/new",
+    "pretrain --config {0}/none.json --tokenizer {0}/model --data {0}/data --save-path {0}/new",
+    "fuse --model {0}/model --adapter-path {0}/none --save-path {0}/new",
+)]  # fmt: skip
+REFUSED += [f"minicpm_serve.{call}" for call in (
+    "longcontext --backend jax --model /nope",
+    "longcontext --backend mlx --model {0}/model --plot {0}/none/x.png",
+    "history --backend jax --folders /nope --save-path {0}/new",
+    "openai_api --backend mlx --model /nope --port 0",
+)]  # fmt: skip
+REFUSED += ["minicpm_jax.fit --model /nope", "minicpm_jax.fit --plot {0}/none/x.png"]
+REFUSED += ["weights_io.convert --model /nope --to hf --save-path {0}/new"]
+REFUSED += ["weights_io.convert --model {0}/model --to hf --save-path {0}"]
+# Runs each command line that it reads, in a child that has imported nothing but what all of them need.
+REFUSING = """
+import contextlib, io, json, os, runpy, sys
+import numpy, tyro, weights_io.checkpoint, weights_io.command_line, minicpm_data.training.options
+for line in map(str.split, sys.stdin):
+    if os.fork():
+        os.wait()
+        continue
+    sys.argv, said, code = line, io.StringIO(), 0
+    try:
+        with contextlib.redirect_stderr(said):
+            runpy.run_module(line[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    print(json.dumps([line, code or 0, said.getvalue(), sorted({"jax", "mlx.core", "torch"} & set(sys.modules))]))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+def test_a_cheap_mistake_is_refused_before_a_backend_is_imported(folder, tmp_path):
+    (tmp_path / "model").symlink_to(folder)
+    tiny_training.write_data(tmp_path / "data", tiny_training.chats(2), valid=tiny_training.chats(2, seed=1))
+    np.savez(tmp_path / "reference.npz", input_ids=np.ones((1, 2), int))
+    before = sorted(tmp_path.iterdir())
+    lines = "".join(command.format(tmp_path) + "\n" for command in REFUSED)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", REFUSING], input=lines, env=environment, capture_output=True, text=True)
+    results = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(results) == len(REFUSED), ran.stderr
+    wrong = [result for result in results if (result[1], result[2].count("\n"), result[3]) != (2, 1, [])]
+    assert not wrong and all(said.startswith("error: ") for _, _, said, _ in results), wrong or results
+    assert sorted(tmp_path.iterdir()) == before

@@ -46,6 +46,8 @@ SHORTER = {
     r"(?<=lora|tune)( .*) --max-seq-length \d+": r"\1",
     r"(minicpm_\w+\.(?:lora|finetune) .*)": r"\1 --max-seq-length 64",
     r"(minicpm_serve.longcontext .*--max-seq-length) \d+": r"\1 200 --num-samples 1",
+    r"(minicpm_serve.longcontext .*--lengths) [\d ]+--num-samples \d+": r"\1 200 300 --num-samples 1",
+    r"(\.evaluate .*--adapter-path) adapters": r"\1 adapters-of-others",
     r"(minicpm_jax.fit .*--max-seq-length) \d+": r"\1 64",
 }
 

@@ -56,9 +56,12 @@ def test_loss_over_folders(backend, run_folder, tmp_path):
         tmp_path,
     )
     options += ("--data", run_folder / "text.jsonl", "--folders", "step100")
+    refused = typed(COMMAND, *options, "step250")
+    assert f"error: step250: '{run_folder}/step250' is no folder" in refused.stderr and not list(tmp_path.iterdir())
+    (run_folder / "step150").mkdir(exist_ok=True)
     failed = typed(COMMAND, *options, "step150", "step200")
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
-    assert f"error: step150: '{run_folder}/step150' is no folder" in failed.stderr
+    assert f"error: step150: {run_folder}/step150/config.json" in failed.stderr
     assert [record["name"] for record in records(tmp_path)] == ["step100"], "what was done is kept"
     shutil.copytree(run_folder / "step100", tmp_path / "step100")
     ran = typed(COMMAND, *options, "step200")

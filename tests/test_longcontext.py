@@ -186,6 +186,12 @@ def test_the_score_is_given_by_depth(folder, monkeypatch, capsys, tmp_path):
     written = json.loads(report.read_text())
     assert (written["right"], written["of"], written["score"]) == (5, 10, 0.5)
     assert [sample["right"] for sample in written["samples"]] == [True] * 5 + [False] * 5
+    several = {**options, "lengths": (600, 1000), "plot": tmp_path / "map.png"}
+    longcontext.main(longcontext.Options(**several, batch_size=1))
+    assert "passkey at 600 tokens" in capsys.readouterr().out
+    lengths = json.loads(report.read_text())["lengths"]
+    assert [each["length"] for each in lengths] == [600, 1000] and lengths[1]["samples"] == written["samples"]
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_command(backend, folder, tmp_path):

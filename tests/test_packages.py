@@ -30,6 +30,7 @@ BY_STRING = ("find_spec", "import_module", "__import__", "run_module", "run_path
 # Calls of those whose module is no string in the source.
 BY_VARIABLE = {
     "weights_io/command_line.py": ["ABOVE[name]", "package"],  # the table; what __main__.py says it is
+    "weights_io/cli/help_page.py": ["module"],  # found, not imported: its docstring holds the examples
     "weights_io/lazy_exports.py": ["f'{package}.{exports[name]}'"],  # of the package that installs it
     "minicpm_data/metrics.py": ["PACKAGES[report_to]"],  # wandb or tensorboard
     "minicpm_data/cli/notebook.py": ["module"],  # what the notebook runs

@@ -8,8 +8,9 @@ import pytest
 import tqdm
 
 from minicpm_data.training import processes
+from weights_io import progress
 from weights_io.checkpoint import open_checkpoint
-from weights_io.progress import progress_bar
+from weights_io.progress import awaited, progress_bar, waiting
 from weights_io.write import save_checkpoint
 
 
@@ -64,3 +65,21 @@ def test_only_a_terminal_sees_it(monkeypatch, capsys, terminal):
     assert processes.SingleProcess().quiet is None  # so do the bars of training
     assert ("loading:  50%" in said and "1.00M/2.00M" in said) == terminal
     assert terminal or not said
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_takes_long_says_so(monkeypatch, capsys, terminal):
+    """A terminal is told the seconds, until a bar takes the line's place; a file gets one plain line for each."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(progress, "PATIENCE", 0.01)
+    with waiting("compiling"):
+        time.sleep(0.1)
+        with progress_bar("asking", 3, unit="question") as bar:
+            time.sleep(0.1)
+            bar.update(3)
+    captured = capsys.readouterr()
+    assert captured.out == "" and list(awaited("reading", iter("ab"))) == ["a", "b"] and not list(awaited("x", ()))
+    if terminal:
+        assert "\rcompiling .. 0 s" in captured.err and "3/3 [" in captured.err
+    else:
+        assert captured.err == "compiling ..\nasking: 3 questions ..\n"

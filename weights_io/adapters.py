@@ -105,13 +105,7 @@ def read_adapter(path: Path | str, config: ModelConfig) -> Adapter:
         InputError: there is no adapter, a file is damaged, a setting is not supported, a number is NaN or infinite,
             or a tensor does not fit the model (the first one is named with both shapes).
     """
-    path = Path(path).expanduser()
-    folder = path if path.is_dir() else path.parent
-    if not (folder / CONFIG).is_file() or not path.exists():
-        raise InputError(
-            f"{path} is no adapter: give the folder that holds {CONFIG} and adapter_model.safetensors (of PEFT) or "
-            "adapters.safetensors (of mlx_lm)."
-        )
+    path, folder = adapter_folder(path)
     raw = read_json(folder / CONFIG)
     form = next((form for form in FORMS.values() if form.is_config(raw)), None)
     if form is None:
@@ -123,6 +117,18 @@ def read_adapter(path: Path | str, config: ModelConfig) -> Adapter:
     if weights is None:
         raise InputError(f"{folder} has no {form.WEIGHTS[0]}, which belongs to its {CONFIG}; save the adapter again.")
     return form.read(raw, _open(weights), config, str(folder))
+
+
+def adapter_folder(path: Path | str) -> tuple[Path, Path]:
+    """The path of an adapter, and its folder. Raises `InputError` where there is no adapter; nothing is read."""
+    path = Path(path).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file() or not path.exists():
+        raise InputError(
+            f"{path} is no adapter: give the folder that holds {CONFIG} and adapter_model.safetensors (of PEFT) or "
+            "adapters.safetensors (of mlx_lm)."
+        )
+    return path, folder
 
 
 def save_adapter(

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from weights_io.cli.help_page import description, in_groups, texts_of
+from weights_io.cli.refusals import refusal, wrong_word
 from weights_io.errors import InputError, flag
 
 Options = TypeVar("Options")
@@ -48,22 +50,32 @@ def run(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show 中 shows ?
 
-    shown = for_tyro(options, bool({"-h", "--help"} & set(sys.argv[1:])))
+    asking = bool({"-h", "--help"} & set(sys.argv[1:]))
+    shown = for_tyro(options, asking)
 
     def parsed(flags: list[str]) -> Options:
-        found = tyro.cli(
-            shown,
-            prog=prog,
-            description=main.__doc__,
-            args=present_flags(options, flags),
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                found = tyro.cli(
+                    shown,
+                    prog=prog,
+                    description=description(main, prog) if asking else None,
+                    args=present_flags(options, flags),
+                    config=(tyro.conf.FlagCreatePairsOff,),
+                )
+        except SystemExit as end:
+            if not end.code:  # of --help
+                raise
+            raise refusal(options, flags, former_names(options), prog, said.getvalue()) from None
         return options(**{field.name: getattr(found, field.name) for field in dataclasses.fields(shown)})
 
     with exit_codes(flags_of(options, sys.argv[1:])):
         allow_open_files()
         given = parsed(sys.argv[1:])
         if more_flags is not None and (more := more_flags(given)):
+            if wrong := wrong_word(options, more, former_names(options), prog):
+                raise InputError(f"{getattr(given, 'config', 'its file')}: {wrong.spelled(str)}", "config")
             given = parsed(more + sys.argv[1:])
         check_numbers(given)
         note_unneeded(given)
@@ -89,7 +101,8 @@ def flags_of(options: type, words: Iterable[str] = ()) -> Callable[[str], str]:
 def for_tyro(options: type, asking: bool) -> Any:
     """The same dataclass with annotations that make tyro's help easier to read.
 
-    The help shows ``INT`` instead of ``{None}|INT``, and does not show a default that is None or empty.
+    The help shows ``INT`` instead of ``{None}|INT``, and does not show a default that is None, False or empty. It has a
+    box for each group of options (`weights_io.cli.help_page`).
 
     Arguments:
         options: the dataclass.
@@ -99,17 +112,24 @@ def for_tyro(options: type, asking: bool) -> Any:
     import tyro
 
     hints, annotated = typing.get_type_hints(options, include_extras=True), []
+    texts = texts_of(options) if asking else {}
     for field in dataclasses.fields(options):
         hint = hints[field.name]
         marks = getattr(hint, "__metadata__", ())
         if tyro.conf.Suppress in marks and not asking:
             hint, marks = hint.__origin__, ()
-        empty = field.default in (None, ()) and tyro.conf.UseAppendAction not in marks  # those keep "(repeatable)"
+        empty = field.default is False or field.default in (None, ())
+        empty = empty and tyro.conf.UseAppendAction not in marks  # those keep "(repeatable)"
         named = any(getattr(mark, "metavar", None) for mark in marks)
         metavar = None if named else _metavar(hint.__origin__ if marks else hint)
-        shown = tyro.conf.arg(help_behavior_hint="" if empty else None, metavar=metavar)
+        hint_of_default = "" if empty else None
+        shown = tyro.conf.arg(
+            help_behavior_hint=hint_of_default, metavar=metavar, help=texts.get(field.name), prefix_name=False
+        )
         default = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
         annotated.append((field.name, Annotated[hint, shown], default))
+    if asking:
+        return in_groups(options, annotated)
     frozen = options.__dataclass_params__.frozen  # type: ignore[attr-defined]  # as in the base class
     return dataclasses.make_dataclass(options.__name__, annotated, bases=(options,), frozen=frozen, kw_only=True)
 
@@ -121,6 +141,8 @@ def _metavar(kind: Any) -> str | None:
         return None
     if typing.get_origin(given[0]) is Literal:
         return f"{{{','.join(map(str, typing.get_args(given[0])))}}}"
+    if typing.get_origin(given[0]) is tuple:
+        return " ".join(getattr(one, "__name__", "TEXT").upper() for one in typing.get_args(given[0]))
     return given[0].__name__.upper() if given[0] in (str, int, float, Path) else None
 
 

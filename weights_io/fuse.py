@@ -21,6 +21,7 @@ from weights_io.checkpoint import Checkpoint
 from weights_io.command_line import Former, Unneeded
 from weights_io.config import DTYPES
 from weights_io.lora import Adapter, UpdateStats
+from weights_io.progress import waiting
 from weights_io.write import Tensor
 
 BLOCK = 32  # values of a row that share a scale in most GGUF types
@@ -95,9 +96,11 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_f
         line += f", and rounding is {change.error:.2g} of that change"
     lines.append(line)
     if kinds := quantized_kinds(checkpoint):
+        with waiting("estimating the error of the quantized blocks"):
+            error = quantization_error(checkpoint)
         lines.append(
             f"{checkpoint.path.name} is quantized ({', '.join(kinds)}): the fused weights carry that error, by the "
-            f"steps of its blocks about {quantization_error(checkpoint):.2g} of their size (root mean square); fuse "
+            f"steps of its blocks about {error:.2g} of their size (root mean square); fuse "
             "into the unquantized model where there is a choice"
         )
     return lines

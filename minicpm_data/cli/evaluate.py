@@ -1,5 +1,6 @@
 """The command evaluate of both backends: ask a model questions, and count the right answers."""
 
+import json
 import math
 import sys
 from collections import defaultdict
@@ -17,10 +18,13 @@ from minicpm_data.generation.api import Backend
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.keys import KeyRules, few
-from minicpm_data.model_options import ModelOptions, load_model
-from minicpm_data.option_checks import check_range
+from minicpm_data.model_options import ModelOptions, load_model, open_early
+from minicpm_data.option_checks import check_new_file, check_range
 from weights_io import command_line
 from weights_io.errors import InputError, listed
+from weights_io.files.json_text import read_json
+from weights_io.files.partial import write_whole
+from weights_io.progress import progress_bar
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -44,6 +48,12 @@ class EvaluateOptions(DataOptions, ModelOptions):
     require: tuple[str, ...] = ()
     """Exit with code 1 if a lower percentage of a kind of question is answered rightly: sum=95 fact=50. The questions
     of --data have the kind exact."""
+    save_path: Path | None = None
+    """JSON file for the scores, the questions and the replies. By default no file is written."""
+    before: Path | None = None
+    """File of --save-path from an earlier run, such as one without the adapter, to compare with."""
+    plot: Path | None = None
+    """PNG file for a bar of each kind of question, and with --before for two. By default none is drawn."""
     require_sums: Annotated[float | None, tyro.conf.Suppress] = None
     """The former name of --require sum=95."""
 
@@ -58,7 +68,7 @@ def replies(
     stop: Sequence[str] = (),
     cache: CacheOptions = PLAIN_CACHE,
 ) -> Iterator[str]:
-    """Answer prompts greedily, in batches, with a progress bar.
+    """Answer prompts greedily, in batches, with a progress bar that each finished answer moves.
 
     Arguments:
         backend, model, tokenizer: as for generation.
@@ -71,15 +81,12 @@ def replies(
     Returns:
         An iterator over the texts, in the order of the prompts.
     """
-    from tqdm import tqdm
-
-    with tqdm(total=len(prompts), desc="asking", disable=None, delay=1) as bar:  # None: only on a terminal
+    with progress_bar("asking", len(prompts), unit="question") as bar:
         for start in range(0, len(prompts), batch_size):
             group = prompts[start : start + batch_size]
             request = GenerationRequest.of(model, tokenizer, group, max_tokens, cache=cache)
-            for answer in backend.generator.batch(model, tokenizer, request, stop):
+            for answer in backend.generator.batch(model, tokenizer, request, stop, bar.update):
                 yield "".join(response.text for response in answer)
-            bar.update(len(group))
 
 
 @dataclass(frozen=True)
@@ -179,18 +186,19 @@ def is_right(question: dict[str, Any], reply: str) -> bool:
 
 def requirements(options: EvaluateOptions) -> dict[str, float]:
     """Kind of question -> the required percentage of right answers. Raises `InputError`."""
-    given = options.require if options.require_sums is None else (*options.require, f"sum={options.require_sums}")
+    sums = options.require_sums
+    given = [("require", text) for text in options.require] + [("require_sums", f"sum={sums}")] * (sums is not None)
     found = {}
-    for text in given:
+    for option, text in given:
         kind, _, percentage = text.partition("=")
         try:
             found[kind] = float(percentage)
         except ValueError:
             found[kind] = math.nan
         if not 0 <= found[kind] <= 100:
-            raise InputError(
-                f"is {text}; give a kind of question and a percentage from 0 to 100: sum=95.", option="require"
-            )
+            if option == "require_sums":
+                raise InputError(f"is {sums:g}; give a percentage from 0 to 100.", option)
+            raise InputError(f"is {text}; give a kind of question and a percentage from 0 to 100: sum=95.", option)
     return found
 
 
@@ -200,6 +208,35 @@ def missed(required: Mapping[str, float], scores: Mapping[str, Sequence[bool]]) 
         if (share := 100 * sum(scores[kind]) / len(scores[kind])) < percentage:
             return f"{share:.1f} % of the questions of the kind {kind} are right; --require asks for {percentage:g} %."
     return None
+
+
+def report(options: EvaluateOptions, shares: Mapping[str, float], answers: Sequence[Answered]) -> dict[str, Any]:
+    """The file of --save-path: what was asked of which model, the share of right answers, and each reply."""
+    asked = [
+        {name: answer.question[name] for name in ("kind", "prompt", "answer")}
+        | {"reply": answer.reply, "right": answer.right}
+        for answer in answers
+    ]
+    chosen = {name: getattr(options, name) for name in ("model", "revision", "adapter_path", "limit", "seed")}
+    return {**chosen, "scores": dict(shares), "questions": asked}
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Kind of question -> share of right answers, of a file that `report` made. Raises `InputError`."""
+    scores = read_json(path).get("scores")
+    if not isinstance(scores, dict) or not all(type(x) in (int, float) and 0 <= x <= 1 for x in scores.values()):
+        raise InputError(f"{path} holds no scores; give a file that evaluate wrote with --save-path.", "before")
+    return scores
+
+
+def draw(path: Path, shares: Mapping[str, float], earlier: Mapping[str, float] | None) -> None:
+    """Draw the percentage of right answers, a bar for each kind of question; two where there are earlier scores."""
+    from minicpm_data.plots import grouped_bars
+
+    runs = {"right": shares} if earlier is None else {"before": earlier, "after": shares}
+    kinds = dict.fromkeys(kind for run in runs.values() for kind in run)
+    bars = {kind: {name: 100 * run[kind] for name, run in runs.items() if kind in run} for kind in kinds}
+    grouped_bars(path, bars, "right answers (%)", most=100, form="{:.0f}")
 
 
 def run_evaluate(
@@ -212,8 +249,15 @@ def run_evaluate(
         file, and count the right answers."""
         check_range(options, "batch_size", "max_tokens", "limit", least=1)
         required = requirements(options)
+        if options.data is not None and not options.data.is_file():
+            raise InputError(f"is {options.data}, which is no file; give a file of conversations.", "data")
+        earlier = None if options.before is None else read_scores(options.before)
+        for name in ("plot", "save_path"):
+            if (path := getattr(options, name)) is not None:
+                check_new_file(path, name, ".png" if name == "plot" else ".json")
+        here = open_early(options)
         running = backend()
-        model, tokenizer = load_model(running, options, decoding=True)
+        model, tokenizer = load_model(running, options, decoding=True, source=here)
         running.device.warn_idle_axes(model, options.batch_size)
         numbers = options.limit, options.batch_size, options.max_tokens, options.seed, options.data
         reading = options.ignore_keys, not options.special_tokens_as_text
@@ -221,11 +265,18 @@ def run_evaluate(
         scores: dict[str, list[bool]] = defaultdict(list)
         for answer in answers:
             scores[answer.question["kind"]].append(answer.right)
+        shares = {kind: sum(right) / len(right) for kind, right in scores.items()}
         for kind, right in scores.items():
-            print(f"{kind:12} {sum(right):>4} of {len(right):>4} right, {sum(right) / len(right):.1%}")
+            was = "" if earlier is None or kind not in earlier else f" (before: {earlier[kind]:.1%})"
+            print(f"{kind:12} {sum(right):>4} of {len(right):>4} right, {shares[kind]:.1%}{was}")
         for answer in [answer for answer in answers if not answer.right][:SHOWN]:
             question = answer.question
             print(f"wrong: {question['prompt']} -> {answer.reply} (right: {question['answer']})")
+        if options.save_path is not None:
+            written = json.dumps(report(options, shares, answers), ensure_ascii=False, indent=1)
+            write_whole(options.save_path, written + "\n")
+        if options.plot is not None:
+            draw(options.plot, shares, earlier)
         if unmet := missed(required, scores):
             print(unmet, file=sys.stderr)
             sys.exit(1)

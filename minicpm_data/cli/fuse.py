@@ -1,7 +1,7 @@
 """The command ``python -m weights_io.fuse``. The tokenizer is built, or refused, before any weight is written."""
 
 from minicpm_data.tokenizer.writing import carried_files
-from weights_io.adapters import read_adapter
+from weights_io.adapters import adapter_folder, read_adapter
 from weights_io.checkpoint import open_model
 from weights_io.fuse import Options, fuse
 from weights_io.write import check_output
@@ -9,6 +9,7 @@ from weights_io.write import check_output
 
 def main(options: Options) -> None:
     check_output(options.save_path)
+    adapter_folder(options.adapter_path)
     checkpoint = open_model(options.model, options.revision, options.hub)
     check_output(options.save_path, checkpoint.path)
     adapter = read_adapter(options.adapter_path, checkpoint.config)

@@ -24,10 +24,11 @@ from minicpm_data.generation.options import (
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.generation.responses import stop_strings
 from minicpm_data.generation.speculation import Source, Speculation
-from minicpm_data.model_options import ModelOptions, load_model, note_context
+from minicpm_data.model_options import ModelOptions, load_model, note_context, open_early
 from weights_io import command_line
 from weights_io.command_line import Former, Unneeded
 from weights_io.errors import InputError, not_utf8
+from weights_io.progress import awaited, waiting
 
 if TYPE_CHECKING:
     from minicpm_data.generation.responses import Response
@@ -181,9 +182,16 @@ def run_generate(
         prompt = _read_stdin() if options.prompt == "-" else options.prompt
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something.")
+        here = open_early(options)
+        drafting = (
+            None
+            if options.draft_model is None
+            else replace(options, model=options.draft_model, revision=None, adapter_path=None, rope_scaling=None)
+        )
+        drafter = None if drafting is None else open_early(drafting)
         running = backend()
         # The form for decoding does not let the layers be inspected.
-        model, tokenizer = load_model(running, options, decoding=not options.report_sparsity)
+        model, tokenizer = load_model(running, options, decoding=not options.report_sparsity, source=here)
         running.device.warn_idle_axes(model, 1)
         if options.report_sparsity:
             sparsity.checked_threshold(model.config)
@@ -196,19 +204,19 @@ def run_generate(
             ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
             stops = options.stops(*tokenizer.turn_markers)
         draft = None
-        if options.draft_model is not None:
-            source = replace(options, model=options.draft_model, revision=None, adapter_path=None, rope_scaling=None)
-            draft, _ = load_model(running, source, decoding=True)
+        if drafting is not None:
+            draft, _ = load_model(running, drafting, decoding=True, source=drafter)
         meter = Meter(running.device)
         request = GenerationRequest.of(model, tokenizer, [ids], max_tokens, sampling, cache_options)
         answer = running.generator.stream(model, tokenizer, request, stops, options.speculation(draft))
-        for response in meter.watch(answer):
+        for response in awaited(f"reading the prompt of {len(ids)} tokens", meter.watch(answer)):
             print(response.text, end="", flush=True)
         print()
         said = [meter.report(len(ids))] if options.verbose else []
         if options.report_sparsity:
             run = [*ids, *meter.tokens[:-1]]  # the model never saw the last token
-            said.append(sparsity.line(running.activation_sparsity(model, run)))
+            with waiting("counting neurons"):
+                said.append(sparsity.line(running.activation_sparsity(model, run)))
         if running.device.is_first():
             note_context(model.config, len(ids) + len(meter.tokens))
             print(*said, sep="\n", end="\n" if said else "", file=sys.stderr)
@@ -223,8 +231,9 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
         """Chat with a MiniCPM (or Llama) model. /help lists the commands of the chat."""
         cache_options = options.cache_options()
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
+        here = open_early(options)
         running = backend()
-        model, tokenizer = load_model(running, options, decoding=True)
+        model, tokenizer = load_model(running, options, decoding=True, source=here)
         running.device.warn_idle_axes(model, 1)
         # An option that the backend lacks is refused now, and not after each question.
         running.generator.decoding.check(

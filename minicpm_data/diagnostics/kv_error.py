@@ -14,9 +14,10 @@ import numpy as np
 from minicpm_data.generation.api import Backend
 from minicpm_data.generation.options import CacheOptions
 from minicpm_data.generation.request import ModelT
-from minicpm_data.model_options import ModelOptions, load_model
+from minicpm_data.model_options import ModelOptions, load_model, open_early
 from weights_io import command_line
 from weights_io.errors import InputError, not_utf8
+from weights_io.progress import progress_bar
 
 PIECE = 128  # tokens of a chunk; [128, 122753] float64 logits are 126 MB
 
@@ -82,11 +83,18 @@ def run(
         if most < 1:
             raise InputError(f"is {most}; it must be at least 1.", option="max_tokens")
         packed = CacheOptions(kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
-        model, tokenizer = load_model(backend(), options)
+        here = open_early(options)
+        model, tokenizer = load_model(backend(), options, source=here)
         ids = tokenizer.encode(text)[:most]
         if not text or not ids:
             raise InputError("the text is empty; give some with --prompt or --data.")
-        found = compare(logits(model, ids, CacheOptions()), logits(model, ids, packed))
+        with progress_bar("comparing", len(ids), unit="token") as bar:
+
+            def told(chunk: np.ndarray) -> np.ndarray:
+                bar.update(len(chunk))
+                return chunk
+
+            found = compare(map(told, logits(model, ids, CacheOptions())), logits(model, ids, packed))
         print("\n".join(lines(found, options.kv_bits)))
 
     command_line.run(main, options, prog)

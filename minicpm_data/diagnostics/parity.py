@@ -26,10 +26,12 @@ from typing import IO, Any, BinaryIO, Literal
 
 import numpy as np
 
+from minicpm_data.model_options import open_early
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError, short
 from weights_io.files.regular import open_regular
 from weights_io.memory import SMALLER
+from weights_io.progress import waiting
 
 IGNORED = -100  # a label that does not count, as in PyTorch
 SUFFIXES = {"float32": "_f32", "bfloat16": "_bf16", "float16": "_f16"}
@@ -127,8 +129,10 @@ def run(options: Options, backend: ParityBackend) -> None:
     if not 0 <= tolerance < math.inf:
         raise InputError(f"is {tolerance}; it must be a number from 0 on.", option="tolerance")
     reference = Reference(options.reference, options.dtype)
-    source = {"revision": options.revision, "hub": options.hub, "remedy": SMALLER, **options.placement()}
-    model, _ = backend.load(options.model, options.dtype, **source)
+    here = open_early(options)
+    with waiting("loading the model"):
+        source = {"revision": options.revision, "hub": options.hub, "remedy": SMALLER, **options.placement()}
+        model, _ = backend.load(here or options.model, options.dtype, **source)
     passes, continuations = reference.passes(model.config), reference.continuations(model.config)
     if not passes and not continuations:
         raise InputError(f"{options.reference} has no numbers to compare in {options.dtype}; it needs {KEYS}.")
@@ -137,7 +141,7 @@ def run(options: Options, backend: ParityBackend) -> None:
     compared = [compare_pass(part, backend, model, tolerance) for part in passes]
     compared += [compare_continuation(part, backend, model, tolerance) for part in continuations]
     with np.errstate(all="ignore"):  # logits that overflow FAIL; a warning would add nothing
-        for result in itertools.chain(*compared):
+        for result in _patiently(itertools.chain(*compared)):
             print(result.line(), flush=True)
             results.append(result)
     failed = [result.case for result in results if not result.holds]
@@ -146,6 +150,16 @@ def run(options: Options, backend: ParityBackend) -> None:
         sys.exit(1)
     held = "the one case holds" if len(results) == 1 else f"all {len(results)} cases hold"
     print(f"{options.model} in {options.dtype}: {held}")
+
+
+def _patiently(results: Iterator[Result]) -> Iterator[Result]:
+    """The same results; `waiting` says so while the next one is computed."""
+    for number in itertools.count(1):
+        with waiting(f"computing case {number}"):
+            result = next(results, None)
+        if result is None:
+            return
+        yield result
 
 
 def compare_pass(part: Pass, backend: ParityBackend, model: Any, tolerance: float) -> Iterator[Result]:

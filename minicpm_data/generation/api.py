@@ -175,10 +175,11 @@ class Generator(Generic[ModelT]):
         tokenizer: "Tokenizer | None",
         request: GenerationRequest,
         stop: str | Sequence[str] = (),
+        on_finished: Callable[[], object] = lambda: None,
     ) -> list[list[Response]]:
-        """`batch_generate` for a `GenerationRequest`."""
+        """`batch_generate` for a `GenerationRequest`. ``on_finished`` is called once for each row, when it ends."""
         self.decoding.check(model, request)
-        rows = zip(*self.decoding.stream_tokens(model, request), strict=True)
+        rows = zip(*_watched(self.decoding.stream_tokens(model, request), request, on_finished), strict=True)
         return [list(stream_text(map(int, row), tokenizer, request.end_ids, stop, request.max_tokens)) for row in rows]
 
     def chat(
@@ -218,6 +219,20 @@ class Generator(Generic[ModelT]):
         options["stop"] = (*stop_strings(options.get("stop", ())), *tokenizer.turn_markers)
         reply = self.generate(model, tokenizer, prompt, **options).strip()
         return reply, [*messages, {"role": "assistant", "content": reply}]
+
+
+def _watched(
+    steps: "Iterator[np.ndarray]", request: GenerationRequest, on_finished: Callable[[], object]
+) -> "Iterator[np.ndarray]":
+    """The same steps, [B] tokens each; ``on_finished`` is called for each row at its first end id, or at the end."""
+    going = set(range(len(request.prompts)))
+    for step in steps:
+        for row in [row for row in going if int(step[row]) in request.end_ids]:
+            going.remove(row)
+            on_finished()
+        yield step
+    for _ in going:
+        on_finished()
 
 
 def _marked(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minicpm_data.generation.api import Backend
-from minicpm_data.model_options import load_model, open_source
+from minicpm_data.model_options import load_model, open_early, open_source
 from minicpm_data.tokenizer.chat_template import PLAIN_TEMPLATE
 from minicpm_data.training import loop, trainable
 from minicpm_data.training.loop import Arrays, Count, Plan
@@ -75,8 +75,9 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     if options.training:
         check_folder(options.out, options.resume)
         check_reporter(options.report_to)
+    here = open_early(options)
     running = backend()
-    source = open_source(options)
+    source = open_source(options, here)
     model, tokenizer = load_model(running, options, source=source)
     check_layers(options, model.config)
     if options.ignore_chat_template:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -13,7 +13,7 @@ from minicpm_data.datasets.options import DataOptions
 from minicpm_data.model_options import OneDevice, SourceOptions
 from minicpm_data.option_checks import check_range
 from minicpm_data.schedules import Decay, WarmupStableDecay
-from weights_io.adapters import AdapterConfig
+from weights_io.adapters import AdapterConfig, adapter_folder
 from weights_io.catalog import find
 from weights_io.command_line import Former, Unneeded
 from weights_io.errors import InputError
@@ -33,6 +33,9 @@ RESUMABLE_OPTIONS = frozenset(
     trust_remote_code clear_cache_threshold""".split()
 )
 
+# Options that the help of a training command shows in another group than that of a command that generates.
+IN_HELP = dict.fromkeys(("seed", "batch_size", "max_seq_length"), "training") | {"ignore_chat_template": "data"}
+
 
 def settings_of(options: Any) -> dict[str, Any]:
     """The options that a resumed run must repeat, as JSON values."""
@@ -42,6 +45,8 @@ def settings_of(options: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FinetuneOptions(DataOptions, SourceOptions):
+    help_groups: ClassVar = IN_HELP
+
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"])] = None
     """YAML file of options in mlx_lm's format; flags override it."""
     data: Path = Path("data")
@@ -141,6 +146,8 @@ class FullOptions(FinetuneOptions):
 
 @dataclass(frozen=True)
 class LoraOptions(FinetuneOptions):
+    help_groups: ClassVar = IN_HELP | {"adapter_path": "output"}
+
     adapter_path: Path = Path("adapters")
     """Folder for the adapter, the checkpoints and the loss curve."""
     fine_tune_type: Literal["lora", "dora", "full"] = "lora"
@@ -186,6 +193,8 @@ class LoraOptions(FinetuneOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(DataOptions, OneDevice):
+    help_groups: ClassVar = IN_HELP
+
     tokenizer: Path
     """Folder of the tokenizer."""
     data: Path
@@ -296,6 +305,8 @@ def check(options: FinetuneOptions) -> None:
         raise InputError(
             f"{options.data} does not exist; give a folder with train.jsonl, or such a file.", option="data"
         )
+    if (start := getattr(options, "resume_adapter_file", None)) is not None:
+        adapter_folder(start)
     if getattr(options, "fine_tune_type", None) == "full":
         raise InputError("full is a command of its own: finetune in place of lora.", option="fine_tune_type")
     _ = options.adapter  # checks rank, alpha and dropout

@@ -16,6 +16,8 @@ from minicpm_data.training.processes import leaving_at_interrupts
 from weights_io import command_line
 from weights_io.command_line import former_names
 from weights_io.errors import InputError
+from weights_io.hub import locate
+from weights_io.progress import waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,13 +65,15 @@ def pretrain(options: PretrainOptions, trainer: Make) -> None:
         options.decay,
         options.half_life,
     )
-    placement = options.placement()  # must come before the first use of a device
+    with waiting("starting"):
+        placement = options.placement()  # must come before the first use of a device
     tokenizer = load_tokenizer(options.tokenizer)
     if tokenizer.bos_token_id is None or not tokenizer.eos_token_ids:
         raise InputError(
             f"the tokenizer of {options.tokenizer} has no BOS or no EOS to separate documents; use another."
         )
-    worker = trainer(options, tokenizer.bos_token_id, **placement)
+    with waiting("preparing the weights"):
+        worker = trainer(options, tokenizer.bos_token_id, **placement)
     with contextlib.closing(worker):
         stages, fingerprint = read_stages(options, tokenizer, worker.config.vocab_size)
         # The stages follow from the schedule, so the warm-up and the number of steps must stay the same too.
@@ -106,6 +110,12 @@ def check(options: PretrainOptions) -> None:
             others=["init_from", "iters"],
         )
     check_folder(options.out, options.resume)
+    for name in ("config", "tokenizer", "data"):
+        path = getattr(options, name)
+        if path is not None and not path.expanduser().exists():
+            raise InputError(f"{path} does not exist; check its name and its folder.", option=name)
+    if options.init_from is not None:
+        locate(options.init_from, check=lambda raw, source: None)
 
 
 class Stage(NamedTuple):

@@ -97,8 +97,21 @@ class Job:
     @property
     def argument_bytes(self) -> int:
         """Bytes of the arguments per chip, without padding; known before compiling."""
-        leaves = jax.tree.leaves(self.call.arguments)
-        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+        return chip_bytes(self.call.arguments)
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes per chip of the large arguments: weights, optimizer and cache; without padding."""
+        first, second, third, *_ = self.call.arguments
+        if self.job == "generate":
+            named = {"weights": first, "cache": second.cache}
+        elif self.job == "prefill":
+            named = {"weights": first, "cache": third}
+        elif self.job == "lora":
+            named = {"weights": second, "adapter and optimizer": first}
+        else:
+            named = {"master weights": first[0], "optimizer": first[1]}
+        return {name: chip_bytes(tree) for name, tree in named.items()}
 
     @functools.cached_property
     def call(self) -> "Call":
@@ -254,6 +267,12 @@ class Job:
         key = self._everywhere(jax.eval_shape(lambda: jax.random.key(0)))
         state = self._state(fixed["optimizer"], self._masters())
         return Call(step.train_step, (state, None, windows, self._array((), jnp.float32), key), fixed)
+
+
+def chip_bytes(tree: Any) -> int:
+    """Bytes on a chip of a tree of placed shapes, without padding."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def compiled(lowered: Any) -> Any:

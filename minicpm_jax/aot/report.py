@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weights_io.memory import size
+from weights_io.progress import waiting
 
 if TYPE_CHECKING:
     from minicpm_jax.aot.programs import Job
@@ -28,6 +29,7 @@ class Report:
     needed: int  # arguments + results not aliased to arguments + temporaries + the program itself
     fits: bool
     arguments: int = 0
+    held: dict[str, int] = field(default_factory=dict)  # the largest arguments: weights, optimizer, cache
     outputs: int = 0
     aliased: int = 0
     temporaries: int = 0
@@ -50,20 +52,25 @@ def report(job: "Job") -> Report:
     from minicpm_jax.aot.flops import flops
     from minicpm_jax.aot.programs import compiled
 
-    traced = job.traced()
+    what = f"{job.job} of {job.model} for {job.topology}"
+    with waiting(f"tracing {what}"):
+        traced = job.traced()
+        lowered = traced.lower()
     chip, devices = job.topology.chip, len(job.devices)
     cores = devices // job.topology.chips
     found = Report(str(job.topology), "" if job.placed is None else _text(job.placed), chip.hbm // cores, 0, False)
-    lowered, began = traced.lower(), time.perf_counter()
+    found.held, began = job.held, time.perf_counter()
     try:
-        program = compiled(lowered)
+        with waiting(f"compiling {what}"):
+            program = compiled(lowered)
     except Exception as error:  # jax.errors.JaxRuntimeError has no subclasses
         found.needed = _exhausted(error)
         return found
     found.compile_seconds = time.perf_counter() - began
     memory, traffic = program.memory_analysis(), hlo_cost.Traffic()
     try:
-        traffic = hlo_cost.traffic(program.as_text())
+        with waiting(f"counting the bytes of {what}"):
+            traffic = hlo_cost.traffic(program.as_text())
     except jax.errors.JaxRuntimeError:  # JAX cannot always read back what libtpu compiled: "async-update should have 1"
         pass
     found.arguments, found.outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from weights_io.files.partial import partial
+from minicpm_data.plots import figure, save
 
 
 def steps(names: Sequence[str]) -> list[int] | None:
@@ -16,12 +16,7 @@ def steps(names: Sequence[str]) -> list[int] | None:
 
 def draw(picture: Path, values: dict[str, float], label: str) -> None:
     """``values`` by checkpoint, over the step in its name or else in the order of the run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    made, axes = figure()
     if (numbers := steps(list(values))) is not None:
         axes.plot(*zip(*sorted(zip(numbers, values.values(), strict=True)), strict=True), "o-")
         axes.set_xlabel("step")
@@ -30,6 +25,4 @@ def draw(picture: Path, values: dict[str, float], label: str) -> None:
         axes.set_xticks(range(len(values)), list(values), rotation=30, ha="right")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    with partial(picture) as path:
-        figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
+    save(made, picture)
