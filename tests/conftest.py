@@ -88,8 +88,8 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Modules share compiled programs. But each is mapped into memory, and thousands of them are more than a process may
-    have (65,530 maps on Linux): XLA then crashes."""
+    """Modules share compiled programs. But each is mapped into memory, and a process may have 65,530 maps on Linux: with
+    more, XLA crashes."""
     yield
     maps = Path("/proc/self/maps")
     if "jax" in sys.modules and (not maps.exists() or maps.read_bytes().count(b"\n") > 20_000):
