@@ -88,8 +88,8 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Modules share compiled programs. But each is mapped into memory, and a process may have 65,530 maps on Linux: with
-    more, XLA crashes."""
+    """Modules share compiled programs. But each is mapped into memory, and XLA crashes where a process has more maps
+    than it may (65,530 on Linux)."""
     yield
     maps = Path("/proc/self/maps")
     if "jax" in sys.modules and (not maps.exists() or maps.read_bytes().count(b"\n") > 20_000):
