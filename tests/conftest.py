@@ -18,7 +18,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     # Most of the suite's time is compilation, which these flags make three times shorter: nothing is optimised.
     flags = "--xla_force_host_platform_device_count=8"
     flags += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-    flags += " --xla_llvm_disable_expensive_passes=true"
     # A device that waits 40 s for the others ends the process: on busy cores they may well take longer.
     flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
