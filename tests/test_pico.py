@@ -1,9 +1,11 @@
 """The model that comes with the package: small, trained, and the same in both backends."""
 
 import re
+import subprocess
+import sys
 
 import pytest
-from documented_commands import ROOT, commands, run, typed
+from documented_commands import ROOT, commands, run
 
 import minicpm_data
 import minicpm_jax
@@ -41,9 +43,9 @@ def test_both_backends_give_the_same_answers():
 
 @pytest.mark.slow
 def test_the_scores_of_the_page():
-    """At least 95 % of held-out sums; docs/pico.md says what the command prints."""
-    ran = typed("minicpm_jax.evaluate")
-    assert ran.returncode == 0, ran.stderr
+    """At least 95 % of held-out sums; docs/pico.md says what the command prints. In a process of its own, whose programs
+    are slower to compile and faster to run."""
+    ran = subprocess.run([sys.executable, "-m", "minicpm_jax.evaluate"], capture_output=True, text=True, check=True)
     scores = {kind: float(percent) for kind, percent in re.findall(r"(\w+) .* ([\d.]+)%", ran.stdout)}
     assert scores["sum"] >= 95
     said = sorted(int(n) for n in re.findall(r"(\d+) %", (ROOT / "docs" / "pico.md").read_text(encoding="utf-8")))
