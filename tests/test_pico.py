@@ -43,8 +43,7 @@ def test_both_backends_give_the_same_answers():
 
 @pytest.mark.slow
 def test_the_scores_of_the_page():
-    """At least 95 % of held-out sums; docs/pico.md says what the command prints. A process of its own has
-    programs that are slower to compile and faster to run."""
+    """At least 95 % of held-out sums; docs/pico.md says what the command prints."""
     ran = subprocess.run([sys.executable, "-m", "minicpm_jax.evaluate"], capture_output=True, text=True, check=True)
     scores = {kind: float(percent) for kind, percent in re.findall(r"(\w+) .* ([\d.]+)%", ran.stdout)}
     assert scores["sum"] >= 95
