@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_adapter
+from documented_commands import typed
 
 from weights_io import adapters
 from weights_io.adapters import (
@@ -382,17 +381,8 @@ def test_the_command_turns_one_form_into_the_other(dense, tmp_path):
     save_adapter(tmp_path / "peft", adapter, dense.config)
     for source, to in (("peft", "mlx_lm"), ("mlx_lm", "again")):
         form = "peft" if to == "again" else to
-        options = [
-            "--model",
-            dense.path,
-            "--adapter-path",
-            tmp_path / source,
-            "--to",
-            form,
-            "--save-path",
-            tmp_path / to,
-        ]
-        ran = subprocess.run([sys.executable, "-m", "weights_io.adapters", *options], capture_output=True, text=True)
+        given = ["--model", dense.path, "--adapter-path", tmp_path / source]
+        ran = typed("weights_io.adapters", *given, "--to", form, "--save-path", tmp_path / to)
         assert ran.returncode == 0, ran.stderr
         assert "LoRA of rank 4, scale 2, on 14 matrices (q_proj, " in ran.stdout
     found = read_adapter(tmp_path / "again", dense.config)

@@ -43,7 +43,7 @@ SHORTER = {
     r"(\.evaluate .*--limit) \d+": r"\1 4 --max-tokens 4",
     r"--model minicpm-2b-history --revisions (.*--limit) \d+": r"--model saved --folders \1 4",
     r"(?<=lora|tune)( .*) --batch-size (?:[48]|\d\d)(?= |$)": r"\1 --batch-size 2",
-    r"(?<=lora|tune)( .*) --max-seq-length \d+": r"\1",
+    r"(\.(?:lora|finetune) .*) --max-seq-length \d+": r"\1",
     r"(minicpm_\w+\.(?:lora|finetune) .*)": r"\1 --max-seq-length 64",
     r"(minicpm_serve.longcontext .*--max-seq-length) \d+": r"\1 200 --num-samples 1",
     r"(minicpm_serve.longcontext .*--lengths) [\d ]+--num-samples \d+": r"\1 200 300 --num-samples 1",

@@ -40,6 +40,9 @@ FOLDERS = ["dense_1b", "dense_2b", "dense_bf16", "dense_eps", "dense_untied", "l
 FOLDERS += ["long_linear", "bin_sharded", "moe_8x2b", "s_1b"]
 FOLDERS += ["minicpm3", "minicpm3_scaled", "minicpm3_untied"]
 FOLDERS += ["minicpm4_05b", "minicpm4_8b", "minicpm4_scaled", "minicpm5"]  # sparse: config.json alone, as in MLX
+# In tests/test_generate.py greedy ids are the reference's too: of one prompt, and of a batch.
+GENERATING = ["dense_1b", "dense_2b", "dense_untied", "llama_format", "long_128k", "moe_8x2b", "s_1b"]
+BATCHED = ["dense_1b", "moe_8x2b", "s_1b"]
 # Measured: at most 2.8e-5 (minicpm3_scaled), as far as the original's own distance from float64 there.
 TOLERANCE = 5e-5
 SMALL = ModelConfig(
@@ -135,12 +138,18 @@ def test_padding(case, side):
 def test_hidden_states(case):
     ids = jnp.asarray(case["input_ids"][:1])
     positions = positions_of(case.model.config, ids.shape)
-    states = [case.model.model.embed(ids)]
-    for layer in unstack_layers(case.model).model.layers:
-        states.append(layer(states[-1], positions)[0])
-    close(jnp.concatenate(states), case["hidden_states"], 3e-4, 2e-6)  # numbers of up to 300
-    close(case.model.model.norm(states[-1])[0], case["final_norm"], 1e-4)
-    close(case.model.hidden_states(ids, positions)[0], case["final_norm"], 1e-4)
+
+    @jax.jit
+    def states_and_norms(model, layers):
+        states = [model.model.embed(ids)]
+        for layer in layers:
+            states.append(layer(states[-1], positions)[0])
+        return jnp.concatenate(states), model.model.norm(states[-1])[0], model.hidden_states(ids, positions)[0]
+
+    states, *norms = states_and_norms(case.model, unstack_layers(case.model).model.layers)
+    close(states, case["hidden_states"], 3e-4, 2e-6)  # numbers of up to 300
+    for norm in norms:
+        close(norm, case["final_norm"], 1e-4)
 
 
 def test_loss(case):
@@ -151,7 +160,9 @@ def test_loss(case):
             close(mean_loss(case.model, ids, labels, mask), case[f"{side}_loss"])
 
 
+@pytest.mark.parametrize("case", sorted(set(FOLDERS) - set(GENERATING)), indirect=True)
 def test_greedy_through_a_cache(case):
+    """Of the other folders in tests/test_generate.py, through the public call."""
     check_greedy(case, padding=0)
 
 
@@ -169,6 +180,7 @@ def check_greedy(case, padding):
         assert tokens[0].tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("case", sorted(set(FOLDERS) - set(BATCHED)), indirect=True)
 def test_greedy_batch_of_unequal_prompts(case):
     mask, width = case["batch_attention_mask"], case["batch_prompt_ids"].shape[1]
     prompts = [row[real == 1] for row, real in zip(case["batch_prompt_ids"], mask, strict=True)]
@@ -203,19 +215,25 @@ def test_decode_is_the_cached_call_before_the_head(dense):
 def test_input_embeddings_are_not_scaled(dense):
     ids = jnp.asarray(dense["input_ids"])
 
-    def logits(x):
-        x, _, _ = dense.model.model(x, positions_of(dense.model.config, ids.shape))
-        return np.asarray(dense.model.head(dense.model.model.norm(x)))
+    @functools.partial(jax.jit, static_argnums=1)
+    def logits(model, scaled):
+        x = model.model.embed(ids) if scaled else model.model.embed_tokens(ids)
+        x, _, _ = model.model(x, positions_of(model.config, ids.shape))
+        return model.head(model.model.norm(x))
 
-    close(logits(dense.model.model.embed(ids)), dense["logits"])
-    assert np.abs(logits(dense.model.model.embed_tokens(ids)) - dense["logits"]).max() > 1
+    close(logits(dense.model, True), dense["logits"])
+    assert np.abs(logits(dense.model, False) - dense["logits"]).max() > 1
+
+
+@jax.jit
+def packed_logits(model, ids, segments):
+    return model.head(model.hidden_states(ids, positions_of(model.config, ids.shape, segments=segments)))
 
 
 def test_documents_packed_in_a_row_do_not_see_each_other(dense):
     ids = jnp.asarray(dense["input_ids"][:1])
     segments = jnp.asarray([[0] * 5 + [1] * 7])
-    positions = positions_of(dense.model.config, ids.shape, segments=segments)
-    logits = dense.model.head(dense.model.hidden_states(ids, positions))
+    logits = packed_logits(dense.model, ids, segments)
     close(logits[:, :5], dense.model(ids[:, :5]))
     close(logits[:, 5:], dense.model(ids[:, 5:]))
 
@@ -224,8 +242,7 @@ def test_a_packed_document_has_the_rope_of_its_own_length(long):
     """33 and 80 tokens, more than max_position_embeddings (32), in one row with 16."""
     ids = jnp.asarray(np.concatenate([long[f"input_ids_T{n}"] for n in (33, 80, 16)] + [np.zeros((1, 7), int)], axis=1))
     segments = jnp.asarray([[1] * 33 + [2] * 80 + [3] * 16 + [0] * 7])
-    positions = positions_of(long.model.config, ids.shape, segments=segments)
-    logits = long.model.head(long.model.hidden_states(ids, positions))
+    logits = packed_logits(long.model, ids, segments)
     for n, start in ((33, 0), (80, 33), (16, 113)):
         close(logits[:, start : start + n], long[f"logits_T{n}"])
 

@@ -48,11 +48,16 @@ def model():
 def routes(model, ids, cache=None):
     """For each layer the router's logits [B T, E], and the weights and experts [B T, C] that follow; ``cache``: the ids
     come after what it holds."""
+    return routes_of_layers(model, unstack_layers(model).model.layers, ids, cache)
+
+
+@jax.jit
+def routes_of_layers(model, layers, ids, cache):
     positions = positions_of(model.config, ids.shape)
     if cache is not None:
         positions = positions_of(model.config, ids.shape, start=cache.lengths, length=cache.lengths + ids.shape[1])
-    x, found = model.model.embed(jnp.asarray(ids)), []
-    for index, layer in enumerate(unstack_layers(model).model.layers):
+    x, found = model.model.embed(ids), []
+    for index, layer in enumerate(layers):
         added, _ = layer.self_attn(layer.input_layernorm(x), positions, cache, index)
         y = x + scale(added, model.config.residual_scale)
         logits = layer.mlp.gate(layer.post_attention_layernorm(y).reshape(-1, y.shape[-1]))

@@ -7,15 +7,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import tiny_model
-from documented_commands import ROOT, served
+from documented_commands import served, typed
 
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_serve import backends, openai_api
@@ -481,8 +479,7 @@ def test_a_context_beyond_the_models_own_is_noted(tmp_path, monkeypatch, capsys)
 def test_a_port_that_is_taken():
     with openai_api.bound("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "minicpm_serve.openai_api", "--backend", "mlx", "--port", str(port)]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        ran = typed("minicpm_serve.openai_api", "--backend", "mlx", "--port", port)
     said = f"error: port {port} is in use; choose another with --port.\n"
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", said)
     with pytest.raises(InputError, match="the server cannot listen at no.such.host.invalid:0 "):

@@ -2,12 +2,11 @@
 
 import importlib
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 import tiny_adapter
 import tiny_model
+from documented_commands import typed
 
 jax = pytest.importorskip("jax")
 
@@ -135,8 +134,7 @@ def test_loaded_for_decoding_with_an_adapter(reference, tmp_path, monkeypatch, b
 def test_the_command(backend):
     """pico in 8 bits still adds up."""
     options = ["--prompt", "12 + 7 = ?", "--quantize", "8", "--max-tokens", "16", "--verbose", "False"]
-    command = [sys.executable, "-m", f"{backend}.generate", *options]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    ran = typed(f"{backend}.generate", *options)
     assert ran.stdout == "12 + 7 = 19\n", ran.stderr
 
 

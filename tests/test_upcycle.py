@@ -1,12 +1,11 @@
 """A dense model as a mixture of experts: the same logits, and each number where it belongs."""
 
 import importlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tiny_model
+from documented_commands import typed
 
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
@@ -22,8 +21,7 @@ def dense(tmp_path_factory):
 def mixture(dense, tmp_path_factory):
     out = tmp_path_factory.mktemp("mixture") / "out"
     options = ["--model", dense.path, "--num-experts", 4, "--num-experts-per-tok", 3, "--save-path", out, "--seed", 7]
-    command = [sys.executable, "-m", "weights_io.upcycle", *map(str, options)]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    ran = typed("weights_io.upcycle", *options)
     assert ran.returncode == 0, ran.stderr
     assert "MiniCPMForCausalLM" in ran.stdout and "parameters are used for each token" in ran.stdout
     return open_checkpoint(out)
