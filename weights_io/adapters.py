@@ -104,6 +104,19 @@ def read_adapter(path: Path | str, config: ModelConfig) -> Adapter:
         InputError: there is no adapter, a file is damaged, a setting is not supported, a number is NaN or infinite,
             or a tensor does not fit the model (the first one is named with both shapes).
     """
+    form, raw, weights = find_adapter(path)
+    return form.read(raw, _open(weights), config, str(weights.parent))
+
+
+def find_adapter(path: Path | str) -> tuple[Any, dict[str, Any], Path]:
+    """Look for an adapter, as `read_adapter` does, and read only its config.
+
+    Returns:
+        The module of its format, its config, and the file of its weights.
+
+    Raises:
+        InputError: there is no adapter.
+    """
     path = Path(path).expanduser()
     folder = path if path.is_dir() else path.parent
     if not (folder / CONFIG).is_file() or not path.exists():
@@ -121,7 +134,7 @@ def read_adapter(path: Path | str, config: ModelConfig) -> Adapter:
     weights = next((file for file in candidates if file.is_file()), None)
     if weights is None:
         raise InputError(f"{folder} has no {form.WEIGHTS[0]}, which belongs to its {CONFIG}; save the adapter again.")
-    return form.read(raw, _open(weights), config, str(folder))
+    return form, raw, weights
 
 
 def save_adapter(
