@@ -100,8 +100,8 @@ def load_model(
     return model, tokenizer
 
 
-def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
-    """Print a note if more tokens are needed than the model was trained for: it would generate nonsense.
+def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> bool:
+    """Print a note, and return True, if more tokens are needed than the model was trained for, and it would fail.
 
     Arguments:
         config: the model's config.
@@ -111,3 +111,5 @@ def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
     context = config.max_position_embeddings
     if tokens > context and config.rope_scaling is None:
         print(f"note: {tokens} tokens are more than the {context} this model is made for{remedy}", file=sys.stderr)
+        return True
+    return False

@@ -180,7 +180,7 @@ def test_what_begins_with_a_slash(parrot, typed, monkeypatch, tmp_path):
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     code, out, error = typed(generate.run_chat, bird)
-    assert code == 0 and "3 messages added to" in out and "no answer to save yet" in error
+    assert code == 0 and "(3 messages added to" in out and "no answer to save yet" in error
     asked = [bird.tokenizer.decode(ids) for ids in bird.asked]
     assert asked == ["The sea.<用户>Hello<AI>", "The sea.<用户>world<AI>", "<用户>Hello<AI>"]
     roles = [message["role"] for message in json.loads(kept.read_text(encoding="utf-8"))["messages"]]
