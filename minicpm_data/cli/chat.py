@@ -133,8 +133,11 @@ class Chat:
                     raise InputError(f"max_tokens is {value}; it must be from 1 to {MOST}.")
                 self.max_tokens = value
             else:
-                sampling = dataclasses.replace(self.sampling, **{name: value})
-                check_numbers(sampling)
+                try:
+                    sampling = dataclasses.replace(self.sampling, **{name: value})
+                    check_numbers(sampling)
+                except InputError as error:
+                    raise InputError(str(error)) from None  # it is no flag that is wrong
                 self.sampling = sampling
         print(f"({name} is {self._setting(name)})")
 

@@ -52,21 +52,24 @@ class Wrapper:
 
     def _placed(self, word: str) -> str:
         """The word, on a line of its own where it does not fit this one. A longer one is left to the terminal."""
-        most = columns()
-        self._column %= most + 1  # a terminal that became narrower has broken the line itself
-        bare = word.lstrip(" ")
+        most, bare = columns(), word.lstrip(" ")
+        # A terminal that became narrower has broken the line itself.
+        self._column = _place(self._column, most)
         if bare and self._column and self._column + self._width(word) > most:
-            self._column = self._width(bare) % most
+            self._column = _place(self._width(bare), most)
             return f"\n{bare}"
-        self._column += self._width(word)
-        if self._column > most:
-            self._column %= most
+        self._column = _place(self._column + self._width(word), most)
         return word
 
     def _width(self, word: str) -> int:
         from prompt_toolkit.utils import get_cwidth
 
         return sum(TAB if char == "\t" else get_cwidth(char) for char in word)
+
+
+def _place(column: int, most: int) -> int:
+    """The column in the last of the lines of ``most`` columns into which a terminal breaks a line."""
+    return column and (column - 1) % most + 1
 
 
 def _wide(char: str) -> bool:
