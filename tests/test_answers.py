@@ -484,7 +484,7 @@ def test_what_is_typed_meanwhile_is_for_the_next_question():
 
 def test_retry_set_load_and_a_space(parrot, typed, monkeypatch, tmp_path):
     bird, kept = parrot("The fox."), tmp_path / "kept.jsonl"
-    chat = ["Hello", "/retry", " /etc", "/set temperature 0", "/retry", "/set max_tokens 1", f"/save {kept}", "/reset"]
+    chat = ["Hello", "/retry", " /etc", "/set temperature 0", "/retry", "/set max_tokens 2", f"/save {kept}", "/reset"]
     lines = iter([*chat, f"/load {kept}", "sea", "/stats", "/set"])
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     code, out, error = typed(generate.run_chat, bird)
@@ -493,9 +493,9 @@ def test_retry_set_load_and_a_space(parrot, typed, monkeypatch, tmp_path):
     asked = [bird.tokenizer.decode(ids) for ids in bird.asked]
     assert asked == [first, first, second, second, f"{second}The fox.<用户>sea<AI>"]
     assert "(with temperature 0 the answer to a question is always the same" in out
-    assert "(4 messages loaded from" in out and "Generation: 1 tokens" in out
+    assert "(4 messages loaded from" in out and "Generation: 2 tokens" in out
     settings = dict(line.split() for line in out.splitlines()[-7:])
-    assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == ("0.0", "1", "none")
+    assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == ("0.0", "2", "none")
 
 
 @pytest.mark.parametrize(
