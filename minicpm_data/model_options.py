@@ -175,8 +175,8 @@ def _checked_dtype(options: ModelOptions, dtype: "str | Callable[[Checkpoint], s
     return dtype(checkpoint) if callable(dtype) else dtype
 
 
-def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
-    """Print a note if more tokens are needed than the model was trained for: it would generate nonsense.
+def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> bool:
+    """Print a note, and return True, if more tokens are needed than the model was trained for, and it would fail.
 
     Arguments:
         config: the model's config.
@@ -187,3 +187,5 @@ def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> None:
     # LongRoPE's factors are made for max_position_embeddings; dynamic NTK and a linear factor reach further.
     if tokens > context and not isinstance(config.rope_scaling, RopeScaling):
         print(f"note: {tokens} tokens are more than the {context} this model is made for{remedy}", file=sys.stderr)
+        return True
+    return False

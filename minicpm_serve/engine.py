@@ -199,6 +199,21 @@ class ServingEngine(Generic[ModelT]):
         return len(self._answers)
 
     @property
+    def running(self) -> int:
+        """Number of requests that are prefilled or decoded."""
+        return len(self._engine.running) + (self._engine.prefilling is not None)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a slot."""
+        return max(0, self.open - self.running)
+
+    def cache_usage(self) -> float:
+        """The fraction of the cache positions of all slots that the running requests fill."""
+        filled = sum(len(state.prompt) + len(state.generated) for state in list(self._engine.running.values()))
+        return filled / (self.slots * self.context)
+
+    @property
     def slots(self) -> int:
         return self._engine.slots
 

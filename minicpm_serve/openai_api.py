@@ -1,17 +1,21 @@
 """An HTTP server with OpenAI's API. Concurrent requests are decoded in one batch.
 
-    python -m minicpm_serve.openai_api --backend mlx --model minicpm-2b --port 8000
+    python -m minicpm_serve.openai_api --model minicpm-2b --port 8000
 
-It serves ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models`` and ``/health``. Ctrl-C stops it.
+It serves ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health`` and ``/metrics``. It writes a line
+about each request to standard error. Ctrl-C stops it.
 """
 
 import asyncio
+import contextlib
 import errno
+import functools
 import gc
 import math
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,6 +31,7 @@ from weights_io.errors import InputError
 
 if TYPE_CHECKING:
     import uvicorn
+
 
 QUEUED = 1024  # connections that the system queues until they are accepted
 GRACE = 5.0  # seconds that unfinished answers get after the signal to stop
@@ -54,6 +59,11 @@ class Options(backends.BackendOptions):
     max_model_len: Annotated[int | None, Former("context")] = None
     """Maximum number of tokens of a prompt and its answer. By default the model's context length, or less if even one
     request of that length does not fit in memory."""
+    served_model_name: str | None = None
+    """Name of the model in /v1/models and in requests. By default that of --model, as it is given."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level of what is logged to standard error. info: the start, and a line for each request; debug: also those
+    to /health and /metrics."""
     kv_bits: Literal[8] | None = None
     """Bits of the quantized key/value cache (JAX)."""
     prefill_step_size: int = 512
@@ -67,18 +77,26 @@ def main(options: Options) -> None:
     check_range(options, "max_queued_requests", least=0)
     if not 0 <= options.port < 2**16:
         raise InputError(f"is {options.port}; it must be from 0 to 65535.", option="port")
-    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        raise InputError("the server needs fastapi and uvicorn: pip install 'minicpm-jax-mlx[serve]'.")
-    from minicpm_serve.http.connections import most_connections
-    from minicpm_serve.http.gate import checked_hosts, checked_key, checked_origins
-
-    key, origins = checked_key(options.api_key), checked_origins(options.allowed_origins)
-    most_connections()
-    with bound(
-        options.host, options.port
-    ) as listening:  # before the model is loaded, so that a port in use is reported at once
-        hosts = checked_hosts(options.host, listening.getsockname()[0], options.allowed_hosts)
+    if options.served_model_name is not None and not options.served_model_name.strip():
+        raise InputError("is empty; give a name, or leave it out.", option="served_model_name")
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
+        raise InputError(
+            "the server needs fastapi, uvicorn and prometheus-client: pip install 'minicpm-jax-mlx[serve]'."
+        )
+    with bound(options.host, options.port) as listening:
+        backends.require(options.backend)
         here = open_early(options)
+        # The slow imports come after whatever a user is likely to mistype.
+        from minicpm_serve.http.connections import most_connections
+        from minicpm_serve.http.gate import checked_hosts, checked_key, checked_origins
+        from minicpm_serve.http.records import LOG, start_log
+
+        start_log(options.log_level)
+        key, origins = checked_key(options.api_key), checked_origins(options.allowed_origins)
+        most_connections()
+        hosts = checked_hosts(options.host, listening.getsockname()[0], options.allowed_hosts)
+        name = options.served_model_name or options.model or "pico"
+        LOG.info("loading %s in %s ...", options.model or "pico", backends.TITLES[options.backend])
         backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options, decoding=True, source=here)
         cache_options = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
@@ -87,33 +105,42 @@ def main(options: Options) -> None:
         try:
             backend.device.warn_idle_axes(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --max-model-len")
+            LOG.info("warming up on %s ...", backend.device.description())
             engine.warm_up()
             gc.freeze()  # else garbage collection makes parsing a large body 4 times as slow
-            name = options.model or "pico"
             server(engine, name, key, options.max_queued_requests, hosts, origins).run(sockets=[listening])
         finally:
             engine.close()
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens at the address. Raises `InputError` if the address is in use or not available."""
-    try:
+    """A socket with this address, at which nobody is listened to yet: clients are refused until the server is ready.
+
+    Raises `InputError` if the address is in use or not available.
+    """
+    with _named(host, port):
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind)
         try:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(address)
-            found.listen()
         except OSError:
             found.close()
             raise
+    return found
+
+
+@contextlib.contextmanager
+def _named(host: str, port: int) -> Iterator[None]:
+    """Errors of the system about an address, as `InputError`."""
+    try:
+        yield
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise InputError(f"port {port} is in use; choose another with --port.") from None
         raise InputError(
             f"the server cannot listen at {host}:{port} ({error.strerror}); choose others with --host and --port."
         ) from None
-    return found
 
 
 def server(
@@ -140,16 +167,21 @@ def server(
     from minicpm_serve.http.app import application
     from minicpm_serve.http.connections import ACCEPTED, connection_class
     from minicpm_serve.http.gate import Access
+    from minicpm_serve.http.records import refused
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
+            for listening in sockets or ():
+                host, port, *_ = listening.getsockname()
+                with _named(host, port):  # another program may have listened there meanwhile
+                    listening.listen(QUEUED)
             await super().startup(sockets)
             for listening in sockets or ():
-                listening.listen(QUEUED)
+                listening.listen(QUEUED)  # uvicorn has set `ACCEPTED`
             host, port, *_ = self.servers[0].sockets[0].getsockname()
             host = f"[{host}]" if ":" in host else host
             room = f"--max-num-seqs {engine.slots} --max-model-len {engine.context}"
-            print(f"{name}: http://{host}:{port}/v1 ({room}; Ctrl-C ends it)", flush=True)
+            print(f"ready at http://{host}:{port}/v1 (model {name}, {room}; Ctrl-C ends it)", flush=True)
 
         hurry = False
         last_signal = 0
@@ -188,7 +220,7 @@ def server(
     app = application(engine, name, waiting, Access(api_key, hosts, origins))
     config = uvicorn.Config(
         app,
-        http=connection_class(),
+        http=connection_class(functools.partial(refused, app.state.metrics)),
         backlog=ACCEPTED,
         log_level="error",  # warnings are about invalid requests
         access_log=False,

@@ -5,7 +5,11 @@ import importlib
 import json
 import os
 import re
+import select
+import sys
+import termios
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ import tiny_tokenizer as tiny
 from tiny_training import BACKENDS
 
 from minicpm_data import corpus, load_tokenizer
-from minicpm_data.cli import evaluate, generate, terminal
+from minicpm_data.cli import evaluate, generate, terminal, wrapping
 from minicpm_data.generation.api import Backend, Generator
 from minicpm_data.generation.responses import Response
 from weights_io.built_in import built_in
@@ -180,7 +184,7 @@ def test_what_begins_with_a_slash(parrot, typed, monkeypatch, tmp_path):
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     code, out, error = typed(generate.run_chat, bird)
-    assert code == 0 and "3 messages added to" in out and "no answer to save yet" in error
+    assert code == 0 and "(3 messages added to" in out and "no answer to save yet" in error
     asked = [bird.tokenizer.decode(ids) for ids in bird.asked]
     assert asked == ["The sea.<用户>Hello<AI>", "The sea.<用户>world<AI>", "<用户>Hello<AI>"]
     roles = [message["role"] for message in json.loads(kept.read_text(encoding="utf-8"))["messages"]]
@@ -435,3 +439,95 @@ def test_questions_of_a_file_are_read_as_training_data_is(parrot, typed, tmp_pat
     path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}) + "\n")
     ended, _, error = typed(evaluate.run_evaluate, bird, "--data", str(path))
     assert ended == 2 and "its last answer is not to be trained" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "shown"),
+    [
+        ("The fox and the dog", 8, "The fox\nand the\ndog"),
+        ("a  b\n  cd ef", 6, "a  b\n  cd\nef"),
+        ("abcdefghij kl", 5, "abcdefghij\nkl"),  # the terminal breaks the first word itself
+        ("狐狸，和狗。好", 6, "狐狸，\n和狗。\n好"),
+        ("a 狐狸 b", 4, "a 狐\n狸 b"),
+    ],
+)
+def test_an_answer_is_broken_at_words(monkeypatch, text, width, shown):
+    """However its pieces arrive: a wide character takes two columns, and no line begins with a closing mark."""
+    monkeypatch.setattr(wrapping, "columns", lambda: width)
+    for size in (1, 2, len(text)):
+        wrapper = wrapping.Wrapper()
+        pieces = [wrapper.add(text[i : i + size]) for i in range(0, len(text), size)]
+        assert "".join(pieces) + wrapper.finish() == shown
+
+
+def test_an_answer_follows_the_width_of_the_terminal(monkeypatch):
+    wrapper = wrapping.Wrapper()
+    monkeypatch.setattr(wrapping, "columns", lambda: 12)
+    said = wrapper.add("The fox and ")
+    monkeypatch.setattr(wrapping, "columns", lambda: 8)
+    assert said + wrapper.add("the dog sleeps") + wrapper.finish() == "The fox and the\ndog\nsleeps"
+
+
+def test_what_is_typed_meanwhile_is_for_the_next_question():
+    """It is not shown, and not lost at Ctrl-C; afterwards the terminal is as before."""
+    ours, theirs = os.openpty()
+    with open(theirs, closefd=False) as terminal_, mock.patch.object(sys, "stdin", terminal_):
+        before = termios.tcgetattr(theirs)
+        with wrapping.keys_unseen():
+            os.write(ours, b"ahead\r")
+            assert os.read(theirs, 99) == b"ahead\r"
+            assert not select.select([ours], [], [], 0)[0]
+        assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_retry_set_load_and_a_space(parrot, typed, monkeypatch, tmp_path):
+    bird, kept = parrot("The fox."), tmp_path / "kept.jsonl"
+    chat = ["Hello", "/retry", " /etc", "/set temperature 0", "/retry", "/set max_tokens 2", f"/save {kept}", "/reset"]
+    lines = iter([*chat, f"/load {kept}", "sea", "/stats", "/set"])
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
+    code, out, error = typed(generate.run_chat, bird)
+    assert (code, error) == (0, "")
+    first, second = "<用户>Hello<AI>", "<用户>Hello<AI>The fox.<用户>/etc<AI>"
+    asked = [bird.tokenizer.decode(ids) for ids in bird.asked]
+    assert asked == [first, first, second, second, f"{second}The fox.<用户>sea<AI>"]
+    assert "(with temperature 0 the answer to a question is always the same" in out
+    assert "(4 messages loaded from" in out and "Generation: 2 tokens" in out
+    settings = dict(line.split() for line in out.splitlines()[-7:])
+    assert (settings["temperature"], settings["max_tokens"], settings["seed"]) == ("0.0", "2", "none")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/rety", "/rety is no command (begin with a space to ask it); did you mean /retry?"),
+        ("/etc/hosts", "/etc/hosts is no command (begin with a space to ask it); /help lists them."),
+        ("/retry", "there is no question to ask again; ask one first."),
+        ("/retry 2", "/retry does not take '2'; /help lists the commands."),
+        ("/save", "/save needs the name of a file: /save FILE."),
+        ("/load none.jsonl", "none.jsonl does not exist, or is no file; give one that /save wrote."),
+        ("/set top_q 1", "top_q is no setting; did you mean top_p?"),
+        ("/set top_p 2", "top_p is 2.0; it must be above 0 and at most 1."),
+        ("/set temperature nan", "temperature is nan; it must be"),
+        ("/set top_k 1.5", "top_k is '1.5'; it must be a whole number."),
+        ("/set max_tokens 0", "max_tokens is 0; it must be from 1 to"),
+    ],
+)
+def test_a_refused_line_has_its_reason(parrot, typed, monkeypatch, line, said):
+    """Only a line of a file ends the chat."""
+    bird, lines = parrot("The fox."), iter([line])
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
+    for person in (True, False):
+        lines = iter([line])
+        monkeypatch.setattr("sys.stdin.isatty", lambda person=person: person, raising=False)
+        code, out, error = typed(generate.run_chat, bird)
+        assert (code, out) == (0 if person else 2, "") and said in error and error.count("\n") == 1
+
+
+def test_a_note_is_printed_once_a_conversation(parrot, typed, monkeypatch):
+    bird = parrot("The fox.")
+    bird.model.config = dataclasses.replace(bird.model.config, max_position_embeddings=2)
+    lines = iter(["Hello", "world", "/reset", "sea"])
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
+    assert typed(generate.run_chat, bird)[2].count("this model is made for (/reset begins anew)") == 2

@@ -190,6 +190,34 @@ def test_models_and_health(api):
     assert ask(api.port, "/health") == (200, {"status": "ok"})
 
 
+def test_each_request_is_a_line_and_counted(api, caplog):
+    """The line tells nothing of the contents, nor what follows the path."""
+    caplog.set_level("INFO", "minicpm_serve")
+
+    def counted(name):
+        connection, response = request(api.port, "/metrics")
+        with contextlib.closing(connection):
+            found = re.findall(rf"^minicpm:{name} (\S+)$", response.read().decode(), re.MULTILINE)
+        return sum(map(float, found))
+
+    names = ('prompt_tokens_total{model_name="tiny"}', 'generation_tokens_total{model_name="tiny"}')
+    names += ('rejected_requests_total{model_name="tiny",status="404"}', 'num_requests_running{model_name="tiny"}')
+    names += ('request_success_total{finished_reason="length",model_name="tiny"}',)
+    names += ('time_to_first_token_seconds_count{model_name="tiny"}',)
+    before = [counted(name) for name in names]
+    caplog.clear()
+    body = {"prompt": [1, 5, 9], "max_tokens": 4, "n": 2, "temperature": 2, "seed": 1}
+    answer = ask(api.port, "/v1/completions", body)[1]
+    ended = sum(choice["finish_reason"] == "length" for choice in answer["choices"])
+    made = answer["usage"]["completion_tokens"]
+    assert ask(api.port, "/no%0Asuch?key=secret")[0] == 404
+    wait_until(lambda: len(caplog.messages) == 2)
+    first, second = caplog.messages
+    shown = rf"POST /v1/completions 200 \S+s prompt_tokens=3 completion_tokens={made} first_token=\S+s .*"
+    assert re.fullmatch(shown, first) and re.fullmatch(r"GET /no\\u000asuch 404 \S+s", second)
+    assert [counted(name) - b for name, b in zip(names, before, strict=True)] == [3, made, 1, 0, ended, 2]
+
+
 def user(content="a", **more):
     return {"messages": [{"role": "user", "content": content, **more}]}
 
@@ -308,8 +336,9 @@ def test_paths_methods_and_kinds_of_body_that_there_are_not(api):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd):
+def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd, caplog):
     """Those that are made, and those that wait."""
+    caplog.set_level("INFO", "minicpm_serve")
     body = {**LONG, "n": 4, "stream": streamed}
     running = api.engine._engine.running
     with socket.create_connection(("127.0.0.1", api.port)) as client:
@@ -324,6 +353,7 @@ def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd):
         requests = list(running.values())
     wait_until(lambda: api.engine.open == 0)
     assert all(request.left > 0 for request in requests)
+    wait_until(lambda: [line for line in caplog.messages if line.endswith("client=left")])
     assert ask(api.port, "/health")[0] == 200 and capfd.readouterr().err == ""
 
 
@@ -469,7 +499,9 @@ def test_a_context_beyond_the_models_own_is_noted(tmp_path, monkeypatch, capsys)
     folder = tiny_model.write(tmp_path, max_position_embeddings=32)
     monkeypatch.setattr(openai_api, "server", lambda *_: SimpleNamespace(run=lambda sockets: None))
     for context in (33, 32):
-        openai_api.main(openai_api.Options(backend="mlx", model=str(folder), port=0, max_model_len=context))
+        openai_api.main(
+            openai_api.Options(backend="mlx", model=str(folder), port=0, max_model_len=context, log_level="warning")
+        )
     assert (
         capsys.readouterr().err
         == "note: 33 tokens are more than the 32 this model is made for; lower --max-model-len\n"
@@ -478,6 +510,9 @@ def test_a_context_beyond_the_models_own_is_noted(tmp_path, monkeypatch, capsys)
 
 def test_a_port_that_is_taken():
     with openai_api.bound("127.0.0.1", 0) as taken:
+        with pytest.raises(ConnectionRefusedError):  # until the server is ready
+            socket.create_connection(taken.getsockname())
+        taken.listen()
         port = taken.getsockname()[1]
         ran = typed("minicpm_serve.openai_api", "--backend", "mlx", "--port", port)
     said = f"error: port {port} is in use; choose another with --port.\n"

@@ -34,7 +34,7 @@ BY_VARIABLE = {
     "weights_io/lazy_exports.py": ["f'{package}.{exports[name]}'"],  # of the package that installs it
     "minicpm_data/metrics.py": ["PACKAGES[report_to]"],  # wandb or tensorboard
     "minicpm_data/cli/notebook.py": ["module"],  # what the notebook runs
-    "minicpm_serve/backends.py": ["f'minicpm_{backend}.{name}'"],
+    "minicpm_serve/backends.py": ["name", "package"],  # of the two backends; what they need
 }
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minicpm_data.cli.terminal import Conversation, complain, printed, typed_lines
+from minicpm_data.cli.chat import Chat, greet
+from minicpm_data.cli.terminal import Conversation, complain, typed_lines
+from minicpm_data.cli.wrapping import keys_unseen
 from minicpm_data.diagnostics import sparsity
 from minicpm_data.generation.api import Backend, Device
 from minicpm_data.generation.options import (
@@ -232,32 +234,36 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
         cache_options = options.cache_options()
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         here = open_early(options)
-        running = backend()
-        model, tokenizer = load_model(running, options, decoding=True, source=here)
-        running.device.warn_idle_axes(model, 1)
-        # An option that the backend lacks is refused now, and not after each question.
-        running.generator.decoding.check(
-            model, GenerationRequest.of(model, tokenizer, [[0]], 1, sampling, cache_options)
-        )
-        stops = options.stops(*tokenizer.turn_markers)
-        conversation = Conversation(options.system_prompt)
-        for query in typed_lines():
-            try:
-                if query.strip().startswith("/"):
-                    if not conversation.command(query):
+        with keys_unseen():  # what is typed while a model loads or answers belongs to the next question
+            running = backend()
+            model, tokenizer = load_model(running, options, decoding=True, source=here)
+            running.device.warn_idle_axes(model, 1)
+            # An option that the backend lacks is refused now, and not after each question.
+            running.generator.decoding.check(
+                model, GenerationRequest.of(model, tokenizer, [[0]], 1, sampling, cache_options)
+            )
+            stops = options.stops(*tokenizer.turn_markers)
+
+            def answer(prompt: list[int], most: int, sampling: Sampling) -> "Iterator[Response]":
+                request = GenerationRequest.of(model, tokenizer, [prompt], most, sampling, cache_options)
+                return running.generator.stream(model, tokenizer, request, stops)
+
+            def note(tokens: int) -> bool | None:
+                return note_context(model.config, tokens, " (/reset begins anew)")
+
+            conversation = Conversation(options.system_prompt)
+            chat = Chat(
+                conversation, sampling, max_tokens, tokenizer.apply_chat, answer, lambda: Meter(running.device), note
+            )
+            greet(options.model or "pico", running.device.description())
+            for line in typed_lines():
+                try:
+                    if not chat.take(line):
                         return
-                elif query.strip():
-                    asked = [*conversation.messages, {"role": "user", "content": query}]
-                    prompt = tokenizer.apply_chat(asked)
-                    request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, cache_options)
-                    if reply := printed(running.generator.stream(model, tokenizer, request, stops)):
-                        # A question without an answer is not kept.
-                        conversation.messages = [*asked, {"role": "assistant", "content": reply}]
-                        note_context(model.config, len(prompt) + len(tokenizer.encode(reply)), " (/reset begins anew)")
-            except InputError as error:
-                complain(error)
-            except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
-                print()
+                except InputError as error:
+                    complain(error)
+                except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
+                    print()
 
     command_line.run(main, options, prog)
 
@@ -274,14 +280,16 @@ class Meter:
         self.compiled = [device.compile_seconds()]
 
     def watch(self, answer: "Iterable[Response]") -> "Iterator[Response]":
-        for response in answer:
-            self.tokens += [] if response.token is None else [response.token]
-            self.from_draft += response.from_draft
-            self.reason = response.finish_reason or self.reason
-            if len(self.clock) == 1:
-                self._mark()
-            yield response
-        self._mark()
+        try:
+            for response in answer:
+                self.tokens += [] if response.token is None else [response.token]
+                self.from_draft += response.from_draft
+                self.reason = response.finish_reason or self.reason
+                if len(self.clock) == 1:
+                    self._mark()
+                yield response
+        finally:  # also if Ctrl-C ended the answer
+            self._mark()
 
     def _mark(self) -> None:
         self.clock.append(time.perf_counter())

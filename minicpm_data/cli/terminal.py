@@ -4,22 +4,37 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minicpm_data.cli.wrapping import Wrapper, waiting
+from minicpm_data.datasets.jsonl import read_documents
 from minicpm_data.datasets.preview import CONTROLS
-from weights_io.errors import InputError
+from minicpm_data.datasets.turns import messages_of, read_turns
+from minicpm_data.keys import KeyRules
+from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     from minicpm_data.generation.responses import Response
 
 # At most 60 columns wide.
-HELP = """/reset         forget the conversation
+HELP = """/retry         ask the last question again
+/reset         forget the conversation
 /system TEXT   begin anew with this system message, or none
+/set           show the settings
+/set top_p 0.9 change one: temperature, max_tokens, ...
+/stats         the speed of the last answer
+/stats on|off  show it after each answer
 /save FILE     add the conversation to a .jsonl file
                that lora can train on
+/load FILE     continue the last conversation of a file
 /help          this text
-/quit          end, as Ctrl-D; Ctrl-C stops an answer"""
+/quit          end, as Ctrl-D; Ctrl-C stops an answer
+A line that begins with a space is a question, even if a
+slash follows."""
+COMMANDS = "/retry /reset /system /set /stats /save /load /help /quit /exit".split()
+LONGEST = 16 << 20  # bytes of a file of conversations
 
 Message = dict[str, str]
 
@@ -53,11 +68,43 @@ class Conversation:
                 self.system = rest or None
                 self.reset()
                 print(f"(begun anew with {'this' if rest else 'no'} system message)")
-            case "/save" if rest:
-                print(self.save(Path(rest)))
+            case "/save" | "/load" if not rest:
+                raise InputError(f"{name} needs the name of a file: {name} FILE.")
+            case "/save":
+                print(f"({self.save(Path(rest))})")
+            case "/load":
+                print(f"({self.load(Path(rest))})")
             case _:
                 print(HELP)
         return True
+
+    def load(self, path: Path) -> str:
+        """Continue the last conversation of a file that /save wrote, and return a line that says so.
+
+        Raises `InputError` where the file cannot be read or holds no conversation.
+        """
+        try:
+            path = path.expanduser().resolve()
+            if not path.is_file():
+                raise InputError(f"{path} does not exist, or is no file; give one that /save wrote.")
+            if path.stat().st_size > LONGEST:
+                raise InputError(f"{path} is larger than {LONGEST:,} bytes; give a file that /save wrote.")
+            found = [document for _, document in read_documents(path)]
+        except InputError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path} cannot be read ({reason}); give another file.") from error
+        if not found:
+            raise InputError(f"{path} is empty; give a file that /save wrote.")
+        if unknown := sorted(found[-1].keys() - {"messages"}):
+            raise InputError(f"{path} has the key {short(unknown[0])!r}; give a file that /save wrote.")
+        turns = read_turns(found[-1].get("messages"), KeyRules())
+        self.messages = messages_of(turns)
+        self.system = next((turn.content for turn in turns[:1] if turn.role == "system"), None)
+        which = f"the last of {len(found)} conversations, " if len(found) > 1 else ""
+        more = "" if turns[-1].role == "assistant" else "; /retry answers the last question"
+        return f"{which}{len(turns)} messages loaded from {path}{more}"
 
     def save(self, path: Path) -> str:
         """Append the chat to a file, and return a line that says so.
@@ -150,14 +197,28 @@ def complain(error: InputError) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
-def printed(answer: "Iterable[Response]") -> str:
-    """Print an answer as it arrives, and return it. Control characters are not sent to a terminal. Ctrl-C ends it."""
-    text, hidden = "", CONTROLS if sys.stdout.isatty() else {}
+def printed(answer: "Iterable[Response]", said: str = "") -> str:
+    """Print an answer as it arrives, and return it. Ctrl-C ends it.
+
+    A terminal is sent no control characters, and its lines are broken at words.
+
+    Arguments:
+        answer: the stream.
+        said: shown while the first token takes long.
+    """
+    text, wrapper = "", Wrapper() if sys.stdout.isatty() else None
+
+    def show(new: str) -> None:
+        print(new if wrapper is None else wrapper.add(new.translate(CONTROLS)), end="", flush=True)
+
     try:
-        for response in answer:
-            print(response.text.translate(hidden), end="", flush=True)
+        responses = iter(answer)
+        with waiting(said):
+            first = next(responses, None)
+        for response in chain([] if first is None else [first], responses):
             text += response.text
+            show(response.text)
     except KeyboardInterrupt:
         pass
-    print()
+    print("" if wrapper is None else wrapper.finish())
     return text.strip()

@@ -27,6 +27,8 @@ from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body,
 from minicpm_serve.http.gate import Access, add_gate
 from minicpm_serve.http.json_route import JsonRoute, StrictRequest
 from minicpm_serve.http.limits import Limits, Places
+from minicpm_serve.http.metrics import Metrics, add_metrics
+from minicpm_serve.http.records import Record, Recorder, record_of
 from minicpm_serve.http.schemas import ChatBody, CompletionBody
 from weights_io.errors import InputError, short
 
@@ -96,6 +98,9 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
     app.state.largest_body = limits.body
     add_handlers(app)
     add_gate(app, access or Access(), limits.body)
+    app.state.metrics = metrics = Metrics(engine, name)
+    add_metrics(app, metrics)
+    app.add_middleware(Recorder, metrics=metrics)  # added last, so it runs first
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minicpm-jax-mlx"}
     places, one_by_one = Places(engine, limits.places), asyncio.Semaphore()
 
@@ -131,7 +136,8 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
                 prompts: list[Choice] = await run_in_threadpool(of_body, engine, body, limits)
             _require_engine(engine)
             asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
-            answers = Answers(engine, asked, sum(len(choice.request.prompt) for choice in prompts))
+            prompt_tokens = sum(len(choice.request.prompt) for choice in prompts)
+            answers = Answers(engine, asked, prompt_tokens, record_of(request.scope))
         frame = {"id": kind.prefix + secrets.token_hex(12), "created": int(time.time()), "model": name}
         if body.stream:
             return Events(answers, events(answers, {**frame, "object": kind.piece_name}, kind, body.with_usage))
@@ -185,33 +191,41 @@ class Answers:
     `close` cancels the unfinished ones.
     """
 
-    def __init__(self, engine: ServingEngine, choices: Sequence[Choice], prompt_tokens: int):
-        self.count = self._left = len(choices)
+    def __init__(self, engine: ServingEngine, choices: Sequence[Choice], prompt_tokens: int, record: Record):
+        self.count = len(choices)
+        self._left = set(range(self.count))  # unfinished answers
+        self._why = "abort"  # they are unfinished
         self._usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
-        self._engine, self._numbers = engine, list[int]()
+        self._engine, self._numbers, self._record = engine, list[int](), record
         group = engine.group() if len(choices) > 1 else None
-        self._made: asyncio.Queue[tuple[int, Answered]] = asyncio.Queue()
+        self._made: asyncio.Queue[tuple[int, Answered, float]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, made: Answered) -> None:  # on the engine's thread
             with contextlib.suppress(RuntimeError):  # the event loop is closed
-                loop.call_soon_threadsafe(self._made.put_nowait, (index, made))
+                loop.call_soon_threadsafe(self._made.put_nowait, (index, made, time.perf_counter()))
 
         try:
             for index, choice in enumerate(choices):
                 to = functools.partial(deliver, index)
                 self._numbers.append(engine.submit(to, choice.request, choice.stop, group))
         except Exception:
-            self.close()
+            self._cancel()
             raise
+        record.submitted(prompt_tokens)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, responses.Response]]:
         while self._left:
-            index, made = await self._made.get()
+            index, made, at = await self._made.get()
             if isinstance(made, Exception):
+                self._why = "abort" if isinstance(made, ClientDisconnect) else "error"
                 raise made
-            self._usage["completion_tokens"] += made.token is not None
-            self._left -= made.finish_reason is not None
+            if made.token is not None:
+                self._usage["completion_tokens"] += 1
+                self._record.token(index, at)
+            if made.finish_reason is not None:
+                self._left.discard(index)
+                self._record.finished(index, made.finish_reason)
             yield index, made
 
     def usage(self) -> dict[str, int]:
@@ -221,9 +235,14 @@ class Answers:
         """Wait until the client disconnects, and then raise `ClientDisconnect` in the iteration."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._made.put_nowait((0, ClientDisconnect()))
+        self._made.put_nowait((0, ClientDisconnect(), 0.0))
 
     def close(self) -> None:
+        while self._left:
+            self._record.finished(self._left.pop(), self._why)
+        self._cancel()
+
+    def _cancel(self) -> None:
         for number in self._numbers:
             self._engine.cancel(number)
 

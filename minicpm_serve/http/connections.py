@@ -29,9 +29,9 @@ CROWD = 8  # with more connections, pipelined requests are not read ahead: 600 i
 Timer = asyncio.TimerHandle | None
 
 
-def connection_class() -> Any:
-    """The protocol class that uvicorn uses for each connection."""
-    return functools.partial(Connection, waiting={}, most=most_connections())
+def connection_class(refused: Callable[[int], None]) -> Any:
+    """The protocol class that uvicorn uses for each connection. ``refused``: as for `Connection`."""
+    return functools.partial(Connection, waiting={}, most=most_connections(), refused=refused)
 
 
 def most_connections() -> int:
@@ -78,11 +78,19 @@ class Connection(H11Protocol):
         waiting: shared by all connections: those that have not sent a complete request or do not read their answer, the
             longest waiting first.
         most: most connections at once; above it the first of ``waiting`` is closed.
+        refused: called with the status of an answer to what is no request yet.
     """
 
-    def __init__(self, *given: Any, waiting: "dict[Connection, None]", most: int, **options: Any):
+    def __init__(
+        self,
+        *given: Any,
+        waiting: "dict[Connection, None]",
+        most: int,
+        refused: Callable[[int], None],
+        **options: Any,
+    ):
         super().__init__(*given, **options)
-        self._waiting, self._most = waiting, most
+        self._waiting, self._most, self._refused = waiting, most, refused
         self._asking: Timer = None
         self._reading: Timer = None
         self._unread = 0  # bytes received of a refused body
@@ -185,4 +193,5 @@ class Connection(H11Protocol):
             response = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
             for event in (response, h11.Data(data=data), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+            self._refused(status)
         self.transport.close()
