@@ -28,7 +28,7 @@ from weights_io.checkpoint import open_checkpoint
 MEASURED = ("fit.md", "benchmarks.md", "throughput.md", "loading.md", "tunix.md")
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in MEASURED)
 ELSEWHERE = ("serve.md", "pico.md")  # by the test of the server below, and by tests/test_pico.py
-RELEASED = r"minicpm(?:-(?:2b|1b|2b-128k)|4-0.5b|5-1b)"
+RELEASED = r"minicpm(?:-(?:2b|1b|2b-128k)|3-4b|4-0.5b|5-1b)"
 PAGE_URL = "http://127.0.0.1:8000/v1"
 SHORTER = {
     rf"--model {RELEASED}(?= |$)": "--model pico",
