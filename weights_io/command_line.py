@@ -132,7 +132,7 @@ def for_tyro(options: type, asking: bool, fixed: Mapping[str, Any] | None = None
     for field in dataclasses.fields(options):
         hint = hints[field.name]
         if field.name in (fixed or {}):
-            hint = Annotated[hint, tyro.conf.Fixed[Any].__metadata__[0], tyro.conf.Suppress]
+            hint = Annotated[hint, tyro.conf.Fixed[Any].__metadata__[0], tyro.conf.Suppress]  # type: ignore[misc]
             annotated.append((field.name, hint, dataclasses.field(default=(fixed or {})[field.name])))
             continue
         marks = getattr(hint, "__metadata__", ())
