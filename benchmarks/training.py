@@ -126,10 +126,9 @@ def jax_loss(options: Options) -> None:
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from minicpm_jax import adapters
     from minicpm_jax.model import abstract, initialize
     from minicpm_jax.parallel.chips import Topology
-    from minicpm_jax.training import cross_entropy, losses, optimizers
+    from minicpm_jax.training import adapters, cross_entropy, losses, optimizers
     from minicpm_jax.training import step as train
 
     config = ModelConfig.from_dict(shape_of(options.model))

@@ -109,7 +109,7 @@ def main(options: Options) -> None:
 
 def cells(case: Case, whose: str, options: Options) -> Iterator[str]:
     from minicpm_jax.aot import hlo_cost
-    from minicpm_jax.libtpu import ALONE
+    from minicpm_jax.aot.libtpu import ALONE
 
     given = json.dumps(asdict(case) | {"shape": wide(options.layers, options.words)})
     with tempfile.TemporaryDirectory() as folder:

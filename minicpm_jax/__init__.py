@@ -3,7 +3,7 @@
 import importlib.util
 from typing import TYPE_CHECKING
 
-from minicpm_jax.libtpu import tell_libtpu
+from minicpm_jax.aot.libtpu import tell_libtpu
 from weights_io import lazy_exports
 
 if importlib.util.find_spec("jax") is None or importlib.util.find_spec("flax") is None:

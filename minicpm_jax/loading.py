@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from minicpm_data.arguments import check_path, named_keywords
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_jax import device
-from minicpm_jax.adapters import attach, from_adapter
 from minicpm_jax.cpu.form import Packing, for_decoding, form_of
 from minicpm_jax.model import Model, get_layer, nested
 from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
@@ -27,6 +26,7 @@ from minicpm_jax.parallel.sharding import fraction_per_device, pad_config, pad_o
 from minicpm_jax.quantization.kept import Form as KeptForm
 from minicpm_jax.quantization.kept import kept_bytes, kept_forms, kept_rows
 from minicpm_jax.quantization.model import axes_of, packing
+from minicpm_jax.training.adapters import attach, from_adapter
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_model

@@ -17,9 +17,9 @@ import numpy as np
 from minicpm_data.arguments import check_path, named_keywords
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_mlx import device
-from minicpm_mlx.adapters import attach, cache_dora_ratios, from_adapter
 from minicpm_mlx.model import Model
 from minicpm_mlx.quantization.model import packed_layouts, quantize_model, with_layouts
+from minicpm_mlx.training.adapters import attach, cache_dora_ratios, from_adapter
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits
 from weights_io.checkpoint import Checkpoint, open_model

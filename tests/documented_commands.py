@@ -18,6 +18,7 @@ from minicpm_data.cli import notebook
 
 ROOT = Path(__file__).parent.parent
 SERVER = "python -m minicpm_serve.openai_api"
+SERVERS = (SERVER, "python -m minicpm_jax.server", "python -m minicpm_mlx.server")
 
 
 def blocks(page, language):
@@ -64,7 +65,7 @@ def typed(module: str, *arguments: Any, stdin: str = "") -> subprocess.Completed
 def run(command, folder, monkeypatch):
     """Run ``python -m ...`` in ``folder``, with one line on its standard input. Raises `InputError` where it fails. A
     server is only started and ended."""
-    if SERVER in command:
+    if any(server in command for server in SERVERS):
         with served(command, folder) as url:
             print(url)
         return

@@ -20,6 +20,7 @@ from documented_commands import typed
 from weights_io import command_line
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
+from weights_io.cli.launcher import script
 from weights_io.command_line import check_numbers, exit_codes, flags_of
 from weights_io.errors import InputError
 
@@ -28,6 +29,7 @@ COMMANDS = [
     f"{package}.{name}"
     for package in BACKENDS
     for name in ("generate", "chat", "evaluate", "parity", "kv_error", "fuse", "lora", "finetune", "pretrain")
+    + ("benchmark", "convert", "perplexity", "server")
 ]
 COMMANDS += [
     "minicpm_jax.fit",
@@ -41,6 +43,7 @@ COMMANDS += [
     "minicpm_serve.history",
     "minicpm_serve.retrieval",
     "minicpm_serve.openai_api",
+    "minicpm_serve.perplexity",
 ]
 COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.fit_table"]
@@ -462,8 +465,71 @@ def test_a_folder_that_is_gone_is_not_called_none(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("package", ["weights_io", "minicpm_data", *BACKENDS, "minicpm_serve"])
 def test_what_there_is_to_run(package):
     """All commands of a package."""
-    said = typed(f"{package}.__main__").stdout
-    assert [line.split()[2] for line in said.splitlines()] == sorted(c for c in COMMANDS if package in c)
+    usage, _, *lines = typed(f"{package}.__main__").stdout.splitlines()
+    assert usage.startswith(f"usage: python -m {package} COMMAND")
+    assert [f"{package}.{line.split()[0]}" for line in lines] == sorted(c for c in COMMANDS if package in c)
+
+
+def test_a_command_is_started_by_its_name(monkeypatch, capsys):
+    """Without the dot, and by the console script; its help shows what was typed."""
+    help_page = typed("weights_io.__main__", "convert", "--help").stdout
+    assert help_page.startswith("usage: python -m weights_io convert ")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/minicpm-mlx", "kv-error", "--help"])
+    with pytest.raises(SystemExit) as end:
+        script()
+    assert not end.value.code and capsys.readouterr().out.startswith("usage: minicpm-mlx kv-error ")
+
+
+@pytest.mark.parametrize("word, remedy", [("genrate", "minicpm_jax generate?"), ("--model", "--help lists them")])
+def test_a_wrong_name_of_a_command(word, remedy):
+    ran = typed("minicpm_jax.__main__", word)
+    assert (ran.returncode, ran.stdout) == (2, "") and ran.stderr.count("\n") == 1 and remedy in ran.stderr
+
+
+def test_flags_of_mlx_lm(tmp_path, folder):
+    """What needs nothing here is noted, what is not here is refused by name."""
+    to = ["--hf-path", folder, "--mlx-path", tmp_path / "out", "--trust-remote-code"]
+    done = typed("minicpm_mlx.convert", *to)
+    assert done.returncode == 0 and (tmp_path / "out" / "config.json").exists()
+    assert done.stderr == "note: --trust-remote-code is not needed here: the code of a checkpoint is never run\n"
+    for wrong in (["--upload-repo", "x"], ["--quant-predicate=mixed_2_6"], ["-q", "--q-mode", "mxfp4"], ["-q", "-d"]):
+        ran = typed("minicpm_mlx.convert", "--hf-path", folder, "--mlx-path", tmp_path / "other", *wrong)
+        assert ran.returncode == 2 and ran.stderr.startswith("error: --") and not (tmp_path / "other").exists()
+
+
+def test_benchmark(package, folder):
+    ran = typed(f"{package}.benchmark", "--model", folder, "-p", 8, "-g", 3, "-n", 2, "-b", 2, "--dtype", "float32")
+    assert ran.returncode == 0 and re.findall(r"^(Trial \d|Averages): +prompt_tps=[1-9]", ran.stdout, re.M) == [
+        "Trial 1",
+        "Trial 2",
+        "Averages",
+    ]
+    cells = ran.stdout.splitlines()[-1].strip("| ").split(" | ")
+    heads = re.search(r"^\| (date .*) \|$", Path("docs/measured.md").read_text("utf-8"), re.M)[1].split(" | ")
+    assert len(cells) == len(heads) and dict(zip(heads, cells, strict=True))["prompt + answer tokens"] == "2 x 8 + 3"
+
+
+def test_perplexity(package, tmp_path, folder):
+    """The number of mlx_lm's own perplexity, for the same samples."""
+    import mlx.core as mx
+    from mlx_lm.perplexity import eval_ppl
+
+    from minicpm_mlx import load
+    from minicpm_serve.evaluation.perplexity import samples
+    from minicpm_serve.perplexity import encoded
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": "hello world " * n}) + "\n" for n in range(2, 9)))
+    model, tokenizer = load(folder, dtype="float32")
+    rows = samples(encoded(data, tokenizer), 8, 5, 123)
+    value, error = eval_ppl(model, mx.array(rows), batch_size=2)
+    flags = ["--data-path", data, "--sequence-length", 8, "--num-samples", 5, "--batch-size", 2, "--dtype", "float32"]
+    ran = typed(f"{package}.perplexity", "--model", folder, *flags)
+    found = re.search(r"Perplexity: ([\d.]+) ± ([\d.]+)", ran.stdout)
+    np.testing.assert_allclose([float(found[1]), float(found[2])], [value, error], rtol=1e-4, atol=1e-3)
+    assert samples([[1, 2, 3]], 8, -1, 0) == [[1, 2, 3]]
+    for wrong in (["--data-path", "allenai/tulu"], ["--data-path", data, "--num-samples", 0]):
+        assert typed(f"{package}.perplexity", "--model", folder, *wrong).returncode == 2
 
 
 def test_a_reader_that_goes_away_is_no_error():

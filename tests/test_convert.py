@@ -274,6 +274,18 @@ def test_command_line_says_one_sentence_and_exits_with_2(reference, tmp_path):
     )
 
 
+def test_a_packed_folder_becomes_one_of_floats_with_the_flags_of_mlx_lm(reference, tmp_path):
+    packed = reference("quant/mlx_affine_4bit")
+    done = typed("minicpm_mlx.convert", "--hf-path", packed, "--mlx-path", tmp_path / "out", "-d")
+    assert done.returncode == 0 and "16 matrices dequantized from MLX 4-bit in groups of 64" in done.stdout
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"quantization", "quantization_config"} & raw.keys()
+    source, written = open_checkpoint(packed), open_checkpoint(tmp_path / "out")
+    for name, tensor in written.tensors.items():
+        assert tensor.dtype == np.float16
+        np.testing.assert_array_equal(tensor.read(), source.tensors[name].read().astype(np.float16))
+
+
 @pytest.mark.parametrize("module", ["weights_io.convert", "weights_io.inspect"])
 def test_help_is_quick(module):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -4,6 +4,7 @@ All as it stands, but for what would be downloaded or take long: the built-in mo
 short.
 """
 
+import ast
 import importlib
 import json
 import re
@@ -11,6 +12,8 @@ import shlex
 import shutil
 import subprocess
 import tomllib
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,13 +28,15 @@ from weights_io import catalog
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
 
-MEASURED = ("fit.md", "benchmarks.md", "throughput.md", "loading.md", "tunix.md")
+MEASURED = ("measured.md", "fit.md", "benchmarks.md", "throughput.md", "loading.md", "tunix.md")
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in MEASURED)
 ELSEWHERE = ("serve.md", "pico.md")  # by the test of the server below, and by tests/test_pico.py
 RELEASED = r"minicpm(?:-(?:2b|1b|2b-128k)|3-4b|4-0.5b|5-1b)"
 PAGE_URL = "http://127.0.0.1:8000/v1"
 SHORTER = {
-    rf"--model {RELEASED}(?= |$)": "--model pico",
+    rf"--(model|hf-path) {RELEASED}(?= |$)": r"--\1 pico",
+    r"(\.benchmark --model \S+) .*": r"\1 -p 8 -g 2 -n 1",
+    r"(\.perplexity .*)": r"\1 --sequence-length 32 --num-samples 2",
     r"--iters 800": "--iters 3",  # resumes
     r"--iters \d{3,}": "--iters 2",
     r"^((?!.*pretrain).*--iters .*)": r"\1 --val-batches 1",
@@ -173,3 +178,22 @@ def test_the_checks_named_are_there():
     (row,) = [line for line in (ROOT / "docs" / "models.md").read_text().splitlines() if "-dpo, -history" in line]
     for name in re.findall(r"`(\w+)`", row):
         assert (ROOT / "tests" / "reference" / name).is_dir(), name
+
+
+def test_every_flag_of_mlx_lm_is_told():
+    """docs/from-mlx-lm.md has a table for each of its commands, with just the flags in its source."""
+    folder = Path(find_spec("mlx_lm").submodule_search_locations[0])
+    page = (ROOT / "docs" / "from-mlx-lm.md").read_text("utf-8").partition("## Flags of mlx_lm\n")[2]
+    told = {}
+    for section in re.split(r"^### ", page, flags=re.M)[1:]:
+        name, _, rows = section.partition("\n")
+        assert not re.search(r"^\| `--.*\| *\|$", rows, re.M), name  # each says what it is here
+        told[name] = sorted(re.findall(r"`(--[\w-]+)`", "\n".join(re.findall(r"^\| (.*?) \|", rows, re.M))))
+    assign = next(n for n in ast.walk(ast.parse((folder / "cli.py").read_text())) if isinstance(n, ast.Assign))
+    assert sorted(told) == sorted(ast.literal_eval(assign.value))
+    for name, flags in told.items():
+        path = folder / f"{name}.py"
+        source = (path if path.is_file() else folder / "quant" / path.name).read_text("utf-8")
+        calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+        given = [arg for n in calls if ast.unparse(n.func).endswith(".add_argument") for arg in n.args]
+        assert flags == sorted({ast.literal_eval(arg) for arg in given if ast.unparse(arg).startswith("'--")}), name

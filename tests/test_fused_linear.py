@@ -9,9 +9,9 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from benchmarks import graph_nodes  # noqa: E402
 from minicpm_mlx import load  # noqa: E402
-from minicpm_mlx.adapters import attach, init_lora_params  # noqa: E402
 from minicpm_mlx.layers.fused_linear import fuse  # noqa: E402
 from minicpm_mlx.quantization.model import quantize_model  # noqa: E402
+from minicpm_mlx.training.adapters import attach, init_lora_params  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
 
 SHAPE = {"tie_word_embeddings": False, "rope_theta": 10000.0}

@@ -21,16 +21,18 @@ ABOVE = {
     "minicpm_serve": {"minicpm_jax", "minicpm_mlx", "jax", "flax", "mlx", "mlx_lm"},  # the backends by name alone
 }
 NEVER = {"torch", "transformers", "peft"}  # only mlx-lm brings them along
-# The one table of what is started by its name (commands of weights_io that need a tokenizer), and a name that is data.
+# The one table of what is started by its name (commands of weights_io that need a tokenizer, commands of a backend that
+# minicpm_serve runs, the packages of the console scripts), and a name that is data.
 EXCEPTIONS = {
-    ("weights_io/command_line.py", "minicpm_data"),
+    *(("weights_io/command_line.py", f"minicpm_{name}") for name in ("data", "jax", "mlx", "serve")),
     ("minicpm_data/training/run_folder.py", "minicpm_jax"),  # a value in run folders of earlier versions; no import
 }
 BY_STRING = ("find_spec", "import_module", "__import__", "run_module", "run_path")
 # Calls of those whose module is no string in the source.
 BY_VARIABLE = {
-    "weights_io/command_line.py": ["ABOVE[name]", "package"],  # the table; what __main__.py says it is
+    "weights_io/command_line.py": ["ABOVE[name]", "ABOVE[name]", "package"],  # the table; what __main__.py says it is
     "weights_io/cli/help_page.py": ["module"],  # found, not imported: its docstring holds the examples
+    "weights_io/cli/launcher.py": ["f'{package}.{name}'"],  # a command of that package, by the name that was typed
     "weights_io/lazy_exports.py": ["f'{package}.{exports[name]}'"],  # of the package that installs it
     "minicpm_data/metrics.py": ["PACKAGES[report_to]"],  # wandb or tensorboard
     "minicpm_data/cli/notebook.py": ["module"],  # what the notebook runs
@@ -83,8 +85,18 @@ def test_the_table_of_commands_starts_nothing_else():
     from weights_io.command_line import ABOVE as table
 
     for name, module in table.items():
-        assert module == f"minicpm_data.cli.{name}" and (ROOT / "weights_io" / f"{name}.py").is_file()
+        below = ["weights_io"] if module == f"minicpm_data.cli.{name}" else ["minicpm_jax", "minicpm_mlx"]
+        assert below == ["weights_io"] or module.startswith("minicpm_serve.")
+        assert all((ROOT / package / f"{name}.py").is_file() for package in below)
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+
+
+def test_the_console_scripts_are_those_of_the_table():
+    from weights_io.command_line import SCRIPTS
+
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    assert scripts == dict.fromkeys(SCRIPTS, "weights_io.cli.launcher:script")
+    assert all((ROOT / package / "__main__.py").is_file() for package in SCRIPTS.values())
 
 
 def imports() -> dict[str, set[str]]:

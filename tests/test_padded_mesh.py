@@ -12,7 +12,7 @@ from minicpm_jax.generation import teacher_forcing
 jax = pytest.importorskip("jax")
 
 from minicpm_data.cli.generate import run_generate  # noqa: E402
-from minicpm_jax import activation_sparsity, adapters, load, stream_generate  # noqa: E402
+from minicpm_jax import activation_sparsity, load, stream_generate  # noqa: E402
 from minicpm_jax.backend import backend  # noqa: E402
 from minicpm_jax.generate import Options  # noqa: E402
 from minicpm_jax.parallel.activations import splits_tokens  # noqa: E402
@@ -25,6 +25,7 @@ from minicpm_jax.parallel.sharding import (  # noqa: E402
     warn_idle_mesh_axes,
 )
 from minicpm_jax.quantization.model import quantize_model  # noqa: E402
+from minicpm_jax.training import adapters  # noqa: E402
 from minicpm_jax.training.losses import packed_loss  # noqa: E402
 from minicpm_jax.training.step import weights_of  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402

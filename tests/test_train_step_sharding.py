@@ -7,11 +7,10 @@ from minicpm_jax.training import optimizers
 
 jax = pytest.importorskip("jax")
 
-from minicpm_jax import adapters  # noqa: E402
 from minicpm_jax.model import Model, initialize, nested  # noqa: E402
 from minicpm_jax.parallel.mesh import batch_sharding, make_mesh  # noqa: E402
 from minicpm_jax.parallel.sharding import pad_config, pad_or_trim_params, replicated, shardings  # noqa: E402
-from minicpm_jax.training import step  # noqa: E402
+from minicpm_jax.training import adapters, step  # noqa: E402
 from minicpm_jax.training.losses import Objective  # noqa: E402
 from weights_io.adapters import AdapterConfig  # noqa: E402
 from weights_io.config import ModelConfig  # noqa: E402

@@ -1,6 +1,6 @@
-"""What there is to run."""
+"""Lists the commands, and runs one: ``python -m weights_io COMMAND ...``."""
 
-from weights_io.command_line import print_commands
+from weights_io.cli.launcher import launch
 
 if __name__ == "__main__":
-    print_commands("weights_io")
+    launch(__package__, f"python -m {__package__}")

@@ -1,6 +1,7 @@
 """Run a command line. A dataclass defines the flags; an `InputError` prints one sentence and exits with status 2."""
 
 import contextlib
+import contextvars
 import dataclasses
 import errno
 import importlib
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from weights_io.cli import mlx_lm_flags
 from weights_io.cli.help_page import description, in_groups, texts_of
 from weights_io.cli.refusals import refusal, wrong_word
 from weights_io.errors import InputError, flag
@@ -23,12 +25,22 @@ NUMBERS, SEEDS = 2**31 - 1, 2**63 - 1  # upper bounds of integers and of seeds
 MOST = {"lengths": 2**21, "num_samples": 10**6, "examples": 10**6, "documents": 10**7}
 MOST |= dict.fromkeys(("max_seq_length", "max_model_len"), 2**24)
 MOST |= dict.fromkeys(("batch_size", "rank", "num_experts", "max_num_seqs", "max_queued_requests"), 2**16)
-# Commands of weights_io that need a tokenizer, which minicpm_data provides. weights_io must not import minicpm_data, so
-# these modules are imported by name, here and nowhere else.
+# Commands whose work a package does that the command's own package must not import: those of weights_io need a
+# tokenizer, those of a backend the server or an evaluation. These modules are imported by name, here and nowhere else.
 ABOVE = {name: f"minicpm_data.cli.{name}" for name in ("convert", "fuse", "inspect", "upcycle")}
 TRUTH = {"t": "True", "true": "True", "f": "False", "false": "False"}
+ABOVE |= {"server": "minicpm_serve.openai_api", "perplexity": "minicpm_serve.perplexity"}
+# Console script -> the package whose commands it starts; also in pyproject.toml.
+SCRIPTS = {
+    "minicpm": "weights_io",
+    "minicpm-data": "minicpm_data",
+    "minicpm-jax": "minicpm_jax",
+    "minicpm-mlx": "minicpm_mlx",
+    "minicpm-serve": "minicpm_serve",
+}
 MANY_FILES = 10240  # open files to allow if the hard limit is infinite; macOS accepts no larger number
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+_STARTED_AS: contextvars.ContextVar[str | None] = contextvars.ContextVar("started_as", default=None)
 
 
 def run(
@@ -36,14 +48,16 @@ def run(
     options: type[Options],
     prog: str,
     more_flags: Callable[[Options], list[str]] | None = None,
+    fixed: Mapping[str, Any] | None = None,
 ) -> None:
     """Parse ``sys.argv`` and call ``main`` with the options. Wrong flags exit with status 2; see also `exit_codes`.
 
     Arguments:
         main: the command; its docstring is the description in the help.
         options: a dataclass whose fields are the flags; the docstrings below the fields are the help.
-        prog: the command as the user types it, e.g. ``"python -m weights_io.inspect"``.
+        prog: the command as the user types it, e.g. ``"python -m weights_io.inspect"``; see also `started_as`.
         more_flags: returns the flags from the config file that the options name. Flags in ``sys.argv`` override them.
+        fixed: option -> value of options that the command sets itself, and that are no flags of it.
     """
     import tyro
 
@@ -51,7 +65,8 @@ def run(
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show 中 shows ?
 
     asking = bool({"-h", "--help"} & set(sys.argv[1:]))
-    shown = for_tyro(options, asking)
+    prog, fixed = _STARTED_AS.get() or prog, fixed or {}
+    shown = for_tyro(options, asking, fixed)
 
     def parsed(flags: list[str]) -> Options:
         said = io.StringIO()
@@ -72,11 +87,12 @@ def run(
 
     with exit_codes(flags_of(options, sys.argv[1:])):
         allow_open_files()
-        given = parsed(sys.argv[1:])
+        words = mlx_lm_flags.accepted(sys.argv[1:], flags_in(options))
+        given = parsed(words)
         if more_flags is not None and (more := more_flags(given)):
             if wrong := wrong_word(options, more, former_names(options), prog):
                 raise InputError(f"{getattr(given, 'config', 'its file')}: {wrong.spelled(str)}", "config")
-            given = parsed(more + sys.argv[1:])
+            given = parsed(more + words)
         check_numbers(given)
         note_unneeded(given)
         main(given)
@@ -98,7 +114,22 @@ def flags_of(options: type, words: Iterable[str] = ()) -> Callable[[str], str]:
     return lambda name: flag(typed.get(fields[name], fields[name])) if name in fields else name
 
 
-def for_tyro(options: type, asking: bool) -> Any:
+@contextlib.contextmanager
+def started_as(prog: str) -> Iterator[None]:
+    """A context in which commands name themselves ``prog`` in their help: a launcher started them."""
+    token = _STARTED_AS.set(prog)
+    try:
+        yield
+    finally:
+        _STARTED_AS.reset(token)
+
+
+def flags_in(options: type) -> set[str]:
+    """All flags of a dataclass: of its fields, and of their former names."""
+    return {flag(name) for name in [*former_names(options), *(field.name for field in dataclasses.fields(options))]}
+
+
+def for_tyro(options: type, asking: bool, fixed: Mapping[str, Any] | None = None) -> Any:
     """The same dataclass with annotations that make tyro's help easier to read.
 
     The help shows ``INT`` instead of ``{None}|INT``, and does not show a default that is None, False or empty. It has a
@@ -108,6 +139,7 @@ def for_tyro(options: type, asking: bool) -> Any:
         options: the dataclass.
         asking: whether the user asks for the help. If so, fields marked `tyro.conf.Suppress` are left out.
             Otherwise the mark is removed, as tyro does not parse a suppressed flag.
+        fixed: as in `run`.
     """
     import tyro
 
@@ -115,6 +147,10 @@ def for_tyro(options: type, asking: bool) -> Any:
     texts = texts_of(options) if asking else {}
     for field in dataclasses.fields(options):
         hint = hints[field.name]
+        if field.name in (fixed or {}):
+            hint = Annotated[hint, tyro.conf.Fixed[Any].__metadata__[0], tyro.conf.Suppress]  # type: ignore[misc]
+            annotated.append((field.name, hint, dataclasses.field(default=(fixed or {})[field.name])))
+            continue
         marks = getattr(hint, "__metadata__", ())
         if tyro.conf.Suppress in marks and not asking:
             hint, marks = hint.__origin__, ()
@@ -237,6 +273,18 @@ def command_above(name: str) -> Callable[[Any], None]:
     return importlib.import_module(ABOVE[name]).main
 
 
+def run_above(name: str, prog: str, **fixed: Any) -> None:
+    """`run` a command in `ABOVE` as the command of another package.
+
+    Arguments:
+        name: the command.
+        prog: the command as the user types it.
+        fixed: as in `run`: the options that are settled by where the command was started.
+    """
+    command = importlib.import_module(ABOVE[name])
+    run(command.main, command.Options, prog, fixed=fixed)
+
+
 def check_numbers(options: object) -> None:
     """Raises `InputError` where an option is NaN or out of bounds. Later code could not handle such a value."""
     for name, value in vars(options).items():
@@ -310,16 +358,17 @@ def exit_codes(typed: Callable[[str], str] = str) -> Iterator[None]:
         sys.exit(2)
 
 
-def print_commands(package: str) -> None:
-    """Print each module of a package that ``python -m`` can run, with the first paragraph of its docstring."""
+def commands_of(package: str) -> dict[str, str]:
+    """Name -> the first paragraph of its docstring, for each module of a package that ``python -m`` can run."""
     import ast
     from importlib.util import find_spec
 
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations
-    with exit_codes():
-        for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
-            source = path.read_text(encoding="utf-8")
-            if '\nif __name__ == "__main__":' in source:
-                said = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0].replace("\n", " ")
-                print(f"python -m {package}.{path.stem:12} {said}")
+    found = {}
+    for path in sorted(Path(spec.submodule_search_locations[0]).glob("[!_]*.py")):
+        source = path.read_text(encoding="utf-8")
+        if '\nif __name__ == "__main__":' in source:
+            said = ast.get_docstring(ast.parse(source)) or ""
+            found[path.stem] = said.partition("\n\n")[0].replace("\n", " ")
+    return found

@@ -8,7 +8,8 @@
 - ``--to llama`` folds MiniCPM's scales into the weights, for programs that only know Llama.
 - ``--to hf --unfold`` is the inverse of ``--to llama``.
 
-A quantized model (GPTQ, AWQ, bitsandbytes, MLX) is written dequantized unless ``-q`` is given.
+A quantized model (GPTQ, AWQ, bitsandbytes, MLX) is written dequantized unless ``-q`` is given: in float32, or with
+``--dequantize`` in the dtype that it computes in, as by mlx_lm.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from weights_io.command_line import Former
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.parameters import count
+from weights_io.quantization.packed import PackedTensor
 from weights_io.quantization.writing import Affine
 from weights_io.rope_config import LongRoPE
 from weights_io.write import Tensor, save_checkpoint
@@ -36,13 +38,14 @@ MODEL_CODE = "from minicpm_mlx.model import Model, ModelArgs  # noqa: F401\n"
 
 @dataclass(frozen=True)
 class Options:
-    model: str
-    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name from the catalogue."""
+    model: Annotated[str, Former("hf_path")]
+    """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name from the catalogue (--hf-path in
+    mlx_lm)."""
     to: Literal["hf", "llama", "mlx"]
     """hf: Hugging Face layout in the model's own architecture; mlx: the same, and mlx_lm opens it with
     --trust-remote-code if this package is installed; llama: LlamaForCausalLM, with MiniCPM's scales folded in."""
-    save_path: Annotated[Path, Former("out")]
-    """Folder to write. It must be empty or not exist yet."""
+    save_path: Annotated[Path, Former("out", "mlx_path")]
+    """Folder to write (--mlx-path in mlx_lm). It must be empty or not exist yet."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the written weights. By default each tensor keeps its own dtype."""
     revision: str | None = None
@@ -63,6 +66,11 @@ class Options:
     """With --quantize: bits of each weight; 4 by default."""
     q_group_size: Literal[32, 64, 128] | None = None
     """With --quantize: group size, the number of weights of a row that share a scale and a bias; 64 by default."""
+    q_mode: str = "affine"
+    """With --quantize: affine is the one mode that is written."""
+    dequantize: Annotated[bool, tyro.conf.arg(aliases=("-d",))] = False
+    """Dequantize a quantized model to the dtype it computes in. Without --quantize and --dequantize, a quantized model
+    is dequantized too, to float32."""
 
 
 def main(options: Options) -> None:
@@ -104,7 +112,7 @@ def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[s
             rounding,
         )
     affine = Affine(options.q_bits or 4, options.q_group_size or 64) if options.quantize else None
-    dtype = options.dtype or (checkpoint.dtype if options.quantize else None)
+    dtype = options.dtype or (checkpoint.dtype if options.quantize or options.dequantize else None)
     how: dict[str, Any] = {"for_mlx_lm": options.to == "mlx", "affine": affine}
     lines = write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files, **how)
     scaling = config.rope_scaling
@@ -112,6 +120,11 @@ def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[s
         lines.append(
             "mlx_lm's own models always take longrope's long factors; --to mlx writes a model that it runs right"
         )
+    packed = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, PackedTensor)]
+    if packed and affine is None:
+        lines.append(f"{len(packed)} matrices dequantized from {packed[0].kind}")
+    elif options.dequantize:
+        lines.append(f"no matrix of {options.model} was quantized")
     if options.unfold:
         state = "are the same numbers and are tied" if config.tie_word_embeddings else "differ and stay untied"
         lines.append(f"unfolded with these scales, head and embedding {state}")
@@ -176,6 +189,10 @@ def write_model(
 
 def check(options: Options) -> None:
     """Raises `InputError` for options that cannot be combined."""
+    if options.q_mode != "affine":
+        raise InputError(f"is {options.q_mode}; affine is the one mode that is written here.", "q_mode")
+    if options.quantize and options.dequantize:
+        raise InputError("and {quantize} do not go together; leave one of them out.", "dequantize", ["quantize"])
     if options.quantize and options.to != "mlx":
         raise InputError("packs in MLX's form; use it with {to} mlx.", "quantize", ["to"])
     unused = [name for name in ("q_bits", "q_group_size") if getattr(options, name) is not None]

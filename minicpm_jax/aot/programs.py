@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from minicpm_data.generation.options import Sampling
 from minicpm_data.option_checks import check_range
-from minicpm_jax import adapters
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
@@ -24,7 +23,7 @@ from minicpm_jax.parallel.chips import Topology
 from minicpm_jax.parallel.mesh import automatic, batch_sharding, make_mesh
 from minicpm_jax.parallel.sharding import pad_config, partition_spec, serving_mesh, shardings
 from minicpm_jax.quantization.model import axes_of, names_of, quantize_model
-from minicpm_jax.training import optimizers, step
+from minicpm_jax.training import adapters, optimizers, step
 from minicpm_jax.training.losses import Objective, PackedObjective
 from weights_io.adapters import AdapterConfig
 from weights_io.checkpoint import config_of

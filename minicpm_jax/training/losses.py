@@ -61,3 +61,9 @@ def mean_loss(model: Model, ids: Int[Array, "B T"], labels: Int[Array, "B T"], m
 def _mean_loss(model: Model, ids, labels, mask):
     hidden = model.hidden_states(ids, positions_of(model.config, ids.shape, mask=mask))
     return jnp.sum(token_losses(model, hidden, labels)) / jnp.sum(labels[:, 1:] != IGNORED)
+
+
+@jax.jit
+def label_losses(model: Model, ids: Int[Array, "B T"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Cross entropy of each label, at the label's own position; 0 where there is none."""
+    return token_losses(model, model.hidden_states(ids, positions_of(model.config, ids.shape)), labels)

@@ -12,13 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from minicpm_jax import adapters
 from minicpm_jax.layers.linear import Linear
 from minicpm_jax.layers.ops import OwnProduct, Weight, linear
 from minicpm_jax.layers.rope import positions_of
 from minicpm_jax.model import Model, get_layer, nested
 from minicpm_jax.parallel.mesh import ambient_mesh
 from minicpm_jax.parallel.sharding import pad_config, pad_or_trim_params, partition_spec, replicated, shardings
+from minicpm_jax.training import adapters
 from minicpm_jax.training.cross_entropy import token_losses
 from minicpm_jax.training.losses import Batch, Objective, PackedObjective
 from weights_io.config import ModelConfig

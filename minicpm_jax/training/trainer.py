@@ -16,13 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 from minicpm_data.datasets.batches import one_of_few
 from minicpm_data.training.finished_model import export_finetuned
 from minicpm_data.training.options import FinetuneOptions, FullOptions, LoraOptions, adapted_layers, given_adapter
-from minicpm_jax import adapters, device
+from minicpm_jax import device
 from minicpm_jax.loading import load_weights
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.mesh import batch_sharding, local_rows, shard_rows
 from minicpm_jax.parallel.processes import fetch, processes
 from minicpm_jax.parallel.sharding import fraction_per_device, replicated
-from minicpm_jax.training import optimizers
+from minicpm_jax.training import adapters, optimizers
 from minicpm_jax.training import step as train
 from minicpm_jax.training.losses import Objective
 from minicpm_jax.training.run_checkpoints import Checkpoints, Saved

@@ -56,3 +56,9 @@ def mean_loss(
     ids, labels, mask = mx.array(ids), mx.array(labels), None if mask is None else mx.array(mask)
     hidden = model.hidden_states(ids, positions_of(model.config, ids, mask))
     return token_losses(model, hidden, labels).sum() / (labels[:, 1:] != IGNORED).sum()
+
+
+def label_losses(model: Model, ids: mx.array | np.ndarray, labels: mx.array | np.ndarray) -> mx.array:
+    """Cross entropy of each label [B, T], at the label's own position; 0 where there is none."""
+    ids, labels = mx.array(ids), mx.array(labels)
+    return token_losses(model, model.hidden_states(ids, positions_of(model.config, ids)), labels)

@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from minicpm_mlx.adapters import set_dropout_keys
 from minicpm_mlx.layers.ops import compiled
 from minicpm_mlx.layers.rope import positions_of
 from minicpm_mlx.model import Model
+from minicpm_mlx.training.adapters import set_dropout_keys
 from minicpm_mlx.training.cross_entropy import token_losses
 from minicpm_mlx.training.losses import Batch, Objective, PackedObjective
 

@@ -21,10 +21,10 @@ from minicpm_data.training.options import (
     is_decayed,
 )
 from minicpm_data.training.processes import SingleProcess
-from minicpm_mlx import adapters, device
+from minicpm_mlx import device
 from minicpm_mlx.loading import load_weights
 from minicpm_mlx.model import Model
-from minicpm_mlx.training import optimizers
+from minicpm_mlx.training import adapters, optimizers
 from minicpm_mlx.training import step as train
 from minicpm_mlx.training.losses import Objective
 from minicpm_mlx.training.run_checkpoints import Checkpoints

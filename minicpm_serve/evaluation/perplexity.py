@@ -1,6 +1,8 @@
-"""The mean cross entropy of texts, computed in windows."""
+"""The cross entropy of texts, computed in windows: the mean, and the perplexity of samples as in mlx_lm."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,17 +39,77 @@ def loss_of(
     Raises:
         InputError: the texts have fewer than two tokens.
     """
-    mean_loss = backends.module(backend, "training.losses").mean_loss
     encoded = [tokenizer.encode(text) for text in documents]
     rows = [row for ids in encoded for row in windows(ids, length, tokenizer.bos_token_id)]
-    total, count = 0.0, 0
-    for ids, labels in batches(rows, length, batch_size):
-        here = int((labels[:, 1:] != IGNORED).sum())
-        total += float(mean_loss(model, ids, labels)) * here
-        count += here
-    if not count:
+    losses = token_losses(backend, model, rows, length, batch_size)
+    if not losses.size:
         raise InputError("the text of --data has fewer than two tokens; give more text.")
-    return {"loss": total / count, "tokens": count}
+    return {"loss": float(losses.mean()), "tokens": losses.size}
+
+
+def token_losses(
+    backend: backends.BackendName, model: Any, rows: Sequence[list[int]], width: int, batch_size: int
+) -> "np.ndarray":
+    """The cross entropy of every token of the rows that has one before it, in nats.
+
+    Arguments:
+        backend, model, batch_size: as in `loss_of`.
+        rows: token ids, at most ``width`` each.
+
+    Returns:
+        [N] float64, row by row.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    label_losses = backends.module(backend, "training.losses").label_losses
+    found = [np.empty(0)]
+    with tqdm(total=len(rows), desc="windows", disable=None, delay=1) as bar:
+        for ids, labels in batches(rows, width, batch_size):
+            losses = np.asarray(label_losses(model, ids, labels), np.float64)
+            found.append(losses[:, 1:][labels[:, 1:] != IGNORED])
+            bar.update(min(batch_size, len(rows) - bar.n))
+    return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean cross entropy), and the standard error that the number of tokens leaves it."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, losses: "np.ndarray") -> "Perplexity":
+        """Of token losses [N] in nats. The error of the mean becomes that of the exponential, as in mlx_lm."""
+        value = math.exp(min(float(losses.mean()), 700))  # e^709 is the largest float
+        spread = float(losses.std(ddof=1)) if losses.size > 1 else 0.0
+        return cls(value, value * spread / math.sqrt(losses.size))
+
+
+def samples(encoded: Sequence[Sequence[int]], width: int, most: int, seed: int) -> list[list[int]]:
+    """Rows of ``width`` tokens: the documents in random order, one after the other, as mlx_lm cuts them.
+
+    Arguments:
+        encoded: token ids of each document.
+        width: tokens of a row.
+        most: largest number of rows; -1 takes all.
+        seed: of the order.
+
+    Returns:
+        The rows. Where the documents do not fill one, all they hold is one shorter row.
+    """
+    import numpy as np
+
+    tokens: list[int] = []
+    for at in np.random.RandomState(seed).permutation(len(encoded)):
+        if 0 <= most * width <= len(tokens):
+            break
+        tokens += encoded[at]
+    if len(tokens) < width:
+        return [tokens]
+    rows = [tokens[start : start + width] for start in range(0, len(tokens) - width + 1, width)]
+    return rows[: most if most >= 0 else None]
 
 
 def windows(ids: Sequence[int], width: int, bos_token_id: int | None) -> Iterator[list[int]]:

@@ -1,1 +1,4 @@
-"""How a command line shows its options, and how it refuses wrong ones. `weights_io.command_line` runs the commands."""
+"""How a command is started, shows its options and refuses wrong ones, and the flags of mlx_lm that are no options here.
+
+`weights_io.command_line` runs the commands.
+"""
