@@ -7,10 +7,12 @@ It serves ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models`` and ``/h
 
 import asyncio
 import errno
+import functools
 import gc
 import math
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 QUEUED = 1024  # connections that the system queues until they are accepted
 GRACE = 5.0  # seconds that unfinished answers get after the signal to stop
 GOODBYE = 0.5  # further seconds, to tell clients that their answers were ended early
+NOTICED = 0.5  # seconds; programs that compile faster get no line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +89,23 @@ def main(options: Options) -> None:
         try:
             backend.device.warn_idle_axes(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --max-model-len")
-            engine.warm_up()
+            engine.warm_up(functools.partial(say_compiled, engine))
             gc.freeze()  # else garbage collection makes parsing a large body 4 times as slow
             name = options.model or "pico"
             server(engine, name, key, options.max_queued_requests, hosts, origins).run(sockets=[listening])
         finally:
             engine.close()
+
+
+def say_compiled(engine: ServingEngine, name: str, seconds: float) -> None:
+    """Print a line for a program that was compiled, and one when nothing is left to compile."""
+    count = engine.programs
+    left = count["compiling"] + count["waiting"]
+    if seconds >= NOTICED or not left:
+        rest = f"{left} to compile" if left else "none to compile"
+        print(
+            f"compiled: {name} ({seconds:.1f} s); {count['ready']} programs ready, {rest}", file=sys.stderr, flush=True
+        )
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -183,6 +197,12 @@ def server(
             for connection in list(self.server_state.connections):  # clients that neither send nor read
                 connection.transport.abort()
             await ending
+            if self.last_signal and engine.programs.get("compiling"):  # XLA cannot be interrupted
+                closing = asyncio.create_task(asyncio.to_thread(engine.close))
+                await self.patience(closing, GRACE)
+                if not closing.done():
+                    os.write(2, b"ended while a program was being compiled\n")
+                    os._exit(128 + self.last_signal)
 
     app = application(engine, name, waiting, Access(api_key, hosts, origins))
     config = uvicorn.Config(
