@@ -59,7 +59,7 @@ def api(request, tmp_path_factory):
 
     engine = ServingEngine(request.param, backend.load(folder, "float32")[0], tokenizer, SLOTS)
     with listening(engine, waiting=WAITING) as found:
-        found.alone, found.tokenizer = alone, tokenizer
+        found.alone, found.tokenizer, found.backend = alone, tokenizer, request.param
         yield found
     engine.close()
 
@@ -189,7 +189,13 @@ def test_models_and_health(api):
     assert status == 200 and [model["id"] for model in answer["data"]] == ["tiny"]
     assert ask(api.port, "/v1/models/tiny") == (200, answer["data"][0])
     assert ask(api.port, "/v1/models/gpt-4")[1]["error"]["code"] == "model_not_found"
-    assert ask(api.port, "/health") == (200, {"status": "ok"})
+    ask(api.port, "/v1/completions", {"prompt": "The fox", "max_tokens": 2})
+    status, health = ask(api.port, "/health")
+    assert status == 200 and health.pop("status") == "ok"
+    if api.backend == "jax":  # MLX compiles no programs
+        programs = health.pop("programs")
+        assert set(programs) == {"ready", "compiling", "waiting"} and programs["ready"] >= 6
+    assert health == {}
 
 
 def user(content="a", **more):

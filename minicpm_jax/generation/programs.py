@@ -1,21 +1,19 @@
-"""Programs that are compiled beside the work: a table of keys, filled by one thread of low priority.
+"""Programs that are compiled beside the work: a table of keys, filled by one thread.
 
 XLA compiles without Python's lock, so that running programs go on meanwhile. The thread only traces, lowers and
-compiles; it runs nothing. `jax.jit` finds the result at its next call with these shapes, so callers call the jitted
-functions as usual. A shape that nobody has asked for here is compiled at its call.
+compiles; it runs nothing. (It has the usual priority: with a lower one it kept the lock for 2 s on a busy machine.)
+`jax.jit` finds the result at its next call with these shapes, so callers call the jitted functions as usual. A shape
+that nobody has asked for here is compiled at its call.
 """
 
 import atexit
 import contextlib
-import os
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
-
-NICE = 10  # of the compiling thread, on Linux: a running program gets nine tenths of a core that both want
 
 _tables: "weakref.WeakSet[Programs]" = weakref.WeakSet()  # closed at the end of the process
 
@@ -122,7 +120,6 @@ class Programs:
         self._thread.start()
 
     def _work(self) -> None:
-        _lower_priority()
         while (found := self._next()) is not None:
             key, asked = found
             began, program, error = time.perf_counter(), None, None
@@ -156,10 +153,3 @@ class Programs:
             self._thread = None
             self._changed.notify_all()
             return None
-
-
-def _lower_priority() -> None:
-    """Let this thread, and those that the compiler starts from it, yield to running programs (Linux)."""
-    if hasattr(os, "setpriority") and hasattr(threading, "get_native_id") and os.path.isdir("/proc/self/task"):
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
