@@ -198,6 +198,8 @@ def server(
                 connection.transport.abort()
             await ending
             if self.last_signal and engine.programs.get("compiling"):  # XLA cannot be interrupted
+                said = f"waiting up to {GRACE:g} s for a program that is being compiled; Ctrl-C again ends at once\n"
+                os.write(2, said.encode())
                 closing = asyncio.create_task(asyncio.to_thread(engine.close))
                 await self.patience(closing, GRACE)
                 if not closing.done():
