@@ -435,7 +435,7 @@ class Played:
     """An engine that takes requests, and does what it is told with them."""
 
     slots, context, open, error, tokenizer = 2, 64, 0, None, None
-    model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9)), {}  # noqa: RUF012
+    model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9)), {}
 
     def __init__(self):
         self.delivers, self.asked = [], []
