@@ -103,12 +103,20 @@ class ServingEngine(Generic[ModelT]):
         self._answers: dict[int, Answer] = {}  # of unfinished requests
         self._lock = threading.Lock()
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._engine.wake = lambda: self._asked.put(lambda: None)
+        self._engine.failed = self._fail  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._work, name="minicpm-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a process that exits while the device computes aborts
 
-    def warm_up(self) -> None:
-        """Run a short chat and a completion, so that JAX compiles their programs before the first request."""
+    def warm_up(self, compiled: Callable[[str, float], None] | None = None) -> None:
+        """Run a short chat and a completion, so that JAX compiles their programs before the first request. Then begin
+        to compile the others in the background.
+
+        Arguments:
+            compiled: called on another thread with the name of each program that was compiled, and its seconds.
+        """
+        self._engine.compiled = compiled or self._engine.compiled
         if self.tokenizer is not None:
             self.tokenizer.warm_up()
         ids = [0] * min(WARM, self.context - 1)  # ids, because a chat template may refuse any message
@@ -116,6 +124,7 @@ class ServingEngine(Generic[ModelT]):
             answer = self.stream_generate(ids, min(most, self.context - len(ids)), temperature=temperature)
             for _ in zip(range(2), answer, strict=False):  # the first token is the prompt's; then it is cancelled
                 pass
+        self._asked.put(self._engine.warm)
 
     def stream_generate(
         self, prompt: Prompt, max_tokens: int = ANSWER_TOKENS, stop: str | Sequence[str] = (), **sampling: Any
@@ -188,10 +197,11 @@ class ServingEngine(Generic[ModelT]):
         self._asked.put(lambda: self._cancel(number))
 
     def close(self) -> None:
-        """Stop the thread. Unfinished requests get an `EngineClosed`."""
+        """Stop the threads; a program that is being compiled is waited for. Unfinished requests get `EngineClosed`."""
         atexit.unregister(self.close)
         self._asked.put(None)
         self._thread.join()
+        self._engine.close()
 
     @property
     def open(self) -> int:
@@ -212,6 +222,11 @@ class ServingEngine(Generic[ModelT]):
         """The fraction of the cache positions of all slots that the running requests fill."""
         filled = sum(len(state.prompt) + len(state.generated) for state in list(self._engine.running.values()))
         return filled / (self.slots * self.context)
+
+    @property
+    def programs(self) -> dict[str, int]:
+        """How many programs are ``ready``, ``compiling`` and ``waiting``; empty in MLX, which compiles none."""
+        return self._engine.programs()
 
     @property
     def slots(self) -> int:
@@ -237,6 +252,10 @@ class ServingEngine(Generic[ModelT]):
             if response.finish_reason is None:
                 self.cancel(number)
 
+    def _fail(self, number: int, error: Exception) -> None:
+        if (answer := self._answers.pop(number, None)) is not None:
+            answer.deliver(error)
+
     def _cancel(self, number: int) -> None:
         self._engine.cancel(number)
         self._answers.pop(number, None)
@@ -245,8 +264,8 @@ class ServingEngine(Generic[ModelT]):
         error: Exception = EngineClosed("the engine was closed.")
         try:
             while True:
-                # Wait only where there is nothing to compute.
-                while self._engine.idle or not self._asked.empty():
+                # Wait only where there is nothing to compute, or no program to compute it with.
+                while self._engine.idle or not self._asked.empty() or self._engine.blocked:
                     asked = self._asked.get()
                     if asked is None:
                         return

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 QUEUED = 1024  # connections that the system queues until they are accepted
 GRACE = 5.0  # seconds that unfinished answers get after the signal to stop
 GOODBYE = 0.5  # further seconds, to tell clients that their answers were ended early
+NOTICED = 0.5  # seconds; programs that compile faster get no line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +107,23 @@ def main(options: Options) -> None:
             backend.device.warn_idle_axes(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --max-model-len")
             LOG.info("warming up on %s ...", backend.device.description())
-            engine.warm_up()
+            engine.warm_up(functools.partial(say_compiled, engine))
             gc.freeze()  # else garbage collection makes parsing a large body 4 times as slow
             server(engine, name, key, options.max_queued_requests, hosts, origins).run(sockets=[listening])
         finally:
             engine.close()
+
+
+def say_compiled(engine: ServingEngine, name: str, seconds: float) -> None:
+    """Log a line for a program that was compiled, and one when nothing is left to compile."""
+    from minicpm_serve.http.records import LOG
+
+    count = engine.programs
+    left = count["compiling"] + count["waiting"]
+    if seconds >= NOTICED or not left:
+        LOG.info(
+            "compiled: %s (%.1f s); %d programs ready, %s to compile", name, seconds, count["ready"], left or "none"
+        )
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -216,6 +229,14 @@ def server(
             for connection in list(self.server_state.connections):  # clients that neither send nor read
                 connection.transport.abort()
             await ending
+            if self.last_signal and engine.programs.get("compiling"):  # XLA cannot be interrupted
+                said = f"waiting up to {GRACE:g} s for a program that is being compiled; Ctrl-C again ends at once\n"
+                os.write(2, said.encode())
+                closing = asyncio.create_task(asyncio.to_thread(engine.close))
+                await self.patience(closing, GRACE)
+                if not closing.done():
+                    os.write(2, b"ended while a program was being compiled\n")
+                    os._exit(128 + self.last_signal)
 
     app = application(engine, name, waiting, Access(api_key, hosts, origins))
     config = uvicorn.Config(

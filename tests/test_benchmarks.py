@@ -77,6 +77,13 @@ def test_every_way_gives_the_same_tokens(name, more, first):
     assert sorted({line.split(" | ")[0].strip("| ") for line in ran.stdout.splitlines()[2:]}) == first
 
 
+def test_a_stream_is_measured_while_strangers_ask():
+    ran = run("stall", "--layers", "1", "--words", "64", "--prompts", "40", "--quiet", "0.5")
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split(" | ")[0].strip("| ") for line in ran.stdout.splitlines() if line.startswith("| ")]
+    assert rows[:3] == ["stranger", "nobody", "a prompt of 40 tokens"] and "checksum" in ran.stdout
+
+
 def test_a_python_without_the_peer_is_told():
     ran = run("tunix_peer", "--peer-python", sys.executable)
     assert ran.returncode == 2

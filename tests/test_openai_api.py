@@ -57,7 +57,7 @@ def api(request, tmp_path_factory):
 
     engine = ServingEngine(request.param, backend.load(folder, "float32")[0], tokenizer, SLOTS)
     with listening(engine, waiting=WAITING) as found:
-        found.alone, found.tokenizer = alone, tokenizer
+        found.alone, found.tokenizer, found.backend = alone, tokenizer, request.param
         yield found
     engine.close()
 
@@ -187,7 +187,13 @@ def test_models_and_health(api):
     assert status == 200 and [model["id"] for model in answer["data"]] == ["tiny"]
     assert ask(api.port, "/v1/models/tiny") == (200, answer["data"][0])
     assert ask(api.port, "/v1/models/gpt-4")[1]["error"]["code"] == "model_not_found"
-    assert ask(api.port, "/health") == (200, {"status": "ok"})
+    ask(api.port, "/v1/completions", {"prompt": "The fox", "max_tokens": 2})
+    status, health = ask(api.port, "/health")
+    assert status == 200 and health.pop("status") == "ok"
+    if api.backend == "jax":  # MLX compiles no programs
+        programs = health.pop("programs")
+        assert set(programs) == {"ready", "compiling", "waiting"} and programs["ready"] >= 6
+    assert health == {}
 
 
 def test_each_request_is_a_line_and_counted(api, caplog):
@@ -459,7 +465,7 @@ class Played:
     """An engine that takes requests, and does what it is told with them."""
 
     slots, context, open, error, tokenizer = 2, 64, 0, None, None
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
+    model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9)), {}
 
     def __init__(self):
         self.delivers, self.asked = [], []

@@ -5,6 +5,9 @@ between two chunks the running requests decode a step. A prompt that shares a pr
 keys and values that are still cached. Each request gets the tokens that it would get alone. The backends implement the
 computation.
 
+A backend that compiles programs for the shapes of a request compiles them beside the running requests. The request
+stays in the queue until they are ready, and others may pass it.
+
 Requests may form a group, such as several answers to one question. A group never takes the last slot, and waiting
 groups take turns.
 """
@@ -120,6 +123,9 @@ class BatchEngine(ABC, Generic[ModelT]):
         self.queued: deque[RequestState] = deque()
         self.prefilling: tuple[RequestState, Iterator[None]] | None = None  # its prefill, chunk by chunk
         self.running: dict[int, RequestState] = {}
+        # Called on any thread: when `blocked` may have ended; with the name of a compiled program and its seconds.
+        self.wake: Callable[[], None] = lambda: None
+        self.compiled: Callable[[str, float], None] = lambda name, seconds: None
         self._numbers = itertools.count()
         self._steps = 1
 
@@ -183,9 +189,32 @@ class BatchEngine(ABC, Generic[ModelT]):
         """Whether there is no request."""
         return not self.queued and self.prefilling is None and not self.running
 
+    @property
+    def blocked(self) -> bool:
+        """Whether there are requests, and all wait for programs."""
+        return bool(self.queued) and self.prefilling is None and not self.running and self._next() is None
+
+    def failed(self, number: int, error: Exception) -> None:
+        """Called from `step` and `blocked` when a request is dropped because its programs could not be compiled; may be
+        replaced. By default the error is raised."""
+        raise error
+
+    def programs(self) -> dict[str, int]:
+        """How many programs are ``ready``, ``compiling`` and ``waiting``; empty in a backend that compiles none."""
+        return {}
+
+    def warm(self) -> None:
+        """Begin to compile the programs of all requests that this engine admits, beside the running ones."""
+
+    def close(self) -> None:
+        """Stop compiling. A program that is being compiled is waited for."""
+
     def step(self) -> list[GeneratedToken]:
-        """Prefill one chunk of the next prompt, if a slot is free, and decode; returns the new tokens."""
+        """Prefill one chunk of the next prompt, if a slot is free, and decode; returns the new tokens. If all requests
+        are `blocked`, it first waits for a program."""
         generated: list[GeneratedToken] = []
+        if self.blocked:
+            self._wait()
         if self.prefilling is None and (chosen := self._next()) is not None:
             self.queued.remove(chosen)
             for request in self.queued:
@@ -211,12 +240,28 @@ class BatchEngine(ABC, Generic[ModelT]):
         return generated
 
     def _next(self) -> RequestState | None:
-        """The queued request that is next, if a slot is free for it."""
+        """The queued request that is next, if a slot is free for it and its programs are ready."""
         if len(self.running) >= self.slots or not self.queued:
             return None
         taken = Counter(request.group for request in self.running.values())
-        first = min(self.queued, key=lambda request: (taken[request.group], request.turn))
-        return first if taken[first.group] < max(1, self.slots - 1) else None
+        for request in sorted(self.queued, key=lambda request: (taken[request.group], request.turn)):
+            if taken[request.group] >= max(1, self.slots - 1):
+                return None
+            try:
+                if self._ready(request):
+                    return request
+            except Exception as error:
+                self.queued.remove(request)
+                self.failed(request.number, error)
+        return None
+
+    def _ready(self, state: RequestState) -> bool:
+        """Whether the programs of a request are ready; otherwise they are being compiled. Raises the error of one that
+        could not be compiled."""
+        return True
+
+    def _wait(self) -> None:
+        """Wait until `blocked` may have ended."""
 
     def _record(self, state: RequestState, token: int) -> GeneratedToken:
         state.generated.append(token)

@@ -3,76 +3,39 @@
 A prompt is prefilled in a one-row cache of its own, which is then copied into the request's slot. So no program
 depends on the slot, and decoding continues meanwhile. An empty slot is a finished row.
 
-Dims: B slots (concurrent requests), S cache slots of each, E end-of-text ids, V vocabulary.
+Programs are compiled beside decoding (`programs`), and there are few: caches have 128, 512, 2048 .. positions, chunks
+of a prompt have one of two widths, and every kind of sampling is data. (Attention reads the filled blocks of a cache,
+so a step takes as long in a larger one.)
+
+Dims: B slots (concurrent requests), S cache slots of each, R cache slots of a prompt's row, T width of a chunk,
+E end-of-text ids, V vocabulary.
 """
 
 import dataclasses
-import functools
+import weakref
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from minicpm_data.generation import engine
 from minicpm_data.generation.engine import RequestState, shared
-from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
 from minicpm_jax import device
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import STEPS, State, bucket_length
+from minicpm_jax.generation.programs import Key, Programs
 from minicpm_jax.generation.sampling import SamplingParams
-from minicpm_jax.layers.kv_cache import STORED, Cache
+from minicpm_jax.generation.shapes import Shapes
+from minicpm_jax.generation.slots import ENDS, insert, mark_finished, row_of
+from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.model import Model
+from minicpm_jax.parallel.chips import platform
 
-ENDS = 8  # end-of-text ids checked on the device; the host checks the rest, a few steps later
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def insert(state: State, row: State, slot: Int[Array, ""]) -> State:
-    """Copy a one-row state, whose cache may be shorter, into a slot."""
-
-    def write(stored, new):
-        at = (slot,) + (0,) * (stored.ndim - 1)
-        return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), at)
-
-    def write_cache(stored, new):  # [L, B, ..]
-        return None if stored is None else jax.lax.dynamic_update_slice(stored, new, (0, slot, 0, 0))
-
-    cache, new = state.cache, row.cache
-    written = {name: write_cache(getattr(cache, name), getattr(new, name)) for name in STORED}
-    rng = write(jax.random.key_data(state.rng), jax.random.key_data(row.rng))
-    return State(
-        dataclasses.replace(cache, lengths=write(cache.lengths, new.lengths), **written),
-        write(state.token, row.token),
-        write(state.token_mask, row.token_mask),
-        jax.random.wrap_key_data(rng),
-        write(state.finished, row.finished),
-        write(state.eos_ids, row.eos_ids),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="slots")
-def row_of(cache: Cache, slot: Int[Array, ""], length: Int[Array, ""], slots: int) -> Cache:
-    """A one-row cache with the first ``length`` tokens of a slot."""
-
-    def part(stored, axis):
-        if stored is None:
-            return None
-        entries = slots // cache.grain
-        more = entries - stored.shape[axis]
-        begun = jax.lax.slice_in_dim(stored, 0, min(entries, stored.shape[axis]), axis=axis)
-        row = jnp.take(begun, slot[None], axis=1, mode="clip")  # slicing over a mesh would communicate all rows
-        return jnp.pad(row, [(0, max(more, 0) if i == axis else 0) for i in range(4)])
-
-    arrays = {name: part(getattr(cache, name), axis) for name, axis in STORED.items()}
-    return dataclasses.replace(cache, lengths=length[None], **arrays)
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def mark_finished(state: State, slot: Int[Array, ""]) -> State:
-    """Mark the slot's row as finished."""
-    return dataclasses.replace(state, finished=state.finished.at[slot].set(True))
+NARROW = 32  # tokens of a narrow chunk: the last ones of a prompt, and on a CPU those that others would wait for
+LEAST, GROWTH = 128, 4  # positions of the smallest cache, and the step to the next larger one
 
 
 class Engine(engine.BatchEngine[Model]):
@@ -96,53 +59,149 @@ class Engine(engine.BatchEngine[Model]):
             full, row = (decoding.cache_bytes(model, n, most(context), cache_options) for n in (slots, 1))
             return times * full + row
 
+        self._most = most(self.context)
+        self._wide = decoding.prefill_chunk(self.context, cache_options)
         free = device.free_memory(model.mesh)
         self._check_room(needed, free)
         # A cache that grows is held twice for a moment.
         roomy = free is None or needed(self.context, 2) <= free
-        begun = bucket_length(1) if roomy else most(self.context)
+        begun = self._cache_length(1) if roomy else self._most
         cache, _ = decoding.empty(model, slots, begun, cache_options.kv_bits)
         rng = jax.random.split(jax.random.key(0), slots)
         nobody = np.full((slots, ENDS), -1, np.int32)
         token_mask = jnp.zeros((slots, model.config.vocab_size), bool)
-        self.state = State(cache, jnp.zeros(slots, jnp.int32), token_mask, rng, jnp.ones(slots, bool), nobody)
+        state = State(cache, jnp.zeros(slots, jnp.int32), token_mask, rng, jnp.ones(slots, bool), nobody)
+        self.shapes = Shapes(model, cache_options)
+        self.state = self.shapes.placed(state, self.shapes.state(slots, begun))
         self.rows: list[RequestState | None] = [None] * slots  # the present or last request of each slot
         self.order = list(range(slots))  # free slots, least recently used first
         self.first: list[tuple[int, int]] = []  # (request, token) sampled at the end of prefill
+        self._programs = Programs(self._compiled)
+        self._programs.on_change = lambda: self.wake()
+        self._programs.on_done = lambda key, seconds: self.compiled(str(key), seconds)
+        # Requests that wait for programs -> `Programs.changes` when they were last looked at.
+        self._looked: weakref.WeakKeyDictionary[RequestState, int] = weakref.WeakKeyDictionary()
+
+    def _cache_length(self, length: int) -> int:
+        """The positions of the smallest cache that holds ``length``."""
+        positions = LEAST
+        while positions < length:
+            positions *= GROWTH
+        return min(positions, self._most)
+
+    def _row_length(self, length: int, start: int) -> int:
+        """The positions of the row for a prompt of which ``start`` tokens are copied; its last chunk is padded."""
+        return self._cache_length(start + -(-(length - start) // NARROW) * NARROW)
+
+    def _ready(self, state: RequestState) -> bool:
+        changes = self._programs.changes
+        if self._looked.get(state) == changes:
+            return False
+        self._looked[state] = changes
+        ready = self._programs.ready(self._needed(state))
+        if ready:
+            del self._looked[state]
+        return ready
+
+    def _needed(self, state: RequestState) -> list[Key]:
+        """The programs that a request needs now, the one that takes longest first."""
+        prompt, held = state.prompt, self.state.cache.slots
+        _, start = self._source(prompt)
+        row = self._row_length(len(prompt), start)
+        length = max(held, row, self._cache_length(len(prompt) + state.request.max_tokens + 1))
+        grown = [Key("resize", (held, length))] if length > held else []
+        begun = Key("row_of", (held, row)) if start else Key("empty", (row,))
+        common = Key("decode", (length,)), Key("prefill", (NARROW, row)), Key("first_token")
+        return [*common, begun, Key("insert", (length, row)), *grown, Key("mark_finished")]
+
+    def _compiled(self, key: Key) -> object:
+        """The compiled program of a key."""
+        return self.shapes.lowered(key, self.slots).compile()
+
+    def programs(self) -> dict[str, int]:
+        return self._programs.counts()
+
+    def warm(self) -> None:
+        """First what the next prompts need in the present cache, then wide chunks, then larger caches."""
+        held, most = self.state.cache.slots, self._most
+        lengths = sorted({self._cache_length(LEAST * GROWTH**i) for i in range(most.bit_length())})
+        keys = [Key("decode", (held,)), Key("first_token"), Key("mark_finished")]
+        fitting = [row for row in lengths if row <= held]
+        for row in fitting:
+            keys += [Key("prefill", (NARROW, row)), Key("empty", (row,))]
+            keys += [Key("insert", (held, row)), Key("row_of", (held, row))]
+        keys += [Key("prefill", (self._wide, row)) for row in fitting if row >= self._wide]
+        for length in (length for length in lengths if length > held):
+            keys += [Key("prefill", (NARROW, length)), Key("empty", (length,)), Key("decode", (length,))]
+            keys += [Key("resize", (old, length)) for old in lengths if held <= old < length]
+            keys += [Key(name, (length, row)) for row in lengths if row <= length for name in ("insert", "row_of")]
+            keys += [Key("prefill", (self._wide, length))]
+        self._programs.warm(keys)
+
+    def close(self) -> None:
+        self._programs.close()
+
+    def _wait(self) -> None:
+        changes = self._programs.changes
+        if self.blocked:
+            self._programs.wait(changes)
 
     def _run(self, state: RequestState) -> Iterator[None]:
         request, prompt = state.request, state.prompt
         source, start = self._source(prompt)
-        width = decoding.prefill_chunk(len(prompt) - start, request.cache)
-        ends = range(start + width, len(prompt) + width, width)  # of the chunks; the last one is padded
-        slots = bucket_length(max(len(prompt) + 1, ends[-1]))
+        row_length = self._row_length(len(prompt), start)
         if start:
-            cache, last = row_of(self.state.cache, np.int32(source), np.int32(start), slots), self._nothing()
+            cache = row_of(self.state.cache, np.int32(source), np.int32(start), row_length)
+            last = np.zeros((1, 1, self.model.config.hidden_size), self.model.model.norm.weight.dtype)
         else:
-            cache, last = decoding.empty(self.model, 1, slots, request.cache.kv_bits)
-        lengths = np.array([len(prompt)], np.int32)
-        for end in ends:
-            if end > ends[0]:
+            cache, last = decoding.empty(self.model, 1, row_length, request.cache.kv_bits)
+        row_shape, lengths = self.shapes.row(row_length), np.array([len(prompt)], np.int32)
+        begun = start
+        while start < len(prompt):
+            if start > begun:
                 yield
+            width = self._chunk(len(prompt) - start, row_length, start)
             ids = np.zeros((1, width), np.int32)
-            part = prompt[end - width : end]
+            part = prompt[start : start + width]
             ids[0, : len(part)] = part
-            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(end - width), lengths)
-        found, sampling = sorted(request.end_ids)[:ENDS], request.sampling
-        eos_ids = np.array([found + [-1] * (ENDS - len(found))], np.int32)
-        vocabulary = self.model.config.vocab_size
-        token_mask, params = seen_tokens([prompt], vocabulary), SamplingParams.of(sampling, vocabulary)
-        row = decoding.first_token(self.model, cache, last, token_mask, sampling.row_keys(1), eos_ids, params)
-        slot = self._take(source if start else None)
-        needed = max(slots, bucket_length(len(prompt) + request.max_tokens + 1))
-        if needed > self.state.cache.slots:
-            self.state = decoding.resize_state(self.state, needed)
-        self.state = insert(self.state, row, np.int32(slot))
+            cache, last = self.shapes.placed((cache, last), row_shape)
+            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(start), lengths)
+            start += width
+        row = self._first_token(state, *self.shapes.placed((cache, last), row_shape))
+        slot = self._take(source if begun else None)
+        length = self._cache_length(len(prompt) + request.max_tokens + 1)
+        if max(row_length, length) > self.state.cache.slots:
+            grown = decoding.resize_state(self.state, max(row_length, length))
+            self.state = self.shapes.placed(grown, self.shapes.state(self.slots, grown.cache.slots))
+        self._keep(insert(self.state, row, np.int32(slot)))
         self.rows[slot] = state
-        self.first.append((state.number, int(row.token[0])))
+        self.first.append((state.number, int(np.asarray(row.token)[0])))
 
-    def _nothing(self) -> Array:
-        return jnp.zeros((1, 1, self.model.config.hidden_size), self.model.model.norm.weight.dtype)
+    def _chunk(self, left: int, row_length: int, start: int) -> int:
+        """Tokens of the next chunk of a prompt. On a CPU, where a wide chunk takes seconds and is hardly more
+        efficient, the answers of others do not wait for one."""
+        waited_for = platform() == "cpu" and bool(self.running)
+        if self._wide == NARROW or left <= self._wide // 2 or start + self._wide > row_length or waited_for:
+            return NARROW
+        key = Key("prefill", (self._wide, row_length))
+        if self._programs.has(key):
+            return self._wide
+        self._programs.warm([key])
+        return NARROW
+
+    def _first_token(self, state: RequestState, cache: Cache, last: Array) -> State:
+        """The row of a request, with its first token. The program does not get the cache, so it suits every length."""
+        request, vocabulary = state.request, self.model.config.vocab_size
+        found = sorted(request.end_ids)[:ENDS]
+        eos_ids = np.array([found + [-1] * (ENDS - len(found))], np.int32)
+        params = SamplingParams.of_rows([request.sampling], vocabulary)
+        token_mask, rng, nothing = seen_tokens([state.prompt], vocabulary), request.sampling.row_keys(1), None
+        row = decoding.first_token(self.model, nothing, last, token_mask, rng, eos_ids, params)
+        row = self.shapes.placed(row, self.shapes.state(1, None))
+        return dataclasses.replace(row, cache=cache)
+
+    def _keep(self, state: State) -> None:
+        self.state = self.shapes.placed(state, self.shapes.state(self.slots, state.cache.slots))
 
     def _source(self, prompt: Sequence[int]) -> tuple[int, int]:
         """The slot whose text shares the longest prefix with the prompt, and how many of those tokens can be copied."""
@@ -161,28 +220,15 @@ class Engine(engine.BatchEngine[Model]):
         if made:  # deliver first tokens first: a request may already be finished
             return made
         here = [(slot, row) for slot, row in enumerate(self.rows) if row is not None and row.number in self.running]
-        params = self._params(
-            [row.request.sampling if row and row.number in self.running else GREEDY for row in self.rows]
-        )
-        self.state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), params)
+        samplings = [row.request.sampling if row and row.number in self.running else GREEDY for row in self.rows]
+        params = SamplingParams.of_rows(samplings, self.model.config.vocab_size)
+        state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), params)
+        self._keep(state)
         found = np.asarray(tokens)[: int(count)]
         return [(row.number, int(step[slot])) for step in found for slot, row in here]
-
-    def _params(self, samplings: list[Sampling]) -> SamplingParams:
-        """The rows' parameters [B, 1]; empty slots are greedy."""
-        vocabulary = self.model.config.vocab_size
-        each = [SamplingParams.of(sampling, vocabulary) for sampling in samplings]
-        numbers = {
-            f.name: np.stack([getattr(params, f.name) for params in each])[:, None]
-            for f in dataclasses.fields(SamplingParams)
-            if f.name not in ("greedy", "penalized")
-        }
-        return SamplingParams(
-            **numbers, greedy=all(params.greedy for params in each), penalized=any(params.penalized for params in each)
-        )
 
     def _free(self, state: RequestState) -> None:
         slot = self.rows.index(state)
         self.order.append(slot)
         self.first = [made for made in self.first if made[0] != state.number]
-        self.state = mark_finished(self.state, np.int32(slot))
+        self._keep(dataclasses.replace(self.state, finished=mark_finished(self.state.finished, np.int32(slot))))

@@ -4,7 +4,7 @@ Dims: B batch, V vocabulary.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -16,27 +16,31 @@ from minicpm_data.generation.options import MOST_SPECIAL, Sampling
 
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 HOTTEST = 1e38  # more overflows float32; either way all tokens are equally likely
+NUMBERS = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "min_tokens_to_keep",
+    "repetition_penalty",
+    "xtc_probability",
+    "xtc_threshold",
+    "xtc_special_tokens",
+]
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=[
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "min_tokens_to_keep",
-        "repetition_penalty",
-        "xtc_probability",
-        "xtc_threshold",
-        "xtc_special_tokens",
-    ],
+    data_fields=NUMBERS,
     meta_fields=["greedy", "penalized"],
 )
 @dataclass(frozen=True)
 class SamplingParams:
     """`Sampling` as inputs of a compiled program, [B, 1] if rows differ. Only whether any row samples and whether
-    any row has a repetition penalty are static."""
+    any row has a repetition penalty are static.
+
+    ``greedy`` of None serves every kind of sampling with one program: the device looks whether any row samples.
+    """
 
     temperature: Float[Array, ""] | Float[Array, "B 1"]
     top_p: Float[Array, ""] | Float[Array, "B 1"]
@@ -47,7 +51,7 @@ class SamplingParams:
     xtc_probability: Float[Array, ""] | Float[Array, "B 1"]
     xtc_threshold: Float[Array, ""] | Float[Array, "B 1"]
     xtc_special_tokens: Int[Array, "N"] | Int[Array, "B 1 N"]  # filled up with the size of the vocabulary
-    greedy: bool
+    greedy: bool | None
     penalized: bool
 
     @staticmethod
@@ -68,6 +72,14 @@ class SamplingParams:
             sampling.penalized,
         )
 
+    @staticmethod
+    def of_rows(samplings: Sequence[Sampling], vocab_size: int) -> "SamplingParams":
+        """The parameters of rows that differ, for the one program that serves every kind of sampling. A repetition
+        penalty of 1 changes no bit of the logits."""
+        each = [SamplingParams.of(sampling, vocab_size) for sampling in samplings]
+        numbers = {name: np.stack([getattr(params, name) for params in each])[:, None] for name in NUMBERS}
+        return SamplingParams(**numbers, greedy=None, penalized=True)
+
 
 def sample(
     logits: Float[Array, "B V"], token_mask: Bool[Array, "B V"] | None, params: SamplingParams, keys: Array
@@ -81,13 +93,19 @@ def sample(
     likeliest = jnp.argmax(logits, axis=-1)
     if params.greedy:
         return likeliest
-    kept = filtered(logits / params.temperature, params)
-    # Under a condition, so that a first request with XTC needs no program of its own.
-    kept = jax.lax.cond(
-        jnp.any(params.xtc_probability > 0), lambda: without_top_choices(logits, kept, params, keys), lambda: kept
-    )
-    drawn = jax.vmap(jax.random.categorical)(keys, kept)
-    return jnp.where(jnp.ravel(params.temperature) <= COLDEST, likeliest, drawn)
+
+    def drawn():
+        kept = filtered(logits / params.temperature, params)
+        # Under a condition, so that a first request with XTC needs no program of its own.
+        kept = jax.lax.cond(
+            jnp.any(params.xtc_probability > 0), lambda: without_top_choices(logits, kept, params, keys), lambda: kept
+        )
+        token = jax.vmap(jax.random.categorical)(keys, kept)
+        return jnp.where(jnp.ravel(params.temperature) <= COLDEST, likeliest, token)
+
+    if params.greedy is None:
+        return jax.lax.cond(jnp.any(params.temperature > COLDEST), drawn, lambda: likeliest)
+    return drawn()
 
 
 def filtered(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:

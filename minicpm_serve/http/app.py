@@ -107,7 +107,8 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
     @app.get("/health")
     async def health() -> dict:
         _require_engine(engine)
-        return {"status": "ok"}
+        programs = engine.programs
+        return {"status": "ok", "programs": programs} if programs else {"status": "ok"}
 
     @app.get("/v1/models")
     async def models() -> dict:
