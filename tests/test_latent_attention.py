@@ -86,7 +86,8 @@ def test_the_cache_holds_latents_and_rotary_keys_alone(backend, model):
 
 
 def test_an_int8_cache_hardly_moves_the_logits(backend, model):
-    found = kv_error.compare([whole(model)], [in_pieces(backend, model, 45, kv_bits=8, kv_group_size=32)])
+    groups = {"kv_group_size": 32} if backend.__name__ == "minicpm_mlx" else {}
+    found = kv_error.compare([whole(model)], [in_pieces(backend, model, 45, kv_bits=8, **groups)])
     assert 0 < found.rms < 0.02 * found.deviation and found.largest < 0.15 * found.deviation
 
 

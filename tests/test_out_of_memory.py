@@ -114,7 +114,7 @@ def test_an_engine_and_its_remedy(backend, model, free):
     if backend == "minicpm_jax":  # there is no room for it twice, and so it is whole from the start
         assert fits.state.cache.slots >= context
         free(None)
-        assert engine(model, slots=4, context=context).state.cache.slots < 64
+        assert engine(model, slots=4, context=context).state.cache.slots == 128
     number = fits.add(GenerationRequest.of(model, None, [[1, 5, 7]], 6))
     made = []
     while not fits.idle:
@@ -164,7 +164,7 @@ def test_the_cache_is_as_large_as_was_said(backend, model, bits):
         return
     import mlx.core as mx
 
-    options = CacheOptions(kv_bits=bits, kv_group_size=32)
+    options = CacheOptions(kv_bits=bits, kv_group_size=32 if bits else None)
     if bits:  # heads of 16 numbers have no groups
         model = tiny_training.part(backend, "model").initialize(memory_config(model), mx.random.key(0))
     cache = decoding.make_cache(model, [0], options)
