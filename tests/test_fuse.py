@@ -16,6 +16,8 @@ from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
 from weights_io.fuse import Options, main, step_error
 from weights_io.lora import UpdateStats
+from weights_io.quantization.mlx_affine import quantize
+from weights_io.quantization.packed import Packed, unpack
 
 IDS = np.random.default_rng(0).integers(3, 200, (2, 12))
 
@@ -166,3 +168,13 @@ def test_the_error_of_a_quantised_source_without_the_source(kind):
     blocks = quants.quantize(weights, GGMLQuantizationType[kind])
     read = quants.dequantize(blocks, GGMLQuantizationType[kind])
     assert 0.85 < np.sqrt(step_error(read, kind) / np.sum((read - weights) ** 2, dtype=np.float64)) < 1.1
+
+
+def test_the_error_of_long_groups():
+    """Of 128 values with one scale; the range of 32 of them would say a quarter less."""
+    weights = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    words, scales, biases = quantize(weights, 4, 128)
+    read = Packed(unpack(words.view(np.uint8), 4), scales, 4, 128, biases=biases).dequantize()
+    error = np.sqrt(np.sum((read - weights) ** 2, dtype=np.float64))
+    assert 0.9 < np.sqrt(step_error(read, "MLX 4-bit", 128)) / error < 1.1
+    assert np.sqrt(step_error(read, "MLX 4-bit")) / error < 0.85

@@ -212,6 +212,8 @@ def test_caches_of_the_other_backend_are_refused_at_once(folder):
     model, _ = mlx.load(folder, "float32")
     with pytest.raises(InputError, match="does not divide the head dimension 32"):
         mlx.stream_generate(model, None, PROMPT, kv_bits=8, kv_group_size=64)
+    with pytest.raises(InputError, match="kv_group_size is 16, and MLX has no such groups; choose 32"):
+        mlx.stream_generate(model, None, PROMPT, kv_bits=8, kv_group_size=16)
     with pytest.raises(InputError, match="one prompt at a time"):
         mlx.batch_generate(model, None, [PROMPT, PROMPT], kv_bits=8, kv_group_size=32)
 

@@ -86,8 +86,8 @@ def test_the_cache_holds_latents_and_rotary_keys_alone(backend, model):
 
 
 def test_an_int8_cache_hardly_moves_the_logits(backend, model):
-    groups = {"kv_group_size": 32} if backend.__name__ == "minicpm_mlx" else {}
-    found = kv_error.compare([whole(model)], [in_pieces(backend, model, 45, kv_bits=8, **groups)])
+    group = 32 if backend.__name__ == "minicpm_mlx" else None
+    found = kv_error.compare([whole(model)], [in_pieces(backend, model, 45, kv_bits=8, kv_group_size=group)])
     assert 0 < found.rms < 0.02 * found.deviation and found.largest < 0.15 * found.deviation
 
 
@@ -232,8 +232,14 @@ def test_configs_that_are_refused(changes, said):
 
 def test_a_quantized_cache_needs_groups_that_divide_latents_and_rotary_keys(reference):
     """In MLX. JAX has one scale for each."""
-    pytest.importorskip("mlx.core")
+    for name in tiny_training.BACKENDS:
+        pytest.importorskip(f"{name}.model")
+    import minicpm_jax
     import minicpm_mlx
+
+    model, _ = minicpm_jax.load(reference("minicpm3"), "float32")
+    with pytest.raises(InputError, match="kv_group_size is 16; .* one scale for each latent and each rotary key"):
+        next(minicpm_jax.stream_generate(model, None, [1, 2], kv_bits=8, kv_group_size=16))
 
     model, _ = minicpm_mlx.load(reference("minicpm3"), "float32")
     with pytest.raises(InputError, match="does not divide the width of rotary keys and latents, 8"):

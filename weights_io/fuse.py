@@ -115,13 +115,14 @@ def quantization_error(checkpoint: Checkpoint) -> float:
     """The quantization error of the weights relative to the weights (root mean square), from `step_error`."""
     squares = errors = 0.0
     for name, kind in _kinds(checkpoint).items():
-        weights = checkpoint.tensors[name].read()
-        errors += step_error(weights, kind)
+        tensor = checkpoint.tensors[name]
+        weights = tensor.read()
+        errors += step_error(weights, kind, getattr(tensor, "group_size", BLOCK))
         squares += float(np.sum(weights**2, dtype=np.float64))
     return math.sqrt(errors / squares)
 
 
-def step_error(weights: np.ndarray, kind: str) -> float:
+def step_error(weights: np.ndarray, kind: str, block: int = BLOCK) -> float:
     """Estimate the summed squared quantization error of dequantized weights, without the original weights.
 
     b bits divide the range of a block into 2**b - 1 steps, and rounding to a step has the error step / sqrt(12). The
@@ -129,11 +130,12 @@ def step_error(weights: np.ndarray, kind: str) -> float:
 
     Arguments:
         weights: the dequantized weights.
-        kind: their block type (``Q4_K``).
+        kind: their block type (``Q4_K``), or format (``GPTQ 4-bit``).
+        block: consecutive values with one scale.
     """
     bits = int(re.sub(r"\D*(\d).*", r"\1", kind))
-    steps = np.ptp(weights.reshape(-1, BLOCK), axis=1) / (2**bits - 1)
-    return BLOCK * float(np.sum(steps**2, dtype=np.float64)) / 12
+    steps = np.ptp(weights.reshape(-1, block), axis=1) / (2**bits - 1)
+    return block * float(np.sum(steps**2, dtype=np.float64)) / 12
 
 
 def _kinds(checkpoint: Checkpoint) -> dict[str, str]:

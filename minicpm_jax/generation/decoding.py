@@ -181,10 +181,11 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
         raise InputError("is for MLX; leave it out, as the cache of JAX keeps every token.", option="max_kv_size")
     if cache_options.kv_bits == 4:
         raise InputError("is 4; the cache of JAX keeps keys and values whole or in 8 bits.", option="kv_bits")
-    group, width = cache_options.kv_group_size, model.config.head_dim
-    if group not in (None, width):
+    group, width, latent = cache_options.kv_group_size, model.config.head_dim, model.config.is_latent
+    if group is not None and (latent or group != width):
+        each = "latent and each rotary key" if latent else f"head of {width} numbers"
         raise InputError(
-            f"is {group}; the 8-bit cache of JAX has one scale for each head of {width} numbers: leave it out.",
+            f"is {group}; the 8-bit cache of JAX has one scale for each {each}: leave it out.",
             option="kv_group_size",
         )
     if start := cache_options.quantized_kv_start:

@@ -25,6 +25,7 @@ from minicpm_mlx.model import Model
 from weights_io import memory
 from weights_io.casting import group_of
 from weights_io.errors import InputError
+from weights_io.quantization.entries import GROUPS
 
 ROOM = 1024  # tokens of an answer that must fit into memory before it begins
 CLEAR_EVERY = 256  # tokens between clearings of MLX's buffer pool: the cache grows by this many at a time
@@ -134,11 +135,15 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
     if batch > 1:
         raise InputError("is for one prompt at a time in MLX; leave it out for a batch.", option="kv_bits")
     group, width = group_size(model, cache_options), _row_width(model)
-    if width % group:
-        groups = " or ".join(str(size) for size in (32, 64, 128) if width % size == 0)
+    known = sorted(GROUPS["mlx"])
+    if width % group or group not in known:
+        groups = " or ".join(str(size) for size in known if width % size == 0)
         what = "the width of rotary keys and latents," if model.config.is_latent else "the head dimension"
         remedy = f"choose {groups}." if groups else "leave {kv_bits} out."
-        raise InputError(f"{group} does not divide {what} {width}; {remedy}", "kv_group_size", ["kv_bits"])
+        wrong = (
+            f"{group} does not divide {what} {width}" if width % group else f"is {group}, and MLX has no such groups"
+        )
+        raise InputError(f"{wrong}; {remedy}", "kv_group_size", ["kv_bits"])
 
 
 def check(model: Model, request: GenerationRequest) -> None:
