@@ -19,10 +19,7 @@ import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding  # noqa: E402
 
 from minicpm_jax import fit  # noqa: E402
-from minicpm_jax.aot import (
-    hlo_cost,
-    libtpu,
-)
+from minicpm_jax.aot import hlo_cost, libtpu  # noqa: E402
 from minicpm_jax.aot.flops import flops  # noqa: E402
 from minicpm_jax.aot.programs import config_of  # noqa: E402
 from minicpm_jax.parallel.chips import CHIPS, Topology, chip_of  # noqa: E402
