@@ -36,6 +36,7 @@ from weights_io.files.threaded_reader import read_stacked
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import Parameter, parameters
 from weights_io.progress import reading, waiting
+from weights_io.quantization.affine import note_dequantized
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -118,6 +119,9 @@ def load_weights(
     form = form_of(decoding, mesh)
     as_read = mesh is None and quantize is None and not kept and jax.default_backend() == "cpu"
     packs: Packing = {}
+    if quantize is None and not dequantize:
+        named = (p.hf_names(config) for p in parameters(config) if p.name in kept)
+        note_dequantized(checkpoint, {name for names in named for name in names})
     if kept:
         kind, needed = "quantized", kept_bytes(checkpoint, kept, target.name)
         packs = form.packing(config, dict.fromkeys(kept, lambda weight: weight))

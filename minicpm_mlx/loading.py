@@ -29,7 +29,7 @@ from weights_io.files.threaded_reader import check_all_finite
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import parameters
 from weights_io.progress import reading, waiting
-from weights_io.quantization.affine import affine, kept_bytes
+from weights_io.quantization.affine import affine, kept_bytes, note_dequantized
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -105,6 +105,11 @@ def load_weights(
         if layouts:
             kind, needed = "quantized", kept_bytes(checkpoint, layouts, target)
             model = with_layouts(model, layouts)
+        if not dequantize:
+            named = [p.mlx_names(config).items() for p in parameters(config)]
+            note_dequantized(
+                checkpoint, {each for pairs in named for name, own in pairs if name in layouts for each in own}
+            )
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(config, target, quantize, quantize_head)
         model = quantize_model(model, quantize, quantize_head)  # the lazy initial weights are never computed

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 
 import minicpm_jax
 import minicpm_mlx
+from minicpm_jax.quantization.kept import kept_bytes, kept_forms
 from weights_io import convert, inspect
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
@@ -29,6 +30,7 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
 from weights_io.files.safetensors import Computed, open_file, write_file
+from weights_io.quantization.affine import note_dequantized
 from weights_io.quantization.entries import scheme_of_config
 from weights_io.quantization.mlx_affine import quantize
 from weights_io.quantization.packed import pack, unpack
@@ -121,7 +123,11 @@ def test_it_stays_quantized_in_memory(reference, tmp_path, name, backend):
     """At most 1.05 times the file, in its own dtype; adapters act on it as on the dequantized weights."""
     folder = reference(f"quant/{name}")
     expected, size = np.load(folder / "reference.npz"), (folder / "model.safetensors").stat().st_size
-    assert held(backend.load(folder)[0]) < 1.05 * size
+    half, _ = backend.load(folder)
+    assert held(half) < 1.05 * size
+    if backend is minicpm_jax:
+        checkpoint = open_checkpoint(folder)
+        assert held(half) == kept_bytes(checkpoint, kept_forms(checkpoint), "float16")
     checkpoint = open_checkpoint(folder)
     save_adapter(tmp_path, tiny_adapter.make(checkpoint, dora=True), checkpoint.config)
     ids = expected["input_ids"].astype(np.int32)
@@ -134,6 +140,16 @@ def test_it_stays_quantized_in_memory(reference, tmp_path, name, backend):
     adapted = [backend.load(folder, "float32", tmp_path, dequantize=whole)[0](ids) for whole in (False, True)]
     assert np.abs(np.array(adapted[1]) - expected["logits"]).max() > 0.01 * scale
     np.testing.assert_allclose(np.array(adapted[0]), np.array(adapted[1]), rtol=0, atol=1e-5 * np.abs(adapted[1]).max())
+
+
+def test_what_is_dequantized_is_said(reference, capsys):
+    checkpoint = dataclasses.replace(
+        open_checkpoint(reference("dense_eps")), tensors={NAME: opened(reference("quant/bnb_nf4"))}
+    )
+    note_dequantized(checkpoint, {NAME})
+    assert capsys.readouterr().err == ""
+    note_dequantized(checkpoint, ())
+    assert capsys.readouterr().err == "note: 1 matrix is dequantized in memory (bitsandbytes nf4 in groups of 64)\n"
 
 
 @pytest.mark.parametrize("name", WHOLE)

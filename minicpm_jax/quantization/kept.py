@@ -69,7 +69,10 @@ def kept_bytes(checkpoint: Checkpoint, forms: dict[str, Form], dtype: str) -> in
     for parameter in parameters(checkpoint.config):
         form = forms.get(parameter.name)
         bits = 8 * ITEM[dtype] if form is None else form.bits_per_weight(dtype)
-        total += math.prod(parameter.shape(checkpoint.config)) * bits / 8
+        shape = parameter.shape(checkpoint.config)
+        total += math.prod(shape) * bits / 8
+        if form is not None and "order" in form.parts:
+            total += 4 * math.prod(shape) / shape[-2]  # an int32 for each input
     return int(total)
 
 

@@ -5,7 +5,8 @@ scale. The values of bitsandbytes' 4-bit codes are in a table, so they have no s
 """
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,3 +91,17 @@ def kept_bytes(checkpoint: Checkpoint, layouts: Mapping[str, Layout], dtype: str
                 size = layout.bits / 8 + 2 * size / layout.group_size
             total += len(tensors) * math.prod(parameter.tensor_shape(checkpoint.config)) * size
     return int(total)
+
+
+def note_dequantized(checkpoint: Checkpoint, kept: Collection[str]) -> None:
+    """Print a note if a loaded model holds quantized matrices of its checkpoint dequantized.
+
+    Arguments:
+        checkpoint: an open checkpoint.
+        kept: Hugging Face names of the matrices that stay quantized.
+    """
+    others = [tensor for name, tensor in checkpoint.tensors.items() if name not in kept]
+    kinds = [tensor.kind for tensor in others if isinstance(tensor, PackedTensor)]
+    if kinds:
+        count = "1 matrix is" if len(kinds) == 1 else f"{len(kinds)} matrices are"
+        print(f"note: {count} dequantized in memory ({kinds[0]})", file=sys.stderr)
