@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -45,7 +45,7 @@ def settings_of(options: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FinetuneOptions(DataOptions, SourceOptions):
-    help_groups: ClassVar = IN_HELP
+    help_groups: ClassVar[Mapping[str, str]] = IN_HELP
 
     config: Annotated[Path | None, tyro.conf.arg(aliases=["-c"])] = None
     """YAML file of options in mlx_lm's format; flags override it."""
@@ -146,7 +146,7 @@ class FullOptions(FinetuneOptions):
 
 @dataclass(frozen=True)
 class LoraOptions(FinetuneOptions):
-    help_groups: ClassVar = IN_HELP | {"adapter_path": "output"}
+    help_groups: ClassVar[Mapping[str, str]] = IN_HELP | {"adapter_path": "output"}
 
     adapter_path: Path = Path("adapters")
     """Folder for the adapter, the checkpoints and the loss curve."""
@@ -193,7 +193,7 @@ class LoraOptions(FinetuneOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(DataOptions, OneDevice):
-    help_groups: ClassVar = IN_HELP
+    help_groups: ClassVar[Mapping[str, str]] = IN_HELP
 
     tokenizer: Path
     """Folder of the tokenizer."""
