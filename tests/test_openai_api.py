@@ -18,6 +18,7 @@ from documented_commands import served, typed
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_serve import backends, openai_api
 from minicpm_serve.engine import EngineClosed, ServingEngine
+from minicpm_serve.http.records import LOG
 from weights_io.errors import InputError
 
 SLOTS, WAITING = 2, 6
@@ -196,9 +197,17 @@ def test_models_and_health(api):
     assert health == {}
 
 
-def test_each_request_is_a_line_and_counted(api, caplog):
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """The server's log, even if a command that another test ran in this process has directed it elsewhere."""
+    monkeypatch.setattr(LOG, "propagate", True)
+    monkeypatch.setattr(LOG, "handlers", [])
+    caplog.set_level("INFO", LOG.name)
+    return caplog
+
+
+def test_each_request_is_a_line_and_counted(api, log):
     """The line tells nothing of the contents, nor what follows the path."""
-    caplog.set_level("INFO", "minicpm_serve")
 
     def counted(name):
         connection, response = request(api.port, "/metrics")
@@ -211,14 +220,14 @@ def test_each_request_is_a_line_and_counted(api, caplog):
     names += ('request_success_total{finished_reason="length",model_name="tiny"}',)
     names += ('time_to_first_token_seconds_count{model_name="tiny"}',)
     before = [counted(name) for name in names]
-    caplog.clear()
+    log.clear()
     body = {"prompt": [1, 5, 9], "max_tokens": 4, "n": 2, "temperature": 2, "seed": 1}
     answer = ask(api.port, "/v1/completions", body)[1]
     ended = sum(choice["finish_reason"] == "length" for choice in answer["choices"])
     made = answer["usage"]["completion_tokens"]
     assert ask(api.port, "/no%0Asuch?key=secret")[0] == 404
-    wait_until(lambda: len(caplog.messages) == 2)
-    first, second = caplog.messages
+    wait_until(lambda: len(log.messages) == 2)
+    first, second = log.messages
     shown = rf"POST /v1/completions 200 \S+s prompt_tokens=3 completion_tokens={made} first_token=\S+s .*"
     assert re.fullmatch(shown, first) and re.fullmatch(r"GET /no\\u000asuch 404 \S+s", second)
     assert [counted(name) - b for name, b in zip(names, before, strict=True)] == [3, made, 1, 0, ended, 2]
@@ -342,9 +351,8 @@ def test_paths_methods_and_kinds_of_body_that_there_are_not(api):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd, caplog):
+def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd, log):
     """Those that are made, and those that wait."""
-    caplog.set_level("INFO", "minicpm_serve")
     body = {**LONG, "n": 4, "stream": streamed}
     running = api.engine._engine.running
     with socket.create_connection(("127.0.0.1", api.port)) as client:
@@ -359,7 +367,7 @@ def test_a_client_that_goes_away_cancels_its_answers(api, streamed, capfd, caplo
         requests = list(running.values())
     wait_until(lambda: api.engine.open == 0)
     assert all(request.left > 0 for request in requests)
-    wait_until(lambda: [line for line in caplog.messages if line.endswith("client=left")])
+    wait_until(lambda: [line for line in log.messages if line.endswith("client=left")])
     assert ask(api.port, "/health")[0] == 200 and capfd.readouterr().err == ""
 
 
