@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -82,9 +82,8 @@ def run_benchmark(
         size = (options.batch_size, options.prompt_tokens)
         prompts = np.random.default_rng(options.seed).integers(0, model.config.vocab_size, size)
         note_context(model.config, options.prompt_tokens + options.generation_tokens)
-        # No EOS id: a random prompt may end at once.
         request = GenerationRequest.of(model, None, prompts.tolist(), options.generation_tokens, cache=cache)
-        request = GenerationRequest(request.prompts, request.max_tokens, request.sampling, frozenset(), cache)
+        request = replace(request, end_ids=frozenset())  # a random prompt may end at once
         say = print if running.device.is_first() else lambda *_, **__: None
         say("Running warmup..", flush=True)
         trial(running, model, request)

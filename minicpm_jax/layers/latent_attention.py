@@ -10,6 +10,7 @@ and values of all heads are expanded from the latents, a block of slots at a tim
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,12 +150,8 @@ def absorbed(
         mixed = attention(jnp.concatenate([q, rope], axis=-1), cache, layer, index, scale=scale)
         return mixed.reshape(*q.shape[:3], -1)[..., :rank]  # the sum of the rotary keys is not used
 
-    default = functools.partial(blocks, blockwise_attention)
-    forms: dict[str, Any] = {"cpu": functools.partial(blocks, blockwise_attention_in_turn)}
-    if latent_attention_runs(q, rope):
-        forms["tpu"] = kernel
-    mixed = jax.lax.platform_dependent(q, rope, cache, jnp.asarray(layer), index, **forms, default=default)
-    mixed = exchange.to_heads(mixed)
+    given = q, rope, cache, jnp.asarray(layer), index
+    mixed = exchange.to_heads(_on_platform(kernel if latent_attention_runs(q, rope) else None, blocks, given))
     return jnp.einsum("btnc,nhc->btnh", mixed, weight[:, nope_dim:], precision=exact).reshape(batch, width, -1)
 
 
@@ -181,13 +178,17 @@ def expanded(
         mixed = attention(q, ExpandedCache(cache, weight, nope_dim), layer, index, scale=key_dim**-0.5)
         return mixed.reshape(*q.shape[:3], -1)[..., :value_dim]
 
-    default = functools.partial(blocks, blockwise_attention)
-    forms: dict[str, Any] = {"cpu": functools.partial(blocks, blockwise_attention_in_turn)}
-    if latent_prefill_runs(nope, rope, weight):
-        forms["tpu"] = kernel
     given = nope, rope, weight, cache, jnp.asarray(layer), index
-    mixed = jax.lax.platform_dependent(*given, **forms, default=default)
+    mixed = _on_platform(kernel if latent_prefill_runs(nope, rope, weight) else None, blocks, given)
     return exchange.to_heads(mixed).reshape(batch, width, -1)
+
+
+def _on_platform(kernel: Callable[..., Array] | None, blocks: Callable[..., Array], given: tuple[Any, ...]) -> Array:
+    """``kernel(*given)`` on a TPU, where there is one for these shapes; ``blocks(attention, *given)`` elsewhere."""
+    forms: dict[str, Any] = {"cpu": functools.partial(blocks, blockwise_attention_in_turn)}
+    if kernel is not None:
+        forms["tpu"] = kernel
+    return jax.lax.platform_dependent(*given, **forms, default=functools.partial(blocks, blockwise_attention))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["cache", "weight"], meta_fields=["nope_dim"])

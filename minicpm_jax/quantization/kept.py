@@ -54,12 +54,9 @@ def kept_forms(checkpoint: Checkpoint) -> dict[str, Form]:
 
 
 def _form_of(tensor: LazyTensor) -> Form | None:
-    if not isinstance(tensor, PackedTensor) or not tensor.linear:
+    if not isinstance(tensor, PackedTensor) or (reordered := tensor.reordered()) is None:
         return None
-    groups = tensor.groups()
-    if groups is not None and (np.bincount(groups) != tensor.group_size).any():
-        return None  # groups of unequal sizes
-    order = () if groups is None else ("order",)
+    order = ("order",) if reordered else ()
     return Form(4 if tensor.bits <= 4 else 8, tensor.group_size, frozenset((*tensor.parts, *order)))
 
 

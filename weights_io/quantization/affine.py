@@ -32,15 +32,12 @@ class Layout:
 
 def layout_of(tensor: LazyTensor) -> Layout | None:
     """The affine layout of a tensor; None where it is not quantized or has no affine form."""
-    if not isinstance(tensor, PackedTensor) or not tensor.linear:
+    if not isinstance(tensor, PackedTensor) or (reordered := tensor.reordered()) is None:
         return None
-    groups = tensor.groups()
-    if groups is not None and (np.bincount(groups) != tensor.group_size).any():
-        return None  # groups of unequal sizes
     if isinstance(tensor, AffineTensor):
         return Layout(tensor.bits, tensor.group_size, False)
     fitting = [group for group in sorted(GROUPS["mlx"]) if tensor.group_size % group == 0]
-    return Layout(tensor.bits, fitting[-1], groups is not None) if fitting else None
+    return Layout(tensor.bits, fitting[-1], reordered) if fitting else None
 
 
 def affine(packed: Packed, group: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -100,6 +100,13 @@ class PackedTensor:
         """The group of each input [in]; None where they are contiguous and in order. Raises as `packed`."""
         return None
 
+    def reordered(self) -> bool | None:
+        """Whether the inputs have to be sorted by group (act-order). None: a model cannot keep the matrix quantized, as
+        a table holds the values or the groups differ in size. Raises as `packed`."""
+        groups = self.groups() if self.linear else None
+        regular = self.linear and (groups is None or bool((np.bincount(groups) == self.group_size).all()))
+        return groups is not None if regular else None
+
     def packed(self, start: int = 0, stop: int | None = None) -> Packed:
         """The rows from ``start`` to ``stop``, packed. Raises `InputError` where the file contradicts its format."""
         raise NotImplementedError
