@@ -80,7 +80,7 @@ DAMAGE = {
 def test_damage_anywhere_in_a_checkpoint_is_found(backend, saved, tmp_path, damage):
     """In each of its files; the sentence names the last whole one, from which the run then goes on."""
     chance = random.Random(damage)
-    files = [path.relative_to(saved / "20") for path in (saved / "20").rglob("*") if path.is_file()]
+    files = [path.relative_to(saved / "20") for path in sorted((saved / "20").rglob("*")) if path.is_file()]
     assert SUMS in map(str, files)
     for number, name in enumerate(files):
         folder = tmp_path / str(number)
@@ -93,6 +93,17 @@ def test_damage_anywhere_in_a_checkpoint_is_found(backend, saved, tmp_path, dama
         assert said.endswith("from step 10.") and "\n" not in said
     shutil.rmtree(folder / "20")
     np.testing.assert_array_equal(restored(backend, folder), np.array(state_of(backend, 10)["weights"]["a.b"]))
+
+
+def test_every_flipped_bit_of_the_checksums_is_found(tmp_path):
+    """Also one that changes the case of a hexadecimal letter, which is the same number."""
+    checkpoints = CheckpointFolder(tmp_path)
+    checkpoints.save(10, lambda folder: (folder / "state").write_bytes(bytes(range(99))) and None)
+    path = tmp_path / "10" / SUMS
+    data = path.read_bytes()
+    for bit in range(8 * len(data)):
+        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
+        assert checkpoints.wrong(10, lambda folder: False), path.read_bytes()
 
 
 def test_an_empty_or_renamed_checkpoint_is_found(backend, saved, tmp_path):
@@ -113,7 +124,7 @@ def test_an_empty_or_renamed_checkpoint_is_found(backend, saved, tmp_path):
 def test_where_several_are_damaged_all_are_named(backend, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     for step in (10, 20):
-        flipped(next(path for path in (tmp_path / "run" / str(step)).rglob("*") if path.is_file()), random.Random(0))
+        flipped(tmp_path / "run" / str(step) / SUMS, random.Random(0))
     with pytest.raises(
         InputError, match=r"step 20 .*; delete \S+/20, \S+/10 and start a new run: no checkpoint is whole"
     ):

@@ -154,7 +154,7 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def different(folder: Path, files: Mapping[str, tuple[int, int]]) -> str | None:
+def different(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | None:
     """The first file that differs from its saved size and CRC-32, in words; None where all are intact."""
     for name, (size, _) in files.items():
         path = folder / name
@@ -167,15 +167,15 @@ def different(folder: Path, files: Mapping[str, tuple[int, int]]) -> str | None:
     for (name, (_, crc)), now in zip(files.items(), found, strict=True):
         if isinstance(now, OSError):
             return f"{name}: {now.strerror}"
-        if now != crc:
+        if f"{now:08x}" != crc:
             return f"{name} has another checksum than when it was saved"
     return None
 
 
-def _read_sums(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
-    """The step, and relative path -> (size, CRC-32)."""
+def _read_sums(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """The step, and relative path -> (size, CRC-32 as written: a changed bit in the case of its letters counts)."""
     saved = json.loads(path.read_text(encoding="utf-8"))
-    files = {name: (int(entry["bytes"]), int(entry["crc32"], 16)) for name, entry in saved["files"].items()}
+    files = {name: (int(entry["bytes"]), str(entry["crc32"])) for name, entry in saved["files"].items()}
     if not files:
         raise ValueError("no files")
     return int(saved["step"]), files
