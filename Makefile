@@ -42,8 +42,8 @@ test-quick: $(VENV)/.test ## two minutes of it: what proves an environment, or t
 test-lowest: ## the same with the lowest versions that pyproject.toml admits: make test-lowest PYTHON=python3.11
 	@$(MAKE) --no-print-directory VENV=.venv-lowest PIP_OPTIONS='--constraint .ci/lowest.txt' test-quick
 
-test-heavy: $(VENV)/.test ## programs compiled for TPUs, the benchmarks at their smallest, MUTANTS broken files
-	$(PYTEST) -m "(tpu or benchmark or fuzz) and not interop" --mutants $(MUTANTS)
+test-heavy: $(VENV)/.test ## programs compiled for TPUs, benchmarks at their smallest, the notebooks, MUTANTS broken files
+	$(PYTEST) -m "(tpu or benchmark or fuzz or notebook) and not interop" --mutants $(MUTANTS)
 
 test-fuzz: $(VENV)/.test ## broken files and requests at every reader: make test-fuzz MUTANTS=2000 SEED=1
 	$(PYTEST) -m fuzz tests/test_fuzz.py --mutants $(MUTANTS) --fuzz-seed $(SEED)

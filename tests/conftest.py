@@ -57,7 +57,7 @@ QUICK = tuple(
 def pytest_collection_modifyitems(config, items):
     if gone := [name for name in QUICK if not (config.rootpath / name.partition("::")[0]).exists()]:
         raise pytest.UsageError(f"{', '.join(gone[:3])}: no such file; QUICK of tests/conftest.py names it.")
-    others = ("slow", "interop", "tpu", "benchmark", "fuzz", "colab")
+    others = ("slow", "interop", "tpu", "benchmark", "fuzz", "colab", "notebook")
     for item in items:
         if item.nodeid.startswith(QUICK) and not any(map(item.get_closest_marker, others)):
             item.add_marker("quick")

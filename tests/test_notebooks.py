@@ -141,8 +141,14 @@ def kernels(monkeypatch):
     monkeypatch.setenv("MINICPM_NOTEBOOK_CPU", "1")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.notebook}-{Path(str(run.variables.get('MODEL'))).name}")
+def as_parameter(run):
+    """What `make test-colab` runs too is left to it and to `make test-heavy`, but for one of each backend."""
+    name = f"{run.notebook}-{Path(str(run.variables.get('MODEL'))).name}"
+    here = name in ("mac_mlx-pico", "checkpoints-pico")
+    return pytest.param(run, id=name, marks=pytest.mark.slow if here else pytest.mark.notebook)
+
+
+@pytest.mark.parametrize("run", map(as_parameter, RUNS))
 def test_runs_whole(run, tmp_path, kernels):
     said, outputs = execute(run.notebook, run.variables, tmp_path)
     assert "because MINICPM_NOTEBOOK_CPU is set" in said
@@ -385,7 +391,7 @@ def test_drive_is_colabs(tmp_path, monkeypatch):
         notebook.run_folder("adapters", "minicpm-1b", True)
 
 
-@pytest.mark.slow
+@pytest.mark.notebook
 def test_a_training_in_drive_goes_on_after_a_disconnect(tmp_path, kernels, colab, monkeypatch):
     """By the same cells on another machine."""
     (drive := tmp_path / "drive" / "MyDrive").mkdir(parents=True)

@@ -1,6 +1,8 @@
 """The model that comes with the package: small, trained, and the same in both backends."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -51,6 +53,12 @@ def test_the_scores_of_the_page():
     assert said == pytest.approx(sorted(scores.values()), abs=1.5)  # another processor may break a tie otherwise
 
 
+def run_optimized(command, folder, monkeypatch):
+    """In a process of its own, without the suite's flags for XLA: 80 steps take 37 s of CPU time, and 60 s with them."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=folder, env=environment, check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["minicpm_jax", "minicpm_mlx"])
 def test_the_exercise_goes_from_nothing_to_nine_in_ten(backend, tmp_path, monkeypatch, capsys):
@@ -60,7 +68,7 @@ def test_the_exercise_goes_from_nothing_to_nine_in_ten(backend, tmp_path, monkey
     for command in commands("docs/pico.md"):
         for shown, tried in {"minicpm_jax": backend, **shorter}.items():
             command = command.replace(shown, tried)
-        run(command, tmp_path, monkeypatch)
+        (run_optimized if "minicpm_jax.lora" in command else run)(command, tmp_path, monkeypatch)
     shares = [float(share) for share in re.findall(r"right, ([\d.]+)%", capsys.readouterr().out)]
     assert shares[0] == 0 and (shorter or shares[1] >= 90)
     assert (tmp_path / "adapters" / "loss.png").exists() and (tmp_path / "fused" / "model.safetensors").exists()
