@@ -135,6 +135,29 @@ class Tiling:
         grains = divided(filled - 1, self.grain)
         return (grains >> part << part) * self.grain, (2 * grains + 1) >> part & 1 == 1
 
+    def begins(self, seen: Any, step: Any) -> list[tuple[Any, Any]]:
+        """`cut` of each sub-block in the block of a step, of a row whose first ``seen`` slots are attended to."""
+        return [self.cut(part, least(seen - step * self.block, self.block)) for part in self.parts]
+
+    def places(self, shape: tuple[int, int], axis: int, step: Any, begins: list[tuple[Any, Any]]) -> Array:
+        """The cache slots in the block of a step, along an axis. Slots of a sub-block that is not needed get a number
+        beyond the cache."""
+        place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        moved = jnp.zeros(shape, jnp.int32)
+        for begin, (offset, needed) in zip(map(self.begin, self.parts), begins, strict=True):
+            moved = jnp.where(place >= begin, jnp.where(needed, offset - begin, FAR), moved)
+        return step * self.block + place + moved
+
+    def in_order(self, scale: Any, step: Any, begins: list[tuple[Any, Any]]) -> Array:
+        """The scales [X, block] of a block, in the order of its slots: in a last block they are rolled to where its
+        sub-blocks are."""
+        place = jax.lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
+        whole = rolled = jnp.where(step * self.block + place < self.slots, scale[...], 0)
+        for begin, (offset, _) in zip(map(self.begin, self.parts), begins, strict=True):
+            if begin:
+                rolled = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), rolled)
+        return rolled
+
     def grid(self, first: Any) -> tuple[Any, ...]:
         """(B, groups, pieces, blocks of the fullest row) for rows whose first new tokens have the slots ``first``
         [B]."""
@@ -233,29 +256,10 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
     def _():
         q, k, v = wide[...].astype(q_ref.dtype), joined(keys), joined(values)
         exact = precision(q)
-        begins = [tiling.cut(part, least(seen - step * tiling.block, tiling.block)) for part in tiling.parts]
-
-        def slots(shape: tuple[int, int], axis: int) -> Array:
-            """The cache slots in the block; slots of a sub-block that is not needed get a number beyond the cache."""
-            place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-            moved = jnp.zeros(shape, jnp.int32)
-            for begin, (offset, needed) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
-                moved = jnp.where(place >= begin, jnp.where(needed, offset - begin, FAR), moved)
-            return step * tiling.block + place + moved
-
-        def scale_of_rows(scale: Any) -> Array:
-            """The scales in the order of the block's slots: in a last block they are rolled to where its sub-blocks
-            are."""
-            place = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
-            whole = rolled = jnp.where(step * tiling.block + place < tiling.slots, scale[...], 0)
-            for begin, (offset, _) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
-                if begin:
-                    rolled = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), rolled)
-            return _of_rows(rolled, group, tiling)
-
-        slot = slots((1, tiling.block), 1)
+        begins = tiling.begins(seen, step)
+        slot = tiling.places((1, tiling.block), 1, step, begins)
         if tiling.slots % tiling.grain:  # values beyond the last slot may be NaN, and 0 * NaN is NaN
-            v = jnp.where(slots((tiling.block, 1), 0) < seen, v, jnp.zeros_like(v))
+            v = jnp.where(tiling.places((tiling.block, 1), 0, step, begins) < seen, v, jnp.zeros_like(v))
         if scales:
             k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
         scores = jax.lax.dot_general(
@@ -263,7 +267,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
         )
         scores = scores * tiling.head_dim**-0.5
         if scales:
-            scores = scores * scale_of_rows(scales[0])
+            scores = scores * _of_rows(tiling.in_order(scales[0], step, begins), group, tiling)
         at = (
             first
             + piece * tiling.piece
@@ -277,7 +281,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
         top[...] = higher
         total[...] = total[...] * fade + jnp.sum(weights, axis=1, keepdims=True)
         if scales:
-            weights = weights * scale_of_rows(scales[1])
+            weights = weights * _of_rows(tiling.in_order(scales[1], step, begins), group, tiling)
         mixed[...] = mixed[...] * fade + jnp.dot(
             weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
         )

@@ -87,25 +87,16 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: LatentTiling, 
     @pl.when(step < blocks)
     def _():
         q, block = q_ref[:, :rank], joined(blocks_of)
-        begins = [tiling.cut(part, least(seen - step * tiling.block, tiling.block)) for part in tiling.parts]
-
-        def entries(shape: tuple[int, int], axis: int) -> Array:
-            """The entries in the block; those of a sub-block that is not needed get a number beyond the cache."""
-            place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-            moved = jnp.zeros(shape, jnp.int32)
-            for begin, (offset, needed) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
-                moved = jnp.where(place >= begin, jnp.where(needed, offset - begin, FAR), moved)
-            return step * tiling.block + place + moved
-
+        begins = tiling.begins(seen, step)
         if tiling.slots % tiling.grain:  # what is beyond the last entry may be NaN, and 0 * NaN is NaN
-            block = jnp.where(entries((tiling.block, 1), 0) < seen, block, jnp.zeros_like(block))
+            block = jnp.where(tiling.places((tiling.block, 1), 0, step, begins) < seen, block, jnp.zeros_like(block))
         if scales:
             block = block.astype(jnp.float32).astype(q.dtype)
-            scale = _in_order(scales[0], step, begins, tiling)
+            scale = tiling.in_order(scales[0], step, begins)
 
         rotary = product(wide[...].astype(q.dtype), block[:, TOKENS * rank :], 1)  # [4M, A]
         at = first + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), width)
-        entry, higher, scores = entries((1, tiling.block), 1), top[...], []
+        entry, higher, scores = tiling.places((1, tiling.block), 1, step, begins), top[...], []
         for token in range(TOKENS):
             latent, turned = product(q, latent_of(block, token, rank), 1), rotary[token * rows : (token + 1) * rows]
             if scales:
@@ -140,16 +131,6 @@ def product(x: Array, y: Array, contracted: int) -> Array:
 def latent_of(block: Array, token: int, rank: int) -> Array:
     """The latents [A, C] of one token of each entry."""
     return block[:, token * rank : (token + 1) * rank]
-
-
-def _in_order(scale_ref: Any, step: Any, begins: Any, tiling: Tiling) -> Array:
-    """The scales [8, A] in the order of the block's entries: in a last block they are rolled to its sub-blocks."""
-    place = jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
-    whole = rolled = jnp.where(step * tiling.block + place < tiling.slots, scale_ref[...], 0)
-    for begin, (offset, _) in zip(map(tiling.begin, tiling.parts), begins, strict=True):
-        if begin:
-            rolled = jnp.where(place >= begin, pltpu.roll(whole, begin - offset, 1), rolled)
-    return rolled
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
