@@ -15,7 +15,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from minicpm_jax.layers.blockwise import BLOCK, blockwise_attention, blockwise_attention_in_turn
 from minicpm_jax.layers.kernels.cache_attention import cache_attention
 from minicpm_jax.layers.kernels.causal_attention import causal_attention
+from minicpm_jax.layers.kernels.paged_attention import paged_attention
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
+from minicpm_jax.layers.paged_cache import PagedCache
 from minicpm_jax.layers.rope import Positions, apply_rope
 from minicpm_jax.parallel.activations import shard_heads
 from minicpm_jax.parallel.mesh import ambient_mesh, row_axes
@@ -110,7 +112,8 @@ def attend_cache(
     """
 
     def kernel(q, cache, layer, index):
-        return cache_attention(q, cache, layer, index[:, 0])
+        attention = paged_attention if isinstance(cache, PagedCache) else cache_attention
+        return attention(q, cache, layer, index[:, 0])
 
     forms = {"tpu": blockwise_attention if q.dtype == jnp.float16 else kernel, "cpu": blockwise_attention_in_turn}
     return jax.lax.platform_dependent(q, cache, jnp.asarray(layer), index, **forms, default=blockwise_attention)

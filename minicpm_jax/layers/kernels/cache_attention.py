@@ -267,7 +267,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
         )
         scores = scores * tiling.head_dim**-0.5
         if scales:
-            scores = scores * _of_rows(tiling.in_order(scales[0], step, begins), group, tiling)
+            scores = scores * of_rows(tiling.in_order(scales[0], step, begins), group, tiling)
         at = (
             first
             + piece * tiling.piece
@@ -281,7 +281,7 @@ def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: Tiling):
         top[...] = higher
         total[...] = total[...] * fade + jnp.sum(weights, axis=1, keepdims=True)
         if scales:
-            weights = weights * _of_rows(tiling.in_order(scales[1], step, begins), group, tiling)
+            weights = weights * of_rows(tiling.in_order(scales[1], step, begins), group, tiling)
         mixed[...] = mixed[...] * fade + jnp.dot(
             weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
         )
@@ -299,7 +299,7 @@ def joined(parts: Sequence[Any]) -> Array:
     return parts[0][...] if len(parts) == 1 else jnp.concatenate([part[...] for part in parts])
 
 
-def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
+def of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Float[Array, "R S"]:
     """The scale of each slot for each row's head, selected by a product with ones and zeros, which is exact in
     float32."""
     span = tiling.heads_per_kv * tiling.piece
@@ -310,7 +310,7 @@ def _of_rows(scale: Float[Array, "X S"], group: ArrayLike, tiling: Tiling) -> Fl
     picked = jnp.dot(ones, scale, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     if few:
         return picked
-    return jnp.broadcast_to(picked[:, None], (tiling.heads, span, tiling.block)).reshape(tiling.rows, tiling.block)
+    return jnp.broadcast_to(picked[:, None], (tiling.heads, span, scale.shape[1])).reshape(tiling.rows, -1)
 
 
 class Cache(Protocol):

@@ -1,0 +1,121 @@
+"""A key/value cache in pages: one pool for all rows, and for each row a table of its pages.
+
+Dims as in kv_cache.py; NP pages of the pool, P slots of a page, W pages of a table. The slots of a row are those of its
+pages, in the order of its table. Page 0 is nobody's: the tables of empty rows, and the entries behind a row's last page,
+name it.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, ArrayLike, Float, Int, Int8
+
+from minicpm_jax.layers.kv_cache import STORED, Cache, quantize_kv
+from weights_io.config import ModelConfig
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths", "k_scale", "v_scale", "table"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class PagedCache(Cache):
+    """Keys and values of all layers in pages; the pages of a row may be anywhere in the pool, and rows may share some."""
+
+    k: Float[Array, "L NP P KH"] | Int8[Array, "L NP P KH"]
+    v: Float[Array, "L NP P KH"] | Int8[Array, "L NP P KH"]
+    k_scale: Float[Array, "L NP X P"] | None = None
+    v_scale: Float[Array, "L NP X P"] | None = None
+    table: Int[Array, "B W"] = None  # type: ignore[assignment]
+
+    @staticmethod
+    def of_pages(
+        config: ModelConfig,
+        batch: int,
+        pages: int,
+        page: int,
+        width: int,
+        dtype: Any,
+        bits: int | None = None,
+        mesh: Mesh | None = None,
+    ) -> "PagedCache":
+        """A pool of zeros.
+
+        Arguments:
+            config: the model's config.
+            batch: B rows.
+            pages: NP, with page 0.
+            page: P.
+            width: W.
+            dtype: of keys and values, unless ``bits`` is 8.
+            bits: 8 for int8, None for ``dtype``.
+            mesh: the model's.
+        """
+        pool = Cache.empty(config, pages, page, dtype, bits, mesh)
+        stored = {name: getattr(pool, name) for name in STORED}
+        return PagedCache(lengths=jnp.zeros(batch, jnp.int32), table=jnp.zeros((batch, width), jnp.int32), **stored)
+
+    @property
+    def page(self) -> int:
+        """P."""
+        return self.k.shape[2]
+
+    @property
+    def slots(self) -> int:
+        """Slots that a table has room for."""
+        return self.table.shape[1] * self.page
+
+    @property
+    def grain(self) -> int:
+        return self.page
+
+    def update(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "PagedCache":
+        """Write k and v [B, T, K, H] of one layer into the slots ``index`` of each row; slots beyond a table go into page
+        0."""
+        entry, offset = index // self.page, index % self.page
+        page = jnp.take_along_axis(self.table, jnp.clip(entry, 0, self.table.shape[1] - 1), axis=1)
+        page = jnp.where(entry < self.table.shape[1], page, 0)
+        heads = jnp.arange(k.shape[2])
+
+        def write(stored, new):
+            new = new.reshape(*index.shape, -1).astype(stored.dtype)
+            at = page, offset
+            if index.size == 1:  # XLA turns a scatter of one row into a slice; see `Cache.update`
+                new, *at = (jnp.concatenate([x, x], axis=1) for x in (new, *at))
+            return stored.at[layer, *at].set(new)
+
+        def write_scale(stored, new):
+            return stored.at[layer, page[..., None], heads, offset[..., None]].set(new)
+
+        if self.k_scale is None or self.v_scale is None:
+            return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v))
+        (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
+        return dataclasses.replace(
+            self,
+            k=write(self.k, k),
+            v=write(self.v, v),
+            k_scale=write_scale(self.k_scale, k_scale),
+            v_scale=write_scale(self.v_scale, v_scale),
+        )
+
+    def read_block(
+        self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, head: ArrayLike, like: Float[Array, "S K H"]
+    ) -> tuple[Array, Array]:
+        """Keys and values of one row from ``slot`` and key/value ``head`` on, in the shape and dtype of ``like``. Slot and
+        size are multiples of P."""
+        size, heads, head_dim = like.shape
+        pages = jax.lax.dynamic_slice(self.table, (row, slot // self.page), (1, size // self.page))[0]
+
+        def part(stored, scale):
+            lanes = jax.lax.dynamic_slice_in_dim(stored, head * head_dim, heads * head_dim, axis=3)
+            block = lanes[layer, pages].reshape(like.shape)
+            if scale is None:
+                return block.astype(like.dtype)
+            scale = jax.lax.dynamic_slice_in_dim(scale, head, heads, axis=2)[layer, pages]  # [n, K, P]
+            return (block * scale.transpose(0, 2, 1).reshape(size, heads, 1)).astype(like.dtype)
+
+        return part(self.k, self.k_scale), part(self.v, self.v_scale)
