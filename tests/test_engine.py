@@ -79,7 +79,7 @@ def test_requests_come_and_go(backend, model, alone):
 
 
 def test_over_a_mesh(tmp_path_factory, alone, backend):
-    """Rows over data and fsdp, heads over tensor, weights over all; a like beginning is copied between slots."""
+    """Heads over tensor, weights over all."""
     if backend.__name__ != "minicpm_jax":
         pytest.skip("MLX has no mesh")
     import jax
@@ -87,7 +87,7 @@ def test_over_a_mesh(tmp_path_factory, alone, backend):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
     folder = tiny_model.write(tmp_path_factory.mktemp("mesh"), eos_token_id=END)
     engine = make(backend, backend.load(folder, "float32", mesh=mesh)[0], slots=4)
-    assert engine.state.cache.k.sharding.spec == jax.P(None, ("data", "fsdp"), None, "tensor")
+    assert engine.state.cache.k.sharding.spec == jax.P(None, None, None, "tensor")
     assert run_one(engine, 1) == alone[1]
     numbers = [add(engine, index) for index in (2, 1, 4)]
     found = run(engine)
@@ -134,7 +134,7 @@ def test_a_prompt_that_begins_alike_is_not_run_twice(backend, model, alone, monk
     monkeypatch.setattr(decoding, name, lambda *arguments: ran.append(1) or real(*arguments))
     assert run_one(engine, 3) == alone[3]  # 30 of 32 tokens are there
     assert run_one(engine, 1) == alone[1]  # all 41
-    assert len(ran) <= 2  # a piece each, if any; of 16 they would be 2 and 3
+    assert len(ran) <= 2  # a piece each, if any; without pages that are shared they would be 2 and 3
     history = [*LONG, *alone[1]][:-1]
     expected = [r.token for r in backend.stream_generate(model, None, [*history, 6], max_tokens=4)]
     number = engine.add(asked(engine, [*history, 6], 4))

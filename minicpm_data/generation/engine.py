@@ -1,9 +1,12 @@
 """Continuous batching: requests join and leave a running batch at any time.
 
-The batch has ``slots`` rows. A request is queued until a slot is free. Its prompt is then prefilled in chunks, and
-between two chunks the running requests decode a step. A prompt that shares a prefix with an earlier request reuses the
-keys and values that are still cached. Each request gets the tokens that it would get alone. The backends implement the
-computation.
+The batch has ``slots`` rows, and the key/value cache is a pool of pages (`pages.PagePool`). A request is queued until a
+slot and pages for its prompt are free. Its prompt is then prefilled in chunks, and between two chunks the running
+requests decode a step. A prompt that begins like an earlier request shares the pages that are still cached. Each
+request gets the tokens that it would get alone. The backends implement the computation.
+
+Pages are given out as answers grow. Where none is left, the newest request gives up its pages and waits at the head of
+the queue; its tokens so far are then prefilled like a prompt. The oldest request always goes on.
 
 A backend that compiles programs for the shapes of a request compiles them beside the running requests. The request
 stays in the queue until they are ready, and others may pass it.
@@ -22,13 +25,13 @@ from dataclasses import dataclass, field
 from typing import Generic
 
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
+from minicpm_data.generation.pages import PagePool, Row
 from minicpm_data.generation.request import GenerationRequest, ModelT, PromptIds
-from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.memory import no_room
 
 STEP = 256  # tokens; a context that does not fit memory is shortened to a multiple of this
-LEAST_SHARED = 16  # tokens; copying the keys and values of a shorter shared prefix does not pay
+SPARE = 0.05  # of the pages: left to the running answers when a request is admitted
 PATIENCE = 0.05  # seconds; a longer decode call would be visible in streamed text
 
 
@@ -57,6 +60,7 @@ class RequestState:
         group: the id of its group; its own number where it has none.
         turn: order in the queue among groups that hold equally many slots; the lowest is next.
         generated: the token ids so far.
+        row: the pages of the request; None while it is queued.
     """
 
     number: int
@@ -64,6 +68,12 @@ class RequestState:
     group: int
     turn: int
     generated: list[int] = field(default_factory=list)
+    row: Row | None = None
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        """Prompt and answer so far."""
+        return (*self.request.prompt, *self.generated)
 
     @property
     def prompt(self) -> PromptIds:
@@ -120,6 +130,7 @@ class BatchEngine(ABC, Generic[ModelT]):
                 "does not go with an engine, which keeps all keys and values; leave it out.", "max_kv_size"
             )
         self.model, self.slots, self.context, self.cache_options = model, slots, context, cache_options
+        self.pool: PagePool  # of the backend
         self.queued: deque[RequestState] = deque()
         self.prefilling: tuple[RequestState, Iterator[None]] | None = None  # its prefill, chunk by chunk
         self.running: dict[int, RequestState] = {}
@@ -128,6 +139,7 @@ class BatchEngine(ABC, Generic[ModelT]):
         self.compiled: Callable[[str, float], None] = lambda name, seconds: None
         self._numbers = itertools.count()
         self._steps = 1
+        self.preemptions = 0  # how often a request gave up its pages
 
     def _check_room(self, needed: Callable[[int], int], free: int | None) -> None:
         """Raises `OutOfMemory` where the caches do not fit.
@@ -180,9 +192,10 @@ class BatchEngine(ABC, Generic[ModelT]):
         """Drop a request. Nothing happens if it is finished."""
         self.queued = deque(request for request in self.queued if request.number != number)
         if self.prefilling is not None and self.prefilling[0].number == number:
+            self._release(self.prefilling[0])
             self.prefilling = None
         if number in self.running:
-            self._free(self.running.pop(number))
+            self._end(self.running.pop(number))
 
     @property
     def idle(self) -> bool:
@@ -210,37 +223,73 @@ class BatchEngine(ABC, Generic[ModelT]):
         """Stop compiling. A program that is being compiled is waited for."""
 
     def step(self) -> list[GeneratedToken]:
-        """Prefill one chunk of the next prompt, if a slot is free, and decode; returns the new tokens. If all requests
-        are `blocked`, it first waits for a program."""
-        generated: list[GeneratedToken] = []
+        """Prefill one chunk of the next prompt, if there is a slot and pages for it, or else decode; returns the new
+        tokens. If all requests are `blocked`, it first waits for a program."""
         if self.blocked:
             self._wait()
         if self.prefilling is None and (chosen := self._next()) is not None:
+            chosen.row = self.pool.take(*self._wanted(chosen))
             self.queued.remove(chosen)
             for request in self.queued:
                 if request.group == chosen.group:
                     request.turn = next(self._numbers)
             self.prefilling = chosen, self._run(chosen)
         if self.prefilling is not None:
-            request, pieces = self.prefilling
-            if next(pieces, self) is self:  # the prefill is complete
+            state, pieces = self.prefilling
+            token = next(pieces)
+            if token is not None:  # the prefill is complete
                 self.prefilling = None
-                self.running[request.number] = request
-        if self.running:
-            hurry = self.prefilling is not None or self._next() is not None
-            room = min(request.left for request in self.running.values())
-            began = time.perf_counter()
-            steps = max(1, min(1 if hurry else self._steps, room))
-            for number, token in self._decode(steps):
-                if number in self.running:  # else the request finished a few steps earlier
-                    generated.append(self._record(self.running[number], token))
-            if steps == self._steps and not hurry:
-                fast = time.perf_counter() - began < PATIENCE / 2
-                self._steps = 2 * steps if fast else max(1, steps // 2)
+                self.running[state.number] = state
+                self._name(state, state.text)
+                return [self._record(state, token)]
+        return self._decoded() if self.running else []
+
+    def _decoded(self) -> list[GeneratedToken]:
+        """Decode as many steps as are quick and have pages."""
+        hurry = self.prefilling is not None or self._next() is not None
+        left = min(state.left for state in self.running.values())
+        wanted = max(1, min(1 if hurry else self._steps, left))
+        steps = self._room(wanted)
+        began = time.perf_counter()
+        generated = [
+            self._record(self.running[number], token)
+            for number, token in self._decode(steps)
+            if number in self.running  # else the request finished a few steps earlier
+        ]
+        if steps == self._steps and not hurry:
+            fast = time.perf_counter() - began < PATIENCE / 2
+            self._steps = 2 * steps if fast else max(1, steps // 2)
         return generated
 
+    def _room(self, steps: int) -> int:
+        """Give every running request pages for up to ``steps`` more tokens, and return for how many. Where there are
+        too few, the newest requests give up theirs."""
+        while True:
+            held = [(state, len(state.prompt) + len(state.generated) - 1) for state in self.running.values()]
+            for count in (steps >> i for i in range(steps.bit_length())):
+                wanted = [(state.row, self.pool.needed(cached + count)) for state, cached in held]
+                if sum(max(0, pages - len(row.pages)) for row, pages in wanted if row) <= self.pool.available:
+                    for row, pages in wanted:
+                        assert row is not None
+                        self.pool.extend(row, pages)
+                    return count
+            self._preempt()
+
+    def _preempt(self) -> None:
+        """Take the pages of the newest request, and queue it again."""
+        newest = max(self.running)
+        if self.prefilling is not None and self.prefilling[0].number > newest:
+            state, self.prefilling = self.prefilling[0], None
+        else:
+            state = self.running.pop(newest)
+            self._name(state, state.text[:-1])
+            self._vacate(state, again=True)
+        self._release(state)
+        self.queued.appendleft(state)
+        self.preemptions += 1
+
     def _next(self) -> RequestState | None:
-        """The queued request that is next, if a slot is free for it and its programs are ready."""
+        """The queued request that is next, if a slot and pages are free for it and its programs are ready."""
         if len(self.running) >= self.slots or not self.queued:
             return None
         taken = Counter(request.group for request in self.running.values())
@@ -249,11 +298,39 @@ class BatchEngine(ABC, Generic[ModelT]):
                 return None
             try:
                 if self._ready(request):
-                    return request
+                    return request if self.pool.fits(*self._wanted(request)) else None
             except Exception as error:
                 self.queued.remove(request)
                 self.failed(request.number, error)
         return None
+
+    def _wanted(self, state: RequestState) -> tuple[Sequence[int], bool, int]:
+        """The arguments of `PagePool.take` for a request. Some pages are left to the running answers."""
+        return state.text, self._shares(state, len(state.text)), int(SPARE * self.pool.pages) + 1 if self.running else 0
+
+    def _shares(self, state: RequestState, length: int) -> bool:
+        """Whether the first ``length`` tokens of a request have the keys of every text that begins so: dynamic NTK and
+        LongRoPE rotate the keys of a long prompt, and those behind a length, in another way."""
+        scaling = self.model.config.rope_scaling
+        length = max(length, len(state.prompt))
+        return scaling is None or not scaling.grows(self.model.config.max_position_embeddings, length)
+
+    def _name(self, state: RequestState, text: Sequence[int]) -> None:
+        """Others may share the pages of this text, which is in the cache."""
+        assert state.row is not None
+        if self._shares(state, len(text)):
+            self.pool.name(state.row, text)
+
+    def _release(self, state: RequestState) -> None:
+        assert state.row is not None
+        self.pool.release(state.row)
+        state.row = None
+
+    def _end(self, state: RequestState) -> None:
+        """A running request ends. Its last token is not in the cache."""
+        self._name(state, state.text[:-1])
+        self._vacate(state, again=False)
+        self._release(state)
 
     def _ready(self, state: RequestState) -> bool:
         """Whether the programs of a request are ready; otherwise they are being compiled. Raises the error of one that
@@ -266,35 +343,19 @@ class BatchEngine(ABC, Generic[ModelT]):
     def _record(self, state: RequestState, token: int) -> GeneratedToken:
         state.generated.append(token)
         if state.finished:
-            self._free(self.running.pop(state.number))
+            self._end(self.running.pop(state.number))
         return GeneratedToken(state.number, token, state.finished)
 
     @abstractmethod
-    def _run(self, state: RequestState) -> Iterator[None]:
-        """Prefill a request's prompt and give it a slot; yield after each chunk but the last."""
+    def _run(self, state: RequestState) -> Iterator[int | None]:
+        """Prefill the text of a request into its pages and give it a slot. Yields None after each chunk but the last,
+        and then the first token."""
 
     @abstractmethod
     def _decode(self, steps: int) -> list[tuple[int, int]]:
-        """Decode up to ``steps`` steps. Returns (request number, token) pairs in order.
-
-        The list may be empty only where a token has been started and comes with the next call.
-        """
+        """Decode up to ``steps`` steps, for which all running requests have pages. Returns (request number, token)
+        pairs in order."""
 
     @abstractmethod
-    def _free(self, state: RequestState) -> None:
-        """Free the slot of a request."""
-
-
-def shared(config: ModelConfig, prompt: Sequence[int], old: RequestState) -> int:
-    """The length of the prefix that a prompt shares with an older request, whose keys and values can be copied.
-
-    It is shorter than the prompt, because the last token must be run. It is 0 where the copy does not pay, and where
-    one of the prompts is so long that dynamic NTK or LongRoPE rotates its keys in another way.
-    """
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.grows(config.max_position_embeddings, max(len(prompt), len(old.prompt))):
-        return 0
-    text = (*old.prompt, *old.generated[:-1])  # the model never saw the last token
-    most = min(len(prompt) - 1, len(text))
-    same = next((i for i in range(most) if prompt[i] != text[i]), most)
-    return same if same >= LEAST_SHARED else 0
+    def _vacate(self, state: RequestState, again: bool) -> None:
+        """Free the slot of a request. ``again``: it will go on later, with the same random numbers."""

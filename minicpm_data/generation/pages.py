@@ -11,11 +11,29 @@ hash of them.
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from weights_io.errors import InputError
 
 NOBODY = 0  # the page to which empty rows write
-FIRST = 0  # the key's parent of a row's first page
+NONE = 0  # the parent of a row's first page
+
+
+@dataclass
+class Row:
+    """The pages of a request.
+
+    Attributes:
+        pages: their numbers, in the order of the text.
+        shared: how many of them held the beginning of the text before the row came.
+        named: how many have a key, or hold a text that another page has a key for.
+        parent: serial of the last of those; `NONE` without one.
+    """
+
+    pages: list[int]
+    shared: int
+    named: int
+    parent: int
 
 
 class PagePool:
@@ -34,7 +52,7 @@ class PagePool:
         self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}  # page -> (parent's serial, tokens)
         self._known: dict[tuple[int, tuple[int, ...]], int] = {}  # and back
         self._serials: dict[int, int] = {}  # page with a key -> number that no other text ever had
-        self._next_serial = itertools.count(FIRST + 1)
+        self._next_serial = itertools.count(NONE + 1)
 
     @property
     def available(self) -> int:
@@ -45,67 +63,68 @@ class PagePool:
         """Pages of ``tokens`` tokens."""
         return -(-tokens // self.page)
 
-    def shared(self, text: Sequence[int]) -> list[int]:
-        """The pages that hold the beginning of a text: whole pages, and never all of the text, because its last token must
-        be run."""
-        found, parent = [], FIRST
+    def shared(self, text: Sequence[int]) -> tuple[list[int], int]:
+        """The pages that hold the beginning of a text, and the serial of the last.
+
+        Whole pages, and never all of the text, because its last token must be run.
+        """
+        found, parent = [], NONE
         for start in range(0, len(text) - self.page, self.page):
             page = self._known.get((parent, tuple(text[start : start + self.page])))
             if page is None:
                 break
             found.append(page)
             parent = self._serials[page]
-        return found
+        return found, parent
 
-    def take(self, count: int, shared: Sequence[int] = ()) -> list[int] | None:
-        """The pages of a new row: the ``shared`` ones and others, ``count`` in all; None if there are too few."""
+    def fits(self, text: Sequence[int], share: bool = True, spare: int = 0) -> bool:
+        """Whether there are pages for a text; arguments as for `take`."""
+        return self._fits(self.shared(text)[0] if share else [], self.needed(len(text)), spare)
+
+    def _fits(self, shared: Sequence[int], count: int, spare: int) -> bool:
         kept = sum(page in self._kept for page in shared)
-        if count - len(shared) > self.available - kept:
+        return count - len(shared) <= self.available - kept - spare
+
+    def take(self, text: Sequence[int], share: bool = True, spare: int = 0) -> "Row | None":
+        """A row with pages for a text; None if there are too few.
+
+        Arguments:
+            text: token ids.
+            share: whether to look for pages that hold its beginning.
+            spare: pages that must stay available.
+        """
+        shared, parent = self.shared(text) if share else ([], NONE)
+        count = self.needed(len(text))
+        if not self._fits(shared, count, spare):
             return None
         for page in shared:
             self._kept.pop(page, None)
             self._references[page] += 1
-        return [*shared, *(self._take() for _ in range(count - len(shared)))]
+        return Row([*shared, *(self._take() for _ in range(count - len(shared)))], len(shared), len(shared), parent)
 
-    def extend(self, held: list[int], count: int) -> bool:
-        """Give a row more pages, ``count`` in all. Returns whether there are enough; if not, nothing changes."""
-        more = count - len(held)
-        if more > self.available:
-            return False
-        held.extend(self._take() for _ in range(more))
-        return True
+    def extend(self, row: "Row", count: int) -> None:
+        """Give a row more pages, ``count`` in all. There must be as many."""
+        row.pages.extend(self._take() for _ in range(count - len(row.pages)))
 
-    def name(self, held: Sequence[int], text: Sequence[int], named: int = 0) -> int:
-        """Give keys to the full pages of a row, whose first ``len(text)`` slots are final.
+    def name(self, row: "Row", text: Sequence[int]) -> None:
+        """Give keys to the full pages of a row, in which ``text`` is final, but to none whose text another page has."""
+        while (row.named + 1) * self.page <= len(text):
+            key = row.parent, tuple(text[row.named * self.page : (row.named + 1) * self.page])
+            page = self._known.setdefault(key, row.pages[row.named])
+            if page == row.pages[row.named]:
+                self._keys[page], self._serials[page] = key, next(self._next_serial)
+            row.parent, row.named = self._serials[page], row.named + 1
 
-        Arguments:
-            held: the row's pages.
-            text: the tokens in them.
-            named: pages that have keys already.
-
-        Returns:
-            How many have keys now. A page whose text another page holds stays without one, and so do those behind it.
-        """
-        parent = self._serials[held[named - 1]] if named else FIRST
-        while (named + 1) * self.page <= len(text):
-            key = parent, tuple(text[named * self.page : (named + 1) * self.page])
-            if key in self._known:
-                break
-            page = held[named]
-            self._known[key], self._keys[page] = page, key
-            parent = self._serials[page] = next(self._next_serial)
-            named += 1
-        return named
-
-    def release(self, held: Sequence[int]) -> None:
+    def release(self, row: "Row") -> None:
         """A row ends. Its last pages are given away first."""
-        for page in reversed(held):
+        for page in reversed(row.pages):
             self._references[page] -= 1
             if self._references[page] == 0:
                 if page in self._keys:
                     self._kept[page] = None
                 else:
                     self._free.append(page)
+        row.pages.clear()
 
     def _take(self) -> int:
         if self._free:

@@ -101,15 +101,17 @@ def prefill(
     last: Float[Array, "B 1 D"],
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
+    scaled: Int[Array, "B T"] | None = None,
 ) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """Run one chunk of right-padded prompts of ``lengths`` tokens: the T tokens from position ``start`` on.
 
     Returns the cache and the hidden state of each prompt's last token: ``last``, or the new one if this chunk holds
-    it.
+    it. ``scaled``: the length for which RoPE is scaled, per token; None is ``lengths``.
     """
     width = ids.shape[1]
     new = jnp.clip(lengths - start, 0, width)
-    hidden, cache = model.decode(ids, cache, new, jnp.broadcast_to(start, lengths.shape), lengths)
+    scaled = lengths if scaled is None else scaled
+    hidden, cache = model.decode(ids, cache, new, jnp.broadcast_to(start, lengths.shape), scaled)
     at = (lengths - 1 - start)[:, None, None]
     found = jnp.take_along_axis(hidden, jnp.clip(at, 0, width - 1), axis=1)
     return cache, jnp.where((at >= 0) & (at < width), found, last)

@@ -19,19 +19,21 @@ from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import State
 from minicpm_jax.generation.programs import Key
 from minicpm_jax.generation.sampling import SamplingParams
-from minicpm_jax.generation.slots import ENDS, insert, mark_finished, row_of
-from minicpm_jax.layers.kv_cache import Cache, cache_specs
+from minicpm_jax.generation.slots import ENDS, insert, vacate
+from minicpm_jax.layers.kv_cache import cache_specs
+from minicpm_jax.layers.paged_cache import PagedCache
 from minicpm_jax.model import Model
 
 
 class Shapes:
-    """The abstract arrays of an engine for this model."""
+    """The abstract arrays of an engine for this model, with a pool of ``pages`` of ``page`` tokens and tables of
+    ``width`` pages."""
 
-    def __init__(self, model: Model, cache_options: CacheOptions):
-        self.model, self.bits = model, cache_options.kv_bits
+    def __init__(self, model: Model, cache_options: CacheOptions, pages: int, page: int, width: int):
+        self.model, self._sizes, self._bits = model, (pages, page, width), cache_options.kv_bits
         # A result is committed to a place if any input of its program is.
         self._home: Sharding | None = next((x.sharding for x in jax.tree.leaves(model) if x.committed), None)
-        self.state, self.row = functools.cache(self._state), functools.cache(self._row)
+        self.state = functools.cache(self._state)
 
     def placed(self, value: Any, shape: Any) -> Any:
         """The arrays in the places of a shape. XLA may have left a result of a mesh elsewhere."""
@@ -47,31 +49,49 @@ class Shapes:
         sharding = self._home if mesh is None else NamedSharding(mesh, spec or PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def _cache(self, rows: int, length: int) -> Cache:
-        model = self.model
+    def _empty_cache(self, rows: int) -> PagedCache:
+        model, (pages, page, width) = self.model, self._sizes
         dtype = form_of_model(model).cache_dtype(model)
-        cache = jax.eval_shape(lambda: Cache.empty(model.config, rows, length, dtype, self.bits, model.mesh))
-        if model.mesh is None:
-            return jax.tree.map(lambda x: self._array(x.shape, x.dtype), cache)
-        return jax.tree.map(lambda x, spec: self._array(x.shape, x.dtype, spec), cache, cache_specs(cache, model.mesh))
+        return PagedCache.of_pages(model.config, rows, pages, page, width, dtype, self._bits, model.mesh)
 
-    def _state(self, rows: int, length: int | None) -> State:
-        """The state of B rows; ``length`` of None: without a cache."""
-        cache: Any = None if length is None else self._cache(rows, length)
+    def _cache(self, rows: int) -> PagedCache:
+        cache, mesh = jax.eval_shape(lambda: self._empty_cache(rows)), self.model.mesh
+        if mesh is None:
+            return jax.tree.map(lambda x: self._array(x.shape, x.dtype), cache)
+        return jax.tree.map(lambda x, spec: self._array(x.shape, x.dtype, spec), cache, cache_specs(cache, mesh))
+
+    def _state(self, rows: int, with_cache: bool = True) -> State:
+        """The state of B rows."""
+        cache: Any = self._cache(rows) if with_cache else None
         token = self._array((rows,), jnp.int32)
         token_mask = self._array((rows, self.model.config.vocab_size), jnp.bool_)
         rng = self._array((rows,), jax.random.key(0).dtype)
         finished, ends = self._array((rows,), jnp.bool_), self._array((rows, ENDS), jnp.int32)
         return State(cache, token, token_mask, rng, finished, ends)
 
-    def _row(self, length: int) -> tuple[Cache, jax.ShapeDtypeStruct]:
-        """The cache of a prompt, and the hidden state of its last token."""
+    def empty(self, rows: int) -> State:
+        """A state whose slots are empty."""
+
+        def made() -> State:
+            rng = jax.random.split(jax.random.key(0), rows)
+            token_mask = jnp.zeros((rows, self.model.config.vocab_size), bool)
+            nobody = jnp.full((rows, ENDS), -1, jnp.int32)
+            return State(
+                self._empty_cache(rows), jnp.zeros(rows, jnp.int32), token_mask, rng, jnp.ones(rows, bool), nobody
+            )
+
+        where = None if self._home is None else jax.tree.map(lambda x: x.sharding, self.state(rows))
+        return jax.jit(made, out_shardings=where)()  # each device makes its own part
+
+    @functools.cached_property
+    def row(self) -> tuple[PagedCache, jax.ShapeDtypeStruct]:
+        """The pool with the table of one prompt, and the hidden state of its last token."""
         dtype = self.model.model.norm.weight.dtype
-        return self._cache(1, length), self._array((1, 1, self.model.config.hidden_size), dtype)
+        return self._cache(1), self._array((1, 1, self.model.config.hidden_size), dtype)
 
     def lowered(self, key: Key, rows: int) -> Any:
         """The traced program of a key, for ``rows`` slots. What the host passes has no place."""
-        model, vocabulary, sizes = self.model, self.model.config.vocab_size, key.sizes
+        model, vocabulary = self.model, self.model.config.vocab_size
         number = jax.ShapeDtypeStruct((), jnp.int32)
 
         def host(dtype, *shape):
@@ -81,27 +101,17 @@ class Shapes:
             return SamplingParams.of_rows([GREEDY] * count, vocabulary)
 
         match key.name:
-            case "empty":
-                return decoding.empty.lower(model, 1, sizes[0], self.bits)
             case "prefill":
-                width, length = sizes
-                ids, lengths = host(jnp.int32, 1, width), host(jnp.int32, 1)
-                return decoding.prefill.lower(model, ids, *self.row(length), number, lengths)
+                ids, lengths = host(jnp.int32, 1, key.sizes[0]), host(jnp.int32, 1)
+                return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids)
             case "first_token":
-                last, nothing = self.row(1)[1], None
+                last, nothing = self.row[1], None
                 given = host(jnp.bool_, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
                 return decoding.first_token.lower(model, nothing, last, *given, params(1))
             case "insert":
-                length, row_length = sizes
-                return insert.lower(self.state(rows, length), self.state(1, row_length), number)
-            case "row_of":
-                length, row_length = sizes
-                return row_of.lower(self.state(rows, length).cache, number, number, row_length)
-            case "resize":
-                held, length = sizes
-                return decoding.resize_cache.lower(self.state(rows, held).cache, length)
+                return insert.lower(self.state(rows), self.state(1, False), number, number)
             case "decode":
-                return decoding.decode.lower(model, self.state(rows, sizes[0]), number, params(rows))
-            case "mark_finished":
-                return mark_finished.lower(self.state(rows, None).finished, number)
+                return decoding.decode.lower(model, self.state(rows), number, params(rows))
+            case "vacate":
+                return vacate.lower(self.state(rows), number)
         raise AssertionError(key)

@@ -85,8 +85,8 @@ def over_mesh(
         return own(*by_head, *shared, *weights, cache, layer, index)
     parts, (batch, width, each, head_dim) = cache_specs(cache, mesh), by_head[0].shape
     rows, heads = parts.k[1], "tensor" if "tensor" in mesh.shape else None
-    outer = row_axes(mesh, batch) or None
-    whole = tuple(name for name in row_axes(mesh, batch) if name != "fsdp")
+    outer = cache.row_axes(mesh, batch) or None
+    whole = tuple(name for name in cache.row_axes(mesh, batch) if name != "fsdp")
 
     def few(x, *axes):
         """Replicate over fsdp if there are fewer tokens than rows in a weight. Summing these activations moves fewer

@@ -75,6 +75,10 @@ class Cache:
         """K, for heads of ``head_dim``."""
         return self.k.shape[3] // head_dim
 
+    def row_axes(self, mesh: Mesh | AbstractMesh, batch: int) -> tuple[str, ...]:
+        """The axes of the mesh that divide ``batch`` rows of this cache."""
+        return row_axes(mesh, batch)
+
     def resized(self, slots: int) -> "Cache":
         """The cache padded to at least ``slots`` slots."""
         more = -(-slots // self.grain) - self.slots // self.grain
@@ -243,12 +247,12 @@ def cache_specs(cache: Cache, mesh: Mesh | AbstractMesh) -> Cache:
     """The `PartitionSpec` of each array of a cache on the ``mesh``: rows over the batch axes that divide them, heads
     over tensor. Latents have no heads: their rows go over tensor too, if it divides them. The lengths are replicated:
     every device computes the RoPE angles of all rows."""
-    rows = (*row_axes(mesh, cache.k.shape[1]), *(["tensor"] if rows_over_tensor(cache, mesh) else [])) or None
+    rows = (*cache.row_axes(mesh, cache.k.shape[1]), *(["tensor"] if rows_over_tensor(cache, mesh) else [])) or None
     heads = "tensor" if "tensor" in mesh.shape and not isinstance(cache, LatentCache) else None
     stored, scale = P(None, rows, None, heads), P(None, rows, heads)
     specs = {"k": stored, "v": stored, "k_scale": scale, "v_scale": scale}
     present = {name: spec for name, spec in specs.items() if getattr(cache, name) is not None}
-    return dataclasses.replace(cache, **present, lengths=P())
+    return dataclasses.replace(jax.tree.map(lambda _: P(), cache), **present)
 
 
 def rows_over_tensor(cache: Cache, mesh: Mesh | AbstractMesh | None) -> bool:

@@ -1,8 +1,8 @@
 """A key/value cache in pages: one pool for all rows, and for each row a table of its pages.
 
 Dims as in kv_cache.py; NP pages of the pool, P slots of a page, W pages of a table. The slots of a row are those of its
-pages, in the order of its table. Page 0 is nobody's: the tables of empty rows, and the entries behind a row's last page,
-name it.
+pages, in the order of its table. Page 0 is nobody's: the tables of empty rows name it, and so do the entries behind a
+row's last page.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, ArrayLike, Float, Int, Int8
 
 from minicpm_jax.layers.kv_cache import STORED, Cache, quantize_kv
@@ -24,7 +24,10 @@ from weights_io.config import ModelConfig
 )
 @dataclass(frozen=True)
 class PagedCache(Cache):
-    """Keys and values of all layers in pages; the pages of a row may be anywhere in the pool, and rows may share some."""
+    """Keys and values of all layers in pages. A row's pages may be anywhere in the pool, and rows may share some.
+
+    Over a mesh every device that has a head holds all its pages: rows are not divided.
+    """
 
     k: Float[Array, "L NP P KH"] | Int8[Array, "L NP P KH"]
     v: Float[Array, "L NP P KH"] | Int8[Array, "L NP P KH"]
@@ -73,9 +76,16 @@ class PagedCache(Cache):
     def grain(self) -> int:
         return self.page
 
+    def row_axes(self, mesh: Mesh | AbstractMesh, batch: int) -> tuple[str, ...]:
+        return ()
+
+    def with_pool(self, other: "PagedCache") -> "PagedCache":
+        """These rows, in the pool of another cache."""
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in STORED})
+
     def update(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "PagedCache":
-        """Write k and v [B, T, K, H] of one layer into the slots ``index`` of each row; slots beyond a table go into page
-        0."""
+        """Write k and v [B, T, K, H] of one layer into the slots ``index`` of each row. Slots beyond a table go into
+        page 0."""
         entry, offset = index // self.page, index % self.page
         page = jnp.take_along_axis(self.table, jnp.clip(entry, 0, self.table.shape[1] - 1), axis=1)
         page = jnp.where(entry < self.table.shape[1], page, 0)
@@ -105,8 +115,8 @@ class PagedCache(Cache):
     def read_block(
         self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, head: ArrayLike, like: Float[Array, "S K H"]
     ) -> tuple[Array, Array]:
-        """Keys and values of one row from ``slot`` and key/value ``head`` on, in the shape and dtype of ``like``. Slot and
-        size are multiples of P."""
+        """Keys and values of one row from ``slot`` and key/value ``head`` on, in the shape and dtype of ``like``. Slot
+        and size are multiples of P."""
         size, heads, head_dim = like.shape
         pages = jax.lax.dynamic_slice(self.table, (row, slot // self.page), (1, size // self.page))[0]
 

@@ -27,6 +27,9 @@ from minicpm_jax.layers.kernels.cache_attention import Tiling, divided, joined, 
 from minicpm_jax.layers.kernels.precision import precision
 
 
+PAGES = 8  # most pages of a block: each is a fetch, and an index map, of its own
+
+
 class PagedCache(Protocol):
     """The arrays of a `paged_cache.PagedCache` that the kernel reads."""
 
@@ -52,7 +55,7 @@ class Paging:
 
     @staticmethod
     def of(tiling: Tiling, page: int) -> "Paging":
-        return Paging(tiling, page, max(1, tiling.block // page))
+        return Paging(tiling, page, max(1, min(PAGES, tiling.block // page)))
 
     @property
     def width(self) -> int:
@@ -77,13 +80,14 @@ class Paging:
         pieces = self.tiling.pieces
         return (items[step], 0) if pieces == 1 else (divided(items[step], pieces), jax.lax.rem(items[step], pieces))
 
-    def queries(self, group: Any, step: Any, layer: Any, first: Any, items: Any, blocks: Any, table: Any):
+    def queries(self, group: Any, step: Any, layer: Any, first: Any, items: Any, *refs: Any) -> tuple[Any, ...]:
         """Index map of queries and output [B, groups, pieces, .., X]."""
         row, piece = self.item(step, items)
         return row, group, piece, 0, 0
 
-    def stored(self, at: int, scale: bool, group: Any, step: Any, layer: Any, first: Any, items: Any, blocks: Any, table: Any):
+    def stored(self, at: int, scale: bool, group: Any, step: Any, *refs: Any) -> tuple[Any, ...]:
         """Index map of page ``at`` of a block, in [L, NP, P, KH]; all heads at once of the ``scale``s [L, NP, X, P]."""
+        layer, first, items, blocks, table = refs
         row, piece = self.item(step, items)
         entry = blocks[step] * self.pages + at
         needed = entry * self.page < self.tiling.seen(first[row], piece)
@@ -173,7 +177,7 @@ def paged_attention(
     first: Int[Array, "B"],
     interpret: bool = False,
 ) -> Float[Array, "B T NH"]:
-    """softmax(q k / sqrt(H)) v over one layer of the pages of each row, which already hold the new tokens' keys and values.
+    """softmax(q k / sqrt(H)) v over one layer of each row's pages, which already hold the new tokens' keys and values.
 
     Arguments:
         q: the queries of T consecutive tokens per row.
