@@ -20,7 +20,8 @@ from minicpm_jax.generation.sampling import SamplingParams  # noqa: E402
 from minicpm_jax.layers import attention  # noqa: E402
 from minicpm_jax.layers.attention import attend, attend_cache, cached_attention  # noqa: E402
 from minicpm_jax.layers.blockwise import blockwise_attention, blockwise_attention_in_turn  # noqa: E402
-from minicpm_jax.layers.kernels.cache_attention import Tiling, cache_attention, cost, scale_bytes  # noqa: E402
+from minicpm_jax.layers.kernels.cache_attention import cache_attention, cost, scale_bytes  # noqa: E402
+from minicpm_jax.layers.kernels.tiling import Tiling  # noqa: E402
 from minicpm_jax.layers.kv_cache import Cache  # noqa: E402
 from minicpm_jax.model import abstract  # noqa: E402
 from minicpm_jax.parallel.chips import Topology  # noqa: E402

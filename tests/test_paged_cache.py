@@ -4,40 +4,48 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_cache_attention import LAYER, LAYERS, filled, reference, updated
+from test_cache_attention import LAYER, filled, reference, updated
+from test_latent_attention import filled as latents
 
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 
 from minicpm_jax.layers.blockwise import blockwise_attention, blockwise_attention_in_turn  # noqa: E402
-from minicpm_jax.layers.kernels.cache_attention import Tiling  # noqa: E402
-from minicpm_jax.layers.kernels.paged_attention import Paging, paged_attention, work_list  # noqa: E402
-from minicpm_jax.layers.kv_cache import STORED  # noqa: E402
-from minicpm_jax.layers.paged_cache import PagedCache  # noqa: E402
+from minicpm_jax.layers.kernels.latent_prefill import latent_prefill  # noqa: E402
+from minicpm_jax.layers.kernels.paged_attention import paged_attention  # noqa: E402
+from minicpm_jax.layers.kernels.paged_latent import paged_latent_attention, paged_latent_prefill  # noqa: E402
+from minicpm_jax.layers.kernels.paging import Paging, work_list  # noqa: E402
+from minicpm_jax.layers.kernels.tiling import Tiling  # noqa: E402
+from minicpm_jax.layers.kv_cache import STORED, LatentCache  # noqa: E402
+from minicpm_jax.layers.paged_cache import PagedCache, PagedLatentCache  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 
 def paged(cache, page, seed=0, spare=3):
-    """A cache of rows as a shuffled pool of pages of the same keys and values; page 0 holds NaN-free nonsense."""
-    layers, batch, slots, _ = cache.k.shape
-    width = slots // page
+    """A cache of rows as a shuffled pool of pages of the same contents; the other pages hold nonsense."""
+    layers, batch, entries, _ = cache.k.shape
+    entry = page // cache.grain
+    width = entries // entry
     order = 1 + np.random.default_rng(seed).permutation(batch * width + spare)[: batch * width]
-    stored = {}
+    stored = {"rank": cache.rank} if isinstance(cache, LatentCache) else {}
     for name, axis in STORED.items():
         if (rows := getattr(cache, name)) is None:
             stored[name] = None
             continue
         rows = np.array(rows)
         if axis == 2:
-            pages = rows.reshape(layers, batch * width, page, -1)
+            pages = rows.reshape(layers, batch * width, entry, -1)
         else:
-            pages = rows.reshape(layers, batch, -1, width, page).swapaxes(2, 3).reshape(layers, batch * width, -1, page)
+            pages = rows.reshape(layers, batch, -1, width, entry).swapaxes(2, 3)
+            pages = pages.reshape(layers, batch * width, -1, entry)
         pool = np.full((layers, batch * width + spare + 1, *pages.shape[2:]), 7, rows.dtype)
         pool[:, order] = pages
         stored[name] = jnp.asarray(pool)
-    return PagedCache(lengths=cache.lengths, table=jnp.asarray(order.reshape(batch, width), jnp.int32), **stored)
+    table = jnp.asarray(order.reshape(batch, width), jnp.int32)
+    kind = PagedLatentCache if isinstance(cache, LatentCache) else PagedCache
+    return kind(lengths=cache.lengths, table=table, **stored)
 
 
 CASES = {  # first slot of each row's new tokens, heads, key/value heads, head dimension, new tokens, slots, page
@@ -90,6 +98,51 @@ def test_what_is_written_is_what_rows_hold(bits):
 paged_update = jax.jit(PagedCache.update)
 
 
+@pytest.mark.parametrize(
+    ("starts", "slots", "width", "heads", "rank", "rope_dim", "bits", "page"),
+    [
+        ([0, 5, 63], 64, 1, 4, 128, 32, None, 32),
+        ([1, 1100, 2299], 2304, 4, 5, 128, 32, 8, 128),
+        ([0, 7, 30], 48, 3, 3, 20, 8, None, 16),
+    ],
+)
+def test_latents_in_pages(starts, slots, width, heads, rank, rope_dim, bits, page):
+    q, rope, cache, index = latents(starts, slots, width, heads, rank, rope_dim, bits)
+    pool, both = paged(cache, page), jnp.concatenate([q, rope], axis=-1)
+    wanted = np.array(blockwise_attention(both, cache, 1, index, scale=0.1))
+    np.testing.assert_allclose(blockwise_attention(both, pool, 1, index, scale=0.1), wanted, atol=5e-6)
+    found = paged_latent_attention(q, rope, pool, 1, index[:, 0], 0.1, interpret=True)
+    np.testing.assert_allclose(found, wanted.reshape(*q.shape[:3], -1)[..., :rank], atol=5e-6)
+
+
+@pytest.mark.parametrize(("starts", "slots", "width", "bits"), [([0, 30], 128, 70, None), ([100], 640, 530, 8)])
+def test_the_kernel_of_prompts_over_latents_in_pages(starts, slots, width, bits):
+    _, rope, cache, index = latents(starts, slots, width, 2, bits=bits)
+    random = np.random.default_rng(1)
+    nope = random.normal(size=(*rope.shape[:3], 64)).astype(np.float32)
+    weight = (0.1 * random.normal(size=(2, 128, 128))).astype(np.float32)
+    wanted = latent_prefill(nope, rope, weight, cache, jnp.int32(1), index[:, 0], interpret=True)
+    found = paged_latent_prefill(nope, rope, weight, paged(cache, 128 if bits else 32), 1, index[:, 0], interpret=True)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_latents_that_are_written_are_those_of_rows(bits):
+    rng = np.random.default_rng(0)
+    _, _, cache, _ = latents([0, 0, 0], 128, 1, 2, bits=bits)
+    pool = paged(cache, 32)
+    for start, width in (([7, 40, 0], 1), ([32, 31, 30], 50), ([126, 100, 3], 1)):
+        index = jnp.asarray(start)[:, None] + jnp.arange(width)
+        latent, rope_key = (rng.normal(size=(3, width, size)).astype(np.float32) for size in (128, 32))
+        cache, pool = (latent_update(each, 1, latent, rope_key, index) for each in (cache, pool))
+    rows = paged(cache, 32)
+    for name in ("k", "k_scale") if bits else ("k",):
+        np.testing.assert_array_equal(getattr(pool, name)[:, 1:], getattr(rows, name)[:, 1:])
+
+
+latent_update = jax.jit(lambda cache, *given: cache.update(*given))
+
+
 @pytest.mark.parametrize("width", [1, 700])
 def test_the_work_list_has_every_block_once(width):
     rng = np.random.default_rng(1)
@@ -106,4 +159,3 @@ def test_the_work_list_has_every_block_once(width):
             for block in range(paging.blocks(int(first[row]), piece))
         ]
         assert list(zip(items[:steps], blocks[:steps], strict=True)) == wanted
-        assert LAYERS == 3

@@ -206,7 +206,9 @@ def page_size(model: Model, cache_options: CacheOptions) -> int:
     """Tokens of a page: the least power of two whose keys a TPU fetches at full bandwidth."""
     if cache_options.kv_bits is not None:
         return INT8_PAGE
-    size, token = LEAST_PAGE, 2 * model.config.num_key_value_heads * model.config.head_dim
+    config = model.config
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    size, token = LEAST_PAGE, 2 * (latent if config.is_latent else config.num_key_value_heads * config.head_dim)
     while platform() == "tpu" and size * token < PAGE_BYTES:
         size *= 2
     return size

@@ -17,7 +17,6 @@ from minicpm_jax.layers.kernels.cache_attention import cache_attention
 from minicpm_jax.layers.kernels.causal_attention import causal_attention
 from minicpm_jax.layers.kernels.paged_attention import paged_attention
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
-from minicpm_jax.layers.paged_cache import PagedCache
 from minicpm_jax.layers.rope import Positions, apply_rope
 from minicpm_jax.parallel.activations import shard_heads
 from minicpm_jax.parallel.mesh import ambient_mesh, row_axes
@@ -112,7 +111,7 @@ def attend_cache(
     """
 
     def kernel(q, cache, layer, index):
-        attention = paged_attention if isinstance(cache, PagedCache) else cache_attention
+        attention = paged_attention if cache.paged else cache_attention
         return attention(q, cache, layer, index[:, 0])
 
     forms = {"tpu": blockwise_attention if q.dtype == jnp.float16 else kernel, "cpu": blockwise_attention_in_turn}

@@ -75,9 +75,14 @@ class Cache:
         """K, for heads of ``head_dim``."""
         return self.k.shape[3] // head_dim
 
+    @property
+    def paged(self) -> bool:
+        """Whether the rows share a pool of pages."""
+        return False
+
     def row_axes(self, mesh: Mesh | AbstractMesh, batch: int) -> tuple[str, ...]:
-        """The axes of the mesh that divide ``batch`` rows of this cache."""
-        return row_axes(mesh, batch)
+        """The axes of the mesh that divide ``batch`` rows of this cache: none divides a pool of pages."""
+        return () if self.paged else row_axes(mesh, batch)
 
     def resized(self, slots: int) -> "Cache":
         """The cache padded to at least ``slots`` slots."""
@@ -200,7 +205,8 @@ class LatentCache(Cache):
             entries = jnp.repeat(entries, 2, axis=1)
         token = entries[..., None] * GRAIN + jnp.arange(GRAIN) - start[..., None]  # [B, A, 4]
         new, token = (token >= 0) & (token < width), jnp.clip(token, 0, width - 1)
-        old = self.k.at[layer, row, entries].get(mode="clip").reshape(*new.shape[:2], -1)
+        where = self.places(row, entries)
+        old = self.k.at[layer, *where].get(mode="clip").reshape(*new.shape[:2], -1)
 
         def merged(old, given):  # [B, A, 4, X] and [B, T, X]
             return jnp.where(new[..., None], given[row[..., None], token].astype(old.dtype), old)
@@ -208,7 +214,7 @@ class LatentCache(Cache):
         both, scales = (k, v), self.k_scale
         if scales is not None:
             both, each = zip(*(quantize_kv(x) for x in both), strict=True)  # scales [B, T]
-            held = scales.at[layer, row, :, entries].get(mode="clip")  # [B, A, 8]
+            held = scales.at[layer, where[0], :, where[1]].get(mode="clip")  # [B, A, 8]
             held = jnp.concatenate(
                 [
                     merged(held[..., at : at + GRAIN, None], x[..., None])[..., 0]
@@ -216,22 +222,33 @@ class LatentCache(Cache):
                 ],
                 axis=-1,
             )
-            scales = scales.at[layer, row, :, entries].set(held, mode="drop")
+            scales = scales.at[layer, where[0], :, where[1]].set(held, mode="drop")
         parts = zip(jnp.split(old, [GRAIN * self.rank], axis=-1), both, strict=True)
         joint = [merged(x.reshape(*new.shape, -1), given).reshape(*new.shape[:2], -1) for x, given in parts]
-        k = self.k.at[layer, row, entries].set(jnp.concatenate(joint, axis=-1), mode="drop")
+        k = self.k.at[layer, *where].set(jnp.concatenate(joint, axis=-1), mode="drop")
         return dataclasses.replace(self, k=k, k_scale=scales)
+
+    def places(self, row: Int[Array, "B 1"], entries: Int[Array, "B A"]) -> tuple[Array, Array]:
+        """Where the arrays hold these entries of the rows: the indices of axis 1 and 2."""
+        return row, entries
+
+    def entries(
+        self, layer: ArrayLike, row: ArrayLike, first: ArrayLike, count: int
+    ) -> tuple[Float[Array, "A 4C+4R"], Float[Array, "8 A"] | None]:
+        """Consecutive entries of one row, as stored, and their scales."""
+        block = jax.lax.dynamic_slice(self.k, (layer, row, first, 0), (1, 1, count, self.k.shape[3]))[0, 0]
+        if self.k_scale is None:
+            return block, None
+        return block, jax.lax.dynamic_slice(self.k_scale, (layer, row, 0, first), (1, 1, 2 * GRAIN, count))[0, 0]
 
     def read(
         self, layer: ArrayLike, row: ArrayLike, slot: ArrayLike, size: int, dtype: Any
     ) -> tuple[Float[Array, "S C"], Float[Array, "S R"]]:
         """Latents and rotary keys of ``size`` slots of one row, from ``slot`` on. Both are multiples of `GRAIN`."""
-        entries, first = size // GRAIN, slot // GRAIN
-        block = jax.lax.dynamic_slice(self.k, (layer, row, first, 0), (1, 1, entries, self.k.shape[3]))[0, 0]
+        block, scale = self.entries(layer, row, slot // GRAIN, size // GRAIN)
         latent, rope_key = jnp.split(block, [GRAIN * self.rank], axis=-1)
         latent, rope_key = latent.reshape(size, -1), rope_key.reshape(size, -1)
-        if self.k_scale is not None:
-            scale = jax.lax.dynamic_slice(self.k_scale, (layer, row, 0, first), (1, 1, 2 * GRAIN, entries))[0, 0]
+        if scale is not None:
             latent, rope_key = latent * scale[:GRAIN].T.reshape(-1, 1), rope_key * scale[GRAIN:].T.reshape(-1, 1)
         return latent.astype(dtype), rope_key.astype(dtype)
 
@@ -257,7 +274,7 @@ def cache_specs(cache: Cache, mesh: Mesh | AbstractMesh) -> Cache:
 
 def rows_over_tensor(cache: Cache, mesh: Mesh | AbstractMesh | None) -> bool:
     """Whether the rows of a cache are divided over tensor too: those of latents, if it divides them."""
-    if mesh is None or "tensor" not in mesh.shape or not isinstance(cache, LatentCache):
+    if mesh is None or "tensor" not in mesh.shape or cache.paged or not isinstance(cache, LatentCache):
         return False
     batch = cache.k.shape[1]
     return batch % (math.prod(mesh.shape[name] for name in row_axes(mesh, batch)) * mesh.shape["tensor"]) == 0

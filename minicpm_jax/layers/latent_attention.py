@@ -25,6 +25,7 @@ from minicpm_jax.layers.kernels.latent_attention import latent_attention
 from minicpm_jax.layers.kernels.latent_attention import runs as latent_attention_runs
 from minicpm_jax.layers.kernels.latent_prefill import latent_prefill
 from minicpm_jax.layers.kernels.latent_prefill import runs as latent_prefill_runs
+from minicpm_jax.layers.kernels.paged_latent import paged_latent_attention, paged_latent_prefill
 from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.layers.kv_cache import Cache, LatentCache, rows_over_tensor
 from minicpm_jax.layers.linear import Linear, RMSNorm
@@ -144,7 +145,8 @@ def absorbed(
     q, rope = exchange.to_rows(q), exchange.to_rows(rope)
 
     def kernel(q, rope, cache, layer, index):
-        return latent_attention(q, rope, cache, layer, index[:, 0], scale)
+        attention = paged_latent_attention if cache.paged else latent_attention
+        return attention(q, rope, cache, layer, index[:, 0], scale)
 
     def blocks(attention, q, rope, cache, layer, index):
         mixed = attention(jnp.concatenate([q, rope], axis=-1), cache, layer, index, scale=scale)
@@ -171,7 +173,8 @@ def expanded(
     nope, rope, weight = exchange.to_rows(nope), exchange.to_rows(rope), exchange.all_heads(weight)
 
     def kernel(nope, rope, weight, cache, layer, index):
-        return latent_prefill(nope, rope, weight, cache, layer, index[:, 0])
+        attention = paged_latent_prefill if cache.paged else latent_prefill
+        return attention(nope, rope, weight, cache, layer, index[:, 0])
 
     def blocks(attention, nope, rope, weight, cache, layer, index):
         q = _padded(jnp.concatenate([nope, rope], axis=-1), max(key_dim, value_dim))

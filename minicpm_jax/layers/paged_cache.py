@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int, Int8
 
-from minicpm_jax.layers.kv_cache import STORED, Cache, quantize_kv
+from minicpm_jax.layers.kv_cache import GRAIN, STORED, Cache, LatentCache, quantize_kv
 from weights_io.config import ModelConfig
 
 
@@ -59,8 +59,9 @@ class PagedCache(Cache):
             mesh: the model's.
         """
         pool = Cache.empty(config, pages, page, dtype, bits, mesh)
-        stored = {name: getattr(pool, name) for name in STORED}
-        return PagedCache(lengths=jnp.zeros(batch, jnp.int32), table=jnp.zeros((batch, width), jnp.int32), **stored)
+        stored: dict[str, Any] = {name: getattr(pool, name) for name in STORED}
+        stored |= {"lengths": jnp.zeros(batch, jnp.int32), "table": jnp.zeros((batch, width), jnp.int32)}
+        return PagedLatentCache(rank=pool.rank, **stored) if isinstance(pool, LatentCache) else PagedCache(**stored)
 
     @property
     def page(self) -> int:
@@ -76,8 +77,9 @@ class PagedCache(Cache):
     def grain(self) -> int:
         return self.page
 
-    def row_axes(self, mesh: Mesh | AbstractMesh, batch: int) -> tuple[str, ...]:
-        return ()
+    @property
+    def paged(self) -> bool:
+        return True
 
     def with_pool(self, other: "PagedCache") -> "PagedCache":
         """These rows, in the pool of another cache."""
@@ -86,9 +88,7 @@ class PagedCache(Cache):
     def update(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "PagedCache":
         """Write k and v [B, T, K, H] of one layer into the slots ``index`` of each row. Slots beyond a table go into
         page 0."""
-        entry, offset = index // self.page, index % self.page
-        page = jnp.take_along_axis(self.table, jnp.clip(entry, 0, self.table.shape[1] - 1), axis=1)
-        page = jnp.where(entry < self.table.shape[1], page, 0)
+        page, offset = in_pages(self.table, index, self.page)
         heads = jnp.arange(k.shape[2])
 
         def write(stored, new):
@@ -129,3 +129,55 @@ class PagedCache(Cache):
             return (block * scale.transpose(0, 2, 1).reshape(size, heads, 1)).astype(like.dtype)
 
         return part(self.k, self.k_scale), part(self.v, self.v_scale)
+
+
+def in_pages(table: Int[Array, "B W"], index: Int[Array, "B A"], size: int) -> tuple[Array, Array]:
+    """Page, and place in it, of what is at ``index`` in each row; ``size``: places of a page. Behind a table: page 0."""
+    entry, offset = index // size, index % size
+    page = jnp.take_along_axis(table, jnp.clip(entry, 0, table.shape[1] - 1), axis=1)
+    return jnp.where(entry < table.shape[1], page, 0), offset
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v", "lengths", "k_scale", "v_scale", "table"],
+    meta_fields=["rank"],
+)
+@dataclass(frozen=True)
+class PagedLatentCache(LatentCache):
+    """A `LatentCache` in pages of Q = P / 4 entries."""
+
+    k: Float[Array, "L NP Q 4C+4R"] | Int8[Array, "L NP Q 4C+4R"]
+    k_scale: Float[Array, "L NP 8 Q"] | None = None
+    table: Int[Array, "B W"] = None  # type: ignore[assignment]
+
+    @property
+    def paged(self) -> bool:
+        return True
+
+    @property
+    def page(self) -> int:
+        """P."""
+        return self.k.shape[2] * GRAIN
+
+    @property
+    def slots(self) -> int:
+        return self.table.shape[1] * self.page
+
+    @property
+    def grain(self) -> int:
+        return self.page
+
+    with_pool = PagedCache.with_pool
+
+    def places(self, row: Int[Array, "B 1"], entries: Int[Array, "B A"]) -> tuple[Array, Array]:
+        return in_pages(self.table, entries, self.k.shape[2])
+
+    def entries(
+        self, layer: ArrayLike, row: ArrayLike, first: ArrayLike, count: int
+    ) -> tuple[Float[Array, "A 4C+4R"], Float[Array, "8 A"] | None]:
+        size = self.k.shape[2]
+        pages = jax.lax.dynamic_slice(self.table, (row, first // size), (1, count // size))[0]
+        block = self.k[layer, pages].reshape(count, -1)
+        scale = None if self.k_scale is None else self.k_scale[layer, pages]  # [n, 8, Q]
+        return block, None if scale is None else scale.swapaxes(0, 1).reshape(2 * GRAIN, count)

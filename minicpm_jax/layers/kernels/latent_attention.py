@@ -23,8 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from minicpm_jax.layers.kernels.cache_attention import FAR, GRAIN, PARTS, Tiling, divided, joined, least
 from minicpm_jax.layers.kernels.precision import precision
+from minicpm_jax.layers.kernels.softmax import joined
+from minicpm_jax.layers.kernels.tiling import FAR, GRAIN, PARTS, Tiling, divided, least
 from minicpm_jax.parallel.chips import LANES
 
 TOKENS = 4  # of an entry
@@ -65,61 +66,96 @@ def runs(q: Float[Array, "B T N C"], rope: Float[Array, "B T N R"]) -> bool:
     return filled and q.shape[1] * q.shape[2] <= ROWS and q.dtype != jnp.float16
 
 
-def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: LatentTiling, rank: int, width: int, factor: float):
+def query_rows(q: Float[Array, "B T N C"], rope: Float[Array, "B T N R"]) -> Float[Array, "B M C+4R"]:
+    """The queries as the kernel takes them: M = N T rows, padded to a multiple of 8."""
+    batch, width, heads, _ = q.shape
+    both = jnp.concatenate([q, jnp.tile(rope, TOKENS)], axis=-1).transpose(0, 2, 1, 3)
+    return jnp.pad(both.reshape(batch, heads * width, -1), [(0, 0), (0, -heads * width % 8), (0, 0)])
+
+
+def scratch(count: int, lanes: int, rank: int) -> list[Any]:
+    """The memory in which `begin` and `accumulate` work, for M rows."""
+    shapes = (TOKENS * count, lanes), (count, 1), (count, 1), (count, rank)
+    return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
+
+
+def _kernel(layer_ref, first_ref, held_ref, q_ref, *refs, tiling: LatentTiling, rank: int, factor: float):
     *stored, out_ref, wide, top, total, mixed = refs
-    parts = len(tiling.parts)
+    parts, scratch = len(tiling.parts), (wide, top, total, mixed)
     blocks_of, scales = stored[:parts], stored[parts:]
     row, step = pl.program_id(0), pl.program_id(1)
     first = first_ref[row]
     seen, blocks = tiling.seen(first, 0), tiling.blocks(first, 0)
-    rows, lanes = q_ref.shape[0], wide.shape[1]
 
     @pl.when(step == 0)
     def _():
-        rope = q_ref[:, rank:].astype(jnp.float32)  # the rotary query, once for each token of an entry
-        own = divided(jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1), lanes // TOKENS)
-        for token in range(TOKENS):
-            wide[token * rows : (token + 1) * rows] = jnp.where(own == token, rope, 0)
-        top[...] = jnp.full(top.shape, jnp.finfo(jnp.float32).min, jnp.float32)
-        total[...] = jnp.zeros(total.shape, jnp.float32)
-        mixed[...] = jnp.zeros(mixed.shape, jnp.float32)
+        begin(q_ref, scratch, rank)
 
     @pl.when(step < blocks)
     def _():
-        q, block = q_ref[:, :rank], joined(blocks_of)
-        begins = tiling.begins(seen, step)
+        block, begins = joined(blocks_of), tiling.begins(seen, step)
         if tiling.slots % tiling.grain:  # what is beyond the last entry may be NaN, and 0 * NaN is NaN
             block = jnp.where(tiling.places((tiling.block, 1), 0, step, begins) < seen, block, jnp.zeros_like(block))
-        if scales:
-            block = block.astype(jnp.float32).astype(q.dtype)
-            scale = tiling.in_order(scales[0], step, begins)
-
-        rotary = product(wide[...].astype(q.dtype), block[:, TOKENS * rank :], 1)  # [4M, A]
-        at = first + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), width)
-        entry, higher, scores = tiling.places((1, tiling.block), 1, step, begins), top[...], []
-        for token in range(TOKENS):
-            latent, turned = product(q, latent_of(block, token, rank), 1), rotary[token * rows : (token + 1) * rows]
-            if scales:
-                latent = latent * scale[token : token + 1]
-                turned = turned * scale[TOKENS + token : TOKENS + token + 1]
-            # A slot that no token sees: FAR entries stay beyond every slot, as FAR * 4 is no int32.
-            visible = (entry < FAR) & (least(entry, FAR // TOKENS) * TOKENS + token <= at)
-            scores.append(jnp.where(visible, (latent + turned) * factor, jnp.finfo(jnp.float32).min))
-            higher = jnp.maximum(higher, jnp.max(scores[-1], axis=1, keepdims=True))
-        fade = jnp.exp(top[...] - higher)
-        top[...] = higher
-        new, added = total[...] * fade, mixed[...] * fade
-        for token in range(TOKENS):
-            weights = jnp.exp(scores[token] - higher)
-            new += jnp.sum(weights, axis=1, keepdims=True)
-            if scales:
-                weights = weights * scale[token : token + 1]
-            added += product(weights.astype(q.dtype), latent_of(block, token, rank), 0)
-        total[...], mixed[...] = new, added
+        scale = tiling.in_order(scales[0], step, begins) if scales else None
+        entry = tiling.places((1, tiling.block), 1, step, begins)
+        accumulate(q_ref[:, :rank], block, scale, entry, first, scratch, tiling.width, factor)
 
     @pl.when(step == blocks - 1)
     def _():
         out_ref[...] = (mixed[...] / total[...]).astype(out_ref.dtype)
+
+
+def begin(q_ref: Any, scratch: tuple[Any, ...], rank: int) -> None:
+    """Begin the running softmax of a row: ``scratch`` holds the rotary queries, once for each token of an entry, the
+    highest score of each row, the sum of the weights and the weighted sum of the latents."""
+    wide, top, total, mixed = scratch
+    rows, lanes = q_ref.shape[0], wide.shape[1]
+    rope = q_ref[:, rank:].astype(jnp.float32)
+    own = divided(jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1), lanes // TOKENS)
+    for token in range(TOKENS):
+        wide[token * rows : (token + 1) * rows] = jnp.where(own == token, rope, 0)
+    top[...] = jnp.full(top.shape, jnp.finfo(jnp.float32).min, jnp.float32)
+    total[...] = jnp.zeros(total.shape, jnp.float32)
+    mixed[...] = jnp.zeros(mixed.shape, jnp.float32)
+
+
+def accumulate(
+    q: Float[Array, "M C"],
+    block: Array,
+    scale: Float[Array, "8 A"] | None,
+    entry: Int[Array, "1 A"],
+    first: Any,
+    scratch: tuple[Any, ...],
+    width: int,
+    factor: float,
+) -> None:
+    """Add a block [A, 4C + 4R] of these entries of the cache. ``first``: slot of the first of ``width`` new tokens."""
+    wide, top, total, mixed = scratch
+    rows, rank = q.shape
+    if scale is not None:
+        block = block.astype(jnp.float32).astype(q.dtype)
+    rotary = product(wide[...].astype(q.dtype), block[:, TOKENS * rank :], 1)  # [4M, A]
+    at = first + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), width)
+    higher, scores = top[...], []
+    for token in range(TOKENS):
+        latent, turned = product(q, latent_of(block, token, rank), 1), rotary[token * rows : (token + 1) * rows]
+        if scale is not None:
+            latent = latent * scale[token : token + 1]
+            turned = turned * scale[TOKENS + token : TOKENS + token + 1]
+        # A slot that no token sees: FAR entries stay beyond every slot, as FAR * 4 is no int32.
+        visible = (entry < FAR) & (least(entry, FAR // TOKENS) * TOKENS + token <= at)
+        scores.append(jnp.where(visible, (latent + turned) * factor, jnp.finfo(jnp.float32).min))
+        higher = jnp.maximum(higher, jnp.max(scores[-1], axis=1, keepdims=True))
+    fade = jnp.exp(top[...] - higher)
+    top[...] = higher
+    new, added = total[...] * fade, mixed[...] * fade
+    for token in range(TOKENS):
+        weights = jnp.exp(scores[token] - higher)
+        new += jnp.sum(weights, axis=1, keepdims=True)
+        if scale is not None:
+            weights = weights * scale[token : token + 1]
+        added += product(weights.astype(q.dtype), latent_of(block, token, rank), 0)
+    total[...], mixed[...] = new, added
 
 
 def product(x: Array, y: Array, contracted: int) -> Array:
@@ -158,9 +194,8 @@ def latent_attention(
     latents.
     """
     batch, width, heads, rank = q.shape
-    count, lanes = -(-heads * width // 8) * 8, TOKENS * rope.shape[-1]
-    both = jnp.concatenate([q, jnp.tile(rope, TOKENS)], axis=-1).transpose(0, 2, 1, 3)
-    rows = jnp.pad(both.reshape(batch, heads * width, -1), [(0, 0), (0, count - heads * width), (0, 0)])
+    rows = query_rows(q, rope)
+    count, lanes = rows.shape[1], TOKENS * rope.shape[-1]
     tiling = tiling_of(batch, width, cache.k.shape[2], cache.k.shape[3])
     first = first.astype(jnp.int32)
 
@@ -179,17 +214,14 @@ def latent_attention(
     if not interpret:  # otherwise XLA copies a small cache into VMEM: all layers, in every layer
         arrays = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
     out = pl.pallas_call(
-        functools.partial(_kernel, tiling=tiling, rank=rank, width=width, factor=scale),
+        functools.partial(_kernel, tiling=tiling, rank=rank, factor=scale),
         out_shape=jax.ShapeDtypeStruct((batch, count, rank), q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, tiling.grid(first)[3]),
             in_specs=[pl.BlockSpec((None, *rows.shape[1:]), lambda row, *_: (row, 0, 0)), *specs],
             out_specs=pl.BlockSpec((None, count, rank), lambda row, *_: (row, 0, 0)),
-            scratch_shapes=[
-                pltpu.VMEM(shape, jnp.float32)
-                for shape in ((TOKENS * count, lanes), (count, 1), (count, 1), (count, rank))
-            ],
+            scratch_shapes=scratch(count, lanes, rank),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=_cost(tiling, rows, cache),

@@ -10,6 +10,7 @@ weights times both only the lanes of the values are kept. Nothing that is expand
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from minicpm_jax.layers.kernels.cache_attention import divided
 from minicpm_jax.layers.kernels.latent_attention import TOKENS, LatentCache, LatentTiling, latent_of, product, tiling_of
+from minicpm_jax.layers.kernels.tiling import divided
 from minicpm_jax.parallel.chips import LANES
 
 PIECE = 512  # most tokens of a step: their scores of a block of 256 entries take 2 MiB
@@ -29,6 +30,22 @@ def runs(nope: Float[Array, "B T N E"], rope: Float[Array, "B T N R"], weight: F
     lanes, rank = weight.shape[1:]
     fits = lanes == TOKENS * rope.shape[3] and nope.shape[3] + rope.shape[3] <= lanes
     return fits and lanes % LANES == 0 and rank % LANES == 0 and nope.dtype != jnp.float16
+
+
+def query_pieces(
+    nope: Float[Array, "B T N E"], rope: Float[Array, "B T N R"], lanes: int
+) -> tuple[Float[Array, "B N T F"], int]:
+    """The queries as the kernel takes them, T padded to a multiple of a piece; and t."""
+    width = nope.shape[1]
+    piece = min(PIECE, -(-width // 16) * 16)  # 16 rows of bfloat16 are a tile
+    q = jnp.concatenate([nope, rope], axis=-1).transpose(0, 2, 1, 3)
+    return jnp.pad(q, [(0, 0), (0, 0), (0, -width % piece), (0, lanes - q.shape[3])]), piece
+
+
+def scratch(piece: int, lanes: int) -> list[Any]:
+    """The memory in which `begin` and `accumulate` work."""
+    shapes = ((TOKENS + 1) * piece, lanes), (piece, 1), (piece, 1), (piece, lanes)
+    return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
 
 
 def _kernel(
@@ -44,56 +61,79 @@ def _kernel(
 ):
     block_ref, *scales, out_ref, queries, top, total, mixed = refs
     row, piece, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    first = first_ref[row]
+    first, scratch = first_ref[row], (queries, top, total, mixed)
     seen, blocks = tiling.seen(first, piece), tiling.blocks(first, piece)
-    rows, lanes = q_ref.shape
-    (nope_dim, rope_dim), rank = sizes, weight_ref.shape[1]
 
     @pl.when(step == 0)
     def _():
-        q, lane = q_ref[...].astype(jnp.float32), jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
-        queries[:rows] = jnp.where(lane < nope_dim, q, 0)
-        for token in range(TOKENS):  # the rotary query in the lanes of each token's rotary key
-            turned = pltpu.roll(q, (token * rope_dim - nope_dim) % lanes, 1)
-            own = divided(lane, rope_dim) == token
-            queries[(token + 1) * rows : (token + 2) * rows] = jnp.where(own, turned, 0)
-        top[...] = jnp.full(top.shape, jnp.finfo(jnp.float32).min, jnp.float32)
-        total[...] = jnp.zeros(total.shape, jnp.float32)
-        mixed[...] = jnp.zeros(mixed.shape, jnp.float32)
+        begin(q_ref, scratch, sizes)
 
     @pl.when(step < blocks)
     def _():
-        dtype, block, weight = q_ref.dtype, block_ref[...], weight_ref[...]
-        entry = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
+        block, entry = block_ref[...], step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block), 1)
         if tiling.slots % tiling.block:  # what is beyond the last entry may be NaN, and 0 * NaN is NaN
             at = step * tiling.block + jax.lax.broadcasted_iota(jnp.int32, (tiling.block, 1), 0)
             block = jnp.where(at < seen, block, jnp.zeros_like(block))
-        if scales:
-            block = block.astype(jnp.float32).astype(dtype)
-            scale = jnp.where(entry < tiling.slots, scales[0][...], 0)
-        at = first + piece * tiling.piece + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-        rotary = block[:, TOKENS * rank :]
-        for token in range(TOKENS):
-            both = product(latent_of(block, token, rank), weight, 1).astype(dtype)  # [A, F]
-            scores = product(queries[:rows].astype(dtype), both, 1)
-            turned = product(queries[(token + 1) * rows : (token + 2) * rows].astype(dtype), rotary, 1)
-            if scales:
-                scores = scores * scale[token : token + 1]
-                turned = turned * scale[TOKENS + token : TOKENS + token + 1]
-            scores = (scores + turned) * factor
-            # Slot 0, which every token sees, comes first: slots that are not seen get weight 0 from there on.
-            scores = jnp.where(entry * TOKENS + token <= at, scores, jnp.finfo(jnp.float32).min)
-            higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
-            weights, fade = jnp.exp(scores - higher), jnp.exp(top[...] - higher)
-            top[...] = higher
-            total[...] = total[...] * fade + jnp.sum(weights, axis=1, keepdims=True)
-            if scales:
-                weights = weights * scale[token : token + 1]
-            mixed[...] = mixed[...] * fade + product(weights.astype(dtype), both, 0)
+        scale = jnp.where(entry < tiling.slots, scales[0][...], 0) if scales else None
+        before = first + piece * tiling.piece
+        accumulate(q_ref.dtype, block, scale, weight_ref[...], entry, before, scratch, factor)
 
     @pl.when(step == blocks - 1)
     def _():
         out_ref[...] = (mixed[...] / total[...]).astype(out_ref.dtype)
+
+
+def begin(q_ref: Any, scratch: tuple[Any, ...], sizes: tuple[int, int]) -> None:
+    """Begin the running softmax of a piece: ``scratch`` holds the queries without RoPE, then the rotary queries in the
+    lanes of each token's rotary key; the highest score of each row, the sum of the weights and the weighted sum of the
+    keys and values. ``sizes``: E and R."""
+    queries, top, total, mixed = scratch
+    (rows, lanes), (nope_dim, rope_dim) = q_ref.shape, sizes
+    q, lane = q_ref[...].astype(jnp.float32), jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+    queries[:rows] = jnp.where(lane < nope_dim, q, 0)
+    for token in range(TOKENS):
+        turned = pltpu.roll(q, (token * rope_dim - nope_dim) % lanes, 1)
+        own = divided(lane, rope_dim) == token
+        queries[(token + 1) * rows : (token + 2) * rows] = jnp.where(own, turned, 0)
+    top[...] = jnp.full(top.shape, jnp.finfo(jnp.float32).min, jnp.float32)
+    total[...] = jnp.zeros(total.shape, jnp.float32)
+    mixed[...] = jnp.zeros(mixed.shape, jnp.float32)
+
+
+def accumulate(
+    dtype: Any,
+    block: Array,
+    scale: Float[Array, "8 A"] | None,
+    weight: Float[Array, "F C"],
+    entry: Int[Array, "1 A"],
+    before: Any,
+    scratch: tuple[Any, ...],
+    factor: float,
+) -> None:
+    """Add a block [A, 4C + 4R] of these entries of the cache. ``before``: slots before the piece's first token."""
+    queries, top, total, mixed = scratch
+    rows, rank = mixed.shape[0], weight.shape[1]
+    if scale is not None:
+        block = block.astype(jnp.float32).astype(dtype)
+    at = before + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    rotary = block[:, TOKENS * rank :]
+    for token in range(TOKENS):
+        both = product(latent_of(block, token, rank), weight, 1).astype(dtype)  # [A, F]
+        scores = product(queries[:rows].astype(dtype), both, 1)
+        turned = product(queries[(token + 1) * rows : (token + 2) * rows].astype(dtype), rotary, 1)
+        if scale is not None:
+            scores = scores * scale[token : token + 1]
+            turned = turned * scale[TOKENS + token : TOKENS + token + 1]
+        scores = (scores + turned) * factor
+        # Slot 0, which every token sees, comes first: slots that are not seen get weight 0 from there on.
+        scores = jnp.where(entry * TOKENS + token <= at, scores, jnp.finfo(jnp.float32).min)
+        higher = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
+        weights, fade = jnp.exp(scores - higher), jnp.exp(top[...] - higher)
+        top[...] = higher
+        total[...] = total[...] * fade + jnp.sum(weights, axis=1, keepdims=True)
+        if scale is not None:
+            weights = weights * scale[token : token + 1]
+        mixed[...] = mixed[...] * fade + product(weights.astype(dtype), both, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
@@ -120,10 +160,8 @@ def latent_prefill(
     """
     batch, width, heads, nope_dim = nope.shape
     rope_dim, (lanes, rank) = rope.shape[3], weight.shape[1:]
-    piece = min(PIECE, -(-width // 16) * 16)  # 16 rows of bfloat16 are a tile
+    q, piece = query_pieces(nope, rope, lanes)
     tiling = tiling_of(batch, width, cache.k.shape[2], cache.k.shape[3], piece)
-    q = jnp.concatenate([nope, rope], axis=-1).transpose(0, 2, 1, 3)
-    q = jnp.pad(q, [(0, 0), (0, 0), (0, tiling.pieces * piece - width), (0, lanes - nope_dim - rope_dim)])
     first = first.astype(jnp.int32)
     arrays = [cache.k] if cache.k_scale is None else [cache.k, cache.k_scale]
     if not interpret:  # otherwise XLA copies a small cache into VMEM: all layers, in every layer
@@ -152,10 +190,7 @@ def latent_prefill(
                 *stored_specs[: len(arrays)],
             ],
             out_specs=own,
-            scratch_shapes=[
-                pltpu.VMEM(shape, jnp.float32)
-                for shape in (((TOKENS + 1) * piece, lanes), (piece, 1), (piece, 1), (piece, lanes))
-            ],
+            scratch_shapes=scratch(piece, lanes),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         cost_estimate=_cost(tiling, q, weight, cache),
