@@ -132,7 +132,7 @@ class PagedCache(Cache):
 
 
 def in_pages(table: Int[Array, "B W"], index: Int[Array, "B A"], size: int) -> tuple[Array, Array]:
-    """Page, and place in it, of what is at ``index`` in each row; ``size``: places of a page. Behind a table: page 0."""
+    """Page, and place in it, of what is at ``index`` in each row, for pages of ``size``. Behind a table: page 0."""
     entry, offset = index // size, index % size
     page = jnp.take_along_axis(table, jnp.clip(entry, 0, table.shape[1] - 1), axis=1)
     return jnp.where(entry < table.shape[1], page, 0), offset
