@@ -60,10 +60,11 @@ class Decoding:
         slots: int = 8,
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
+        cache_tokens: int | None = None,
     ) -> "Engine":
         from minicpm_mlx.generation.engine import Engine
 
-        return Engine(model, slots, context, cache_options)
+        return Engine(model, slots, context, cache_options, cache_tokens)
 
 
 def backend() -> "Backend[Model]":

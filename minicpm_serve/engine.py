@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
-from minicpm_data.generation import engine
 from minicpm_data.generation.api import Decoding
 from minicpm_data.generation.engine import OutOfMemory
 from minicpm_data.generation.options import (
@@ -78,26 +77,30 @@ class ServingEngine(Generic[ModelT]):
         slots: int | None = None,
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
+        cache_tokens: int | None = None,
     ):
         """
         Arguments:
             backend: ``jax`` or ``mlx``.
             model: from ``load(decoding=True)``; other forms may be slower.
             tokenizer: None where the checkpoint has none.
-            slots: concurrent requests.
-            context: most tokens of a prompt and its answer. With both None, 8 slots of the model's context are tried;
-                where memory is short, fewer slots are used, and then a shorter context.
+            slots: concurrent requests; None: 8.
+            context: most tokens of a prompt and its answer; None: the model's, or fewer where memory is short.
             cache_options: of every request's cache.
+            cache_tokens: tokens that the cache holds; None: as the memory allows.
 
         Raises:
             InputError: as `BatchEngine`.
         """
         self.model, self.tokenizer = model, tokenizer
         decoding: Decoding[ModelT] = backends.get(backend).generator.decoding
-        if slots is None and context is None:
-            self._engine = _fitting(lambda slots, context: decoding.engine(model, slots, context, cache_options))
-        else:
-            self._engine = decoding.engine(model, SLOTS if slots is None else slots, context, cache_options)
+        slots = SLOTS if slots is None else slots
+        try:
+            self._engine = decoding.engine(model, slots, context, cache_options, cache_tokens)
+        except OutOfMemory as error:
+            if context is not None or cache_tokens is not None or error.context is None:
+                raise
+            self._engine = decoding.engine(model, slots, error.context, cache_options)
         self._ends = end_ids(model, tokenizer)
         self.error: Exception | None = None  # the error that stopped the engine
         self._answers: dict[int, Answer] = {}  # of unfinished requests
@@ -219,9 +222,9 @@ class ServingEngine(Generic[ModelT]):
         return max(0, self.open - self.running)
 
     def cache_usage(self) -> float:
-        """The fraction of the cache positions of all slots that the running requests fill."""
-        filled = sum(len(state.prompt) + len(state.generated) for state in list(self._engine.running.values()))
-        return filled / (self.slots * self.context)
+        """The fraction of the cache's pages that requests hold."""
+        pool = self._engine.pool
+        return 1 - pool.available / (pool.pages - 1)
 
     @property
     def programs(self) -> dict[str, int]:
@@ -286,15 +289,3 @@ class ServingEngine(Generic[ModelT]):
             for answer in self._answers.values():
                 answer.deliver(error)
             self._answers.clear()
-
-
-def _fitting(make: Callable[[int, int | None], engine.BatchEngine[ModelT]]) -> engine.BatchEngine[ModelT]:
-    """The engine with the most slots, else with the longest context, that fits the memory."""
-    for slots in range(SLOTS, 0, -1):
-        try:
-            return make(slots, None)
-        except OutOfMemory as error:
-            refused = error
-    if refused.context is None:
-        raise refused
-    return make(1, refused.context)

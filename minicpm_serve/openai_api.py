@@ -54,7 +54,7 @@ class Options(backends.BackendOptions):
     allowed_origins: tuple[str, ...] = ()
     """Origins of web pages that may use this server, such as http://localhost:3000, or * for all."""
     max_num_seqs: Annotated[int | None, Former("slots")] = None
-    """Maximum number of concurrent requests; others wait. By default 8, or fewer if the memory is too small for 8."""
+    """Maximum number of concurrent requests; others wait. By default 8."""
     max_queued_requests: Annotated[int, Former("waiting")] = 256
     """Maximum number of waiting requests. Further requests are refused (503)."""
     max_model_len: Annotated[int | None, Former("context")] = None
@@ -65,6 +65,9 @@ class Options(backends.BackendOptions):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level of what is logged to standard error. info: the start, and a line for each request; debug: also those
     to /health and /metrics."""
+    cache_tokens: int | None = None
+    """Tokens that the key/value cache holds, of all requests together. By default as many as the memory allows. Where a
+    request's answer finds no room, the newest request waits, and is computed again."""
     kv_bits: Literal[8] | None = None
     """Bits of the quantized key/value cache (JAX)."""
     prefill_step_size: int = 512
@@ -74,7 +77,7 @@ class Options(backends.BackendOptions):
 def main(options: Options) -> None:
     """Serve a MiniCPM (or Llama) model over HTTP, with OpenAI's API."""
     options.check_placement()
-    check_range(options, "max_num_seqs", "max_model_len", "prefill_step_size", least=1)
+    check_range(options, "max_num_seqs", "max_model_len", "cache_tokens", "prefill_step_size", least=1)
     check_range(options, "max_queued_requests", least=0)
     if not 0 <= options.port < 2**16:
         raise InputError(f"is {options.port}; it must be from 0 to 65535.", option="port")
@@ -101,7 +104,7 @@ def main(options: Options) -> None:
         backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options, decoding=True, source=here)
         cache_options = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
-        limits = options.max_num_seqs, options.max_model_len, cache_options
+        limits = options.max_num_seqs, options.max_model_len, cache_options, options.cache_tokens
         engine = ServingEngine(options.backend, model, tokenizer, *limits)
         try:
             backend.device.warn_idle_axes(engine.model, engine.slots)

@@ -8,16 +8,18 @@ import pytest
 import tiny_model
 
 from minicpm_data.generation.options import CacheOptions, Sampling
+from minicpm_data.generation.pages import PagePool
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_serve import engine as serve
 from weights_io.errors import InputError
 
 END = 57
+SAMPLED = {"temperature": 0.9, "top_k": 6, "repetition_penalty": 1.4, "seed": 3}
 LONG = [1, *range(20, 60)]
 REQUESTS = [  # prompt, most tokens, sampling
     ([1, 7, 9], 12, {}),
     (LONG, 20, {}),
-    ([1, 5], 9, {"temperature": 0.9, "top_k": 6, "repetition_penalty": 1.4, "seed": 3}),
+    ([1, 5], 9, SAMPLED),
     ([*LONG[:30], 4, 4], 14, {"temperature": 1.1, "xtc_probability": 0.5, "xtc_threshold": 0.02, "seed": 8}),
     ([2, 3, 4], 5, {}),
 ]
@@ -141,6 +143,37 @@ def test_a_prompt_that_begins_alike_is_not_run_twice(backend, model, alone, monk
     assert run(engine)[number] == expected  # a conversation that goes on
 
 
+def test_requests_that_give_up_their_pages_go_on_as_if_they_had_not(backend, model):
+    """Four answers that grow to 53 tokens where there are pages for 96; the oldest is never interrupted."""
+    asks = [([1, 7, 9], {}), ([1, 5], SAMPLED), ([2, 3, 4], {"repetition_penalty": 1.3}), ([8], SAMPLED | {"seed": 5})]
+    runs = [backend.stream_generate(model, None, prompt, 50, **sampling) for prompt, sampling in asks]
+    expected = [[r.token for r in run] for run in runs]
+    engine = make(backend, model, slots=4, context=64)
+    engine.pool = PagePool(1 + 96 // min(engine.pool.page, 32), min(engine.pool.page, 32))  # that of MLX only counts
+    numbers = [engine.add(asked(engine, prompt, 50, **sampling)) for prompt, sampling in asks]
+    oldest, preempt = [], engine._preempt
+
+    def preempted():
+        before = set(engine.running)
+        preempt()
+        oldest.append(min(before) in engine.running)
+
+    engine._preempt = preempted
+    found = run(engine)
+    assert [found[number] for number in numbers] == expected
+    assert engine.preemptions == len(oldest) >= 1 and all(oldest)
+
+
+def test_answers_to_one_prompt_share_its_pages(model, alone, backend):
+    if backend.__name__ != "minicpm_jax":
+        pytest.skip("in MLX each request has a cache of its own")
+    engine = make(backend, model, slots=4, cache_options=CacheOptions(prefill_step_size=16))
+    numbers = [add(engine, 1) for _ in range(3)]
+    shared = []
+    found = run(engine, lambda found: shared.append({s.row.pages[0] for s in engine.running.values()}) and False)
+    assert [found[number] for number in numbers] == [alone[1]] * 3 and max(map(len, shared)) == 1
+
+
 def run_one(engine, index):
     number = add(engine, index)
     return run(engine)[number]
@@ -178,7 +211,9 @@ def test_what_an_engine_cannot_take(backend, model, call, said):
         call(make(backend, model, slots=1, context=64))
 
 
-@pytest.mark.parametrize("options", [{"slots": 0}, {"context": -1}, {"cache_options": CacheOptions(max_kv_size=16)}])
+@pytest.mark.parametrize(
+    "options", [{"slots": 0}, {"context": -1}, {"cache_tokens": 9}, {"cache_options": CacheOptions(max_kv_size=16)}]
+)
 def test_engines_that_cannot_be(backend, model, options):
     with pytest.raises(InputError):
         make(backend, model, **options)

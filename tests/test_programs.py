@@ -73,7 +73,7 @@ def test_a_closed_table_waits_for_the_program_that_is_being_compiled():
 
 @pytest.mark.parametrize(("axes", "bits"), [(None, None), (("data", "tensor"), 8)])
 def test_no_program_is_compiled_by_the_thread_that_decodes(folder, axes, bits):
-    """Prompts of all lengths, a penalty, a longer answer, a copied beginning; on one device, and int8 over a mesh."""
+    """Prompts of all lengths, a penalty, a longer answer, a shared beginning; on one device, and int8 over a mesh."""
     mesh = None if axes is None else jax.make_mesh((2, 2), axes, devices=jax.devices()[:4])
     model, _ = minicpm_jax.load(folder, "float32", mesh=mesh)
     jax.clear_caches()
@@ -92,9 +92,9 @@ def test_no_program_is_compiled_by_the_thread_that_decodes(folder, axes, bits):
             engine.step()
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    ours = ("empty", "prefill", "first_token", "insert", "row_of", "resize", "decode", "mark_finished")
+    ours = {"prefill", "first_token", "insert", "decode", "vacate"}
     assert not [name for name in compiled if any(each in str(name) for each in ours)]
-    assert {key.name.removesuffix("_cache") for key in engine._programs._ready} == set(ours)
+    assert {key.name for key in engine._programs._ready} == ours
 
 
 def test_an_error_reaches_the_request_that_needs_the_program(folder, monkeypatch):
@@ -102,17 +102,14 @@ def test_an_error_reaches_the_request_that_needs_the_program(folder, monkeypatch
     lowered = engine._engine.shapes.lowered
 
     def fails(key, rows):
-        if key == Key("prefill", (32, 512)):
+        if key.name == "prefill":
             raise RuntimeError("the compiler has no memory")
         return lowered(key, rows)
 
     monkeypatch.setattr(engine._engine.shapes, "lowered", fails)
-    running = engine.stream_generate([1, 7, 9], 40)
-    tokens = [next(running).token]
     with pytest.raises(RuntimeError, match="no memory"):
         list(engine.stream_generate(LONG, 4))
-    tokens += [response.token for response in running]
-    assert len(tokens) == 40 and engine.error is None
+    assert engine.error is None
     monkeypatch.undo()
     assert len(list(engine.stream_generate(LONG, 4))) == 4
     engine.close()

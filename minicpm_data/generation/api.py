@@ -56,6 +56,7 @@ class Decoding(Protocol[ModelT]):
         slots: int = 8,
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
+        cache_tokens: int | None = None,
     ) -> "BatchEngine[ModelT]":
         """The engine for concurrent requests; arguments as for `minicpm_data.generation.engine.BatchEngine`."""
 

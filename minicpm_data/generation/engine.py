@@ -40,13 +40,13 @@ class PromptTooLong(InputError):
 
 
 class OutOfMemory(InputError):
-    """The memory does not hold the key/value cache.
+    """The memory does not hold the key/value cache of one request.
 
-    ``context``: the longest context that fits with the same number of slots; None if none fits.
+    ``context``: the longest context that fits; None if none fits.
     """
 
     def __init__(self, sentence: str, context: int | None):
-        super().__init__(sentence, others=["slots", "context"])
+        super().__init__(sentence, others=["context", "cache_tokens"])
         self.context = context
 
 
@@ -110,6 +110,7 @@ class BatchEngine(ABC, Generic[ModelT]):
         slots: int = 8,
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
+        cache_tokens: int | None = None,
     ):
         """
         Arguments:
@@ -117,14 +118,21 @@ class BatchEngine(ABC, Generic[ModelT]):
             slots: concurrent requests.
             context: most tokens of a prompt and its answer; None: the model's ``max_position_embeddings``.
             cache_options: of every request's cache: unquantized, or 8 bits in JAX.
+            cache_tokens: tokens for which there are pages; None: as the memory allows.
 
         Raises:
-            InputError: a value is out of range, or the memory does not hold the caches (`OutOfMemory`).
+            InputError: a value is out of range, or the memory does not hold the cache of one request (`OutOfMemory`).
         """
         context = model.config.max_position_embeddings if context is None else context
         for name, value, least in (("slots", slots, 1), ("context", context, 2)):  # a prompt token and a new one
             if value != int(value) or value < least:
                 raise InputError(f"is {value}; it must be a whole number, at least {least}.", option=name)
+        if cache_tokens is not None and cache_tokens < context:
+            raise InputError(
+                f"is {cache_tokens}, and a request may have {{context}} {context}: raise it, or lower {{context}}.",
+                option="cache_tokens",
+                others=["context"],
+            )
         if cache_options.max_kv_size is not None:
             raise InputError(
                 "does not go with an engine, which keeps all keys and values; leave it out.", "max_kv_size"
@@ -132,7 +140,7 @@ class BatchEngine(ABC, Generic[ModelT]):
         self.model, self.slots, self.context, self.cache_options = model, slots, context, cache_options
         self.pool: PagePool  # of the backend
         self.queued: deque[RequestState] = deque()
-        self.prefilling: tuple[RequestState, Iterator[None]] | None = None  # its prefill, chunk by chunk
+        self.prefilling: tuple[RequestState, Iterator[int | None]] | None = None  # its prefill, chunk by chunk
         self.running: dict[int, RequestState] = {}
         # Called on any thread: when `blocked` may have ended; with the name of a compiled program and its seconds.
         self.wake: Callable[[], None] = lambda: None
@@ -141,23 +149,46 @@ class BatchEngine(ABC, Generic[ModelT]):
         self._steps = 1
         self.preemptions = 0  # how often a request gave up its pages
 
-    def _check_room(self, needed: Callable[[int], int], free: int | None) -> None:
-        """Raises `OutOfMemory` where the caches do not fit.
+    def _pool(
+        self,
+        page: int,
+        bytes_of: Callable[[int], int],
+        free: int | None,
+        most: int,
+        cache_tokens: int | None,
+    ) -> PagePool:
+        """The pool of pages.
 
         Arguments:
-            needed: context -> bytes of all caches, increasing.
-            free: bytes of free memory; None where unknown, which passes.
+            page: tokens of a page.
+            bytes_of: pages -> bytes of their keys and values.
+            free: bytes of free memory; None where unknown.
+            most: tokens that are more than enough.
+            cache_tokens: tokens to hold; None: ``most``, or as many as there is room for.
+
+        Raises:
+            OutOfMemory: the memory does not hold one request, or ``cache_tokens``.
         """
-        if free is None or needed(self.context) <= free:
-            return
-        fits = STEP * bisect.bisect_right(range(STEP, self.context + 1, STEP), free, key=needed) or None
-        what = f"the keys and values of {self.slots} slot{'s' * (self.slots > 1)} x {self.context:,} tokens"
-        if self.slots == 1 and fits is None:
+
+        def pages_of(tokens: int) -> int:
+            """With the page that is nobody's."""
+            return -(-tokens // page) + 1
+
+        least, pages = pages_of(cache_tokens or self.context), pages_of(max(self.context, most))
+        if cache_tokens is None and free is not None:
+            pages = min(pages, free * pages // max(1, bytes_of(pages)))
+        if free is None or bytes_of(least) <= free:
+            return PagePool(least if cache_tokens else max(least, pages), page)
+        sizes = range(STEP, self.context + 1, STEP)
+        fits = STEP * bisect.bisect_right(sizes, free, key=lambda tokens: bytes_of(pages_of(tokens))) or None
+        what = f"the keys and values of {cache_tokens or self.context:,} tokens"
+        if cache_tokens and bytes_of(pages_of(self.context)) <= free:
+            remedy = "lower {cache_tokens}, or leave it out"
+        elif fits is None:
             remedy = "take a smaller model, or keep its weights in fewer bits"
         else:
-            remedy = "lower " + ("{slots}, or " if self.slots > 1 else "") + "{context}"
-            remedy += "" if fits is None else f" (to {fits:,} tokens)"
-        raise OutOfMemory(no_room(what, needed(self.context), free, remedy), fits)
+            remedy = f"lower {{context}} (to {fits:,} tokens)"
+        raise OutOfMemory(no_room(what, bytes_of(least), free, remedy), fits)
 
     def add(self, request: GenerationRequest) -> int:
         """Queue a request, and return its number. Raises `InputError` as `admitted` does."""
@@ -273,7 +304,8 @@ class BatchEngine(ABC, Generic[ModelT]):
                         assert row is not None
                         self.pool.extend(row, pages)
                     return count
-            self._preempt()
+            if not self._give_back():
+                self._preempt()
 
     def _preempt(self) -> None:
         """Take the pages of the newest request, and queue it again."""
@@ -298,7 +330,9 @@ class BatchEngine(ABC, Generic[ModelT]):
                 return None
             try:
                 if self._ready(request):
-                    return request if self.pool.fits(*self._wanted(request)) else None
+                    while not (fits := self.pool.fits(*self._wanted(request))) and self._give_back():
+                        pass
+                    return request if fits else None
             except Exception as error:
                 self.queued.remove(request)
                 self.failed(request.number, error)
@@ -331,6 +365,10 @@ class BatchEngine(ABC, Generic[ModelT]):
         self._name(state, state.text[:-1])
         self._vacate(state, again=False)
         self._release(state)
+
+    def _give_back(self) -> bool:
+        """Release pages that no request holds, where the backend keeps some; whether there were any."""
+        return False
 
     def _ready(self, state: RequestState) -> bool:
         """Whether the programs of a request are ready; otherwise they are being compiled. Raises the error of one that

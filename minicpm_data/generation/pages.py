@@ -102,6 +102,12 @@ class PagePool:
             self._references[page] += 1
         return Row([*shared, *(self._take() for _ in range(count - len(shared)))], len(shared), len(shared), parent)
 
+    def fork(self, row: "Row") -> "Row":
+        """Another row with the same pages."""
+        for page in row.pages:
+            self._references[page] += 1
+        return Row(list(row.pages), row.shared, row.named, row.parent)
+
     def extend(self, row: "Row", count: int) -> None:
         """Give a row more pages, ``count`` in all. There must be as many."""
         row.pages.extend(self._take() for _ in range(count - len(row.pages)))

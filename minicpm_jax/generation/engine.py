@@ -22,7 +22,6 @@ from jaxtyping import Array
 from minicpm_data.generation import engine
 from minicpm_data.generation.engine import RequestState
 from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
-from minicpm_data.generation.pages import PagePool
 from minicpm_jax import device
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import STEPS, State
@@ -48,13 +47,22 @@ class Engine(engine.BatchEngine[Model]):
         slots: int = 8,
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
+        cache_tokens: int | None = None,
     ):
-        super().__init__(model, slots, context, cache_options)
+        super().__init__(model, slots, context, cache_options, cache_tokens)
         decoding.check_kind(model, slots, cache_options)
         decoding.use_compilation_cache()
         page = page_size(model, cache_options)
         self._width = -(-self.context // page)
-        self.pool = PagePool(self._pages(page), page)
+        self._check_tables()
+
+        def bytes_of(pages: int) -> int:
+            return decoding.cache_bytes(model, pages, page, cache_options)
+
+        most = slots * self.context
+        if platform() == "cpu":
+            most = min(most, self.context + slots * ANSWER)
+        self.pool = self._pool(page, bytes_of, device.free_memory(model.mesh), most, cache_tokens)
         self._wide = decoding.prefill_chunk(self.context, cache_options)
         self._tables = np.zeros((slots, self._width), np.int32)
         self.shapes = Shapes(model, cache_options, self.pool.pages, page, self._width)
@@ -67,9 +75,8 @@ class Engine(engine.BatchEngine[Model]):
         # Requests that wait for programs -> `Programs.changes` when they were last looked at.
         self._looked: weakref.WeakKeyDictionary[RequestState, int] = weakref.WeakKeyDictionary()
 
-    def _pages(self, page: int) -> int:
-        """Pages of the pool, with nobody's: for each slot's context, or as many as there is room for."""
-        model, options = self.model, self.cache_options
+    def _check_tables(self) -> None:
+        """Raises `InputError` where the tables do not fit the scalar memory of a TPU."""
         tables = self.slots * self._width * 4
         if platform() == "tpu" and tables > TABLES:
             raise InputError(
@@ -78,19 +85,6 @@ class Engine(engine.BatchEngine[Model]):
                 option="slots",
                 others=["context"],
             )
-
-        def needed(context: int) -> int:
-            """Bytes of the smallest pool for requests of ``context`` tokens."""
-            return decoding.cache_bytes(model, -(-context // page) + 1, page, options)
-
-        free = device.free_memory(model.mesh)
-        self._check_room(needed, free)
-        most = self.slots * self._width + 1
-        if platform() == "cpu":
-            most = min(most, self._width + self.slots * -(-ANSWER // page) + 1)
-        if free is None:
-            return most
-        return min(most, max(self._width + 1, free * most // max(1, decoding.cache_bytes(model, most, page, options))))
 
     def _ready(self, state: RequestState) -> bool:
         changes = self._programs.changes

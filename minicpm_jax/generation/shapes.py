@@ -21,7 +21,7 @@ from minicpm_jax.generation.programs import Key
 from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.generation.slots import ENDS, insert, vacate
 from minicpm_jax.layers.kv_cache import cache_specs
-from minicpm_jax.layers.paged_cache import PagedCache
+from minicpm_jax.layers.paged_cache import PagedCache, PagedLatentCache
 from minicpm_jax.model import Model
 
 
@@ -49,12 +49,12 @@ class Shapes:
         sharding = self._home if mesh is None else NamedSharding(mesh, spec or PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def _empty_cache(self, rows: int) -> PagedCache:
+    def _empty_cache(self, rows: int) -> PagedCache | PagedLatentCache:
         model, (pages, page, width) = self.model, self._sizes
         dtype = form_of_model(model).cache_dtype(model)
         return PagedCache.of_pages(model.config, rows, pages, page, width, dtype, self._bits, model.mesh)
 
-    def _cache(self, rows: int) -> PagedCache:
+    def _cache(self, rows: int) -> PagedCache | PagedLatentCache:
         cache, mesh = jax.eval_shape(lambda: self._empty_cache(rows)), self.model.mesh
         if mesh is None:
             return jax.tree.map(lambda x: self._array(x.shape, x.dtype), cache)
@@ -84,7 +84,7 @@ class Shapes:
         return jax.jit(made, out_shardings=where)()  # each device makes its own part
 
     @functools.cached_property
-    def row(self) -> tuple[PagedCache, jax.ShapeDtypeStruct]:
+    def row(self) -> tuple[PagedCache | PagedLatentCache, jax.ShapeDtypeStruct]:
         """The pool with the table of one prompt, and the hidden state of its last token."""
         dtype = self.model.model.norm.weight.dtype
         return self._cache(1), self._array((1, 1, self.model.config.hidden_size), dtype)

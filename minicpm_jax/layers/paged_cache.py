@@ -45,7 +45,7 @@ class PagedCache(Cache):
         dtype: Any,
         bits: int | None = None,
         mesh: Mesh | None = None,
-    ) -> "PagedCache":
+    ) -> "PagedCache | PagedLatentCache":
         """A pool of zeros.
 
         Arguments:
@@ -93,10 +93,10 @@ class PagedCache(Cache):
 
         def write(stored, new):
             new = new.reshape(*index.shape, -1).astype(stored.dtype)
-            at = page, offset
+            at, place = page, offset
             if index.size == 1:  # XLA turns a scatter of one row into a slice; see `Cache.update`
-                new, *at = (jnp.concatenate([x, x], axis=1) for x in (new, *at))
-            return stored.at[layer, *at].set(new)
+                new, at, place = (jnp.concatenate([x, x], axis=1) for x in (new, at, place))
+            return stored.at[layer, at, place].set(new)
 
         def write_scale(stored, new):
             return stored.at[layer, page[..., None], heads, offset[..., None]].set(new)

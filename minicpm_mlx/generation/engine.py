@@ -1,30 +1,60 @@
-"""`minicpm_data.generation.engine` on the batch generator of `mlx_lm`, whose caches grow and shrink.
+"""`minicpm_data.generation.engine` with an `mlx_lm` cache for each request.
 
-A prompt is prefilled in a cache of its own, which then joins the batch. The caches of finished requests are kept for
-prompts with a common prefix.
+A prompt is prefilled in a cache of its own, which no other request's joining or leaving copies. The pages of the pool
+only count what the caches hold. The caches of finished requests are kept for prompts that begin alike, until their
+memory is needed.
+
+The graph of a step is built and submitted before the tokens of the step before it are read.
+
+Dims: B running requests, V vocabulary.
 """
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import trim_prompt_cache
 
 from minicpm_data.generation import engine
-from minicpm_data.generation.engine import RequestState, shared
-from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.engine import RequestState
+from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.pages import Row as Pages
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
-from minicpm_mlx.generation.sampling import penalized, sample
+from minicpm_mlx.generation.sampling import sample
 from minicpm_mlx.layers.fused_linear import fuse
+from minicpm_mlx.layers.row_caches import RowCaches
 from minicpm_mlx.model import Model
 from weights_io.errors import InputError
 
-ENDLESS = 2**31  # max_tokens of the batch generator: our engine counts tokens itself
+PAGE = 256  # tokens by which a cache of `mlx_lm` grows
+LEAST_SHARED = 16  # tokens; a copy of a cache for fewer does not pay
+SHARE = 0.8  # of the free memory, for caches: a copy of one, and a step's activations, need the rest
+
+
+@dataclass(eq=False)
+class Row:
+    """A running request.
+
+    Attributes:
+        state: the request.
+        cache: its caches, one per layer.
+        token: [1] the last token that was given out, not yet in the cache.
+        key: [2] its random key after that token.
+        token_mask: [1, V] the tokens so far, where they are penalized.
+        ahead: what is being computed: the values of ``token``, ``key`` and ``token_mask`` after the next token.
+    """
+
+    state: RequestState
+    cache: list[Any]
+    token: mx.array
+    key: mx.array
+    token_mask: mx.array | None
+    ahead: tuple[mx.array, mx.array, mx.array | None] | None = None
 
 
 class Engine(engine.BatchEngine[Model]):
@@ -34,83 +64,109 @@ class Engine(engine.BatchEngine[Model]):
         slots: int = 8,
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
+        cache_tokens: int | None = None,
     ):
-        super().__init__(model, slots, context, cache_options)
+        super().__init__(model, slots, context, cache_options, cache_tokens)
         if cache_options.kv_bits is not None:
             raise InputError("is for one prompt at a time in MLX; leave it out for an engine.", option="kv_bits")
         fuse(model)
         mx.eval(model.parameters())  # lazy weights can only be read by the loading thread
-        self.batch = BatchGenerator(model, completion_batch_size=slots, prefill_batch_size=slots)
-        self.numbers: dict[int, int] = {}  # the batch generator's uid -> request number
-        # Finished requests and their caches: at most one per slot, together at most one context's tokens.
-        self.kept: deque[tuple[RequestState, list[Any]]] = deque(maxlen=slots)
 
-        def needed(context: int) -> int:
-            """Bytes of all requests' caches, of the kept ones and of the prompt in prefill."""
-            return decoding.cache_bytes(model, slots + 2, context, cache_options)
+        def bytes_of(pages: int) -> int:
+            return decoding.cache_bytes(model, 1, pages * PAGE, cache_options)
 
-        self._check_room(needed, device.free_memory(model))
+        most = (slots + 1) * self.context  # one more for those that are kept
+        free = device.free_memory(model)
+        self.pool = self._pool(PAGE, bytes_of, None if free is None else int(SHARE * free), most, cache_tokens)
+        self.rows: list[Row] = []
+        self._keys: dict[int, mx.array] = {}  # random keys of requests that gave up their pages
+        self.kept: deque[tuple[Sequence[int], list[Any], Pages]] = deque()  # text and caches of finished requests
 
-    def _run(self, state: RequestState) -> Iterator[None]:
-        request, prompt, cache = state.request, list(state.prompt), self._begun(state)
+    def _shares(self, state: RequestState, length: int) -> bool:
+        return False  # a cache has no pages that another could hold
+
+    def _run(self, state: RequestState) -> Iterator[int | None]:
+        request, text, cache = state.request, state.text, self._begun(state)
         begun, width = cache[0].offset, request.cache.prefill_step_size
-        for start in range(begun, len(prompt) - 1, width):
+        for start in range(begun, len(text), width):
             if start > begun:
-                yield
-            part = prompt[start : min(start + width, len(prompt) - 1)]
-            decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), len(prompt))
-        draw, processors = choosers(request.sampling, prompt, self.model.config.vocab_size)
-        (uid,) = self.batch.insert(
-            [prompt[-1:]],
-            [ENDLESS],
-            caches=[cache],
-            all_tokens=[prompt[:-1]],
-            samplers=[draw],
-            logits_processors=[processors],
-        )
-        self.numbers[uid] = state.number
+                yield None
+            part = text[start : start + width]
+            # The keys of an answer that gave up its memory are rotated as they were: each token by its own length.
+            scaled = np.maximum(len(state.prompt), start + np.arange(len(part)) + 1)[None]
+            length = len(state.prompt) if start + len(part) <= len(state.prompt) else mx.array(scaled)
+            hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
+        key = self._keys.pop(state.number, None)
+        key = mx.array(request.sampling.row_keys(1)[0]) if key is None else key
+        seen = mx.array(seen_tokens([text], self.model.config.vocab_size)) if request.sampling.penalized else None
+        row = Row(state, cache, mx.array([text[-1]]), key, seen)
+        self._sample([row], self.model.head(hidden)[:, 0])
+        self._advance(row)
+        self.rows.append(row)
+        yield int(np.asarray(row.token)[0])
 
     def _begun(self, state: RequestState) -> list[Any]:
-        """A cache that already holds the longest prefix which the prompt shares with a kept text."""
-        lengths = [shared(self.model.config, state.prompt, old) for old, _ in self.kept]
-        if not any(lengths):
+        """A cache that already holds the longest prefix which the text shares with a kept one."""
+        text, best, found = state.text, 0, None
+        if super()._shares(state, len(text)):
+            for kept, cache, _ in self.kept:
+                most = min(len(text) - 1, len(kept))
+                same = next((i for i in range(most) if text[i] != kept[i]), most)
+                best, found = (same, cache) if same > max(best, LEAST_SHARED - 1) else (best, found)
+        if found is None:
             return decoding.make_cache(self.model, [0], self.cache_options)
-        best = int(np.argmax(lengths))
-        cache = copy.deepcopy(self.kept[best][1])
-        trim_prompt_cache(cache, cache[0].offset - lengths[best])
+        cache = copy.deepcopy(found)
+        trim_prompt_cache(cache, cache[0].offset - best)
         return cache
 
     def _decode(self, steps: int) -> list[tuple[int, int]]:
-        _, made = self.batch.next()
-        return [(self.numbers[each.uid], each.token) for each in made]
+        if all(row.ahead is None for row in self.rows):
+            self._submit()
+        made = [row for row in self.rows if row.ahead is not None]
+        for row in made:
+            self._advance(row)
+        self._submit()
+        return [(row.state.number, int(np.asarray(row.token)[0])) for row in made]
 
-    def _free(self, state: RequestState) -> None:
-        uid = next(uid for uid, number in self.numbers.items() if number == state.number)
-        cache, _ = self.batch.remove([uid], return_prompt_caches=True)[uid]
-        del self.numbers[uid]
-        self.kept.append((state, cache))
-        while sum(cache[0].offset for _, cache in self.kept) > self.context:
-            self.kept.popleft()
+    def _submit(self) -> None:
+        """Submit a step of all rows."""
+        caches = [RowCaches([row.cache[layer] for row in self.rows]) for layer in range(len(self.model.layers))]
+        ids = mx.concatenate([row.token for row in self.rows])[:, None]
+        self._sample(self.rows, self.model.head(self.model.decode(ids, caches))[:, 0])
+        mx.async_eval([row.ahead for row in self.rows])
 
+    def _sample(self, rows: list[Row], logits: mx.array) -> None:
+        """Sample the token after ``row.token`` in each row, from logits [B, V]. Greedy rows are sampled at once."""
+        greedy = mx.argmax(logits, axis=-1)
+        for i, row in enumerate(rows):
+            sampling, key, seen = row.state.request.sampling, row.key, row.token_mask
+            token = greedy[i : i + 1]
+            if not sampling.greedy:
+                key, draw = mx.random.split(row.key)
+                token = sample(logits[i : i + 1], seen, sampling, draw[None])
+            elif sampling.penalized:
+                token = sample(logits[i : i + 1], seen, sampling, None)
+            if seen is not None:
+                seen = mx.put_along_axis(seen, token[:, None], mx.array(True), axis=1)
+            row.ahead = token, key, seen
 
-Draw = Callable[[mx.array], mx.array]  # log-probabilities [1, V] -> a token [1]
-Processor = Callable[[mx.array, mx.array], mx.array]  # tokens so far, logits [1, V] -> logits
+    def _advance(self, row: Row) -> None:
+        assert row.ahead is not None
+        (row.token, row.key, row.token_mask), row.ahead = row.ahead, None
 
+    def _vacate(self, state: RequestState, again: bool) -> None:
+        row = next(row for row in self.rows if row.state is state)
+        self.rows.remove(row)
+        if again:
+            self._keys[state.number] = row.key
+        text = state.text[:-1]
+        trim_prompt_cache(row.cache, row.cache[0].offset - len(text))  # a step ahead
+        assert state.row is not None
+        pages = self.pool.fork(state.row)
+        self.kept.append((text, row.cache, pages))
 
-def choosers(sampling: Sampling, prompt: list[int], vocab_size: int) -> tuple[Draw | None, list[Processor]]:
-    """The sampler and logits processors with which `mlx_lm` samples as `decoding.sample_next` does. A sampler of None
-    is greedy, batched over all such rows."""
-    key, token_mask = mx.array(sampling.row_keys(1)[0]), mx.array(seen_tokens([prompt], vocab_size))
-
-    def draw(logits: mx.array) -> mx.array:
-        nonlocal key
-        both = mx.random.split(key)
-        key = both[0]
-        return sample(logits, None, sampling, both[1:])
-
-    def penalise(context: mx.array, logits: mx.array) -> mx.array:
-        nonlocal token_mask
-        token_mask = mx.put_along_axis(token_mask, context[-1:][None], mx.array(True), axis=1)
-        return penalized(logits, token_mask, sampling)
-
-    return None if sampling.greedy else draw, [penalise] if sampling.penalized else []
+    def _give_back(self) -> bool:
+        if not self.kept:
+            return False
+        self.pool.release(self.kept.popleft()[2])
+        return True

@@ -12,6 +12,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from minicpm_mlx.layers.fused_linear import FusedLinear, runs_fused
 from minicpm_mlx.layers.rope import Positions, apply_rope
+from minicpm_mlx.layers.row_caches import by_row
 from weights_io.config import ModelConfig
 
 
@@ -55,9 +56,13 @@ class Attention(nn.Module):
             if last:
                 x, positions = x[:, -1:], positions.last(x.shape[1])
             q = apply_rope(heads(self.q_proj(x)), positions)
-        if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
-        return attend(q, k, v, positions.mask, cache)
+
+        def attended(cache, q, k, v):
+            if cache is not None:
+                k, v = cache.update_and_fetch(k, v)
+            return attend(q, k, v, positions.mask, cache)
+
+        return by_row(attended, cache, q, k, v)
 
 
 def attend(q: mx.array, k: Any, v: Any, mask: mx.array | str | None, cache: Any | None = None) -> mx.array:

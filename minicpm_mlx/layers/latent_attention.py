@@ -20,6 +20,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from minicpm_mlx.layers.fused_linear import FusedLinear, runs_fused
 from minicpm_mlx.layers.lora import effective_weight
 from minicpm_mlx.layers.rope import Positions, apply_rope
+from minicpm_mlx.layers.row_caches import by_row
 from weights_io.config import ModelConfig
 
 ABSORBED = 16  # most new tokens in the absorbed form, which builds their scores [B, N, T, S]
@@ -69,12 +70,15 @@ class LatentAttention(nn.Module):
         q = q.reshape(*q.shape[:2], self.heads, self.key_dim).transpose(0, 2, 1, 3)  # [B, N, T, E + R]
         nope, rope = mx.split(q, [self.nope_dim], axis=-1)
         rope = apply_rope(rope, positions)
-        if cache is not None:
-            latent, rope_key = cache.update_and_fetch(latent, rope_key)
-        if cache is not None and q.shape[2] <= ABSORBED:
-            out = self.absorbed(nope, rope, latent, rope_key, positions.mask, cache)
-        else:
-            out = self.expanded(nope, rope, _whole(latent, cache), _whole(rope_key, cache), positions.mask)
+
+        def attended(cache, nope, rope, latent, rope_key):
+            if cache is not None:
+                latent, rope_key = cache.update_and_fetch(latent, rope_key)
+            if cache is not None and nope.shape[2] <= ABSORBED:
+                return self.absorbed(nope, rope, latent, rope_key, positions.mask, cache)
+            return self.expanded(nope, rope, _whole(latent, cache), _whole(rope_key, cache), positions.mask)
+
+        out = by_row(attended, cache, nope, rope, latent, rope_key)
         return out.transpose(0, 2, 1, 3).reshape(*out.shape[:1], out.shape[2], -1)
 
     def expanded(self, nope: mx.array, rope: mx.array, latent: mx.array, rope_key: mx.array, mask: Any) -> mx.array:
