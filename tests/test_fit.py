@@ -194,6 +194,8 @@ def test_arithmetic_is_counted_before_compiling():
     assert flops(jax.jit(program).trace(w, x).jaxpr) == 5 * 2 * 3 * 64 * 64
     step = jax.jit(jax.grad(lambda w, x: jnp.sum(program(w, x))))
     assert flops(step.trace(w, x).jaxpr) == 4 * 5 * 2 * 3 * 64 * 64  # forwards twice, to inputs, to weights
+    nested = jax.jit(lambda w, x: jax.jit(jax.jit(program))(w, x))  # a closed jaxpr inside of another
+    assert flops(nested.trace(w, x).jaxpr) == 5 * 2 * 3 * 64 * 64
 
 
 def test_the_table_of_chips():
