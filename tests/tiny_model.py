@@ -17,10 +17,11 @@ def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes) -> Pat
     """A model folder; ``dtype``: float32 or bfloat16, of its weights; ``changes`` are keys of its config."""
     tiny_tokenizer.write(folder / "tokenizer")
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    scales = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}  # which Llama does not have
-    shape |= {"initializer_range": 0.1} if changes.get("model_type") == "llama" else {"initializer_range": 0.1, **scales}
+    scales = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "initializer_range": 0.1}
+    if changes.get("model_type") == "llama":  # it has no such scales
+        scales = {"initializer_range": 0.1}
     rows = load_tokenizer(folder / "tokenizer").vocab_size
-    raw = {"num_key_value_heads": 2, "vocab_size": rows, "eos_token_id": 2, **shape, **changes}
+    raw = {"num_key_value_heads": 2, "vocab_size": rows, "eos_token_id": 2, **shape, **scales, **changes}
     config = ModelConfig.from_dict(raw)
     random = np.random.default_rng(seed)
     tensors = {}
