@@ -269,9 +269,14 @@ class Job:
 
 
 def chip_bytes(tree: Any) -> int:
-    """Bytes on a chip of a tree of placed shapes, without padding."""
+    """Bytes on a chip of a tree of placed shapes, without padding. XLA packs two int4 numbers into a byte."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    halves = (math.prod(x.sharding.shard_shape(x.shape)) * _half_bytes(x.dtype) for x in leaves)
+    return sum(-(-count // 2) for count in halves)
+
+
+def _half_bytes(dtype: Any) -> int:
+    return 1 if dtype == jnp.int4 else 2 * dtype.itemsize
 
 
 def compiled(lowered: Any) -> Any:
