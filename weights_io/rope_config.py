@@ -42,9 +42,8 @@ class LongRoPE:
     type: str = "longrope"
 
     def amplitude(self, context: int) -> float:
-        """sqrt(1 + ln(max / original) / ln(original)): 1 if both are equal. ``context`` is max."""
-        original = self.original_max_position_embeddings
-        return math.sqrt(1 + math.log(context / original) / math.log(original))
+        """The factor on cosines and sines. ``context``: max_position_embeddings."""
+        return longrope_amplitude(context, self.original_max_position_embeddings)
 
     def always_long(self, context: int) -> bool:
         """Whether ``long_factor`` is used at every length. ``context``: max_position_embeddings."""
@@ -56,6 +55,11 @@ class LongRoPE:
 
 
 AnyScaling = RopeScaling | LongRoPE
+
+
+def longrope_amplitude(context: int, original: int) -> float:
+    """sqrt(1 + ln(max / original) / ln(original)): 1 if both are equal. ``context`` is max."""
+    return math.sqrt(1 + math.log(context / original) / math.log(original))
 
 
 def rope_parameters(raw: dict[str, Any], theta: Any, refuse: Refuse) -> dict[str, Any]:
