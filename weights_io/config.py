@@ -48,6 +48,7 @@ FAMILIES = {
         _SCALES | {"num_experts": None, "num_experts_per_tok": None},
         scaled=True,
         heads_fill_hidden=True,
+        ignored=frozenset({"head_dim"}),
     ),
     "minicpm3": Family(
         "MiniCPM3ForCausalLM",

@@ -1,6 +1,7 @@
 """RoPE scaling for long contexts: the keys ``rope_scaling`` and, of transformers 5, ``rope_parameters``."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,21 +122,28 @@ def rope_scaling(raw: Any, refuse: Refuse) -> AnyScaling | None:
     if kind == "longrope":
         return _longrope(fields, refuse)
     factor = fields.pop("factor", None)
-    if kind not in ("linear", "dynamic") or fields:
+    if kind not in ("linear", "dynamic"):
         raise refuse(f"rope_scaling {shown(raw)} is not supported; the types are linear, dynamic and longrope.")
+    if fields:
+        raise refuse(f"rope_scaling has {_listed(fields)}, not understood in {kind}; remove a mere note.")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= LARGEST:
         raise refuse(f"rope_scaling factor is {shown(factor)}; it must be a float32 number above 1.")
     return RopeScaling(kind, float(factor))
 
 
+def _listed(names: Iterable[str]) -> str:
+    return listed(sorted(names), last=" and ")
+
+
 def _longrope(fields: dict[str, Any], refuse: Refuse) -> LongRoPE:
     # The original computes its amplitude from the two context lengths, and reads no "factor".
-    if unknown := sorted(fields.keys() - {*LONGROPE_KEYS, "factor"}):
-        raise refuse(
-            f"rope_scaling has {listed(unknown, last=' and ')}, not understood in longrope; remove a mere note."
-        )
+    if unknown := fields.keys() - {*LONGROPE_KEYS, "factor"}:
+        raise refuse(f"rope_scaling has {_listed(unknown)}, not understood in longrope; remove a mere note.")
+    factor = fields.get("factor", 1)
+    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0):
+        raise refuse(f"rope_scaling factor is {shown(factor)}; longrope does not use it, so remove it.")
     if missing := [key for key in LONGROPE_KEYS if fields.get(key) is None]:
-        raise refuse(f"rope_scaling of type longrope has no {listed(missing, last=' and ')}; take the released file's.")
+        raise refuse(f"rope_scaling of type longrope has no {_listed(missing)}; take the released file's.")
     factors = {}
     for key in LONGROPE_KEYS[:2]:
         values = fields[key]
@@ -180,8 +188,8 @@ def check_scaling(scaling: AnyScaling, rope_dim: int, context: int, refuse: Refu
         for key in LONGROPE_KEYS[:2]:
             if len(getattr(scaling, key)) != rope_dim // 2:
                 raise refuse(
-                    f"rope_scaling {key} has {len(getattr(scaling, key))} factors, and RoPE has {rope_dim // 2} "
-                    f"frequencies (half of {rope_dim} rotated numbers a head); correct the list."
+                    f"rope_scaling {key} is a list of {len(getattr(scaling, key))}, where RoPE needs {rope_dim // 2} "
+                    f"(half of the {rope_dim} rotated numbers of a head); correct the list."
                 )
         if context < 2:
             raise refuse(f"max_position_embeddings is {context}; longrope takes its logarithm, so give at least 2.")

@@ -138,7 +138,8 @@ def open_file(path: Path) -> GGUFFile:
 
     Raises:
         InputError: the file is missing, damaged or truncated, not of the architectures minicpm, minicpm3 and llama, or
-            has something that would change the numbers and is not supported (experts, Llama 3.1's RoPE, YaRN, split files).
+            has something that would change the numbers and is not supported (experts, Llama 3.1's RoPE, YaRN, split
+            files).
     """
     with open_regular(path) as file:
         metadata, stored = _Header(path, file).read()

@@ -142,7 +142,9 @@ class _Metadata:
         depth = self.number("residual_scale") * math.sqrt(layers)
         base = hidden_size / self.number("logit_scale")
         if abs(base - round(base)) > 1e-5 * base:
-            raise InputError(f"{self.path} has a {self.architecture}.logit_scale that is not hidden_size / a whole number.")
+            raise InputError(
+                f"{self.path} has a {self.architecture}.logit_scale that is not hidden_size / a whole number."
+            )
         return {
             "scale_emb": self.number("embedding_scale"),
             "scale_depth": float(f"{depth:.7g}"),  # the digits that a float32 has
@@ -151,12 +153,12 @@ class _Metadata:
 
     def rope_scaling(self, stored: Mapping[str, LazyTensor]) -> dict[str, Any] | None:
         kind = self.get("rope.scaling.type", "linear")
+        # llama.cpp reads MiniCPM3's tables whatever the type says, and its converter writes no type there.
+        if self.architecture == "minicpm3" and kind in ("linear", "none") and stored.keys() & set(LONGROPE.values()):
+            kind = "longrope"
         key = "rope.scaling.factor" if self.get("rope.scaling.factor") is not None else "rope.scale_linear"  # old name
         factor = self.number(key, 1.0)
-        # llama.cpp reads MiniCPM3's tables whatever the type says, and its converter writes no type there.
-        if kind == "longrope" or (
-            self.architecture == "minicpm3" and kind in ("linear", "none") and any(n in stored for n in LONGROPE.values())
-        ):
+        if kind == "longrope":
             return self.longrope(stored, factor)
         self.check_amplitude(1, 1)
         if unused := [name for name in LONGROPE.values() if name in stored]:
