@@ -194,9 +194,9 @@ class ModelConfig:
             scaling = dataclasses.asdict(self.rope_scaling)
             lists = {key: list(value) for key, value in scaling.items() if isinstance(value, tuple)}
             raw["rope_scaling"] = {"rope_type": self.rope_scaling.type, **scaling, **lists}
-        # Other readers of MiniCPM3 default it to qk_nope_head_dim, or require it.
-        widths = {"v_head_dim": self.head_dim} if self.is_latent else {}
-        return {key: value for key, value in raw.items() if key not in absent} | widths
+        # Other readers of MiniCPM3 require these, or default v_head_dim to qk_nope_head_dim.
+        heads = {"num_key_value_heads": self.num_attention_heads, "v_head_dim": self.head_dim}
+        return {key: value for key, value in raw.items() if key not in absent} | (heads if self.is_latent else {})
 
 
 @dataclass
