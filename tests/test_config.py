@@ -114,6 +114,8 @@ def test_the_defaults_are_those_of_minicpms_own_class():
     assert (config.scale_emb, config.scale_depth, config.dim_model_base) == (1.0, 1.0, 1)
     assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (32, 128, 1e-6)
     llama = ModelConfig.from_dict({"architectures": ["LlamaForCausalLM"]})
+    folded = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}  # MiniCPM-S-1B-sft-llama-format states them
+    assert ModelConfig.from_dict({"architectures": ["LlamaForCausalLM"], **folded}) == llama
     assert (llama.model_type, llama.tie_word_embeddings) == ("llama", False)
 
 

@@ -58,7 +58,12 @@ FAMILIES = {
         # Each head has its own key and value, and its values have hidden_size / num_attention_heads numbers.
         ignored=frozenset({"num_key_value_heads", "head_dim", "v_head_dim"}),
     ),
-    "llama": Family("LlamaForCausalLM", {"tie_word_embeddings": False}),
+    # MiniCPM-S-1B-sft-llama-format still states the scales that are folded into its weights.
+    "llama": Family(
+        "LlamaForCausalLM",
+        {"tie_word_embeddings": False},
+        ignored=frozenset({"scale_emb", "scale_depth", "dim_model_base"}),
+    ),
 }
 COMMON_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
