@@ -156,7 +156,8 @@ def _longrope(fields: dict[str, Any], refuse: Refuse) -> LongRoPE:
     original = fields["original_max_position_embeddings"]
     if isinstance(original, bool) or not isinstance(original, int) or not 2 <= original < 2**31:
         raise refuse(
-            f"rope_scaling original_max_position_embeddings is {shown(original)}; it must be from 2 to 2**31 - 1."
+            f"rope_scaling original_max_position_embeddings is {shown(original)}; it must be a whole number from 2 to "
+            "2147483647."
         )
     return LongRoPE(factors["short_factor"], factors["long_factor"], original)
 
