@@ -391,6 +391,17 @@ def test_pre_tokenizers_are_those_of_llama_cpp(reference, pre):
         assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
+def test_a_token_that_ends_an_answer_is_special_whatever_its_type(reference, end):
+    """As in llama.cpp, which overrides the type. Other tokens of a normal type are text."""
+    metadata, _, _ = of_llama_cpp(reference, "minicpm5")
+    tokens = [*metadata["tokenizer.ggml.tokens"], "<|im_end|>", "<tool_sep>"]
+    kinds = [3, *[1] * (len(tokens) - 1)]
+    tokenizer = tokenizer_from_gguf({**metadata, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds})
+    assert tokenizer.encode(end, add_bos=False) == [tokens.index(end)]
+    assert len(tokenizer.encode("<tool_sep>", add_bos=False)) > 1
+
+
 def test_without_a_pre_tokenizer_it_is_llama_cpps_default(reference):
     metadata, expected, texts = of_llama_cpp(reference, "default")
     del metadata["tokenizer.ggml.pre"]

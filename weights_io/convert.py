@@ -115,11 +115,8 @@ def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[s
     dtype = options.dtype or (checkpoint.dtype if options.quantize or options.dequantize else None)
     how: dict[str, Any] = {"for_mlx_lm": options.to == "mlx", "affine": affine}
     lines = write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files, **how)
-    scaling = config.rope_scaling
-    if options.to != "mlx" and isinstance(scaling, LongRoPE) and scaling.short_factor != scaling.long_factor:
-        lines.append(
-            "mlx_lm's own models always take longrope's long factors; --to mlx writes a model that it runs right"
-        )
+    if options.to != "mlx" and (faults := _faults_of_mlx_lm(config)):
+        lines.append(f"mlx_lm's own models {' and '.join(faults)}; --to mlx writes a model that it runs right")
     packed = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, PackedTensor)]
     if packed and affine is None:
         lines.append(f"{len(packed)} matrices dequantized from {packed[0].kind}")
@@ -208,6 +205,17 @@ def check(options: Options) -> None:
     ]
     if given and not options.unfold:
         raise InputError("is only used with {unfold}; leave it out or add {unfold}.", given[0], ["unfold"])
+
+
+def _faults_of_mlx_lm(config: ModelConfig) -> list[str]:
+    """What mlx_lm 0.32.2 computes otherwise without a word."""
+    scaling = config.rope_scaling
+    faults = []
+    if isinstance(scaling, LongRoPE) and scaling.short_factor != scaling.long_factor:
+        faults.append("always take longrope's long factors")
+    if config.is_latent:
+        faults.append("compute the norms of MiniCPM3's latents and its tied head otherwise")
+    return faults
 
 
 def _rounding_line(rounding: Rounding, dtypes: set[str]) -> str:

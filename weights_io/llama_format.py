@@ -107,6 +107,11 @@ def from_llama(
     """
     if config.model_type != "llama":
         raise InputError("the model is not in the Llama format; there is nothing to unfold.")
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise InputError(
+            f"hidden_size {config.hidden_size} is not num_attention_heads {config.num_attention_heads} x head_dim "
+            f"{config.head_dim}, as a MiniCPM needs it; leave this model a Llama."
+        )
     scales = {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": dim_model_base}
     raw = dataclasses.replace(config, model_type="minicpm", tie_word_embeddings=False).to_dict()
     minicpm = ModelConfig.from_dict(raw | scales, "the unfolded model")

@@ -220,7 +220,7 @@ def run_generate(
             with waiting("counting neurons"):
                 said.append(sparsity.line(running.activation_sparsity(model, run)))
         if running.device.is_first():
-            note_context(model.config, len(ids) + len(meter.tokens))
+            note_context(model.config, len(ids) + len(meter.tokens), rescaled=options.rescaled)
             print(*said, sep="\n", end="\n" if said else "", file=sys.stderr)
 
     command_line.run(main, options, prog)
@@ -249,7 +249,7 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
                 return running.generator.stream(model, tokenizer, request, stops)
 
             def note(tokens: int) -> bool | None:
-                return note_context(model.config, tokens, " (/reset begins anew)")
+                return note_context(model.config, tokens, " (/reset begins anew)", options.rescaled)
 
             conversation = Conversation(options.system_prompt)
             chat = Chat(
