@@ -334,6 +334,12 @@ def test_the_two_entries_of_mlx_must_agree():
         (GPTQ, {"g_idx": np.zeros(255, np.int32)}, r"g_idx in .* is int32 \[255\]"),
         (GPTQ, {"qweight": np.zeros((31, 128), np.int32)}, r"qweight in .* is int32 \[31, 128\]"),
         (GPTQ, {"qweight": np.zeros((16, 256), np.int32)}, "is repacked for the Marlin kernel"),
+        ("gptq_int4_desc_act", {"g_idx": None}, "k_proj in .* lacks g_idx, .* which desc_act of .* requires"),
+        (
+            GPTQ,
+            {"qweight": None, "B": np.zeros((16, 256), np.int32), "s": np.ones((2, 128), np.float16)},
+            "is repacked for the Marlin kernel",
+        ),
         (GPTQ, {"qzeros": None}, "k_proj in .* lacks qzeros, which GPTQ requires"),
         (
             GPTQ,
@@ -348,6 +354,7 @@ def test_the_two_entries_of_mlx_must_agree():
         (MLX, {"scales": np.ones((128, 4), np.uint8)}, "scales in .* is uint8"),
         (BNB, {"weight.quant_map": None}, "lacks weight.quant_map, which bitsandbytes in 4 bits requires"),
         (BNB, {"weight.nested_absmax": None}, "lacks weight.nested_absmax"),
+        ("bnb_nf4", {"weight.quant_map": np.full(16, np.nan, np.float32)}, "holds NaN or infinite numbers"),
         (BNB, {"weight.absmax": np.zeros(100, np.uint8)}, r"absmax in .* is uint8 \[100\]"),
         (BNB, {"weight.quant_state.bitsandbytes__nf4": np.frombuffer(b'{"shape":1}', np.uint8)}, "has quant_type null"),
         (BNB, {"weight.quant_state.bitsandbytes__nf4": np.zeros(9999, np.uint8)}, "is no JSON text of at most 4096"),
