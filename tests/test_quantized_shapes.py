@@ -1,9 +1,7 @@
-"""Quantized folders of other shapes than tests/reference/quant: in both backends the model of the dequantized weights."""
+"""Quantized folders of other shapes than tests/reference/quant are the model of their dequantized weights."""
 
 import shutil
 
-import minicpm_jax
-import minicpm_mlx
 import numpy as np
 import pytest
 import tiny_quantized as tools
@@ -11,6 +9,8 @@ import tiny_tokenizer
 import tiny_training
 from mlx.utils import tree_flatten
 
+import minicpm_jax
+import minicpm_mlx
 from minicpm_data import load_tokenizer
 from weights_io.checkpoint import open_checkpoint
 from weights_io.fuse import Options

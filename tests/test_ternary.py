@@ -1,13 +1,13 @@
 """Ternary weights (BitCPM4's): found by their values, packed in 2 bits without an error, opened by everyone."""
 
-import minicpm_jax
-import minicpm_mlx
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_model
 from documented_commands import typed
 
+import minicpm_jax
+import minicpm_mlx
 from weights_io.checkpoint import open_checkpoint
 from weights_io.files.safetensors import Computed, open_file, write_file
 from weights_io.parameters import target_parameters

@@ -273,8 +273,8 @@ def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mappi
         notes.append(f"config.json says {said} and the tensors are {' and '.join(dtypes)}")
     if (group := sampled_group(config, {n: x for n, x in whole.items() if stored_as(x) in DTYPES})) is not None:
         notes.append(
-            f"the weights are ternary (three values in each group of {group}): convert --to mlx -q --ternary packs them "
-            "in 2 bits without an error"
+            f"the weights are ternary (three values in each group of {group}): convert --to mlx -q --ternary packs "
+            "them in 2 bits without an error"
         )
     if (sparse := sparse_note(raw)) is not None:
         notes.append(sparse)

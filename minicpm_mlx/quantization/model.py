@@ -57,9 +57,8 @@ def with_layouts(model: Model, layouts: Mapping[str, Layout]) -> Model:
     special = {name: x for name, x in layouts.items() if x.reordered or x.table is not None}
 
     def how(name: str, layer: nn.Module) -> bool | dict[str, int]:
-        layout = layouts.get(f"{name}.weight")
-        own = layout is not None and f"{name}.weight" not in special
-        return own and {"group_size": layout.group_size, "bits": layout.bits}
+        layout = None if f"{name}.weight" in special else layouts.get(f"{name}.weight")
+        return layout is not None and {"group_size": layout.group_size, "bits": layout.bits}
 
     nn.quantize(model, class_predicate=how)
     shapes = {f"{name}.weight": x.weight.shape for name, x in model.named_modules() if f"{name}.weight" in special}

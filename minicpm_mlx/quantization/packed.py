@@ -52,8 +52,8 @@ class ReorderedExperts(Reordered, QuantizedSwitchLinear):
         return QuantizedSwitchLinear.__call__(self, self.sorted(x, indices), indices, sorted_indices)
 
 
-class LookupLinear(Reordered):
-    """A linear layer whose weight [O, I] is bytes and a table of their values (`weights_io.quantization.lookup`).
+class Lookup(Reordered):
+    """A layer whose weight [.., O, I] is bytes and a table of their values (`weights_io.quantization.lookup`).
 
     MLX has no product for these. Each call dequantizes the weight, which is freed after the product: on a Mac, a token
     then moves about nine times the bytes of the quantized weights.
@@ -86,13 +86,17 @@ class LookupLinear(Reordered):
         values = values * scales[..., None].astype(mx.float32)
         return values.astype(scales.dtype).reshape(*scales.shape[:-1], -1)
 
+
+class LookupLinear(Lookup):
+    """A linear layer [O, I] with a table."""
+
     def __call__(self, x: mx.array) -> mx.array:
         # The checkpoint dequantizes again in the backward pass: otherwise training would hold all layers dequantized.
         return mx.checkpoint(lambda x: x @ self.values().T)(self.sorted(x))
 
 
-class LookupExperts(LookupLinear):
-    """The stacked weights [E, O, I] of all experts as `LookupLinear`. Few rows dequantize only the chosen experts."""
+class LookupExperts(Lookup):
+    """The stacked weights [E, O, I] of all experts with a table. Few rows dequantize only the chosen experts."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Rows [..., 1, I] to [..., 1, O], each through the expert given by ``indices`` [...]."""

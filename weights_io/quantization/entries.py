@@ -21,8 +21,8 @@ GROUPS = {
 }  # -1: a whole row; GPTQ and AWQ accept any positive number too
 INSTEAD = "take the model's GPTQ, AWQ, bitsandbytes, MLX or GGUF files, or its weights before quantization"
 BEFORE_MARLIN = "is repacked for the Marlin kernel; take the model's GPTQ or AWQ folder, which it was made from"
-# Ignored keys. Most of them state how the codes were computed or which kernel to use. sym is ignored, and desc_act where
-# g_idx is stored, because the tensors (qzeros and g_idx) are more reliable: released configs contradict each other.
+# Ignored keys. Most of them state how the codes were computed or which kernel to use. sym is ignored, and desc_act
+# where g_idx is stored, because the tensors (qzeros and g_idx) are more reliable: released configs contradict each other.
 NOTES = {
     "gptq": frozenset(
         """damp_percent damp_auto_increment static_groups true_sequential model_name_or_path model_file_base_name

@@ -36,7 +36,7 @@ def lookup(packed: Packed, bits: int, dtype: str) -> dict[str, np.ndarray]:
         dtype: of the scales.
 
     Returns:
-        ``weight`` uint8 [out, in * bits / 8], ``scales`` [out, G] and, where it has zero points, ``zeros`` uint8 [out, G].
+        ``weight`` uint8 [out, in * bits / 8], ``scales`` [out, G] and, if it has zero points, ``zeros`` uint8 [out, G].
     """
     codes = packed.codes.view(np.uint8)
     if packed.order is not None:

@@ -1,7 +1,7 @@
 """Ternary weights stored as floats, as of BitCPM4: in each group of a row there are -s, 0 and s, for one s.
 
-MLX's affine format holds them exactly in 2 bits: with the scale s and the bias -s, the codes 0, 1 and 2 are -s, 0 and s.
-Every float has these values without rounding.
+MLX's affine format holds them exactly in 2 bits: with the scale s and the bias -s, the codes 0, 1 and 2 are -s, 0 and
+s, without rounding in any dtype.
 """
 
 from collections.abc import Iterable, Mapping
