@@ -22,7 +22,7 @@ GROUPS = {
 INSTEAD = "take the model's GPTQ, AWQ, bitsandbytes, MLX or GGUF files, or its weights before quantization"
 BEFORE_MARLIN = "is repacked for the Marlin kernel; take the model's GPTQ or AWQ folder, which it was made from"
 # Ignored keys. Most of them state how the codes were computed or which kernel to use. sym is ignored, and desc_act
-# where g_idx is stored, because the tensors (qzeros and g_idx) are more reliable: released configs contradict each other.
+# where g_idx is stored: the tensors (qzeros and g_idx) are more reliable, as released configs contradict each other.
 NOTES = {
     "gptq": frozenset(
         """damp_percent damp_auto_increment static_groups true_sequential model_name_or_path model_file_base_name
