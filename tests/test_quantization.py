@@ -354,7 +354,6 @@ def test_the_two_entries_of_mlx_must_agree():
         (MLX, {"scales": np.ones((128, 4), np.uint8)}, "scales in .* is uint8"),
         (BNB, {"weight.quant_map": None}, "lacks weight.quant_map, which bitsandbytes in 4 bits requires"),
         (BNB, {"weight.nested_absmax": None}, "lacks weight.nested_absmax"),
-        ("bnb_nf4", {"weight.quant_map": np.full(16, np.nan, np.float32)}, "holds NaN or infinite numbers"),
         (BNB, {"weight.absmax": np.zeros(100, np.uint8)}, r"absmax in .* is uint8 \[100\]"),
         (BNB, {"weight.quant_state.bitsandbytes__nf4": np.frombuffer(b'{"shape":1}', np.uint8)}, "has quant_type null"),
         (BNB, {"weight.quant_state.bitsandbytes__nf4": np.zeros(9999, np.uint8)}, "is no JSON text of at most 4096"),
