@@ -98,9 +98,9 @@ def test_a_table_that_is_no_number_is_refused(tmp_path):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("rows", "most"), [(1, 0.27), (512, 0.34)])
+@pytest.mark.parametrize(("rows", "most"), [(1, 0.27), (512, 0.4)])
 def test_a_program_for_a_tpu_never_holds_a_table_dequantized(rows, most):
-    """Of the weights' bytes in bfloat16; 0.2656 of them are stored."""
+    """Of the weights' bytes in bfloat16, of which 0.2656 are stored; 512 rows have activations too."""
     place = SingleDeviceSharding(Topology.parse("v5e:1x1").devices()[0])
     layers, width = 4, 2048
 
