@@ -29,7 +29,8 @@ from weights_io.files.threaded_reader import check_all_finite
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import parameters
 from weights_io.progress import reading, waiting
-from weights_io.quantization.affine import affine, kept_bytes, note_dequantized
+from weights_io.quantization.affine import Layout, affine, kept_bytes, note_dequantized
+from weights_io.quantization.lookup import lookup
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -122,7 +123,9 @@ def load_weights(
         for parameter in parameters(checkpoint.config):
             for name, tensors in parameter.mlx_names(checkpoint.config).items():
                 if name in layouts:
-                    leaves |= _packed(checkpoint, name, tensors, target, layers[name], parameter.per_expert)
+                    leaves |= _packed(
+                        checkpoint, name, tensors, target, layers[name], layouts[name], parameter.per_expert
+                    )
                     continue
                 arrays = [_read(checkpoint, tensor, target, mapped) for tensor in tensors]
                 array = _stacked(arrays) if parameter.per_expert else arrays.pop()
@@ -152,25 +155,32 @@ def _quantized(name: str, weight: mx.array, layer: Any) -> dict[str, mx.array]:
 
 
 def _packed(
-    checkpoint: Checkpoint, name: str, tensors: Sequence[str], dtype: str, layer: Any, stacked: bool
+    checkpoint: Checkpoint, name: str, tensors: Sequence[str], dtype: str, layer: Any, layout: Layout, stacked: bool
 ) -> dict[str, mx.array]:
     """The arrays of a quantized layer, from ``tensors`` that are quantized in the files (``stacked``: experts)."""
-    parts: list[list[mx.array]] = [[], [], []]
+    parts: dict[str, list[mx.array]] = {}
+    orders: list[np.ndarray | None] = []
     for tensor in tensors:
         packed = checkpoint.packed(tensor)
         assert packed is not None
-        if packed.order is not None:
-            layer.set_order(packed.order)
-        words, *rest = affine(packed, layer.group_size, dtype)
-        for values in rest:
-            checkpoint.check(tensor, dtype, values)
-        for found, values in zip(parts, (words, *rest), strict=True):
-            found.append(_array(values))
-    arrays = [each[0] if not stacked else mx.stack(each) for each in parts]
-    mx.eval(*arrays)
+        orders.append(packed.order)
+        if layout.table is None:
+            arrays = affine(packed, layout.group_size, dtype)
+        else:
+            arrays = lookup(packed, layout.bits, dtype)
+        for part, values in arrays.items():
+            if part in ("scales", "biases"):
+                checkpoint.check(tensor, dtype, values)
+            parts.setdefault(part, []).append(_array(values))
+    if layout.reordered:
+        inputs = np.arange(checkpoint.tensors[tensors[0]].shape[1])
+        each = [inputs if order is None else order for order in orders]
+        layer.set_order(np.stack(each) if stacked else each[0])
+    found = {part: mx.stack(each) if stacked else each[0] for part, each in parts.items()}
+    mx.eval(*found.values())
     mx.clear_cache()
     stem = name.removesuffix("weight")
-    return {f"{stem}{part}": array for part, array in zip(("weight", "scales", "biases"), arrays, strict=True)}
+    return {f"{stem}{part}": array for part, array in found.items()}
 
 
 def _stacked(arrays: list[mx.array]) -> mx.array:

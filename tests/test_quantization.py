@@ -334,6 +334,12 @@ def test_the_two_entries_of_mlx_must_agree():
         (GPTQ, {"g_idx": np.zeros(255, np.int32)}, r"g_idx in .* is int32 \[255\]"),
         (GPTQ, {"qweight": np.zeros((31, 128), np.int32)}, r"qweight in .* is int32 \[31, 128\]"),
         (GPTQ, {"qweight": np.zeros((16, 256), np.int32)}, "is repacked for the Marlin kernel"),
+        ("gptq_int4_desc_act", {"g_idx": None}, "k_proj in .* lacks g_idx, .* which desc_act of .* requires"),
+        (
+            GPTQ,
+            {"qweight": None, "B": np.zeros((16, 256), np.int32), "s": np.ones((2, 128), np.float16)},
+            "is repacked for the Marlin kernel",
+        ),
         (GPTQ, {"qzeros": None}, "k_proj in .* lacks qzeros, which GPTQ requires"),
         (
             GPTQ,

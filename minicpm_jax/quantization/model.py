@@ -65,6 +65,8 @@ def axes_of(path: Any, axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
     names = set(names_of(path))
     if {"qweight", "scales", "zeros", "biases"} & names:  # transposed
         return (*axes[:-2], axes[-1], axes[-2])
+    if "table" in names and ndim < len(axes):  # of a `TableWeight`: a copy on every device
+        return (*axes[:-2], "norm")
     return (*axes[:-2], axes[-1]) if "order" in names else axes[:ndim]  # a head has one scale per row
 
 

@@ -97,6 +97,11 @@ def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int],
             f"{short(name)} is [{outputs}, {inputs}], which {bits} bits do not pack in words of 32; correct "
             f"{scheme.source}."
         )
+    if scheme.act_order and "g_idx" not in parts and count > 1:
+        raise InputError(
+            f"{short(name)} in {parts['qweight'].source} lacks g_idx, the group of each input, which desc_act of "
+            f"{scheme.source} requires; download the weights again, whole."
+        )
     if bits > 2 and tuple(parts["qweight"].shape) == (inputs // 16, outputs * bits // 2):
         raise InputError(f"{short(name)} in {parts['qweight'].source} {BEFORE_MARLIN}.")
     expected = {
