@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jax.sharding import Mesh
 
+    from minicpm_data.generation.prompt_cache import CachedPrompt
     from minicpm_data.training.options import FinetuneOptions, PretrainOptions
     from minicpm_jax.generation.engine import Engine
     from minicpm_jax.model import Model
@@ -54,6 +55,11 @@ class Decoding:
         from minicpm_jax.generation.speculation import stream_speculated
 
         return stream_speculated(model, request, speculation)
+
+    def cached_prompt(self, model: "Model", request: GenerationRequest) -> "CachedPrompt":
+        from minicpm_jax.generation.decoding import cached_prompt
+
+        return cached_prompt(model, request)
 
     def engine(
         self,

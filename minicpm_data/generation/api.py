@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from minicpm_data.generation.engine import BatchEngine
+    from minicpm_data.generation.prompt_cache import CachedPrompt
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -49,6 +50,9 @@ class Decoding(Protocol[ModelT]):
         self, model: ModelT, request: GenerationRequest, speculation: Speculation[ModelT]
     ) -> Iterator[tuple[int, bool]]:
         """Yield the tokens of `stream_tokens` for one prompt, each with whether it was a draft token."""
+
+    def cached_prompt(self, model: ModelT, request: GenerationRequest) -> "CachedPrompt":
+        """Prefill the one prompt of a request, and return its keys and values. The request must have passed `check`."""
 
     def engine(
         self,

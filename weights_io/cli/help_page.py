@@ -16,7 +16,8 @@ from typing import Any
 GROUPS = {
     "model": "model revision hub dtype adapter_path quantize backend",
     "data": "data tokenizer ignore_keys special_tokens_as_text",
-    "prompt": "prompt system_prompt ignore_chat_template prefill_response chat_template_config",
+    "prompt": "prompt system_prompt ignore_chat_template prefill_response chat_template_config "
+    "prompt_cache_file eos_token",
     "sampling": "temp top_p top_k min_p min_tokens_to_keep xtc_probability xtc_threshold repetition_penalty seed stop "
     "extra_eos_token max_tokens",
     "memory": "kv_bits kv_group_size quantized_kv_start max_kv_size prefill_step_size grad_checkpoint",
