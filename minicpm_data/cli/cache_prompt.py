@@ -1,4 +1,4 @@
-"""The command cache_prompt of both backends: a file with the keys and values of a prompt, for prompts that continue it."""
+"""The command cache_prompt of both backends: the keys and values of a prompt, in a file for later prompts."""
 
 import time
 from collections.abc import Callable

@@ -181,9 +181,8 @@ class PromptCache:
         else:
             other = None if self.model in (name, str(Path(name).expanduser())) else "another --model"
         if other is not None:
-            raise InputError(
-                f"{self.path} was made with {other}: {short(self.model)}; use it with that, or {AGAIN} for {short(name)}."
-            )
+            remedy = f"use it with that, or {AGAIN} for {short(name)}"
+            raise InputError(f"{self.path} was made with {other}: {short(self.model)}; {remedy}.")
         if self.layers != config.num_hidden_layers:
             raise InputError(f"{self.path} has {self.layers} layers, not {config.num_hidden_layers}; {AGAIN}.")
         heads = 1 if config.is_latent else config.num_key_value_heads
@@ -321,14 +320,17 @@ def _opened(path: Path, tensors: Mapping[str, FileTensor], metadata: Mapping[str
         raise InputError(f"{path} holds caches of the kind {short(sorted({*kinds})[0])}, which is not read here")
     parts = ("0.0", "0.1", "0.2", "1.0", "1.1", "1.2") if kinds[0] == QUANTIZED else ("0", "1")
     arrays = {f"{layer}.{part}" for layer in range(len(kinds)) for part in parts}
-    names = arrays | {f"{layer}.{2 + i}" for layer in range(len(kinds)) for i in range(SCALARS[kinds[0]])}
+    places = range(2, 2 + SCALARS[kinds[0]])
+    names = arrays | {f"{layer}.{i}" for layer in range(len(kinds)) for i in places}
     if wrong := sorted(names ^ tensors.keys()):
         raise InputError(f"{path} does not hold the arrays of {len(kinds)} layers, such as {short(wrong[0])}")
     for name in sorted(arrays):
         codes = kinds[0] == QUANTIZED and name.endswith(".0")
         if len(tensors[name].shape) != 4 or tensors[name].dtype.name not in (("uint32",) if codes else FLOATS):
             raise InputError(f"{path} has the array {name} of another type or shape")
-    numbers = {tuple(_number(path, tensors, f"{n}.{2 + i}") for i in range(SCALARS[kinds[0]])) for n in range(len(kinds))}
+    numbers = {
+        tuple(_number(path, tensors, f"{n}.{2 + i}") for i in range(SCALARS[kinds[0]])) for n in range(len(kinds))
+    }
     if len(numbers) > 1:
         raise InputError(f"{path} has layers of different lengths")
     (length, *others), bits, group, most = numbers.pop(), None, None, None
