@@ -131,7 +131,7 @@ bfloat16. The second row is of another machine on another day, with as many laye
 | Xeon with AMX | 0.12 s | 0.7 s | minicpm_jax |
 | Xeon without AMX (AVX512_BF16) | 0.40 to 0.48 s | 1.2 to 1.4 s | transformers to read, llama.cpp to write |
 
-Before some of this was mended, transformers read prompts and llama.cpp wrote answers twice as fast as minicpm_jax there.
+Before some of this was mended, transformers read prompts and llama.cpp wrote answers twice as fast as minicpm_jax.
 `lscpu | grep amx` prints nothing on such a CPU. Both programs open the folder that
 `python -m weights_io.convert --to llama` writes; llama.cpp converts it first. Macs and TPUs are another matter: see
 [measured.md](measured.md) and [fit.md](fit.md).
