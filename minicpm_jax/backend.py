@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from minicpm_data.generation.api import Backend, Generator
+from minicpm_data.generation.api import Backend, Generator, Warming
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Speculation
@@ -60,6 +60,11 @@ class Decoding:
         from minicpm_jax.generation.decoding import cached_prompt
 
         return cached_prompt(model, request)
+
+    def warming(self, model: "Model") -> "Warming[Model]":
+        from minicpm_jax.generation import warming
+
+        return warming.Warming(model)
 
     def engine(
         self,

@@ -262,7 +262,7 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
             running.generator.decoding.check(
                 model, GenerationRequest.of(model, tokenizer, [[0]], 1, sampling, cache_options)
             )
-            stops = options.stops(*tokenizer.turn_markers)
+            stops, warming = options.stops(*tokenizer.turn_markers), running.generator.decoding.warming(model)
             for token in stored.eos_tokens if stored else ():
                 tokenizer.add_eos_token(token)
 
@@ -270,7 +270,13 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
                 request = GenerationRequest.of(model, tokenizer, [prompt], most, sampling, cache_options)
                 if stored is not None:
                     request = stored.begun(model.config, request)
-                return running.generator.stream(model, tokenizer, request, stops)
+                warming.claim(request)
+                count = 0
+                for response in running.generator.stream(model, tokenizer, request, stops):
+                    count += response.token is not None
+                    yield response
+                if sys.stdin.isatty():  # otherwise the next question is there already
+                    warming.follow(request, count)
 
             def note(tokens: int) -> bool | None:
                 return note_context(model.config, tokens, " (/reset begins anew)")
@@ -280,14 +286,18 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
                 conversation, sampling, max_tokens, tokenizer.apply_chat, answer, lambda: Meter(running.device), note
             )
             greet(options.model or "pico", running.device.description())
-            for line in typed_lines():
-                try:
-                    if not chat.take(line):
-                        return
-                except InputError as error:
-                    complain(error)
-                except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
-                    print()
+            try:
+                for line in typed_lines():
+                    try:
+                        if not chat.take(line):
+                            return
+                    except InputError as error:
+                        complain(error)
+                    except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
+                        print()
+            finally:
+                with waiting("ending"):
+                    warming.close()
 
     command_line.run(main, options, prog)
 

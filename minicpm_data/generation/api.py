@@ -33,6 +33,19 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 
+class Warming(Generic[ModelT]):
+    """Prepares the next answers of a chat. A backend without programs to compile has nothing to prepare."""
+
+    def claim(self, request: GenerationRequest) -> None:
+        """Called before a request runs."""
+
+    def follow(self, request: GenerationRequest, answer: int) -> None:
+        """Prepare, in the background, the request that follows this one and its answer of so many tokens."""
+
+    def close(self) -> None:
+        """End the preparations."""
+
+
 class Decoding(Protocol[ModelT]):
     """The generation functions of a backend."""
 
@@ -53,6 +66,9 @@ class Decoding(Protocol[ModelT]):
 
     def cached_prompt(self, model: ModelT, request: GenerationRequest) -> "CachedPrompt":
         """Prefill the one prompt of a request, and return its keys and values. The request must have passed `check`."""
+
+    def warming(self, model: ModelT) -> Warming[ModelT]:
+        """The preparations of a chat with this model."""
 
     def engine(
         self,

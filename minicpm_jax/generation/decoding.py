@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation.options import CacheOptions, seen_tokens
@@ -247,7 +247,8 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Fl
     width = prefill_chunk(longest - begun, request.cache)
     cache, last = empty(model, len(prompts), slots, request.cache.kv_bits)
     if request.prefix is not None:
-        cache = restore(model, cache, request.prefix, min(bucket_length(begun), slots))
+        cache = restore(model, cache, request.prefix)
+    cache, last = at_home(model, (cache, last))
     for start in range(begun, longest, width):
         ids = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -255,6 +256,18 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Fl
             row[: len(part)] = part
         cache, last = prefill(model, ids, cache, last, np.int32(start), lengths)
     return cache, last
+
+
+def home_of(model: Model) -> Sharding | None:
+    """Where the weights are, if they are committed to a place. So are the results of programs that read them."""
+    return next((x.sharding for x in jax.tree.leaves(model) if x.committed), None)
+
+
+def at_home(model: Model, arrays: Any) -> Any:
+    """Arrays that no weight went into, in the place of the model's results: otherwise the first chunk of a prompt would
+    need another program than the second one. XLA places those of a mesh."""
+    home = home_of(model) if model.mesh is None else None
+    return arrays if home is None else jax.device_put(arrays, home)
 
 
 def cached_prompt(model: Model, request: GenerationRequest) -> CachedPrompt:

@@ -25,6 +25,8 @@ from minicpm_jax.parallel.processes import fetch
 from weights_io.casting import group_of
 from weights_io.config import ModelConfig
 
+STEP = 256  # lengths are rounded up to a multiple of this, so that few programs write them
+
 
 def stored(config: ModelConfig, cache: Cache, length: int) -> CachedPrompt:
     """The keys and values of the one prompt, of ``length`` tokens, that a cache holds."""
@@ -62,16 +64,15 @@ def _latents(cache: LatentCache, index: Int[Array, ""]) -> tuple[Float[Array, "S
     return cache.read(index, 0, 0, cache.slots, cache.k.dtype if cache.k_scale is None else jnp.float32)
 
 
-def restore(model: Model, cache: Cache, prefix: Prefix, width: int) -> Cache:
+def restore(model: Model, cache: Cache, prefix: Prefix) -> Cache:
     """Fill an empty cache of one row with the beginning of a prompt.
 
     Arguments:
         model: the model.
         cache: the cache, which must not be used afterwards.
-        prefix: the beginning, of T tokens.
-        width: the slots to write, at least T: what later tokens overwrite is zero.
+        prefix: the beginning, of T tokens. The zeros after it are overwritten by later tokens.
     """
-    config = model.config
+    config, width = model.config, min(-(-prefix.length // STEP) * STEP, cache.slots)
     heads = 1 if config.is_latent else cache.heads(config.head_dim)
     for index in range(config.num_hidden_layers):
         parts: list[Any] = []

@@ -193,7 +193,7 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[list[Any]
     padding = [width - length for length in lengths]
     cache = make_cache(model, padding, options)
     if request.prefix is not None:
-        restore(cache, request.prefix, model.model.norm.weight.dtype)
+        cache = restore(model, cache, request.prefix)
         quantize_late(model, cache, options)
     ids = [[0] * pad + list(prompt)[request.begun :] for pad, prompt in zip(padding, prompts, strict=True)]
     length = width if len(prompts) == 1 else mx.array(lengths)
@@ -204,4 +204,4 @@ def cached_prompt(model: Model, request: GenerationRequest) -> CachedPrompt:
     """`minicpm_data.generation.api.Decoding.cached_prompt`."""
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
         cache, _ = prefill_prompts(model, request)
-        return stored(cache)
+        return stored(model.config, cache, len(request.prompt))

@@ -9,11 +9,13 @@ import numpy as np
 from mlx_lm.models.cache import QuantizedKVCache
 
 from minicpm_data.generation.prompt_cache import CachedPrompt, Part, Prefix
+from minicpm_mlx.model import Model
+from weights_io.config import ModelConfig
 
 
-def stored(cache: Sequence[Any]) -> CachedPrompt:
-    """The keys and values of the one prompt that a cache holds. A rotating one must not have begun to rotate."""
-    length = int(cache[0].offset)
+def stored(config: ModelConfig, cache: Sequence[Any], length: int) -> CachedPrompt:
+    """The keys and values of the one prompt, of ``length`` tokens, that a cache holds. A rotating one must not have
+    begun to rotate."""
 
     def part(held: Any) -> Part:
         if isinstance(held, mx.array):
@@ -25,18 +27,19 @@ def stored(cache: Sequence[Any]) -> CachedPrompt:
         return part(cache[index].keys), part(cache[index].values)
 
     if isinstance(cache[0], QuantizedKVCache):
-        return CachedPrompt(length, len(cache), layer, cache[0].bits, cache[0].group_size)
-    return CachedPrompt(length, len(cache), layer)
+        return CachedPrompt(length, config.num_hidden_layers, layer, cache[0].bits, cache[0].group_size)
+    return CachedPrompt(length, config.num_hidden_layers, layer)
 
 
-def restore(cache: list[Any], prefix: Prefix, dtype: mx.Dtype) -> None:
-    """Fill an empty cache, in place, with the beginning of a prompt. Of a quantized file it becomes quantized.
+def restore(model: Model, cache: list[Any], prefix: Prefix) -> list[Any]:
+    """Fill an empty cache with the beginning of a prompt.
 
     Arguments:
-        cache: one cache per layer.
-        prefix: the beginning.
-        dtype: of the model.
+        model: the model.
+        cache: one cache per layer, which must not be used afterwards.
+        prefix: the beginning. The cache of a quantized file is quantized.
     """
+    dtype = model.model.norm.weight.dtype
     for index in range(len(cache)):
         keys, values = prefix.layer(index)
         if isinstance(keys, tuple):
@@ -47,6 +50,7 @@ def restore(cache: list[Any], prefix: Prefix, dtype: mx.Dtype) -> None:
         else:
             cache[index].update_and_fetch(_as_mlx(keys, dtype), _as_mlx(values, dtype))
         mx.eval(cache[index].state)
+    return cache
 
 
 def _as_numpy(array: mx.array) -> np.ndarray:
