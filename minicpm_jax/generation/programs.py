@@ -87,8 +87,8 @@ class Programs:
             self._start()
 
     def claim(self, keys: Iterable[Key]) -> None:
-        """Say that the caller runs these now, and compiles those that are not ready: compile nothing else meanwhile, and
-        wait for the one of them that is being compiled."""
+        """Say that the caller runs these now, and compiles those that are not ready. Nothing else is begun meanwhile,
+        and the one of them that is being compiled is waited for."""
         wanted = set(keys)
         with self._changed:
             self._warm.clear()
