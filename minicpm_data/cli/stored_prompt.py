@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from weights_io.checkpoint import Checkpoint
     from weights_io.config import ModelConfig
 
+FEW = 4  # tokens at the end of a text that may be others before the next text
+
 
 def fingerprint_of(options: "ModelOptions", checkpoint: "Checkpoint | None") -> dict[str, str]:
     """The fingerprint of the model that a command has opened with `open_early`. Raises `InputError` where several
@@ -73,7 +75,7 @@ class Stored:
         length, whole = self.file.shared(config, request.prompt, request.cache.max_kv_size), self.file.length
         if not length and self.file.text is None:
             raise InputError(f"{self.file.path} holds keys for another RoPE than this long prompt needs; {AGAIN}.")
-        if length < min(whole, len(request.prompt) - 1) and not self._said:
+        if length < min(whole, len(request.prompt) - 1) - FEW and not self._said:
             self._said = True
             most = f"only {length:,} of the {whole:,} tokens in {self.file.path} are" if length else "nothing is"
             reason = "" if length else f" of {self.file.path}: the prompt begins in another way, or is too long for it"
