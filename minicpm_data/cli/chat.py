@@ -56,7 +56,7 @@ class Chat:
         """
         if not line.startswith("/"):
             if line.strip():
-                self._ask([*self.conversation.messages, {"role": "user", "content": line.lstrip() or line}])
+                self._ask(self.conversation.asked(line.lstrip() or line))
             return True
         name, _, rest = line.strip().partition(" ")
         match name, rest.split():

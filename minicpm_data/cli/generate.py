@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minicpm_data.cli.chat import Chat, greet
+from minicpm_data.cli.stored_prompt import Stored
 from minicpm_data.cli.terminal import Conversation, complain, typed_lines
 from minicpm_data.cli.wrapping import keys_unseen
 from minicpm_data.diagnostics import sparsity
@@ -105,6 +106,8 @@ class KVCacheOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions(KVCacheOptions, SamplingOptions, ModelOptions):
+    prompt_cache_file: str | None = None
+    """File of cache_prompt. Its text comes before the prompt, and need not be computed again."""
     prompt: Annotated[str, tyro.conf.arg(aliases=("-p",))] = "Hello!"
     """The prompt. - reads it from standard input."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = ANSWER_TOKENS
@@ -162,6 +165,8 @@ class GenerateOptions(KVCacheOptions, SamplingOptions, ModelOptions):
 
 @dataclass(frozen=True)
 class ChatOptions(KVCacheOptions, SamplingOptions, ModelOptions):
+    prompt_cache_file: str | None = None
+    """File of cache_prompt. Its text comes before the first question, and need not be computed again."""
     temp: Annotated[float, Former("temperature")] = CHAT_TEMPERATURE
     """Temperature; 0 takes the likeliest token."""
     top_p: float = CHAT_TOP_P
@@ -181,10 +186,14 @@ def run_generate(
         sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
         variables, cache_options = options.template_variables(), options.cache_options()
         options.speculation(options.draft_model)  # checks the range before anything is loaded
-        prompt = _read_stdin() if options.prompt == "-" else options.prompt
+        prompt = read_stdin() if options.prompt == "-" else options.prompt
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something.")
         here = open_early(options)
+        stored = Stored.opened(options, here)
+        if stored is not None:
+            stored.check_sampling(sampling, options.draft_model)
+            cache_options = stored.file.cache_options(cache_options)
         drafting = (
             None
             if options.draft_model is None
@@ -197,24 +206,31 @@ def run_generate(
         running.device.warn_idle_axes(model, 1)
         if options.report_sparsity:
             sparsity.checked_threshold(model.config)
-        for token in chain(*options.extra_eos_token):
+        for token in chain(*options.extra_eos_token, stored.eos_tokens if stored else ()):
             tokenizer.add_eos_token(token)
-        if options.ignore_chat_template:
-            ids = tokenizer.encode(prompt)
-        else:
+
+        def encoded(prompt: str) -> list[int]:
+            if options.ignore_chat_template:
+                return tokenizer.encode(prompt)
             begun = options.prefill_response is not None
-            ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
+            return tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
+
+        ids = encoded(prompt) if stored is None else stored.ids(prompt, encoded)
+        if not options.ignore_chat_template:
             stops = options.stops(*tokenizer.turn_markers)
         draft = None
         if drafting is not None:
             draft, _ = load_model(running, drafting, decoding=True, source=drafter)
         meter = Meter(running.device)
         request = GenerationRequest.of(model, tokenizer, [ids], max_tokens, sampling, cache_options)
+        if stored is not None:
+            request = stored.begun(model.config, request)
         answer = running.generator.stream(model, tokenizer, request, stops, options.speculation(draft))
-        for response in awaited(f"reading the prompt of {len(ids)} tokens", meter.watch(answer)):
+        left = len(ids) - request.begun
+        for response in awaited(f"reading the prompt of {left} tokens", meter.watch(answer)):
             print(response.text, end="", flush=True)
         print()
-        said = [meter.report(len(ids))] if options.verbose else []
+        said = [meter.report(left)] if options.verbose else []
         if options.report_sparsity:
             run = [*ids, *meter.tokens[:-1]]  # the model never saw the last token
             with waiting("counting neurons"):
@@ -234,6 +250,10 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
         cache_options = options.cache_options()
         sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
         here = open_early(options)
+        stored = Stored.opened(options, here)
+        if stored is not None:
+            stored.check_chat()
+            cache_options = stored.file.cache_options(cache_options)
         with keys_unseen():  # what is typed while a model loads or answers belongs to the next question
             running = backend()
             model, tokenizer = load_model(running, options, decoding=True, source=here)
@@ -242,28 +262,42 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
             running.generator.decoding.check(
                 model, GenerationRequest.of(model, tokenizer, [[0]], 1, sampling, cache_options)
             )
-            stops = options.stops(*tokenizer.turn_markers)
+            stops, warming = options.stops(*tokenizer.turn_markers), running.generator.decoding.warming(model)
+            for token in stored.eos_tokens if stored else ():
+                tokenizer.add_eos_token(token)
 
             def answer(prompt: list[int], most: int, sampling: Sampling) -> "Iterator[Response]":
                 request = GenerationRequest.of(model, tokenizer, [prompt], most, sampling, cache_options)
-                return running.generator.stream(model, tokenizer, request, stops)
+                if stored is not None:
+                    request = stored.begun(model.config, request)
+                warming.claim(request)
+                count = 0
+                for response in running.generator.stream(model, tokenizer, request, stops):
+                    count += response.token is not None
+                    yield response
+                if sys.stdin.isatty():  # otherwise the next question is there already
+                    warming.follow(request, count)
 
             def note(tokens: int) -> bool | None:
                 return note_context(model.config, tokens, " (/reset begins anew)", options.rescaled)
 
-            conversation = Conversation(options.system_prompt)
+            conversation = Conversation(options.system_prompt, stored.text if stored else "")
             chat = Chat(
                 conversation, sampling, max_tokens, tokenizer.apply_chat, answer, lambda: Meter(running.device), note
             )
             greet(options.model or "pico", running.device.description())
-            for line in typed_lines():
-                try:
-                    if not chat.take(line):
-                        return
-                except InputError as error:
-                    complain(error)
-                except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
-                    print()
+            try:
+                for line in typed_lines():
+                    try:
+                        if not chat.take(line):
+                            return
+                    except InputError as error:
+                        complain(error)
+                    except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
+                        print()
+            finally:
+                with waiting("ending"):
+                    warming.close()
 
     command_line.run(main, options, prog)
 
@@ -324,7 +358,8 @@ def _positive(max_tokens: int) -> int:
     return max_tokens
 
 
-def _read_stdin() -> str:
+def read_stdin() -> str:
+    """The text on standard input. Raises `InputError` where it is closed or no text."""
     if sys.stdin is None:
         raise InputError("standard input is closed; give the prompt with --prompt.")
     try:

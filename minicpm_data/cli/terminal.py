@@ -40,15 +40,25 @@ Message = dict[str, str]
 
 
 class Conversation:
-    """The messages of a chat, and the slash commands that change them."""
+    """The messages of a chat, and the slash commands that change them.
 
-    def __init__(self, system: str | None):
-        self.system = system
+    Arguments:
+        system: the system message.
+        before: a text that the first question continues.
+    """
+
+    def __init__(self, system: str | None, before: str = ""):
+        self.system, self.before = system, before
         self.messages = self._beginning()
         self._saved: dict[Path, tuple[int, int]] = {}  # files saved by this chat: inode and bytes
 
     def _beginning(self) -> list[Message]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def asked(self, question: str) -> list[Message]:
+        """The messages with one more question."""
+        first = not any(message["role"] == "user" for message in self.messages)
+        return [*self.messages, {"role": "user", "content": (self.before if first else "") + question}]
 
     def reset(self) -> None:
         self.messages = self._beginning()

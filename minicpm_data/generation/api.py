@@ -27,9 +27,23 @@ if TYPE_CHECKING:
     import numpy as np
 
     from minicpm_data.generation.engine import BatchEngine
+    from minicpm_data.generation.prompt_cache import CachedPrompt
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, str]
+
+
+class Warming(Generic[ModelT]):
+    """Prepares the next answers of a chat. A backend without programs to compile has nothing to prepare."""
+
+    def claim(self, request: GenerationRequest) -> None:
+        """Called before a request runs."""
+
+    def follow(self, request: GenerationRequest, answer: int) -> None:
+        """Prepare, in the background, the request that follows this one and its answer of so many tokens."""
+
+    def close(self) -> None:
+        """End the preparations."""
 
 
 class Decoding(Protocol[ModelT]):
@@ -49,6 +63,12 @@ class Decoding(Protocol[ModelT]):
         self, model: ModelT, request: GenerationRequest, speculation: Speculation[ModelT]
     ) -> Iterator[tuple[int, bool]]:
         """Yield the tokens of `stream_tokens` for one prompt, each with whether it was a draft token."""
+
+    def cached_prompt(self, model: ModelT, request: GenerationRequest) -> "CachedPrompt":
+        """Prefill the one prompt of a request, and return its keys and values. The request must have passed `check`."""
+
+    def warming(self, model: ModelT) -> Warming[ModelT]:
+        """The preparations of a chat with this model."""
 
     def engine(
         self,

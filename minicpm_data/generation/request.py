@@ -18,6 +18,7 @@ from minicpm_data.generation.options import (
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
+    from minicpm_data.generation.prompt_cache import Prefix
     from minicpm_data.tokenizer.tokenizer import Tokenizer
     from weights_io.config import ModelConfig
 
@@ -108,6 +109,7 @@ class GenerationRequest:
         sampling: how each token is sampled.
         end_ids: tokens that end an answer.
         cache: the options of the key/value cache.
+        prefix: the beginning of the prompt whose keys and values are in a file; for one prompt.
 
     Raises:
         InputError: a value is out of range. A request that exists need not be checked again.
@@ -118,6 +120,7 @@ class GenerationRequest:
     sampling: Sampling = GREEDY
     end_ids: frozenset[int] = frozenset()
     cache: CacheOptions = PLAIN_CACHE
+    prefix: "Prefix | None" = None
 
     def __post_init__(self) -> None:
         check_number("max_tokens", self.max_tokens, whole=True)
@@ -146,6 +149,11 @@ class GenerationRequest:
         """The prompt of a request that has exactly one."""
         (only,) = self.prompts
         return only
+
+    @property
+    def begun(self) -> int:
+        """Tokens of `prefix`, which are not run."""
+        return 0 if self.prefix is None else self.prefix.length
 
     @property
     def longest(self) -> int:

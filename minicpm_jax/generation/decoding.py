@@ -20,13 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation.options import CacheOptions, seen_tokens
+from minicpm_data.generation.prompt_cache import CachedPrompt
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
+from minicpm_jax.generation.prompt_cache import restore, stored
 from minicpm_jax.generation.sampling import SamplingParams, sample
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.model import Model
@@ -238,13 +240,16 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
 
 def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """A cache that holds the prompts and has room for an answer, and the hidden state of each prompt's last token."""
-    prompts, longest, slots = request.prompts, request.longest, cache_length(request)
+    prompts, longest, slots, begun = request.prompts, request.longest, cache_length(request), request.begun
     check_cache(model, len(prompts), slots, request.cache)
     use_compilation_cache()
     lengths = np.array([len(p) for p in prompts], np.int32)
-    width = prefill_chunk(longest, request.cache)
+    width = prefill_chunk(longest - begun, request.cache)
     cache, last = empty(model, len(prompts), slots, request.cache.kv_bits)
-    for start in range(0, longest, width):
+    if request.prefix is not None:
+        cache = restore(model, cache, request.prefix)
+    cache, last = at_home(model, (cache, last))
+    for start in range(begun, longest, width):
         ids = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
             part = prompt[start : start + width]
@@ -253,10 +258,31 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Fl
     return cache, last
 
 
+def home_of(model: Model) -> Sharding | None:
+    """Where the weights are, if they are committed to a place. So are the results of programs that read them."""
+    return next((x.sharding for x in jax.tree.leaves(model) if x.committed), None)
+
+
+def at_home(model: Model, arrays: Any) -> Any:
+    """Arrays that no weight went into, in the place of the model's results: otherwise the first chunk of a prompt would
+    need another program than the second one. XLA places those of a mesh."""
+    home = home_of(model) if model.mesh is None else None
+    return arrays if home is None else jax.device_put(arrays, home)
+
+
+def cached_prompt(model: Model, request: GenerationRequest) -> CachedPrompt:
+    """`minicpm_data.generation.api.Decoding.cached_prompt`."""
+    cache, _ = prefill_prompts(model, request)
+    return stored(model.config, cache, len(request.prompt))
+
+
 def cache_length(request: GenerationRequest) -> int:
     """Cache slots for a request: the padded prompts and at first at most `ROOM` tokens of the answer."""
-    width = prefill_chunk(request.longest, request.cache)
-    return max(-(-request.longest // width) * width, bucket_length(request.longest + min(request.max_tokens, ROOM)))
+    begun, left = request.begun, request.longest - request.begun
+    width = prefill_chunk(left, request.cache)
+    padded = begun + -(-left // width) * width
+    padded = bucket_length(padded) if begun else padded
+    return max(padded, bucket_length(request.longest + min(request.max_tokens, ROOM)))
 
 
 def prefill_chunk(longest: int, cache_options: CacheOptions) -> int:

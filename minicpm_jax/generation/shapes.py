@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from minicpm_data.generation.options import GREEDY, CacheOptions
 from minicpm_jax.cpu.form import form_of_model
@@ -29,8 +29,7 @@ class Shapes:
 
     def __init__(self, model: Model, cache_options: CacheOptions):
         self.model, self.bits = model, cache_options.kv_bits
-        # A result is committed to a place if any input of its program is.
-        self._home: Sharding | None = next((x.sharding for x in jax.tree.leaves(model) if x.committed), None)
+        self._home = decoding.home_of(model)
         self.state, self.row = functools.cache(self._state), functools.cache(self._row)
 
     def placed(self, value: Any, shape: Any) -> Any:
@@ -42,7 +41,8 @@ class Shapes:
 
         return value if self._home is None else jax.tree.map(put, value, shape)
 
-    def _array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec | None = None) -> jax.ShapeDtypeStruct:
+    def array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec | None = None) -> jax.ShapeDtypeStruct:
+        """A result of a program: in the place of the model, or over the mesh by ``spec``."""
         mesh = self.model.mesh
         sharding = self._home if mesh is None else NamedSharding(mesh, spec or PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -52,22 +52,22 @@ class Shapes:
         dtype = form_of_model(model).cache_dtype(model)
         cache = jax.eval_shape(lambda: Cache.empty(model.config, rows, length, dtype, self.bits, model.mesh))
         if model.mesh is None:
-            return jax.tree.map(lambda x: self._array(x.shape, x.dtype), cache)
-        return jax.tree.map(lambda x, spec: self._array(x.shape, x.dtype, spec), cache, cache_specs(cache, model.mesh))
+            return jax.tree.map(lambda x: self.array(x.shape, x.dtype), cache)
+        return jax.tree.map(lambda x, spec: self.array(x.shape, x.dtype, spec), cache, cache_specs(cache, model.mesh))
 
     def _state(self, rows: int, length: int | None) -> State:
         """The state of B rows; ``length`` of None: without a cache."""
         cache: Any = None if length is None else self._cache(rows, length)
-        token = self._array((rows,), jnp.int32)
-        token_mask = self._array((rows, self.model.config.vocab_size), jnp.bool_)
-        rng = self._array((rows,), jax.random.key(0).dtype)
-        finished, ends = self._array((rows,), jnp.bool_), self._array((rows, ENDS), jnp.int32)
+        token = self.array((rows,), jnp.int32)
+        token_mask = self.array((rows, self.model.config.vocab_size), jnp.bool_)
+        rng = self.array((rows,), jax.random.key(0).dtype)
+        finished, ends = self.array((rows,), jnp.bool_), self.array((rows, ENDS), jnp.int32)
         return State(cache, token, token_mask, rng, finished, ends)
 
     def _row(self, length: int) -> tuple[Cache, jax.ShapeDtypeStruct]:
         """The cache of a prompt, and the hidden state of its last token."""
         dtype = self.model.model.norm.weight.dtype
-        return self._cache(1, length), self._array((1, 1, self.model.config.hidden_size), dtype)
+        return self._cache(1, length), self.array((1, 1, self.model.config.hidden_size), dtype)
 
     def lowered(self, key: Key, rows: int) -> Any:
         """The traced program of a key, for ``rows`` slots. What the host passes has no place."""

@@ -82,7 +82,8 @@ def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Dra
     """Guesses of a draft model. It always proposes the full number, because another number would be another program."""
     model, count = speculation.draft_model, speculation.num_draft_tokens
     assert model is not None
-    cache, _ = decoding.prefill_prompts(model, reserve_guesses(request, count))
+    own = dataclasses.replace(reserve_guesses(request, count), prefix=None)  # a prefix is of the other model
+    cache, _ = decoding.prefill_prompts(model, own)
 
     def proposed(last: Sequence[int], start: int, wanted: int) -> list[int]:
         nonlocal cache

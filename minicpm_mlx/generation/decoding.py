@@ -17,8 +17,10 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, QuantizedKVCache, make_prompt_cache
 
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.prompt_cache import CachedPrompt
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_mlx import device
+from minicpm_mlx.generation.prompt_cache import restore, stored
 from minicpm_mlx.generation.sampling import sample
 from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
@@ -175,14 +177,31 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
 
 def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     """Prefill the prompts and sample each row's first token."""
+    cache, hidden = prefill_prompts(model, request)
+    prompts, sampling = request.prompts, request.sampling
+    token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
+    last = mx.array([prompt[-1] for prompt in prompts])
+    state = State(cache, last, token_mask, mx.array(sampling.row_keys(len(prompts))))
+    return sample_next(state, model.head(hidden)[:, 0], sampling)
+
+
+def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[list[Any], mx.array]:
+    """A cache that holds the prompts, and the hidden state [B, 1, D] of each prompt's last token."""
     fuse(model)
-    prompts, sampling, width = request.prompts, request.sampling, request.longest
+    prompts, width, options = request.prompts, request.longest, request.cache
     lengths = [len(prompt) for prompt in prompts]
     padding = [width - length for length in lengths]
-    cache = make_cache(model, padding, request.cache)
-    ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+    cache = make_cache(model, padding, options)
+    if request.prefix is not None:
+        cache = restore(model, cache, request.prefix)
+        quantize_late(model, cache, options)
+    ids = [[0] * pad + list(prompt)[request.begun :] for pad, prompt in zip(padding, prompts, strict=True)]
     length = width if len(prompts) == 1 else mx.array(lengths)
-    hidden = prefill_chunks(model, ids, cache, request.cache.prefill_step_size, length, request.cache)
-    token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
-    state = State(cache, ids[:, -1], token_mask, mx.array(sampling.row_keys(len(prompts))))
-    return sample_next(state, model.head(hidden)[:, 0], sampling)
+    return cache, prefill_chunks(model, mx.array(ids), cache, options.prefill_step_size, length, options)
+
+
+def cached_prompt(model: Model, request: GenerationRequest) -> CachedPrompt:
+    """`minicpm_data.generation.api.Decoding.cached_prompt`."""
+    with wired_limit(model, [mx.default_stream(mx.default_device())]):
+        cache, _ = prefill_prompts(model, request)
+        return stored(model.config, cache, len(request.prompt))
