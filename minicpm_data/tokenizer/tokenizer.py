@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from minicpm_data.sampling_defaults import ChatSampling
 from minicpm_data.tokenizer import chat_template as chat
 from minicpm_data.tokenizer.detokenizer import Decoder, Detokenizer
 from minicpm_data.tokenizer.fast_tokenizer import FastTokenizer
@@ -25,6 +26,7 @@ class Tokenizer:
         chat_template: Jinja source; MiniCPM's template where the checkpoint has none.
         chat_template_given: whether the checkpoint has a template.
         tool_template: the checkpoint's separate template for chats with tools, if any.
+        sampling: the model's sampling defaults in a chat; those of MiniCPM-2B without a checkpoint.
         rows: rows of the model's embedding where some added tokens are beyond it; None otherwise.
         added_tokens: id -> text of all added tokens, special or not.
         turn_markers: texts, not special tokens, with which the template starts a turn. A model may write one after its
@@ -59,6 +61,7 @@ class Tokenizer:
         self.chat_template = chat.MINICPM_TEMPLATE if chat_template is None else chat_template
         self.chat_template_given = chat_template is not None
         self.tool_template = tool_template
+        self.sampling = ChatSampling("minicpm")
         self.rows: int | None = None
         self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
         self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
