@@ -36,6 +36,7 @@ from minicpm_data.generation.request import (
     special_tokens_kept,
 )
 from minicpm_data.generation.responses import Response, stream_text
+from minicpm_data.generation.thinking import ThinkingBudget
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
 from weights_io.errors import InputError
@@ -127,12 +128,18 @@ class ServingEngine(Generic[ModelT]):
         self._asked.put(self._engine.warm)
 
     def stream_generate(
-        self, prompt: Prompt, max_tokens: int = ANSWER_TOKENS, stop: str | Sequence[str] = (), **sampling: Any
+        self,
+        prompt: Prompt,
+        max_tokens: int = ANSWER_TOKENS,
+        stop: str | Sequence[str] = (),
+        thinking_budget: int | None = None,
+        **sampling: Any,
     ) -> Iterator[Response]:
         """Generate from one prompt; blocks until each token arrives.
 
         Arguments:
-            prompt, max_tokens, stop: as for `minicpm_data.generation.api.Generator.stream_generate`.
+            prompt, max_tokens, stop, thinking_budget: as for
+                `minicpm_data.generation.api.Generator.stream_generate`.
             sampling: the fields of `Sampling`.
 
         Returns:
@@ -142,7 +149,7 @@ class ServingEngine(Generic[ModelT]):
             InputError: at the call, where a value is out of range or the prompt is too long.
         """
         answer: queue.SimpleQueue[Answered] = queue.SimpleQueue()
-        request = self.request(self.prompt_ids(prompt), max_tokens, Sampling(**sampling))
+        request = self.request(self.prompt_ids(prompt), max_tokens, Sampling(**sampling), thinking_budget)
         number = self.submit(answer.put, request, stop)
         responses = self._responses(number, answer)
         next(responses)  # enters the generator, whose end cancels the request
@@ -182,11 +189,14 @@ class ServingEngine(Generic[ModelT]):
     def prompt_ids(self, prompt: Prompt) -> PromptIds:
         return prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size)
 
-    def request(self, ids: PromptIds, max_tokens: int, sampling: Sampling) -> GenerationRequest:
+    def request(
+        self, ids: PromptIds, max_tokens: int, sampling: Sampling, thinking_budget: int | None = None
+    ) -> GenerationRequest:
         """A request with this engine's EOS ids and cache options. Raises `PromptTooLong`."""
         self._engine.check_context(len(ids), max_tokens)
         sampling = special_tokens_kept(sampling, self.tokenizer, self._ends, self.model.config.vocab_size)
-        return GenerationRequest((ids,), max_tokens, sampling, self._ends, self._engine.cache_options)
+        thinking = None if thinking_budget is None else ThinkingBudget.of(self.tokenizer, thinking_budget, (ids,))
+        return GenerationRequest((ids,), max_tokens, sampling, self._ends, self._engine.cache_options, thinking)
 
     def group(self) -> int:
         """The id of a new group of requests, which never takes all slots and takes turns with other groups."""

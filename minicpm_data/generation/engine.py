@@ -23,6 +23,7 @@ from typing import Generic
 
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest, ModelT, PromptIds
+from minicpm_data.generation.thinking import Thought
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.memory import no_room
@@ -57,6 +58,7 @@ class RequestState:
         group: the id of its group; its own number where it has none.
         turn: order in the queue among groups that hold equally many slots; the lowest is next.
         generated: the token ids so far.
+        thought: the thought, where the request has a thinking budget.
     """
 
     number: int
@@ -64,6 +66,11 @@ class RequestState:
     group: int
     turn: int
     generated: list[int] = field(default_factory=list)
+    thought: Thought | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if (budget := self.request.thinking) is not None:
+            self.thought = Thought(budget, *budget.opened)
 
     @property
     def prompt(self) -> PromptIds:

@@ -15,6 +15,7 @@ from minicpm_data.generation.options import (
     CacheOptions,
     Sampling,
 )
+from minicpm_data.generation.thinking import ThinkingBudget
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class GenerationRequest:
         sampling: how each token is sampled.
         end_ids: tokens that end an answer.
         cache: the options of the key/value cache.
+        thinking: the most tokens of each thought; None: any number.
 
     Raises:
         InputError: a value is out of range. A request that exists need not be checked again.
@@ -118,6 +120,7 @@ class GenerationRequest:
     sampling: Sampling = GREEDY
     end_ids: frozenset[int] = frozenset()
     cache: CacheOptions = PLAIN_CACHE
+    thinking: ThinkingBudget | None = None
 
     def __post_init__(self) -> None:
         check_number("max_tokens", self.max_tokens, whole=True)
@@ -133,13 +136,18 @@ class GenerationRequest:
         max_tokens: int = ANSWER_TOKENS,
         sampling: Sampling = GREEDY,
         cache: CacheOptions = PLAIN_CACHE,
+        thinking_budget: int | None = None,
     ) -> "GenerationRequest":
-        """A request for prompts given as texts or ids, with the EOS ids of this model and tokenizer."""
+        """A request for prompts given as texts or ids, with the EOS ids of this model and tokenizer.
+
+        ``thinking_budget``: most tokens of a thought; it is for chat templates that think.
+        """
         check_model("model", model)
         rows = tuple(prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts)
         ends = end_ids(model, tokenizer)
         sampling = special_tokens_kept(sampling, tokenizer, ends, model.config.vocab_size)
-        return cls(rows, max_tokens, sampling, ends, cache)
+        thinking = None if thinking_budget is None else ThinkingBudget.of(tokenizer, thinking_budget, rows)
+        return cls(rows, max_tokens, sampling, ends, cache, thinking)
 
     @property
     def prompt(self) -> PromptIds:

@@ -64,6 +64,10 @@ class Speculation(Generic[Source]):
             raise InputError(
                 "cannot rewind a wrong guess; leave it out, or leave out the speculation.", option="max_kv_size"
             )
+        if request.thinking is not None:
+            raise InputError(
+                "is for decoding without guesses; leave it out, or leave out the speculation.", "thinking_budget"
+            )
         if self.draft_model is not None:
             check_model("draft_model", self.draft_model)
             draft, own = self.draft_model.config.vocab_size, model.config.vocab_size

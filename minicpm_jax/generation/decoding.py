@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation.options import CacheOptions, seen_tokens
 from minicpm_data.generation.request import GenerationRequest
+from minicpm_data.generation.thinking import Thoughts
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation.sampling import SamplingParams, sample
@@ -124,19 +125,25 @@ def first_token(
     rng: UInt32[Array, "B 2"],
     eos_ids: Int[Array, "E"] | Int[Array, "B E"],
     params: SamplingParams,
+    forced: Int[Array, "B"] | None = None,
 ) -> State:
-    """Sample each row's first token after its prompt."""
+    """Sample each row's first token after its prompt; ``forced`` as in `sample_next`."""
     batch = len(last)
     draws = jax.random.wrap_key_data(rng)
     state = State(cache, jnp.zeros(batch, jnp.int32), token_mask, draws, jnp.zeros(batch, bool), eos_ids)
-    return sample_next(state, model.head(last)[:, 0], params)
+    return sample_next(state, model.head(last)[:, 0], params, forced)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def decode(
-    model: Model, state: State, steps: Int[Array, ""], params: SamplingParams
+    model: Model,
+    state: State,
+    steps: Int[Array, ""],
+    params: SamplingParams,
+    forced: Int[Array, "N B"] | None = None,
 ) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
     """Generate up to ``steps`` (at most `STEPS`) more tokens per row; fewer if all rows finish.
+    ``forced`` [STEPS, B]: as in `sample_next`, for each step.
 
     Returns the state, the tokens [STEPS, B] and how many of the STEPS rows are valid.
     """
@@ -144,7 +151,8 @@ def decode(
     def step(carry):
         state, tokens, count = carry
         hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.finished, 0, 1))
-        state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params)
+        now = None if forced is None else forced[count]
+        state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params, now)
         return state, tokens.at[count].set(state.token), count + 1
 
     def more(carry):
@@ -155,10 +163,13 @@ def decode(
     return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
 
 
-def sample_next(state: State, logits: Float[Array, "B V"], params: SamplingParams) -> State:
-    """Sample the next token of each row."""
+def sample_next(
+    state: State, logits: Float[Array, "B V"], params: SamplingParams, forced: Int[Array, "B"] | None = None
+) -> State:
+    """Sample the next token of each row. ``forced``: ids to take in place of a sampled one, or -1."""
     both = jax.vmap(jax.random.split)(state.rng)
     token = sample(logits, state.token_mask, params, both[:, 1]).astype(jnp.int32)
+    token = token if forced is None else jnp.where(forced >= 0, forced, token)
     token_mask = None if state.token_mask is None else state.token_mask.at[jnp.arange(len(token)), token].set(True)
     finished = state.finished | jnp.any(token[:, None] == state.eos_ids, axis=1)
     return State(state.cache, token, token_mask, both[:, 0], finished, state.eos_ids)
@@ -204,8 +215,11 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
     """`minicpm_data.generation.api.Decoding.stream_tokens`."""
     batch, longest, max_tokens = len(request.prompts), request.longest, request.max_tokens
     params = SamplingParams.of(request.sampling, model.config.vocab_size)
+    thoughts = Thoughts(request.thinking, request.end_ids)
     state = prefill_and_sample(model, request)
-    yield fetch(state.token)
+    first = fetch(state.token)
+    thoughts.add(first)
+    yield first
     slots = state.cache.slots
     made, steps = 1, 1
     while made < max_tokens:
@@ -216,11 +230,13 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
             check_cache(model, batch, slots, request.cache)
             state = resize_state(state, slots)
         began = time.perf_counter()
-        room = min(steps, max_tokens - made, slots - longest - made + 1)
-        state, tokens, count = decode(model, state, np.int32(room), params)
-        count = int(count)
-        yield from fetch(tokens)[:count]
-        made += count
+        room = min(steps, max_tokens - made, slots - longest - made + 1, thoughts.free)
+        state, tokens, count = decode(model, state, np.int32(room), params, thoughts.forced(STEPS))
+        found = fetch(tokens)[: int(count)]
+        for step in found:
+            thoughts.add(step)
+        yield from found
+        made += len(found)
         # Double the steps per call while a call is quick. Several processes do not measure: their clocks differ.
         quick = jax.process_count() > 1 or time.perf_counter() - began < PATIENCE / 2
         steps = min(STEPS, 2 * steps) if quick else steps
@@ -233,7 +249,8 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     ends = np.array(sorted(request.end_ids) or [-1], np.int32)
     token_mask = seen_tokens(request.prompts, vocab_size) if sampling.penalized else None
     rng = broadcast_from_main(sampling.row_keys(len(request.prompts)))
-    return first_token(model, cache, last, token_mask, rng, ends, SamplingParams.of(sampling, vocab_size))
+    params, forced = SamplingParams.of(sampling, vocab_size), Thoughts(request.thinking).forced(1)
+    return first_token(model, cache, last, token_mask, rng, ends, params, None if forced is None else forced[0])
 
 
 def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:

@@ -23,6 +23,7 @@ from jaxtyping import Array
 from minicpm_data.generation import engine
 from minicpm_data.generation.engine import RequestState, shared
 from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.thinking import forced_steps
 from minicpm_jax import device
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import STEPS, State, bucket_length
@@ -196,7 +197,8 @@ class Engine(engine.BatchEngine[Model]):
         eos_ids = np.array([found + [-1] * (ENDS - len(found))], np.int32)
         params = SamplingParams.of_rows([request.sampling], vocabulary)
         token_mask, rng, nothing = seen_tokens([state.prompt], vocabulary), request.sampling.row_keys(1), None
-        row = decoding.first_token(self.model, nothing, last, token_mask, rng, eos_ids, params)
+        forced = forced_steps([state.thought], 1)[0]
+        row = decoding.first_token(self.model, nothing, last, token_mask, rng, eos_ids, params, forced)
         row = self.shapes.placed(row, self.shapes.state(1, None))
         return dataclasses.replace(row, cache=cache)
 
@@ -222,7 +224,13 @@ class Engine(engine.BatchEngine[Model]):
         here = [(slot, row) for slot, row in enumerate(self.rows) if row is not None and row.number in self.running]
         samplings = [row.request.sampling if row and row.number in self.running else GREEDY for row in self.rows]
         params = SamplingParams.of_rows(samplings, self.model.config.vocab_size)
-        state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), params)
+        thoughts = [row.thought if row and row.number in self.running else None for row in self.rows]
+        for row, thought in zip(self.rows, thoughts, strict=True):
+            if row is not None and thought is not None:
+                thought.see(row.generated)
+                steps = min(steps, thought.free)
+        forced = forced_steps(thoughts, STEPS)
+        state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), params, forced)
         self._keep(state)
         found = np.asarray(tokens)[: int(count)]
         return [(row.number, int(step[slot])) for step in found for slot, row in here]

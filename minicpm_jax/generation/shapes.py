@@ -90,7 +90,7 @@ class Shapes:
             case "first_token":
                 last, nothing = self.row(1)[1], None
                 given = host(jnp.bool_, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
-                return decoding.first_token.lower(model, nothing, last, *given, params(1))
+                return decoding.first_token.lower(model, nothing, last, *given, params(1), host(jnp.int32, 1))
             case "insert":
                 length, row_length = sizes
                 return insert.lower(self.state(rows, length), self.state(1, row_length), number)
@@ -101,7 +101,8 @@ class Shapes:
                 held, length = sizes
                 return decoding.resize_cache.lower(self.state(rows, held).cache, length)
             case "decode":
-                return decoding.decode.lower(model, self.state(rows, sizes[0]), number, params(rows))
+                forced = host(jnp.int32, decoding.STEPS, rows)
+                return decoding.decode.lower(model, self.state(rows, sizes[0]), number, params(rows), forced)
             case "mark_finished":
                 return mark_finished.lower(self.state(rows, None).finished, number)
         raise AssertionError(key)

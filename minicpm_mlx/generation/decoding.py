@@ -18,6 +18,7 @@ from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, Qua
 
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
 from minicpm_data.generation.request import GenerationRequest
+from minicpm_data.generation.thinking import Thoughts
 from minicpm_mlx import device
 from minicpm_mlx.generation.sampling import sample
 from minicpm_mlx.layers.fused_linear import fuse
@@ -128,6 +129,18 @@ def sample_next(state: State, logits: mx.array, sampling: Sampling) -> State:
     return replace(state, token=token, token_mask=token_mask, rng=rng)
 
 
+def force(state: State, token_mask: mx.array | None, forced: np.ndarray | None) -> State:
+    """The state with tokens in place of the sampled ones.
+
+    ``token_mask``: that of the state before. ``forced``: [B] ids, or -1 to keep the sampled token; None keeps all.
+    """
+    if forced is None or (forced < 0).all():
+        return state
+    token = mx.where(mx.array(forced >= 0), mx.array(forced).astype(state.token.dtype), state.token)
+    seen = None if token_mask is None else mx.put_along_axis(token_mask, token[:, None], mx.array(True), axis=1)
+    return replace(state, token=token, token_mask=seen)
+
+
 def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
     """Raise `InputError` for cache options that this backend does not support for this model and batch."""
     if cache_options.kv_bits is None:
@@ -158,12 +171,16 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
     """`minicpm_data.generation.api.Decoding.stream_tokens`."""
     max_tokens, sampling = request.max_tokens, request.sampling
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
+        thoughts = Thoughts(request.thinking, request.end_ids)
         state = prefill_and_sample(model, request)
         ends, finished = np.array(sorted(request.end_ids)), np.zeros(len(request.prompts), bool)
         for made in range(1, max_tokens + 1):
             following = step(model, state, sampling) if made < max_tokens else state
             quantize_late(model, following.cache, request.cache)
             tokens = np.asarray(state.token)
+            thoughts.add(tokens)
+            if (forced := thoughts.forced(1)) is not None:
+                following = force(following, state.token_mask, forced[0])
             yield tokens
             finished |= np.isin(tokens, ends)
             if finished.all():
@@ -185,4 +202,5 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     hidden = prefill_chunks(model, ids, cache, request.cache.prefill_step_size, length, request.cache)
     token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
     state = State(cache, ids[:, -1], token_mask, mx.array(sampling.row_keys(len(prompts))))
-    return sample_next(state, model.head(hidden)[:, 0], sampling)
+    first, forced = sample_next(state, model.head(hidden)[:, 0], sampling), Thoughts(request.thinking).forced(1)
+    return first if forced is None else force(first, token_mask, forced[0])
