@@ -11,7 +11,8 @@ import pytest
 import tiny_tokenizer as tiny
 
 from minicpm_data import load_tokenizer
-from minicpm_data.tokenizer import chat_template, template_process
+from minicpm_data.conversation import template_process
+from minicpm_data.tokenizer import chat_template
 from weights_io.errors import InputError
 
 WORDS = ["Hello", " world", "你好", "\n", "  ", "<用户>", "<AI>", "<td>", "👍", "<", "|", "s", ">", "</", "42"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_data.arguments import check_number
-from minicpm_data.conversation.template_features import features_of, opens_thought
+from minicpm_data.conversation.template_features import opens_thought
 from minicpm_data.generation.options import MOST
 from weights_io.errors import InputError
 
@@ -27,7 +27,7 @@ TAIL = 32  # last tokens of a prompt, which hold the tag that it may end with
 
 def thinks(tokenizer: "Tokenizer | None") -> bool:
     """Whether the chat template lets the model think, or not, by ``enable_thinking``."""
-    return tokenizer is not None and features_of(tokenizer.chat_template, tokenizer.tool_template).thinking
+    return tokenizer is not None and tokenizer.features.thinking
 
 
 def check_thinks(tokenizer: "Tokenizer | None", option: str) -> None:

@@ -71,7 +71,7 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
     Raises:
         InputError: the template fails, raises an exception of its own, or exceeds a limit.
     """
-    from minicpm_data.tokenizer import template_process
+    from minicpm_data.conversation import template_process
 
     given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
     return template_process.render(template, {"tools": None, "documents": None, **variables, **given})
@@ -89,7 +89,7 @@ def variables_of(template: str) -> frozenset[str]:
     Raises:
         InputError: the template cannot be parsed within the limits of time and memory.
     """
-    from minicpm_data.tokenizer import template_process
+    from minicpm_data.conversation import template_process
 
     return template_process.variables_of(template)
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from minicpm_data.conversation.template_features import TemplateFeatures, features_of
 from minicpm_data.sampling_defaults import ChatSampling
 from minicpm_data.tokenizer import chat_template as chat
 from minicpm_data.tokenizer.detokenizer import Decoder, Detokenizer
@@ -130,6 +131,11 @@ class Tokenizer:
     def fast(self) -> FastTokenizer:
         """The tokenizer of the `tokenizers` library."""
         return self._fast
+
+    @property
+    def features(self) -> TemplateFeatures:
+        """What the chat template supports: tools, thinking. Raises `InputError` where it cannot be parsed."""
+        return features_of(self.chat_template, self.tool_template)
 
     def warm_up(self) -> None:
         """Build the tokenizer for untrusted text now, which takes 1 s for 122,753 tokens."""

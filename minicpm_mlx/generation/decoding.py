@@ -113,31 +113,24 @@ def step(model: Model, state: State, sampling: Sampling) -> State:
     return sample_next(state, model.head(hidden)[:, 0], sampling)
 
 
-def sample_next(state: State, logits: mx.array, sampling: Sampling) -> State:
-    """Sample the next token of each row from logits [B, V]."""
+def sample_next(state: State, logits: mx.array, sampling: Sampling, forced: np.ndarray | None = None) -> State:
+    """Sample the next token of each row from logits [B, V]. ``forced``: [B] ids to take in place of a sampled one, or
+    -1."""
     rng, draws = state.rng, None
     if not sampling.greedy:
         both = mx.stack([mx.random.split(key) for key in state.rng])
         rng, draws = both[:, 0], both[:, 1]
     token = sample(logits, state.token_mask, sampling, draws)
-    token_mask = (
-        None
-        if state.token_mask is None
-        else mx.put_along_axis(state.token_mask, token[:, None], mx.array(True), axis=1)
-    )
-    mx.async_eval(token)
-    return replace(state, token=token, token_mask=token_mask, rng=rng)
+    return with_token(replace(state, token=token, rng=rng), state.token_mask, forced)
 
 
-def force(state: State, token_mask: mx.array | None, forced: np.ndarray | None) -> State:
-    """The state with tokens in place of the sampled ones.
-
-    ``token_mask``: that of the state before. ``forced``: [B] ids, or -1 to keep the sampled token; None keeps all.
-    """
-    if forced is None or (forced < 0).all():
-        return state
-    token = mx.where(mx.array(forced >= 0), mx.array(forced).astype(state.token.dtype), state.token)
+def with_token(state: State, token_mask: mx.array | None, forced: np.ndarray | None = None) -> State:
+    """The state with ``token_mask``, that of the state before, extended by its token, or by the ``forced`` one."""
+    token = state.token
+    if forced is not None and (forced >= 0).any():
+        token = mx.where(mx.array(forced >= 0), mx.array(forced).astype(token.dtype), token)
     seen = None if token_mask is None else mx.put_along_axis(token_mask, token[:, None], mx.array(True), axis=1)
+    mx.async_eval(token)
     return replace(state, token=token, token_mask=seen)
 
 
@@ -180,7 +173,7 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
             tokens = np.asarray(state.token)
             thoughts.add(tokens)
             if (forced := thoughts.forced(1)) is not None:
-                following = force(following, state.token_mask, forced[0])
+                following = with_token(following, state.token_mask, forced[0])
             yield tokens
             finished |= np.isin(tokens, ends)
             if finished.all():
@@ -202,5 +195,5 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     hidden = prefill_chunks(model, ids, cache, request.cache.prefill_step_size, length, request.cache)
     token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
     state = State(cache, ids[:, -1], token_mask, mx.array(sampling.row_keys(len(prompts))))
-    first, forced = sample_next(state, model.head(hidden)[:, 0], sampling), Thoughts(request.thinking).forced(1)
-    return first if forced is None else force(first, token_mask, forced[0])
+    forced = Thoughts(request.thinking).forced(1)
+    return sample_next(state, model.head(hidden)[:, 0], sampling, None if forced is None else forced[0])

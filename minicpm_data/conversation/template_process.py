@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from minicpm_data.tokenizer.template_worker import MEMORY
+from minicpm_data.conversation.template_worker import MEMORY
 from weights_io.errors import InputError
 
-START = "from minicpm_data.tokenizer.template_worker import main; main()"
+START = "from minicpm_data.conversation.template_worker import main; main()"
 PROCESSES = 4  # at most; further callers wait for a free one
 START_SECONDS = 60.0  # for a process to start on a very busy machine
 WALL_SECONDS = 30.0  # for one prompt; the process has a smaller limit of its own, in seconds of CPU time
