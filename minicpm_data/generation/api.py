@@ -82,6 +82,7 @@ class Generator(Generic[ModelT]):
         draft_model: ModelT | None = None,
         num_draft_tokens: int = 3,
         prompt_lookup: bool = False,
+        thinking_budget: int | None = None,
         **options: Any,
     ) -> Iterator[Response]:
         """Generate from one prompt, and yield a `Response` for each new token.
@@ -97,6 +98,8 @@ class Generator(Generic[ModelT]):
             stop: strings that end the answer; they are not part of the text.
             draft_model, num_draft_tokens, prompt_lookup: speculative decoding, see `Speculation`; the tokens are the
                 same.
+            thinking_budget: most tokens of a thought, which is then closed so that the answer begins; None: any number.
+                For models whose chat template has a thinking mode, and without speculative decoding.
             options: the other fields of `Sampling` (``xtc_probability``, ``xtc_threshold``, ``xtc_special_tokens``,
                 ``min_tokens_to_keep``), and those of `CacheOptions`.
 
@@ -108,11 +111,12 @@ class Generator(Generic[ModelT]):
             TypeError: an argument is unknown; the message names the nearest one.
         """
         kept, options = cache_and_others(
-            options, ("prompt", "max_tokens", "stop", "draft_model", "num_draft_tokens", "prompt_lookup")
+            options,
+            ("prompt", "max_tokens", "stop", "draft_model", "num_draft_tokens", "prompt_lookup", "thinking_budget"),
         )
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, **options)
         speculation = Speculation(draft_model, prompt_lookup, num_draft_tokens)
-        request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, kept)
+        request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, kept, thinking_budget)
         return self.stream(model, tokenizer, request, stop, speculation)
 
     def stream(
@@ -146,6 +150,7 @@ class Generator(Generic[ModelT]):
         prompts: Sequence[Prompt],
         max_tokens: int = ANSWER_TOKENS,
         stop: str | Sequence[str] = (),
+        thinking_budget: int | None = None,
         **options: Any,
     ) -> list[list[Response]]:
         """Generate from several prompts of any lengths in one batch.
@@ -165,8 +170,9 @@ class Generator(Generic[ModelT]):
             raise InputError(f"is {short(repr(prompts))}; it must be a list of prompts.", option="prompts")
         if not len(prompts):
             return []
-        kept, options = cache_and_others(options, ("prompts", "max_tokens", "stop"))
-        request = GenerationRequest.of(model, tokenizer, prompts, max_tokens, Sampling(**options), kept)
+        kept, options = cache_and_others(options, ("prompts", "max_tokens", "stop", "thinking_budget"))
+        sampling = Sampling(**options)
+        request = GenerationRequest.of(model, tokenizer, prompts, max_tokens, sampling, kept, thinking_budget)
         return self.batch(model, tokenizer, request, stop)
 
     def batch(
