@@ -5,7 +5,7 @@ The numbers of a family are those of its model card or guide. MiniCPM-2B's are i
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ class SamplingDefaults:
     source: str
 
 
+OF_CHAT = SamplingDefaults(*CARDS["minicpm"][0], CHAT)
+
+
 @dataclass(frozen=True)
 class ChatSampling:
     """The sampling defaults of a model.
@@ -63,7 +66,7 @@ class ChatSampling:
         if self.stated is not None and not yields:
             return SamplingDefaults(*self.stated, "generation_config.json")
         if card is None:
-            return SamplingDefaults(*CARDS["minicpm"][0], f"{CHAT}, as this model states none")
+            return replace(OF_CHAT, source=f"{CHAT}, as this model states none")
         return SamplingDefaults(*card, source)
 
     def line(self) -> str:

@@ -4,18 +4,23 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from minicpm_data.conversation.answers import AnswerParser, Content, Reasoning
 from minicpm_data.tokenizer.detokenizer import Detokenizer
 from weights_io.errors import InputError, short
 
 
 @dataclass(frozen=True)
 class Response:
-    """One generated token. ``text`` is the text that it completes, which may be empty."""
+    """One generated token.
+
+    ``text`` and ``reasoning`` are the text of the answer and of the thought that it completes; either may be empty.
+    """
 
     text: str
     token: int | None
     finish_reason: str | None = None  # "stop": EOS or a stop string; "length": max_tokens; None: not finished
     from_draft: bool = False  # an accepted draft token of speculative decoding
+    reasoning: str = ""
 
 
 def stream_text(
@@ -24,6 +29,7 @@ def stream_text(
     eos_token_ids: Collection[int] = (),
     stop: str | Sequence[str] = (),
     max_tokens: int = 256,
+    parser: AnswerParser | None = None,
 ) -> Iterator[Response]:
     """Decode a stream of tokens, and end it at EOS, at a stop string or after ``max_tokens``.
 
@@ -34,8 +40,9 @@ def stream_text(
         token_ids: the stream; no token is pulled after the end.
         tokenizer: None gives empty texts.
         eos_token_ids: ids that end the answer.
-        stop: strings that end the answer.
+        stop: strings that end the answer; in the thought they are text.
         max_tokens: most tokens.
+        parser: separates the thought from the answer; None: the texts are all that is generated.
 
     Returns:
         An iterator with one `Response` per token. If ``token_ids`` ends while text is held back, a last one has this
@@ -47,7 +54,26 @@ def stream_text(
     stop = stop_strings(stop)
     if stop and tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this checkpoint has none.")
-    return _stream(token_ids, tokenizer and tokenizer.detokenizer(), frozenset(eos_token_ids), stop, max_tokens)
+    text_of = None if tokenizer is None else SeparatedText(tokenizer.detokenizer(), parser)
+    return _stream(token_ids, text_of, frozenset(eos_token_ids), stop, max_tokens)
+
+
+class SeparatedText:
+    """Decodes token by token to the text of the answer. ``thought``: what the last call completed of the thought."""
+
+    def __init__(self, detokenizer: Detokenizer, parser: AnswerParser | None):
+        self._detokenizer, self._parser = detokenizer, parser
+        self.thought = ""
+
+    def next(self, token: int | None, last: bool) -> str:
+        """The text that the next token completes; None is a token without text. ``last``: the answer ends."""
+        text = "" if token is None else self._detokenizer.add(token)
+        text += self._detokenizer.finish() if last else ""
+        if self._parser is None:
+            return text
+        pieces = [*self._parser.feed(text), *(self._parser.finish() if last else ())]
+        self.thought = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+        return "".join(piece.text for piece in pieces if isinstance(piece, Content))
 
 
 def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -60,27 +86,28 @@ def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     return stop
 
 
-def _stream(token_ids, text_of: Detokenizer | None, eos: frozenset[int], stop: tuple[str, ...], max_tokens: int):
-    held = ""
+def _stream(token_ids, text_of: SeparatedText | None, eos: frozenset[int], stop: tuple[str, ...], max_tokens: int):
+    held = thought = ""
     for count, token in enumerate(islice(token_ids, max_tokens), 1):
         token = int(token)
         is_eos = token in eos
         reason = "stop" if is_eos else "length" if count == max_tokens else None
         if text_of:
-            held += "" if is_eos else text_of.add(token)
-            held += text_of.finish() if reason else ""
+            held += text_of.next(None if is_eos else token, reason is not None)
+            thought = text_of.thought
         found = [at for at in (held.find(string) for string in stop) if at >= 0]
         if found:
-            yield Response(held[: min(found)], token, "stop")
+            yield Response(held[: min(found)], token, "stop", reasoning=thought)
             return
         ready = len(held) if reason else len(held) - _begun(held, stop)
-        yield Response(held[:ready], token, reason)
+        yield Response(held[:ready], token, reason, reasoning=thought)
         if reason:
             return
         held = held[ready:]
-    held += text_of.finish() if text_of else ""
-    if held:
-        yield Response(held, None, "length")
+    held += text_of.next(None, True) if text_of else ""
+    thought = text_of.thought if text_of else ""
+    if held or thought:
+        yield Response(held, None, "length", reasoning=thought)
 
 
 def _begun(text: str, stop: tuple[str, ...]) -> int:

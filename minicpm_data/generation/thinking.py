@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_data.arguments import check_number
+from minicpm_data.conversation.answers import AnswerParser
 from minicpm_data.conversation.template_features import opens_thought
 from minicpm_data.generation.options import MOST
 from weights_io.errors import InputError
@@ -39,6 +40,19 @@ def check_thinks(tokenizer: "Tokenizer | None", option: str) -> None:
 def in_thought(tokenizer: "Tokenizer", prompt: Sequence[int]) -> bool:
     """Whether a prompt ends in an open thought."""
     return opens_thought(tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False))
+
+
+def parser_of(tokenizer: "Tokenizer | None", prompt: Sequence[int]) -> AnswerParser | None:
+    """The parser that separates the thought of an answer to ``prompt``; None where the chat template has no thoughts.
+
+    A template is only rendered, to find out what it supports, if its text has to do with thoughts.
+    """
+    if tokenizer is None or not any(word in tokenizer.chat_template for word in ("think", "thought", "reasoning")):
+        return None
+    features = tokenizer.features
+    if not features.thinking and features.thought_key is None:
+        return None
+    return AnswerParser(call_form=features.call_form, in_thought=in_thought(tokenizer, prompt))
 
 
 @dataclass(frozen=True)
