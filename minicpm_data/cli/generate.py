@@ -203,7 +203,10 @@ def run_generate(
             ids = tokenizer.encode(prompt)
         else:
             begun = options.prefill_response is not None
-            ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
+            tools = variables.pop("tools", None)
+            ids = tokenizer.apply_chat(
+                options.messages(prompt), tools, continue_final_message=begun, variables=variables
+            )
             stops = options.stops(*tokenizer.turn_markers)
         draft = None
         if drafting is not None:
