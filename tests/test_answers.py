@@ -339,8 +339,9 @@ def test_prefill_response(parrot, typed):
 
 def test_chat_template_config(parrot, typed):
     template = "{{ mode }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ tools[0].name if tools }}"
+    template += "{{ tools[0].description if tools }}"
     bird = parrot("", chat_template=template)
-    config = '{"mode": "The fox", "tools": [{"name": "dog</s>"}]}'
+    config = '{"mode": "The fox", "tools": [{"name": "dog", "description": "</s>"}]}'
     assert typed(generate.run_generate, bird, "--prompt", "Hello", "--chat-template-config", config)[0] == 0
     assert bird.tokenizer.decode(bird.asked[0]) == "The foxHellodog</s>"
     assert 2 not in bird.asked[0]

@@ -225,7 +225,8 @@ def run_generate(
             begun = options.prefill_response is not None
             ids = tokenizer.apply_chat(
                 options.messages(prompt),
-                enable_thinking=options.enable_thinking,
+                variables.pop("tools", None),
+                options.enable_thinking,
                 continue_final_message=begun,
                 variables=variables,
             )
