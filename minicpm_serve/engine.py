@@ -20,7 +20,6 @@ from minicpm_data.generation.api import Decoding
 from minicpm_data.generation.engine import OutOfMemory
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
-    CHAT_TEMPERATURE,
     CHAT_TOKENS,
     PLAIN_CACHE,
     CacheOptions,
@@ -37,6 +36,7 @@ from minicpm_data.generation.request import (
 )
 from minicpm_data.generation.responses import Response, stream_text
 from minicpm_data.generation.thinking import ThinkingBudget
+from minicpm_data.sampling_defaults import OF_CHAT
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
 from weights_io.errors import InputError
@@ -121,7 +121,7 @@ class ServingEngine(Generic[ModelT]):
         if self.tokenizer is not None:
             self.tokenizer.warm_up()
         ids = [0] * min(WARM, self.context - 1)  # ids, because a chat template may refuse any message
-        for most, temperature in ((CHAT_TOKENS, CHAT_TEMPERATURE), (ANSWER_TOKENS, 0.0)):
+        for most, temperature in ((CHAT_TOKENS, OF_CHAT.temperature), (ANSWER_TOKENS, 0.0)):
             answer = self.stream_generate(ids, min(most, self.context - len(ids)), temperature=temperature)
             for _ in zip(range(2), answer, strict=False):  # the first token is the prompt's; then it is cancelled
                 pass

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from minicpm_data.generation import responses
-from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TEMPERATURE, CHAT_TOKENS, CHAT_TOP_P
+from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TOKENS
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.tokenizer.chat_template import variables_of
 from minicpm_serve.engine import Answered, ServingEngine
@@ -163,8 +163,10 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
     if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
         raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
     ids = engine.prompt_ids(tokenizer.apply_chat(messages, variables=variables))
-    sampling = body.sampling(temperature=CHAT_TEMPERATURE, top_p=CHAT_TOP_P)
-    request = engine.request(ids, _room(engine, ids, body.most_tokens, CHAT_TOKENS), sampling)
+    usual = tokenizer.sampling.of(variables.get("enable_thinking"))
+    sampling = body.sampling(temperature=usual.temperature, top_p=usual.top_p)
+    most = _room(engine, ids, body.most_tokens, CHAT_TOKENS)
+    request = engine.request(ids, most, sampling, body.thinking_budget)
     return [Choice(request, (*body.stops, *tokenizer.turn_markers))]
 
 

@@ -190,6 +190,7 @@ class ChatBody(Body):
     messages: list[Any]
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_budget: int | None = None
 
     def check(self) -> None:
         super().check()
