@@ -106,6 +106,17 @@ def test_requests_of_an_engine_have_their_own_budgets(backend, babbler):
     assert [*found.values()] == alone
 
 
+def test_guesses_change_no_token(backend, babbler):
+    model, tokenizer = babbler
+    prompt = prompt_of(tokenizer)
+    options = {"max_tokens": 30, "thinking_budget": 7, "temperature": 0.8, "seed": 5}
+    plain = tokens(backend.stream_generate(model, tokenizer, prompt, **options))
+    for source in ({"prompt_lookup": True}, {"draft_model": model}):
+        guessed = [*backend.stream_generate(model, tokenizer, prompt, **source, **options)]
+        assert tokens(guessed) == plain
+        assert not any(response.from_draft for response in guessed[7 : 7 + len(closing_of(tokenizer))])
+
+
 def thought_of(tokenizer, budget, text, opened=False):
     """After which of the tokens of a text its thought is closed; None: never."""
     thought = Thought(ThinkingBudget.of(tokenizer, budget, [prompt_of(tokenizer, opened)]), opened)

@@ -139,8 +139,8 @@ class Chat:
 
     def _think(self, mode: bool | None) -> None:
         """Let the model think before it answers, or not; None leaves it to the chat template."""
-        if mode is not None and not thinks(self.tokenizer):
-            raise InputError("this model's chat template has no thinking mode; leave it at /think auto.")
+        if mode and not thinks(self.tokenizer):
+            raise InputError("this model's chat template has no thinking mode; leave it off.")
         settings, usual = self.settings, self.tokenizer.sampling.of(mode)
         defaults: dict[str, Any] = {"temperature": usual.temperature, "top_p": usual.top_p}
         kept = {name: value for name, value in defaults.items() if name not in settings.own}

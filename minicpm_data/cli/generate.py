@@ -96,10 +96,11 @@ class ThinkingOptions:
     """Print the thought too, or not. By default it is printed on a terminal only."""
 
     def check_thinking(self, tokenizer: "Tokenizer") -> None:
-        """Raises `InputError` where the chat template does not think, and an option is about it."""
-        for name in ("enable_thinking", "thinking_budget"):
-            if getattr(self, name) is not None:
-                check_thinks(tokenizer, name)
+        """Raises `InputError` where the chat template does not think, and an option asks for it."""
+        if self.enable_thinking:
+            check_thinks(tokenizer, "enable_thinking")
+        if self.thinking_budget is not None:
+            check_thinks(tokenizer, "thinking_budget")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from minicpm_data.generation.options import (
 from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt
 from minicpm_data.generation.responses import Response, stop_strings, stream_text
 from minicpm_data.generation.speculation import Speculation
-from minicpm_data.generation.thinking import check_thinks, parser_of
+from minicpm_data.generation.thinking import parser_of
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Generator(Generic[ModelT]):
             draft_model, num_draft_tokens, prompt_lookup: speculative decoding, see `Speculation`; the tokens are the
                 same.
             thinking_budget: most tokens of a thought, which is then closed so that the answer begins; None: any number.
-                For models whose chat template has a thinking mode, and without speculative decoding.
+                For models whose chat template has a thinking mode.
             options: the other fields of `Sampling` (``xtc_probability``, ``xtc_threshold``, ``xtc_special_tokens``,
                 ``min_tokens_to_keep``), and those of `CacheOptions`.
 
@@ -228,15 +228,13 @@ class Generator(Generic[ModelT]):
             thought as ``reasoning_content``; the template decides what later prompts keep of it.
 
         Raises:
-            InputError: the checkpoint has no tokenizer, its chat template has no thinking mode to choose, or as
+            InputError: the checkpoint has no tokenizer, its chat template has no thinking mode that is asked for, or as
                 `stream_generate`.
         """
         if tokenizer is None:
             raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
         if not isinstance(history, list | tuple | None):
             raise InputError(f"is {short(repr(history))}; it must be a list of messages.", option="history")
-        if enable_thinking is not None:
-            check_thinks(tokenizer, "enable_thinking")
         messages = [*(history or ()), {"role": "user", "content": query}]
         prompt = tokenizer.apply_chat(messages, enable_thinking=enable_thinking)
         usual = tokenizer.sampling.of(enable_thinking)

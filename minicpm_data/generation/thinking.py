@@ -171,9 +171,9 @@ class Thoughts:
         self.rows = [] if budget is None else [Thought(budget, opened) for opened in budget.opened]
         self._ends = end_ids
 
-    def add(self, step: "np.ndarray") -> None:
+    def add(self, step: "Sequence[int] | np.ndarray") -> None:
         """Take in the next token of each row, [B]."""
-        for thought, token in zip(self.rows, step.tolist(), strict=False):
+        for thought, token in zip(self.rows, map(int, step), strict=False):
             thought.add(token, token in self._ends)
 
     @property
