@@ -118,10 +118,14 @@ def family_named(name: str) -> str:
 
 
 def _stated(path: Path) -> Pair | None:
-    """Temperature and top-p of a generation_config.json. transformers' value stands for one that is not stated."""
+    """Temperature and top-p of a generation_config.json. transformers' value stands for one that is not stated, and
+    greedy decoding is temperature 0."""
     settings = read_optional_json(path)
     refuse_near_keys(settings, USED, OTHERS, path)
-    if settings.get("do_sample") is False:
+    sampled = settings.get("do_sample")
+    if not isinstance(sampled, bool | None):
+        raise InputError(f"{path}: do_sample is {short(sampled)}; it must be true or false.")
+    if sampled is False:
         return 0.0, 1.0
     temperature, top_p = (_number(settings, name, path) for name in ("temperature", "top_p"))
     if temperature is None and top_p is None:

@@ -595,7 +595,13 @@ def test_thinking_is_refused_where_the_template_has_none(parrot, typed, run):
         said = f"error: {flags[0]} is for models whose chat template has a thinking mode; leave it out.\n"
         assert typed(run, bird, *flags) == (2, "", said)
     if run is generate.run_generate:  # such a model does not think anyway
-        assert typed(run, bird, "--no-enable-thinking", "--verbose", "False") == (0, "The fox.\n", "")
+        for flags in (
+            ["--no-enable-thinking"],
+            ["--enable-thinking", "F"],
+            ["--no-enable-thinking", "--no-show-thinking"],
+        ):
+            assert typed(run, bird, *flags, "--verbose", "False") == (0, "The fox.\n", "")
+    assert "--enable-thinking takes 1 value; maybe follows" in typed(run, bird, "--enable-thinking", "maybe")[2]
     code, _, error = typed(run, bird, "--thinking-budget", "-1")
     assert (code, error) == (2, f"error: --thinking-budget is -1; it must be a whole number from 0 to {2**31 - 1}.\n")
     for call in (bird.generator.chat, bird.generator.generate):

@@ -183,8 +183,9 @@ def test_sampling_defaults_are_the_models_own(tmp_path, name, text, on, off):
     ("kept", "said"),
     [
         ({"temperature": -1}, "temperature is -1; it must be a number from 0 on"),
-        ({"temperature": "hot"}, "temperature is 'hot'|temperature is hot; it must be a number"),
+        ({"temperature": "hot"}, "temperature is hot; it must be a number"),
         ({"top_p": 0}, "top_p is 0; it must be a number above 0"),
+        ({"do_sample": "no"}, "do_sample is no; it must be true or false"),
         ({"temprature": 0.5}, "has temprature, which is no key; write temperature"),
     ],
 )

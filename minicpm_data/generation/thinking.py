@@ -93,8 +93,9 @@ def check_budget(tokens: int) -> None:
 
 def _closing(tokenizer: "Tokenizer") -> tuple[int, ...]:
     """The ids of `CLOSING` after other text: a SentencePiece tokenizer would put a space before a first text."""
-    before = tokenizer.encode("x", add_bos=False)
-    return tuple(tokenizer.encode(f"x{CLOSING}", add_bos=False)[len(before) :])
+    before, whole = (tokenizer.encode(text, add_bos=False) for text in ("x", f"x{CLOSING}"))
+    joined = whole[: len(before)] != before  # a token spans the boundary
+    return tuple(tokenizer.encode(CLOSING, add_bos=False) if joined else whole[len(before) :])
 
 
 class Thought:
