@@ -22,8 +22,9 @@ Source = TypeVar("Source")  # a model, or the name that it is loaded from
 
 # All tokens so far, the number of guesses wanted -> at most that many guesses.
 Guess = Callable[[Sequence[int], int], Sequence[int]]
-# Guesses, and the ids that come next whatever the model chooses -> the accepted guesses, followed by one further token.
-Verify = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
+# Guesses -> the accepted ones, followed by one token that the model chose. A second argument is given where there are
+# ids that come next, whatever the model chooses.
+Verify = Callable[..., Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def speculate(
         forced = thoughts.rows[0].forced if thoughts.rows else ()
         most = min(count, left - 1, thoughts.free - 1)  # a thought is looked at after all of them
         guesses = forced[:most] if forced else guess(tokens, most) if most > 0 and not idle else []
-        chosen = verify(guesses, forced)
+        chosen = verify(guesses, forced) if forced else verify(guesses)
         if forced:
             pass  # nothing was guessed
         elif guesses:

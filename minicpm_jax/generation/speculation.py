@@ -114,7 +114,7 @@ def stream_speculated(
     state = decoding.prefill_and_sample(model, reserve_guesses(request, count))
     first, filled = int(fetch(state.token)[0]), len(request.prompt)
 
-    def verified(guesses: Sequence[int], forced: Sequence[int]) -> list[int]:
+    def verified(guesses: Sequence[int], forced: Sequence[int] = ()) -> list[int]:
         nonlocal state, filled
         padded = np.full(count if guesses else 0, -1, np.int32)
         padded[: len(guesses)] = guesses

@@ -82,7 +82,7 @@ def stream_speculated(
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
         state = decoding.prefill_and_sample(model, request)
 
-        def verified(guesses: Sequence[int], forced: Sequence[int]) -> list[int]:
+        def verified(guesses: Sequence[int], forced: Sequence[int] = ()) -> list[int]:
             nonlocal state
             state, tokens = verify(model, state, guesses, request.sampling, forced)
             decoding.quantize_late(model, state.cache, request.cache)
