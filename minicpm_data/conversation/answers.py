@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from minicpm_data.conversation import python_calls, xml_calls
 from minicpm_data.conversation.literals import json_text
 from minicpm_data.conversation.python_calls import PythonCalls
 from minicpm_data.conversation.reading import Ended, Reader, Unfinished, until
@@ -22,6 +23,8 @@ CallForm = Literal["xml", "python"]
 THINK, THINK_END = "<think>", "</think>"
 THOUGHT, THOUGHT_END = "<|thought_start|>", "<|thought_end|>"
 NEWLINES = "\r\n"
+# What thoughts and calls are made of. Where a tokenizer has special tokens of these texts, they are text in an answer.
+TAGS = frozenset([THINK, THINK_END, THOUGHT, THOUGHT_END, *xml_calls.TAGS, python_calls.OPENING, python_calls.CLOSING])
 
 
 @dataclass(frozen=True)
