@@ -92,7 +92,9 @@ def chat_sampling(config: Mapping[str, Any], template: str, folder: Path | None)
     Raises:
         InputError: generation_config.json states a temperature or top-p that is out of range.
     """
-    return ChatSampling(family_of(config, template), None if folder is None else _stated(folder / "generation_config.json"))
+    return ChatSampling(
+        family_of(config, template), None if folder is None else _stated(folder / "generation_config.json")
+    )
 
 
 def family_of(config: Mapping[str, Any], template: str) -> str | None:

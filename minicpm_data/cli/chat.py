@@ -113,7 +113,9 @@ class Chat:
         if meter.reason == "length" and self._cut != settings.max_tokens and sys.stdout.isatty():
             self._cut = settings.max_tokens
             more = f"/set max_tokens {2 * settings.max_tokens} allows more"
-            more += "" if reply else f", /set thinking_budget {max(1, settings.max_tokens // 2)} ends the thought sooner"
+            more += (
+                "" if reply else f", /set thinking_budget {max(1, settings.max_tokens // 2)} ends the thought sooner"
+            )
             print(f"(the answer was cut at {settings.max_tokens} tokens; {more})")
         if not reply:
             return False
@@ -140,7 +142,7 @@ class Chat:
         if mode is not None and not thinks(self.tokenizer):
             raise InputError("this model's chat template has no thinking mode; leave it at /think auto.")
         settings, usual = self.settings, self.tokenizer.sampling.of(mode)
-        defaults = {"temperature": usual.temperature, "top_p": usual.top_p}
+        defaults: dict[str, Any] = {"temperature": usual.temperature, "top_p": usual.top_p}
         kept = {name: value for name, value in defaults.items() if name not in settings.own}
         settings.enable_thinking, settings.sampling = mode, dataclasses.replace(settings.sampling, **kept)
         self._say_mode()

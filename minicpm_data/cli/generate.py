@@ -225,7 +225,8 @@ def run_generate(
             begun = options.prefill_response is not None
             ids = tokenizer.apply_chat(
                 options.messages(prompt),
-                enable_thinking=options.enable_thinking,
+                variables.pop("tools", None),
+                options.enable_thinking,
                 continue_final_message=begun,
                 variables=variables,
             )
@@ -238,9 +239,7 @@ def run_generate(
             model, tokenizer, [ids], max_tokens, sampling, cache_options, options.thinking_budget
         )
         answer = running.generator.stream(model, tokenizer, request, stops, options.speculation(draft))
-        print_answer(
-            awaited(f"reading the prompt of {len(ids)} tokens", meter.watch(answer)), options.show_thinking
-        )
+        print_answer(awaited(f"reading the prompt of {len(ids)} tokens", meter.watch(answer)), options.show_thinking)
         said = [meter.report(len(ids))] if options.verbose else []
         if options.report_sparsity:
             run = [*ids, *meter.tokens[:-1]]  # the model never saw the last token
@@ -287,7 +286,9 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
             def note(tokens: int) -> bool | None:
                 return note_context(model.config, tokens, " (/reset begins anew)")
 
-            own = {name for name, given in (("temperature", options.temp), ("top_p", options.top_p)) if given is not None}
+            own = {
+                name for name, given in (("temperature", options.temp), ("top_p", options.top_p)) if given is not None
+            }
             settings = Settings(sampling, max_tokens, options.enable_thinking, options.thinking_budget, own)
             chat = Chat(
                 Conversation(options.system_prompt),

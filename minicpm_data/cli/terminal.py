@@ -24,7 +24,7 @@ HELP = """/retry         ask the last question again
 /reset         forget the conversation
 /system TEXT   begin anew with this system message, or none
 /set           show the settings
-/set top_p 0.9 change one: temperature, max_tokens, ...
+/set top_p 0.9 change one: max_tokens, thinking_budget, ..
 /think on|off  let the model think before it answers; auto
                leaves it to its chat template
 /stats         the speed of the last answer

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from minicpm_data.conversation import template_process
+from minicpm_data.conversation.messages import Message
 from weights_io.errors import InputError
 
 CallForm = Literal["xml", "python"]
@@ -16,7 +17,8 @@ OPENINGS = ("<think>", "<|thought_start|>")  # a thought begins, in MiniCPM4.1 a
 # What the templates are rendered with. The names occur in no template.
 NAME, KEY, VALUE, THOUGHT, ANSWER = "probe_tool", "probe_key", "probe_value", "probe_thought", "probe_answer"
 SCHEMA = {"type": "object", "properties": {KEY: {"type": "string", "description": "A text."}}, "required": [KEY]}
-TOOL = {"type": "function", "function": {"name": NAME, "description": "Probes.", "parameters": SCHEMA}}
+FUNCTION = {"name": NAME, "description": "Probes.", "parameters": SCHEMA}
+TOOL = {"type": "function", "function": FUNCTION}
 CALL = {"id": "probe0000", "type": "function", "function": {"name": NAME, "arguments": {KEY: VALUE}}}
 USER = {"role": "user", "content": "probe_question"}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
@@ -66,6 +68,44 @@ class TemplateFeatures:
                 "tools",
             )
 
+    def check(self, messages: Sequence[Message], tools: Sequence[Any] | None, thinking: bool) -> None:
+        """Check that the template has a place for all that a prompt asks for.
+
+        Arguments:
+            messages: cleaned messages.
+            tools: definitions of tools.
+            thinking: ``enable_thinking`` is true. A template without it is fine where it is false.
+
+        Raises:
+            InputError: the template would ignore tools, calls in the messages, or ``enable_thinking``.
+        """
+        if tools:
+            self.check_tools()
+        calling = next((i for i, message in enumerate(messages) if message.get("tool_calls")), None)
+        if calling is not None and not self.calls:
+            raise InputError(
+                f"message {calling} has tool_calls, for which the model's chat template has no place; leave out the "
+                "calls and their results."
+            )
+        if thinking and not self.thinking:
+            raise InputError(
+                "is true, and the model's chat template does not know it; leave it out.", "enable_thinking"
+            )
+
+    def check_thoughts(self, messages: Sequence[Message]) -> None:
+        """Check that the template has a place for the thoughts of cleaned messages. Raises `InputError`."""
+        thinking = next((i for i, message in enumerate(messages) if message.get("reasoning_content")), None)
+        if thinking is not None and self.thought_key is None:
+            raise InputError(
+                f"message {thinking} has a thought beside its content, and the model's chat template has no place for "
+                "it; write it into the content, as <think>\\n...\\n</think>\\n\\n before the answer."
+            )
+
+    def with_thought_key(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Cleaned messages with their thoughts under the key that the template expects."""
+        renamed = {"reasoning_content": self.thought_key or "reasoning_content"}
+        return [{renamed.get(key, key): value for key, value in message.items()} for message in messages]
+
 
 @lru_cache(maxsize=16)
 def features_of(template: str, tool_template: str | None = None) -> TemplateFeatures:
@@ -83,8 +123,8 @@ def features_of(template: str, tool_template: str | None = None) -> TemplateFeat
     """
     with_tools = template if tool_template is None else tool_template
     names = {name for source in {template, with_tools} for name in template_process.variables_of(source)}
-    takes_tools = "tools" in names and NAME in _rendered(with_tools, [USER], tools=[TOOL])
-    called = _rendered(with_tools, [USER, CALLING], tools=[TOOL]) if takes_tools else ""
+    takes_tools = "tools" in names and any(NAME in _rendered(with_tools, [USER], [t]) for t in (TOOL, FUNCTION))
+    called = _rendered(with_tools, [USER, CALLING], [TOOL]) if takes_tools else ""
     form = next((form for form, text in CALL_FORMS.items() if text in called), None)
     keys: tuple[ThoughtKey, ...] = ("reasoning_content", "thought")
     thoughts = (key for key in keys if THOUGHT in _rendered(template, [USER, _thinking(key)]))

@@ -23,12 +23,13 @@ LOOK_SECONDS = 0.05  # between checks of a process's memory, where the system en
 TOO_MUCH = "the chat template needs more time or memory than is reasonable; give shorter messages or another template."
 
 
-def render(template: str, variables: Mapping[str, Any]) -> str:
+def render(template: str, variables: Mapping[str, Any], hidden: Mapping[str, str] | None = None) -> str:
     """Render a chat template in one of the processes.
 
     Arguments:
         template: Jinja source.
         variables: JSON values.
+        hidden: characters in them -> the characters that the template's tests see in their place.
 
     Returns:
         The text of the prompt.
@@ -36,7 +37,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     Raises:
         InputError: the template fails, raises an exception of its own, or exceeds a limit of time, memory or text.
     """
-    found = _answer({"template": template, "variables": variables})
+    found = _answer({"template": template, "variables": variables, "hidden": hidden or {}})
     if "error" in found:
         raise InputError(f"the chat template cannot be applied to these messages: {found['error'].rstrip('.')}.")
     return found["text"]

@@ -224,8 +224,8 @@ class Generator(Generic[ModelT]):
             options: as in `stream_generate`.
 
         Returns:
-            The reply without the thought, and the history with query and reply appended. The reply in it has the thought
-            as ``reasoning_content``, if there is one; the template decides what later prompts keep of it.
+            The reply without the thought, and the history with query and reply appended. There the reply has its
+            thought as ``reasoning_content``; the template decides what later prompts keep of it.
 
         Raises:
             InputError: the checkpoint has no tokenizer, its chat template has no thinking mode to choose, or as

@@ -128,7 +128,8 @@ def forcing(thought: Thought) -> Processor:
     def force(context: mx.array, logits: mx.array) -> mx.array:
         nonlocal begun
         if begun and not thought.over:
-            thought.add(int(context[-1].item()))
+            found: Any = context[-1].item()
+            thought.add(found)
         begun = True
         if not thought.forced:
             return logits
