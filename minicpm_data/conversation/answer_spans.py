@@ -76,8 +76,9 @@ def _spells_thought(content: str) -> bool:
 
 
 def _wholes(prompt: str, start: int, answer: Message, afters: Sequence[str], last: bool) -> Iterator[int]:
-    """Yields the possible ends of an answer with calls or a thought: where one of ``afters`` begins, and the answer
-    holds all of its parts. The last thought has to be there; a template may leave out an earlier one."""
+    """Yields the possible ends of an answer with calls or a thought, the first place first: where one of ``afters``
+    begins, and the answer holds all of its parts. The last thought has to be there; a template may leave out an earlier
+    one."""
     content, thought = answer["content"], _thought_of(answer)
     parts = [call["function"]["name"] for call in answer.get("tool_calls", ())]
     if thought is None and _spells_thought(content):
@@ -87,11 +88,13 @@ def _wholes(prompt: str, start: int, answer: Message, afters: Sequence[str], las
     if any(prompt.find(part, start) < 0 for part in parts):
         return
     least = max(prompt.find(part, start) + len(part) for part in parts)
-    for after in afters:
-        end = len(prompt) - len(after) if last else prompt.find(after, least)
-        while end >= least:
-            yield end
-            end = -1 if last else prompt.find(after, end + 1)
+    if last:
+        yield from (end for after in afters if (end := len(prompt) - len(after)) >= least)
+        return
+    while found := [at for after in afters if (at := prompt.find(after, least)) >= 0]:
+        least = min(found)
+        yield least
+        least += 1
 
 
 def _ends(prompt: str, start: int, content: str, last: bool) -> Iterator[int]:

@@ -14,24 +14,20 @@ class DisguisedText(str):
     """A text with hidden characters."""
 
     _shown: str
-    _table: dict[int, str]
 
     @classmethod
-    def of(cls, text: str, table: dict[int, str]) -> "DisguisedText":
+    def of(cls, text: str, shown: str) -> "DisguisedText":
         """
         Arguments:
             text: with hidden characters.
-            table: hidden code point -> the character that it stands for.
+            shown: with the characters that they stand for.
         """
         made = cls(text)
-        made._table, made._shown = table, text.translate(table)
+        made._shown = shown
         return made
 
     def _part(self, start: int, end: int) -> "DisguisedText":
-        return self._like(str.__getitem__(self, slice(start, end)))
-
-    def _like(self, text: str) -> "DisguisedText":
-        return DisguisedText.of(text, self._table)
+        return DisguisedText.of(str.__getitem__(self, slice(start, end)), self._shown[start:end])
 
     def _placed(self, pieces: list[str], between: int | None) -> list[str]:
         """The parts of this text that read as ``pieces``; ``between`` characters between two, or spaces where None."""
@@ -77,16 +73,20 @@ class DisguisedText(str):
         return _shown(other) in self._shown
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
-        return self._like(str.__getitem__(self, key))
+        return DisguisedText.of(str.__getitem__(self, key), self._shown[key])
 
     def __iter__(self) -> Iterator[str]:
-        return (self._like(char) for char in str.__iter__(self))
+        return map(DisguisedText.of, str.__iter__(self), self._shown)
 
     def __add__(self, other: str) -> str:
-        return self._like(str.__add__(self, other)) if isinstance(other, str) else NotImplemented
+        if not isinstance(other, str):
+            return NotImplemented
+        return DisguisedText.of(str.__add__(self, other), self._shown + _shown(other))
 
     def __radd__(self, other: str) -> str:
-        return self._like(str.__add__(other, self)) if isinstance(other, str) else NotImplemented
+        if not isinstance(other, str):
+            return NotImplemented
+        return DisguisedText.of(str.__add__(other, self), _shown(other) + self._shown)
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         pieces = self._shown.split(_shown(sep), maxsplit)
@@ -125,8 +125,8 @@ class DisguisedText(str):
         return self._part(0, len(self._shown.removesuffix(_shown(suffix))))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> str:
-        parts = self.split(old, count) if old else [self]
-        return self._like(str.join(new, parts)) if old else self._like(str.replace(self, old, new, count))
+        text = str.join(new, self.split(old, count)) if old else str.replace(self, old, new, count)
+        return DisguisedText.of(text, self._shown.replace(_shown(old), _shown(new), count))
 
 
 def _shown(value: Any) -> Any:
@@ -150,7 +150,7 @@ def _asked(name: str) -> Callable[..., Any]:
 def _changed(name: str) -> Callable[..., Any]:
     """A method that changes the case, which hidden characters do not have."""
     of_str = getattr(str, name)
-    return lambda self: self._like(of_str(self))
+    return lambda self: DisguisedText.of(of_str(self), of_str(self._shown))
 
 
 for _name in ("startswith", "endswith", "find", "rfind", "index", "rindex", "count"):
@@ -170,7 +170,7 @@ def disguised(value: Any, table: Mapping[int, str]) -> Any:
 
     def made(value: Any) -> Any:
         if isinstance(value, str):
-            return value if hidden.isdisjoint(value) else DisguisedText.of(value, table)
+            return value if hidden.isdisjoint(value) else DisguisedText.of(value, value.translate(table))
         if isinstance(value, dict):
             return {made(key): made(item) for key, item in value.items()}
         return [made(item) for item in value] if isinstance(value, list) else value
