@@ -132,7 +132,7 @@ class AnswerParser:
             if beyond in opening:
                 marker, beyond = beyond, ""
             else:
-                marker = yield from until(markers, self._content, beyond)
+                marker = yield from until(markers, self._content, beyond, self._rest)
                 beyond = ""
             if marker in opening:
                 beyond = yield from self._block()
@@ -170,6 +170,11 @@ class AnswerParser:
             self._take()
             self._kind = Content
         self._put(text, None if self._called else NEWLINES if self._after_thought else "")
+
+    def _rest(self, text: str) -> None:
+        """Put the beginning of a tag at the end of the answer; after a call, it belongs to another one."""
+        if not self._called:
+            self._content(text)
 
     def _put(self, text: str, dropped: str | None) -> None:
         """Append text; ``dropped`` are the characters that go from its beginning, None for all white space."""

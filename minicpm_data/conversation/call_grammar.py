@@ -1,7 +1,7 @@
 """The grammar of an answer that has to call a tool, from the schemas of the tools, in both forms of calls.
 
-Parameters come in the order of the schema. In the XML form a text is written as it is, or in CDATA. All other values are
-JSON, whose strings have neither ``<`` nor ``&`` in the XML form. So a call is always parsed as it was meant.
+Parameters come in the order of the schema. In the XML form a text is written as it is, or in CDATA. All other values
+are JSON, whose strings have neither ``<`` nor ``&`` in the XML form. So a call is always parsed as it was meant.
 """
 
 import json
@@ -188,7 +188,7 @@ def _branches(schema: Any, shared: Mapping[str, Any]) -> Iterator[Mapping[str, A
 
 def _of_its_type(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """The schema, with those members of an enum that have its type."""
-    kinds = {"string": str, "null": type(None), "boolean": bool, "integer": int, "number": (int, float)}
+    kinds: dict[str, Any] = {"string": str, "null": type(None), "boolean": bool, "integer": int, "number": (int, float)}
     wanted = kinds.get(schema.get("type", ""))
     if wanted is None or not isinstance(members := schema.get("enum"), list):
         return schema

@@ -77,7 +77,7 @@ class XmlCalls:
 
         beyond = ""
         while True:
-            marker = yield from until((PARAMETER, CLOSING, OPENING), between, beyond)
+            marker = yield from until((PARAMETER, CLOSING, OPENING), between, beyond, block.put)
             if marker == OPENING:
                 block.refuse()
                 return {}, OPENING

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from minicpm_data.arguments import check_model, check_number
+from minicpm_data.generation.constraint import Constraint
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     GREEDY,
@@ -15,7 +16,6 @@ from minicpm_data.generation.options import (
     CacheOptions,
     Sampling,
 )
-from minicpm_data.generation.constraint import Constraint
 from minicpm_data.generation.thinking import ThinkingBudget
 from weights_io.errors import InputError, short
 

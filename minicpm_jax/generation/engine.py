@@ -234,8 +234,8 @@ class Engine(engine.BatchEngine[Model]):
             if row.matcher is not None:
                 row.matcher.see(row.generated)
                 steps = 1
-        forced = forced_steps([row and row.thought for row in running], STEPS)
-        allowed = allowed_rows([row and row.matcher for row in running], vocabulary)
+        forced = forced_steps([row.thought if row else None for row in running], STEPS)
+        allowed = allowed_rows([row.matcher if row else None for row in running], vocabulary)
         many = np.int32(min(steps, STEPS))
         state, tokens, count = decoding.decode(self.model, self.state, many, params, forced, allowed)
         self._keep(state)

@@ -106,8 +106,8 @@ class Shapes:
                 held, length = sizes
                 return decoding.resize_cache.lower(self.state(rows, held).cache, length)
             case "decode":
-                forced = host(jnp.int32, decoding.STEPS, rows)
-                return decoding.decode.lower(model, self.state(rows, sizes[0]), number, params(rows), forced, allowed(rows))
+                sampled = params(rows), host(jnp.int32, decoding.STEPS, rows), allowed(rows)
+                return decoding.decode.lower(model, self.state(rows, sizes[0]), number, *sampled)
             case "mark_finished":
                 return mark_finished.lower(self.state(rows, None).finished, number)
         raise AssertionError(key)

@@ -145,7 +145,7 @@ def holding(matcher: Matcher) -> Processor:
     def hold(context: mx.array, logits: mx.array) -> mx.array:
         nonlocal begun
         if begun:
-            matcher.add(int(context[-1].item()))
+            matcher.add(int(context[-1].item()))  # type: ignore[arg-type]  # a token
         begun = True
         return mx.where(mx.array(unpacked(matcher.allowed(), logits.shape[-1])), logits, -mx.inf)
 
