@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
+from minicpm_data.conversation.answers import AnswerParser
 from minicpm_data.generation import engine
 from minicpm_data.generation.api import Decoding
 from minicpm_data.generation.engine import OutOfMemory
@@ -161,6 +162,7 @@ class ServingEngine(Generic[ModelT]):
         request: GenerationRequest,
         stop: str | Sequence[str] = (),
         group: int | None = None,
+        parser: AnswerParser | None = None,
     ) -> int:
         """Submit a request without waiting.
 
@@ -170,6 +172,7 @@ class ServingEngine(Generic[ModelT]):
             request: from `request`.
             stop: strings that end the answer.
             group: from `group`, for requests that share a place in the queue.
+            parser: separates thought and tool calls from the text of the answer.
 
         Returns:
             The number of the request.
@@ -178,7 +181,7 @@ class ServingEngine(Generic[ModelT]):
             InputError: the request does not fit the engine, or the engine is closed.
         """
         state, ends, most = self._engine.admitted(request, group), request.end_ids, request.max_tokens
-        answer = Answer(deliver, lambda tokens: stream_text(tokens, self.tokenizer, ends, stop, most))
+        answer = Answer(deliver, lambda tokens: stream_text(tokens, self.tokenizer, ends, stop, most, parser))
         with self._lock:
             if self.error is not None:
                 raise self.error

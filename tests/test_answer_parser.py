@@ -147,6 +147,10 @@ NOW = ToolCall("now", "{}")
         ("xml", 'so <function name="other', []),
         ("xml", 'so <function name="other" ', []),
         ("xml", "so <function", ["so"]),
+        ("xml", 'so <function name="now"><', ["so"]),
+        ("xml", 'so <function name="now"></function', ["so"]),
+        ("xml", '<function name="now"></function>\n<func', [NOW]),
+        ("xml", '<function name="now"></function> <b', [NOW, "<b"]),
         ("xml", "<|thought_start|>no<|thought_end|>", []),
         (
             None,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from minicpm_data.conversation import python_calls, xml_calls
 from minicpm_data.conversation.literals import json_text
 from minicpm_data.conversation.python_calls import PythonCalls
 from minicpm_data.conversation.reading import Ended, Reader, Unfinished, until
@@ -22,6 +23,8 @@ CallForm = Literal["xml", "python"]
 THINK, THINK_END = "<think>", "</think>"
 THOUGHT, THOUGHT_END = "<|thought_start|>", "<|thought_end|>"
 NEWLINES = "\r\n"
+# What thoughts and calls are made of. Where a tokenizer has special tokens of these texts, they are text in an answer.
+TAGS = frozenset([THINK, THINK_END, THOUGHT, THOUGHT_END, *xml_calls.TAGS, python_calls.OPENING, python_calls.CLOSING])
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class AnswerParser:
             if beyond in opening:
                 marker, beyond = beyond, ""
             else:
-                marker = yield from until(markers, self._content, beyond)
+                marker = yield from until(markers, self._content, beyond, self._rest)
                 beyond = ""
             if marker in opening:
                 beyond = yield from self._block()
@@ -167,6 +170,11 @@ class AnswerParser:
             self._take()
             self._kind = Content
         self._put(text, None if self._called else NEWLINES if self._after_thought else "")
+
+    def _rest(self, text: str) -> None:
+        """Put the beginning of a tag at the end of the answer; after a call, it belongs to another one."""
+        if not self._called:
+            self._content(text)
 
     def _put(self, text: str, dropped: str | None) -> None:
         """Append text; ``dropped`` are the characters that go from its beginning, None for all white space."""

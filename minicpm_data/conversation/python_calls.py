@@ -20,7 +20,7 @@ from minicpm_data.conversation.reading import Block, Ended, Put, Reader, Unfinis
 OPENING, CLOSING = "<|tool_call_start|>", "<|tool_call_end|>"
 FENCE = re.compile(r"```(?:python|py)?(?=\s)")
 KEYWORD = re.compile(r"([^\W\d][\w.-]*)\s*=(?!=)")
-NAME = re.compile(r"[\w.-]+")
+NAME = re.compile(r"[\w.:/-]+")
 
 Call = tuple[str, dict[str, Any]]
 

@@ -27,13 +27,14 @@ def one() -> Reader[str]:
     return char
 
 
-def until(markers: tuple[str, ...], put: Put, first: str = "") -> Reader[str]:
+def until(markers: tuple[str, ...], put: Put, first: str = "", rest: Put | None = None) -> Reader[str]:
     """Read up to the first of ``markers``, none of which begins another, and return it.
 
     Arguments:
         markers: what is looked for.
-        put: called with all text before it, and at the end of the text with what is left.
+        put: called with all text before it.
         first: a character that was read already, or nothing.
+        rest: called with the beginning of a marker at the end of the text; ``put`` by default.
 
     Raises:
         Ended: there is none.
@@ -52,7 +53,7 @@ def until(markers: tuple[str, ...], put: Put, first: str = "") -> Reader[str]:
         else:
             put(char)
         char = yield
-    put(held)
+    (rest or put)(held)
     raise Ended
 
 

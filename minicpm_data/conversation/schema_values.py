@@ -117,13 +117,13 @@ def _parts(schema: Any, root: Any) -> Iterator[Mapping[str, Any]]:
         reference = part.get("$ref")
         if isinstance(reference, str) and reference.startswith("#") and reference not in seen:
             seen.add(reference)
-            left.append(_resolved(reference, root))
+            left.append(resolved_reference(reference, root))
         for key in ("anyOf", "oneOf", "allOf"):
             if isinstance(joined := part.get(key), list):
                 left += joined
 
 
-def _resolved(reference: str, root: Any) -> Any:
+def resolved_reference(reference: str, root: Any) -> Any:
     found = root
     for key in reference[1:].split("/")[1:]:
         key = key.replace("~1", "/").replace("~0", "~")

@@ -17,6 +17,7 @@ OPENING = "<function"
 CLOSING = "</function"
 PARAMETER, PARAMETER_END = "<param", "</param"
 CDATA, CDATA_END = "<![CDATA[", "]]>"
+TAGS = (OPENING, CLOSING, PARAMETER, PARAMETER_END, CLOSING + ">", PARAMETER_END + ">")
 
 NAMED = re.compile(r"""name\s*=\s*(["'])(.*?)(\1|$)""", re.DOTALL)
 REFERENCE = re.compile(r"&(?:(lt|gt|amp|quot|apos)|#([0-9]{1,7})|#x([0-9a-fA-F]{1,6}));")
@@ -76,7 +77,7 @@ class XmlCalls:
 
         beyond = ""
         while True:
-            marker = yield from until((PARAMETER, CLOSING, OPENING), between, beyond)
+            marker = yield from until((PARAMETER, CLOSING, OPENING), between, beyond, block.put)
             if marker == OPENING:
                 block.refuse()
                 return {}, OPENING

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from minicpm_data.arguments import check_model, check_number
+from minicpm_data.generation.constraint import Constraint
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     GREEDY,
@@ -110,6 +111,7 @@ class GenerationRequest:
         end_ids: tokens that end an answer.
         cache: the options of the key/value cache.
         thinking: the most tokens of each thought; None: any number.
+        constraint: what the answer may be, in a request to an engine; None: anything.
 
     Raises:
         InputError: a value is out of range. A request that exists need not be checked again.
@@ -121,6 +123,7 @@ class GenerationRequest:
     end_ids: frozenset[int] = frozenset()
     cache: CacheOptions = PLAIN_CACHE
     thinking: ThinkingBudget | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         check_number("max_tokens", self.max_tokens, whole=True)

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from minicpm_data.conversation.answers import TAGS
 from minicpm_data.conversation.messages import Message
 from minicpm_data.conversation.template_features import TemplateFeatures, features_of
 from minicpm_data.sampling_defaults import ChatSampling
@@ -120,9 +121,30 @@ class Tokenizer:
         detokenizer = self.detokenizer(skip_special_tokens)
         return "".join([detokenizer.add(int(i)) for i in ids]) + detokenizer.finish()
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new decoder for a stream of tokens. It skips special tokens unless told otherwise."""
-        return Detokenizer(self._decoder, self._special_ids if skip_special_tokens else ())
+    def detokenizer(self, skip_special_tokens: bool = True, tags: bool = False) -> Detokenizer:
+        """A new decoder for a stream of tokens.
+
+        Arguments:
+            skip_special_tokens: leave special tokens out of the text.
+            tags: keep those of `tag_ids`, as the parser of an answer needs them.
+        """
+        skipped = self._special_ids - (self.tag_ids if tags else frozenset())
+        return Detokenizer(self._decoder, skipped if skip_special_tokens else ())
+
+    @functools.cached_property
+    def tag_ids(self) -> frozenset[int]:
+        """The special tokens with which the chat template writes thoughts and tool calls. MiniCPM5 has some."""
+        templates = self.chat_template + (self.tool_template or "")
+        tags = (i for i in self._special_ids if self.added_tokens[i] in TAGS and self.added_tokens[i] in templates)
+        return frozenset(tags) - {*self.eos_token_ids}
+
+    def token_bytes(self, rows: int) -> list[bytes]:
+        """The bytes of each token of an answer, for ``rows`` ids. Special tokens that are no tags begin with 0xFF,
+        which no text has."""
+        special = {*self._special_ids, *self.eos_token_ids} - self.tag_ids
+        pieces = [self._decoder.piece(i) for i in range(rows)]
+        found = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
+        return [b"\xff" + token if i in special else token for i, token in enumerate(found)]
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token; None where the vocabulary does not have it."""

@@ -28,7 +28,7 @@ from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.thinking import Thoughts
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
-from minicpm_jax.generation.sampling import SamplingParams, sample
+from minicpm_jax.generation.sampling import SamplingParams, only_allowed, sample
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.processes import broadcast_from_main, fetch
@@ -126,12 +126,13 @@ def first_token(
     eos_ids: Int[Array, "E"] | Int[Array, "B E"],
     params: SamplingParams,
     forced: Int[Array, "B"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> State:
-    """Sample each row's first token after its prompt; ``forced`` as in `sample_next`."""
+    """Sample each row's first token after its prompt; ``forced`` and ``allowed`` as in `sample_next`."""
     batch = len(last)
     draws = jax.random.wrap_key_data(rng)
     state = State(cache, jnp.zeros(batch, jnp.int32), token_mask, draws, jnp.zeros(batch, bool), eos_ids)
-    return sample_next(state, model.head(last)[:, 0], params, forced)
+    return sample_next(state, model.head(last)[:, 0], params, forced, allowed)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -141,9 +142,10 @@ def decode(
     steps: Int[Array, ""],
     params: SamplingParams,
     forced: Int[Array, "N B"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
     """Generate up to ``steps`` (at most `STEPS`) more tokens per row; fewer if all rows finish.
-    ``forced`` [STEPS, B]: as in `sample_next`, for each step.
+    ``forced`` [STEPS, B]: as in `sample_next`, for each step. ``allowed``: likewise, the same in all steps.
 
     Returns the state, the tokens [STEPS, B] and how many of the STEPS rows are valid.
     """
@@ -152,7 +154,7 @@ def decode(
         state, tokens, count = carry
         hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.finished, 0, 1))
         now = None if forced is None else forced[count]
-        state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params, now)
+        state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params, now, allowed)
         return state, tokens.at[count].set(state.token), count + 1
 
     def more(carry):
@@ -164,9 +166,17 @@ def decode(
 
 
 def sample_next(
-    state: State, logits: Float[Array, "B V"], params: SamplingParams, forced: Int[Array, "B"] | None = None
+    state: State,
+    logits: Float[Array, "B V"],
+    params: SamplingParams,
+    forced: Int[Array, "B"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> State:
-    """Sample the next token of each row. ``forced``: ids to take in place of a sampled one, or -1."""
+    """Sample the next token of each row.
+
+    ``forced``: ids to take in place of a sampled one, or -1. ``allowed``: the tokens to sample from, as bits.
+    """
+    logits = logits if allowed is None else only_allowed(logits, allowed)
     both = jax.vmap(jax.random.split)(state.rng)
     token = sample(logits, state.token_mask, params, both[:, 1]).astype(jnp.int32)
     token = token if forced is None else jnp.where(forced >= 0, forced, token)
@@ -208,6 +218,8 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
 
 def check(model: Model, request: GenerationRequest) -> None:
     """`minicpm_data.generation.api.Decoding.check`. Memory is checked when the prompts are prefilled."""
+    if request.constraint is not None:
+        raise InputError("is for requests to an engine; leave it out.", option="constraint")
     check_kind(model, len(request.prompts), request.cache)
 
 

@@ -154,6 +154,8 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
 
 def check(model: Model, request: GenerationRequest) -> None:
     """`minicpm_data.generation.api.Decoding.check`. Prompts and the beginning of the answer must fit into memory."""
+    if request.constraint is not None:
+        raise InputError("is for requests to an engine; leave it out.", option="constraint")
     batch, kept = len(request.prompts), request.cache
     check_kind(model, batch, kept)
     length = request.longest + min(request.max_tokens, ROOM)

@@ -15,6 +15,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import trim_prompt_cache
 
 from minicpm_data.generation import engine
+from minicpm_data.generation.constraint import Matcher, unpacked
 from minicpm_data.generation.engine import RequestState, shared
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
 from minicpm_data.generation.thinking import Thought
@@ -61,6 +62,7 @@ class Engine(engine.BatchEngine[Model]):
             part = prompt[start : min(start + width, len(prompt) - 1)]
             decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), len(prompt))
         draw, processors = choosers(request.sampling, prompt, self.model.config.vocab_size)
+        processors += [] if state.matcher is None else [holding(state.matcher)]
         processors += [] if state.thought is None else [forcing(state.thought)]
         (uid,) = self.batch.insert(
             [prompt[-1:]],
@@ -134,3 +136,17 @@ def forcing(thought: Thought) -> Processor:
         return mx.where(mx.arange(logits.shape[-1]) == thought.forced[0], mx.zeros_like(logits), -mx.inf)
 
     return force
+
+
+def holding(matcher: Matcher) -> Processor:
+    """The logits processor of a constraint. It waits for each token."""
+    begun = False
+
+    def hold(context: mx.array, logits: mx.array) -> mx.array:
+        nonlocal begun
+        if begun:
+            matcher.add(int(context[-1].item()))  # type: ignore[arg-type]  # a token
+        begun = True
+        return mx.where(mx.array(unpacked(matcher.allowed(), logits.shape[-1])), logits, -mx.inf)
+
+    return hold
