@@ -65,6 +65,18 @@ def test_a_call_that_is_required_is_held_by_its_schema(api):
     assert len(choice["message"]["tool_calls"]) == 1 and choice["finish_reason"] == "tool_calls"
 
 
+def test_a_thinking_budget_lets_the_answer_begin(api):
+    """Without one, the random model would think to the end."""
+    body = {"chat_template_kwargs": {"enable_thinking": True}, "thinking_budget": 4, "tool_choice": NAMED}
+    if api.form != "xml":
+        status, answer = ask(api.port, CHAT, {"messages": ASKED, "thinking_budget": 4})
+        assert (status, answer["error"]["param"]) == (400, "thinking_budget")
+        return
+    message = asked(api, **body)["message"]
+    assert message["reasoning_content"] and message["tool_calls"][0]["function"]["name"] == "add"
+    assert "reasoning_content" not in asked(api, **{**body, "thinking_budget": 0})["message"]
+
+
 def test_a_stream_says_the_same(api):
     body = {"messages": ASKED, "tools": TOOLS, "max_tokens": 200, "temperature": 1.0, "seed": 3, "tool_choice": NAMED}
     *chunks, done = events(api.port, CHAT, body)
