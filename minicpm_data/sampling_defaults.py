@@ -23,8 +23,9 @@ CARDS: dict[str, tuple[Pair, Pair | None, str]] = {
     "minicpm4.1": ((0.6, 0.95), (0.7, 0.8), "model card"),
     "minicpm5": ((0.9, 0.95), (0.7, 0.95), "model card"),
 }
-# The files of MiniCPM-2B, 3 and 4 all state this pair. `chat()` of the 2B and the card of 4.1 state another one.
-OF_EVERY_FILE: Pair = (0.8, 0.8)
+# The files of MiniCPM3 and MiniCPM4 state this pair. In the file of another model of the family it does not replace the
+# pair of the 2B's `chat()`, which ignores the file, nor those of a card.
+OF_FILES: Pair = (0.8, 0.8)
 USED, OTHERS = ("temperature", "top_p", "do_sample"), frozenset({"top_k", "top_h"})  # keys of generation_config.json
 VOCABULARY_4 = 73_448  # tokens of MiniCPM3, MiniCPM4 and BitCPM4
 
@@ -62,7 +63,7 @@ class ChatSampling:
         """The defaults of a chat. A file states one pair, which for a model that thinks is the pair for thinking."""
         thought, plain, source = CARDS.get(self.family or "", (None, None, ""))
         card = plain if enable_thinking is False and plain is not None else thought
-        yields = card is not None and (self.stated == OF_EVERY_FILE or card is plain)
+        yields = card is not None and (self.stated == OF_FILES or card is plain)
         if self.stated is not None and not yields:
             return SamplingDefaults(*self.stated, "generation_config.json")
         if card is None:
