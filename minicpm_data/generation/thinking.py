@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_data.arguments import check_number
-from minicpm_data.conversation.answers import AnswerParser
+from minicpm_data.conversation.answers import THINK, THINK_END, AnswerParser
 from minicpm_data.conversation.template_features import opens_thought
 from minicpm_data.generation.options import MOST
 from weights_io.errors import InputError
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from minicpm_data.tokenizer.detokenizer import Detokenizer
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
-OPEN, CLOSE = "<think>", "</think>"
-CLOSING = f"\n{CLOSE}\n\n"  # as the templates write the end of a thought
+CLOSING = f"\n{THINK_END}\n\n"  # as the templates write the end of a thought
 TAIL = 32  # last tokens of a prompt, which hold the tag that it may end with
 
 
@@ -143,10 +142,10 @@ class Thought:
         self._text += self._decoder.add(token)
         if self._open is None:
             begun = self._text.lstrip()
-            if begun.startswith(OPEN):
-                self._open, self._text = True, begun[len(OPEN) :]
+            if begun.startswith(THINK):
+                self._open, self._text = True, begun[len(THINK) :]
                 self._look()
-            elif not OPEN.startswith(begun):
+            elif not THINK.startswith(begun):
                 self._open = False
         else:
             self._count += 1
@@ -156,10 +155,10 @@ class Thought:
         """Whether the open thought has ended, or has to."""
         if not self._open:
             return
-        if CLOSE in self._text:
+        if THINK_END in self._text:
             self._open = False
             return
-        begun = next((n for n in range(len(CLOSE) - 1, 0, -1) if self._text.endswith(CLOSE[:n])), 0)
+        begun = next((n for n in range(len(THINK_END) - 1, 0, -1) if self._text.endswith(THINK_END[:n])), 0)
         self._text = self._text[len(self._text) - begun :]
         if not begun and self._count >= self._budget.tokens:
             self.forced = self._budget.closing
