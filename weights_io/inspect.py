@@ -63,6 +63,7 @@ class Report:
     tokenizer: str | None = None
     tokenizer_ids: int | None = None
     chat_template: str = DEFAULT_TEMPLATE
+    sampling: str | None = None  # defaults of a chat, and where they are stated; None: without a tokenizer, unknown
     unusual: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)  # reasons why it cannot be loaded
 
@@ -233,6 +234,7 @@ def lines(report: Report) -> list[str]:
         "norm": f"RMS, epsilon {config['rms_norm_eps']:g}",
         "tokenizer": tokenizer,
         "chat template": report.chat_template if report.tokenizer else tokenizer,
+        **({"sampling": report.sampling} if report.sampling else {}),
     }
     text = [f"{name:14} {value}" for name, value in table.items()]
     text += [

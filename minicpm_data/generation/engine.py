@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
+from minicpm_data.generation.constraint import Matcher
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest, ModelT, PromptIds
+from minicpm_data.generation.thinking import Thought
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.memory import no_room
@@ -57,6 +59,8 @@ class RequestState:
         group: the id of its group; its own number where it has none.
         turn: order in the queue among groups that hold equally many slots; the lowest is next.
         generated: the token ids so far.
+        thought: the thought, where the request has a thinking budget.
+        matcher: the state of its constraint, where it has one.
     """
 
     number: int
@@ -64,6 +68,14 @@ class RequestState:
     group: int
     turn: int
     generated: list[int] = field(default_factory=list)
+    thought: Thought | None = field(init=False, default=None)
+    matcher: Matcher | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if (budget := self.request.thinking) is not None:
+            self.thought = Thought(budget, *budget.opened)
+        if (constraint := self.request.constraint) is not None:
+            self.matcher = constraint.begin()
 
     @property
     def prompt(self) -> PromptIds:
@@ -227,7 +239,8 @@ class BatchEngine(ABC, Generic[ModelT]):
                 self.prefilling = None
                 self.running[request.number] = request
         if self.running:
-            hurry = self.prefilling is not None or self._next() is not None
+            held = any(request.matcher for request in self.running.values())  # looks at each token
+            hurry = held or self.prefilling is not None or self._next() is not None
             room = min(request.left for request in self.running.values())
             began = time.perf_counter()
             steps = max(1, min(1 if hurry else self._steps, room))

@@ -21,8 +21,10 @@ import numpy as np
 from jaxtyping import Array
 
 from minicpm_data.generation import engine
+from minicpm_data.generation.constraint import allowed_rows
 from minicpm_data.generation.engine import RequestState, shared
 from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.thinking import forced_steps
 from minicpm_jax import device
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import STEPS, State, bucket_length
@@ -196,7 +198,9 @@ class Engine(engine.BatchEngine[Model]):
         eos_ids = np.array([found + [-1] * (ENDS - len(found))], np.int32)
         params = SamplingParams.of_rows([request.sampling], vocabulary)
         token_mask, rng, nothing = seen_tokens([state.prompt], vocabulary), request.sampling.row_keys(1), None
-        row = decoding.first_token(self.model, nothing, last, token_mask, rng, eos_ids, params)
+        forced = forced_steps([state.thought], 1)[0]
+        allowed = allowed_rows([state.matcher], vocabulary)
+        row = decoding.first_token(self.model, nothing, last, token_mask, rng, eos_ids, params, forced, allowed)
         row = self.shapes.placed(row, self.shapes.state(1, None))
         return dataclasses.replace(row, cache=cache)
 
@@ -220,9 +224,20 @@ class Engine(engine.BatchEngine[Model]):
         if made:  # deliver first tokens first: a request may already be finished
             return made
         here = [(slot, row) for slot, row in enumerate(self.rows) if row is not None and row.number in self.running]
-        samplings = [row.request.sampling if row and row.number in self.running else GREEDY for row in self.rows]
-        params = SamplingParams.of_rows(samplings, self.model.config.vocab_size)
-        state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), params)
+        running = [row if row and row.number in self.running else None for row in self.rows]
+        vocabulary = self.model.config.vocab_size
+        params = SamplingParams.of_rows([row.request.sampling if row else GREEDY for row in running], vocabulary)
+        for row in filter(None, running):
+            if row.thought is not None:
+                row.thought.see(row.generated)
+                steps = min(steps, row.thought.free)
+            if row.matcher is not None:
+                row.matcher.see(row.generated)
+                steps = 1
+        forced = forced_steps([row.thought if row else None for row in running], STEPS)
+        allowed = allowed_rows([row.matcher if row else None for row in running], vocabulary)
+        many = np.int32(min(steps, STEPS))
+        state, tokens, count = decoding.decode(self.model, self.state, many, params, forced, allowed)
         self._keep(state)
         found = np.asarray(tokens)[: int(count)]
         return [(row.number, int(step[slot])) for step in found for slot, row in here]

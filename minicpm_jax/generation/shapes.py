@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from minicpm_data.generation.constraint import BITS
 from minicpm_data.generation.options import GREEDY, CacheOptions
 from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation import decoding
@@ -80,6 +81,9 @@ class Shapes:
         def params(count):
             return SamplingParams.of_rows([GREEDY] * count, vocabulary)
 
+        def allowed(count):
+            return host(jnp.uint32, count, -(-vocabulary // BITS))
+
         match key.name:
             case "empty":
                 return decoding.empty.lower(model, 1, sizes[0], self.bits)
@@ -90,7 +94,8 @@ class Shapes:
             case "first_token":
                 last, nothing = self.row(1)[1], None
                 given = host(jnp.bool_, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
-                return decoding.first_token.lower(model, nothing, last, *given, params(1))
+                sampled = params(1), host(jnp.int32, 1), allowed(1)
+                return decoding.first_token.lower(model, nothing, last, *given, *sampled)
             case "insert":
                 length, row_length = sizes
                 return insert.lower(self.state(rows, length), self.state(1, row_length), number)
@@ -101,7 +106,8 @@ class Shapes:
                 held, length = sizes
                 return decoding.resize_cache.lower(self.state(rows, held).cache, length)
             case "decode":
-                return decoding.decode.lower(model, self.state(rows, sizes[0]), number, params(rows))
+                sampled = params(rows), host(jnp.int32, decoding.STEPS, rows), allowed(rows)
+                return decoding.decode.lower(model, self.state(rows, sizes[0]), number, *sampled)
             case "mark_finished":
                 return mark_finished.lower(self.state(rows, None).finished, number)
         raise AssertionError(key)

@@ -15,8 +15,10 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import trim_prompt_cache
 
 from minicpm_data.generation import engine
+from minicpm_data.generation.constraint import Matcher, unpacked
 from minicpm_data.generation.engine import RequestState, shared
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.thinking import Thought
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.sampling import penalized, sample
@@ -60,6 +62,8 @@ class Engine(engine.BatchEngine[Model]):
             part = prompt[start : min(start + width, len(prompt) - 1)]
             decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), len(prompt))
         draw, processors = choosers(request.sampling, prompt, self.model.config.vocab_size)
+        processors += [] if state.matcher is None else [holding(state.matcher)]
+        processors += [] if state.thought is None else [forcing(state.thought)]
         (uid,) = self.batch.insert(
             [prompt[-1:]],
             [ENDLESS],
@@ -114,3 +118,35 @@ def choosers(sampling: Sampling, prompt: list[int], vocab_size: int) -> tuple[Dr
         return penalized(logits, token_mask, sampling)
 
     return None if sampling.greedy else draw, [penalise] if sampling.penalized else []
+
+
+def forcing(thought: Thought) -> Processor:
+    """The logits processor that takes the forced tokens of a thinking budget. It waits for each token of the thought,
+    and for none of the answer."""
+    begun = False
+
+    def force(context: mx.array, logits: mx.array) -> mx.array:
+        nonlocal begun
+        if begun and not thought.over:
+            found: Any = context[-1].item()
+            thought.add(found)
+        begun = True
+        if not thought.forced:
+            return logits
+        return mx.where(mx.arange(logits.shape[-1]) == thought.forced[0], mx.zeros_like(logits), -mx.inf)
+
+    return force
+
+
+def holding(matcher: Matcher) -> Processor:
+    """The logits processor of a constraint. It waits for each token."""
+    begun = False
+
+    def hold(context: mx.array, logits: mx.array) -> mx.array:
+        nonlocal begun
+        if begun:
+            matcher.add(int(context[-1].item()))  # type: ignore[arg-type]  # a token
+        begun = True
+        return mx.where(mx.array(unpacked(matcher.allowed(), logits.shape[-1])), logits, -mx.inf)
+
+    return hold

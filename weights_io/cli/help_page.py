@@ -20,6 +20,7 @@ GROUPS = {
     "prompt_cache_file eos_token",
     "sampling": "temp top_p top_k min_p min_tokens_to_keep xtc_probability xtc_threshold repetition_penalty seed stop "
     "extra_eos_token max_tokens",
+    "thinking": "enable_thinking thinking_budget show_thinking",
     "memory": "kv_bits kv_group_size quantized_kv_start max_kv_size prefill_step_size grad_checkpoint",
     "speculation": "draft_model num_draft_tokens prompt_lookup",
     "training": "train test iters epochs grad_accumulation_steps pack train_on_prompt mask_prompt loss beta optimizer "
