@@ -100,6 +100,10 @@ class PackedTensor:
         """The group of each input [in]; None where they are contiguous and in order. Raises as `packed`."""
         return None
 
+    def symmetric(self) -> bool:
+        """Whether every zero point is the middle of the codes' range, so that signed codes need none."""
+        return False
+
     def reordered(self) -> bool | None:
         """Whether the inputs have to be sorted by group (act-order). None: a model cannot keep the matrix quantized, as
         a table holds the values or the groups differ in size. Raises as `packed`."""
