@@ -68,22 +68,28 @@ def released_model(model: "Model", form: ReleasedForm | None, head: bool = False
     """The model with zeros in place of the layers' matrices, quantized in the ``form`` of a released file (None: not
     quantized), to trace programs. ``head``: also quantize the head to int8."""
     model = jax.tree.map(lambda x: x, model)
-    for parameter in () if form is None else target_parameters(model.config, ("all-linear",)):
-        kind, layer = jnp.int4 if form.bits == 4 else jnp.int8, get_layer(model, parameter.name)
-        (*stack, out, width), dtype = layer.weight.shape, layer.weight.dtype
-        group = width if form.group is None else math.gcd(form.group, width)
-        arrays = {"zeros": kind, "biases": dtype}
-        layer.weight = QuantizedWeight(
-            jnp.zeros((*stack, width, out), kind),
-            jnp.zeros((*stack, width // group, out), dtype),
-            dtype,
-            order=jnp.zeros((*stack, width), order_dtype(width)) if "order" in form.parts else None,
-            **{part: jnp.zeros((*stack, width // group, out), arrays[part]) for part in form.parts & arrays.keys()},
-        )
+    for parameter in target_parameters(model.config, ("all-linear",)):
+        layer = get_layer(model, parameter.name)
+        layer.weight = layer.weight if form is None else _zeros(form, layer.weight)
     for name, pack in head_packing(model.config).items() if head else ():
         layer = get_layer(model, name)
         layer.weight = pack(layer.weight[...])
     return model
+
+
+def _zeros(form: ReleasedForm, weight: Any) -> QuantizedWeight:
+    """A weight of the shape of ``weight`` in a form."""
+    (*stack, out, width), dtype = weight.shape, weight.dtype
+    group = width if form.group is None else math.gcd(form.group, width)
+    of_groups, kind = (*stack, width // group, out), jnp.int4 if form.bits == 4 else jnp.int8
+    return QuantizedWeight(
+        jnp.zeros((*stack, width, out), kind),
+        jnp.zeros(of_groups, dtype),
+        dtype,
+        zeros=jnp.zeros(of_groups, kind) if "zeros" in form.parts else None,
+        biases=jnp.zeros(of_groups, dtype) if "biases" in form.parts else None,
+        order=jnp.zeros((*stack, width), order_dtype(width)) if "order" in form.parts else None,
+    )
 
 
 def in_tiles_model(model: "Model") -> "Model":
