@@ -28,7 +28,9 @@ Each row is a program of this package, compiled for absent chips by `python -m m
 - **tokens/s**: an upper bound from the HBM traffic and the arithmetic, or from the arithmetic alone if the traffic is
   unknown.
 
-The dtype is bfloat16. Training uses `--grad-checkpoint`. In generation, `--quantize` stores the head in 8 bits.
+The dtype is bfloat16. Training uses `--grad-checkpoint`. In generation, `--quantize 4` and 8 store the head in 8 bits.
+With `--quantize gptq-int4` and the other formats, the layers are those of a released file, and the head has 16 bits
+unless `--head-bits 8` is given.
 Nothing here has been run on a TPU, and real programs are slower. `python -m benchmarks.fit_table` writes this file.
 MiniCPM4.1-8B has the shapes of MiniCPM4-8B, so the rows `lora` of the one hold for the other.
 
@@ -52,7 +54,13 @@ ROWS: tuple[Row, ...] = (
     ("minicpm-2b", "v5e:1x1", "generate", 8, 4096, {"kv_bits": 8}),
     ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": 8}),
     ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": 4}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": "gptq-int4"}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": "gptq-int4", "head_bits": 8}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": "gptq-int8"}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": "gptq-int8", "head_bits": 8}),
     ("minicpm-2b", "v5e:1x1", "prefill", 1, 4096, {}),
+    ("minicpm-2b", "v5e:1x1", "prefill", 1, 4096, {"quantize": 4}),
+    ("minicpm-2b", "v5e:1x1", "prefill", 1, 4096, {"quantize": "gptq-int4"}),
     ("minicpm-1b", "v5e:1x1", "generate", 1, 4096, {}),
     ("minicpm-1b", "v5e:1x1", "generate", 16, 4096, {}),
     ("minicpm3-4b", "v5e:1x1", "generate", 1, 4096, {}),
@@ -62,6 +70,8 @@ ROWS: tuple[Row, ...] = (
     ("minicpm3-4b", "v5e:1x1", "generate", 1, 4096, {"quantize": 4}),
     ("minicpm-moe-8x2b", "v5e:2x4", "generate", 1, 4096, {}),
     ("minicpm-2b", "v5e:2x4", "generate", 1, 4096, {}),
+    ("minicpm-2b", "v5e:2x4", "generate", 1, 4096, {"quantize": "gptq-int4"}),
+    ("minicpm-2b", "v5e:2x4", "prefill", 1, 4096, {"quantize": "gptq-int4"}),
     ("minicpm-2b-128k", "v5e:2x2", "generate", 1, 131072, {}),
     ("minicpm-2b-128k", "v5e:2x4", "generate", 1, 131072, {}),
     ("minicpm-2b-128k", "v5e:2x4", "generate", 1, 131072, {"kv_bits": 8}),
@@ -80,7 +90,10 @@ ROWS: tuple[Row, ...] = (
     ("minicpm4-8b", "v5e:1x1", "generate", 1, 32768, {"quantize": 8}),
     ("minicpm4-8b", "v5e:1x1", "generate", 1, 32768, {"quantize": 4}),
     ("minicpm4-8b", "v5e:1x1", "prefill", 1, 32768, {"quantize": 4}),
+    ("minicpm4-8b", "v5e:2x4", "prefill", 1, 32768, {"quantize": 4, "mesh": "tensor=8"}),
     ("minicpm4.1-8b", "v5e:1x1", "generate", 1, 65536, {"quantize": 4}),
+    ("minicpm4.1-8b", "v5e:1x1", "generate", 1, 65536, {"quantize": "awq-int4"}),
+    ("minicpm4.1-8b", "v5e:1x1", "prefill", 1, 65536, {"quantize": "awq-int4"}),
     ("minicpm4.1-8b", "v5e:1x1", "prefill", 1, 65536, {"quantize": 4}),
     ("minicpm5-1b", "v5e:1x1", "generate", 1, 131072, {}),
     ("minicpm5-1b", "v5e:1x1", "prefill", 1, 131072, {}),

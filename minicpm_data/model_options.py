@@ -66,11 +66,13 @@ class ModelOptions(SourceOptions):
     """Folder with a fine-tuned adapter (of PEFT or mlx_lm) to add to the model."""
     quantize: Literal[4, 8] | None = None
     """Quantize the layers' matrices to this many bits and the head to 8: less memory, and less to read per token."""
+    head_bits: Literal[8] | None = None
+    """Quantize only the head (and a tied embedding) to 8 bits: also that of a checkpoint whose layers are quantized."""
     rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None
     """RoPE scaling that replaces the checkpoint's, such as {"type": "linear", "factor": 4}. null: no scaling."""
 
     def loading(self) -> dict[str, Any]:
-        return {"adapter": self.adapter_path, "quantize": self.quantize}
+        return {"adapter": self.adapter_path, "quantize": self.quantize, "head_bits": self.head_bits}
 
     @property
     def rescaled(self) -> bool:

@@ -18,10 +18,10 @@ from minicpm_data.arguments import check_path, named_keywords
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_mlx import device
 from minicpm_mlx.model import Model
-from minicpm_mlx.quantization.model import packed_layouts, quantize_model, with_layouts
+from minicpm_mlx.quantization.model import head_layout, packed_layouts, quantize_model, with_layouts
 from minicpm_mlx.training.adapters import attach, cache_dora_ratios, from_adapter
 from weights_io.adapters import read_adapter
-from weights_io.casting import check_bits
+from weights_io.casting import check_bits, check_head_bits
 from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.config_keys import note_sparse
 from weights_io.files.tensor import FileTensor
@@ -47,6 +47,7 @@ def load(
     *,
     decoding: bool = False,
     quantize_head: bool = True,
+    head_bits: int | None = None,
     dequantize: bool = False,
     remedy: str | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
@@ -63,6 +64,7 @@ def load(
         quantize: keep the layers' matrices in this many bits (4 or 8) and the head in 8, to generate with less memory.
         decoding: return the form that generates fastest but is not to be trained: layers with the same input are fused.
         quantize_head: False keeps the head unquantized, to train adapters.
+        head_bits: 8 quantizes the head, and with it a tied embedding; also of a checkpoint whose layers stay quantized.
         dequantize: hold the matrices of a quantized checkpoint in ``dtype``, to train them; otherwise they stay
             quantized.
         remedy: what an error advises if the weights do not fit into memory; None: fewer bits, or a smaller model.
@@ -79,8 +81,8 @@ def load(
         checkpoint = open_model(checkpoint, revision, hub)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "dequantize": dequantize}
-    model = load_weights(checkpoint, dtype, **how, remedy=remedy)
+    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "head_bits": head_bits}
+    model = load_weights(checkpoint, dtype, **how, dequantize=dequantize, remedy=remedy)
     if found is not None:
         model = cache_dora_ratios(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
     with waiting("arranging the weights"):
@@ -93,6 +95,7 @@ def load_weights(
     *,
     quantize: int | None = None,
     quantize_head: bool = True,
+    head_bits: int | None = None,
     dequantize: bool = False,
     remedy: str | None = None,
 ) -> Model:
@@ -101,11 +104,12 @@ def load_weights(
     target, config = checkpoint.target(dtype), checkpoint.config
     model = Model(config, checkpoint.eos_token_ids)
     layouts = {} if dequantize or quantize is not None else packed_layouts(checkpoint)
+    head = {} if check_head_bits(head_bits) is None else head_layout(config)
     if quantize is None:
         kind, needed = target, weight_bytes(config, target)
-        if layouts:
-            kind, needed = "quantized", kept_bytes(checkpoint, layouts, target)
-            model = with_layouts(model, layouts)
+        if layouts or head:
+            kind, needed = "quantized", kept_bytes(checkpoint, head | layouts, target)
+            model = with_layouts(model, head | layouts)
         if not dequantize:
             named = [p.mlx_names(config).items() for p in parameters(config)]
             note_dequantized(
@@ -113,7 +117,9 @@ def load_weights(
             )
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(config, target, quantize, quantize_head)
-        model = quantize_model(model, quantize, quantize_head)  # the lazy initial weights are never computed
+        model = quantize_model(
+            model, quantize, quantize_head or bool(head)
+        )  # the lazy initial weights are never computed
     check_weights(kind, needed, device.free_memory(), remedy)
     layers = {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "group_size")}
     mapped = _mapped(checkpoint, target)

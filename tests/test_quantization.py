@@ -89,6 +89,7 @@ def test_a_matrix_is_the_tools_to_the_last_bit(reference, name):
     assert form.scales.shape == (72, 256 // form.group_size)
     np.testing.assert_array_equal(form.dequantize(), expected[5:77])
     assert (form.order is not None) == ("desc_act" in name)
+    assert tensor.symmetric() == (name.startswith("gptq") and bool((tensor.packed().zeros == 8).all()))
     if form.order is not None:  # the layout with groups one after the other is the same matrix, its inputs sorted
         regular = dataclasses.replace(form, codes=form.codes[:, form.order], groups=None)
         np.testing.assert_array_equal(regular.dequantize(), expected[5:77, form.order])

@@ -13,13 +13,13 @@ from jaxtyping import Array
 
 from minicpm_jax.layers.ops import Weight
 from minicpm_jax.parallel.sharding import pad_or_trim
-from minicpm_jax.quantization.packed import GroupedEmbedding, QuantizedWeight
+from minicpm_jax.quantization.packed import GroupedEmbedding, QuantizedWeight, order_dtype
 from minicpm_jax.quantization.table import TableWeight
 from weights_io.casting import numpy_dtype
 from weights_io.checkpoint import Checkpoint
 from weights_io.files.tensor import LazyTensor
 from weights_io.memory import ITEM
-from weights_io.parameters import EMBEDDING, Parameter, parameters
+from weights_io.parameters import EMBEDDING, Parameter, head_parameter, parameters
 from weights_io.quantization.packed import Packed, PackedTensor
 
 Place = Callable[[str, np.ndarray], Array]  # attribute of the weight, its values -> the array on the device or mesh
@@ -52,6 +52,8 @@ def kept_forms(checkpoint: Checkpoint) -> dict[str, Form]:
         if "table" in parts and not all("table" in form.parts for form in forms):
             continue
         bits, group = max(form.bits for form in forms), math.gcd(*(form.group for form in forms))
+        if all(_symmetric(checkpoint.tensors[name]) for name in parameter.hf_names(checkpoint.config)):
+            parts -= {"zeros"}
         found[parameter.name] = Form(bits, group, parts)
     return found
 
@@ -63,16 +65,23 @@ def _form_of(tensor: LazyTensor) -> Form | None:
     return Form(4 if tensor.bits <= 4 else 8, tensor.group_size, frozenset((*tensor.parts, *more)))
 
 
-def kept_bytes(checkpoint: Checkpoint, forms: dict[str, Form], dtype: str) -> int:
-    """Bytes of a model's weights, of which those in ``forms`` stay quantized and the others are in ``dtype``."""
+def _symmetric(tensor: LazyTensor) -> bool:
+    return isinstance(tensor, PackedTensor) and tensor.symmetric()
+
+
+def kept_bytes(checkpoint: Checkpoint, forms: dict[str, Form], dtype: str, head_bits: int | None = None) -> int:
+    """Bytes of a model's weights: those in ``forms`` stay quantized, a head that is not has ``head_bits``, and the
+    others are in ``dtype``."""
+    head = head_parameter(checkpoint.config)
     total = 0.0
     for parameter in parameters(checkpoint.config):
         form = forms.get(parameter.name)
-        bits = 8 * ITEM[dtype] if form is None else form.bits_per_weight(dtype)
+        whole = head_bits if head_bits is not None and parameter is head else 8 * ITEM[dtype]
+        bits = whole if form is None else form.bits_per_weight(dtype)
         shape = parameter.shape(checkpoint.config)
         total += math.prod(shape) * bits / 8
         if form is not None and "order" in form.parts:
-            total += 4 * math.prod(shape) / shape[-2]  # an int32 for each input
+            total += order_dtype(shape[-1]).itemsize * math.prod(shape) / shape[-2]
         if form is not None and "table" in form.parts:
             total += 4 * 16 * math.prod(shape[:-2])
     return int(total)
@@ -135,7 +144,7 @@ def _arrays(packed: Packed, form: Form, shape: tuple[int, ...], dtype: str) -> d
         assert packed.biases is not None
         arrays["biases"] = each(packed.biases.astype(np.float32) + middle * scales, numpy_dtype(dtype))
     if "order" in form.parts:
-        order = np.arange(shape[1], dtype=np.int32)
+        order = np.arange(shape[1], dtype=order_dtype(shape[1]))
         if packed.order is not None:
             order[: len(packed.order)], codes = packed.order, codes[:, packed.order]
         arrays["order"] = order

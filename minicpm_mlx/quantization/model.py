@@ -10,7 +10,8 @@ from minicpm_mlx.quantization.packed import quantized_layer
 from weights_io.adapters import target_parameters
 from weights_io.casting import check_bits, check_groups, group_of
 from weights_io.checkpoint import Checkpoint
-from weights_io.parameters import EMBEDDING, parameters
+from weights_io.config import ModelConfig
+from weights_io.parameters import EMBEDDING, head_parameter, parameters
 from weights_io.quantization.affine import Layout, layout_of_all
 
 
@@ -48,6 +49,13 @@ def packed_layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
             if layout is not None and not (parameter is EMBEDDING and special):
                 found[name] = layout
     return found
+
+
+def head_layout(config: ModelConfig) -> dict[str, Layout]:
+    """The layout of a head in 8 bits, by the name of the MLX tensor: that of the embedding if it is tied."""
+    parameter = head_parameter(config)
+    layout = Layout(8, group_of(parameter.tensor_shape(config)[-1]), False)
+    return dict.fromkeys(parameter.mlx_names(config), layout)
 
 
 def with_layouts(model: Model, layouts: Mapping[str, Layout]) -> Model:

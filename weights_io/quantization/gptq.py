@@ -64,6 +64,10 @@ class GPTQTensor(PackedTensor):
             groups=self.groups(),
         )
 
+    def symmetric(self) -> bool:
+        zeros = words_of_columns(self.qzeros, self.bits, 0, self.shape[0])
+        return bool((zeros == (1 << self.bits - 1) - self.zero_offset).all())
+
     def groups(self) -> np.ndarray | None:
         if self.g_idx is None:
             return None

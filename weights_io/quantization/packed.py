@@ -103,6 +103,10 @@ class PackedTensor:
         """The value of each code [2**bits] float32; None where a value is linear in its code."""
         return None
 
+    def symmetric(self) -> bool:
+        """Whether every zero point is the middle of the codes' range, so that signed codes need none."""
+        return False
+
     def reordered(self) -> bool | None:
         """Whether the inputs have to be sorted by group (act-order). None: a model cannot keep the matrix quantized, as
         the groups differ in size. Raises as `packed`."""
