@@ -342,7 +342,7 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
                     except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
                         print()
             finally:
-                with waiting("ending"):
+                with waiting("ending the compilation"):
                     warming.close()
 
     command_line.run(main, options, prog)

@@ -4,6 +4,7 @@ A conversation grows by an answer and a question at a time, so the next prompt o
 """
 
 import dataclasses
+import time
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from minicpm_data.generation import api
 from minicpm_data.generation.options import seen_tokens
 from minicpm_data.generation.request import GenerationRequest, PromptIds
+from minicpm_jax import device
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.programs import Key, Programs
 from minicpm_jax.generation.sampling import SamplingParams
@@ -32,7 +34,9 @@ class Warming(api.Warming[Model]):
         self._shapes: Shapes | None = None
 
     def claim(self, request: GenerationRequest) -> None:
+        began = time.perf_counter()
         self._programs.claim(keys_of(request))
+        device.count_compiling(time.perf_counter() - began)
 
     def follow(self, request: GenerationRequest, answer: int) -> None:
         if self.model.mesh is not None:
