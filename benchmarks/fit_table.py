@@ -4,6 +4,7 @@ python -m benchmarks.fit_table --save-path docs/fit.md
 """
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,16 @@ Each row is a program of this package, compiled for absent chips by `python -m m
 - **HBM traffic**: the bytes that one call reads and writes. A call is a decoding step with a full cache, a prefill
   chunk of 512 tokens that attends to a full cache, or a training step. If it is unknown, JAX cannot read the program
   back from libtpu;
+- **compiling**: the CPU time of tracing and compiling where it says so, otherwise the time that two busy cores took;
 - **between chips**: the bytes of each kind of collective;
 - **tokens/s**: an upper bound from the HBM traffic and the arithmetic, or from the arithmetic alone if the traffic is
   unknown.
 
-The dtype is bfloat16. Training uses `--grad-checkpoint`. In generation, `--quantize` stores the head in 8 bits.
+The dtype is bfloat16. Training uses `--grad-checkpoint`. In generation, `--quantize 4` and 8 store the head in 8 bits.
+With `--quantize gptq-int4` and the other formats, the layers are those of a released file, and the head has 16 bits
+unless `--head-bits 8` is given.
 Nothing here has been run on a TPU, and real programs are slower. `python -m benchmarks.fit_table` writes this file.
-Compile times are those of two busy cores.
+MiniCPM4.1-8B has the shapes of MiniCPM4-8B, so the rows `lora` of the one hold for the other.
 
 | program | chips | rows x tokens | mesh | memory a chip | fits | compiling | HBM traffic | between chips | tokens/s |
 |---|---|---|---|---|---|---|---|---|---|
@@ -50,7 +54,13 @@ ROWS: tuple[Row, ...] = (
     ("minicpm-2b", "v5e:1x1", "generate", 8, 4096, {"kv_bits": 8}),
     ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": 8}),
     ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": 4}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": "gptq-int4"}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": "gptq-int4", "head_bits": 8}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": "gptq-int8"}),
+    ("minicpm-2b", "v5e:1x1", "generate", 1, 4096, {"quantize": "gptq-int8", "head_bits": 8}),
     ("minicpm-2b", "v5e:1x1", "prefill", 1, 4096, {}),
+    ("minicpm-2b", "v5e:1x1", "prefill", 1, 4096, {"quantize": 4}),
+    ("minicpm-2b", "v5e:1x1", "prefill", 1, 4096, {"quantize": "gptq-int4"}),
     ("minicpm-1b", "v5e:1x1", "generate", 1, 4096, {}),
     ("minicpm-1b", "v5e:1x1", "generate", 16, 4096, {}),
     ("minicpm3-4b", "v5e:1x1", "generate", 1, 4096, {}),
@@ -60,6 +70,8 @@ ROWS: tuple[Row, ...] = (
     ("minicpm3-4b", "v5e:1x1", "generate", 1, 4096, {"quantize": 4}),
     ("minicpm-moe-8x2b", "v5e:2x4", "generate", 1, 4096, {}),
     ("minicpm-2b", "v5e:2x4", "generate", 1, 4096, {}),
+    ("minicpm-2b", "v5e:2x4", "generate", 1, 4096, {"quantize": "gptq-int4"}),
+    ("minicpm-2b", "v5e:2x4", "prefill", 1, 4096, {"quantize": "gptq-int4"}),
     ("minicpm-2b-128k", "v5e:2x2", "generate", 1, 131072, {}),
     ("minicpm-2b-128k", "v5e:2x4", "generate", 1, 131072, {}),
     ("minicpm-2b-128k", "v5e:2x4", "generate", 1, 131072, {"kv_bits": 8}),
@@ -78,7 +90,10 @@ ROWS: tuple[Row, ...] = (
     ("minicpm4-8b", "v5e:1x1", "generate", 1, 32768, {"quantize": 8}),
     ("minicpm4-8b", "v5e:1x1", "generate", 1, 32768, {"quantize": 4}),
     ("minicpm4-8b", "v5e:1x1", "prefill", 1, 32768, {"quantize": 4}),
+    ("minicpm4-8b", "v5e:2x4", "prefill", 1, 32768, {"quantize": 4, "mesh": "tensor=8"}),
     ("minicpm4.1-8b", "v5e:1x1", "generate", 1, 65536, {"quantize": 4}),
+    ("minicpm4.1-8b", "v5e:1x1", "generate", 1, 65536, {"quantize": "awq-int4"}),
+    ("minicpm4.1-8b", "v5e:1x1", "prefill", 1, 65536, {"quantize": "awq-int4"}),
     ("minicpm4.1-8b", "v5e:1x1", "prefill", 1, 65536, {"quantize": 4}),
     ("minicpm5-1b", "v5e:1x1", "generate", 1, 131072, {}),
     ("minicpm5-1b", "v5e:1x1", "prefill", 1, 131072, {}),
@@ -96,6 +111,19 @@ ROWS: tuple[Row, ...] = (
     ("minicpm5-1b", "v6e:1x1", "generate", 1, 131072, {}),
     ("minicpm5-1b", "v6e:1x1", "prefill", 1, 131072, {}),
     ("minicpm5-1b", "v5e:1x1", "lora", 8, 2048, {}),
+    ("minicpm3-4b", "v5e:1x1", "prefill", 1, 32768, {}),
+    ("minicpm3-4b", "v5e:2x4", "generate", 1, 32768, {}),
+    ("minicpm3-4b", "v5e:2x4", "generate", 64, 4096, {}),
+    ("minicpm3-4b", "v5e:2x4", "prefill", 1, 32768, {}),
+    ("minicpm3-4b", "v6e:1x1", "generate", 1, 32768, {}),
+    ("minicpm3-4b", "v6e:1x1", "prefill", 1, 32768, {}),
+    ("minicpm3-4b", "v5e:1x1", "lora", 8, 2048, {}),
+    ("minicpm4-8b", "v5e:1x1", "lora", 1, 2048, {}),
+    ("minicpm4-8b", "v5e:1x1", "lora", 8, 2048, {"quantize": 4}),
+    ("minicpm4-8b", "v5e:2x4", "lora", 8, 2048, {}),
+    ("minicpm5-1b", "v5e:1x1", "lora", 8, 2048, {"quantize": 4}),
+    ("minicpm5-1b", "v5e:2x4", "lora", 8, 2048, {}),
+    ("minicpm5-1b", "v5e:2x4", "lora", 8, 2048, {"quantize": 4}),
 )
 
 
@@ -126,7 +154,9 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         model, topology, kind, batch, seq, flags = row
         training = kind == "lora" or kind == "finetune"
         given = fit.Options(model, topology, kind, batch, seq, grad_checkpoint=training, **flags)  # type: ignore[arg-type]
+        before = time.process_time()
         found = report(fit.job_of(given))
+        compiling = time.process_time() - before
         needed = size(found.needed)
         if found.arguments:
             needed += f" ({size(found.arguments)} + {size(found.temporaries)})"
@@ -134,7 +164,7 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         cells = [found.mesh, f"{needed} of {size(found.hbm)}", fits, "", "", "", ""]
         if found.arguments:
             travels = (f"{kind} {of['count']:,}: {size(of['bytes'])}" for kind, of in found.collectives.items())
-            cells[3:] = [f"{found.compile_seconds:.0f} s", size(found.hbm_traffic or None), ", ".join(travels)]
+            cells[3:] = [f"{compiling:.0f} s CPU", size(found.hbm_traffic or None), ", ".join(travels)]
             cells.append(f"{found.tokens_per_second:,.0f}")
         yield beginning(row) + " | ".join(cells) + " |"
 

@@ -121,6 +121,21 @@ of the file size. A value of "of ours" below 1 is slower than ours.
 
 ![tokens a second](throughput.png)
 
+A CPU with AMX was measured (a Xeon, two quiet cores). Nearly all figures in bfloat16 depend on AMX, which multiplies
+bfloat16 matrices. On a CPU without AMX minicpm_jax computes in float32, and keeps the weights of a bfloat16 file in
+bfloat16. The second row is of another machine on another day, with as many layers of the same width
+([benchmarks.md](benchmarks.md#comparison-with-other-programs)).
+
+| CPU, bfloat16 file | prompt of 128 tokens | answer of 32 tokens | take |
+|---|---|---|---|
+| Xeon with AMX | 0.12 s | 0.7 s | minicpm_jax |
+| Xeon without AMX (AVX512_BF16) | 0.40 to 0.48 s | 1.2 to 1.4 s | transformers to read, llama.cpp to write |
+
+Before some of this was mended, transformers read prompts and llama.cpp wrote answers twice as fast as minicpm_jax.
+`lscpu | grep amx` prints nothing on such a CPU. Both programs open the folder that
+`python -m weights_io.convert --to llama` writes; llama.cpp converts it first. Macs and TPUs are another matter: see
+[measured.md](measured.md) and [fit.md](fit.md).
+
 """
 
 

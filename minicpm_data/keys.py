@@ -19,14 +19,12 @@ NOTES = frozenset(
 TURN_NOTES = frozenset("id uuid message_id hash timestamp created created_at".split())
 
 # Keys that ask for something that is not supported -> the reason and the remedy.
-NOT_TRAINED = dict.fromkeys(("tools", "functions"), "cannot be trained; write them out in a system message")
+NOT_TRAINED = {"functions": 'is an older form; write it as "tools"'}
+NOT_TRAINED |= {"function_call": 'is an older form; write it as "tool_calls"'}
 NOT_TRAINED |= dict.fromkeys(
-    ("tool_calls", "function_call", "tool_call_id"), "cannot be trained yet; write the call into the content"
+    ("tool_calls", "reasoning_content", "reasoning", "thought", "thinking"), "only an answer can have; remove it"
 )
-NOT_TRAINED |= dict.fromkeys(
-    ("reasoning_content", "reasoning", "thought", "thinking"),
-    "cannot be trained under this key; write it into the content, as <think>\\n...\\n</think>\\n\\n before the answer",
-)
+NOT_TRAINED |= {"tool_call_id": "only the result of a tool can have; remove it"}
 NOT_TRAINED |= dict.fromkeys(
     ("image", "images", "video", "videos", "audio", "audios"), "cannot be trained; only text is"
 )

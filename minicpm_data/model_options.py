@@ -6,8 +6,7 @@ tokenizer before the weights.
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -56,6 +55,10 @@ class SourceOptions(OneDevice):
         """The arguments of a backend's ``load`` that concern weights."""
         return {}
 
+    def scaled(self, checkpoint: "Checkpoint") -> "Checkpoint":
+        """The checkpoint with the RoPE scaling that the options choose."""
+        return checkpoint
+
 
 @dataclass(frozen=True)
 class ModelOptions(SourceOptions):
@@ -63,26 +66,38 @@ class ModelOptions(SourceOptions):
     """Folder with a fine-tuned adapter (of PEFT or mlx_lm) to add to the model."""
     quantize: Literal[4, 8] | None = None
     """Quantize the layers' matrices to this many bits and the head to 8: less memory, and less to read per token."""
+    head_bits: Literal[8] | None = None
+    """Quantize only the head (and a tied embedding) to 8 bits: also that of a checkpoint whose layers are quantized."""
     rope_scaling: Annotated[str | None, tyro.conf.arg(metavar="JSON")] = None
     """RoPE scaling that replaces the checkpoint's, such as {"type": "linear", "factor": 4}. null: no scaling."""
 
     def loading(self) -> dict[str, Any]:
-        return {"adapter": self.adapter_path, "quantize": self.quantize}
+        return {"adapter": self.adapter_path, "quantize": self.quantize, "head_bits": self.head_bits}
 
-    def scaled(self, config: "ModelConfig") -> "ModelConfig":
-        """The config with the scaling of --rope-scaling. Raises `InputError` for one that is not understood."""
+    @property
+    def rescaled(self) -> bool:
+        """Whether --rope-scaling replaces the checkpoint's RoPE scaling."""
+        return self.rope_scaling is not None
+
+    def scaled(self, checkpoint: "Checkpoint") -> "Checkpoint":
+        """The checkpoint with the scaling of --rope-scaling. Raises `InputError` for one that is not understood."""
         if self.rope_scaling is None:
-            return config
+            return checkpoint
         try:
             raw = json.loads(self.rope_scaling)
         except (ValueError, RecursionError) as error:
             raise InputError(f"is not JSON ({error}); give an object or null.", option="rope_scaling") from None
-        return with_rope_scaling(config, raw)
+        return replace(checkpoint, config=with_rope_scaling(checkpoint.config, raw))
 
 
 def with_rope_scaling(config: "ModelConfig", raw: Any) -> "ModelConfig":
     """The config with another ``rope_scaling``, written as in config.json. Raises `InputError` for an invalid one."""
-    return type(config).from_dict({**config.to_dict(), "rope_scaling": raw}, "--rope-scaling")
+    source = "config.json"
+    try:
+        return type(config).from_dict({**config.to_dict(), "rope_scaling": raw}, source)
+    except InputError as error:
+        reason = str(error).removeprefix(f"{source}: ")
+        raise InputError(f"cannot be used: {reason}", option="rope_scaling") from None
 
 
 @dataclass(frozen=True)
@@ -120,9 +135,7 @@ def open_early(options: Any, model: str | None = None) -> "Checkpoint | None":
     if several and not isinstance(found, Path):
         return None
     checkpoint = open_model(name, options.revision, options.hub)
-    if isinstance(options, ModelOptions):
-        options.scaled(checkpoint.config)
-    return checkpoint
+    return options.scaled(checkpoint) if isinstance(options, SourceOptions) else checkpoint
 
 
 def open_source(options: SourceOptions, checkpoint: "Checkpoint | None" = None) -> Source:
@@ -131,7 +144,9 @@ def open_source(options: SourceOptions, checkpoint: "Checkpoint | None" = None) 
     from weights_io.checkpoint import open_model
 
     placement = options.placement()  # must come before the first use of a device
-    return Source(checkpoint or open_model(options.model, options.revision, options.hub), placement)
+    if checkpoint is None:
+        checkpoint = options.scaled(open_model(options.model, options.revision, options.hub))
+    return Source(checkpoint, placement)
 
 
 def load_model(
@@ -152,40 +167,32 @@ def load_model(
         InputError: the model cannot be loaded, or has no tokenizer.
     """
     with waiting("loading the model"):
-        # The placement comes before the first use of a device.
-        placement = source.placement if isinstance(source, Source) else options.placement()
-        named = {"revision": options.revision, "hub": options.hub} if source is None else {}
-        where = source.checkpoint if isinstance(source, Source) else source or options.model
-        dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **placement)
-        if isinstance(options, ModelOptions):
-            dtype = partial(_checked_dtype, options, dtype)
-        model, tokenizer = backend.load(where, dtype, decoding=decoding, **named, **options.loading(), **placement)
+        here = source if isinstance(source, Source) else open_source(options, source)
+        dtype = options.dtype or partial(backend.device.preferred_dtype, decoding=decoding, **here.placement)
+        model, tokenizer = backend.load(
+            here.checkpoint, dtype, decoding=decoding, **options.loading(), **here.placement
+        )
     if tokenizer is None:
         raise InputError(
             f"{options.model} holds no tokenizer files; put the model's tokenizer.json beside its weights."
         )
-    if isinstance(options, ModelOptions):
-        model.config = options.scaled(model.config)
     return model, tokenizer
 
 
-def _checked_dtype(options: ModelOptions, dtype: "str | Callable[[Checkpoint], str]", checkpoint: "Checkpoint") -> str:
-    """The dtype to load. A wrong --rope-scaling is refused before the weights are read."""
-    options.scaled(checkpoint.config)
-    return dtype(checkpoint) if callable(dtype) else dtype
-
-
-def note_context(config: "ModelConfig", tokens: int, remedy: str = "") -> bool:
+def note_context(config: "ModelConfig", tokens: int, remedy: str = "", rescaled: bool = False) -> bool:
     """Print a note, and return True, if more tokens are needed than the model was trained for, and it would fail.
 
     Arguments:
         config: the model's config.
         tokens: the number of tokens needed, prompt and answer together.
         remedy: appended to the note.
+        rescaled: the user chose the RoPE scaling, whose reach the config does not tell.
     """
-    context = config.max_position_embeddings
-    # LongRoPE's factors are made for max_position_embeddings; dynamic NTK and a linear factor reach further.
-    if tokens > context and not isinstance(config.rope_scaling, RopeScaling):
+    context, scaling = config.max_position_embeddings, config.rope_scaling
+    # The checkpoint's LongRoPE is made for max_position_embeddings. Dynamic NTK, a linear factor and factors that
+    # were given for a longer text (--rope-scaling) reach further.
+    reaches = isinstance(scaling, RopeScaling) or (rescaled and scaling is not None)
+    if tokens > context and not reaches:
         print(f"note: {tokens} tokens are more than the {context} this model is made for{remedy}", file=sys.stderr)
         return True
     return False

@@ -49,13 +49,15 @@ def parts_of(document: dict[str, Any], where: str = "the document") -> list[str]
         InputError: the document has no known form.
     """
     try:
-        turns = Reader().conversation(document)
+        found = Reader().conversation(document)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    if isinstance(turns, str):
-        return (" " + turns).split("\n")
+    if isinstance(found, str):
+        return (" " + found).split("\n")
+    if found.tools or any(turn.more for turn in found.turns):
+        raise InputError(f"{where} has tools or thoughts, which are no texts of pico; leave it out.")
     markers = {"user": ["<用户>"], "assistant": ["<AI>"], "system": []}
-    parts = [part for turn in turns for part in (*markers[turn.role], turn.content)]
+    parts = [part for turn in found.turns for part in (*markers[turn.role], turn.content)]
     return [" " + parts[0], *parts[1:]]
 
 

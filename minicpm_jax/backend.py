@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from minicpm_data.generation.api import Backend, Generator
+from minicpm_data.generation.api import Backend, Generator, Warming
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Speculation
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jax.sharding import Mesh
 
+    from minicpm_data.generation.prompt_cache import CachedPrompt
     from minicpm_data.training.options import FinetuneOptions, PretrainOptions
     from minicpm_jax.generation.engine import Engine
     from minicpm_jax.model import Model
@@ -54,6 +55,16 @@ class Decoding:
         from minicpm_jax.generation.speculation import stream_speculated
 
         return stream_speculated(model, request, speculation)
+
+    def cached_prompt(self, model: "Model", request: GenerationRequest) -> "CachedPrompt":
+        from minicpm_jax.generation.decoding import cached_prompt
+
+        return cached_prompt(model, request)
+
+    def warming(self, model: "Model") -> "Warming[Model]":
+        from minicpm_jax.generation import warming
+
+        return warming.Warming(model)
 
     def engine(
         self,

@@ -1,5 +1,6 @@
 """The device that programs run on: its name, its memory, and the time spent compiling."""
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,17 @@ from weights_io.memory import host_free
 if TYPE_CHECKING:
     from minicpm_jax.model import Model
 
-_compiled = 0.0
+_compiled = threading.local()  # ``seconds`` of each thread: what is compiled beside the work does not delay it
 
 
 def _listen(event: str, seconds: float, **_) -> None:
-    global _compiled
     if event.startswith("/jax/core/compile/"):
-        _compiled += seconds
+        count_compiling(seconds)
+
+
+def count_compiling(seconds: float) -> None:
+    """Count seconds that this thread has spent on compiling, or on waiting for it."""
+    _compiled.seconds = compile_seconds() + seconds
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
@@ -107,5 +112,5 @@ def _free(devices: Sequence[jax.Device]) -> int | None:
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent on tracing and compiling so far."""
-    return _compiled
+    """Seconds that this thread has spent on tracing and compiling so far."""
+    return getattr(_compiled, "seconds", 0.0)

@@ -20,6 +20,7 @@ from weights_io.checkpoint import config_of
 from weights_io.command_line import Former, present_names
 from weights_io.memory import size
 from weights_io.progress import waiting
+from weights_io.quantization.released import Format
 
 if TYPE_CHECKING:
     from minicpm_jax.aot.programs import Job
@@ -40,8 +41,11 @@ class Options:
     """Cache length. In training: tokens of a row."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Dtype of weights and computation. The master weights of finetune and pretrain are float32."""
-    quantize: Literal[4, 8] | None = None
-    """Bits of the quantized matrices of the layers (never of trained ones). In generation the head has 8 bits."""
+    quantize: Literal[4, 8] | Format | None = None
+    """Bits of the quantized matrices of the layers (never of trained ones); in generation the head has 8 bits. Or the
+    format of a quantized checkpoint, in the groups of the released file or of the tool, with a head in --dtype."""
+    head_bits: Literal[8] | None = None
+    """Bits of the head, where --quantize does not quantize it."""
     kv_bits: Literal[8] | None = None
     """Bits of the quantized key/value cache."""
     mesh: str | None = None
@@ -72,7 +76,7 @@ def compile_job(
     batch_size: int | None = None,
     max_seq_length: int | None = None,
     dtype: str = "bfloat16",
-    quantize: int | None = None,
+    quantize: int | str | None = None,
     mesh: str | None = None,
     **more: Any,
 ) -> Any:

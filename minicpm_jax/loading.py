@@ -25,10 +25,11 @@ from minicpm_jax.parallel.mesh import MeshChoice, mesh_for
 from minicpm_jax.parallel.sharding import fraction_per_device, pad_config, pad_or_trim, partition_spec
 from minicpm_jax.quantization.kept import Form as KeptForm
 from minicpm_jax.quantization.kept import kept_bytes, kept_forms, kept_rows
-from minicpm_jax.quantization.model import axes_of, packing
+from minicpm_jax.quantization.model import axes_of, head_packing, packing
+from minicpm_jax.quantization.packed import in_tiles
 from minicpm_jax.training.adapters import attach, from_adapter
 from weights_io.adapters import read_adapter
-from weights_io.casting import check_bits
+from weights_io.casting import check_bits, check_head_bits
 from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.config import ModelConfig
 from weights_io.config_keys import note_sparse
@@ -53,6 +54,7 @@ def load(
     *,
     decoding: bool = False,
     quantize_head: bool = True,
+    head_bits: int | None = None,
     dequantize: bool = False,
     remedy: str | None = None,
     mesh: MeshChoice = None,
@@ -70,6 +72,7 @@ def load(
         quantize: keep the layers' matrices in this many bits (4 or 8) and the head in 8, to generate with less memory.
         decoding: return the form that generates fastest here but cannot be trained: on a CPU one array per layer.
         quantize_head: False keeps the head unquantized, to train adapters.
+        head_bits: 8 quantizes the head, and with it a tied embedding; also of a checkpoint whose layers stay quantized.
         dequantize: hold the matrices of a quantized checkpoint in ``dtype``, to train them; otherwise they stay
             quantized.
         remedy: what an error advises if the weights do not fit into memory; None: fewer bits, or a smaller model.
@@ -88,8 +91,8 @@ def load(
         checkpoint = open_model(checkpoint, revision, hub)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "dequantize": dequantize}
-    model = load_weights(checkpoint, dtype, mesh, decoding=decoding, **how, remedy=remedy)
+    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "head_bits": head_bits}
+    model = load_weights(checkpoint, dtype, mesh, decoding=decoding, **how, dequantize=dequantize, remedy=remedy)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
     with waiting("arranging the weights"):
@@ -104,6 +107,7 @@ def load_weights(
     decoding: bool = False,
     quantize: int | None = None,
     quantize_head: bool = True,
+    head_bits: int | None = None,
     dequantize: bool = False,
     remedy: str | None = None,
 ) -> Model:
@@ -115,25 +119,25 @@ def load_weights(
     mesh = mesh_for(mesh, checkpoint.config)
     kept = {} if dequantize or quantize is not None else kept_forms(checkpoint)
     config = checkpoint.config
+    head = {} if check_head_bits(head_bits) is None else head_packing(config)
     shape = pad_config(config, mesh, packed=quantize is not None or bool(kept))
     form = form_of(decoding, mesh)
-    as_read = mesh is None and quantize is None and not kept and jax.default_backend() == "cpu"
     packs: Packing = {}
     if quantize is None and not dequantize:
         named = (p.hf_names(config) for p in parameters(config) if p.name in kept)
         note_dequantized(checkpoint, {name for names in named for name in names})
-    if kept:
-        kind, needed = "quantized", kept_bytes(checkpoint, kept, target.name)
-        packs = form.packing(config, dict.fromkeys(kept, lambda weight: weight))
+    if kept or (head and quantize is None):
+        kind, needed = "quantized", kept_bytes(checkpoint, kept, target.name, head_bits)
+        packs = form.packing(config, head | dict.fromkeys(kept, lambda weight: weight))
     elif quantize is None:
         matrices = form.matrices_dtype(checkpoint, target.name)
         kind, needed = target.name, weight_bytes(shape, matrices)
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(shape, target.name, quantize, quantize_head)
-        packs = form.packing(config, packing(config, quantize, quantize_head))
+        packs = form.packing(config, packing(config, quantize, quantize_head) | head)
     check_weights(kind, int(needed * fraction_per_device(shape, mesh)), device.free_memory(mesh), remedy)
     with reading(checkpoint) as checkpoint:
-        if as_read:
+        if not packs and mesh is None and jax.default_backend() == "cpu":
             leaves = _read_whole(checkpoint, target.name, matrices)
         elif not packs:
             leaves = _placed(checkpoint, shape, target, mesh)
@@ -177,7 +181,10 @@ def _placed_packed(
         pack, rows = packs.get(p.name), _rows(checkpoint, p, padded_config, dtype, mesh)
         if p.name in kept:
             rows = _kept_rows(checkpoint, p, kept[p.name], padded_config, dtype, mesh)
-        leaves[p.name] = _stacked(checkpoint, p, padded_config, mesh, rows if pack is None else map(pack, rows))
+        rows = rows if pack is None else map(pack, rows)
+        if mesh is None and jax.default_backend() == "tpu":
+            rows = map(in_tiles, rows)
+        leaves[p.name] = _stacked(checkpoint, p, padded_config, mesh, rows)
     return leaves
 
 

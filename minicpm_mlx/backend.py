@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from minicpm_data.generation.api import Backend, Generator
+from minicpm_data.generation.api import Backend, Generator, Warming
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Speculation
@@ -12,6 +12,7 @@ from weights_io.progress import waiting
 if TYPE_CHECKING:
     import numpy as np
 
+    from minicpm_data.generation.prompt_cache import CachedPrompt
     from minicpm_data.training.options import FinetuneOptions, PretrainOptions
     from minicpm_mlx.generation.engine import Engine
     from minicpm_mlx.model import Model
@@ -53,6 +54,14 @@ class Decoding:
         from minicpm_mlx.generation.speculation import stream_speculated
 
         return stream_speculated(model, request, speculation)
+
+    def cached_prompt(self, model: "Model", request: GenerationRequest) -> "CachedPrompt":
+        from minicpm_mlx.generation.decoding import cached_prompt
+
+        return cached_prompt(model, request)
+
+    def warming(self, model: "Model") -> "Warming[Model]":
+        return Warming()
 
     def engine(
         self,

@@ -18,10 +18,10 @@ from minicpm_data.arguments import check_path, named_keywords
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_mlx import device
 from minicpm_mlx.model import Model
-from minicpm_mlx.quantization.model import packed_layouts, quantize_model, with_layouts
+from minicpm_mlx.quantization.model import head_layout, packed_layouts, quantize_model, with_layouts
 from minicpm_mlx.training.adapters import attach, cache_dora_ratios, from_adapter
 from weights_io.adapters import read_adapter
-from weights_io.casting import check_bits
+from weights_io.casting import check_bits, check_head_bits
 from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.config_keys import note_sparse
 from weights_io.files.tensor import FileTensor
@@ -29,7 +29,8 @@ from weights_io.files.threaded_reader import check_all_finite
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import parameters
 from weights_io.progress import reading, waiting
-from weights_io.quantization.affine import affine, kept_bytes, note_dequantized
+from weights_io.quantization.affine import Layout, affine, kept_bytes, note_dequantized
+from weights_io.quantization.lookup import lookup
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ def load(
     *,
     decoding: bool = False,
     quantize_head: bool = True,
+    head_bits: int | None = None,
     dequantize: bool = False,
     remedy: str | None = None,
 ) -> "tuple[Model, Tokenizer | None]":
@@ -62,6 +64,7 @@ def load(
         quantize: keep the layers' matrices in this many bits (4 or 8) and the head in 8, to generate with less memory.
         decoding: return the form that generates fastest but is not to be trained: layers with the same input are fused.
         quantize_head: False keeps the head unquantized, to train adapters.
+        head_bits: 8 quantizes the head, and with it a tied embedding; also of a checkpoint whose layers stay quantized.
         dequantize: hold the matrices of a quantized checkpoint in ``dtype``, to train them; otherwise they stay
             quantized.
         remedy: what an error advises if the weights do not fit into memory; None: fewer bits, or a smaller model.
@@ -78,8 +81,8 @@ def load(
         checkpoint = open_model(checkpoint, revision, hub)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
-    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "dequantize": dequantize}
-    model = load_weights(checkpoint, dtype, **how, remedy=remedy)
+    how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "head_bits": head_bits}
+    model = load_weights(checkpoint, dtype, **how, dequantize=dequantize, remedy=remedy)
     if found is not None:
         model = cache_dora_ratios(attach(model, from_adapter(checkpoint.config, found), found.config.scale))
     with waiting("arranging the weights"):
@@ -92,6 +95,7 @@ def load_weights(
     *,
     quantize: int | None = None,
     quantize_head: bool = True,
+    head_bits: int | None = None,
     dequantize: bool = False,
     remedy: str | None = None,
 ) -> Model:
@@ -100,11 +104,12 @@ def load_weights(
     target, config = checkpoint.target(dtype), checkpoint.config
     model = Model(config, checkpoint.eos_token_ids)
     layouts = {} if dequantize or quantize is not None else packed_layouts(checkpoint)
+    head = {} if check_head_bits(head_bits) is None else head_layout(config)
     if quantize is None:
         kind, needed = target, weight_bytes(config, target)
-        if layouts:
-            kind, needed = "quantized", kept_bytes(checkpoint, layouts, target)
-            model = with_layouts(model, layouts)
+        if layouts or head:
+            kind, needed = "quantized", kept_bytes(checkpoint, head | layouts, target)
+            model = with_layouts(model, head | layouts)
         if not dequantize:
             named = [p.mlx_names(config).items() for p in parameters(config)]
             note_dequantized(
@@ -112,7 +117,9 @@ def load_weights(
             )
     else:
         kind, needed = f"int{check_bits(quantize)}", packed_bytes(config, target, quantize, quantize_head)
-        model = quantize_model(model, quantize, quantize_head)  # the lazy initial weights are never computed
+        model = quantize_model(
+            model, quantize, quantize_head or bool(head)
+        )  # the lazy initial weights are never computed
     check_weights(kind, needed, device.free_memory(), remedy)
     layers = {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "group_size")}
     mapped = _mapped(checkpoint, target)
@@ -122,7 +129,9 @@ def load_weights(
         for parameter in parameters(checkpoint.config):
             for name, tensors in parameter.mlx_names(checkpoint.config).items():
                 if name in layouts:
-                    leaves |= _packed(checkpoint, name, tensors, target, layers[name], parameter.per_expert)
+                    leaves |= _packed(
+                        checkpoint, name, tensors, target, layers[name], layouts[name], parameter.per_expert
+                    )
                     continue
                 arrays = [_read(checkpoint, tensor, target, mapped) for tensor in tensors]
                 array = _stacked(arrays) if parameter.per_expert else arrays.pop()
@@ -152,25 +161,32 @@ def _quantized(name: str, weight: mx.array, layer: Any) -> dict[str, mx.array]:
 
 
 def _packed(
-    checkpoint: Checkpoint, name: str, tensors: Sequence[str], dtype: str, layer: Any, stacked: bool
+    checkpoint: Checkpoint, name: str, tensors: Sequence[str], dtype: str, layer: Any, layout: Layout, stacked: bool
 ) -> dict[str, mx.array]:
     """The arrays of a quantized layer, from ``tensors`` that are quantized in the files (``stacked``: experts)."""
-    parts: list[list[mx.array]] = [[], [], []]
+    parts: dict[str, list[mx.array]] = {}
+    orders: list[np.ndarray | None] = []
     for tensor in tensors:
         packed = checkpoint.packed(tensor)
         assert packed is not None
-        if packed.order is not None:
-            layer.set_order(packed.order)
-        words, *rest = affine(packed, layer.group_size, dtype)
-        for values in rest:
-            checkpoint.check(tensor, dtype, values)
-        for found, values in zip(parts, (words, *rest), strict=True):
-            found.append(_array(values))
-    arrays = [each[0] if not stacked else mx.stack(each) for each in parts]
-    mx.eval(*arrays)
+        orders.append(packed.order)
+        if layout.table is None:
+            arrays = affine(packed, layout.group_size, dtype)
+        else:
+            arrays = lookup(packed, layout.bits, dtype)
+        for part, values in arrays.items():
+            if part in ("scales", "biases"):
+                checkpoint.check(tensor, dtype, values)
+            parts.setdefault(part, []).append(_array(values))
+    if layout.reordered:
+        inputs = np.arange(checkpoint.tensors[tensors[0]].shape[1])
+        each = [inputs if order is None else order for order in orders]
+        layer.set_order(np.stack(each) if stacked else each[0])
+    found = {part: mx.stack(each) if stacked else each[0] for part, each in parts.items()}
+    mx.eval(*found.values())
     mx.clear_cache()
     stem = name.removesuffix("weight")
-    return {f"{stem}{part}": array for part, array in zip(("weight", "scales", "biases"), arrays, strict=True)}
+    return {f"{stem}{part}": array for part, array in found.items()}
 
 
 def _stacked(arrays: list[mx.array]) -> mx.array:

@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
+from minicpm_data.conversation.answers import AnswerParser
 from minicpm_data.generation.api import Decoding
 from minicpm_data.generation.engine import OutOfMemory
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
-    CHAT_TEMPERATURE,
     CHAT_TOKENS,
     PLAIN_CACHE,
     CacheOptions,
@@ -35,6 +35,8 @@ from minicpm_data.generation.request import (
     special_tokens_kept,
 )
 from minicpm_data.generation.responses import Response, stream_text
+from minicpm_data.generation.thinking import ThinkingBudget
+from minicpm_data.sampling_defaults import OF_CHAT
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
 from weights_io.errors import InputError
@@ -123,19 +125,25 @@ class ServingEngine(Generic[ModelT]):
         if self.tokenizer is not None:
             self.tokenizer.warm_up()
         ids = [0] * min(WARM, self.context - 1)  # ids, because a chat template may refuse any message
-        for most, temperature in ((CHAT_TOKENS, CHAT_TEMPERATURE), (ANSWER_TOKENS, 0.0)):
+        for most, temperature in ((CHAT_TOKENS, OF_CHAT.temperature), (ANSWER_TOKENS, 0.0)):
             answer = self.stream_generate(ids, min(most, self.context - len(ids)), temperature=temperature)
             for _ in zip(range(2), answer, strict=False):  # the first token is the prompt's; then it is cancelled
                 pass
         self._asked.put(self._engine.warm)
 
     def stream_generate(
-        self, prompt: Prompt, max_tokens: int = ANSWER_TOKENS, stop: str | Sequence[str] = (), **sampling: Any
+        self,
+        prompt: Prompt,
+        max_tokens: int = ANSWER_TOKENS,
+        stop: str | Sequence[str] = (),
+        thinking_budget: int | None = None,
+        **sampling: Any,
     ) -> Iterator[Response]:
         """Generate from one prompt; blocks until each token arrives.
 
         Arguments:
-            prompt, max_tokens, stop: as for `minicpm_data.generation.api.Generator.stream_generate`.
+            prompt, max_tokens, stop, thinking_budget: as for
+                `minicpm_data.generation.api.Generator.stream_generate`.
             sampling: the fields of `Sampling`.
 
         Returns:
@@ -145,7 +153,7 @@ class ServingEngine(Generic[ModelT]):
             InputError: at the call, where a value is out of range or the prompt is too long.
         """
         answer: queue.SimpleQueue[Answered] = queue.SimpleQueue()
-        request = self.request(self.prompt_ids(prompt), max_tokens, Sampling(**sampling))
+        request = self.request(self.prompt_ids(prompt), max_tokens, Sampling(**sampling), thinking_budget)
         number = self.submit(answer.put, request, stop)
         responses = self._responses(number, answer)
         next(responses)  # enters the generator, whose end cancels the request
@@ -157,6 +165,7 @@ class ServingEngine(Generic[ModelT]):
         request: GenerationRequest,
         stop: str | Sequence[str] = (),
         group: int | None = None,
+        parser: AnswerParser | None = None,
     ) -> int:
         """Submit a request without waiting.
 
@@ -166,6 +175,7 @@ class ServingEngine(Generic[ModelT]):
             request: from `request`.
             stop: strings that end the answer.
             group: from `group`, for requests that share a place in the queue.
+            parser: separates thought and tool calls from the text of the answer.
 
         Returns:
             The number of the request.
@@ -174,7 +184,7 @@ class ServingEngine(Generic[ModelT]):
             InputError: the request does not fit the engine, or the engine is closed.
         """
         state, ends, most = self._engine.admitted(request, group), request.end_ids, request.max_tokens
-        answer = Answer(deliver, lambda tokens: stream_text(tokens, self.tokenizer, ends, stop, most))
+        answer = Answer(deliver, lambda tokens: stream_text(tokens, self.tokenizer, ends, stop, most, parser))
         with self._lock:
             if self.error is not None:
                 raise self.error
@@ -185,11 +195,16 @@ class ServingEngine(Generic[ModelT]):
     def prompt_ids(self, prompt: Prompt) -> PromptIds:
         return prompt_ids(self.tokenizer, prompt, self.model.config.vocab_size)
 
-    def request(self, ids: PromptIds, max_tokens: int, sampling: Sampling) -> GenerationRequest:
+    def request(
+        self, ids: PromptIds, max_tokens: int, sampling: Sampling, thinking_budget: int | None = None
+    ) -> GenerationRequest:
         """A request with this engine's EOS ids and cache options. Raises `PromptTooLong`."""
         self._engine.check_context(len(ids), max_tokens)
         sampling = special_tokens_kept(sampling, self.tokenizer, self._ends, self.model.config.vocab_size)
-        return GenerationRequest((ids,), max_tokens, sampling, self._ends, self._engine.cache_options)
+        thinking = None if thinking_budget is None else ThinkingBudget.of(self.tokenizer, thinking_budget, (ids,))
+        return GenerationRequest(
+            (ids,), max_tokens, sampling, self._ends, self._engine.cache_options, thinking=thinking
+        )
 
     def group(self) -> int:
         """The id of a new group of requests, which never takes all slots and takes turns with other groups."""

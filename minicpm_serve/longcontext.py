@@ -82,7 +82,7 @@ def main(options: Options) -> None:
     here = open_early(options)
     backend = backends.get(options.backend)
     source = open_source(options, here)
-    config, tokenizer = options.scaled(source.checkpoint.config), tokenizer_of(source.checkpoint)
+    config, tokenizer = source.checkpoint.config, tokenizer_of(source.checkpoint)
     if tokenizer is None:
         path = source.checkpoint.path
         raise InputError(f"{path} holds no tokenizer files; put the model's tokenizer.json beside its weights.")
@@ -92,7 +92,7 @@ def main(options: Options) -> None:
         texts = {length: evaluation_samples(options.task, encode, length, *how) for length in lengths}
     most = answer_tokens(options.task, encode)
     longest = max(len(sample.ids) for samples in texts.values() for sample in samples)
-    note_context(config, longest + most, "; --rope-scaling stretches them")
+    note_context(config, longest + most, "; --rope-scaling can extend it", options.rescaled)
     model, tokenizer = load_model(backend, options, decoding=True, source=source)
     backend.device.warn_idle_axes(model, options.batch_size)
     stop = tokenizer.turn_markers if options.chat else ()

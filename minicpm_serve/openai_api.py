@@ -108,7 +108,7 @@ def main(options: Options) -> None:
         engine = ServingEngine(options.backend, model, tokenizer, *limits)
         try:
             backend.device.warn_idle_axes(engine.model, engine.slots)
-            note_context(model.config, engine.context, "; lower --max-model-len")
+            note_context(model.config, engine.context, "; lower --max-model-len", options.rescaled)
             LOG.info("warming up on %s ...", backend.device.description())
             engine.warm_up(functools.partial(say_compiled, engine))
             gc.freeze()  # else garbage collection makes parsing a large body 4 times as slow

@@ -14,12 +14,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny_tokenizer as tiny
+from documented_commands import ROOT
 from tiny_training import BACKENDS
 
 from minicpm_data import corpus, load_tokenizer
 from minicpm_data.cli import evaluate, generate, terminal, wrapping
 from minicpm_data.generation.api import Backend, Generator
 from minicpm_data.generation.responses import Response
+from minicpm_data.sampling_defaults import ChatSampling
 from weights_io.built_in import built_in
 from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
@@ -42,6 +44,7 @@ class Parrot:
 
     def stream_tokens(self, model, request):
         self.asked += map(list, request.prompts)
+        self.request = request
         for i in (*self.tokenizer.encode(self.says, add_bos=False), 2):
             yield np.array([i] * len(request.prompts))
 
@@ -86,6 +89,11 @@ def typed(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+def thinking(name="minicpm5_1b"):
+    """A chat template that thinks."""
+    return {"chat_template": (ROOT / "tests/reference/chat" / name / "chat_template.jinja").read_text("utf-8")}
 
 
 def chatml(**more):
@@ -331,8 +339,9 @@ def test_prefill_response(parrot, typed):
 
 def test_chat_template_config(parrot, typed):
     template = "{{ mode }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ tools[0].name if tools }}"
+    template += "{{ tools[0].description if tools }}"
     bird = parrot("", chat_template=template)
-    config = '{"mode": "The fox", "tools": [{"name": "dog</s>"}]}'
+    config = '{"mode": "The fox", "tools": [{"name": "dog", "description": "</s>"}]}'
     assert typed(generate.run_generate, bird, "--prompt", "Hello", "--chat-template-config", config)[0] == 0
     assert bird.tokenizer.decode(bird.asked[0]) == "The foxHellodog</s>"
     assert 2 not in bird.asked[0]
@@ -535,3 +544,91 @@ def test_a_note_is_printed_once_a_conversation(parrot, typed, monkeypatch):
     lines = iter(["Hello", "world", "/reset", "sea"])
     monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
     assert typed(generate.run_chat, bird)[2].count("this model is made for (/reset begins anew)") == 2
+
+
+THOUGHT = "It is\n\nthe sea.\n</think>\n\nThe fox."
+
+
+@pytest.mark.parametrize("name", ["minicpm5_1b", "minicpm5_2b"])
+def test_chat_separates_the_thought_and_the_template_keeps_it_or_not(parrot, name):
+    bird = parrot(THOUGHT, **thinking(name))
+    reply, history = bird.generator.chat(bird.model, bird.tokenizer, "Hello", enable_thinking=True)
+    assert reply == "The fox."
+    assert history[-1] == {"role": "assistant", "content": "The fox.", "reasoning_content": "It is\n\nthe sea."}
+    bird.generator.chat(bird.model, bird.tokenizer, "world", history, enable_thinking=False)
+    asked = bird.tokenizer.decode(bird.asked[1])
+    assert ("the sea." in asked) == (name == "minicpm5_2b") and asked.endswith("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("stop", ["sea", "fox"])
+def test_each_response_says_what_is_thought(parrot, stop):
+    """A stop string ends the answer, and not the thought."""
+    bird = parrot("<think>\n" + THOUGHT, **thinking())
+    prompt = bird.tokenizer.apply_chat([{"role": "user", "content": "Hello"}])
+    found = [*bird.generator.stream_generate(bird.model, bird.tokenizer, prompt, stop=stop)]
+    assert "".join(r.reasoning for r in found) == "It is\n\nthe sea."
+    assert "".join(r.text for r in found) == ("The " if stop == "fox" else "The fox.")
+    assert not any(r.text and r.reasoning for r in found) and found[-1].finish_reason == "stop"
+    (row,) = bird.generator.batch_generate(bird.model, bird.tokenizer, [prompt], stop=stop)
+    assert row == found
+    plain = parrot("<think>\n" + THOUGHT)  # a template without thoughts
+    assert plain.generator.generate(plain.model, plain.tokenizer, "Hello") == "<think>\n" + THOUGHT
+
+
+def test_generate_prints_the_answer_and_the_thought_only_where_it_is_seen(parrot, typed, monkeypatch):
+    bird = parrot(THOUGHT, **thinking())
+    quiet = ("--prompt", "Hello", "--verbose", "False", "--enable-thinking")
+    code, out, error = typed(generate.run_generate, bird, *quiet)
+    assert (code, out) == (0, "The fox.\n") and re.fullmatch(r"thought for \d+ tokens, \d+\.\d s\n", error)
+    assert typed(generate.run_generate, bird, *quiet, "--show-thinking")[1] == "It is\n\nthe sea.\nThe fox.\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert typed(generate.run_generate, bird, *quiet)[1] == "\x1b[2mIt is\n\nthe sea.\x1b[0m\nThe fox.\n"
+    assert typed(generate.run_generate, bird, *quiet, "--no-show-thinking")[1] == "The fox.\n"
+    assert bird.request.sampling.greedy
+
+
+@pytest.mark.parametrize("run", [generate.run_generate, generate.run_chat])
+def test_thinking_is_refused_where_the_template_has_none(parrot, typed, run):
+    bird = parrot("The fox.")
+    for flags in (["--enable-thinking"], ["--thinking-budget", "9"]):
+        said = f"error: {flags[0]} is for models whose chat template has a thinking mode; leave it out.\n"
+        assert typed(run, bird, *flags) == (2, "", said)
+    if run is generate.run_generate:  # such a model does not think anyway
+        for flags in (
+            ["--no-enable-thinking"],
+            ["--enable-thinking", "F"],
+            ["--no-enable-thinking", "--no-show-thinking"],
+        ):
+            assert typed(run, bird, *flags, "--verbose", "False") == (0, "The fox.\n", "")
+    assert "--enable-thinking takes 1 value; maybe follows" in typed(run, bird, "--enable-thinking", "maybe")[2]
+    code, _, error = typed(run, bird, "--thinking-budget", "-1")
+    assert (code, error) == (2, f"error: --thinking-budget is -1; it must be a whole number from 0 to {2**31 - 1}.\n")
+    for call in (bird.generator.chat, bird.generator.generate):
+        with pytest.raises(InputError, match="thinking_budget is for models whose chat template has"):
+            call(bird.model, bird.tokenizer, "Hello", thinking_budget=9)
+    with pytest.raises(InputError, match="^enable_thinking "):
+        bird.generator.chat(bird.model, bird.tokenizer, "Hello", enable_thinking=True)
+
+
+def test_a_terminal_chat_thinks(parrot, typed, monkeypatch, tmp_path):
+    bird, kept = parrot(THOUGHT, **thinking("minicpm5_2b")), tmp_path / "kept.jsonl"
+    bird.tokenizer.sampling = ChatSampling("minicpm5")
+    lines = iter(
+        ["Hello", f"/save {kept}", "/think off", "/set thinking-budget 5", "/set top_p 0.5", "/think on", "/reset"]
+        + [f"/load {kept}", "world"]
+    )
+    monkeypatch.setattr(terminal, "asker", lambda: lambda: next(lines, "/quit"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    code, out, error = typed(generate.run_chat, bird, "--enable-thinking")
+    assert (code, error) == (0, "")
+    shown = r"\x1b\[2mIt is\n\nthe sea\.\x1b\[0m\n\(thought for \d+ tokens, \d+\.\d s\)\nThe fox\.\n"
+    assert len(re.findall(shown, out)) == 2 and "think>" not in out
+    assert "(thinking is off; temperature 0.7, top_p 0.95)\n(thinking_budget is 5)\n(top_p is 0.5)\n" in out
+    assert "(thinking is on; temperature 0.9, top_p 0.5)\n" in out
+    (saved,) = map(json.loads, kept.read_text("utf-8").splitlines())
+    assert saved["messages"][1]["reasoning_content"] == "It is\n\nthe sea."
+    assert "the sea." in bird.tokenizer.decode(bird.asked[1])  # of the conversation that was loaded
+    assert (bird.request.sampling.temperature, bird.request.thinking.tokens) == (0.9, 5)

@@ -19,12 +19,12 @@ from minicpm_jax.parallel.mesh import automatic  # noqa: E402
 pytestmark = pytest.mark.slow
 
 
-def example(batch=2, width=200, heads=4, kv_heads=2, head_dim=16, dtype="float32"):
+def example(batch=2, width=200, heads=4, kv_heads=2, head_dim=16, dtype="float32", value_dim=None):
     """q, k, v, what the result is multiplied with, and two documents with padding behind them in each row."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(batch, width, n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    keys, value_dim = jax.random.split(jax.random.key(0), 4), value_dim or head_dim
+    shapes = [(batch, width, *last) for last in ((heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))]
     q, k, v = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=False))
-    above = jax.random.normal(keys[3], (batch, width, heads * head_dim), dtype)
+    above = jax.random.normal(keys[3], (batch, width, heads * value_dim), dtype)
     ends = jnp.array([[70, 180], [90, 200]])[:batch, :, None]
     segments = (jnp.sum(jnp.arange(width) >= ends, axis=1) + 1) % 3
     return q, k, v, above, segments
@@ -38,10 +38,14 @@ def gradients(attend):
     return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_numbers_and_gradients_are_those_of_attention(packed):
+# MiniCPM3's keys of 96 and values of 64, a head of its own for each query head.
+LATENT = {"heads": 2, "kv_heads": 2, "head_dim": 96, "value_dim": 64}
+
+
+@pytest.mark.parametrize(("packed", "shape"), [(True, {}), (False, {}), (True, LATENT)])
+def test_numbers_and_gradients_are_those_of_attention(packed, shape):
     """Rows of no whole registers, two heads for each key/value head. Measured: within 1e-6 of the largest."""
-    q, k, v, above, segments = example()
+    q, k, v, above, segments = example(**shape)
     given = q, k, v, above, segments if packed else None
     found = gradients(functools.partial(causal_attention, interpret=True))(*given)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(gradients(chunked_attention)(*given)), strict=True):

@@ -114,6 +114,8 @@ def test_the_defaults_are_those_of_minicpms_own_class():
     assert (config.scale_emb, config.scale_depth, config.dim_model_base) == (1.0, 1.0, 1)
     assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (32, 128, 1e-6)
     llama = ModelConfig.from_dict({"architectures": ["LlamaForCausalLM"]})
+    folded = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}  # MiniCPM-S-1B-sft-llama-format states them
+    assert ModelConfig.from_dict({"architectures": ["LlamaForCausalLM"], **folded}) == llama
     assert (llama.model_type, llama.tie_word_embeddings) == ("llama", False)
 
 
@@ -309,8 +311,8 @@ def test_longrope(kind):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"short_factor": [1.0, 1.5, 2.0]}, "short_factor has 3 factors, and RoPE has 4 frequencies"),
-        ({"long_factor": [1.0] * 5}, "long_factor has 5 factors, and RoPE has 4 frequencies"),
+        ({"short_factor": [1.0, 1.5, 2.0]}, "short_factor is a list of 3, where RoPE needs 4"),
+        ({"long_factor": [1.0] * 5}, "long_factor is a list of 5, where RoPE needs 4"),
         ({"long_factor": None}, "has no long_factor"),
         ({"long_factor": 4.0}, "long_factor is 4.0; it must be a list of numbers"),
         ({"long_factor": []}, r"long_factor is \[\]; it must be a list of numbers"),
@@ -382,7 +384,8 @@ def test_other_models_of_openbmb_are_refused_by_name(raw, message):
 def test_shapes_that_contradict_each_other():
     refused({**TINY, "num_key_value_heads": 3}, "is not a multiple of num_key_value_heads 3")
     refused({**TINY, "hidden_size": 36}, "head_dim 9 is odd")
-    refused({**TINY, "head_dim": 16}, "is not num_attention_heads 4 x head_dim 16")
+    refused({**TINY, "hidden_size": 34}, "is not num_attention_heads 4 x head_dim 8")
+    assert ModelConfig.from_dict({**TINY, "head_dim": 16}).head_dim == 8  # as in the original, which does not read it
     dynamic = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": MAX_COUNT}
     refused({**TINY, **dynamic, "num_attention_heads": 16}, "head_dim 2 and dynamic rope_scaling")
     ModelConfig.from_dict({**TINY, **dynamic, "num_attention_heads": 8})

@@ -89,13 +89,16 @@ def test_formats_that_leave_nothing_to_do_are_refused(reference):
         from_llama(llama.config, llama.tensors, scale_emb=-1)
 
 
-@pytest.mark.parametrize("name", ["moe_8x2b", "s_1b", "minicpm4_sparse", "minicpm5"])
-def test_other_models_are_rewritten_bit_for_bit(reference, tmp_path, name):
+@pytest.mark.parametrize("name", ["moe_8x2b", "s_1b", "minicpm3", "minicpm4_sparse", "minicpm5"])
+def test_other_models_are_rewritten_bit_for_bit(reference, tmp_path, capsys, name):
     main(Options(model=str(reference(name)), to="hf", save_path=tmp_path / "out"))
+    assert ("compute the norms of MiniCPM3's latents" in capsys.readouterr().out) == (name == "minicpm3")
     source, written = open_checkpoint(reference(name)), open_checkpoint(tmp_path / "out")
     assert written.config == source.config
     assert written.raw_config.get("sparse_config") == source.raw_config.get("sparse_config")
     assert written.raw_config["rope_theta"] == source.config.rope_theta  # mlx_lm reads no rope_parameters
+    heads = source.raw_config["num_key_value_heads"]  # other readers of MiniCPM3 require it
+    assert written.raw_config["num_key_value_heads"] == heads
     assert written.tensors.keys() == source.tensors.keys()
     for key, tensor in source.tensors.items():
         np.testing.assert_array_equal(written.tensors[key].read(), tensor.read())

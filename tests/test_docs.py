@@ -34,6 +34,7 @@ ELSEWHERE = ("serve.md", "pico.md")  # by the test of the server below, and by t
 RELEASED = r"minicpm(?:-(?:2b|1b|2b-128k)|3-4b|4-0.5b|5-1b)"
 PAGE_URL = "http://127.0.0.1:8000/v1"
 SHORTER = {
+    r"--model minicpm5-1b (.*--thinking-budget) \d+( --max-tokens \d+)?": r"--model thinker \1 8 --max-tokens 24",
     rf"--(model|hf-path) {RELEASED}(?= |$)": r"--\1 pico",
     r"(\.benchmark --model \S+) .*": r"\1 -p 8 -g 2 -n 1",
     r"(\.perplexity .*)": r"\1 --sequence-length 32 --num-samples 2",
@@ -76,6 +77,8 @@ def given(tmp_path_factory):
     )
     shutil.copy(ROOT / "weights_io" / "pico" / "config.json", folder)
     checkpoint = open_checkpoint(ROOT / "weights_io" / "pico")
+    shutil.copytree(ROOT / "weights_io" / "pico", folder / "thinker")
+    shutil.copy(ROOT / "tests" / "reference" / "chat" / "minicpm5_1b" / "chat_template.jinja", folder / "thinker")
     save_adapter(folder / "adapters-of-others", tiny_adapter.make(checkpoint), checkpoint.config)
     (folder / "saved").mkdir()  # stand for the revisions of a repository
     for step in ("step10000", "step20000"):

@@ -8,8 +8,8 @@ import pytest
 import tiny_tokenizer as tiny
 
 from minicpm_data import load_tokenizer
+from minicpm_data.conversation.answer_spans import cut_at_answers
 from minicpm_data.datasets.examples import find_split, load_split, make_example, make_pair
-from minicpm_data.tokenizer import chat_template
 from minicpm_data.tokenizer.tokenizer import Tokenizer
 from weights_io.errors import InputError
 
@@ -177,7 +177,7 @@ def test_templates_that_change_answers(tmp_path, template):
 @pytest.mark.parametrize("form", [str, str.strip, str.lstrip, str.rstrip])
 def test_the_template_strips_as_it_does_without_marks(form):
     prompt = f"A: {form(' x ')} B: {form(' ')}."
-    assert chat_template.cut_at_answers(prompt, ["A: ", " B: ", "."], [" x ", " "]) == [
+    assert cut_at_answers(prompt, ["A: ", " B: ", "."], [{"content": " x "}, {"content": " "}]) == [
         "A: ",
         form(" x "),
         " B: ",
@@ -284,7 +284,7 @@ def test_a_pair_trains_its_last_answer_only(minicpm):
         ({"ask": "a", "answer": "b"}, "the keys ask and answer, which are no known form; give messages, prompt and"),
         ({"text": "a", "messages": ANSWER}, "the keys messages and text, which are more than one form"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "these are preference pairs"),
-        ({"messages": ANSWER, "tools": [{}]}, '"tools"'),
+        ({"messages": ANSWER, "tools": [{}]}, "tools holds an item 0 that has no name"),
         ({"text": 5}, '"text" of type int'),
         ({"text": ""}, "text is empty"),
         ({"prompt": None, "completion": "a"}, '"prompt" of type NoneType'),
@@ -293,7 +293,10 @@ def test_a_pair_trains_its_last_answer_only(minicpm):
         ({"messages": [{"role": "user", "content": None}]}, "the content of message 0"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "the role 'robot'"),
         ({"messages": ANSWER[:1]}, "no assistant turn"),
-        ({"conversations": [{"from": "bot", "value": "a"}]}, "0 is from 'bot'; it must be from human, gpt or system"),
+        (
+            {"conversations": [{"from": "bot", "value": "a"}]},
+            "0 is from 'bot'; it must be from human, gpt, system, function_call",
+        ),
         ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "message 0 is from"),
         ({"conversations": [{"from": "gpt"}]}, '"value" is missing'),
         ({"text": "a\ud83d"}, "lone surrogate"),

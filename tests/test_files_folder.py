@@ -103,6 +103,7 @@ def test_one_file_and_its_own_index(tmp_path):
 def test_shards_may_be_numbered_from_zero(tmp_path):
     """As MiniCPM5-1B's only file is."""
     store(tmp_path / "model-00000-of-00001.safetensors", "a")
+    assert open_folder(tmp_path).keys() == {"a"}  # by its name there are no others
     index(tmp_path, {"a": "model-00000-of-00001.safetensors"})
     assert open_folder(tmp_path).keys() == {"a"}
 

@@ -155,6 +155,39 @@ def test_longrope_has_its_factors_in_two_tensors(path, original):
     assert not file.tensors.keys() & FACTORS.keys()
 
 
+LATENT = NUMBERS | {
+    "attention.q_lora_rank": 24,
+    "attention.kv_lora_rank": 12,
+    "attention.key_length": 32,
+    "rope.dimension_count": 16,
+}
+
+
+@pytest.mark.parametrize("kind", [{}, {"rope.scaling.type": "none"}, LONGROPE])
+def test_minicpm3(path, kind):
+    """Its factors are used whatever the type says, and its scales are constants of llama.cpp's code."""
+    file = gguf.open_file(made(path, "minicpm3", numbers=LATENT, tensors=FACTORS, **kind))
+    config = ModelConfig.from_dict(file.config)
+    assert config.family.architecture == "MiniCPM3ForCausalLM"
+    assert (config.scale_emb, config.scale_depth, config.dim_model_base) == (12.0, 1.4, 256)
+    assert (config.q_lora_rank, config.kv_lora_rank) == (24, 12)
+    assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.head_dim) == (16, 16, HIDDEN // HEADS)
+    assert config.rope_scaling.original_max_position_embeddings == NUMBERS["context_length"]
+    plain = gguf.open_file(made(path, "minicpm3", numbers=LATENT)).config
+    assert plain["rope_scaling"] is None
+
+
+def test_an_amplitude_of_longrope(path):
+    """It is the one that the model computes. A file may state it."""
+    original = {"rope.scaling.original_context_length": 32}
+    amplitude = {"rope.scaling.attn_factor": float((1 + np.log(128 / 32) / np.log(32)) ** 0.5)}
+    stated = gguf.open_file(made(path, tensors=FACTORS, **SCALES, **LONGROPE, **original, **amplitude)).config
+    assert stated == gguf.open_file(made(path, tensors=FACTORS, **SCALES, **LONGROPE, **original)).config
+    made(path, tensors=FACTORS, **SCALES, **LONGROPE, **original, **{"rope.scaling.attn_factor": 1.0})
+    refused(path, r"attn_factor = 1.0, where the model's code computes 1\.18")
+    refused(made(path, **amplitude), "where the model's code computes 1 from")
+
+
 def test_llama_and_what_has_no_hugging_face_name(path):
     bias = RNG.normal(size=HIDDEN).astype(np.float32)
     brain = RNG.normal(size=(4, 6)).astype(ml_dtypes.bfloat16)
@@ -182,7 +215,7 @@ def test_llama_and_what_has_no_hugging_face_name(path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"architecture": "qwen2"}, "architecture 'qwen2'; read here are minicpm and llama"),
+        ({"architecture": "qwen2"}, "architecture 'qwen2'; read here are minicpm, minicpm3 and llama"),
         ({"expert_count": 8}, "minicpm.expert_count = 8, which is not supported"),
         ({"attention.sliding_window": 512}, "sliding_window = 512"),
         ({"rope.scaling.type": "yarn"}, "RoPE scaling 'yarn'"),
@@ -210,6 +243,10 @@ def test_llama_and_what_has_no_hugging_face_name(path):
         ({"architecture": "llama", "embedding_scale": 12.0}, "llama.embedding_scale = 12.0, which is not understood"),
         ({"rope.freq_base": 10000}, "rope.freq_base = 10000 where a positive number"),  # of the wrong type
         ({"block_count": 1.0}, "block_count = 1.0 where a positive whole number"),
+        ({"attention.kv_lora_rank": 8}, "minicpm.attention.kv_lora_rank = 8, which is not understood"),
+        ({"architecture": "minicpm3"}, "no minicpm3.attention.q_lora_rank where a positive whole number"),
+        ({"architecture": "minicpm3", "numbers": LATENT, "attention.key_length": 16}, "leaves no part of a key"),
+        ({"architecture": "minicpm3", "numbers": LATENT, "attention.value_length": 8}, "value_length = 8 where"),
         ({"residual_scale": 1.4}, "lacks minicpm.embedding_scale, minicpm.logit_scale and has others of the scales"),
     ],
 )
@@ -317,12 +354,13 @@ def test_no_flipped_byte_of_the_header_gives_another_error(path, flip):
     assert min(outcomes.values()) > 0
 
 
-def test_a_model_with_longrope_computes_the_originals_logits(reference, path):
+@pytest.mark.parametrize("folder", ["minicpm4_8b", "minicpm3"])
+def test_a_model_with_longrope_computes_the_originals_logits(reference, path, folder):
     """The reference folder, written as llama.cpp's converter writes it."""
     minicpm_mlx = pytest.importorskip("minicpm_mlx")
-    source = open_checkpoint(reference("minicpm4_8b"))
+    source = open_checkpoint(reference(folder))
     config, scaling = source.config, source.config.rope_scaling
-    writer = package.GGUFWriter(path, "minicpm")
+    writer = package.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -333,12 +371,19 @@ def test_a_model_with_longrope_computes_the_originals_logits(reference, path):
     writer.add_embedding_scale(config.scale_emb)
     writer.add_residual_scale(config.residual_scale)
     writer.add_logit_scale(config.logit_divisor)
-    writer.add_rope_scaling_type(package.RopeScalingType.LONGROPE)
-    names = package.get_tensor_name_map(package.MODEL_ARCH.MINICPM, config.num_hidden_layers)
+    if config.is_latent:  # no type of RoPE scaling is written
+        writer.add_q_lora_rank(config.q_lora_rank)
+        writer.add_kv_lora_rank(config.kv_lora_rank)
+        writer.add_key_length(config.qk_nope_head_dim + config.qk_rope_head_dim)
+        writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    else:
+        writer.add_rope_scaling_type(package.RopeScalingType.LONGROPE)
+    architecture = package.MODEL_ARCH[config.model_type.upper()]
+    names = package.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, tensor in source.tensors.items():
         array = np.asarray(tensor.read(), np.float32)
         for module, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            array = permuted(array, heads) if module in name else array
+            array = permuted(array, heads) if f".{module}." in name else array
         writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", np.ascontiguousarray(array))
     writer.add_tensor("rope_factors_long.weight", np.float32(scaling.long_factor))
     writer.add_tensor("rope_factors_short.weight", np.float32(scaling.short_factor))
@@ -347,7 +392,7 @@ def test_a_model_with_longrope_computes_the_originals_logits(reference, path):
     writer.write_tensors_to_file()
     writer.close()
     model, _ = minicpm_mlx.load(path, "float32")
-    known = np.load(reference("minicpm4_8b") / "reference.npz")
+    known = np.load(reference(folder) / "reference.npz")
     for length in (32, 33):
         logits = np.asarray(model(known[f"input_ids_T{length}"]))
         np.testing.assert_allclose(logits, known[f"logits_T{length}"], rtol=0, atol=2e-5)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from minicpm_jax import fit  # noqa: E402
 from minicpm_jax.aot import hlo_cost, libtpu  # noqa: E402
 from minicpm_jax.aot.flops import flops  # noqa: E402
-from minicpm_jax.aot.programs import config_of  # noqa: E402
+from minicpm_jax.aot.programs import chip_bytes, config_of  # noqa: E402
 from minicpm_jax.parallel.chips import CHIPS, Topology, chip_of  # noqa: E402
 from minicpm_jax.parallel.sharding import default_mesh  # noqa: E402
 from weights_io import catalog  # noqa: E402
@@ -194,6 +194,14 @@ def test_arithmetic_is_counted_before_compiling():
     assert flops(jax.jit(program).trace(w, x).jaxpr) == 5 * 2 * 3 * 64 * 64
     step = jax.jit(jax.grad(lambda w, x: jnp.sum(program(w, x))))
     assert flops(step.trace(w, x).jaxpr) == 4 * 5 * 2 * 3 * 64 * 64  # forwards twice, to inputs, to weights
+    nested = jax.jit(lambda w, x: jax.jit(jax.jit(program))(w, x))  # a closed jaxpr inside of another
+    assert flops(nested.trace(w, x).jaxpr) == 5 * 2 * 3 * 64 * 64
+
+
+def test_bytes_of_arguments_on_a_chip():
+    place = SingleDeviceSharding(jax.devices()[0])
+    shapes = [jax.ShapeDtypeStruct((3, 5), dtype, sharding=place) for dtype in ("int4", "bfloat16", "bool")]
+    assert chip_bytes(shapes) == 8 + 30 + 15
 
 
 def test_the_table_of_chips():

@@ -51,7 +51,7 @@ def answer(content, **more):
 
 def turns(document, **rules):
     """(role, content) of each turn."""
-    return [(turn.role, turn.content) for turn in Reader(KeyRules(**rules)).conversation(document)]
+    return [(turn.role, turn.content) for turn in Reader(KeyRules(**rules)).conversation(document).turns]
 
 
 def trained(tokenizer, document, **options):
@@ -264,8 +264,11 @@ def chat_with(**more):
             'it has "zz", "y", "x" and 2 more, which are not .* zz y x ...',
         ),
         ({**CHAT, "x" * 10_000: 1}, 'it has "xxxxx'),
-        ({**CHAT, "tools": [{"type": "function"}]}, 'it has "tools", which cannot be trained'),
-        ({**CHAT, "tools": '[{"type": "function"}]'}, 'it has "tools", which cannot be trained'),
+        ({**CHAT, "tools": [{"type": "function"}]}, "tools holds an item 0 that has no name; give"),
+        ({**CHAT, "tools": '[{"type": "function"}]'}, "tools holds an item 0 that has no name; give"),
+        ({**CHAT, "tools": "[{"}, 'its "tools" is not JSON'),
+        ({**CHAT, "tools": [{"name": "f"}]}, "tools cannot be used: the model's chat template has no place for them"),
+        ({**CHAT, "functions": [{"name": "f"}]}, 'it has "functions", which is an older form; write it as "tools"'),
         ({**CHAT, "images": ["a.png"]}, 'it has "images", which cannot be trained; only text is'),
         ({**CHAT, "prompt": "another"}, 'it has "prompt", which is not understood'),
         ({"text": "a", **SYSTEM}, 'it has "system", which is not understood'),
@@ -290,13 +293,19 @@ def chat_with(**more):
         (chat_with(loss=2), 'message 1 has "loss": 2'),
         (chat_with(weight=float("nan")), 'message 1 has "weight": NaN'),
         (chat_with(weight=1, train=False), 'message 1 has "weight" and "train", which say different things'),
-        (chat_with(reasoning_content="r"), 'message 1 has "reasoning_content", which cannot be trained under this key'),
-        (chat_with(tool_calls=[{"id": "a"}]), 'message 1 has "tool_calls", which cannot be trained'),
-        ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]}, '1 has "tool_calls"'),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "message 0 has the role 'tool'"),
+        (chat_with(reasoning_content="r"), "1 has a thought beside its content, .* no place for it; write it into the"),
+        (chat_with(thought="r", thinking="s"), 'message 1 has "thought" and "thinking", which differ'),
+        (chat_with(tool_calls=[{"id": "a"}]), 'call 0 of message 1 has no "name"'),
+        (chat_with(tool_calls=[{"name": "f", "arguments": "[]"}]), r"the arguments of call 0 of message 1 are \[...\]"),
+        (chat_with(tool_calls=[{"name": "f"}]), "message 1 has tool_calls, for which the model's chat template has no"),
+        ({"messages": [user("a", reasoning="b"), answer("c")]}, 'message 0 has "reasoning", which only an answer can'),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "0 is the result of a tool, and the message before it has no",
+        ),
         ({"messages": [{"role": "function", "content": "a"}]}, "message 0 has the role 'function'"),
         ({"messages": [{"role": "x" * 9999, "content": "a"}]}, "message 0 has the role 'xxxx"),
-        ({"conversations": [{"from": "observation", "value": "a"}]}, "message 0 is from 'observation'"),
+        ({"conversations": [{"from": "observation", "value": "a"}]}, "message 0 is the result of a tool, and the"),
         ({"conversations": [{"from": "gpt", "value": "a", "role": "user"}]}, 'message 0 has "role"'),
         ({"messages": [user("a", weight=1), answer("b")]}, 'message 0 has "weight": 1, and is no answer'),
         ({"messages": [user([{"type": "image_url", "image_url": "a"}]), answer("b")]}, "a part of type 'image_url'"),

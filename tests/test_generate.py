@@ -416,7 +416,7 @@ def test_both_packages_export_the_same_calls():
 
 TWINS = sorted(
     {path.stem for package in BACKENDS for path in (ROOT / package / "generation").glob("[a-z]*.py")}
-    - {"programs", "shapes", "slots"}  # JAX compiles programs beside serving
+    - {"programs", "shapes", "slots", "warming"}  # JAX compiles programs beside the work
 )
 ONLY_JAX = {
     "decoding.State": {"finished", "eos_ids"},  # its loop runs on the device

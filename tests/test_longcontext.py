@@ -14,12 +14,13 @@ from documented_commands import typed
 from minicpm_data import load_tokenizer
 from minicpm_data.cli.evaluate import replies
 from minicpm_data.generation.api import Generator
-from minicpm_data.model_options import with_rope_scaling
+from minicpm_data.model_options import note_context, with_rope_scaling
 from minicpm_serve import backends, longcontext, retrieval
 from minicpm_serve.evaluation.needles import TASKS, Sample, answer_tokens, evaluation_samples, held_out, is_right
 from minicpm_serve.retrieval import Random
-from weights_io.config import RopeScaling
+from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.rope_config import LongRoPE, RopeScaling
 
 pytestmark = pytest.mark.slow  # minutes on two cores: run with the whole suite alone
 
@@ -273,7 +274,8 @@ def test_rope_scaling_of_an_answer(backend, tmp_path):
         options = ("--model", folder, "--max-tokens", 8, "--temp", 0, "--rope-scaling", scaling, *asked)
         ran = typed(f"minicpm_{backend}.{command}", *options, stdin="The quick brown fox\n")
         said.append((ran.returncode, ran.stdout))
-    assert [code for code, _ in said] == [0, 0, 2] and "--rope-scaling: rope_scaling of type longrope has" in ran.stderr
+    assert [code for code, _ in said] == [0, 0, 2]
+    assert "--rope-scaling cannot be used: rope_scaling of type longrope has" in ran.stderr
     assert said[0] != said[1]
 
 
@@ -315,8 +317,8 @@ def test_rope_scaling_on_the_command_line(backend, tmp_path):
         (["--backend", "torch"], "torch"),
         (["--prefill-step-size", 0], "--prefill-step-size is 0"),
         (["--rope-scaling", "{"], "--rope-scaling is not JSON"),
-        (["--rope-scaling", '{"type": "sideways", "factor": 2}'], "--rope-scaling: rope_scaling"),
-        (["--rope-scaling", "4"], "--rope-scaling: rope_scaling is 4"),
+        (["--rope-scaling", '{"type": "sideways", "factor": 2}'], "--rope-scaling cannot be used: rope_scaling"),
+        (["--rope-scaling", "4"], "--rope-scaling cannot be used: rope_scaling is 4"),
         (["--model", "{folder}/none/such"], "none/such"),
     ],
 )
@@ -340,3 +342,12 @@ def test_a_tokenizer_alone_is_enough(folder, tmp_path):
     assert retrieval._tokenizer(str(folder.parent / "tokenizer")).vocab_size > 0
     with pytest.raises(InputError, match="neither a tokenizer.json nor"):
         retrieval._tokenizer(str(Path(tmp_path)))
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_factors_that_were_given_may_reach_further_than_the_checkpoints(capsys, rescaled):
+    config = ModelConfig(max_position_embeddings=32, rope_scaling=LongRoPE((1.0,), (2.0,), 32))
+    assert note_context(config, 33, "; --rope-scaling can extend it", rescaled) is not rescaled
+    assert ("33 tokens are more than the 32" in capsys.readouterr().err) is not rescaled
+    assert not note_context(config, 32)
+    assert note_context(dataclasses.replace(config, rope_scaling=None), 33, rescaled=rescaled)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_adapter
 import tiny_training as tiny
-from tiny_training import BACKENDS, MOE
+from tiny_training import BACKENDS, MINICPM3, MINICPM4, MINICPM5, MOE
 
 from minicpm_data import load_tokenizer
 from minicpm_data.datasets.batches import Batches
@@ -21,10 +21,11 @@ pytest.importorskip("mlx.core")
 
 ALL = {"targets": ("all-linear",)}
 DORA = {"fine_tune_type": "dora"}
+WORLDS = {"dense": {}, "moe": MOE, "minicpm3": MINICPM3, "minicpm4": MINICPM4, "minicpm5": MINICPM5}
 KINDS = {
-    "lora": {},
-    "all-linear": ALL,
-    "dora, last layer": DORA | {"num_layers": 1},
+    "minicpm4, lora": {},
+    "minicpm3, all-linear": ALL,
+    "minicpm5, dora, last layer": DORA | {"num_layers": 1},
     "moe, dora": DORA | ALL,
 }
 
@@ -32,7 +33,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     root = tmp_path_factory.mktemp("lora")
-    return {name: tiny.write_world(root / name, **changes) for name, changes in {"dense": {}, "moe": MOE}.items()}
+    return {name: tiny.write_world(root / name, **changes) for name, changes in WORLDS.items()}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -50,7 +51,7 @@ def batches_of(root, count, **options):
 @pytest.fixture(scope="module")
 def trained(worlds, kind, tmp_path_factory):
     """After three steps in each backend from the same random adapter: trainers and their losses."""
-    root, out = worlds["moe" if "moe" in kind else "dense"], tmp_path_factory.mktemp("trained")
+    root, out = worlds[kind.partition(",")[0]], tmp_path_factory.mktemp("trained")
     flags = KINDS[kind]
     checkpoint = open_checkpoint(root / "model")
     layers = [1] if flags.get("num_layers") == 1 else None
@@ -91,7 +92,7 @@ def test_what_is_saved_gives_the_trainers_logits(trained):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_begins_as_the_base(worlds, kind, tmp_path, backend):
-    root = worlds["moe" if "moe" in kind else "dense"]
+    root = worlds[kind.partition(",")[0]]
     worker = tiny.trainer(backend, tiny.lora(root, tmp_path / "out", **KINDS[kind]))
     tolerance = 1e-5 if "dora" in kind else 0  # its ratio of two norms is 1 but for rounding
     base = tiny.logits(tiny.load(backend, root / "model"))
@@ -157,7 +158,7 @@ def test_a_quantised_base(worlds, tmp_path, backend, bits):
 
 def test_the_share_that_is_trained(worlds, kind, tmp_path):
     """As many numbers as an adapter of these options has."""
-    root, flags = worlds["moe" if "moe" in kind else "dense"], KINDS[kind]
+    root, flags = worlds[kind.partition(",")[0]], KINDS[kind]
     options, checkpoint = tiny.lora(root, tmp_path, rank=4, **flags), open_checkpoint(root / "model")
     targets, layers = flags.get("targets", ("q_proj", "v_proj")), [1] if "last" in kind else None
     made = tiny_adapter.make(checkpoint, targets, layers, dora="dora" in kind)

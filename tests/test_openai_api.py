@@ -252,7 +252,7 @@ def user(content="a", **more):
         (user(5), 400, "messages.0.content must be a text or a list"),
         (user([{"type": "image_url"}]), 400, "a part of type 'image_url'"),
         (user("\ud800"), 400, "surrogates not allowed"),
-        (user(tool_calls=[{}]), 400, "tool_calls is not supported"),
+        (user(tool_calls=[{}]), 400, "which only an answer can have"),
         ({"messages": [{"role": "\ud800", "content": "a"}]}, 400, "surrogates not allowed"),
         ({**user(), "model": "gpt-4"}, 404, "no model 'gpt-4' here; the one that is loaded is 'tiny'"),
         ({**user(), "temperature": -1}, 400, "temperature is -1"),
@@ -288,7 +288,7 @@ def user(content="a", **more):
         ({**user(), "xtc_threshold": 0.7}, 400, "xtc_threshold is 0.7"),
         ({**user(), "ignore_eos": True, "min_tokens": 3}, 400, "ignore_eos, min_tokens are not supported"),
         ({**user(), "reasoning_effort": "none"}, 400, "reasoning_effort is not supported; leave it out"),
-        (user(reasoning_content="so"), 400, "reasoning_content is not supported"),
+        (user(reasoning_content="so"), 400, "which only an answer can have"),
         (user([{"type": "text"}]), 400, "has no text"),
         (user([{"type": "text", "text": "a", "weight": 0}]), 400, "weight is not supported"),
         ({"messages": [{"role": "x" * 5000, "content": "a"}]}, 400, "xxx..."),
@@ -297,7 +297,7 @@ def user(content="a", **more):
         ({**user(), "stop": ["a"] * 17}, 400, "17 texts"),
         ({**user(), "presence_penalty": 0.5}, 400, "presence_penalty is not supported; leave it out or give 0"),
         ({**user(), "logprobs": 0}, 400, "logprobs is not supported; leave it out or give false"),
-        ({**user(), "tools": [{}]}, 400, "tools is not supported"),
+        ({**user(), "tools": [{}]}, 400, "holds an item 0 that has no name"),
         ({**user(), "no_such_thing": 1}, 400, "no_such_thing is not supported; leave it out"),
         ({**user(), "echo": True, "a": 1, "b": 1, "c": 1, "d": 1}, 400, "echo, a, b and 2 more are not supported"),
         ({**user(), "stream_options": {"no_such_thing": 1}}, 400, "no_such_thing is not supported"),
@@ -483,7 +483,7 @@ class Played:
     def request(self, ids, max_tokens, sampling):
         return GenerationRequest((ids,), max_tokens, sampling)
 
-    def submit(self, deliver, request, stop, group):
+    def submit(self, deliver, request, stop, group, parser):
         self.asked.append((request, stop))
         self.delivers.append(deliver)
         return 0

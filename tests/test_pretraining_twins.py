@@ -25,10 +25,11 @@ OPTIONS = {"minicpm_jax": JaxOptions, "minicpm_mlx": PretrainOptions}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """``data`` of both stages, a ``tokenizer``, a dense ``model`` and a ``mixture``."""
+    """``data`` of both stages, a ``tokenizer``, a dense ``model``, a ``minicpm3`` and a ``mixture``."""
     root = tmp_path_factory.mktemp("world")
     tiny_model.write(root, **tiny.UNTIED)
     shutil.move(tiny_model.write(root / "moe", **tiny.MOE), root / "mixture")
+    shutil.move(tiny_model.write(root / "latent", **tiny.MINICPM3), root / "minicpm3")
     texts = [{"text": text} for text in tiny_tokenizer.SENTENCES]
     for stage, rows in (("stable", texts), ("decay", [*tiny.chats(6), *texts])):
         tiny.write_data(root / "data" / stage, rows * 6, valid=rows)
@@ -60,7 +61,7 @@ def whole(world, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("model", ["model", "mixture"])
+@pytest.mark.parametrize("model", ["minicpm3", "mixture"])
 def test_the_steps_are_the_same_in_both_backends(world, tmp_path, model):
     """Warm-up, stable stage and decay, each with data of its own. Measured: losses within 2e-7, norms within 1e-5."""
     runs = [pretrain(backend, world, tmp_path / backend, model=model, grad_checkpoint=True) for backend in BACKENDS]

@@ -89,6 +89,7 @@ def test_a_matrix_is_the_tools_to_the_last_bit(reference, name):
     assert form.scales.shape == (72, 256 // form.group_size)
     np.testing.assert_array_equal(form.dequantize(), expected[5:77])
     assert (form.order is not None) == ("desc_act" in name)
+    assert tensor.symmetric() == (name.startswith("gptq") and bool((tensor.packed().zeros == 8).all()))
     if form.order is not None:  # the layout with groups one after the other is the same matrix, its inputs sorted
         regular = dataclasses.replace(form, codes=form.codes[:, form.order], groups=None)
         np.testing.assert_array_equal(regular.dequantize(), expected[5:77, form.order])
@@ -334,6 +335,12 @@ def test_the_two_entries_of_mlx_must_agree():
         (GPTQ, {"g_idx": np.zeros(255, np.int32)}, r"g_idx in .* is int32 \[255\]"),
         (GPTQ, {"qweight": np.zeros((31, 128), np.int32)}, r"qweight in .* is int32 \[31, 128\]"),
         (GPTQ, {"qweight": np.zeros((16, 256), np.int32)}, "is repacked for the Marlin kernel"),
+        ("gptq_int4_desc_act", {"g_idx": None}, "k_proj in .* lacks g_idx, .* which desc_act of .* requires"),
+        (
+            GPTQ,
+            {"qweight": None, "B": np.zeros((16, 256), np.int32), "s": np.ones((2, 128), np.float16)},
+            "is repacked for the Marlin kernel",
+        ),
         (GPTQ, {"qzeros": None}, "k_proj in .* lacks qzeros, which GPTQ requires"),
         (
             GPTQ,

@@ -1,5 +1,7 @@
 """A step of training a dense model is the same over every mesh: all weights, and adapters."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,16 @@ CONFIG = ModelConfig(
     scale_depth=1.4,
     dim_model_base=16,
     initializer_range=0.1,
+)
+
+LATENT = dataclasses.replace(
+    CONFIG,
+    model_type="minicpm3",
+    num_key_value_heads=6,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
 )
 
 
@@ -80,8 +92,16 @@ def on_one(request):
 @pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4", "fsdp=8", "tensor=8"])
 def test_a_step_does_not_depend_on_the_mesh(text, on_one):
     """Measured: weights within 1.5e-8, loss within 1e-6."""
-    kind, (alone, loss, norm) = on_one
-    weights, *figures = stepped(text, kind)
-    np.testing.assert_allclose(figures, [loss, norm], rtol=1e-5)
-    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(weights), strict=True):
+    kind, alone = on_one
+    same(stepped(text, kind), alone)
+
+
+def test_a_step_of_latent_attention_does_not_depend_on_the_mesh():
+    """All weights, of six heads over four devices, which all have the latents."""
+    same(stepped("fsdp=2,tensor=4", "finetune", LATENT), stepped(None, "finetune", LATENT))
+
+
+def same(found, expected):
+    np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(expected[0]), jax.tree.leaves(found[0]), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-6)

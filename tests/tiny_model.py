@@ -18,6 +18,8 @@ def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes) -> Pat
     tiny_tokenizer.write(folder / "tokenizer")
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     scales = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "initializer_range": 0.1}
+    if changes.get("model_type") == "llama":  # it has no such scales
+        scales = {"initializer_range": 0.1}
     rows = load_tokenizer(folder / "tokenizer").vocab_size
     raw = {"num_key_value_heads": 2, "vocab_size": rows, "eos_token_id": 2, **shape, **scales, **changes}
     config = ModelConfig.from_dict(raw)

@@ -20,6 +20,24 @@ BACKENDS = ("minicpm_jax", "minicpm_mlx")
 DENSE = {"intermediate_size": 64}  # rows of 64, which have groups to be quantised in; two query heads share a key head
 UNTIED = {**DENSE, "tie_word_embeddings": False}
 MOE = {"intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+LONGROPE = {  # of rows longer than 16 tokens the long factors
+    "max_position_embeddings": 16,
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 16,
+    },
+}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+MINICPM3 = {**DENSE, **LONGROPE, **LATENT, "architectures": ["MiniCPM3ForCausalLM"], "num_key_value_heads": 4}
+MINICPM4 = {**UNTIED, **LONGROPE}
+MINICPM5 = {
+    **UNTIED,
+    "model_type": "llama",
+    "head_dim": 16,
+    "rope_parameters": {"rope_theta": 5e6, "rope_type": "default"},
+}
 WIDTH = 32  # of all rows, so that few programs are compiled
 IDS = np.random.default_rng(0).integers(3, 300, (2, 24))
 MEASURED = ("iterations_per_second", "tokens_per_second", "valid_seconds", "peak_memory")  # differ from run to run

@@ -128,6 +128,13 @@ def check_bits(bits: int) -> int:
     return bits
 
 
+def check_head_bits(bits: int | None) -> int | None:
+    """Return ``bits`` if the head can be quantized to it, or None. Raises `InputError` otherwise."""
+    if bits not in (None, 8):
+        raise InputError(f"head_bits is {bits!r}; it must be 8.")
+    return bits
+
+
 def group_of(width: int) -> int:
     """The quantization group size for rows of ``width`` values; the smallest of `GROUPS` where none divides it."""
     return next((group for group in GROUPS if width % group == 0), GROUPS[-1])

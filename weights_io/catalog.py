@@ -31,6 +31,7 @@ class Entry:
     notes: str = ""
     modelscope: str | None = None  # repository on ModelScope; None: unknown
     config: Mapping[str, Any] | None = None  # the keys of config.json that are known; None: shape unknown
+    quantization: Mapping[str, Any] | None = None  # what is known of its quantization_config; None: it has none
     runs: bool = True  # whether this project can run it
 
     def model_config(self) -> ModelConfig | None:
@@ -56,6 +57,7 @@ def _text(
     return Entry(name, f"openbmb/{repo}", architecture, parameters, "bfloat16", notes, mirror, config)
 
 
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
 _later = functools.partial(Entry, runs=False)
 _SCALES = {"scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4}
 _COMMON = {
@@ -182,8 +184,24 @@ CATALOG: tuple[Entry, ...] = (
         "minicpm-2b-llama as converted for MLX",
         config=_2B_LLAMA,
     ),
-    Entry("minicpm-2b-int4", "openbmb/MiniCPM-2B-sft-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
-    Entry("minicpm-2b-dpo-int4", "openbmb/MiniCPM-2B-dpo-int4", "minicpm", _N2B, None, "GPTQ, 4 bits, groups of 32"),
+    Entry(
+        "minicpm-2b-int4",
+        "openbmb/MiniCPM-2B-sft-int4",
+        "minicpm",
+        _N2B,
+        None,
+        "GPTQ, 4 bits, groups of 32",
+        quantization=_GPTQ,
+    ),
+    Entry(
+        "minicpm-2b-dpo-int4",
+        "openbmb/MiniCPM-2B-dpo-int4",
+        "minicpm",
+        _N2B,
+        None,
+        "GPTQ, 4 bits, groups of 32",
+        quantization=_GPTQ,
+    ),
     Entry(
         "minicpm-2b-history",
         "openbmb/MiniCPM-2B-history",

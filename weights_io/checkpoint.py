@@ -102,14 +102,14 @@ class Checkpoint:
         """A quantized matrix in packed form, or its ``rows``. `read` dequantizes it instead.
 
         Returns None for a matrix that is not quantized, and for GGUF blocks. Raises `InputError` where the file
-        contradicts its format, or a scale is NaN or infinite.
+        contradicts its format, or a scale or a table is NaN or infinite.
         """
         tensor = self.tensors[name]
         if not isinstance(tensor, PackedTensor):
             return None
         start, stop, _ = rows.indices(tensor.shape[0])
         found = tensor.packed(start, stop)
-        for part in (found.scales, found.biases):
+        for part in (found.scales, found.biases, found.table):
             if part is not None:
                 check_finite(located(name, tensor), part)
         if self.on_read is not None:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from weights_io.cli import mlx_lm_flags
 from weights_io.cli.help_page import description, in_groups, texts_of
 from weights_io.cli.refusals import refusal, wrong_word
+from weights_io.cli.switches import TRUTH, Switch, with_values
 from weights_io.errors import InputError, flag
 
 Options = TypeVar("Options")
@@ -28,7 +29,6 @@ MOST |= dict.fromkeys(("batch_size", "rank", "num_experts", "max_num_seqs", "max
 # Commands whose work a package does that the command's own package must not import: those of weights_io need a
 # tokenizer, those of a backend the server or an evaluation. These modules are imported by name, here and nowhere else.
 ABOVE = {name: f"minicpm_data.cli.{name}" for name in ("convert", "fuse", "inspect", "upcycle")}
-TRUTH = {"t": "True", "true": "True", "f": "False", "false": "False"}
 ABOVE |= {"server": "minicpm_serve.openai_api", "perplexity": "minicpm_serve.perplexity"}
 # Console script -> the package whose commands it starts; also in pyproject.toml.
 SCRIPTS = {
@@ -87,7 +87,7 @@ def run(
 
     with exit_codes(flags_of(options, sys.argv[1:])):
         allow_open_files()
-        words = mlx_lm_flags.accepted(sys.argv[1:], flags_in(options))
+        words = with_values(options, mlx_lm_flags.accepted(sys.argv[1:], flags_in(options)))
         given = parsed(words)
         if more_flags is not None and (more := more_flags(given)):
             if wrong := wrong_word(options, more, former_names(options), prog):
@@ -158,6 +158,8 @@ def for_tyro(options: type, asking: bool, fixed: Mapping[str, Any] | None = None
         empty = empty and tyro.conf.UseAppendAction not in marks  # those keep "(repeatable)"
         named = any(getattr(mark, "metavar", None) for mark in marks)
         metavar = None if named else _metavar(hint.__origin__ if marks else hint)
+        if any(isinstance(mark, Switch) for mark in marks):
+            metavar = f"| {flag(f'no_{field.name}')}"
         hint_of_default = "" if empty else None
         shown = tyro.conf.arg(
             help_behavior_hint=hint_of_default, metavar=metavar, help=texts.get(field.name), prefix_name=False

@@ -48,6 +48,7 @@ FAMILIES = {
         _SCALES | {"num_experts": None, "num_experts_per_tok": None},
         scaled=True,
         heads_fill_hidden=True,
+        ignored=frozenset({"head_dim"}),
     ),
     "minicpm3": Family(
         "MiniCPM3ForCausalLM",
@@ -57,7 +58,12 @@ FAMILIES = {
         # Each head has its own key and value, and its values have hidden_size / num_attention_heads numbers.
         ignored=frozenset({"num_key_value_heads", "head_dim", "v_head_dim"}),
     ),
-    "llama": Family("LlamaForCausalLM", {"tie_word_embeddings": False}),
+    # MiniCPM-S-1B-sft-llama-format still states the scales that are folded into its weights.
+    "llama": Family(
+        "LlamaForCausalLM",
+        {"tie_word_embeddings": False},
+        ignored=frozenset({"scale_emb", "scale_depth", "dim_model_base"}),
+    ),
 }
 COMMON_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -193,9 +199,9 @@ class ModelConfig:
             scaling = dataclasses.asdict(self.rope_scaling)
             lists = {key: list(value) for key, value in scaling.items() if isinstance(value, tuple)}
             raw["rope_scaling"] = {"rope_type": self.rope_scaling.type, **scaling, **lists}
-        # Other readers of MiniCPM3 default it to qk_nope_head_dim, or require it.
-        widths = {"v_head_dim": self.head_dim} if self.is_latent else {}
-        return {key: value for key, value in raw.items() if key not in absent} | widths
+        # Other readers of MiniCPM3 require these, or default v_head_dim to qk_nope_head_dim.
+        heads = {"num_key_value_heads": self.num_attention_heads, "v_head_dim": self.head_dim}
+        return {key: value for key, value in raw.items() if key not in absent} | (heads if self.is_latent else {})
 
 
 @dataclass

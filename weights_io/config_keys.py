@@ -105,6 +105,10 @@ def note_sparse(raw: Mapping[str, Any]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
+# Keys of the draft heads' configs (Eagle-3, and CPM.cu's Eagle with FRSpec); `other_model` refuses them.
+DRAFT_KEYS = ("draft_vocab_size", "eagle_config", "eagle_num_layers", "use_input_norm", "use_attn_norm")
+
+
 def other_model(raw: Mapping[str, Any], architectures: Sequence[str]) -> str | None:
     """Why a model of OpenBMB is not supported, and what runs it; None for any other config.
 
@@ -119,7 +123,7 @@ def other_model(raw: Mapping[str, Any], architectures: Sequence[str]) -> str | N
             "instead of a key/value cache) and 8 are gated InfLLM-v2 attention without RoPE; SGLang and its own code "
             "in transformers run it."
         )
-    drafts = [key for key in ("draft_vocab_size", "eagle_config", "eagle_num_layers") if raw.get(key) is not None]
+    drafts = [key for key in DRAFT_KEYS if raw.get(key) is not None]
     if any("eagle" in name for name in names) or drafts:
         return (
             f"{said if 'eagle' in said.lower() else 'this'} is a draft head (Eagle, FRSpec), which only proposes "
@@ -130,7 +134,8 @@ def other_model(raw: Mapping[str, Any], architectures: Sequence[str]) -> str | N
             f"{said} is not supported: it takes images or sound; vLLM, SGLang, llama.cpp and its own code in "
             "transformers run it."
         )
-    heads = ("minicpm", "minicpmmodel", "minicpmforsequenceclassification", "layerwiseminicpmforcausallm")
+    heads = """minicpm minicpmmodel minicpm3model minicpmforsequenceclassification minicpm3forsequenceclassification
+        layerwiseminicpmforcausallm""".split()
     if any(name.lower() in heads for name in architectures) or raw.get("is_causal") is False:
         return (
             f"{said if architectures else 'this'} is an embedding model or a reranker, which generates no text; "

@@ -4,7 +4,7 @@
 
 - ``--to hf`` rewrites any readable format (torch ``.bin`` files, GGUF) as safetensors.
 - ``--to mlx`` does the same and adds the file with which the commands of `mlx_lm` run the model through this package.
-- ``--to mlx -q`` also quantizes the matrices in MLX's format.
+- ``--to mlx -q`` also quantizes the matrices in MLX's format. With ``--ternary`` it packs those of BitCPM4 exactly.
 - ``--to llama`` folds MiniCPM's scales into the weights, for programs that only know Llama.
 - ``--to hf --unfold`` is the inverse of ``--to llama``.
 
@@ -26,7 +26,9 @@ from weights_io.command_line import Former
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.parameters import count
+from weights_io.progress import waiting
 from weights_io.quantization.packed import PackedTensor
+from weights_io.quantization.ternary import BITS, sampled_group, ternary_packing
 from weights_io.quantization.writing import Affine
 from weights_io.rope_config import LongRoPE
 from weights_io.write import Tensor, save_checkpoint
@@ -66,6 +68,9 @@ class Options:
     """With --quantize: bits of each weight; 4 by default."""
     q_group_size: Literal[32, 64, 128] | None = None
     """With --quantize: group size, the number of weights of a row that share a scale and a bias; 64 by default."""
+    ternary: bool = False
+    """With --quantize: pack only the matrices that have three values in each group (BitCPM4's), in 2 bits and without
+    any error. The others, embedding and head are not quantized."""
     q_mode: str = "affine"
     """With --quantize: affine is the one mode that is written."""
     dequantize: Annotated[bool, tyro.conf.arg(aliases=("-d",))] = False
@@ -112,14 +117,21 @@ def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[s
             rounding,
         )
     affine = Affine(options.q_bits or 4, options.q_group_size or 64) if options.quantize else None
+    if options.ternary:
+        with waiting("looking for ternary matrices"):
+            affine = ternary_packing(config, checkpoint.tensors)
+        if affine is None:
+            raise InputError(
+                f"is for matrices with three values in each group, and {options.model} has none; leave it out.",
+                "ternary",
+            )
     dtype = options.dtype or (checkpoint.dtype if options.quantize or options.dequantize else None)
     how: dict[str, Any] = {"for_mlx_lm": options.to == "mlx", "affine": affine}
     lines = write_model(options.save_path, checkpoint, config, tensors, dtype, rounding, tokenizer_files, **how)
-    scaling = config.rope_scaling
-    if options.to != "mlx" and isinstance(scaling, LongRoPE) and scaling.short_factor != scaling.long_factor:
-        lines.append(
-            "mlx_lm's own models always take longrope's long factors; --to mlx writes a model that it runs right"
-        )
+    if options.to != "mlx" and (faults := _faults_of_mlx_lm(config)):
+        lines.append(f"mlx_lm's own models {' and '.join(faults)}; --to mlx writes a model that it runs right")
+    if options.quantize and not options.ternary and sampled_group(config, checkpoint.tensors) is not None:
+        lines.append("the weights are ternary: with --ternary they are packed in 2 bits without an error")
     packed = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, PackedTensor)]
     if packed and affine is None:
         lines.append(f"{len(packed)} matrices dequantized from {packed[0].kind}")
@@ -196,8 +208,12 @@ def check(options: Options) -> None:
     if options.quantize and options.to != "mlx":
         raise InputError("packs in MLX's form; use it with {to} mlx.", "quantize", ["to"])
     unused = [name for name in ("q_bits", "q_group_size") if getattr(options, name) is not None]
+    unused += ["ternary"] * options.ternary
     if unused and not options.quantize:
         raise InputError("is only used with {quantize}; leave it out or add {quantize}.", unused[0], ["quantize"])
+    if options.ternary and (options.q_bits not in (None, BITS) or options.q_group_size is not None):
+        name = "q_bits" if options.q_group_size is None else "q_group_size"
+        raise InputError("is chosen by {ternary}; leave one of the two out.", name, ["ternary"])
     if options.unfold and options.to != "hf":
         raise InputError("leads away from the Llama format; use it with {to} hf.", "unfold", ["to"])
     given = [
@@ -208,6 +224,17 @@ def check(options: Options) -> None:
     ]
     if given and not options.unfold:
         raise InputError("is only used with {unfold}; leave it out or add {unfold}.", given[0], ["unfold"])
+
+
+def _faults_of_mlx_lm(config: ModelConfig) -> list[str]:
+    """What mlx_lm 0.32.2 computes otherwise without a word."""
+    scaling = config.rope_scaling
+    faults = []
+    if isinstance(scaling, LongRoPE) and scaling.short_factor != scaling.long_factor:
+        faults.append("always take longrope's long factors")
+    if config.is_latent:
+        faults.append("compute the norms of MiniCPM3's latents and its tied head otherwise")
+    return faults
 
 
 def _rounding_line(rounding: Rounding, dtypes: set[str]) -> str:

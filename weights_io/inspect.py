@@ -1,6 +1,7 @@
 """Describe a model from its config and the headers of its files, without reading the weights.
 
-Only tensors that are stored twice (the head of a tied model, a tensor in two shards) are read, to compare the copies.
+Only tensors that are stored twice (the head of a tied model, a tensor in two shards) are read, to compare the copies,
+and some rows of the first layer, which tell whether the weights are ternary.
 
 python -m weights_io.inspect --model openbmb/MiniCPM-2B-sft-bf16
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weights_io.checkpoint import BUFFERS, check_tensors, special_ids
-from weights_io.config import COMMON_DEFAULTS, ModelConfig, stored_dtype
+from weights_io.config import COMMON_DEFAULTS, DTYPES, ModelConfig, stored_dtype
 from weights_io.config_keys import sparse_note
 from weights_io.errors import InputError
 from weights_io.files.json_text import read_json
@@ -23,6 +24,7 @@ from weights_io.memory import cache_bytes, packed_bytes, size, weight_bytes
 from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 from weights_io.quantization.packed import PackedTensor, arithmetic_dtype
 from weights_io.quantization.reading import as_matrices
+from weights_io.quantization.ternary import sampled_group
 
 UNKNOWN = "unknown"
 DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
@@ -61,6 +63,7 @@ class Report:
     tokenizer: str | None = None
     tokenizer_ids: int | None = None
     chat_template: str = DEFAULT_TEMPLATE
+    sampling: str | None = None  # defaults of a chat, and where they are stated; None: without a tokenizer, unknown
     unusual: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)  # reasons why it cannot be loaded
 
@@ -231,6 +234,7 @@ def lines(report: Report) -> list[str]:
         "norm": f"RMS, epsilon {config['rms_norm_eps']:g}",
         "tokenizer": tokenizer,
         "chat template": report.chat_template if report.tokenizer else tokenizer,
+        **({"sampling": report.sampling} if report.sampling else {}),
     }
     text = [f"{name:14} {value}" for name, value in table.items()]
     text += [
@@ -269,6 +273,11 @@ def _unusual_tensors(raw: Mapping[str, Any], config: ModelConfig, tensors: Mappi
         notes.append(f"the tensors are of several dtypes: {', '.join(dtypes)}")
     if said and dtypes and dtypes != [said]:
         notes.append(f"config.json says {said} and the tensors are {' and '.join(dtypes)}")
+    if (group := sampled_group(config, {n: x for n, x in whole.items() if stored_as(x) in DTYPES})) is not None:
+        notes.append(
+            f"the weights are ternary (three values in each group of {group}): convert --to mlx -q --ternary packs "
+            "them in 2 bits without an error"
+        )
     if (sparse := sparse_note(raw)) is not None:
         notes.append(sparse)
     if "auto_map" in raw:

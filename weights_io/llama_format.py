@@ -19,7 +19,7 @@ from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
-from weights_io.parameters import EMBEDDING, HEAD, Parameter, parameters
+from weights_io.parameters import EMBEDDING, HEAD, Parameter, head_parameter, parameters
 from weights_io.rope_config import LongRoPE
 
 ROWS = 4096  # rows read at a time to compare head and embedding
@@ -107,10 +107,15 @@ def from_llama(
     """
     if config.model_type != "llama":
         raise InputError("the model is not in the Llama format; there is nothing to unfold.")
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise InputError(
+            f"hidden_size {config.hidden_size} is not num_attention_heads {config.num_attention_heads} x head_dim "
+            f"{config.head_dim}, as a MiniCPM needs it; leave this model a Llama."
+        )
     scales = {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": dim_model_base}
     raw = dataclasses.replace(config, model_type="minicpm", tie_word_embeddings=False).to_dict()
     minicpm = ModelConfig.from_dict(raw | scales, "the unfolded model")
-    head = tensors[(EMBEDDING if config.tie_word_embeddings else HEAD).hf_name]
+    head = tensors[head_parameter(config).hf_name]
     if _tied(tensors[EMBEDDING.hf_name], head, minicpm):
         minicpm = dataclasses.replace(minicpm, tie_word_embeddings=True)
     unfolded: dict[str, LazyTensor | Computed] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from weights_io.casting import group_of
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.parameters import EMBEDDING, HEAD, parameters, target_parameters
+from weights_io.parameters import head_parameter, parameters, target_parameters
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 MOMENTS = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 0, "adafactor": 0}  # optimizer states as large as the weights
@@ -34,7 +34,7 @@ def packed_bytes(config: ModelConfig, dtype: str, bits: int, head: bool) -> int:
     """
     packed = {parameter.name: bits for parameter in target_parameters(config, ("all-linear",))}
     if head:
-        packed[(EMBEDDING if config.tie_word_embeddings else HEAD).name] = 8
+        packed[head_parameter(config).name] = 8
     total = 0.0
     for parameter in parameters(config):
         shape, size = parameter.shape(config), float(ITEM[dtype])

@@ -143,6 +143,11 @@ HEAD = Parameter("lm_head.weight", "V D", ("vocab", "embed"), "embedding")
 DENSE = (EMBEDDING, *ATTENTION, *MLP, NORM)
 
 
+def head_parameter(config: ModelConfig) -> Parameter:
+    """The parameter that computes the logits: the embedding if it is tied."""
+    return EMBEDDING if config.tie_word_embeddings else HEAD
+
+
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """The table of a config's architecture. A tied head has no row of its own."""
     if config.family.table is not None:

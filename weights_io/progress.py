@@ -88,7 +88,7 @@ def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Any]:
 
     for end in _shown:
         end()
-    of_bytes, done = unit == "B", threading.Event()
+    of_bytes = unit == "B"
     how: dict[str, Any] = {"unit": unit, "unit_scale": of_bytes, "delay": 1 if of_bytes else 0}
     amount = size(total) if of_bytes else f"{total:,} {unit}{'s' * (total != 1)}"
     with tqdm(total=total, desc=what, disable=_quiet or None, **how) as bar:  # None: only on a terminal
@@ -96,18 +96,40 @@ def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Any]:
             with waiting(f"{what}: {amount}"):
                 yield bar
             return
-
-        def tick() -> None:
-            while not done.wait(1):
-                bar.refresh()  # the time goes on where the first step takes long, as while JAX compiles
-
-        ticker = threading.Thread(target=tick, daemon=True)
-        ticker.start()
-        try:
+        with ticking(bar):
             yield bar
-        finally:
-            done.set()
-            ticker.join()
+
+
+@contextlib.contextmanager
+def ticking(bar: Any) -> Iterator[None]:
+    """A context in which the time of a `tqdm.tqdm` goes on while a step takes long, as while JAX compiles."""
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(1):
+            bar.refresh()
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        ticker.join()
+
+
+@contextlib.contextmanager
+def doing(bar: Any, what: str) -> Iterator[None]:
+    """A context in which a `tqdm.tqdm` says what is done. `waiting` says it where no bar is drawn."""
+    if bar.disable:
+        with waiting(what):
+            yield
+        return
+    bar.set_description(f"{what} ..")
+    try:
+        yield
+    finally:
+        bar.set_description("")
 
 
 @contextlib.contextmanager

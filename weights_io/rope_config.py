@@ -1,6 +1,7 @@
 """RoPE scaling for long contexts: the keys ``rope_scaling`` and, of transformers 5, ``rope_parameters``."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +43,8 @@ class LongRoPE:
     type: str = "longrope"
 
     def amplitude(self, context: int) -> float:
-        """sqrt(1 + ln(max / original) / ln(original)): 1 if both are equal. ``context`` is max."""
-        original = self.original_max_position_embeddings
-        return math.sqrt(1 + math.log(context / original) / math.log(original))
+        """The factor on cosines and sines. ``context``: max_position_embeddings."""
+        return longrope_amplitude(context, self.original_max_position_embeddings)
 
     def always_long(self, context: int) -> bool:
         """Whether ``long_factor`` is used at every length. ``context``: max_position_embeddings."""
@@ -56,6 +56,11 @@ class LongRoPE:
 
 
 AnyScaling = RopeScaling | LongRoPE
+
+
+def longrope_amplitude(context: int, original: int) -> float:
+    """sqrt(1 + ln(max / original) / ln(original)): 1 if both are equal. ``context`` is max."""
+    return math.sqrt(1 + math.log(context / original) / math.log(original))
 
 
 def rope_parameters(raw: dict[str, Any], theta: Any, refuse: Refuse) -> dict[str, Any]:
@@ -117,21 +122,28 @@ def rope_scaling(raw: Any, refuse: Refuse) -> AnyScaling | None:
     if kind == "longrope":
         return _longrope(fields, refuse)
     factor = fields.pop("factor", None)
-    if kind not in ("linear", "dynamic") or fields:
+    if kind not in ("linear", "dynamic"):
         raise refuse(f"rope_scaling {shown(raw)} is not supported; the types are linear, dynamic and longrope.")
+    if fields:
+        raise refuse(f"rope_scaling has {_listed(fields)}, not understood in {kind}; remove a mere note.")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= LARGEST:
         raise refuse(f"rope_scaling factor is {shown(factor)}; it must be a float32 number above 1.")
     return RopeScaling(kind, float(factor))
 
 
+def _listed(names: Iterable[str]) -> str:
+    return listed(sorted(names), last=" and ")
+
+
 def _longrope(fields: dict[str, Any], refuse: Refuse) -> LongRoPE:
     # The original computes its amplitude from the two context lengths, and reads no "factor".
-    if unknown := sorted(fields.keys() - {*LONGROPE_KEYS, "factor"}):
-        raise refuse(
-            f"rope_scaling has {listed(unknown, last=' and ')}, not understood in longrope; remove a mere note."
-        )
+    if unknown := fields.keys() - {*LONGROPE_KEYS, "factor"}:
+        raise refuse(f"rope_scaling has {_listed(unknown)}, not understood in longrope; remove a mere note.")
+    factor = fields.get("factor", 1)
+    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0):
+        raise refuse(f"rope_scaling factor is {shown(factor)}; longrope does not use it, so remove it.")
     if missing := [key for key in LONGROPE_KEYS if fields.get(key) is None]:
-        raise refuse(f"rope_scaling of type longrope has no {listed(missing, last=' and ')}; take the released file's.")
+        raise refuse(f"rope_scaling of type longrope has no {_listed(missing)}; take the released file's.")
     factors = {}
     for key in LONGROPE_KEYS[:2]:
         values = fields[key]
@@ -144,7 +156,8 @@ def _longrope(fields: dict[str, Any], refuse: Refuse) -> LongRoPE:
     original = fields["original_max_position_embeddings"]
     if isinstance(original, bool) or not isinstance(original, int) or not 2 <= original < 2**31:
         raise refuse(
-            f"rope_scaling original_max_position_embeddings is {shown(original)}; it must be a whole number from 2 up."
+            f"rope_scaling original_max_position_embeddings is {shown(original)}; it must be a whole number from 2 to "
+            "2147483647."
         )
     return LongRoPE(factors["short_factor"], factors["long_factor"], original)
 
@@ -176,8 +189,8 @@ def check_scaling(scaling: AnyScaling, rope_dim: int, context: int, refuse: Refu
         for key in LONGROPE_KEYS[:2]:
             if len(getattr(scaling, key)) != rope_dim // 2:
                 raise refuse(
-                    f"rope_scaling {key} has {len(getattr(scaling, key))} factors, and RoPE has {rope_dim // 2} "
-                    f"frequencies (half of {rope_dim} rotated numbers a head); correct the list."
+                    f"rope_scaling {key} is a list of {len(getattr(scaling, key))}, where RoPE needs {rope_dim // 2} "
+                    f"(half of the {rope_dim} rotated numbers of a head); correct the list."
                 )
         if context < 2:
             raise refuse(f"max_position_embeddings is {context}; longrope takes its logarithm, so give at least 2.")

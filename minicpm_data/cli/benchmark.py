@@ -81,7 +81,7 @@ def run_benchmark(
         running.device.warn_idle_axes(model, options.batch_size)
         size = (options.batch_size, options.prompt_tokens)
         prompts = np.random.default_rng(options.seed).integers(0, model.config.vocab_size, size)
-        note_context(model.config, options.prompt_tokens + options.generation_tokens)
+        note_context(model.config, options.prompt_tokens + options.generation_tokens, rescaled=options.rescaled)
         request = GenerationRequest.of(model, None, prompts.tolist(), options.generation_tokens, cache=cache)
         request = replace(request, end_ids=frozenset())  # a random prompt may end at once
         say = print if running.device.is_first() else lambda *_, **__: None

@@ -142,7 +142,8 @@ def ask_questions(
     if trusted:
         asked = [{**q, "answer": _without_tokens(q["answer"], tokenizer)} for q in asked]
     messages = [q.get("messages", [{"role": "user", "content": q["prompt"]}]) for q in asked]
-    prompts = [tokenizer.apply_chat(turns, trusted=trusted) for turns in messages]
+    tools = [q.get("tools") for q in asked]
+    prompts = [tokenizer.apply_chat(*each, trusted=trusted) for each in zip(messages, tools, strict=True)]
     said = replies(backend, model, tokenizer, prompts, batch_size, max_tokens, stop=tokenizer.turn_markers)
     return [Answered(q, reply, is_right(q, reply)) for q, reply in zip(asked, said, strict=True)]
 
@@ -160,14 +161,17 @@ def questions_of(path: Path, ignore_keys: Collection[str] = ()) -> list[dict[str
     rules = KeyRules(ignore_keys)
 
     def question(document: dict[str, Any]) -> dict[str, Any]:
-        turns = Reader(rules).conversation(document)
-        if isinstance(turns, str) or turns[-1].role != "assistant":
+        found = Reader(rules).conversation(document)
+        turns = [] if isinstance(found, str) else found.turns
+        if isinstance(found, str) or turns[-1].role != "assistant":
             raise InputError("it does not end with an answer, with which a reply could be compared.")
+        if turns[-1].more.get("tool_calls"):
+            raise InputError("its last answer has tool_calls, and a reply is compared as text; end with a text.")
         if turns[-1].weight is False:
             raise InputError("its last answer is not to be trained, so no reply is compared to it; delete the answer.")
         *before, answer = messages_of(turns)
         last = before[-1]["content"] if before else ""
-        return {"prompt": last, "answer": answer["content"], "kind": "exact", "messages": before}
+        return {"prompt": last, "answer": answer["content"], "kind": "exact", "messages": before, "tools": found.tools}
 
     found = read_items(path, question)
     if rules.unused:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -10,30 +9,35 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minicpm_data.cli.chat import Chat, greet
+from minicpm_data.cli.chat import Chat, Settings, greet
+from minicpm_data.cli.meter import Meter
+from minicpm_data.cli.stored_prompt import Stored
 from minicpm_data.cli.terminal import Conversation, complain, typed_lines
+from minicpm_data.cli.thoughts import ShownThought
 from minicpm_data.cli.wrapping import keys_unseen
 from minicpm_data.diagnostics import sparsity
-from minicpm_data.generation.api import Backend, Device
+from minicpm_data.generation.api import Backend
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
-    CHAT_TEMPERATURE,
     CHAT_TOKENS,
-    CHAT_TOP_P,
     CacheOptions,
     Sampling,
 )
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.generation.responses import stop_strings
 from minicpm_data.generation.speculation import Source, Speculation
+from minicpm_data.generation.thinking import check_budget, check_thinks
 from minicpm_data.model_options import ModelOptions, load_model, note_context, open_early
+from minicpm_data.sampling_defaults import OF_CHAT, SamplingDefaults
 from weights_io import command_line
+from weights_io.cli.switches import Switch
 from weights_io.command_line import Former, Unneeded
 from weights_io.errors import InputError, not_utf8
 from weights_io.progress import awaited, waiting
 
 if TYPE_CHECKING:
     from minicpm_data.generation.responses import Response
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 # "--stop a b", "--stop a --stop b", or both.
 Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
@@ -41,9 +45,9 @@ Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.c
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    temp: Annotated[float, Former("temperature")] = 0.0
+    temp: Annotated[float | None, Former("temperature")] = 0.0
     """Temperature; 0 takes the likeliest token."""
-    top_p: float = 1.0
+    top_p: float | None = 1.0
     """Sample from the likeliest tokens that together have this probability."""
     top_k: int = 0
     """Sample from the K likeliest tokens. 0 samples from all tokens."""
@@ -68,11 +72,11 @@ class SamplingOptions:
         """The texts of --stop, checked, and ``more``."""
         return stop_strings([*chain(*self.stop), *more])
 
-    def sampling(self) -> Sampling:
-        """The sampling parameters. A note names flags that change nothing, because nothing is sampled."""
-        sampling = Sampling(
-            temperature=self.temp,
-            top_p=self.top_p,
+    def sampling(self, defaults: SamplingDefaults = OF_CHAT) -> Sampling:
+        """The sampling parameters, with the defaults of a model where no temperature or top-p is given."""
+        return Sampling(
+            temperature=defaults.temperature if self.temp is None else self.temp,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
@@ -81,9 +85,23 @@ class SamplingOptions:
             xtc_threshold=self.xtc_threshold,
             min_tokens_to_keep=self.min_tokens_to_keep,
         )
-        if sampling.greedy and sampling.excludes:
-            print("note: --temp 0 takes the likeliest token, so --xtc-probability changes nothing", file=sys.stderr)
-        return sampling
+
+
+@dataclass(frozen=True)
+class ThinkingOptions:
+    enable_thinking: Annotated[bool | None, Switch()] = None
+    """Let the model think before it answers, or not. By default its chat template decides."""
+    thinking_budget: int | None = None
+    """Maximum number of tokens of a thought. It is then closed, and the answer begins."""
+    show_thinking: Annotated[bool | None, Switch()] = None
+    """Print the thought too, or not. By default it is printed on a terminal only."""
+
+    def check_thinking(self, tokenizer: "Tokenizer") -> None:
+        """Raises `InputError` where the chat template does not think, and an option asks for it."""
+        if self.enable_thinking:
+            check_thinks(tokenizer, "enable_thinking")
+        if self.thinking_budget is not None:
+            check_thinks(tokenizer, "thinking_budget")
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,9 @@ class KVCacheOptions:
 
 
 @dataclass(frozen=True)
-class GenerateOptions(KVCacheOptions, SamplingOptions, ModelOptions):
+class GenerateOptions(KVCacheOptions, ThinkingOptions, SamplingOptions, ModelOptions):
+    prompt_cache_file: str | None = None
+    """File of cache_prompt. Its text comes before the prompt, and need not be computed again."""
     prompt: Annotated[str, tyro.conf.arg(aliases=("-p",))] = "Hello!"
     """The prompt. - reads it from standard input."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = ANSWER_TOKENS
@@ -140,7 +160,7 @@ class GenerateOptions(KVCacheOptions, SamplingOptions, ModelOptions):
     def template_variables(self) -> dict[str, Any]:
         """The object of --chat-template-config. Raises `InputError` for a wrong value, and for flags of the template
         together with --ignore-chat-template."""
-        for name in ("system_prompt", "prefill_response", "chat_template_config"):
+        for name in ("system_prompt", "prefill_response", "chat_template_config", "enable_thinking"):
             if self.ignore_chat_template and getattr(self, name) is not None:
                 raise InputError(
                     f"needs the chat template; leave out {{ignore_chat_template}} or {{{name}}}.",
@@ -161,13 +181,15 @@ class GenerateOptions(KVCacheOptions, SamplingOptions, ModelOptions):
 
 
 @dataclass(frozen=True)
-class ChatOptions(KVCacheOptions, SamplingOptions, ModelOptions):
-    temp: Annotated[float, Former("temperature")] = CHAT_TEMPERATURE
-    """Temperature; 0 takes the likeliest token."""
-    top_p: float = CHAT_TOP_P
-    """Sample from the likeliest tokens that together have this probability."""
+class ChatOptions(KVCacheOptions, ThinkingOptions, SamplingOptions, ModelOptions):
+    prompt_cache_file: str | None = None
+    """File of cache_prompt. Its text comes before the first question, and need not be computed again."""
+    temp: Annotated[float | None, Former("temperature")] = None
+    """Temperature; 0 takes the likeliest token. By default the model's own, which inspect shows."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that together have this probability. By default the model's own."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = CHAT_TOKENS
-    """Maximum number of tokens of an answer."""
+    """Maximum number of tokens of an answer, with its thought."""
 
 
 def run_generate(
@@ -179,12 +201,20 @@ def run_generate(
         """Answer a prompt with a MiniCPM (or Llama) model."""
         options.check_placement()
         sampling, max_tokens, stops = options.sampling(), _positive(options.max_tokens), options.stops()
+        if options.thinking_budget is not None:
+            check_budget(options.thinking_budget)
+        _note_unused(sampling)
         variables, cache_options = options.template_variables(), options.cache_options()
+        tools = variables.pop("tools", None)
         options.speculation(options.draft_model)  # checks the range before anything is loaded
-        prompt = _read_stdin() if options.prompt == "-" else options.prompt
+        prompt = read_stdin() if options.prompt == "-" else options.prompt
         if not prompt.strip():
             raise InputError("the prompt is empty; ask something.")
         here = open_early(options)
+        stored = Stored.opened(options, here)
+        if stored is not None:
+            stored.check_sampling(sampling, options.draft_model)
+            cache_options = stored.file.cache_options(cache_options)
         drafting = (
             None
             if options.draft_model is None
@@ -197,30 +227,44 @@ def run_generate(
         running.device.warn_idle_axes(model, 1)
         if options.report_sparsity:
             sparsity.checked_threshold(model.config)
-        for token in chain(*options.extra_eos_token):
+        options.check_thinking(tokenizer)
+        for token in chain(*options.extra_eos_token, stored.eos_tokens if stored else ()):
             tokenizer.add_eos_token(token)
-        if options.ignore_chat_template:
-            ids = tokenizer.encode(prompt)
-        else:
+
+        def encoded(prompt: str) -> list[int]:
+            if options.ignore_chat_template:
+                return tokenizer.encode(prompt)
             begun = options.prefill_response is not None
-            ids = tokenizer.apply_chat(options.messages(prompt), continue_final_message=begun, variables=variables)
+            return tokenizer.apply_chat(
+                options.messages(prompt),
+                tools,
+                options.enable_thinking,
+                continue_final_message=begun,
+                variables=variables,
+            )
+
+        ids = encoded(prompt) if stored is None else stored.ids(prompt, encoded)
+        if not options.ignore_chat_template:
             stops = options.stops(*tokenizer.turn_markers)
         draft = None
         if drafting is not None:
             draft, _ = load_model(running, drafting, decoding=True, source=drafter)
         meter = Meter(running.device)
-        request = GenerationRequest.of(model, tokenizer, [ids], max_tokens, sampling, cache_options)
+        request = GenerationRequest.of(
+            model, tokenizer, [ids], max_tokens, sampling, cache_options, options.thinking_budget
+        )
+        if stored is not None:
+            request = stored.begun(model.config, request)
         answer = running.generator.stream(model, tokenizer, request, stops, options.speculation(draft))
-        for response in awaited(f"reading the prompt of {len(ids)} tokens", meter.watch(answer)):
-            print(response.text, end="", flush=True)
-        print()
-        said = [meter.report(len(ids))] if options.verbose else []
+        left = len(ids) - request.begun
+        print_answer(awaited(f"reading the prompt of {left} tokens", meter.watch(answer)), options.show_thinking)
+        said = [meter.report(left)] if options.verbose else []
         if options.report_sparsity:
             run = [*ids, *meter.tokens[:-1]]  # the model never saw the last token
             with waiting("counting neurons"):
                 said.append(sparsity.line(running.activation_sparsity(model, run)))
         if running.device.is_first():
-            note_context(model.config, len(ids) + len(meter.tokens))
+            note_context(model.config, len(ids) + len(meter.tokens), rescaled=options.rescaled)
             print(*said, sep="\n", end="\n" if said else "", file=sys.stderr)
 
     command_line.run(main, options, prog)
@@ -232,86 +276,104 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
     def main(options: ChatOptions) -> None:
         """Chat with a MiniCPM (or Llama) model. /help lists the commands of the chat."""
         cache_options = options.cache_options()
-        sampling, max_tokens, _ = options.sampling(), _positive(options.max_tokens), options.stops()
+        options.sampling()  # checks the ranges before anything is loaded
+        max_tokens, _ = _positive(options.max_tokens), options.stops()
+        if options.thinking_budget is not None:
+            check_budget(options.thinking_budget)
         here = open_early(options)
+        stored = Stored.opened(options, here)
+        if stored is not None:
+            stored.check_chat()
+            cache_options = stored.file.cache_options(cache_options)
         with keys_unseen():  # what is typed while a model loads or answers belongs to the next question
             running = backend()
             model, tokenizer = load_model(running, options, decoding=True, source=here)
             running.device.warn_idle_axes(model, 1)
             # An option that the backend lacks is refused now, and not after each question.
+            options.check_thinking(tokenizer)
+            sampling = options.sampling(tokenizer.sampling.of(options.enable_thinking))
+            _note_unused(sampling)
             running.generator.decoding.check(
                 model, GenerationRequest.of(model, tokenizer, [[0]], 1, sampling, cache_options)
             )
-            stops = options.stops(*tokenizer.turn_markers)
+            stops, warming = options.stops(*tokenizer.turn_markers), running.generator.decoding.warming(model)
+            for token in stored.eos_tokens if stored else ():
+                tokenizer.add_eos_token(token)
 
-            def answer(prompt: list[int], most: int, sampling: Sampling) -> "Iterator[Response]":
-                request = GenerationRequest.of(model, tokenizer, [prompt], most, sampling, cache_options)
-                return running.generator.stream(model, tokenizer, request, stops)
+            def answer(prompt: list[int], settings: Settings) -> "Iterator[Response]":
+                most, budget = settings.max_tokens, settings.thinking_budget
+                request = GenerationRequest.of(
+                    model, tokenizer, [prompt], most, settings.sampling, cache_options, budget
+                )
+                if stored is not None:
+                    request = stored.begun(model.config, request)
+                warming.claim(request)
+                count = 0
+                for response in running.generator.stream(model, tokenizer, request, stops):
+                    count += response.token is not None
+                    yield response
+                if sys.stdin.isatty():  # otherwise the next question is there already
+                    warming.follow(request, count)
 
             def note(tokens: int) -> bool | None:
-                return note_context(model.config, tokens, " (/reset begins anew)")
+                return note_context(model.config, tokens, " (/reset begins anew)", options.rescaled)
 
-            conversation = Conversation(options.system_prompt)
+            own = {
+                name for name, given in (("temperature", options.temp), ("top_p", options.top_p)) if given is not None
+            }
+            settings = Settings(sampling, max_tokens, options.enable_thinking, options.thinking_budget, own)
             chat = Chat(
-                conversation, sampling, max_tokens, tokenizer.apply_chat, answer, lambda: Meter(running.device), note
+                Conversation(options.system_prompt, stored.text if stored else ""),
+                settings,
+                tokenizer,
+                answer,
+                lambda: Meter(running.device),
+                note,
+                options.show_thinking,
             )
             greet(options.model or "pico", running.device.description())
-            for line in typed_lines():
-                try:
-                    if not chat.take(line):
-                        return
-                except InputError as error:
-                    complain(error)
-                except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
-                    print()
+            try:
+                for line in typed_lines():
+                    try:
+                        if not chat.take(line):
+                            return
+                    except InputError as error:
+                        complain(error)
+                    except KeyboardInterrupt:  # a second Ctrl-C, while the first one was ending the answer
+                        print()
+            finally:
+                with waiting("ending the compilation"):
+                    warming.close()
 
     command_line.run(main, options, prog)
 
 
-class Meter:
-    """Measures the time of the prompt (up to the first token), of the generation, and of compiling."""
+def print_answer(answer: "Iterable[Response]", show_thinking: bool | None) -> None:
+    """Print an answer as it arrives, the thought before it if it is to be shown; its length goes to standard error."""
+    thought = ShownThought(show_thinking)
 
-    def __init__(self, device: Device):
-        self.device = device
-        self.tokens: list[int] = []
-        self.from_draft = 0
-        self.reason: str | None = None
-        self.clock = [time.perf_counter()]  # times: at the start, at the first token, at the end
-        self.compiled = [device.compile_seconds()]
+    def end() -> None:
+        print(thought.end(), end="", flush=True)
+        print(thought.length(), file=sys.stderr)
 
-    def watch(self, answer: "Iterable[Response]") -> "Iterator[Response]":
-        try:
-            for response in answer:
-                self.tokens += [] if response.token is None else [response.token]
-                self.from_draft += response.from_draft
-                self.reason = response.finish_reason or self.reason
-                if len(self.clock) == 1:
-                    self._mark()
-                yield response
-        finally:  # also if Ctrl-C ended the answer
-            self._mark()
+    try:
+        for response in answer:
+            before, reasoning = thought.take(response)
+            print(before, reasoning, sep="", end="", flush=True)
+            if response.text:
+                if thought.open:
+                    end()
+                print(response.text, end="", flush=True)
+    finally:
+        if thought.open:
+            end()
+    print()
 
-    def _mark(self) -> None:
-        self.clock.append(time.perf_counter())
-        self.compiled.append(self.device.compile_seconds())
 
-    def report(self, prompt_tokens: int) -> str:
-        spans = [b - a for a, b in zip(self.clock, self.clock[1:], strict=False)]
-        compiling = [b - a for a, b in zip(self.compiled, self.compiled[1:], strict=False)]
-        prompt, answer = (max(s - c, 1e-9) for s, c in zip(spans, compiling, strict=True))
-        lines = [
-            "=" * 10,
-            f"Prompt: {prompt_tokens} tokens, {prompt_tokens / prompt:.1f} tokens-per-sec",
-            f"Generation: {len(self.tokens)} tokens, {max(len(self.tokens) - 1, 0) / answer:.1f} tokens-per-sec",
-            f"Peak memory: {self.device.peak_memory() / 1e9:.3f} GB on {self.device.description()}",
-        ]
-        if self.from_draft:
-            lines.append(f"Guessed: {self.from_draft} of {len(self.tokens)} tokens")
-        if sum(compiling) > 0:
-            lines.append(f"Compiling: {sum(compiling):.1f} s")
-        if self.reason == "length":
-            lines.append("The answer was cut at --max-tokens.")
-        return "\n".join(lines)
+def _note_unused(sampling: Sampling) -> None:
+    """Print a note about flags that change nothing, because nothing is sampled."""
+    if sampling.greedy and sampling.excludes:
+        print("note: --temp 0 takes the likeliest token, so --xtc-probability changes nothing", file=sys.stderr)
 
 
 def _system(options: SamplingOptions) -> list[dict[str, str]]:
@@ -324,7 +386,8 @@ def _positive(max_tokens: int) -> int:
     return max_tokens
 
 
-def _read_stdin() -> str:
+def read_stdin() -> str:
+    """The text on standard input. Raises `InputError` where it is closed or no text."""
     if sys.stdin is None:
         raise InputError("standard input is closed; give the prompt with --prompt.")
     try:

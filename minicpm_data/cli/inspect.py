@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minicpm_data.sampling_defaults import ChatSampling, chat_sampling, family_named
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_in
 from weights_io import catalog
 from weights_io.errors import InputError
@@ -39,6 +40,7 @@ def look_up(options: Options) -> Report:
         if entry is None or entry.config is None:
             raise
         report = describe(f"{entry.repo}, as the catalogue has it", entry.config, {})
+        report.sampling = ChatSampling(family_named(entry.name)).line()
         report.unusual = [f"the repository itself could not be asked: {error}"]
         return report
     return inspect(path, downloaded=path.suffix != ".gguf" and not Path(options.model).expanduser().exists())
@@ -55,8 +57,8 @@ def inspect(path: Path, downloaded: bool = False) -> Report:
 
 
 def _describe_tokenizer(report: Report, path: Path, metadata: Mapping[str, Any] | None) -> None:
-    """Set the report's fields on the tokenizer: its kind, its number of ids, and where its chat template is. An error
-    of the loader becomes a problem of the report."""
+    """Set the report's fields on the tokenizer: its kind, its number of ids, where its chat template is, and the
+    sampling defaults of a chat. An error of the loader becomes a problem of the report."""
     kind = _tokenizer_kind(path, metadata)
     try:
         tokenizer, note = tokenizer_in(path, metadata, report.config["vocab_size"])
@@ -74,6 +76,11 @@ def _describe_tokenizer(report: Report, path: Path, metadata: Mapping[str, Any] 
         report.unusual.append(
             f"the embedding has {spare} more rows than the tokenizer has ids ({tokenizer.vocab_size})"
         )
+    try:
+        folder = path if metadata is None else None
+        report.sampling = chat_sampling(report.config, tokenizer.chat_template, folder).line()
+    except InputError as error:
+        report.problems += [str(error)] * (str(error) not in report.problems)
     if tokenizer.chat_template_given:
         where = "the GGUF file" if metadata is not None else "tokenizer_config.json"
         report.chat_template = f"its own, in {'chat_template.jinja' if (path / CHAT_TEMPLATE).is_file() else where}"

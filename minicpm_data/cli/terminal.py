@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from minicpm_data.cli.thoughts import ShownThought
 from minicpm_data.cli.wrapping import Wrapper, waiting
 from minicpm_data.datasets.jsonl import read_documents
 from minicpm_data.datasets.preview import CONTROLS
@@ -23,7 +24,9 @@ HELP = """/retry         ask the last question again
 /reset         forget the conversation
 /system TEXT   begin anew with this system message, or none
 /set           show the settings
-/set top_p 0.9 change one: temperature, max_tokens, ...
+/set top_p 0.9 change one: max_tokens, thinking_budget, ..
+/think on|off  let the model think before it answers; auto
+               leaves it to its chat template
 /stats         the speed of the last answer
 /stats on|off  show it after each answer
 /save FILE     add the conversation to a .jsonl file
@@ -33,22 +36,32 @@ HELP = """/retry         ask the last question again
 /quit          end, as Ctrl-D; Ctrl-C stops an answer
 A line that begins with a space is a question, even if a
 slash follows."""
-COMMANDS = "/retry /reset /system /set /stats /save /load /help /quit /exit".split()
+COMMANDS = "/retry /reset /system /set /think /stats /save /load /help /quit /exit".split()
 LONGEST = 16 << 20  # bytes of a file of conversations
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class Conversation:
-    """The messages of a chat, and the slash commands that change them."""
+    """The messages of a chat, and the slash commands that change them.
 
-    def __init__(self, system: str | None):
-        self.system = system
+    Arguments:
+        system: the system message.
+        before: a text that the first question continues.
+    """
+
+    def __init__(self, system: str | None, before: str = ""):
+        self.system, self.before = system, before
         self.messages = self._beginning()
         self._saved: dict[Path, tuple[int, int]] = {}  # files saved by this chat: inode and bytes
 
     def _beginning(self) -> list[Message]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def asked(self, question: str) -> list[Message]:
+        """The messages with one more question."""
+        first = not any(message["role"] == "user" for message in self.messages)
+        return [*self.messages, {"role": "user", "content": (self.before if first else "") + question}]
 
     def reset(self) -> None:
         self.messages = self._beginning()
@@ -197,28 +210,45 @@ def complain(error: InputError) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
-def printed(answer: "Iterable[Response]", said: str = "") -> str:
-    """Print an answer as it arrives, and return it. Ctrl-C ends it.
+def printed(answer: "Iterable[Response]", said: str = "", thought: ShownThought | None = None) -> str:
+    """Print an answer as it arrives, with its thought before it, and return it. Ctrl-C ends it.
 
     A terminal is sent no control characters, and its lines are broken at words.
 
     Arguments:
         answer: the stream.
         said: shown while the first token takes long.
+        thought: prints the thought, and keeps it; None: there is none to print.
     """
-    text, wrapper = "", Wrapper() if sys.stdout.isatty() else None
+    terminal, thought = sys.stdout.isatty(), thought or ShownThought(False)
+    text, wrapper = "", Wrapper()
 
     def show(new: str) -> None:
-        print(new if wrapper is None else wrapper.add(new.translate(CONTROLS)), end="", flush=True)
+        print(wrapper.add(new.translate(CONTROLS)) if terminal else new, end="", flush=True)
+
+    def end_thought() -> None:
+        nonlocal wrapper
+        print(wrapper.finish(), thought.end(), sep="", end="")
+        if terminal or thought.shown:
+            print(f"({thought.length()})")
+        wrapper = Wrapper()
 
     try:
         responses = iter(answer)
         with waiting(said):
             first = next(responses, None)
         for response in chain([] if first is None else [first], responses):
-            text += response.text
-            show(response.text)
+            before, reasoning = thought.take(response)
+            print(before, end="")
+            show(reasoning)
+            if response.text:
+                if thought.open:
+                    end_thought()
+                text += response.text
+                show(response.text)
     except KeyboardInterrupt:
         pass
-    print("" if wrapper is None else wrapper.finish())
+    if thought.open:
+        end_thought()
+    print(wrapper.finish())
     return text.strip()

@@ -183,12 +183,13 @@ def make_example(
     Raises:
         InputError: the document cannot be used.
     """
-    turns = (reader or Reader()).conversation(document)
-    if isinstance(turns, str):
-        if not turns:
+    found = (reader or Reader()).conversation(document)
+    if isinstance(found, str):
+        if not found:
             raise InputError("its text is empty; delete it.")
-        ids = ended(tokenizer.encode(turns, trusted=trusted), tokenizer)
+        ids = ended(tokenizer.encode(found, trusted=trusted), tokenizer)
         return _example(ids, [True] * len(ids))
+    turns = found.turns
     if not mask_prompt and any(turn.weight is False and turn.role != "assistant" for turn in turns):
         raise InputError(
             "it has a user or system message with weight 0, and --train-on-prompt trains all messages; leave out one "
@@ -198,7 +199,7 @@ def make_example(
     answers = [flag for flag, turn in zip(trained, turns, strict=True) if turn.role == "assistant"]
     if answers and not any(answers) and mask_prompt:
         raise InputError("it has no answer to train; delete it, or the weights of its messages.")
-    example = _example(*tokenizer.chat_example(messages_of(turns), trained, not mask_prompt, trusted))
+    example = _example(*tokenizer.chat_example(messages_of(turns), trained, not mask_prompt, trusted, found.tools))
     return replace(example, empty=_is_empty(turns, trained), unanswered=turns[-1].role != "assistant")
 
 
@@ -212,18 +213,20 @@ def make_pair(
     """Tokenize a preference pair. Only the last answer of each conversation is trained, whatever ``mask_prompt`` is."""
     chosen, rejected = (
         replace(
-            _example(*tokenizer.chat_example(messages_of(turns), _only_last(turns), trusted=trusted)),
-            empty=_is_empty(turns, _only_last(turns)),
+            _example(
+                *tokenizer.chat_example(
+                    messages_of(found.turns), _only_last(found.turns), trusted=trusted, tools=found.tools
+                )
+            ),
+            empty=_is_empty(found.turns, _only_last(found.turns)),
         )
-        for turns in (reader or Reader()).pair(document)
+        for found in (reader or Reader()).pair(document)
     )
     return Pair(chosen, rejected)
 
 
 def _is_empty(turns: Sequence[Turn], trained: Sequence[bool]) -> bool:
-    return any(
-        t and turn.role == "assistant" and not turn.content.strip() for turn, t in zip(turns, trained, strict=True)
-    )
+    return any(t and turn.role == "assistant" and turn.says_nothing for turn, t in zip(turns, trained, strict=True))
 
 
 def _only_last(turns: Sequence[Turn]) -> list[bool]:

@@ -4,7 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from minicpm_data.datasets.turns import Turn, asked, messages_of, read_history, read_turns, response
+from minicpm_data.datasets.turns import (
+    Conversation,
+    Turn,
+    asked,
+    messages_of,
+    read_history,
+    read_tools,
+    read_turns,
+    response,
+)
 from minicpm_data.keys import NOTES, KeyRules, few, says_nothing
 from weights_io.errors import InputError
 
@@ -25,7 +34,7 @@ SHAREGPT_NOTES = ("views", "avatarUrl")  # OpenHermes'
 FLAGS = ("skip_prompt_formatting", "custom_instruction")  # OpenHermes': booleans about how a line was made
 WEB_NOTES = ("dump", "file_path", "language_score", "token_count")  # FineWeb's
 SYSTEM = ("system", "system_prompt")
-BESIDE = (*SYSTEM, "history")  # keys whose content comes before the turns of a conversation
+BESIDE = (*SYSTEM, "history", "tools")  # keys whose content comes before the turns of a conversation
 # Keys that may repeat one of the messages, and keys that a text may repeat together.
 REPEATED = ("prompt", "query", "question", "instruction", "problem", "solution", "answer", "response")
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -110,17 +119,18 @@ class Reader:
 
     rules: KeyRules = field(default_factory=KeyRules)
 
-    def conversation(self, document: Document) -> list[Turn] | str:
-        """The turns of a document in any format, or its text. Raises `InputError` for an unknown format or key."""
+    def conversation(self, document: Document) -> Conversation | str:
+        """The conversation in a document of any format, or its text. Raises `InputError` for an unknown format or
+        key."""
         document = self._kept(document)
         if all(key in document for key in ANSWERS):
             raise InputError('it has "chosen" and "rejected": these are preference pairs, for --loss dpo or orpo.')
         form, used = self._form(document, FORMS, "messages, prompt and completion, text")
         if form.keys == ("text",):
             return _text(used, "text")
-        return self._whole(used, form.read(used, self.rules))
+        return Conversation(self._whole(used, form.read(used, self.rules)), _tools(used))
 
-    def pair(self, document: Document) -> tuple[list[Turn], list[Turn]]:
+    def pair(self, document: Document) -> tuple[Conversation, Conversation]:
         """The chosen and the rejected conversation, which differ in the last turn, an answer. Raises `InputError`."""
         form, used = self._form(self._kept(document), PAIRS, "prompt, chosen and rejected", PAIR_NOTES)
         chosen, rejected = ([*response(used, key, "assistant", self.rules)] for key in ANSWERS)
@@ -133,7 +143,8 @@ class Reader:
                     'answers as "prompt".'
                 )
         whole = self._whole(used, prompt)
-        return _answered(whole, prompt, chosen, "chosen"), _answered(whole, prompt, rejected, "rejected")
+        both = (_answered(whole, prompt, chosen, "chosen"), _answered(whole, prompt, rejected, "rejected"))
+        return Conversation(both[0], _tools(used)), Conversation(both[1], _tools(used))
 
     def _kept(self, document: Document) -> Document:
         """The document without keys that the user wants ignored and keys that only repeat others.
@@ -177,6 +188,10 @@ class Reader:
             places += ["a system message"] * bool(first[1]) + ['a system message in "history"'] * bool(first[0])
             raise InputError(f"it has {' and '.join(places)}, which differ; keep one of them.")
         return [*systems[-1:], *history[len(first[0]) :], *turns[len(first[1]) :]]
+
+
+def _tools(used: Document) -> list[dict[str, Any]] | None:
+    return None if says_nothing(used.get("tools")) else read_tools(used["tools"])
 
 
 def _copies(document: Document) -> list[str]:

@@ -21,12 +21,15 @@ def pretraining_ids(
     tokenizer: "Tokenizer", document: dict[str, Any], reader: Reader | None = None, trusted: bool = True
 ) -> list[int]:
     """The token ids of a document in any format, from BOS to EOS. A conversation is rendered with the chat template."""
-    turns = (reader or Reader()).conversation(document)
-    if isinstance(turns, str):
-        return ended(tokenizer.encode(turns, trusted=trusted), tokenizer)
-    if any(turn.weight is False for turn in turns):
+    found = (reader or Reader()).conversation(document)
+    if isinstance(found, str):
+        return ended(tokenizer.encode(found, trusted=trusted), tokenizer)
+    if any(turn.weight is False for turn in found.turns):
         raise InputError("it has a message that is not to be trained, and pretraining trains all; remove its weight.")
-    ids = tokenizer.apply_chat(messages_of(turns), add_generation_prompt=False, trusted=trusted)
+    messages = messages_of(found.turns)
+    if any(message.get("reasoning_content") for message in messages):
+        tokenizer.features.check_thoughts(messages)
+    ids = tokenizer.apply_chat(messages, found.tools, add_generation_prompt=False, trusted=trusted)
     return ended(ids, tokenizer)
 
 

@@ -1,15 +1,19 @@
 """The messages of training data: role, text, and whether the data wants them trained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from minicpm_data.conversation.messages import KEYS_OF, RENAMED, call_order, checked_list, clean_message
+from minicpm_data.conversation.tool_definitions import checked_tools
 from minicpm_data.keys import TURN_NOTES, KeyRules, as_json, escaped, few
-from minicpm_data.tokenizer.chat_template import check_messages
 from weights_io.errors import InputError
+from weights_io.files import json_text
 
 ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 ROLE_OF |= {"chatgpt": "assistant"}  # of the first exports
+CALL = "function_call"  # LLaMA-Factory's turn of calls: its value is their JSON
+ROLE_OF |= {CALL: "assistant", "observation": "tool", "tool": "tool"}
 WEIGHTS = ("weight", "loss", "train")  # keys of OpenAI, mlx_lm and other trainers: 0 or false, 1 or true
 
 
@@ -20,12 +24,20 @@ class Turn:
     Attributes:
         weight: whether the data wants it trained; None where it does not say.
         asked: it is part of a prompt, whose answers are trained only where ``weight`` is True.
+        more: the other keys of its message: the thought and the calls of an answer, the call of a result.
     """
 
     role: str
     content: str
     weight: bool | None = None
     asked: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether it has no text, no thought and no call."""
+        said = (self.content, self.more.get("reasoning_content") or "")
+        return not any(text.strip() for text in said) and not self.more.get("tool_calls")
 
     def trained(self, mask_prompt: bool = True) -> bool:
         """Whether its tokens are targets. Without ``mask_prompt`` the tokens of prompts are targets too."""
@@ -34,8 +46,27 @@ class Turn:
         return not mask_prompt or (self.role == "assistant" and not self.asked)
 
 
-def messages_of(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, and the tools that they may call.
+
+    Attributes:
+        tools: their definitions; None where there are none.
+    """
+
+    turns: list[Turn]
+    tools: list[dict[str, Any]] | None = None
+
+
+def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    return [{"role": turn.role, "content": turn.content, **turn.more} for turn in turns]
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The tools of a line: a list, or its JSON. Raises `InputError`."""
+    if isinstance(value, str):
+        value = json_text.loads(value, 'its "tools"', remedy="give a list of tools")
+    return checked_tools(value)
 
 
 def read_turns(value: Any, rules: KeyRules) -> list[Turn]:
@@ -44,47 +75,38 @@ def read_turns(value: Any, rules: KeyRules) -> list[Turn]:
     Raises:
         InputError: a key, role, content or weight cannot be used.
     """
-    if not isinstance(value, list):
-        check_messages(value)
-    read = [_turn(item, i, rules) for i, item in enumerate(value)]
-    messages = check_messages([message for message, _ in read])
-    weights = [weight for _, weight in read]
-    return [Turn(m["role"], m["content"], weight) for m, weight in zip(messages, weights, strict=True)]
+    turns = [_turn(item, f"message {i}", rules) for i, item in enumerate(checked_list(value))]
+    return [turns[i] for i in call_order(messages_of(turns))]
 
 
-def _turn(item: Any, i: int, rules: KeyRules) -> tuple[Any, bool | None]:
-    """A message of role and content, not checked yet, and its weight."""
+def _turn(item: Any, what: str, rules: KeyRules) -> Turn:
+    """A message as a turn."""
     if not isinstance(item, Mapping):
-        return item, None
-    what = f"message {i}"
+        raise InputError(f'{what} must have a "role" and a "content".')
     role, content = ("from", "value") if "from" in item else ("role", "content")
     kept = rules.without_ignored(item, needed=(role, content))
-    found = rules.used(kept, (role, content, *WEIGHTS), TURN_NOTES, what)
-    if missing := [key for key in (role, content) if key not in found]:
+    given = kept.get(role)
+    if role == "from" and not (isinstance(given, str) and given in ROLE_OF):
+        raise InputError(f"{what} is from {escaped(given)!r}; it must be from human, gpt, system, {CALL} or tool.")
+    speaker = (ROLE_OF if role == "from" else RENAMED).get(given, given) if isinstance(given, str) else given
+    more = KEYS_OF.get(speaker, ()) if isinstance(speaker, str) else ()
+    found = rules.used(kept, (role, content, *more, *WEIGHTS), TURN_NOTES, what)
+    said = {key: found[key] for key in more if found.get(key) is not None}
+    if missing := [key for key in (role, content) if key not in found and not (said and key == content != role)]:
         raise InputError(f'{what} must have a "{role}" and a "{content}"; {few(missing)} is missing.')
-    speaker = found[role]
-    if role == "from":
-        if not isinstance(speaker, str) or speaker not in ROLE_OF:
-            raise InputError(f"{what} is from {escaped(speaker)!r}; it must be from human, gpt or system.")
-        speaker = ROLE_OF[speaker]
-    speaker = "system" if speaker == "developer" else speaker  # OpenAI's newer name
-    return {"role": speaker, "content": _content(found[content], what, rules)}, _weight(found, speaker, what)
+    text = found.get(content)
+    if role == "from" and given == CALL:
+        said, text = {**said, "tool_calls": _calls(text, what)}, None
+    message = clean_message({"role": speaker, "content": text, **said}, what, rules)
+    weight = _weight(found, speaker, what)
+    return Turn(message.pop("role"), message.pop("content"), weight, more=message)
 
 
-def _content(value: Any, what: str, rules: KeyRules) -> Any:
-    """The joined text of a list of parts; any other value unchanged."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else part
-            raise InputError(f'{what} has a part of type {escaped(kind)!r}; only {{"type": "text"}} can be trained.')
-        found = rules.used(part, ("type", "text"), (), f"a part of {what}")
-        if not isinstance(found.get("text"), str):
-            raise InputError(f'{what} has a part whose "text" is no string; give it one.')
-        texts.append(found["text"])
-    return "".join(texts)
+def _calls(value: Any, what: str) -> list[Any]:
+    """The calls of a turn whose text is their JSON: one object or a list."""
+    if isinstance(value, str):
+        value = json_text.loads(value, f"the call of {what}", remedy="give its name and arguments as JSON")
+    return value if isinstance(value, list) else [value]
 
 
 def _weight(found: Mapping[str, Any], role: Any, what: str) -> bool | None:

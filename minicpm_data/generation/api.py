@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
-    CHAT_TEMPERATURE,
     CHAT_TOKENS,
-    CHAT_TOP_P,
     PLAIN_CACHE,
     CacheOptions,
     Sampling,
@@ -21,15 +19,35 @@ from minicpm_data.generation.options import (
 from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt
 from minicpm_data.generation.responses import Response, stop_strings, stream_text
 from minicpm_data.generation.speculation import Speculation
+from minicpm_data.generation.thinking import parser_of
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     import numpy as np
 
     from minicpm_data.generation.engine import BatchEngine
+    from minicpm_data.generation.prompt_cache import CachedPrompt
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
-Message = dict[str, str]
+Message = dict[str, Any]
+
+
+def answer_message(text: str, thought: str) -> Message:
+    """An answer as a message of the history."""
+    return {"role": "assistant", "content": text, **({"reasoning_content": thought} if thought else {})}
+
+
+class Warming(Generic[ModelT]):
+    """Prepares the next answers of a chat. A backend without programs to compile has nothing to prepare."""
+
+    def claim(self, request: GenerationRequest) -> None:
+        """Called before a request runs."""
+
+    def follow(self, request: GenerationRequest, answer: int) -> None:
+        """Prepare, in the background, the request that follows this one and its answer of so many tokens."""
+
+    def close(self) -> None:
+        """End the preparations."""
 
 
 class Decoding(Protocol[ModelT]):
@@ -49,6 +67,12 @@ class Decoding(Protocol[ModelT]):
         self, model: ModelT, request: GenerationRequest, speculation: Speculation[ModelT]
     ) -> Iterator[tuple[int, bool]]:
         """Yield the tokens of `stream_tokens` for one prompt, each with whether it was a draft token."""
+
+    def cached_prompt(self, model: ModelT, request: GenerationRequest) -> "CachedPrompt":
+        """Prefill the one prompt of a request, and return its keys and values. The request must have passed `check`."""
+
+    def warming(self, model: ModelT) -> Warming[ModelT]:
+        """The preparations of a chat with this model."""
 
     def engine(
         self,
@@ -83,6 +107,7 @@ class Generator(Generic[ModelT]):
         draft_model: ModelT | None = None,
         num_draft_tokens: int = 3,
         prompt_lookup: bool = False,
+        thinking_budget: int | None = None,
         **options: Any,
     ) -> Iterator[Response]:
         """Generate from one prompt, and yield a `Response` for each new token.
@@ -98,22 +123,26 @@ class Generator(Generic[ModelT]):
             stop: strings that end the answer; they are not part of the text.
             draft_model, num_draft_tokens, prompt_lookup: speculative decoding, see `Speculation`; the tokens are the
                 same.
+            thinking_budget: most tokens of a thought, which is then closed so that the answer begins; None: any number.
+                For models whose chat template has a thinking mode.
             options: the other fields of `Sampling` (``xtc_probability``, ``xtc_threshold``, ``xtc_special_tokens``,
                 ``min_tokens_to_keep``), and those of `CacheOptions`.
 
         Returns:
-            An iterator over `Response` (``text``, ``token``, ``finish_reason``, ``from_draft``).
+            An iterator over `Response` (``text``, ``token``, ``finish_reason``, ``from_draft``, ``reasoning``). For
+            models whose chat template has thoughts, the thought is in ``reasoning`` and not in ``text``.
 
         Raises:
             InputError: an argument is out of range or of another type, or the memory does not hold the cache.
             TypeError: an argument is unknown; the message names the nearest one.
         """
         kept, options = cache_and_others(
-            options, ("prompt", "max_tokens", "stop", "draft_model", "num_draft_tokens", "prompt_lookup")
+            options,
+            ("prompt", "max_tokens", "stop", "draft_model", "num_draft_tokens", "prompt_lookup", "thinking_budget"),
         )
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed, **options)
         speculation = Speculation(draft_model, prompt_lookup, num_draft_tokens)
-        request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, kept)
+        request = GenerationRequest.of(model, tokenizer, [prompt], max_tokens, sampling, kept, thinking_budget)
         return self.stream(model, tokenizer, request, stop, speculation)
 
     def stream(
@@ -127,7 +156,8 @@ class Generator(Generic[ModelT]):
         """`stream_generate` for a `GenerationRequest` with one prompt."""
 
         def texts(tokens: Iterator[int]) -> Iterator[Response]:
-            return stream_text(tokens, tokenizer, request.end_ids, stop, request.max_tokens)
+            parser = parser_of(tokenizer, request.prompt)
+            return stream_text(tokens, tokenizer, request.end_ids, stop, request.max_tokens, parser)
 
         if speculation is None or not speculation.active:
             self.decoding.check(model, request)
@@ -137,7 +167,7 @@ class Generator(Generic[ModelT]):
         return _marked(self.decoding.stream_speculated(model, request, speculation), texts)
 
     def generate(self, model: ModelT, tokenizer: "Tokenizer | None", prompt: Prompt, **options: Any) -> str:
-        """The whole answer as text; arguments as for `stream_generate`."""
+        """The whole answer as text, without the thought before it; arguments as for `stream_generate`."""
         return "".join(r.text for r in self.stream_generate(model, tokenizer, prompt, **options))
 
     def batch_generate(
@@ -147,6 +177,7 @@ class Generator(Generic[ModelT]):
         prompts: Sequence[Prompt],
         max_tokens: int = ANSWER_TOKENS,
         stop: str | Sequence[str] = (),
+        thinking_budget: int | None = None,
         **options: Any,
     ) -> list[list[Response]]:
         """Generate from several prompts of any lengths in one batch.
@@ -166,8 +197,9 @@ class Generator(Generic[ModelT]):
             raise InputError(f"is {short(repr(prompts))}; it must be a list of prompts.", option="prompts")
         if not len(prompts):
             return []
-        kept, options = cache_and_others(options, ("prompts", "max_tokens", "stop"))
-        request = GenerationRequest.of(model, tokenizer, prompts, max_tokens, Sampling(**options), kept)
+        kept, options = cache_and_others(options, ("prompts", "max_tokens", "stop", "thinking_budget"))
+        sampling = Sampling(**options)
+        request = GenerationRequest.of(model, tokenizer, prompts, max_tokens, sampling, kept, thinking_budget)
         return self.batch(model, tokenizer, request, stop)
 
     def batch(
@@ -181,7 +213,11 @@ class Generator(Generic[ModelT]):
         """`batch_generate` for a `GenerationRequest`. ``on_finished`` is called once for each row, when it ends."""
         self.decoding.check(model, request)
         rows = zip(*_watched(self.decoding.stream_tokens(model, request), request, on_finished), strict=True)
-        return [list(stream_text(map(int, row), tokenizer, request.end_ids, stop, request.max_tokens)) for row in rows]
+        ends, most = request.end_ids, request.max_tokens
+        return [
+            list(stream_text(map(int, row), tokenizer, ends, stop, most, parser_of(tokenizer, prompt)))
+            for prompt, row in zip(request.prompts, rows, strict=True)
+        ]
 
     def chat(
         self,
@@ -190,36 +226,46 @@ class Generator(Generic[ModelT]):
         query: str,
         history: Sequence[Message] | None = None,
         max_tokens: int = CHAT_TOKENS,
-        temperature: float = CHAT_TEMPERATURE,
-        top_p: float = CHAT_TOP_P,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        enable_thinking: bool | None = None,
         **options: Any,
     ) -> tuple[str, list[Message]]:
         """Answer a chat message.
 
         As in the original, the reply also ends where the model writes ``<用户>`` or ``<AI>``, if the chat template has
-        them. The defaults of temperature and top_p are the original's.
+        them.
 
         Arguments:
             query: the user's message.
-            history: the earlier messages, ``{"role", "content"}`` each.
+            history: the earlier messages, as ``Tokenizer.apply_chat`` takes them.
+            temperature, top_p: None takes the model's own defaults for the thinking mode (``tokenizer.sampling``);
+                those of MiniCPM-2B are 0.3 and 0.8.
+            enable_thinking: whether the model thinks before it answers; None leaves it to the chat template.
             options: as in `stream_generate`.
 
         Returns:
-            The reply, and the history with query and reply appended.
+            The reply without the thought, and the history with query and reply appended. There the reply has its
+            thought as ``reasoning_content``; the template decides what later prompts keep of it.
 
         Raises:
-            InputError: the checkpoint has no tokenizer, or as `stream_generate`.
+            InputError: the checkpoint has no tokenizer, its chat template has no thinking mode that is asked for, or as
+                `stream_generate`.
         """
         if tokenizer is None:
             raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
         if not isinstance(history, list | tuple | None):
             raise InputError(f"is {short(repr(history))}; it must be a list of messages.", option="history")
         messages = [*(history or ()), {"role": "user", "content": query}]
-        prompt = tokenizer.apply_chat(messages)
-        options |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        prompt = tokenizer.apply_chat(messages, enable_thinking=enable_thinking)
+        usual = tokenizer.sampling.of(enable_thinking)
+        options["temperature"] = usual.temperature if temperature is None else temperature
+        options["top_p"] = usual.top_p if top_p is None else top_p
         options["stop"] = (*stop_strings(options.get("stop", ())), *tokenizer.turn_markers)
-        reply = self.generate(model, tokenizer, prompt, **options).strip()
-        return reply, [*messages, {"role": "assistant", "content": reply}]
+        made = [*self.stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, **options)]
+        reply = "".join(response.text for response in made).strip()
+        thought = "".join(response.reasoning for response in made)
+        return reply, [*messages, answer_message(reply, thought)]
 
 
 def _watched(

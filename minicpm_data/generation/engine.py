@@ -24,9 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic
 
+from minicpm_data.generation.constraint import Matcher
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.pages import PagePool, Row
 from minicpm_data.generation.request import GenerationRequest, ModelT, PromptIds
+from minicpm_data.generation.thinking import Thought
 from weights_io.errors import InputError
 from weights_io.memory import no_room
 
@@ -61,6 +63,8 @@ class RequestState:
         turn: order in the queue among groups that hold equally many slots; the lowest is next.
         generated: the token ids so far.
         row: the pages of the request; None while it is queued.
+        thought: the thought, where the request has a thinking budget.
+        matcher: the state of its constraint, where it has one.
     """
 
     number: int
@@ -69,6 +73,25 @@ class RequestState:
     turn: int
     generated: list[int] = field(default_factory=list)
     row: Row | None = None
+    thought: Thought | None = field(init=False, default=None)
+    matcher: Matcher | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if (budget := self.request.thinking) is not None:
+            self.thought = Thought(budget, *budget.opened)
+        if (constraint := self.request.constraint) is not None:
+            self.matcher = constraint.begin()
+
+    def look(self) -> None:
+        """Let the thought and the constraint see the tokens so far."""
+        for each in (self.thought, self.matcher):
+            if each is not None:
+                each.see(self.generated)
+
+    @property
+    def looks(self) -> bool:
+        """Whether the next token depends on a look at all before it."""
+        return self.matcher is not None or (self.thought is not None and not self.thought.over)
 
     @property
     def text(self) -> tuple[int, ...]:
@@ -277,7 +300,8 @@ class BatchEngine(ABC, Generic[ModelT]):
 
     def _decoded(self) -> list[GeneratedToken]:
         """Decode as many steps as are quick and have pages."""
-        hurry = self.prefilling is not None or self._next() is not None
+        held = any(state.matcher for state in self.running.values())  # looks at each token
+        hurry = held or self.prefilling is not None or self._next() is not None
         left = min(state.left for state in self.running.values())
         wanted = max(1, min(1 if hurry else self._steps, left))
         steps = self._room(wanted)

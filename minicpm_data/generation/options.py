@@ -16,7 +16,7 @@ MOST = 2**31 - 1  # upper bound of every number of tokens
 MOST_SPECIAL = 64  # ids that XTC keeps: an array of this length is an input of JAX's programs
 
 ANSWER_TOKENS = 256  # default of max_tokens
-CHAT_TOKENS, CHAT_TEMPERATURE, CHAT_TOP_P = 1024, 0.3, 0.8  # the original's temperature and top_p
+CHAT_TOKENS = 1024  # of a chat
 
 
 @dataclass(frozen=True)

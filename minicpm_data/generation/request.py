@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from minicpm_data.arguments import check_model, check_number
+from minicpm_data.generation.constraint import Constraint
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     GREEDY,
@@ -15,9 +16,11 @@ from minicpm_data.generation.options import (
     CacheOptions,
     Sampling,
 )
+from minicpm_data.generation.thinking import ThinkingBudget
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
+    from minicpm_data.generation.prompt_cache import Prefix
     from minicpm_data.tokenizer.tokenizer import Tokenizer
     from weights_io.config import ModelConfig
 
@@ -108,6 +111,9 @@ class GenerationRequest:
         sampling: how each token is sampled.
         end_ids: tokens that end an answer.
         cache: the options of the key/value cache.
+        prefix: the beginning of the prompt whose keys and values are in a file; for one prompt.
+        thinking: the most tokens of each thought; None: any number.
+        constraint: what the answer may be, in a request to an engine; None: anything.
 
     Raises:
         InputError: a value is out of range. A request that exists need not be checked again.
@@ -118,6 +124,9 @@ class GenerationRequest:
     sampling: Sampling = GREEDY
     end_ids: frozenset[int] = frozenset()
     cache: CacheOptions = PLAIN_CACHE
+    prefix: "Prefix | None" = None
+    thinking: ThinkingBudget | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         check_number("max_tokens", self.max_tokens, whole=True)
@@ -133,19 +142,29 @@ class GenerationRequest:
         max_tokens: int = ANSWER_TOKENS,
         sampling: Sampling = GREEDY,
         cache: CacheOptions = PLAIN_CACHE,
+        thinking_budget: int | None = None,
     ) -> "GenerationRequest":
-        """A request for prompts given as texts or ids, with the EOS ids of this model and tokenizer."""
+        """A request for prompts given as texts or ids, with the EOS ids of this model and tokenizer.
+
+        ``thinking_budget``: most tokens of a thought; it is for chat templates that think.
+        """
         check_model("model", model)
         rows = tuple(prompt_ids(tokenizer, prompt, model.config.vocab_size) for prompt in prompts)
         ends = end_ids(model, tokenizer)
         sampling = special_tokens_kept(sampling, tokenizer, ends, model.config.vocab_size)
-        return cls(rows, max_tokens, sampling, ends, cache)
+        thinking = None if thinking_budget is None else ThinkingBudget.of(tokenizer, thinking_budget, rows)
+        return cls(rows, max_tokens, sampling, ends, cache, thinking=thinking)
 
     @property
     def prompt(self) -> PromptIds:
         """The prompt of a request that has exactly one."""
         (only,) = self.prompts
         return only
+
+    @property
+    def begun(self) -> int:
+        """Tokens of `prefix`, which are not run."""
+        return 0 if self.prefix is None else self.prefix.length
 
     @property
     def longest(self) -> int:

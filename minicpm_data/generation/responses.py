@@ -4,18 +4,25 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from minicpm_data.conversation.answers import AnswerParser, Content, Reasoning, ToolCall
 from minicpm_data.tokenizer.detokenizer import Detokenizer
 from weights_io.errors import InputError, short
 
 
 @dataclass(frozen=True)
 class Response:
-    """One generated token. ``text`` is the text that it completes, which may be empty."""
+    """One generated token.
+
+    ``text`` and ``reasoning`` are the text of the answer and of the thought that it completes; either may be empty.
+    ``tool_calls`` are the calls of tools that it completes.
+    """
 
     text: str
     token: int | None
     finish_reason: str | None = None  # "stop": EOS or a stop string; "length": max_tokens; None: not finished
     from_draft: bool = False  # an accepted draft token of speculative decoding
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def stream_text(
@@ -24,6 +31,7 @@ def stream_text(
     eos_token_ids: Collection[int] = (),
     stop: str | Sequence[str] = (),
     max_tokens: int = 256,
+    parser: AnswerParser | None = None,
 ) -> Iterator[Response]:
     """Decode a stream of tokens, and end it at EOS, at a stop string or after ``max_tokens``.
 
@@ -34,8 +42,10 @@ def stream_text(
         token_ids: the stream; no token is pulled after the end.
         tokenizer: None gives empty texts.
         eos_token_ids: ids that end the answer.
-        stop: strings that end the answer.
+        stop: strings that end the answer; in the thought they are text.
         max_tokens: most tokens.
+        parser: separates thought and tool calls from the answer, and may end it after a call; None: the texts are all
+            that is generated.
 
     Returns:
         An iterator with one `Response` per token. If ``token_ids`` ends while text is held back, a last one has this
@@ -47,7 +57,37 @@ def stream_text(
     stop = stop_strings(stop)
     if stop and tokenizer is None:
         raise InputError("stop strings need a tokenizer, and this checkpoint has none.")
-    return _stream(token_ids, tokenizer and tokenizer.detokenizer(), frozenset(eos_token_ids), stop, max_tokens)
+    if tokenizer is None:
+        return _stream(token_ids, None, frozenset(eos_token_ids), stop, max_tokens)
+    detokenizer = tokenizer.detokenizer() if parser is None else tokenizer.detokenizer(tags=True)
+    text_of = SeparatedText(detokenizer, parser)
+    return _stream(token_ids, text_of, frozenset(eos_token_ids), stop, max_tokens)
+
+
+class SeparatedText:
+    """Decodes token by token to the text of the answer.
+
+    Attributes:
+        thought, calls: what the last token completed besides text.
+        done: nothing more of the answer is of use.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, parser: AnswerParser | None):
+        self._detokenizer, self._parser = detokenizer, parser
+        self.thought, self.calls = "", tuple[ToolCall, ...]()
+        self.done = False
+
+    def next(self, token: int | None, last: bool) -> str:
+        """The text that the next token completes; None is a token without text. ``last``: the answer ends."""
+        text = "" if token is None else self._detokenizer.add(token)
+        text += self._detokenizer.finish() if last else ""
+        if self._parser is None:
+            return text
+        pieces = [*self._parser.feed(text), *(self._parser.finish() if last else ())]
+        self.thought = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+        self.calls = tuple(piece for piece in pieces if isinstance(piece, ToolCall))
+        self.done = self._parser.done
+        return "".join(piece.text for piece in pieces if isinstance(piece, Content))
 
 
 def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -60,27 +100,33 @@ def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     return stop
 
 
-def _stream(token_ids, text_of: Detokenizer | None, eos: frozenset[int], stop: tuple[str, ...], max_tokens: int):
+def _stream(token_ids, text_of: SeparatedText | None, eos: frozenset[int], stop: tuple[str, ...], max_tokens: int):
     held = ""
     for count, token in enumerate(islice(token_ids, max_tokens), 1):
         token = int(token)
         is_eos = token in eos
         reason = "stop" if is_eos else "length" if count == max_tokens else None
         if text_of:
-            held += "" if is_eos else text_of.add(token)
-            held += text_of.finish() if reason else ""
+            held += text_of.next(None if is_eos else token, reason is not None)
+            reason = "stop" if text_of.done and not reason else reason
         found = [at for at in (held.find(string) for string in stop) if at >= 0]
         if found:
-            yield Response(held[: min(found)], token, "stop")
+            yield _response(held[: min(found)], token, "stop", text_of)
             return
         ready = len(held) if reason else len(held) - _begun(held, stop)
-        yield Response(held[:ready], token, reason)
+        yield _response(held[:ready], token, reason, text_of)
         if reason:
             return
         held = held[ready:]
-    held += text_of.finish() if text_of else ""
-    if held:
-        yield Response(held, None, "length")
+    if text_of:
+        last = _response(held + text_of.next(None, True), None, "length", text_of)
+        if last.text or last.reasoning or last.tool_calls:
+            yield last
+
+
+def _response(text: str, token: int | None, reason: str | None, text_of: SeparatedText | None) -> Response:
+    thought, calls = (text_of.thought, text_of.calls) if text_of else ("", ())
+    return Response(text, token, reason, reasoning=thought, tool_calls=calls)
 
 
 def _begun(text: str, stop: tuple[str, ...]) -> int:

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 from minicpm_data.arguments import check_model, check_number
 from minicpm_data.generation.request import GenerationRequest, ModelT
+from minicpm_data.generation.thinking import Thoughts
 from weights_io.errors import InputError
 
 GRAMS = (4, 3, 2)  # n-gram lengths of prompt lookup, longest first
@@ -21,8 +22,9 @@ Source = TypeVar("Source")  # a model, or the name that it is loaded from
 
 # All tokens so far, the number of guesses wanted -> at most that many guesses.
 Guess = Callable[[Sequence[int], int], Sequence[int]]
-# Guesses -> the accepted ones, followed by one token that the model chose.
-Verify = Callable[[Sequence[int]], Sequence[int]]
+# Guesses -> the accepted ones, followed by one token that the model chose. A second argument is given where there are
+# ids that come next, whatever the model chooses.
+Verify = Callable[..., Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -136,17 +138,24 @@ def speculate(
     """
     prompt, max_tokens, end_ids = request.prompt, request.max_tokens, request.end_ids
     tokens = [*prompt, first]
+    thoughts = Thoughts(request.thinking, end_ids)
+    thoughts.add([first])
     yield first, False
     pause = idle = 0
     while (left := max_tokens - (len(tokens) - len(prompt))) > 0 and tokens[-1] not in end_ids:
-        guesses = guess(tokens, min(count, left - 1)) if left > 1 and not idle else []
-        chosen = verify(guesses)
-        if guesses:
+        forced = thoughts.rows[0].forced if thoughts.rows else ()
+        most = min(count, left - 1, thoughts.free - 1)  # a thought is looked at after all of them
+        guesses = forced[:most] if forced else guess(tokens, most) if most > 0 and not idle else []
+        chosen = verify(guesses, forced) if forced else verify(guesses)
+        if forced:
+            pass  # nothing was guessed
+        elif guesses:
             pause = idle = 0 if len(chosen) > 1 else min(2 * pause + 1, PAUSE)
         else:
             idle = max(idle - 1, 0)
         for index, token in enumerate(chosen):
             tokens.append(token)
-            yield token, index < len(chosen) - 1
+            thoughts.add([token])
+            yield token, index < len(chosen) - 1 and not forced
             if token in end_ids:
                 return

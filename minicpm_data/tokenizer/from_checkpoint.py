@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minicpm_data.sampling_defaults import chat_sampling
 from weights_io.checkpoint import Checkpoint
 from weights_io.errors import InputError, listed
 
@@ -26,9 +28,12 @@ def tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
         The tokenizer; None where the checkpoint has none.
 
     Raises:
-        InputError: as `tokenizer_in`.
+        InputError: as `tokenizer_in` and `chat_sampling`.
     """
     tokenizer, note = tokenizer_in(checkpoint.folder, checkpoint.metadata, checkpoint.config.vocab_size)
+    if tokenizer is not None:
+        folder = checkpoint.folder if checkpoint.metadata is None else None
+        tokenizer.sampling = chat_sampling(asdict(checkpoint.config), tokenizer.chat_template, folder)
     if note is not None and note not in _noted:
         _noted.add(note)
         print(f"note: {note}", file=sys.stderr)

@@ -17,6 +17,7 @@ from weights_io.errors import InputError, short
 from weights_io.files.near_keys import refuse_near_keys
 
 IDS = ("bos", "eos", "eot", "unknown", "padding")
+TURN_END = "<|im_end|>"  # of MiniCPM3, 4 and 5
 OF_TOKENS = ("model", "pre", "tokens", "token_type", "scores", "merges")
 FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
 USED = (
@@ -48,6 +49,9 @@ def tokenizer_from_gguf(metadata: dict) -> Tokenizer:
     tokens = _list(metadata, "tokens", str)
     kinds = _list(metadata, "token_type", int, default=[NORMAL] * len(tokens))
     ids = {name: _id(metadata, name, len(tokens)) for name in IDS}
+    # As llama.cpp: a token that ends an answer is no text, even if the file types it as normal.
+    ends = {ids["eos"], ids["eot"], *(i for i, token in enumerate(tokens) if token == TURN_END)}
+    kinds = [CONTROL if kind == NORMAL and i in ends else kind for i, kind in enumerate(kinds)]
     if model == "llama":
         spec = _spm_spec(metadata, tokens, kinds, ids["unknown"])
         add_bos = True

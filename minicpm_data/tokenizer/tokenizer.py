@@ -1,11 +1,15 @@
 """The tokenizer of a checkpoint: texts and chats to ids, and ids to text."""
 
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from minicpm_data.conversation.answers import TAGS
+from minicpm_data.conversation.messages import Message
+from minicpm_data.conversation.template_features import TemplateFeatures, features_of
+from minicpm_data.sampling_defaults import ChatSampling
 from minicpm_data.tokenizer import chat_template as chat
+from minicpm_data.tokenizer.chat_prompt import ChatPrompt, valid_unicode
 from minicpm_data.tokenizer.detokenizer import Decoder, Detokenizer
 from minicpm_data.tokenizer.fast_tokenizer import FastTokenizer
 from minicpm_data.tokenizer.special_tokens import plain_spec, without_prefix
@@ -25,6 +29,7 @@ class Tokenizer:
         chat_template: Jinja source; MiniCPM's template where the checkpoint has none.
         chat_template_given: whether the checkpoint has a template.
         tool_template: the checkpoint's separate template for chats with tools, if any.
+        sampling: the model's sampling defaults in a chat; those of MiniCPM-2B without a checkpoint.
         rows: rows of the model's embedding where some added tokens are beyond it; None otherwise.
         added_tokens: id -> text of all added tokens, special or not.
         turn_markers: texts, not special tokens, with which the template starts a turn. A model may write one after its
@@ -59,6 +64,7 @@ class Tokenizer:
         self.chat_template = chat.MINICPM_TEMPLATE if chat_template is None else chat_template
         self.chat_template_given = chat_template is not None
         self.tool_template = tool_template
+        self.sampling = ChatSampling("minicpm")
         self.rows: int | None = None
         self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
         self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
@@ -99,7 +105,7 @@ class Tokenizer:
             InputError: the text has a lone surrogate, or a token without a row in the model's embedding.
         """
         encoder = self._fast if trusted else self._plain
-        ids = self._in_table(encoder.encode(_checked(text)).ids)
+        ids = self._in_table(encoder.encode(valid_unicode(text)).ids)
         return self._with_bos(ids) + self._after if add_bos else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -115,9 +121,30 @@ class Tokenizer:
         detokenizer = self.detokenizer(skip_special_tokens)
         return "".join([detokenizer.add(int(i)) for i in ids]) + detokenizer.finish()
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new decoder for a stream of tokens. It skips special tokens unless told otherwise."""
-        return Detokenizer(self._decoder, self._special_ids if skip_special_tokens else ())
+    def detokenizer(self, skip_special_tokens: bool = True, tags: bool = False) -> Detokenizer:
+        """A new decoder for a stream of tokens.
+
+        Arguments:
+            skip_special_tokens: leave special tokens out of the text.
+            tags: keep those of `tag_ids`, as the parser of an answer needs them.
+        """
+        skipped = self._special_ids - (self.tag_ids if tags else frozenset())
+        return Detokenizer(self._decoder, skipped if skip_special_tokens else ())
+
+    @functools.cached_property
+    def tag_ids(self) -> frozenset[int]:
+        """The special tokens with which the chat template writes thoughts and tool calls. MiniCPM5 has some."""
+        templates = self.chat_template + (self.tool_template or "")
+        tags = (i for i in self._special_ids if self.added_tokens[i] in TAGS and self.added_tokens[i] in templates)
+        return frozenset(tags) - {*self.eos_token_ids}
+
+    def token_bytes(self, rows: int) -> list[bytes]:
+        """The bytes of each token of an answer, for ``rows`` ids. Special tokens that are no tags begin with 0xFF,
+        which no text has."""
+        special = {*self._special_ids, *self.eos_token_ids} - self.tag_ids
+        pieces = [self._decoder.piece(i) for i in range(rows)]
+        found = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
+        return [b"\xff" + token if i in special else token for i, token in enumerate(found)]
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token; None where the vocabulary does not have it."""
@@ -127,6 +154,11 @@ class Tokenizer:
     def fast(self) -> FastTokenizer:
         """The tokenizer of the `tokenizers` library."""
         return self._fast
+
+    @property
+    def features(self) -> TemplateFeatures:
+        """What the chat template supports: tools, thinking. Raises `InputError` where it cannot be parsed."""
+        return features_of(self.chat_template, self.tool_template)
 
     def warm_up(self) -> None:
         """Build the tokenizer for untrusted text now, which takes 1 s for 122,753 tokens."""
@@ -156,7 +188,9 @@ class Tokenizer:
 
     def apply_chat(
         self,
-        messages: Sequence[chat.Message],
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
@@ -165,12 +199,14 @@ class Tokenizer:
         """Render messages with the chat template and encode them, with one BOS where the tokenizer adds it.
 
         Arguments:
-            messages: ``{"role": "system" | "user" | "assistant", "content": str}`` each.
+            messages: ``{"role": "system" | "user" | "assistant" | "tool", "content": str}`` each. Answers may have
+                ``tool_calls`` and ``reasoning_content``; other forms of messages are listed at `clean_messages`.
+            tools: definitions of tools (`checked_tools`). The checkpoint's template for tools is used, if it has one.
+            enable_thinking: whether the model should think before it answers; None leaves it to the template.
             add_generation_prompt: end with the start of an assistant turn.
             continue_final_message: end with the last message, to be continued; trailing spaces are removed where the
                 template strips them.
-            variables: more variables of the template, JSON values. With ``tools``, the checkpoint's template for tools
-                is used, if it has one.
+            variables: more variables of the template, JSON values.
             trusted: special tokens spelled out in a content or a variable become their ids. Otherwise they are encoded
                 as text, and only the template makes special tokens.
 
@@ -178,39 +214,45 @@ class Tokenizer:
             The token ids of the prompt.
 
         Raises:
-            InputError: the messages, the variables or the template cannot be used.
+            InputError: the messages, the tools, the variables or the template cannot be used, or the template has no
+                place for tools, for tool calls or for thinking that is asked for.
         """
-        messages, variables = chat.check_messages(messages), _checked_variables(variables or {})
-        hidden, disguise = self._hidden(messages, variables, trusted)
-        end = disguise.end + " "  # the space shows whether the template strips the content
-        if continue_final_message:
-            hidden[-1]["content"] += end
-        prompted = add_generation_prompt and not continue_final_message
-        prompt = self._rendered(hidden, disguise, prompted, variables)
-        if continue_final_message:
-            final, found, after = prompt.rpartition(disguise.end)
-            if not found:
-                raise InputError("the chat template drops the last message, which the answer should continue.")
-            text = messages[-1]["content"]
-            spaces = text[len(text.rstrip()) :]
-            prompt = final if after.startswith(" ") else final.removesuffix(spaces)
-        return self._in_table(self._with_bos(self._undisguised(prompt, disguise)))
+        given = {"tools": tools, "enable_thinking": enable_thinking, "variables": variables}
+        asked = self._chat(messages, trusted, given)
+        prompt = asked.text(add_generation_prompt, continue_final_message)
+        return self._in_table(self._with_bos(self._undisguised(prompt, asked.disguise)))
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of the prompt that `apply_chat` encodes, with the same arguments and errors."""
+        given = {"tools": tools, "enable_thinking": enable_thinking, "variables": variables}
+        asked = self._chat(messages, False, given)
+        return asked.disguise.show(asked.text(add_generation_prompt, continue_final_message))
 
     def chat_example(
         self,
-        messages: Sequence[chat.Message],
+        messages: Sequence[Message],
         trained: Sequence[bool] | None = None,
         prompts: bool = False,
         trusted: bool = True,
+        tools: Sequence[Any] | None = None,
     ) -> tuple[list[int], list[bool]]:
         """Encode a conversation for training, up to the end of its last answer.
 
-        The targets are the tokens of the answers and the EOS after each. The last answer ends with the tokenizer's EOS
-        where the template writes none. The ids before an answer are those of `apply_chat` for that turn's prompt, if
-        the template writes the same text; an answer is encoded separately where a token would span the boundary.
+        The targets are the tokens of the answers, with their thoughts and tool calls as the template writes them, and
+        the EOS after each. The last answer ends with the tokenizer's EOS where the template writes none. The ids
+        before an answer are those of `apply_chat` for that turn's prompt, if the template writes the same text; an
+        answer is encoded separately where a token would span the boundary.
 
         Arguments:
-            messages: as in `apply_chat`.
+            messages, tools: as in `apply_chat`.
             trained: for each message, whether it is trained if it is an answer; None trains all answers.
             prompts: train everything that is not an answer, too.
             trusted: as in `apply_chat`.
@@ -219,21 +261,16 @@ class Tokenizer:
             The token ids, and for each whether it is a target.
 
         Raises:
-            InputError: as `apply_chat`; there is no answer; or the template changes answers beyond what
-                `chat.cut_at_answers` allows.
+            InputError: as `apply_chat`; there is no answer; the template has no place for thoughts; or it changes
+                answers beyond what `cut_at_answers` allows.
         """
-        messages = chat.check_messages(messages)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        whole_chat = self._chat(messages, trusted, {"tools": tools, "thoughts_matter": True})
+        answers = [i for i, message in enumerate(whole_chat.messages) if message["role"] == "assistant"]
         if not answers or not self.eos_token_ids:
             missing = "the messages have no assistant turn" if not answers else "the tokenizer has no EOS token"
             raise InputError(f"{missing}, without which there is no answer to train; add one.")
-        hidden, disguise = self._hidden(messages[: answers[-1] + 1], {}, trusted)
-        prompt = self._rendered(hidden, disguise, False, {})
-        contents = [hidden[i]["content"] for i in answers]
-        for i in answers:
-            hidden[i]["content"] = disguise.end
-        outside = self._rendered(hidden, disguise, False, {}).split(disguise.end)
-        pieces = chat.cut_at_answers(prompt, outside, contents)
+        disguise = whole_chat.disguise
+        pieces = whole_chat.pieces(answers)
         wanted = [True if trained is None else trained[i] for i in answers]
 
         ids: list[int] = []
@@ -255,29 +292,12 @@ class Tokenizer:
         full = self._in_table(self._with_bos(ids))
         return full, [prompts] * (len(full) - len(ids)) + targets
 
-    def _hidden(
-        self, messages: list[dict], variables: Mapping[str, Any], trusted: bool
-    ) -> tuple[list[dict], chat.Disguise]:
-        """``messages`` with the special tokens in their contents disguised, unless they are ``trusted``."""
-        texts = [*(_checked(m["content"]) for m in messages), self._template(variables)]
-        markers = chat.Markers(()) if trusted else self._spelled
-        disguise = chat.Disguise(markers, [*texts, json.dumps(variables, ensure_ascii=False)])
-        return [{**m, "content": disguise.hide(m["content"])} for m in messages], disguise
-
-    def _rendered(self, hidden: list[dict], disguise: chat.Disguise, prompted: bool, variables: Mapping) -> str:
+    def _chat(self, messages: Sequence[Message], trusted: bool, given: Mapping[str, Any]) -> ChatPrompt:
         special = {"bos_token": self.bos_token_id, "pad_token": self.pad_token_id, "unk_token": self.unk_token_id}
         special["eos_token"] = self.eos_token_ids[0] if self.eos_token_ids else None
         names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in special.items()}
-        try:
-            context: dict[str, Any] = {**names, **disguise.hide_all(variables)}
-        except RecursionError:
-            raise InputError("the template variables are nested too deeply; give flatter ones.") from None
-        return _checked(chat.render(self._template(variables), hidden, prompted, **context))
-
-    def _template(self, variables: Mapping[str, Any]) -> str:
-        if self.tool_template is None or variables.get("tools") is None:
-            return self.chat_template
-        return self.tool_template
+        markers = chat.Markers(()) if trusted else self._spelled
+        return ChatPrompt.of(messages, (self.chat_template, self.tool_template), names, markers, **given)
 
     def _undisguised(self, prompt: str, disguise: chat.Disguise, begun: bool = False) -> list[int]:
         """The ids of a rendered prompt, with disguised special tokens encoded as text.
@@ -330,26 +350,3 @@ class Tokenizer:
         """`_plain` for the continuation of a text: it adds no leading space."""
         spec = plain_spec(self._fast.spec(), set(self._markers.values()))
         return FastTokenizer(without_prefix(spec), self._fast.source)
-
-
-def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the template variables. Raises `InputError` where they are not JSON or would replace the messages."""
-    taken = [name for name in ("messages", "add_generation_prompt") if name in variables]
-    if taken:
-        raise InputError(f"the template variable {taken[0]} cannot be given; it is made of the messages.")
-    try:
-        text = json.dumps(variables, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"the template variables are no values of JSON ({error}); give others.") from None
-    _checked(text)
-    return variables
-
-
-def _checked(text: str) -> str:
-    """Return ``text``. Raises `InputError` where it has a lone surrogate, which UTF-8 cannot encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        raise InputError(f"the text has a lone surrogate ({code}, at {error.start}); send valid Unicode.") from error
-    return text

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, SupportsFloat
 
 from weights_io.errors import InputError
+from weights_io.progress import doing, ticking, waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,7 +150,8 @@ def fit(plan: Plan, trainer: Trainer, source: Source, step: int) -> None:
     if step < plan.steps:
         print(f"stopped after step {step} of {plan.steps}; the same command with --resume goes on from there.")
         raise KeyboardInterrupt
-    trainer.processes.on_main_process(lambda: metrics.draw(out / "loss.png", **plan.curve))
+    with waiting("drawing the loss curve"):
+        trainer.processes.on_main_process(lambda: metrics.draw(out / "loss.png", **plan.curve))
     print(f"finished: {out}, loss curve in {out / 'loss.png'}")
 
 
@@ -158,12 +160,16 @@ def _train(plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics", int
     from tqdm import tqdm
 
     processes, recent = trainer.processes, _Recent(plan, trainer, source, metrics)
-    stopping = False
-    with tqdm(total=plan.steps, initial=step, unit="step", dynamic_ncols=True, disable=processes.quiet) as bar:
+    stopping, begun = False, step
+    with (
+        tqdm(total=plan.steps, initial=step, unit="step", dynamic_ncols=True, disable=processes.quiet) as bar,
+        contextlib.nullcontext() if bar.disable else ticking(bar),
+    ):
         while step < plan.steps and not stopping:
             batches, count = source.batches(step)
             rate = plan.schedule(step)
-            figures = trainer.step(batches, rate, step)
+            with doing(bar, "compiling the step") if step == begun else contextlib.nullcontext():
+                figures = trainer.step(batches, rate, step)
             recent.wait()  # at most one step is queued behind the running one
             step += 1
             recent.add({"step": step, **source.figures(step), "learning_rate": rate, **figures}, count)
@@ -171,7 +177,9 @@ def _train(plan: Plan, trainer: Trainer, source: Source, metrics: "Metrics", int
             stopping = processes.any(interrupt.wanted)  # read once, so that the last step is saved
             reporting, saving = plan.reports(step), plan.saves(step) or stopping
             if reporting or saving:
-                last = recent.flush(source.evaluation if plan.evaluates(step) else dict, reporting)
+                evaluating = plan.evaluates(step)
+                with doing(bar, "evaluating") if evaluating else contextlib.nullcontext():
+                    last = recent.flush(source.evaluation if evaluating else dict, reporting)
                 bar.set_postfix(loss=f"{last['loss']:.3f}", tokens_s=f"{last['tokens_per_second']:,.0f}")
                 if reporting:
                     bar.write(line(last | {"loss": recent.mean_loss()}))

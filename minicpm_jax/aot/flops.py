@@ -24,8 +24,8 @@ def flops(jaxpr: Any) -> float:
         elif name == "shard_map":
             total += _parts(parameters) * flops(parameters["jaxpr"])
         else:
+            # A closed jaxpr has both `eqns` and `jaxpr`.
             total += sum(flops(value) for value in parameters.values() if hasattr(value, "eqns"))
-            total += sum(flops(value) for value in parameters.values() if hasattr(value, "jaxpr"))
     return total
 
 

@@ -22,7 +22,7 @@ from minicpm_jax.model import Model, abstract, nested
 from minicpm_jax.parallel.chips import Topology
 from minicpm_jax.parallel.mesh import automatic, batch_sharding, make_mesh
 from minicpm_jax.parallel.sharding import pad_config, partition_spec, serving_mesh, shardings
-from minicpm_jax.quantization.model import axes_of, names_of, quantize_model
+from minicpm_jax.quantization.model import axes_of, in_tiles_model, names_of, quantize_model, released_model
 from minicpm_jax.training import adapters, optimizers, step
 from minicpm_jax.training.losses import Objective, PackedObjective
 from weights_io.adapters import AdapterConfig
@@ -30,6 +30,7 @@ from weights_io.checkpoint import config_of
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.parameters import parameters
+from weights_io.quantization.released import released_form
 
 
 class Call(NamedTuple):
@@ -53,7 +54,8 @@ class Job:
     batch_size: int
     max_seq_length: int
     dtype: str
-    quantize: int | None
+    quantize: int | str | None
+    head_bits: int | None
     kv_bits: int | None
     mesh: str | None
     grad_checkpoint: bool
@@ -118,10 +120,11 @@ class Job:
         check_range(self, "batch_size", "prefill_step_size", least=1)
         check_range(self, "max_seq_length", least=2)
         self.topology.chip.check_dtype(self.dtype)
-        if self.quantize is not None and self.job in ("finetune", "pretrain"):
-            raise InputError(
-                f"is for a base that is not trained; leave it out of {{job}} {self.job}.", "quantize", ["job"]
-            )
+        for option in ("quantize", "head_bits"):
+            if getattr(self, option) is not None and self.job in ("finetune", "pretrain"):
+                raise InputError(
+                    f"is for a base that is not trained; leave it out of {{job}} {self.job}.", option, ["job"]
+                )
         match self.job:
             case "generate":
                 return self._decode()
@@ -151,8 +154,8 @@ class Job:
         """The model's shapes as `loading.load` places them, and `quantize_model`."""
         mesh = self.placed
         model = abstract(self.config, self.dtype) if mesh is None else self._over(mesh)
-        if self.quantize is not None:
-            model = self._quantized(model, self.quantize)
+        if self.quantize is not None or self.head_bits is not None:
+            model = self._quantized(model)
         return self._everywhere(model) if mesh is None else model
 
     def _over(self, mesh: Mesh) -> Model:
@@ -164,8 +167,8 @@ class Job:
         }
         return Model(nested(leaves), self.config, mesh=mesh)
 
-    def _quantized(self, model: Model, bits: int) -> Model:
-        packed = jax.eval_shape(functools.partial(quantize_model, bits=bits, head=not self.training), model)
+    def _quantized(self, model: Model) -> Model:
+        packed = jax.eval_shape(self._packed, model)
         if self.placed is None:
             return packed
         rules = {p.name: p.logical_axes() for p in parameters(self.config)}
@@ -177,6 +180,14 @@ class Job:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.placed, spec))
 
         return jax.tree_util.tree_map_with_path(where, packed)
+
+    def _packed(self, model: Model) -> Model:
+        if isinstance(self.quantize, int):
+            model = quantize_model(model, self.quantize, self.head_bits == 8 or not self.training)
+        else:
+            form = None if self.quantize is None else released_form(self.quantize, self.model)
+            model = released_model(model, form, self.head_bits == 8)
+        return in_tiles_model(model) if self.placed is None else model
 
     def _cache(self) -> Cache:
         given = self.config, self.batch_size, self.slots, self.dtype, self.kv_bits, self.placed
@@ -270,8 +281,12 @@ class Job:
 
 def chip_bytes(tree: Any) -> int:
     """Bytes on a chip of a tree of placed shapes, without padding."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    def size(leaf: Any) -> int:
+        bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize  # which is a byte for int4
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def compiled(lowered: Any) -> Any:

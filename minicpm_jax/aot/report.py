@@ -137,13 +137,13 @@ def _alternatives(job: "Job") -> "Iterator[tuple[str, str, Job]]":
         if not job.grad_checkpoint:
             job, extra = change(job, grad_checkpoint=True), " --grad-checkpoint"
             yield "checkpoint", extra.strip(), job
-        if job.job == "lora" and job.quantize != 4:
+        if job.job == "lora" and job.quantize in (None, 8):
             yield "quantize", f"--quantize 4{extra}", change(job, quantize=4)
     else:
         if job.kv_bits is None:
             yield "cache", "--kv-bits 8", change(job, kv_bits=8)
         for bits in (8, 4):
-            if job.quantize is None or bits < job.quantize:
+            if job.quantize is None or (isinstance(job.quantize, int) and bits < job.quantize):
                 yield "quantize", f"--quantize {bits}", change(job, quantize=bits)
     for topology in _larger(job.topology):
         batch = job.batch_size

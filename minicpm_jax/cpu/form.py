@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from minicpm_jax.cpu.packed import CpuQuantizedEmbedding, CpuQuantizedWeight, on_cpu
+from minicpm_jax.cpu.packed import CpuQuantizedEmbedding, CpuQuantizedWeight, CpuTableWeight, on_cpu
 from minicpm_jax.cpu.products import Bfloat16Bits, CpuMatrix
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.layers.linear import Embedding, Linear
@@ -158,7 +158,7 @@ def _converted(part: Any, computes_in: Any) -> Any:
         narrow = isinstance(weight, nnx.Param) and weight.dtype == jnp.bfloat16 and computes_in == jnp.float32
         if narrow and not has_matrix_unit():
             part.weight = Bfloat16Bits(weight[...])
-        elif isinstance(weight, CpuQuantizedWeight | CpuQuantizedEmbedding):
+        elif isinstance(weight, CpuQuantizedWeight | CpuTableWeight | CpuQuantizedEmbedding):
             part.weight = weight
         else:
             part.weight = CpuMatrix(weight)

@@ -21,6 +21,7 @@ from minicpm_jax.cpu.products import linear_on_cpu, rows_on_cpu
 from minicpm_jax.layers.kernels.precision import precision
 from minicpm_jax.layers.ops import Weight
 from minicpm_jax.quantization.packed import QuantizedEmbedding, QuantizedWeight
+from minicpm_jax.quantization.table import TableWeight, lookup
 
 FEW_OF_GROUPS = 4  # up to this many rows integer products are faster
 FEW_OF_HEAD = 32  # the same for a head, which has no groups
@@ -93,8 +94,48 @@ class CpuQuantizedEmbedding(QuantizedEmbedding):
         return y.T.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
+class CpuTableWeight(Weight):
+    """A `TableWeight` [O, I] for XLA:CPU, with two outputs in a byte as in `CpuQuantizedWeight`. Its values are no
+    integers, so it is dequantized for few rows too, in parts that fit into a cache."""
+
+    def __init__(self, packed: TableWeight):
+        qweight = packed.qweight[...]
+        qweight = _in_pairs(qweight) if qweight.shape[-1] % 2 == 0 else qweight.astype(jnp.int8)
+        self.qweight, self.scales, self.table = nnx.Param(qweight), packed.scales, packed.table
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *stack, width, _ = self.qweight.shape
+        return *stack, self.scales.shape[-1], width
+
+    @property
+    def dtype(self) -> Any:
+        return self.scales.dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        qweight, scales = self.qweight[...], self.scales[...]
+        if qweight.shape[-1] != scales.shape[-1]:
+            qweight = jnp.concatenate(_halves(qweight), axis=-1)
+        return TableWeight(qweight, scales, self.table[...], scales.dtype)[index]
+
+    def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """W x with float32 accumulation, in x's dtype."""
+        scales, table = self.scales[...], self.table[...]
+        groups, out = scales.shape
+
+        def product(qweight: Int8[Array, "G K O"], scales: Float[Array, "G O"], x: Float[Array, "G R K"]) -> Array:
+            return _of_many(lookup(qweight, table), scales.astype(jnp.float32), x)
+
+        qweight = self.qweight[...].reshape(groups, -1, self.qweight.shape[-1])
+        rows = x.reshape(-1, groups, qweight.shape[1]).swapaxes(0, 1)
+        y = _part_by_part(functools.partial(_unpacked, product), qweight, scales, rows)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], out)
+
+
 def on_cpu(weight: Any) -> Any:
     """A quantized weight in the CPU form; anything else is returned unchanged."""
+    if isinstance(weight, TableWeight):
+        return CpuTableWeight(weight)
     if isinstance(weight, QuantizedWeight):
         return CpuQuantizedWeight(weight)
     return CpuQuantizedEmbedding(weight.table[...], weight.scale[...]) if type(weight) is QuantizedEmbedding else weight

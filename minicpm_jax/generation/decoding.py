@@ -20,14 +20,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from minicpm_data.generation.options import CacheOptions, seen_tokens
+from minicpm_data.generation.prompt_cache import CachedPrompt
 from minicpm_data.generation.request import GenerationRequest
+from minicpm_data.generation.thinking import Thoughts
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
-from minicpm_jax.generation.sampling import SamplingParams, sample
+from minicpm_jax.generation.prompt_cache import restore, stored
+from minicpm_jax.generation.sampling import SamplingParams, only_allowed, sample
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.processes import broadcast_from_main, fetch
@@ -126,19 +129,27 @@ def first_token(
     rng: UInt32[Array, "B 2"],
     eos_ids: Int[Array, "E"] | Int[Array, "B E"],
     params: SamplingParams,
+    forced: Int[Array, "B"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> State:
-    """Sample each row's first token after its prompt."""
+    """Sample each row's first token after its prompt; ``forced`` and ``allowed`` as in `sample_next`."""
     batch = len(last)
     draws = jax.random.wrap_key_data(rng)
     state = State(cache, jnp.zeros(batch, jnp.int32), token_mask, draws, jnp.zeros(batch, bool), eos_ids)
-    return sample_next(state, model.head(last)[:, 0], params)
+    return sample_next(state, model.head(last)[:, 0], params, forced, allowed)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def decode(
-    model: Model, state: State, steps: Int[Array, ""], params: SamplingParams
+    model: Model,
+    state: State,
+    steps: Int[Array, ""],
+    params: SamplingParams,
+    forced: Int[Array, "N B"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
     """Generate up to ``steps`` (at most `STEPS`) more tokens per row; fewer if all rows finish.
+    ``forced`` [STEPS, B]: as in `sample_next`, for each step. ``allowed``: likewise, the same in all steps.
 
     Returns the state, the tokens [STEPS, B] and how many of the STEPS rows are valid.
     """
@@ -146,7 +157,8 @@ def decode(
     def step(carry):
         state, tokens, count = carry
         hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.finished, 0, 1))
-        state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params)
+        now = None if forced is None else forced[count]
+        state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params, now, allowed)
         return state, tokens.at[count].set(state.token), count + 1
 
     def more(carry):
@@ -157,10 +169,21 @@ def decode(
     return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
 
 
-def sample_next(state: State, logits: Float[Array, "B V"], params: SamplingParams) -> State:
-    """Sample the next token of each row."""
+def sample_next(
+    state: State,
+    logits: Float[Array, "B V"],
+    params: SamplingParams,
+    forced: Int[Array, "B"] | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
+) -> State:
+    """Sample the next token of each row.
+
+    ``forced``: ids to take in place of a sampled one, or -1. ``allowed``: the tokens to sample from, as bits.
+    """
+    logits = logits if allowed is None else only_allowed(logits, allowed)
     both = jax.vmap(jax.random.split)(state.rng)
     token = sample(logits, state.token_mask, params, both[:, 1]).astype(jnp.int32)
+    token = token if forced is None else jnp.where(forced >= 0, forced, token)
     token_mask = None if state.token_mask is None else state.token_mask.at[jnp.arange(len(token)), token].set(True)
     finished = state.finished | jnp.any(token[:, None] == state.eos_ids, axis=1)
     return State(state.cache, token, token_mask, both[:, 0], finished, state.eos_ids)
@@ -199,6 +222,8 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
 
 def check(model: Model, request: GenerationRequest) -> None:
     """`minicpm_data.generation.api.Decoding.check`. Memory is checked when the prompts are prefilled."""
+    if request.constraint is not None:
+        raise InputError("is for requests to an engine; leave it out.", option="constraint")
     check_kind(model, len(request.prompts), request.cache)
 
 
@@ -206,8 +231,11 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
     """`minicpm_data.generation.api.Decoding.stream_tokens`."""
     batch, longest, max_tokens = len(request.prompts), request.longest, request.max_tokens
     params = SamplingParams.of(request.sampling, model.config.vocab_size)
+    thoughts = Thoughts(request.thinking, request.end_ids)
     state = prefill_and_sample(model, request)
-    yield fetch(state.token)
+    first = fetch(state.token)
+    thoughts.add(first)
+    yield first
     slots = state.cache.slots
     made, steps = 1, 1
     while made < max_tokens:
@@ -218,11 +246,13 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
             check_cache(model, batch, slots, request.cache)
             state = resize_state(state, slots)
         began = time.perf_counter()
-        room = min(steps, max_tokens - made, slots - longest - made + 1)
-        state, tokens, count = decode(model, state, np.int32(room), params)
-        count = int(count)
-        yield from fetch(tokens)[:count]
-        made += count
+        room = min(steps, max_tokens - made, slots - longest - made + 1, thoughts.free)
+        state, tokens, count = decode(model, state, np.int32(room), params, thoughts.forced(STEPS))
+        found = fetch(tokens)[: int(count)]
+        for step in found:
+            thoughts.add(step)
+        yield from found
+        made += len(found)
         # Double the steps per call while a call is quick. Several processes do not measure: their clocks differ.
         quick = jax.process_count() > 1 or time.perf_counter() - began < PATIENCE / 2
         steps = min(STEPS, 2 * steps) if quick else steps
@@ -235,18 +265,22 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     ends = np.array(sorted(request.end_ids) or [-1], np.int32)
     token_mask = seen_tokens(request.prompts, vocab_size) if sampling.penalized else None
     rng = broadcast_from_main(sampling.row_keys(len(request.prompts)))
-    return first_token(model, cache, last, token_mask, rng, ends, SamplingParams.of(sampling, vocab_size))
+    params, forced = SamplingParams.of(sampling, vocab_size), Thoughts(request.thinking).forced(1)
+    return first_token(model, cache, last, token_mask, rng, ends, params, None if forced is None else forced[0])
 
 
 def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """A cache that holds the prompts and has room for an answer, and the hidden state of each prompt's last token."""
-    prompts, longest, slots = request.prompts, request.longest, cache_length(request)
+    prompts, longest, slots, begun = request.prompts, request.longest, cache_length(request), request.begun
     check_cache(model, len(prompts), slots, request.cache)
     use_compilation_cache()
     lengths = np.array([len(p) for p in prompts], np.int32)
-    width = prefill_chunk(longest, request.cache)
+    width = prefill_chunk(longest - begun, request.cache)
     cache, last = empty(model, len(prompts), slots, request.cache.kv_bits)
-    for start in range(0, longest, width):
+    if request.prefix is not None:
+        cache = restore(model, cache, request.prefix)
+    cache, last = at_home(model, (cache, last))
+    for start in range(begun, longest, width):
         ids = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
             part = prompt[start : start + width]
@@ -255,10 +289,31 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Fl
     return cache, last
 
 
+def home_of(model: Model) -> Sharding | None:
+    """Where the weights are, if they are committed to a place. So are the results of programs that read them."""
+    return next((x.sharding for x in jax.tree.leaves(model) if x.committed), None)
+
+
+def at_home(model: Model, arrays: Any) -> Any:
+    """Arrays that no weight went into, in the place of the model's results: otherwise the first chunk of a prompt would
+    need another program than the second one. XLA places those of a mesh."""
+    home = home_of(model) if model.mesh is None else None
+    return arrays if home is None else jax.device_put(arrays, home)
+
+
+def cached_prompt(model: Model, request: GenerationRequest) -> CachedPrompt:
+    """`minicpm_data.generation.api.Decoding.cached_prompt`."""
+    cache, _ = prefill_prompts(model, request)
+    return stored(model.config, cache, len(request.prompt))
+
+
 def cache_length(request: GenerationRequest) -> int:
     """Cache slots for a request: the padded prompts and at first at most `ROOM` tokens of the answer."""
-    width = prefill_chunk(request.longest, request.cache)
-    return max(-(-request.longest // width) * width, bucket_length(request.longest + min(request.max_tokens, ROOM)))
+    begun, left = request.begun, request.longest - request.begun
+    width = prefill_chunk(left, request.cache)
+    padded = begun + -(-left // width) * width
+    padded = bucket_length(padded) if begun else padded
+    return max(padded, bucket_length(request.longest + min(request.max_tokens, ROOM)))
 
 
 def prefill_chunk(longest: int, cache_options: CacheOptions) -> int:

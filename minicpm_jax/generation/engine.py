@@ -20,8 +20,10 @@ import numpy as np
 from jaxtyping import Array
 
 from minicpm_data.generation import engine
+from minicpm_data.generation.constraint import allowed_rows
 from minicpm_data.generation.engine import RequestState
 from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.thinking import forced_steps
 from minicpm_jax import device
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import STEPS, State
@@ -168,7 +170,10 @@ class Engine(engine.BatchEngine[Model]):
         rng = self._keys.pop(state.number, None)
         rng = request.sampling.row_keys(1) if rng is None else rng
         token_mask, nothing = seen_tokens([state.text], vocabulary), None
-        row = decoding.first_token(self.model, nothing, last, token_mask, rng, eos_ids, params)
+        state.look()
+        forced = forced_steps([state.thought], 1)[0]
+        allowed = allowed_rows([state.matcher], vocabulary)
+        row = decoding.first_token(self.model, nothing, last, token_mask, rng, eos_ids, params, forced, allowed)
         return self.shapes.placed(row, self.shapes.state(1, False))
 
     def _keep(self, state: State) -> None:
@@ -176,14 +181,21 @@ class Engine(engine.BatchEngine[Model]):
 
     def _decode(self, steps: int) -> list[tuple[int, int]]:
         here = [(slot, row) for slot, row in enumerate(self.rows) if row is not None]
-        for slot, state in here:
-            assert state.row is not None
-            self._tables[slot, : len(state.row.pages)] = state.row.pages
-        samplings = [GREEDY if row is None else row.request.sampling for row in self.rows]
-        params = SamplingParams.of_rows(samplings, self.model.config.vocab_size)
+        for slot, row in here:
+            assert row.row is not None
+            self._tables[slot, : len(row.row.pages)] = row.row.pages
+            row.look()
+            if row.thought is not None:
+                steps = min(steps, row.thought.free)
+            if row.matcher is not None:
+                steps = 1
         cache = dataclasses.replace(self.state.cache, table=self._tables.copy())
         self._keep(dataclasses.replace(self.state, cache=cache))
-        state, tokens, count = decoding.decode(self.model, self.state, np.int32(min(steps, STEPS)), params)
+        vocabulary, many = self.model.config.vocab_size, np.int32(min(steps, STEPS))
+        params = SamplingParams.of_rows([row.request.sampling if row else GREEDY for row in self.rows], vocabulary)
+        forced = forced_steps([row.thought if row else None for row in self.rows], STEPS)
+        allowed = allowed_rows([row.matcher if row else None for row in self.rows], vocabulary)
+        state, tokens, count = decoding.decode(self.model, self.state, many, params, forced, allowed)
         self._keep(state)
         found = np.asarray(tokens)[: int(count)]
         return [(row.number, int(step[slot])) for step in found for slot, row in here]

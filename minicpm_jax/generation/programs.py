@@ -86,6 +86,15 @@ class Programs:
             self._warm.extend(key for key in dict.fromkeys(keys) if key not in known)
             self._start()
 
+    def claim(self, keys: Iterable[Key]) -> None:
+        """Say that the caller runs these now, and compiles those that are not ready. Nothing else is begun meanwhile,
+        and the one of them that is being compiled is waited for."""
+        wanted = set(keys)
+        with self._changed:
+            self._warm.clear()
+            self._changed.wait_for(lambda: self._compiling not in wanted)
+            self._ready |= {key: self._ready.get(key) for key in wanted}
+
     def wait(self, since: int) -> None:
         """Wait until ``changes`` differs from ``since``, or nothing is being compiled."""
         with self._changed:

@@ -108,6 +108,12 @@ def sample(
     return drawn()
 
 
+def only_allowed(logits: Float[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Float[Array, "B V"]:
+    """-inf for every token whose bit in ``allowed`` is 0; bit i % 32 of word i // 32 is that of token i."""
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+
 def filtered(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
     """-inf for every token outside top-k, then top-p, then min-p; each filter is a threshold on the logits.
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
+from minicpm_data.generation.constraint import BITS
 from minicpm_data.generation.options import GREEDY, CacheOptions
 from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation import decoding
@@ -20,20 +21,17 @@ from minicpm_jax.generation.decoding import State
 from minicpm_jax.generation.programs import Key
 from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.generation.slots import ENDS, insert, vacate
-from minicpm_jax.layers.kv_cache import cache_specs
+from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.layers.paged_cache import PagedCache, PagedLatentCache
 from minicpm_jax.model import Model
 
 
-class Shapes:
-    """The abstract arrays of an engine for this model, with a pool of ``pages`` of ``page`` tokens and tables of
-    ``width`` pages."""
+class Places:
+    """The places of the results of a model's programs."""
 
-    def __init__(self, model: Model, cache_options: CacheOptions, pages: int, page: int, width: int):
-        self.model, self._sizes, self._bits = model, (pages, page, width), cache_options.kv_bits
-        # A result is committed to a place if any input of its program is.
-        self._home: Sharding | None = next((x.sharding for x in jax.tree.leaves(model) if x.committed), None)
-        self.state = functools.cache(self._state)
+    def __init__(self, model: Model):
+        self.model = model
+        self._home = decoding.home_of(model)
 
     def placed(self, value: Any, shape: Any) -> Any:
         """The arrays in the places of a shape. XLA may have left a result of a mesh elsewhere."""
@@ -44,10 +42,32 @@ class Shapes:
 
         return value if self._home is None else jax.tree.map(put, value, shape)
 
-    def _array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec | None = None) -> jax.ShapeDtypeStruct:
+    def array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec | None = None) -> jax.ShapeDtypeStruct:
+        """A result of a program: in the place of the model, or over the mesh by ``spec``."""
         mesh = self.model.mesh
         sharding = self._home if mesh is None else NamedSharding(mesh, spec or PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def cache(self, shapes: Cache) -> Any:
+        """A cache of these shapes."""
+        mesh = self.model.mesh
+        if mesh is None:
+            return jax.tree.map(lambda x: self.array(x.shape, x.dtype), shapes)
+        return jax.tree.map(lambda x, spec: self.array(x.shape, x.dtype, spec), shapes, cache_specs(shapes, mesh))
+
+    def hidden(self) -> jax.ShapeDtypeStruct:
+        """The hidden state of a prompt's last token, [1, 1, D]."""
+        return self.array((1, 1, self.model.config.hidden_size), self.model.model.norm.weight.dtype)
+
+
+class Shapes(Places):
+    """The abstract arrays of an engine for this model, with a pool of ``pages`` of ``page`` tokens and tables of
+    ``width`` pages."""
+
+    def __init__(self, model: Model, cache_options: CacheOptions, pages: int, page: int, width: int):
+        super().__init__(model)
+        self._sizes, self._bits = (pages, page, width), cache_options.kv_bits
+        self.state = functools.cache(self._state)
 
     def _empty_cache(self, rows: int) -> PagedCache | PagedLatentCache:
         model, (pages, page, width) = self.model, self._sizes
@@ -55,18 +75,15 @@ class Shapes:
         return PagedCache.of_pages(model.config, rows, pages, page, width, dtype, self._bits, model.mesh)
 
     def _cache(self, rows: int) -> PagedCache | PagedLatentCache:
-        cache, mesh = jax.eval_shape(lambda: self._empty_cache(rows)), self.model.mesh
-        if mesh is None:
-            return jax.tree.map(lambda x: self._array(x.shape, x.dtype), cache)
-        return jax.tree.map(lambda x, spec: self._array(x.shape, x.dtype, spec), cache, cache_specs(cache, mesh))
+        return self.cache(jax.eval_shape(lambda: self._empty_cache(rows)))
 
     def _state(self, rows: int, with_cache: bool = True) -> State:
         """The state of B rows."""
         cache: Any = self._cache(rows) if with_cache else None
-        token = self._array((rows,), jnp.int32)
-        token_mask = self._array((rows, self.model.config.vocab_size), jnp.bool_)
-        rng = self._array((rows,), jax.random.key(0).dtype)
-        finished, ends = self._array((rows,), jnp.bool_), self._array((rows, ENDS), jnp.int32)
+        token = self.array((rows,), jnp.int32)
+        token_mask = self.array((rows, self.model.config.vocab_size), jnp.bool_)
+        rng = self.array((rows,), jax.random.key(0).dtype)
+        finished, ends = self.array((rows,), jnp.bool_), self.array((rows, ENDS), jnp.int32)
         return State(cache, token, token_mask, rng, finished, ends)
 
     def empty(self, rows: int) -> State:
@@ -86,8 +103,7 @@ class Shapes:
     @functools.cached_property
     def row(self) -> tuple[PagedCache | PagedLatentCache, jax.ShapeDtypeStruct]:
         """The pool with the table of one prompt, and the hidden state of its last token."""
-        dtype = self.model.model.norm.weight.dtype
-        return self._cache(1), self._array((1, 1, self.model.config.hidden_size), dtype)
+        return self._cache(1), self.hidden()
 
     def lowered(self, key: Key, rows: int) -> Any:
         """The traced program of a key, for ``rows`` slots. What the host passes has no place."""
@@ -100,18 +116,23 @@ class Shapes:
         def params(count):
             return SamplingParams.of_rows([GREEDY] * count, vocabulary)
 
+        def allowed(count):
+            return host(jnp.uint32, count, -(-vocabulary // BITS))
+
         match key.name:
             case "prefill":
                 ids, lengths = host(jnp.int32, 1, key.sizes[0]), host(jnp.int32, 1)
                 return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids)
             case "first_token":
-                last, nothing = self.row[1], None
+                last, nothing = self.hidden(), None
                 given = host(jnp.bool_, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
-                return decoding.first_token.lower(model, nothing, last, *given, params(1))
+                sampled = params(1), host(jnp.int32, 1), allowed(1)
+                return decoding.first_token.lower(model, nothing, last, *given, *sampled)
             case "insert":
                 return insert.lower(self.state(rows), self.state(1, False), number, number)
             case "decode":
-                return decoding.decode.lower(model, self.state(rows), number, params(rows))
+                sampled = params(rows), host(jnp.int32, decoding.STEPS, rows), allowed(rows)
+                return decoding.decode.lower(model, self.state(rows), number, *sampled)
             case "vacate":
                 return vacate.lower(self.state(rows), number)
         raise AssertionError(key)

@@ -28,9 +28,13 @@ from minicpm_jax.parallel.processes import fetch
 
 @functools.partial(jax.jit, donate_argnames="state")
 def verify(
-    model: Model, state: State, guesses: Int[Array, "K"], params: SamplingParams
+    model: Model,
+    state: State,
+    guesses: Int[Array, "K"],
+    params: SamplingParams,
+    forced: Int[Array, "W"] | None = None,
 ) -> tuple[State, Int[Array, "W"], Int[Array, ""]]:
-    """Run the last token and the guesses (-1: no guess) through the model.
+    """Run the last token and the guesses (-1: no guess) through the model. ``forced`` as in `sample_next`, after each.
 
     Returns the state after the accepted guesses and one further token, the token sampled after each input, and the
     number of accepted guesses.
@@ -39,13 +43,15 @@ def verify(
     before = state.cache.lengths
     hidden, cache = model.decode(ids, state.cache, ids.shape[1], length=_lengths(before, ids.shape[1]))
 
-    def choose(state, logits):
-        state = sample_next(state, logits, params)
+    def choose(state, given):
+        logits, now = given
+        state = sample_next(state, logits, params, now)
         return state, state
 
     logits = model.head(hidden).swapaxes(0, 1)  # [W, 1, V]
     nothing: Any = None  # the cache is not carried through the scan
-    _, states = jax.lax.scan(choose, dataclasses.replace(state, cache=nothing), logits)
+    each = None if forced is None else forced[:, None]
+    _, states = jax.lax.scan(choose, dataclasses.replace(state, cache=nothing), (logits, each))
     tokens = states.token[:, 0]
     right = jnp.sum(jnp.cumprod(tokens[:-1] == guesses))
     after = jax.tree.map(lambda x: x[right], states)
@@ -82,7 +88,8 @@ def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Dra
     """Guesses of a draft model. It always proposes the full number, because another number would be another program."""
     model, count = speculation.draft_model, speculation.num_draft_tokens
     assert model is not None
-    cache, _ = decoding.prefill_prompts(model, reserve_guesses(request, count))
+    own = dataclasses.replace(reserve_guesses(request, count), prefix=None)  # a prefix is of the other model
+    cache, _ = decoding.prefill_prompts(model, own)
 
     def proposed(last: Sequence[int], start: int, wanted: int) -> list[int]:
         nonlocal cache
@@ -108,13 +115,16 @@ def stream_speculated(
     state = decoding.prefill_and_sample(model, reserve_guesses(request, count))
     first, filled = int(fetch(state.token)[0]), len(request.prompt)
 
-    def verified(guesses: Sequence[int]) -> list[int]:
+    def verified(guesses: Sequence[int], forced: Sequence[int] = ()) -> list[int]:
         nonlocal state, filled
         padded = np.full(count if guesses else 0, -1, np.int32)
         padded[: len(guesses)] = guesses
         if filled + 1 + len(padded) > state.cache.slots:
             state = decoding.resize_state(state, bucket_length(state.cache.slots + ROOM))
-        state, tokens, right = verify(model, state, padded, params)
+        following = None if request.thinking is None else np.full(1 + len(padded), -1, np.int32)
+        if following is not None:
+            following[: len(forced)] = forced[: len(following)]
+        state, tokens, right = verify(model, state, padded, params, following)
         accepted = int(fetch(right)) + 1
         filled += accepted
         return fetch(tokens)[:accepted].tolist()

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from minicpm_jax.model import get_layer
-from minicpm_jax.quantization.packed import QuantizedWeight, quantize_embedding, quantize_weight
+from minicpm_jax.quantization.packed import QuantizedWeight, in_tiles, order_dtype, quantize_embedding, quantize_weight
 from weights_io.adapters import target_parameters
 from weights_io.casting import check_bits, check_groups, group_of
 from weights_io.config import ModelConfig
-from weights_io.parameters import EMBEDDING, HEAD
+from weights_io.parameters import head_parameter
+from weights_io.quantization.released import ReleasedForm
 
 if TYPE_CHECKING:
     from minicpm_jax.model import Model
@@ -36,10 +38,12 @@ def packing(config: ModelConfig, bits: int, head: bool = False) -> dict[str, Cal
     for parameter in target_parameters(config, ("all-linear",)):
         name, width = parameter.name, parameter.tensor_shape(config)[-1]
         found[name] = functools.partial(_consuming, functools.partial(packed, name, width))
-    if head:
-        table = EMBEDDING if config.tie_word_embeddings else HEAD
-        found[table.name] = functools.partial(_consuming, jax.jit(quantize_embedding))
-    return found
+    return found | (head_packing(config) if head else {})
+
+
+def head_packing(config: ModelConfig) -> dict[str, Callable[[Array], Any]]:
+    """The function of `packing` that quantizes the head, by parameter name: that of the embedding if it is tied."""
+    return {head_parameter(config).name: functools.partial(_consuming, jax.jit(quantize_embedding))}
 
 
 def _consuming(pack: Callable[[Array], Any], weight: Array) -> Any:
@@ -60,11 +64,50 @@ def quantize_model(model: "Model", bits: int, head: bool = False) -> "Model":
     return model
 
 
+def released_model(model: "Model", form: ReleasedForm | None, head: bool = False) -> "Model":
+    """The model with zeros in place of the layers' matrices, quantized in the ``form`` of a released file (None: not
+    quantized), to trace programs. ``head``: also quantize the head to int8."""
+    model = jax.tree.map(lambda x: x, model)
+    for parameter in target_parameters(model.config, ("all-linear",)):
+        layer = get_layer(model, parameter.name)
+        layer.weight = layer.weight if form is None else _zeros(form, layer.weight)
+    for name, pack in head_packing(model.config).items() if head else ():
+        layer = get_layer(model, name)
+        layer.weight = pack(layer.weight[...])
+    return model
+
+
+def _zeros(form: ReleasedForm, weight: Any) -> QuantizedWeight:
+    """A weight of the shape of ``weight`` in a form."""
+    (*stack, out, width), dtype = weight.shape, weight.dtype
+    group = width if form.group is None else math.gcd(form.group, width)
+    of_groups, kind = (*stack, width // group, out), jnp.int4 if form.bits == 4 else jnp.int8
+    return QuantizedWeight(
+        jnp.zeros((*stack, width, out), kind),
+        jnp.zeros(of_groups, dtype),
+        dtype,
+        zeros=jnp.zeros(of_groups, kind) if "zeros" in form.parts else None,
+        biases=jnp.zeros(of_groups, dtype) if "biases" in form.parts else None,
+        order=jnp.zeros((*stack, width), order_dtype(width)) if "order" in form.parts else None,
+    )
+
+
+def in_tiles_model(model: "Model") -> "Model":
+    """The model with its quantized weights `in_tiles`."""
+    model = jax.tree.map(lambda x: x, model)
+    for parameter in target_parameters(model.config, ("all-linear",)):
+        layer = get_layer(model, parameter.name)
+        layer.weight = in_tiles(layer.weight)
+    return model
+
+
 def axes_of(path: Any, axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
     """Logical axes of the leaf at ``path`` of a weight with logical ``axes``, quantized or not."""
     names = set(names_of(path))
     if {"qweight", "scales", "zeros", "biases"} & names:  # transposed
         return (*axes[:-2], axes[-1], axes[-2])
+    if "table" in names and ndim < len(axes):  # of a `TableWeight`: a copy on every device
+        return (*axes[:-2], "norm")
     return (*axes[:-2], axes[-1]) if "order" in names else axes[:ndim]  # a head has one scale per row
 
 

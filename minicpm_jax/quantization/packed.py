@@ -1,12 +1,17 @@
 """Quantized weights of 8 and 4 bits, and how to quantize."""
 
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int8
 
-from minicpm_jax.layers.ops import Weight, linear
+from minicpm_jax.layers.ops import FEW, Weight, linear
+
+TILE = 8  # rows of a TPU's tile
 
 
 class QuantizedWeight(Weight):
@@ -26,10 +31,12 @@ class QuantizedWeight(Weight):
         zeros: Int[Array, "... G O"] | None = None,
         biases: Float[Array, "... G O"] | None = None,
         order: Int[Array, "... I"] | None = None,
+        group: int | None = None,
     ):
         """``dtype``: of the dequantized weight. ``order``: the inputs of the checkpoint's weight, sorted by group
-        (GPTQ's act-order)."""
+        (GPTQ's act-order). ``group``: inputs per group, where the arrays of groups have more rows (`in_tiles`)."""
         self.qweight, self.scales, self.dtype = nnx.Param(qweight), nnx.Param(scales), dtype
+        self.group = qweight.shape[-2] // scales.shape[-2] if group is None else group
         self.zeros, self.biases, self.order = (
             nnx.data(None) if part is None else nnx.Param(part) for part in (zeros, biases, order)
         )
@@ -46,19 +53,63 @@ class QuantizedWeight(Weight):
         return weight[index]
 
     def times(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        return linear(self._sorted(), x if self.order is None else jnp.take(x, self.order[...], axis=-1))
+        return dequantized_linear(self._sorted(), x if self.order is None else jnp.take(x, self.order[...], axis=-1))
 
     def _sorted(self) -> Float[Array, "... O I"]:
         """The weight with its inputs sorted by group."""
-        qweight, scales = self.qweight[...], self.scales[...]
-        *stack, groups, out = scales.shape
-        wide = qweight.astype(self.dtype).reshape(*stack, groups, -1, out)
+        qweight = self.qweight[...]
+        *stack, width, out = qweight.shape
+        groups = width // self.group
+
+        def of_groups(part: nnx.Param) -> Array:
+            return part[...][..., :groups, None, :]
+
+        wide = qweight.astype(self.dtype).reshape(*stack, groups, self.group, out)
         if self.zeros is not None:
-            wide = wide - self.zeros[...].astype(self.dtype)[..., None, :]
-        wide = wide * scales[..., None, :]
+            wide = wide - of_groups(self.zeros).astype(self.dtype)
+        wide = wide * of_groups(self.scales)
         if self.biases is not None:
-            wide = wide + self.biases[...][..., None, :]
+            wide = wide + of_groups(self.biases)
         return wide.reshape(qweight.shape).swapaxes(-1, -2)
+
+
+def dequantized_linear(weight: Float[Array, "O I"], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """`linear` with a weight that is computed from a smaller one.
+
+    XLA fuses what computes one operand of a product into the product. For many rows on a TPU that would be the norm
+    that computes ``x``, and the dequantized weight would be written to HBM: 47.57 GB moved in a prefill chunk of
+    MiniCPM4-8B in 4 bits. With a barrier, and ``x`` as a matrix, the weight is fused, in VMEM: 13.21 GB.
+    """
+    if math.prod(x.shape[:-1]) <= FEW:
+        return linear(weight, x)
+    rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
+    return linear(weight, rows).reshape(*x.shape[:-1], -1)
+
+
+def order_dtype(width: int) -> np.dtype:
+    """The dtype of an act-order of ``width`` inputs. In 16 bits, which suffice for every released model, the orders of
+    MiniCPM-2B take 1.6 MB."""
+    return np.dtype(np.int16 if width <= 1 << 15 else np.int32)
+
+
+def in_tiles(weight: Any) -> Any:
+    """A `QuantizedWeight` for a TPU: the arrays of groups get rows of zeros up to whole tiles, which HBM pads anyway.
+
+    For 36 groups in each of 40 layers XLA lets the layers be the rows of a tile, and copies all layers' scales in every
+    step. Anything else is returned unchanged.
+    """
+    if not isinstance(weight, QuantizedWeight) or weight.scales.shape[-2] == 1:
+        return weight
+
+    def padded(part: nnx.Param | None) -> Array | None:
+        if part is None:
+            return None
+        more = [(0, 0)] * (part.ndim - 2) + [(0, -part.shape[-2] % TILE), (0, 0)]
+        return jnp.pad(part[...], more)
+
+    scales, zeros, biases = (padded(part) for part in (weight.scales, weight.zeros, weight.biases))
+    order = None if weight.order is None else weight.order[...]
+    return QuantizedWeight(weight.qweight[...], scales, weight.dtype, zeros, biases, order, weight.group)
 
 
 class QuantizedEmbedding(Weight):

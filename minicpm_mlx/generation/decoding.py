@@ -17,8 +17,11 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, QuantizedKVCache, make_prompt_cache
 
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.prompt_cache import CachedPrompt
 from minicpm_data.generation.request import GenerationRequest
+from minicpm_data.generation.thinking import Thoughts
 from minicpm_mlx import device
+from minicpm_mlx.generation.prompt_cache import restore, stored
 from minicpm_mlx.generation.sampling import sample
 from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
@@ -112,20 +115,25 @@ def step(model: Model, state: State, sampling: Sampling) -> State:
     return sample_next(state, model.head(hidden)[:, 0], sampling)
 
 
-def sample_next(state: State, logits: mx.array, sampling: Sampling) -> State:
-    """Sample the next token of each row from logits [B, V]."""
+def sample_next(state: State, logits: mx.array, sampling: Sampling, forced: np.ndarray | None = None) -> State:
+    """Sample the next token of each row from logits [B, V]. ``forced``: [B] ids to take in place of a sampled one, or
+    -1."""
     rng, draws = state.rng, None
     if not sampling.greedy:
         both = mx.stack([mx.random.split(key) for key in state.rng])
         rng, draws = both[:, 0], both[:, 1]
     token = sample(logits, state.token_mask, sampling, draws)
-    token_mask = (
-        None
-        if state.token_mask is None
-        else mx.put_along_axis(state.token_mask, token[:, None], mx.array(True), axis=1)
-    )
+    return with_token(replace(state, token=token, rng=rng), state.token_mask, forced)
+
+
+def with_token(state: State, token_mask: mx.array | None, forced: np.ndarray | None = None) -> State:
+    """The state with ``token_mask``, that of the state before, extended by its token, or by the ``forced`` one."""
+    token = state.token
+    if forced is not None and (forced >= 0).any():
+        token = mx.where(mx.array(forced >= 0), mx.array(forced).astype(token.dtype), token)
+    seen = None if token_mask is None else mx.put_along_axis(token_mask, token[:, None], mx.array(True), axis=1)
     mx.async_eval(token)
-    return replace(state, token=token, token_mask=token_mask, rng=rng)
+    return replace(state, token=token, token_mask=seen)
 
 
 def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
@@ -148,6 +156,8 @@ def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
 
 def check(model: Model, request: GenerationRequest) -> None:
     """`minicpm_data.generation.api.Decoding.check`. Prompts and the beginning of the answer must fit into memory."""
+    if request.constraint is not None:
+        raise InputError("is for requests to an engine; leave it out.", option="constraint")
     batch, kept = len(request.prompts), request.cache
     check_kind(model, batch, kept)
     length = request.longest + min(request.max_tokens, ROOM)
@@ -158,12 +168,16 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
     """`minicpm_data.generation.api.Decoding.stream_tokens`."""
     max_tokens, sampling = request.max_tokens, request.sampling
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
+        thoughts = Thoughts(request.thinking, request.end_ids)
         state = prefill_and_sample(model, request)
         ends, finished = np.array(sorted(request.end_ids)), np.zeros(len(request.prompts), bool)
         for made in range(1, max_tokens + 1):
             following = step(model, state, sampling) if made < max_tokens else state
             quantize_late(model, following.cache, request.cache)
             tokens = np.asarray(state.token)
+            thoughts.add(tokens)
+            if (forced := thoughts.forced(1)) is not None:
+                following = with_token(following, state.token_mask, forced[0])
             yield tokens
             finished |= np.isin(tokens, ends)
             if finished.all():
@@ -175,14 +189,32 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
 
 def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     """Prefill the prompts and sample each row's first token."""
+    cache, hidden = prefill_prompts(model, request)
+    prompts, sampling = request.prompts, request.sampling
+    token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
+    last = mx.array([prompt[-1] for prompt in prompts])
+    state = State(cache, last, token_mask, mx.array(sampling.row_keys(len(prompts))))
+    forced = Thoughts(request.thinking).forced(1)
+    return sample_next(state, model.head(hidden)[:, 0], sampling, None if forced is None else forced[0])
+
+
+def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[list[Any], mx.array]:
+    """A cache that holds the prompts, and the hidden state [B, 1, D] of each prompt's last token."""
     fuse(model)
-    prompts, sampling, width = request.prompts, request.sampling, request.longest
+    prompts, width, options = request.prompts, request.longest, request.cache
     lengths = [len(prompt) for prompt in prompts]
     padding = [width - length for length in lengths]
-    cache = make_cache(model, padding, request.cache)
-    ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+    cache = make_cache(model, padding, options)
+    if request.prefix is not None:
+        cache = restore(model, cache, request.prefix)
+        quantize_late(model, cache, options)
+    ids = [[0] * pad + list(prompt)[request.begun :] for pad, prompt in zip(padding, prompts, strict=True)]
     length = width if len(prompts) == 1 else mx.array(lengths)
-    hidden = prefill_chunks(model, ids, cache, request.cache.prefill_step_size, length, request.cache)
-    token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
-    state = State(cache, ids[:, -1], token_mask, mx.array(sampling.row_keys(len(prompts))))
-    return sample_next(state, model.head(hidden)[:, 0], sampling)
+    return cache, prefill_chunks(model, mx.array(ids), cache, options.prefill_step_size, length, options)
+
+
+def cached_prompt(model: Model, request: GenerationRequest) -> CachedPrompt:
+    """`minicpm_data.generation.api.Decoding.cached_prompt`."""
+    with wired_limit(model, [mx.default_stream(mx.default_device())]):
+        cache, _ = prefill_prompts(model, request)
+        return stored(model.config, cache, len(request.prompt))

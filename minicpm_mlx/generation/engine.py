@@ -20,6 +20,7 @@ import numpy as np
 from mlx_lm.models.cache import trim_prompt_cache
 
 from minicpm_data.generation import engine
+from minicpm_data.generation.constraint import unpacked
 from minicpm_data.generation.engine import RequestState
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, seen_tokens
 from minicpm_data.generation.pages import Row as Pages
@@ -125,7 +126,8 @@ class Engine(engine.BatchEngine[Model]):
         made = [row for row in self.rows if row.ahead is not None]
         for row in made:
             self._advance(row)
-        self._submit()
+        if not any(row.state.looks for row in self.rows):
+            self._submit()
         return [(row.state.number, int(np.asarray(row.token)[0])) for row in made]
 
     def _submit(self) -> None:
@@ -139,13 +141,18 @@ class Engine(engine.BatchEngine[Model]):
         """Sample the token after ``row.token`` in each row, from logits [B, V]. Greedy rows are sampled at once."""
         greedy = mx.argmax(logits, axis=-1)
         for i, row in enumerate(rows):
-            sampling, key, seen = row.state.request.sampling, row.key, row.token_mask
-            token = greedy[i : i + 1]
+            state, sampling, key, seen = row.state, row.state.request.sampling, row.key, row.token_mask
+            state.look()
+            token, own = greedy[i : i + 1], logits[i : i + 1]
+            if state.matcher is not None:
+                own = mx.where(mx.array(unpacked(state.matcher.allowed(), own.shape[-1])), own, -mx.inf)
             if not sampling.greedy:
                 key, draw = mx.random.split(row.key)
-                token = sample(logits[i : i + 1], seen, sampling, draw[None])
-            elif sampling.penalized:
-                token = sample(logits[i : i + 1], seen, sampling, None)
+                token = sample(own, seen, sampling, draw[None])
+            elif sampling.penalized or state.matcher is not None:
+                token = sample(own, seen, sampling, None)
+            if state.thought is not None and state.thought.forced:
+                token = mx.array(state.thought.forced[:1])
             if seen is not None:
                 seen = mx.put_along_axis(seen, token[:, None], mx.array(True), axis=1)
             row.ahead = token, key, seen

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import trim_prompt_cache
 
@@ -21,14 +22,17 @@ from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.model import Model
 
 
-def verify(model: Model, state: State, guesses: Sequence[int], sampling: Sampling) -> tuple[State, list[int]]:
+def verify(
+    model: Model, state: State, guesses: Sequence[int], sampling: Sampling, forced: Sequence[int] = ()
+) -> tuple[State, list[int]]:
     """Run the last token and the guesses through the model. Returns the state after the accepted guesses and one
-    further token, and those tokens."""
+    further token, and those tokens. ``forced``: the ids that come first, whatever is sampled."""
     ids = mx.concatenate([state.token.astype(mx.int32), mx.array(list(guesses), mx.int32)])[None]
     logits = model.head(_decode(model, ids, state.cache))  # [1, W, V]
     states = []
     for index in range(ids.shape[1]):
-        state = sample_next(state, logits[:, index], sampling)
+        now = np.array(forced[index : index + 1]) if index < len(forced) else None
+        state = sample_next(state, logits[:, index], sampling, now)
         states.append(state)
     tokens = _ids([each.token for each in states])
     right = next((i for i, guess in enumerate(guesses) if guess != tokens[i]), len(guesses))
@@ -78,9 +82,9 @@ def stream_speculated(
     with wired_limit(model, [mx.default_stream(mx.default_device())]):
         state = decoding.prefill_and_sample(model, request)
 
-        def verified(guesses: Sequence[int]) -> list[int]:
+        def verified(guesses: Sequence[int], forced: Sequence[int] = ()) -> list[int]:
             nonlocal state
-            state, tokens = verify(model, state, guesses, request.sampling)
+            state, tokens = verify(model, state, guesses, request.sampling, forced)
             decoding.quantize_late(model, state.cache, request.cache)
             return tokens
 

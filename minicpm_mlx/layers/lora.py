@@ -51,8 +51,9 @@ def dense(layer: Any) -> mx.array:
     """The weight [.., O, I] of a layer, dequantized if necessary."""
     if "scales" not in layer:
         return layer.weight
-    weight = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
-    return layer.in_order(weight) if hasattr(layer, "in_order") else weight
+    if hasattr(layer, "dequantized"):  # `quantization.packed`
+        return layer.dequantized()
+    return mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
 
 
 def effective_weight(layer: Any, dtype: mx.Dtype) -> mx.array:

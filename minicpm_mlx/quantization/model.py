@@ -1,19 +1,18 @@
-"""Quantized layers, for weights that are quantized here and for those of a quantized checkpoint: MLX's affine groups
-with a scale and a bias."""
+"""Quantize a model, or give it the layers for the weights of a quantized checkpoint."""
 
 from collections.abc import Mapping
 
-import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_unflatten
 
 from minicpm_mlx.model import Model
+from minicpm_mlx.quantization.packed import quantized_layer
 from weights_io.adapters import target_parameters
 from weights_io.casting import check_bits, check_groups, group_of
 from weights_io.checkpoint import Checkpoint
-from weights_io.parameters import parameters
-from weights_io.quantization.affine import Layout, layout_of
+from weights_io.config import ModelConfig
+from weights_io.parameters import EMBEDDING, head_parameter, parameters
+from weights_io.quantization.affine import Layout, layout_of_all
 
 
 def quantize_model(model: Model, bits: int, head: bool = False) -> Model:
@@ -36,49 +35,41 @@ def quantize_model(model: Model, bits: int, head: bool = False) -> Model:
     return model
 
 
-class ReorderedLinear(nn.QuantizedLinear):
-    """A quantized layer whose groups consist of any inputs (GPTQ's act-order): it reorders its input first."""
-
-    def set_order(self, order: np.ndarray) -> None:
-        """Set the permutation [I] that sorts the inputs by group."""
-        self._order, self._inverse = mx.array(order.astype(np.int32)), mx.array(np.argsort(order).astype(np.int32))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(mx.take(x, self._order, axis=-1))
-
-    def in_order(self, weight: mx.array) -> mx.array:
-        """A weight [O, I] with its inputs in the order of the checkpoint."""
-        return mx.take(weight, self._inverse, axis=-1)
-
-
 def packed_layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
     """The matrices of a checkpoint that the model keeps quantized as they are: name of the MLX tensor -> layout.
 
-    The experts of a layer are stacked, so they need one layout and inputs in order.
+    The experts of a layer are stacked, so they need one layout. An embedding is kept only in MLX's format, the only one
+    that quantizes it.
     """
     found: dict[str, Layout] = {}
     for parameter in parameters(checkpoint.config):
         for name, tensors in parameter.mlx_names(checkpoint.config).items():
-            layouts = {layout_of(checkpoint.tensors[tensor]) for tensor in tensors}
-            layout = layouts.pop()
-            if layout is not None and not layouts and not (layout.reordered and parameter.per_expert):
+            layout = layout_of_all(checkpoint.tensors[tensor] for tensor in tensors)
+            special = layout is not None and (layout.reordered or layout.table is not None)
+            if layout is not None and not (parameter is EMBEDDING and special):
                 found[name] = layout
     return found
+
+
+def head_layout(config: ModelConfig) -> dict[str, Layout]:
+    """The layout of a head in 8 bits, by the name of the MLX tensor: that of the embedding if it is tied."""
+    parameter = head_parameter(config)
+    layout = Layout(8, group_of(parameter.tensor_shape(config)[-1]), False)
+    return dict.fromkeys(parameter.mlx_names(config), layout)
 
 
 def with_layouts(model: Model, layouts: Mapping[str, Layout]) -> Model:
     """Replace the layers of `packed_layouts` by quantized ones, in place, whose arrays are still to be loaded; returns
     the model."""
 
+    special = {name: x for name, x in layouts.items() if x.reordered or x.table is not None}
+
     def how(name: str, layer: nn.Module) -> bool | dict[str, int]:
-        layout = layouts.get(f"{name}.weight")
+        layout = None if f"{name}.weight" in special else layouts.get(f"{name}.weight")
         return layout is not None and {"group_size": layout.group_size, "bits": layout.bits}
 
     nn.quantize(model, class_predicate=how)
-    reordered = []
-    for name, layer in model.named_modules():
-        if (layout := layouts.get(f"{name}.weight")) is not None and layout.reordered:
-            out, inputs = layer.scales.shape[0], layer.scales.shape[1] * layout.group_size
-            reordered.append((name, ReorderedLinear(inputs, out, False, layout.group_size, layout.bits)))
-    model.update_modules(tree_unflatten(reordered))
+    shapes = {f"{name}.weight": x.weight.shape for name, x in model.named_modules() if f"{name}.weight" in special}
+    replaced = [(name.removesuffix(".weight"), quantized_layer(x, shapes[name])) for name, x in special.items()]
+    model.update_modules(tree_unflatten(replaced))
     return model

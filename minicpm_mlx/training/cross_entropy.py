@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from minicpm_data.datasets.examples import IGNORED
+from minicpm_mlx.layers.lora import dense
 from minicpm_mlx.layers.ops import divide
 from minicpm_mlx.model import Model
 
@@ -19,7 +20,7 @@ def token_losses(model: Model, hidden: mx.array, labels: mx.array) -> mx.array:
     chunk = max(1, LOGITS // (labels.shape[0] * model.config.vocab_size))
     trained_head = bool(head.trainable_parameters())
     ahead = model.training and not trained_head
-    losses = _chunked(chunk, hidden[:, :-1], head.weight, labels[:, 1:], trained_head, ahead)
+    losses = _chunked(chunk, hidden[:, :-1], dense(head), labels[:, 1:], trained_head, ahead)
     return mx.pad(losses, [(0, 0), (1, 0)])
 
 

@@ -10,7 +10,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,10 +18,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from minicpm_data.generation import responses
-from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TEMPERATURE, CHAT_TOKENS, CHAT_TOP_P
-from minicpm_data.generation.request import GenerationRequest, PromptIds
-from minicpm_data.tokenizer.chat_template import variables_of
 from minicpm_serve.engine import Answered, ServingEngine
+from minicpm_serve.http.answers import CHAT, TEXT, Answer, Kind, delta_choice
+from minicpm_serve.http.choices import Choice, chat_choices, text_choices
 from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body, http_error
 from minicpm_serve.http.gate import Access, add_gate
 from minicpm_serve.http.json_route import JsonRoute, StrictRequest
@@ -30,57 +28,11 @@ from minicpm_serve.http.limits import Limits, Places
 from minicpm_serve.http.metrics import Metrics, add_metrics
 from minicpm_serve.http.records import Record, Recorder, record_of
 from minicpm_serve.http.schemas import ChatBody, CompletionBody
-from weights_io.errors import InputError, short
+from weights_io.errors import InputError
 
 CLIENT_LEFT = 499  # nginx's status for a client that disconnected
 LARGE = 64 << 10  # bytes; larger bodies are tokenized one at a time: 2 million characters take 1 GB and 5 s
 NO_MODEL = "model_not_found"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A requested answer."""
-
-    request: GenerationRequest
-    stop: tuple[str, ...]
-
-    def drawn(self, number: int) -> "Choice":
-        """The answer with this number of ``n`` equal ones. With a seed, each uses the next seed."""
-        sampling = self.request.sampling
-        if number == 0 or sampling.seed is None:
-            return self
-        drawn = replace(sampling, seed=(sampling.seed + number) % 2**63)
-        return replace(self, request=replace(self.request, sampling=drawn))
-
-
-@dataclass(frozen=True)
-class Kind:
-    """The JSON of an endpoint's answers: whole, and as stream chunks. ``first``: the chunk before the first text."""
-
-    name: str
-    piece_name: str
-    prefix: str
-    choice: Callable[[int, str, str | None], dict]
-    piece: Callable[[int, str, str | None], dict]
-    first: dict[str, str] | None = None
-
-
-def text_choice(index: int, text: str, reason: str | None) -> dict:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-
-
-def message_choice(index: int, text: str, reason: str | None) -> dict:
-    message = {"role": "assistant", "content": text}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
-
-
-def delta_choice(index: int, text: str, reason: str | None) -> dict:
-    return {"index": index, "delta": {"content": text} if text else {}, "logprobs": None, "finish_reason": reason}
-
-
-CHAT_FIRST = {"role": "assistant", "content": ""}
-CHAT = Kind("chat.completion", "chat.completion.chunk", "chatcmpl-", message_choice, delta_choice, CHAT_FIRST)
-TEXT = Kind("text_completion", "text_completion", "cmpl-", text_choice, text_choice)
 
 
 def application(engine: ServingEngine, name: str, waiting: int = 256, access: Access | None = None) -> FastAPI:
@@ -148,44 +100,6 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
     return app
 
 
-def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[Choice]:
-    """The answer to a chat request. Raises `InputError`."""
-    tokenizer = engine.tokenizer
-    if tokenizer is None:
-        raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
-    if len(body.messages) > limits.context:
-        raise InputError(f"there are {len(body.messages):,} messages; send at most {limits.context:,}.")
-    messages = body.plain()
-    variables = body.chat_template_kwargs or {}
-    given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are part of the prompt
-    limits.check_texts([message["content"] for message in messages] + given)
-    asking = [name for name, value in variables.items() if value not in (None, False)]
-    if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
-        raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
-    ids = engine.prompt_ids(tokenizer.apply_chat(messages, variables=variables))
-    sampling = body.sampling(temperature=CHAT_TEMPERATURE, top_p=CHAT_TOP_P)
-    request = engine.request(ids, _room(engine, ids, body.most_tokens, CHAT_TOKENS), sampling)
-    return [Choice(request, (*body.stops, *tokenizer.turn_markers))]
-
-
-def text_choices(engine: ServingEngine, body: CompletionBody, limits: Limits) -> list[Choice]:
-    """The continuation of each prompt of a completion request. Raises `InputError`."""
-    for prompt in body.prompts:
-        if isinstance(prompt, str):
-            limits.check_texts([prompt])
-        else:
-            limits.check_ids(prompt)
-    sampling = body.sampling()
-    prompts = [engine.prompt_ids(prompt) for prompt in body.prompts]
-    most = [_room(engine, ids, body.max_tokens, ANSWER_TOKENS) for ids in prompts]
-    return [Choice(engine.request(ids, n, sampling), body.stops) for ids, n in zip(prompts, most, strict=True)]
-
-
-def _room(engine: ServingEngine, ids: PromptIds, most: int | None, usual: int) -> int:
-    """Most tokens of an answer: as requested, or the default as far as the context allows."""
-    return max(1, min(usual, engine.context - len(ids))) if most is None else most
-
-
 class Answers:
     """Iterates over the `Response`s of several choices as they arrive, with the index of the choice.
 
@@ -194,6 +108,7 @@ class Answers:
 
     def __init__(self, engine: ServingEngine, choices: Sequence[Choice], prompt_tokens: int, record: Record):
         self.count = len(choices)
+        self.answers = [Answer(choice.after_calls) for choice in choices]
         self._left = set(range(self.count))  # unfinished answers
         self._why = "abort"  # they are unfinished
         self._usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
@@ -209,7 +124,7 @@ class Answers:
         try:
             for index, choice in enumerate(choices):
                 to = functools.partial(deliver, index)
-                self._numbers.append(engine.submit(to, choice.request, choice.stop, group))
+                self._numbers.append(engine.submit(to, choice.request, choice.stop, group, choice.parser()))
         except Exception:
             self._cancel()
             raise
@@ -250,17 +165,15 @@ class Answers:
 
 async def whole(answers: Answers, frame: dict, kind: Kind, request: Request) -> Response:
     """The response with all answers, once they are finished."""
-    texts, reasons = [""] * answers.count, [""] * answers.count
     watching = asyncio.create_task(answers.end_with(request))
     try:
         async for index, response in answers:
-            texts[index] += response.text
-            reasons[index] = response.finish_reason or ""
+            answers.answers[index].add(response)
     except ClientDisconnect:
         return Response(status_code=CLIENT_LEFT)
     finally:
         watching.cancel()
-    choices = [kind.choice(index, *made) for index, made in enumerate(zip(texts, reasons, strict=True))]
+    choices = [kind.choice(index, made) for index, made in enumerate(answers.answers)]
     return JSONResponse({**frame, "choices": choices, "usage": answers.usage()})
 
 
@@ -286,11 +199,11 @@ async def events(answers: Answers, frame: dict, kind: Kind, with_usage: bool) ->
 
     if kind.first is not None:
         for index in range(answers.count):
-            yield event({**kind.piece(index, "", None), "delta": kind.first})
+            yield event(delta_choice(index, kind.first))
     try:
         async for index, response in answers:
-            if response.text or response.finish_reason:
-                yield event(kind.piece(index, response.text, response.finish_reason))
+            for piece in kind.pieces(index, answers.answers[index], response):
+                yield event(piece)
     except InputError as error:
         yield _event(body_of(error)[1])
         return

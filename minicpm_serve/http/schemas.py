@@ -6,12 +6,14 @@ the million items that a body has room for.
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
+from minicpm_data.conversation.tool_definitions import checked_tools, function_of
 from minicpm_data.generation.options import Sampling
 from minicpm_data.generation.responses import stop_strings
 from weights_io.errors import InputError, listed, short
@@ -72,6 +74,7 @@ SHAPES = {  # of fields that may be one thing or another
     "stop": "a text or a list of texts",
     "content": 'a text or a list of {"type": "text", "text": "..."}',
 }
+TOOL_CHOICES = '"none", "auto", "required" or {"type": "function", "function": {"name": "..."}}'
 NO_TOP_K = -1  # vLLM's default; 0 here
 MOST_CHOICES = 128
 MOST_STOPS = 16
@@ -116,15 +119,28 @@ class Part(Strict):
 
 class Message(Strict):
     role: str
-    content: str | list[Any]
+    content: str | list[Any] | None = Field(default=None, validate_default=True)
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        """The message as `minicpm_data.tokenizer.chat_template` expects it. "developer" means "system"."""
+    @field_validator("content")
+    @classmethod
+    def _present(cls, content: Any, info: ValidationInfo) -> Any:
+        """Only an answer may be without a text: it may be a thought or calls."""
+        if content is None and info.data.get("role") != "assistant":
+            raise PydanticCustomError("missing", "")
+        return content
+
+    def plain(self) -> dict[str, Any]:
+        """The message as `minicpm_data.conversation.messages` expects it."""
         self.check_rest()
-        text = self.content
+        text = self.content or ""
         if not isinstance(text, str):
             text = "".join(_valid(Part, part, "content", i).plain() for i, part in enumerate(text))
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        others = self.model_dump(include={"reasoning_content", "reasoning", "tool_calls", "tool_call_id"})
+        return {"role": self.role, "content": text, **{key: value for key, value in others.items() if value}}
 
 
 class StreamOptions(Strict):
@@ -186,10 +202,36 @@ class Body(Strict):
         return Sampling(**{**usual, **given})
 
 
+@dataclass(frozen=True)
+class ToolUse:
+    """How an answer may use tools.
+
+    Attributes:
+        tools: what the model is told of; empty where it may use none.
+        forced: it has to call one.
+        name: the one that it has to call; None: any.
+        parallel: it may call several.
+    """
+
+    tools: tuple[Any, ...] = ()
+    forced: bool = False
+    name: str | None = None
+    parallel: bool = True
+
+    @property
+    def callable(self) -> list[Any]:
+        """The tools that it may call."""
+        return [tool for tool in self.tools if self.name in (None, function_of(tool)["name"])]
+
+
 class ChatBody(Body):
     messages: list[Any]
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_budget: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
         super().check()
@@ -198,8 +240,25 @@ class ChatBody(Body):
                 "and {max_completion_tokens} mean the same; give one of them.", "max_tokens", ["max_completion_tokens"]
             )
 
-    def plain(self) -> list[dict[str, str]]:
-        """The messages as `minicpm_data.tokenizer.chat_template` expects them."""
+    def tool_use(self) -> ToolUse:
+        """What the request says about tools. Raises `InputError` for tools or a choice that cannot be."""
+        tools, choice = checked_tools(self.tools or None), self.tool_choice
+        name = _tool_name(choice) if isinstance(choice, dict) else None
+        if name is None and choice not in (None, "none", "auto", "required"):
+            raise InputError(f"is {short(json.dumps(choice))}; it must be {TOOL_CHOICES}.", option="tool_choice")
+        forced = name is not None or choice == "required"
+        if forced and not tools:
+            raise InputError("asks for a call, and there are no tools; give some.", option="tool_choice")
+        if choice == "none" or not tools:
+            return ToolUse()
+        parallel = self.parallel_tool_calls is not False and name is None
+        use = ToolUse(tuple(tools), forced, name, parallel)
+        if not use.callable:
+            raise InputError(f"names {short(name or '')!r}, which is none of the tools.", option="tool_choice")
+        return use
+
+    def plain(self) -> list[dict[str, Any]]:
+        """The messages as `minicpm_data.conversation.messages` expects them."""
         return [_valid(Message, message, "messages", i).plain() for i, message in enumerate(self.messages)]
 
     @property
@@ -230,6 +289,15 @@ class CompletionBody(Body):
     @property
     def answers(self) -> int:
         return self.choices * len(self.prompts)
+
+
+def _tool_name(choice: dict[str, Any]) -> str:
+    """The tool that a choice names. Raises `InputError` where it names none."""
+    function = choice.get("function", choice)
+    name = function.get("name") if isinstance(function, dict) else None
+    if choice.get("type", "function") != "function" or not isinstance(name, str):
+        raise InputError(f"is {short(json.dumps(choice))}; it must be {TOOL_CHOICES}.", option="tool_choice")
+    return name
 
 
 def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:

@@ -80,6 +80,21 @@ def inspected(folder: Path) -> dict[str, Any]:
     return found
 
 
+def prompt_cache(folder: Path) -> None:
+    from minicpm_data.generation.prompt_cache import CachedPrompt, write_prompt_cache
+
+    numbers = np.random.default_rng(0).normal(size=(2, 2, 1, 2, 5, 32)).astype(np.float32)
+    found = CachedPrompt(5, 2, lambda layer: (numbers[0, layer], numbers[1, layer]))
+    write_prompt_cache(folder / "cache.safetensors", found, "pico", {"config": "1"}, "a text", range(5))
+
+
+def cached(folder: Path) -> dict[str, Any]:
+    from minicpm_data.generation.prompt_cache import open_prompt_cache
+
+    found = open_prompt_cache(folder / "cache.safetensors")
+    return {f"layer {i}": np.stack(found.layer(i, 4)) for i in range(found.layers)}  # type: ignore[arg-type]
+
+
 def code_beside(random: Random, folder: Path) -> tuple[str, Expect]:
     """Python files that the config names, as transformers' remote code."""
     path = folder / "model" / "config.json"
@@ -265,6 +280,7 @@ READERS = [
     Reader("gguf-q4", 5, gguf_file("Q4_0", text_readers.gguf_gpt2), gguf_model, gguf()),
     Reader("peft", 8, adapter("peft"), adapted, adapters("adapter_model.safetensors")),
     Reader("mlx-lm", 8, adapter("mlx_lm"), adapted, adapters("adapters.safetensors")),
+    Reader("prompt-cache", 5, prompt_cache, cached, safetensors("cache.safetensors")),
     Reader(
         "inspect",
         8,

@@ -99,7 +99,7 @@ WATCH: Watch
 def renders(popen: tuple[Any, ...]) -> bool:
     """Whether a process that is about to be started is the one that renders chat templates: a program of the project's
     own, which gets nothing of the mutant but the text of the template."""
-    from minicpm_data.tokenizer.template_process import START
+    from minicpm_data.conversation.template_process import START
 
     executable, command = popen[:2]
     return executable == sys.executable and list(command[:4]) == [sys.executable, "-P", "-c", START]

@@ -14,11 +14,13 @@ from typing import Any
 # Group -> its options, in the order of the help. Options that are not listed are a command's own and come first. A
 # class of options can move an option to another group: `help_groups`, name -> group.
 GROUPS = {
-    "model": "model revision hub dtype adapter_path quantize backend",
+    "model": "model revision hub dtype adapter_path quantize rope_scaling backend",
     "data": "data tokenizer ignore_keys special_tokens_as_text",
-    "prompt": "prompt system_prompt ignore_chat_template prefill_response chat_template_config",
+    "prompt": "prompt system_prompt ignore_chat_template prefill_response chat_template_config "
+    "prompt_cache_file eos_token",
     "sampling": "temp top_p top_k min_p min_tokens_to_keep xtc_probability xtc_threshold repetition_penalty seed stop "
     "extra_eos_token max_tokens",
+    "thinking": "enable_thinking thinking_budget show_thinking",
     "memory": "kv_bits kv_group_size quantized_kv_start max_kv_size prefill_step_size grad_checkpoint",
     "speculation": "draft_model num_draft_tokens prompt_lookup",
     "training": "train test iters epochs grad_accumulation_steps pack train_on_prompt mask_prompt loss beta optimizer "
@@ -75,7 +77,8 @@ def texts_of(options: type) -> dict[str, str]:
 def description(main: Any, prog: str) -> str:
     """What stands above the options: the docstring of ``main``, and the examples in the docstring of its module."""
     width, commands = shutil.get_terminal_size().columns, examples(prog)
-    lines = [" ".join((main.__doc__ or "").split())]
+    # tyro joins lines that begin with a letter.
+    lines = textwrap.wrap(" ".join((main.__doc__ or "").split()), max(width, 20), subsequent_indent="  ")
     if commands:
         lines += ["", f"Example{'s' * (len(commands) > 1)}:"]
         lines += [f"  {part}" for command in commands for part in folded(command, width - 2)]

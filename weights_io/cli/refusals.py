@@ -125,6 +125,8 @@ def _kind_of(hint: Any) -> tuple[Any, int | None, bool]:
         return bool, 1, tyro.conf.FlagConversionOff not in marks
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         rest = [one for one in typing.get_args(hint) if one is not type(None)]
+        if rest == [bool]:  # a `Switch`, which has a value by now
+            return bool, 1, False
         return _kind_of(rest[0]) if len(rest) == 1 else (str, None, False)
     if typing.get_origin(hint) is tuple:
         inner, *others = typing.get_args(hint)

@@ -46,7 +46,7 @@ def open_folder(folder: Path) -> dict[str, LazyTensor]:
             _check_alone(folder / name)
             return _open_weights(folder / name)
     others = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
-    if len(others) == 1 and not _is_shard(others[0].name):
+    if len(others) == 1 and (not _is_shard(others[0].name) or others[0].stem.endswith("-of-00001")):
         return _open_weights(others[0])
     if others:
         raise InputError(

@@ -3,7 +3,7 @@
 Quantized blocks are taken apart by ``gguf.quants``. The header is read here and not by ``gguf.GGUFReader`` (the oracle
 of the tests), which trusts every count in the file: one wrong array length makes it walk through the whole file.
 Format: github.com/ggml-org/ggml docs/gguf.md. What the numbers mean: llama.cpp, conversion and model code of the
-``minicpm`` and ``llama`` architectures.
+``minicpm``, ``minicpm3`` and ``llama`` architectures.
 """
 
 import math
@@ -46,6 +46,12 @@ LAYER_MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -131,13 +137,16 @@ def open_file(path: Path) -> GGUFFile:
     """Read the header of a GGUF file; its tensors stay in the file.
 
     Raises:
-        InputError: the file is missing, damaged or truncated, not of the architectures minicpm and llama, or has
-            something that would change the numbers and is not supported (experts, Llama 3.1's RoPE, YaRN, split files).
+        InputError: the file is missing, damaged or truncated, not of the architectures minicpm, minicpm3 and llama, or
+            has something that would change the numbers and is not supported (experts, Llama 3.1's RoPE, YaRN, split
+            files).
     """
     with open_regular(path) as file:
         metadata, stored = _Header(path, file).read()
     config = config_of(path, metadata, stored)
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    # MiniCPM3's projections keep their row order: llama.cpp rotates the halves of a head there.
+    latent = "kv_lora_rank" in config
+    heads = {} if latent else {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in stored.items():
         if name in LONGROPE.values():

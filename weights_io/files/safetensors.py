@@ -67,7 +67,12 @@ def open_file(path: Path) -> dict[str, FileTensor]:
     Raises:
         InputError: the file is missing, truncated, longer than its header says, or its header contradicts itself.
     """
-    header, start, size = _read_header(path)
+    return open_with_metadata(path)[0]
+
+
+def open_with_metadata(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
+    """`open_file`, and the metadata of the file."""
+    header, metadata, start, size = _read_header(path)
     tensors = {}
     spans = []
     for name, entry in header.items():
@@ -75,25 +80,28 @@ def open_file(path: Path) -> dict[str, FileTensor]:
         spans.append((begin, end, name))
         tensors[name] = FileTensor(path, start + begin, dtype, shape, contiguous_strides(shape))
     _check_spans(path, sorted(spans), start, size)
-    return tensors
+    return tensors, metadata
 
 
-def write_file(path: Path, tensors: Mapping[str, LazyTensor | Computed]) -> None:
+def write_file(
+    path: Path, tensors: Mapping[str, LazyTensor | Computed], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, with one tensor in memory at a time.
 
-    The header has ``format: pt``, without which transformers refuses the file. The widest dtypes come first, so that
-    each tensor is aligned to its item size; within a dtype the order is that of ``tensors``.
+    The widest dtypes come first, so that each tensor is aligned to its item size; within a dtype the order is that of
+    ``tensors``.
 
     Arguments:
         path: the file to write.
         tensors: name -> an object with shape, dtype and ``read()``.
+        metadata: of the header; default: ``format: pt``, without which transformers refuses a file of weights.
 
     Raises:
         ValueError: safetensors does not have a dtype, or an array differs from its declared shape or dtype. The file is
             then incomplete; write to a temporary name and rename.
     """
     names = sorted(tensors, key=lambda name: -np.dtype(tensors[name].dtype).itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     position = 0
     for name in names:
         dtype, shape = np.dtype(tensors[name].dtype), tuple(tensors[name].shape)
@@ -116,8 +124,8 @@ def write_file(path: Path, tensors: Mapping[str, LazyTensor | Computed]) -> None
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _read_header(path: Path) -> tuple[dict, int, int]:
-    """Header without its metadata, where the data start, and the file's size (bytes)."""
+def _read_header(path: Path) -> tuple[dict, dict[str, str], int, int]:
+    """Header without its metadata, the metadata, where the data start, and the file's size (bytes)."""
     with open_regular(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -135,7 +143,7 @@ def _read_header(path: Path) -> tuple[dict, int, int]:
     metadata = {} if metadata is None else metadata  # MLX writes null where there are none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"__metadata__ in the header of {path} does not map strings to strings; download it again.")
-    return header, 8 + length, size
+    return header, metadata, 8 + length, size
 
 
 def _entry(path: Path, name: str, entry: object) -> tuple[np.dtype, tuple[int, ...], int, int]:

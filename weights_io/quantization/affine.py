@@ -1,12 +1,14 @@
 """A quantized matrix in the affine form that MLX multiplies: w = code * scale + bias, in groups of 32, 64 or 128.
 
 GPTQ, AWQ and bitsandbytes' int8 have this form, with bias = -zero * scale. Larger groups become several with the same
-scale. The values of bitsandbytes' 4-bit codes are in a table, so they have no such form.
+scale. The values of bitsandbytes' 4-bit codes are in a table, so they have no such form; nor have groups that are not
+a multiple of 32. Those take the form of `lookup`.
 """
 
+import dataclasses
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,7 @@ from weights_io.files.tensor import LazyTensor
 from weights_io.memory import ITEM
 from weights_io.parameters import parameters
 from weights_io.quantization.entries import GROUPS
+from weights_io.quantization.lookup import stored_bits
 from weights_io.quantization.mlx_affine import AffineTensor
 from weights_io.quantization.packed import Packed, PackedTensor, pack
 
@@ -28,19 +31,41 @@ class Layout:
     bits: int
     group_size: int
     reordered: bool  # act-order: the layer reorders its input by `Packed.order`
+    table: tuple[float, ...] | None = None  # the value of each code in the form of `lookup`; None: the affine form
+    zeros: bool = False  # in the form of `lookup`: groups have zero points
 
 
 def layout_of(tensor: LazyTensor) -> Layout | None:
-    """The affine layout of a tensor; None where it is not quantized or has no affine form."""
+    """The layout of a tensor; None where it is not quantized, or has groups of different sizes. Raises as
+    `PackedTensor.packed`."""
     if not isinstance(tensor, PackedTensor) or (reordered := tensor.reordered()) is None:
         return None
     if isinstance(tensor, AffineTensor):
         return Layout(tensor.bits, tensor.group_size, False)
     fitting = [group for group in sorted(GROUPS["mlx"]) if tensor.group_size % group == 0]
-    return Layout(tensor.bits, fitting[-1], reordered) if fitting else None
+    table = tensor.table()
+    if table is None and fitting:
+        return Layout(tensor.bits, fitting[-1], reordered)
+    if table is None:
+        codes = np.arange(1 << tensor.bits, dtype=np.uint8)
+        table = codes if "zeros" in tensor.parts else codes.view(np.int8)  # bitsandbytes' int8 is signed
+    bits = stored_bits(tensor.bits, tensor.shape[1])
+    return Layout(bits, tensor.group_size, reordered, tuple(table.tolist()), "zeros" in tensor.parts)
 
 
-def affine(packed: Packed, group: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def layout_of_all(tensors: Iterable[LazyTensor]) -> Layout | None:
+    """The one layout of tensors that a model stacks; None where they have several, or one has none.
+
+    Where only some have act-order, all are reordered. Raises as `layout_of`.
+    """
+    found = [layout_of(tensor) for tensor in tensors]
+    layouts = [layout for layout in found if layout is not None]
+    reordered = any(layout.reordered for layout in layouts)
+    merged = {dataclasses.replace(layout, reordered=reordered) for layout in layouts}
+    return merged.pop() if len(merged) == 1 and len(layouts) == len(found) else None
+
+
+def affine(packed: Packed, group: int, dtype: str) -> dict[str, np.ndarray]:
     """The arrays of MLX's affine form.
 
     In float32 the values are those of the file. In another dtype the scales and biases are rounded to it, which is
@@ -69,11 +94,11 @@ def affine(packed: Packed, group: int, dtype: str) -> tuple[np.ndarray, np.ndarr
     repeat = packed.group_size // group
     with np.errstate(over="ignore"):  # the caller checks the result
         rounded = [np.repeat(x, repeat, axis=1).astype(numpy_dtype(dtype)) for x in (scales, biases)]
-    return words, rounded[0], rounded[1]
+    return {"weight": words, "scales": rounded[0], "biases": rounded[1]}
 
 
 def kept_bytes(checkpoint: Checkpoint, layouts: Mapping[str, Layout], dtype: str) -> int:
-    """Bytes of the weights of a quantized checkpoint that stay quantized, in MLX's affine form.
+    """Bytes of the weights of a quantized checkpoint in MLX, of which some stay quantized.
 
     Arguments:
         checkpoint: an open checkpoint.
@@ -85,7 +110,8 @@ def kept_bytes(checkpoint: Checkpoint, layouts: Mapping[str, Layout], dtype: str
         for name, tensors in parameter.mlx_names(checkpoint.config).items():
             layout, size = layouts.get(name), float(ITEM[dtype])
             if layout is not None:
-                size = layout.bits / 8 + 2 * size / layout.group_size
+                of_group = 2 * size if layout.table is None else size + layout.zeros
+                size = layout.bits / 8 + of_group / layout.group_size
             total += len(tensors) * math.prod(parameter.tensor_shape(checkpoint.config)) * size
     return int(total)
 

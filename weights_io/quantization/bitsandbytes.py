@@ -54,8 +54,6 @@ class FourBitTensor(PackedTensor):
     quant_map: LazyTensor
     nested: "_Nested | None"
 
-    linear = False
-
     @property
     def kind(self) -> str:
         double = " (double)" if self.nested else ""
@@ -64,6 +62,9 @@ class FourBitTensor(PackedTensor):
     @property
     def arithmetic(self) -> str:
         return self.compute_dtype
+
+    def table(self) -> np.ndarray:
+        return self.quant_map.read()
 
     def packed(self, start: int = 0, stop: int | None = None) -> Packed:
         outputs, inputs = self.shape
@@ -79,7 +80,7 @@ class FourBitTensor(PackedTensor):
             scales=scales.reshape(stop - start, inputs // self.group_size),
             bits=4,
             group_size=self.group_size,
-            table=self.quant_map.read(),
+            table=self.table(),
         )
 
     def _absmax(self, start: int, stop: int) -> np.ndarray:

@@ -21,8 +21,8 @@ GROUPS = {
 }  # -1: a whole row; GPTQ and AWQ accept any positive number too
 INSTEAD = "take the model's GPTQ, AWQ, bitsandbytes, MLX or GGUF files, or its weights before quantization"
 BEFORE_MARLIN = "is repacked for the Marlin kernel; take the model's GPTQ or AWQ folder, which it was made from"
-# Ignored keys. Most of them state how the codes were computed or which kernel to use. desc_act and sym are ignored
-# because the tensors (g_idx and qzeros) are more reliable: released configs contradict each other about these two.
+# Ignored keys. Most of them state how the codes were computed or which kernel to use. sym is ignored, and desc_act
+# where g_idx is stored: the tensors (qzeros and g_idx) are more reliable, as released configs contradict each other.
 NOTES = {
     "gptq": frozenset(
         """damp_percent damp_auto_increment static_groups true_sequential model_name_or_path model_file_base_name
@@ -62,6 +62,7 @@ class Scheme:
     source: str  # the file and key that state it, for messages
     bits: int = 0  # bits per code
     group_size: int = 0  # -1: a whole row; 0 for bitsandbytes, whose tensors state it
+    act_order: bool = False  # GPTQ only: desc_act, which the stored groups (g_idx) of the inputs overrule
     stated_format: str | None = None  # GPTQ only: gptq, whose stored zero points are one too small, or gptq_v2
     modules: Mapping[str, "tuple[int, int] | None"] = field(default_factory=dict)  # MLX: bits, group; None: not packed
 
@@ -127,7 +128,8 @@ def scheme_of(entry: Mapping[str, Any], source: str) -> Scheme:
         raise InputError(f"{source} has the format {shown(formats)}, which is not read here; {INSTEAD}.")
     stated = formats[0] if method == "gptq" and formats else None
     bits, group = (_first(entry, keys) for keys in (("bits", "w_bit"), ("group_size", "q_group_size")))
-    return Scheme(method, source, _bits(method, bits, source), _group(method, group, source), stated)
+    order = method == "gptq" and entry.get("desc_act") is True
+    return Scheme(method, source, _bits(method, bits, source), _group(method, group, source), order, stated)
 
 
 def scheme_of_side_file(settings: Mapping[str, Any], source: str) -> Scheme | None:

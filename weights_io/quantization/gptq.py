@@ -64,6 +64,10 @@ class GPTQTensor(PackedTensor):
             groups=self.groups(),
         )
 
+    def symmetric(self) -> bool:
+        zeros = words_of_columns(self.qzeros, self.bits, 0, self.shape[0])
+        return bool((zeros == (1 << self.bits - 1) - self.zero_offset).all())
+
     def groups(self) -> np.ndarray | None:
         if self.g_idx is None:
             return None
@@ -96,6 +100,11 @@ def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int],
         raise InputError(
             f"{short(name)} is [{outputs}, {inputs}], which {bits} bits do not pack in words of 32; correct "
             f"{scheme.source}."
+        )
+    if scheme.act_order and "g_idx" not in parts and count > 1:
+        raise InputError(
+            f"{short(name)} in {parts['qweight'].source} lacks g_idx, the group of each input, which desc_act of "
+            f"{scheme.source} requires; download the weights again, whole."
         )
     if bits > 2 and tuple(parts["qweight"].shape) == (inputs // 16, outputs * bits // 2):
         raise InputError(f"{short(name)} in {parts['qweight'].source} {BEFORE_MARLIN}.")

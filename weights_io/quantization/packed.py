@@ -75,7 +75,6 @@ class PackedTensor:
     bits: int
     group_size: int
 
-    linear: ClassVar[bool] = True  # a value is linear in its code; False: a table holds the values
     parts: ClassVar[tuple[str, ...]] = ()  # the arrays of `Packed` beside codes and scales: zeros or biases
 
     @property
@@ -100,11 +99,19 @@ class PackedTensor:
         """The group of each input [in]; None where they are contiguous and in order. Raises as `packed`."""
         return None
 
+    def table(self) -> np.ndarray | None:
+        """The value of each code [2**bits] float32; None where a value is linear in its code."""
+        return None
+
+    def symmetric(self) -> bool:
+        """Whether every zero point is the middle of the codes' range, so that signed codes need none."""
+        return False
+
     def reordered(self) -> bool | None:
         """Whether the inputs have to be sorted by group (act-order). None: a model cannot keep the matrix quantized, as
-        a table holds the values or the groups differ in size. Raises as `packed`."""
-        groups = self.groups() if self.linear else None
-        regular = self.linear and (groups is None or bool((np.bincount(groups) == self.group_size).all()))
+        the groups differ in size. Raises as `packed`."""
+        groups = self.groups()
+        regular = groups is None or bool((np.bincount(groups) == self.group_size).all())
         return groups is not None if regular else None
 
     def packed(self, start: int = 0, stop: int | None = None) -> Packed:

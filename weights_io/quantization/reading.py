@@ -13,6 +13,7 @@ from weights_io.files.tensor import FileTensor, LazyTensor, same_numbers
 from weights_io.parameters import EMBEDDING, HEAD, module_name, parameters, tensor_shapes
 from weights_io.quantization import awq, bitsandbytes, gptq, mlx_affine
 from weights_io.quantization.entries import (
+    BEFORE_MARLIN,
     LABELS,
     SIDE_FILE,
     Scheme,
@@ -84,6 +85,8 @@ def as_matrices(
 
 def _open(name: str, parts: dict[str, LazyTensor], shape: tuple[int, ...], scheme: Scheme) -> PackedTensor:
     form = FORMATS[scheme.method]
+    if parts.keys() >= {"B", "s"}:
+        raise InputError(f"{short(name)} in {parts['B'].source} {BEFORE_MARLIN}.")
     if scheme.method != "bitsandbytes":  # its parts depend on the quantization state
         check_complete(name, parts, form.REQUIRED, form.OPTIONAL, LABELS[scheme.method])
     return form.open_tensor(name, parts, shape, scheme)

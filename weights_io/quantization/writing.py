@@ -65,13 +65,17 @@ class Affine:
             found |= self._parts(module_name(name), tensor) if name in packed else {name: tensor}
         return found
 
+    def quantized(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``weight``, ``scales`` and ``biases`` of a matrix [out, in]."""
+        return quantize(matrix, self.bits, self.group_size)
+
     def _parts(self, module: str, tensor: Computed) -> dict[str, Computed]:
         outputs, inputs = tensor.shape
         kept: dict[str, np.ndarray] = {}
 
         def make(part: str) -> np.ndarray:
             if part not in kept:
-                kept.update(zip(REQUIRED, quantize(tensor.make(), self.bits, self.group_size), strict=True))
+                kept.update(zip(REQUIRED, self.quantized(tensor.make()), strict=True))
             return kept.pop(part)
 
         shapes = {"weight": ((outputs, inputs * self.bits // 32), np.dtype(np.uint32))}

@@ -13,6 +13,8 @@ from functools import cache, lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
+from minicpm_data.conversation.disguised_text import disguised
+
 SECONDS = 1.0  # of CPU time for one prompt; a conversation of 1,000 turns takes 0.01
 MEMORY = 256 << 20  # bytes of address space; the process itself needs 30 million
 # Limits of a prompt's characters. A template writes text of its own, and may write its input several times (tools).
@@ -49,10 +51,15 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _rendered(template: str, variables: dict[str, Any], longest: int) -> str:
-    """The rendered text. Raises `ValueError` where it is longer than ``longest`` characters."""
+def _rendered(template: str, variables: dict[str, Any], longest: int, hidden: dict[str, str]) -> str:
+    """The rendered text. Raises `ValueError` where it is longer than ``longest`` characters.
+
+    ``hidden`` are the characters of the variables that stand for others in the tests of the template.
+    """
     parts: list[str] = []
     length = 0
+    if hidden:
+        variables = disguised(variables, {ord(char): shown for char, shown in hidden.items()})
     for part in compiled(template).generate(variables):
         parts.append(part)
         length += len(part)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from minicpm_data.tokenizer.template_worker import MEMORY
+from minicpm_data.conversation.template_worker import MEMORY
 from weights_io.errors import InputError
 
-START = "from minicpm_data.tokenizer.template_worker import main; main()"
+START = "from minicpm_data.conversation.template_worker import main; main()"
 PROCESSES = 4  # at most; further callers wait for a free one
 START_SECONDS = 60.0  # for a process to start on a very busy machine
 WALL_SECONDS = 30.0  # for one prompt; the process has a smaller limit of its own, in seconds of CPU time
@@ -23,12 +23,13 @@ LOOK_SECONDS = 0.05  # between checks of a process's memory, where the system en
 TOO_MUCH = "the chat template needs more time or memory than is reasonable; give shorter messages or another template."
 
 
-def render(template: str, variables: Mapping[str, Any]) -> str:
+def render(template: str, variables: Mapping[str, Any], hidden: Mapping[str, str] | None = None) -> str:
     """Render a chat template in one of the processes.
 
     Arguments:
         template: Jinja source.
         variables: JSON values.
+        hidden: characters in them -> the characters that the template's tests see in their place.
 
     Returns:
         The text of the prompt.
@@ -36,7 +37,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     Raises:
         InputError: the template fails, raises an exception of its own, or exceeds a limit of time, memory or text.
     """
-    found = _answer({"template": template, "variables": variables})
+    found = _answer({"template": template, "variables": variables, "hidden": hidden or {}})
     if "error" in found:
         raise InputError(f"the chat template cannot be applied to these messages: {found['error'].rstrip('.')}.")
     return found["text"]

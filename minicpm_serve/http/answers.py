@@ -1,0 +1,116 @@
+"""The JSON of answers: whole, and as chunks of a stream."""
+
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from minicpm_data.conversation.answers import ToolCall
+from minicpm_data.generation.responses import Response
+
+ID_BYTES = 12  # of the id of a call: 24 digits
+
+
+@dataclass
+class Answer:
+    """An answer, as far as it has been received.
+
+    Attributes:
+        after_calls: the finish reason where the model ended the answer and called.
+        text, reasoning, calls: of the responses so far.
+        reason: why it ended; None while it has not.
+    """
+
+    after_calls: str = "tool_calls"
+    text: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    reason: str | None = None
+
+    def add(self, response: Response) -> list[dict[str, Any]]:
+        """Append a response, and return its calls in OpenAI's form."""
+        self.text += response.text
+        self.reasoning += response.reasoning
+        calls = [call_json(call) for call in response.tool_calls]
+        self.calls += calls
+        if response.finish_reason is not None:
+            called = self.calls and response.finish_reason == "stop"
+            self.reason = self.after_calls if called else response.finish_reason
+        return calls
+
+
+def call_json(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(ID_BYTES)}", "type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The JSON of an endpoint's answers.
+
+    Attributes:
+        name, piece_name: the ``object`` of a whole response, and of a chunk.
+        prefix: of the id of a response.
+        choice: index and answer -> a choice of a whole response.
+        pieces: index, answer and its latest response -> the choices of the chunks that it makes.
+        first: the delta before the first text; None where there is none.
+    """
+
+    name: str
+    piece_name: str
+    prefix: str
+    choice: Callable[[int, Answer], dict]
+    pieces: Callable[[int, Answer, Response], Iterator[dict]]
+    first: dict[str, str] | None = None
+
+
+def text_choice(index: int, answer: Answer) -> dict:
+    return _text(index, answer.text, answer.reason)
+
+
+def text_pieces(index: int, answer: Answer, response: Response) -> Iterator[dict]:
+    answer.add(response)
+    if response.text or response.finish_reason:
+        yield _text(index, response.text, answer.reason)
+
+
+def _text(index: int, text: str, reason: str | None) -> dict:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+def message_choice(index: int, answer: Answer) -> dict:
+    """A message; its content is null where there is a thought or a call alone."""
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = answer.calls
+    if not answer.text and len(message) > 2:
+        message["content"] = None
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": answer.reason}
+
+
+def message_pieces(index: int, answer: Answer, response: Response) -> Iterator[dict]:
+    """The thought, the text, each call in two deltas, and an empty delta with the finish reason."""
+    first = len(answer.calls)
+    calls = answer.add(response)
+    if response.reasoning:
+        yield delta_choice(index, {"reasoning_content": response.reasoning})
+    if response.text:
+        yield delta_choice(index, {"content": response.text})
+    for number, call in enumerate(calls, first):
+        begun = {**call, "function": {**call["function"], "arguments": ""}}
+        yield delta_choice(index, {"tool_calls": [{"index": number, **begun}]})
+        arguments = {"arguments": call["function"]["arguments"]}
+        yield delta_choice(index, {"tool_calls": [{"index": number, "function": arguments}]})
+    if answer.reason is not None:
+        yield delta_choice(index, {}, answer.reason)
+
+
+def delta_choice(index: int, delta: dict, reason: str | None = None) -> dict:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+CHAT_FIRST = {"role": "assistant", "content": ""}
+CHAT = Kind("chat.completion", "chat.completion.chunk", "chatcmpl-", message_choice, message_pieces, CHAT_FIRST)
+TEXT = Kind("text_completion", "text_completion", "cmpl-", text_choice, text_pieces)
