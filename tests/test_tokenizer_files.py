@@ -347,18 +347,19 @@ def test_chat_template_sources(tmp_path):
 
 
 def test_the_template_for_tools(tmp_path):
-    named = [{"name": "tool_use", "template": "tools {{ tools|length }}"}, {"name": "default", "template": "none"}]
+    named = [{"name": "tool_use", "template": "tools {{ tools[0].name }}"}, {"name": "default", "template": "none"}]
     tokenizer = load_tokenizer(tiny.write(tmp_path / "named", chat_template=named))
     messages = [{"role": "user", "content": "Hello"}]
-    tools = {"tools": [{"type": "function"}]}
+    tools = [{"name": "f"}]
     assert tokenizer.apply_chat(messages) == tokenizer.encode("none")
-    assert tokenizer.apply_chat(messages, variables=tools) == tokenizer.encode("tools 1")
+    assert tokenizer.apply_chat(messages, tools) == tokenizer.encode("tools f")
     files: dict = {"chat_template.jinja": "file"}
     folder = tiny.write(tmp_path / "file", files, chat_template=named)  # the file comes before the list
-    assert load_tokenizer(folder).apply_chat(messages, variables=tools) == tokenizer.encode("file")
+    with pytest.raises(InputError, match="tools cannot be used"):
+        load_tokenizer(folder).apply_chat(messages, tools)
     (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("more")
-    assert load_tokenizer(folder).apply_chat(messages, variables=tools) == tokenizer.encode("more")
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("more {{ tools[0].name }}")
+    assert load_tokenizer(folder).apply_chat(messages, tools) == tokenizer.encode("more f")
     assert load_tokenizer(folder).apply_chat(messages) == tokenizer.encode("file")
 
 

@@ -55,7 +55,8 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
     given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are part of the prompt
     limits.check_texts([message["content"] for message in messages] + given)
     asking = [name for name, value in variables.items() if value not in (None, False)]
-    if asking and (unknown := set(asking) - variables_of(tokenizer.chat_template)):
+    template = (use.tools and tokenizer.tool_template) or tokenizer.chat_template
+    if asking and (unknown := set(asking) - variables_of(template)):
         raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
     if use.forced and tokenizer.features.thinking:  # unless it is asked for, no thought precedes the call
         variables = {"enable_thinking": False, **variables}
