@@ -41,7 +41,7 @@ class Options:
     """Cache length. In training: tokens of a row."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Dtype of weights and computation. The master weights of finetune and pretrain are float32."""
-    quantize: Literal[4, 8] | Format | None = None
+    quantize: Literal[4, 8, Format] | None = None
     """Bits of the quantized matrices of the layers (never of trained ones); in generation the head has 8 bits. Or the
     format of a quantized checkpoint, in the groups of the released file or of the tool, with a head in --dtype."""
     head_bits: Literal[8] | None = None

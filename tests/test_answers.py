@@ -19,7 +19,7 @@ from tiny_training import BACKENDS
 
 from minicpm_data import corpus, load_tokenizer
 from minicpm_data.cli import evaluate, generate, terminal, wrapping
-from minicpm_data.generation.api import Backend, Generator
+from minicpm_data.generation.api import Backend, Generator, Warming
 from minicpm_data.generation.responses import Response
 from minicpm_data.sampling_defaults import ChatSampling
 from weights_io.built_in import built_in
@@ -41,6 +41,9 @@ class Parrot:
 
     def check(self, model, request):
         pass
+
+    def warming(self, model):
+        return Warming()
 
     def stream_tokens(self, model, request):
         self.asked += map(list, request.prompts)

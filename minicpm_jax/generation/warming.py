@@ -14,6 +14,7 @@ import numpy as np
 from minicpm_data.generation import api
 from minicpm_data.generation.options import seen_tokens
 from minicpm_data.generation.request import GenerationRequest, PromptIds
+from minicpm_data.generation.thinking import Thoughts
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation import decoding
@@ -65,7 +66,8 @@ class Warming(api.Warming[Model]):
             return decoding.first_token.lower(model, *first).compile()
         state = jax.eval_shape(decoding.first_token, model, *first)
         state = jax.tree.map(lambda x: places.array(x.shape, x.dtype), state)
-        return decoding.decode.lower(model, state, jax.ShapeDtypeStruct((), jnp.int32), first[-1]).compile()
+        forced, number = Thoughts(request.thinking).forced(decoding.STEPS), jax.ShapeDtypeStruct((), jnp.int32)
+        return decoding.decode.lower(model, state, number, first[-2], forced).compile()
 
     def _row(self, request: GenerationRequest, places: Places, slots: int) -> tuple[Any, Any]:
         """The cache of a prompt, and the hidden state of its last token."""
@@ -80,7 +82,9 @@ class Warming(api.Warming[Model]):
         ends = np.array(sorted(request.end_ids) or [-1], np.int32)
         token_mask = seen_tokens(request.prompts, vocab_size) if sampling.penalized else None
         params = SamplingParams.of(sampling, vocab_size)
-        return *self._row(request, places, slots), token_mask, sampling.row_keys(1), ends, params
+        forced = Thoughts(request.thinking).forced(1)
+        row = *self._row(request, places, slots), token_mask, sampling.row_keys(1), ends
+        return *row, params, None if forced is None else forced[0]
 
 
 def keys_of(request: GenerationRequest, length: int | None = None) -> list[Key]:
@@ -90,7 +94,8 @@ def keys_of(request: GenerationRequest, length: int | None = None) -> list[Key]:
         request = dataclasses.replace(request, prompts=(whole,), prefix=None)
     slots = decoding.cache_length(request)
     width = decoding.prefill_chunk(request.longest - request.begun, request.cache)
-    kind = request.sampling.greedy, request.sampling.penalized, len(request.end_ids)
+    sampling = request.sampling
+    kind = sampling.greedy, sampling.penalized, len(request.end_ids), request.thinking is not None
     sampled = (slots, *map(int, kind))
     prefill = Key("prefill", (width, slots))
     return [Key("empty", (slots,)), prefill, Key("first_token", sampled), Key("decode", sampled)]

@@ -52,9 +52,12 @@ def sampled_group(config: ModelConfig, tensors: Mapping[str, LazyTensor]) -> int
     found = []
     for parameter in target_parameters(config, ("all-linear",)):
         tensor = tensors.get(parameter.hf_names(config)[0])
-        fits = tensor is not None and tuple(tensor.shape) == parameter.tensor_shape(config)
-        found.append(group_of(tensor, SAMPLE) if tensor is not None and fits else None)
-    return None if None in found or not found else min(group for group in found if group is not None)
+        if tensor is None or tuple(tensor.shape) != parameter.tensor_shape(config):
+            return None
+        if (group := group_of(tensor, SAMPLE)) is None:  # no other matrix is read
+            return None
+        found.append(group)
+    return min(found, default=None)
 
 
 def group_of(tensor: LazyTensor, most: int | None = None) -> int | None:
