@@ -88,7 +88,10 @@ def simulate(slots: int, pool: PagePool, count: int, seed: int) -> dict[str, flo
         prompts += prompt
         ids = PromptIds(random.integers(1 << 30, size=prompt).tolist(), 1 << 30)
         scheduler.add(GenerationRequest((ids,), answer))
-    running, held, began, step, waited = [], [], {}, 0, 0
+    running: list[int] = []
+    held: list[int] = []
+    began: dict[int, int] = {}  # request -> step at which it first ran
+    step = waited = 0
     while not scheduler.idle:
         scheduler.step()
         step += 1
@@ -154,6 +157,7 @@ def draw(path: Path, model: str, found: list[tuple[int, float, float]]) -> None:
     for axis, place, title in zip(axes, (1, 2), ("requests at once", "bound on tokens/s"), strict=True):
         bars = axis.bar(names, [row[place] for row in found], color=["0.6"] + ["tab:blue"] * (len(found) - 1))
         axis.bar_label(bars, fmt="{:,.0f}")
+        axis.margins(y=0.12)
         axis.set_title(f"{model}: {title}")
         axis.set_xlabel("places in the batch")
     figure.tight_layout()

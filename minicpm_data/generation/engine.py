@@ -34,6 +34,7 @@ from weights_io.memory import no_room
 
 STEP = 256  # tokens; a context that does not fit memory is shortened to a multiple of this
 SPARE = 0.05  # of the pages: left to the running answers when a request is admitted
+MOST_STEPS = 32  # of a decode call: each running request gets pages for all of them before it
 PATIENCE = 0.05  # seconds; a longer decode call would be visible in streamed text
 
 
@@ -313,7 +314,7 @@ class BatchEngine(ABC, Generic[ModelT]):
         ]
         if steps == self._steps and not hurry:
             fast = time.perf_counter() - began < PATIENCE / 2
-            self._steps = 2 * steps if fast else max(1, steps // 2)
+            self._steps = min(2 * steps, MOST_STEPS) if fast else max(1, steps // 2)
         return generated
 
     def _room(self, steps: int) -> int:

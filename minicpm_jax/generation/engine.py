@@ -39,6 +39,7 @@ NARROW = 32  # tokens of a narrow chunk: the last ones of a prompt, and on a CPU
 PAGE_BYTES = 64 << 10  # least bytes of a page's keys: a TPU fetches smaller ones at less than its bandwidth
 LEAST_PAGE, INT8_PAGE = 32, 128  # tokens; the scales of an int8 page fill a register of 128 lanes
 ANSWER = 1024  # tokens a slot for which a CPU, whose memory others need too, has pages; beyond them slots share
+RESERVED = 350_000_000  # bytes of a chip for programs and activations
 TABLES = 512 << 10  # bytes: of the scalar memory in which a TPU's kernel reads all tables
 
 
@@ -64,7 +65,10 @@ class Engine(engine.BatchEngine[Model]):
         most = slots * self.context
         if platform() == "cpu":
             most = min(most, self.context + slots * ANSWER)
-        self.pool = self._pool(page, bytes_of, device.free_memory(model.mesh), most, cache_tokens)
+        free = device.free_memory(model.mesh)
+        if free is not None and platform() != "cpu":
+            free -= RESERVED
+        self.pool = self._pool(page, bytes_of, free, most, cache_tokens)
         self._wide = decoding.prefill_chunk(self.context, cache_options)
         self._tables = np.zeros((slots, self._width), np.int32)
         self.shapes = Shapes(model, cache_options, self.pool.pages, page, self._width)
