@@ -17,7 +17,11 @@ from minicpm_data.tokenizer import chat_template
 from weights_io.errors import InputError
 
 FOLDER = Path(__file__).parent / "reference" / "chat"
-TEMPLATES = {folder.name: (folder / "chat_template.jinja").read_text("utf-8") for folder in sorted(FOLDER.iterdir())}
+TEMPLATES = {
+    folder.name: (folder / "chat_template.jinja").read_text("utf-8")
+    for folder in sorted(FOLDER.iterdir())
+    if folder.is_dir()
+}
 CASES = {name: json.loads((FOLDER / name / "cases.json").read_text("utf-8")) for name in TEMPLATES}
 # Tokens of MiniCPM5's vocabulary (of MiniCPM4's: the first two) -> whether they are special.
 ADDED = dict.fromkeys(("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"), True)

@@ -29,7 +29,7 @@ COMMANDS = [
     f"{package}.{name}"
     for package in BACKENDS
     for name in ("generate", "chat", "evaluate", "parity", "kv_error", "fuse", "lora", "finetune", "pretrain")
-    + ("benchmark", "convert", "perplexity", "server")
+    + ("benchmark", "cache_prompt", "convert", "perplexity", "server")
 ]
 COMMANDS += [
     "minicpm_jax.fit",
@@ -48,7 +48,7 @@ COMMANDS += [
 COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.fit_table"]
 COMMANDS += ["benchmarks.speculation", "benchmarks.concurrency", "benchmarks.graph_nodes", "benchmarks.throughput"]
-COMMANDS += ["benchmarks.loading", "benchmarks.tunix_peer"]
+COMMANDS += ["benchmarks.loading", "benchmarks.tunix_peer", "benchmarks.paging", "benchmarks.paging_programs"]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
 # Asks each command that it reads for its help, in a child that has imported nothing but what all of them need.
 ASKING_FOR_HELP = """

@@ -111,7 +111,7 @@ def test_python(page):
 
 @pytest.mark.slow
 def test_what_the_page_of_the_server_asks_it(folder, capsys):
-    (command,), (python,) = commands("docs/serve.md"), blocks("docs/serve.md", "python")
+    (command,), (python, _) = commands("docs/serve.md"), blocks("docs/serve.md", "python")  # tools: test_tool_api.py
     (curl,) = [block for block in blocks("docs/serve.md", "bash") if block.startswith("curl")]
     with served(shortened(command), folder) as url:
         asked = subprocess.run(["bash", "-ec", curl.replace(PAGE_URL, url)], capture_output=True, text=True)

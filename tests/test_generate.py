@@ -420,6 +420,7 @@ TWINS = sorted(
 )
 ONLY_JAX = {
     "decoding.State": {"finished", "eos_ids"},  # its loop runs on the device
+    "decoding.sample_next": {"allowed"},  # its engine samples on the device
     "sparsity.Counting": {"neurons"},  # a mesh pads its layers
 }
 

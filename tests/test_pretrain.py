@@ -116,7 +116,11 @@ def test_windows_hold_every_token_from_bos_to_eos(corpus):
     expected = []
     for row in rows:
         text = "text" in row
-        ids = tokenizer.encode(row["text"]) if text else tokenizer.apply_chat(row["messages"], False)
+        ids = (
+            tokenizer.encode(row["text"])
+            if text
+            else tokenizer.apply_chat(row["messages"], add_generation_prompt=False)
+        )
         expected += [*ids, 2]
     flat = windows.reshape(-1).tolist()
     assert flat == expected[: len(flat)] and len(expected) - len(flat) < 16

@@ -75,7 +75,9 @@ def test_the_table_of_commands():
     tables = [re.findall(r"^\| (`\w+_.*?`) \|.*\| (\[.*) \|$", (ROOT / r).read_text("utf-8"), re.M) for r in READMES]
     named = []
     for names, pages in tables[0]:
-        shown = [command for page in re.findall(r"\((docs/[\w-]+\.md)\)", pages) for command in commands(page)]
+        shown = [
+            command for page in re.findall(r"\((docs/[\w-]+\.md)(?:#[\w-]+)?\)", pages) for command in commands(page)
+        ]
         for name in re.findall(r"`([\w.*]+)`", names):
             command = rf"python -m {name.replace('*', '(jax|mlx)')}( |$)"
             assert any(re.match(command, line) for line in shown), name

@@ -284,7 +284,7 @@ def chip_bytes(tree: Any) -> int:
 
     def size(leaf: Any) -> int:
         bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize  # which is a byte for int4
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
+        return -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8)
 
     return sum(map(size, jax.tree.leaves(tree)))
 
