@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from minicpm_data.generation import engine
-from minicpm_data.generation.engine import RequestState
 from minicpm_data.generation.pages import PagePool
 from minicpm_data.generation.request import GenerationRequest, PromptIds
+from minicpm_data.generation.request_state import RequestState
 from weights_io import command_line
 
 CONTEXT = 4096

@@ -21,8 +21,8 @@ from jaxtyping import Array
 
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import allowed_rows
-from minicpm_data.generation.engine import RequestState
 from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.request_state import RequestState
 from minicpm_data.generation.thinking import forced_steps
 from minicpm_jax import device
 from minicpm_jax.generation import decoding

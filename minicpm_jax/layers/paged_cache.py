@@ -120,12 +120,17 @@ class PagedCache(Cache):
         size, heads, head_dim = like.shape
         pages = jax.lax.dynamic_slice(self.table, (row, slot // self.page), (1, size // self.page))[0]
 
+        def of_pages(stored: Array, begin: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
+            """A part of each page: one gather, of which XLA copies nothing else."""
+            return jax.vmap(lambda page: jax.lax.dynamic_slice(stored, (layer, page, *begin), (1, 1, *shape))[0, 0])(
+                pages
+            )
+
         def part(stored, scale):
-            lanes = jax.lax.dynamic_slice_in_dim(stored, head * head_dim, heads * head_dim, axis=3)
-            block = lanes[layer, pages].reshape(like.shape)
+            block = of_pages(stored, (0, head * head_dim), (self.page, heads * head_dim)).reshape(like.shape)
             if scale is None:
                 return block.astype(like.dtype)
-            scale = jax.lax.dynamic_slice_in_dim(scale, head, heads, axis=2)[layer, pages]  # [n, K, P]
+            scale = of_pages(scale, (head, 0), (heads, self.page))  # [n, K, P]
             return (block * scale.transpose(0, 2, 1).reshape(size, heads, 1)).astype(like.dtype)
 
         return part(self.k, self.k_scale), part(self.v, self.v_scale)

@@ -21,9 +21,9 @@ from mlx_lm.models.cache import trim_prompt_cache
 
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import unpacked
-from minicpm_data.generation.engine import RequestState
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, seen_tokens
 from minicpm_data.generation.pages import Row as Pages
+from minicpm_data.generation.request_state import RequestState
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.sampling import sample

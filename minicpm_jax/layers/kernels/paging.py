@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from minicpm_jax.layers.kernels.tiling import Tiling, divided, least
 
-PAGES = 8  # most pages of a block: each is a fetch, and an index map, of its own
+PAGES = 4  # most pages of a block: each is a fetch, and an index map, of its own
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Paging:
         _, count, page, _ = cache.k.shape
         share = min(count - 1, self.tiling.batch * self.width) / count
         slots = int(share * count * page) * self.tiling.pieces
-        held = sum(x.nbytes // x.shape[0] for x in stored)
+        held = sum(x.size * x.dtype.itemsize // x.shape[0] for x in stored)
         return pl.CostEstimate(
             flops=flops * slots,
             transcendentals=transcendentals * slots,
