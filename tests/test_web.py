@@ -221,7 +221,7 @@ def test_a_foreign_name_is_refused(pico):
 def test_a_thought_is_folded_and_sent_back():
     history = [
         {"role": "user", "content": [{"type": "text", "text": "q"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "hm"}], "metadata": {"title": "💭"}},
+        {"role": "assistant", "content": [{"type": "text", "text": "hm"}], "metadata": {"title": "Thought"}},
         {"role": "assistant", "content": [{"type": "text", "text": "a"}], "metadata": {}},
     ]
     settings = {"system": "s", "seed": 3, "max_tokens": 0, "temperature": 0.5, "thinking": "off", "budget": 64}
@@ -238,7 +238,7 @@ def test_a_thought_is_folded_and_sent_back():
         "thinking_budget": 64,
     }
     folded, text = messages_of(Shown("a", "hm", False, 1.23, 5, 10.0, "stop"))
-    assert folded.metadata == {"title": "💭", "status": "done", "duration": 1.2} and text.content == "a"
+    assert folded.metadata == {"title": "Thought", "status": "done", "duration": 1.2} and text.content == "a"
     (open_,) = messages_of(Shown("", "hm", True, 1.0, 2, 10.0))
     assert open_.metadata["status"] == "pending"
 

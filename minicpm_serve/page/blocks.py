@@ -163,12 +163,12 @@ def messages_of(shown: Shown) -> list[gr.ChatMessage]:
     messages = []
     if shown.reasoning:
         metadata: MetadataDict = {
-            "title": "💭",
+            "title": "Thought",
             "status": "pending" if shown.thinking else "done",
             "duration": round(shown.thought_seconds, 1),
         }
         messages.append(gr.ChatMessage(role="assistant", content=shown.reasoning, metadata=metadata))
-    if not shown.thinking:
+    if shown.text or not shown.reasoning:
         messages.append(gr.ChatMessage(role="assistant", content=shown.text))
     return messages
 
