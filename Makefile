@@ -118,4 +118,5 @@ $(VENV)/.colab: tests/reference/colab-tpu.txt | $(VENV)/bin/python
 
 $(VENV)/.interop: $(VENV)/.test
 	$(PIP) '$(TORCH)' --editable '.[torch]'
+	$(PIP) --no-deps xllamacpp
 	@touch $@

@@ -7,12 +7,14 @@
 - ``--to mlx -q`` also quantizes the matrices in MLX's format. With ``--ternary`` it packs those of BitCPM4 exactly.
 - ``--to llama`` folds MiniCPM's scales into the weights, for programs that only know Llama.
 - ``--to hf --unfold`` is the inverse of ``--to llama``.
+- ``--to gguf`` writes one file for llama.cpp and the programs made of it (Ollama, LM Studio ...).
 
 A quantized model (GPTQ, AWQ, bitsandbytes, MLX) is written dequantized unless ``-q`` is given: in float32, or with
 ``--dequantize`` in the dtype that it computes in, as by mlx_lm.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from weights_io.checkpoint import Checkpoint
 from weights_io.command_line import Former
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
+from weights_io.files.gguf_writing import OutType, architecture_of, save
 from weights_io.parameters import count
 from weights_io.progress import waiting
 from weights_io.quantization.packed import PackedTensor
@@ -43,11 +46,13 @@ class Options:
     model: Annotated[str, Former("hf_path")]
     """Model folder, GGUF file, hub id (owner/name, owner/name/folder) or short name from the catalogue (--hf-path in
     mlx_lm)."""
-    to: Literal["hf", "llama", "mlx"]
+    to: Literal["hf", "llama", "mlx", "gguf"]
     """hf: Hugging Face layout in the model's own architecture; mlx: the same, and mlx_lm opens it with
-    --trust-remote-code if this package is installed; llama: LlamaForCausalLM, with MiniCPM's scales folded in."""
+    --trust-remote-code if this package is installed; llama: LlamaForCausalLM, with MiniCPM's scales folded in; gguf: a
+    file for llama.cpp."""
     save_path: Annotated[Path, Former("out", "mlx_path")]
-    """Folder to write (--mlx-path in mlx_lm). It must be empty or not exist yet."""
+    """Folder to write (--mlx-path in mlx_lm). It must be empty or not exist yet. With --to gguf: the file to write,
+    NAME.gguf."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the written weights. By default each tensor keeps its own dtype."""
     revision: str | None = None
@@ -71,6 +76,11 @@ class Options:
     ternary: bool = False
     """With --quantize: pack only the matrices that have three values in each group (BitCPM4's), in 2 bits and without
     any error. The others, embedding and head are not quantized."""
+    outtype: OutType | None = None
+    """With --to gguf: type of the matrices, named as by llama.cpp: f32, f16 (the default), bf16, q8_0 (8.5 bits a
+    weight), q4_0 (4.5) or q4_k_m (4.5 to 6.6, by tensor)."""
+    modelfile: bool = False
+    """With --to gguf: also write a Modelfile beside it, for ollama create."""
     q_mode: str = "affine"
     """With --quantize: affine is the one mode that is written."""
     dequantize: Annotated[bool, tyro.conf.arg(aliases=("-d",))] = False
@@ -143,6 +153,40 @@ def convert(checkpoint: Checkpoint, options: Options, tokenizer_files: Mapping[s
     return lines
 
 
+def convert_to_gguf(
+    checkpoint: Checkpoint, options: Options, tokenizer: Mapping[str, Any], modelfile: str | None
+) -> list[str]:
+    """Write the model to the GGUF file ``options.save_path``.
+
+    Arguments:
+        checkpoint: the model to convert.
+        options: as on the command line.
+        tokenizer: the tokenizer's keys (`minicpm_data.tokenizer.gguf_writing.metadata_of`).
+        modelfile: text of the Modelfile to write beside it; None: none.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        InputError: as `weights_io.files.gguf_writing.save`.
+    """
+    out, kind = options.save_path, options.outtype or "f16"
+    beside = {} if modelfile is None else {"Modelfile": modelfile}
+    written = save(out, checkpoint.config, checkpoint.tensors, kind, tokenizer, checkpoint.path.stem, beside)
+    kinds = Counter(tensor.kind for tensor in written)
+    lines = [
+        f"{out}: {architecture_of(checkpoint.config)}, {count(checkpoint.config):,} parameters, "
+        f"{out.stat().st_size:,} bytes",
+        "tensors: " + ", ".join(f"{number} {kind}" for kind, number in kinds.most_common()),
+    ]
+    packed = [tensor for tensor in checkpoint.tensors.values() if isinstance(tensor, PackedTensor)]
+    if packed:
+        lines.append(f"{len(packed)} matrices dequantized from {packed[0].kind}")
+    if modelfile is not None:
+        lines.append(f"{out.parent / 'Modelfile'}: ollama create NAME -f {out.parent / 'Modelfile'}")
+    return lines
+
+
 def write_model(
     out: Path,
     checkpoint: Checkpoint,
@@ -206,7 +250,23 @@ def check(options: Options) -> None:
     if options.quantize and options.dequantize:
         raise InputError("and {quantize} do not go together; leave one of them out.", "dequantize", ["quantize"])
     if options.quantize and options.to != "mlx":
-        raise InputError("packs in MLX's form; use it with {to} mlx.", "quantize", ["to"])
+        remedy = "; {outtype} chooses the type of a GGUF file" if options.to == "gguf" else ""
+        named = ["to", "outtype"] if remedy else ["to"]
+        raise InputError(f"packs in MLX's form; use it with {{to}} mlx{remedy}.", "quantize", named)
+    for name in ("outtype", "modelfile"):
+        if getattr(options, name) and options.to != "gguf":
+            raise InputError("is only used with {to} gguf; leave it out.", name, ["to"])
+    if options.to == "gguf":
+        if options.save_path.suffix != ".gguf":
+            raise InputError(
+                f"is {options.save_path}; give the file to write, such as {options.save_path}.gguf.", "save_path"
+            )
+        if options.dtype is not None:
+            raise InputError("is for folders; {outtype} chooses the type of a GGUF file.", "dtype", ["outtype"])
+        if options.dequantize:
+            raise InputError(
+                "is not needed with {to} gguf; {outtype} chooses the type.", "dequantize", ["to", "outtype"]
+            )
     unused = [name for name in ("q_bits", "q_group_size") if getattr(options, name) is not None]
     unused += ["ternary"] * options.ternary
     if unused and not options.quantize:

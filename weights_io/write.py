@@ -86,7 +86,7 @@ def save_checkpoint(
     shards = _shards(sizes, max_shard_bytes)
     try:
         with folder_to_fill(out.parent), partial(out, folder=True) as unfinished:
-            _check_space(out, sum(sizes.values()))
+            check_space(out, sum(sizes.values()))
             with progress_bar(out.name, sum(sizes.values())) as bar:
                 for shard, names in shards.items():
                     write_file(unfinished / shard, {name: _told(parts[name], bar.update) for name in names})
@@ -95,7 +95,7 @@ def save_checkpoint(
             for name, content in files.items():
                 (unfinished / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
     return [out / name for name in (*shards, *sorted(files))]
 
 
@@ -245,7 +245,8 @@ def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int) -> None:
+    """Raises `InputError` where the disk of ``out`` has fewer free bytes than ``needed``."""
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise InputError(
@@ -254,7 +255,8 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _unwritable(out: Path, error: OSError) -> InputError:
+def unwritable(out: Path, error: OSError) -> InputError:
+    """The error of writing ``out``, as a sentence."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(f"the disk of {out} is full (nothing was written); free some space or choose another disk.")
     where = f" ({error.filename})" if error.filename else ""
