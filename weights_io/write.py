@@ -25,6 +25,7 @@ from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import EMBEDDING, HEAD, parameters, tensor_shapes
 from weights_io.progress import progress_bar
 from weights_io.quantization.writing import Affine
+from weights_io.quantization.zero_points import ZeroPoints
 
 Tensor = LazyTensor | Computed
 
@@ -46,7 +47,7 @@ def save_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     rounding: Rounding | None = None,
-    affine: Affine | None = None,
+    packing: Affine | ZeroPoints | None = None,
 ) -> list[Path]:
     """Write a model folder. It is written under a temporary name beside ``out`` and renamed when it is complete.
 
@@ -62,7 +63,7 @@ def save_checkpoint(
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_bytes: the size above which the weights are split into several files.
         rounding: collects the rounding errors of the cast.
-        affine: quantize the matrices in MLX's format after the cast.
+        packing: quantize the matrices in this format after the cast.
 
     Returns:
         The files that were written, weights first.
@@ -76,9 +77,9 @@ def save_checkpoint(
     tensors = _of_the_table(config, tensors)
     dtypes = {name: numpy_dtype(dtype or tensor.dtype) for name, tensor in tensors.items()}
     parts = {name: _cast_tensor(name, tensor, dtypes[name], rounding) for name, tensor in tensors.items()}
-    if affine is not None:
-        parts = affine.parts(config, parts)
-        added_keys = {**(added_keys or {}), **affine.keys}
+    if packing is not None:
+        parts = packing.parts(config, parts)
+        added_keys = {**(added_keys or {}), **packing.keys}
     sizes = {name: int(np.prod(part.shape)) * part.dtype.itemsize for name, part in parts.items()}
     files = _side_files(config, dtype or _stated_dtype(raw_config, dtypes), raw_config, added_keys, copy_from) | dict(
         extra_files or {}
