@@ -29,7 +29,7 @@ COMMANDS = [
     f"{package}.{name}"
     for package in BACKENDS
     for name in ("generate", "chat", "evaluate", "parity", "kv_error", "fuse", "lora", "finetune", "pretrain")
-    + ("benchmark", "cache_prompt", "convert", "perplexity", "server")
+    + ("benchmark", "cache_prompt", "convert", "perplexity", "quantize", "server")
 ]
 COMMANDS += [
     "minicpm_jax.fit",
