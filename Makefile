@@ -18,7 +18,7 @@ PROMPT := 12 + 7 = ?
 PICO   := runs/pico
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-lowest test-heavy test-fuzz test-interop test-colab test-wheel dist lint pico badges clean
+.PHONY: help demo test test-quick test-lowest test-heavy test-fuzz test-interop test-colab test-wheel dist lint pico pico-tools badges clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -85,6 +85,16 @@ $(PICO)/corpus/questions.jsonl: | $(VENV)/.backends
 
 $(PICO)/tokenizer/tokenizer.json: $(PICO)/corpus/questions.jsonl
 	$(VENV)/bin/python -m minicpm_data.vocabulary --data $(PICO)/corpus --save-path $(PICO)/tokenizer
+
+TOOLS := runs/pico-tools
+
+pico-tools: $(VENV)/.test ## teach the built-in model to call tools again, in ten minutes, and put it in place
+	test -d $(TOOLS)/data || $(VENV)/bin/python -m minicpm_data.tool_exercise --save-path $(TOOLS)/data
+	$(VENV)/bin/python -m minicpm_jax.finetune --model $(TOOLS)/data/start --data $(TOOLS)/data \
+	  --save-path $(TOOLS)/training --iters 600 --batch-size 16 --max-seq-length 160 --learning-rate 2e-3 \
+	  --lr-schedule cosine --save-dtype bfloat16 $$(test ! -e $(TOOLS)/training/settings.json || echo --resume)
+	$(VENV)/bin/python -m benchmarks.tool_calls --model $(TOOLS)/training/model
+	cp $(TOOLS)/training/model/* weights_io/pico_tools/
 
 badges: ## write the repository that this clone came from into the notebooks' badges and install lines
 	$(PYTHON) notebooks/set_source.py

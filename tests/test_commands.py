@@ -37,6 +37,7 @@ COMMANDS += [
     "minicpm_data.corpus",
     "minicpm_data.vocabulary",
     "minicpm_data.exercise",
+    "minicpm_data.tool_exercise",
 ]
 COMMANDS += [
     "minicpm_serve.longcontext",

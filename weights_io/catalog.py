@@ -37,7 +37,7 @@ class Entry:
     def model_config(self) -> ModelConfig | None:
         """The config that is known without a download, or None. Raises `InputError` for an unknown architecture."""
         if self.repo is None:
-            return ModelConfig.from_file(built_in() / "config.json")
+            return ModelConfig.from_file(built_in(self.name) / "config.json")
         return None if self.config is None else ModelConfig.from_dict(dict(self.config), self.name)
 
 
@@ -109,6 +109,9 @@ _TERNARY = "chat; ternary weights, stored as floats"
 
 CATALOG: tuple[Entry, ...] = (
     Entry("pico", None, "minicpm", 1_296_000, "float32", "built in; small enough for a laptop's CPU"),
+    Entry(
+        "pico-tools", None, "minicpm", 1_296_000, "bfloat16", "built in; pico taught to call a calculator and a timer"
+    ),
     Entry(
         "minicpm-2b",
         "openbmb/MiniCPM-2B-sft-bf16",

@@ -184,7 +184,7 @@ def config_of(model: str) -> ModelConfig:
     """The config of a folder, a config.json or a short name of the catalogue. Nothing is downloaded."""
     path, entry = Path(model), catalog.find(model)
     if entry is not None and entry.repo is None:
-        path = built_in()
+        path = built_in(entry.name)
     elif entry is not None:
         if entry.config is None:
             raise InputError(f"the catalogue does not hold the config.json of {model}; download it and give its path.")

@@ -131,7 +131,7 @@ def locate(
     if local or (entry and entry.repo is None):
         if revision is not None:
             raise InputError(f"{given} comes from this disk and has no revision {revision!r}: leave the revision out.")
-        return _local(path) if local else built_in()
+        return built_in(entry.name) if entry and not local else _local(path)
     if path.suffix == ".gguf":
         raise InputError(f"{given} does not exist: give the path of a .gguf file that is on this disk.")
     if entry and check and not entry.runs:
