@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from minicpm_data.conversation.answers import AnswerParser
 from minicpm_data.generation.api import Decoding
-from minicpm_data.generation.engine import OutOfMemory
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     CHAT_TOKENS,
@@ -25,6 +24,8 @@ from minicpm_data.generation.options import (
     CacheOptions,
     Sampling,
 )
+from minicpm_data.generation.pool_size import OutOfMemory
+from minicpm_data.generation.prompt_cache import PromptCache
 from minicpm_data.generation.request import (
     GenerationRequest,
     ModelT,
@@ -35,6 +36,7 @@ from minicpm_data.generation.request import (
     special_tokens_kept,
 )
 from minicpm_data.generation.responses import Response, stream_text
+from minicpm_data.generation.speculation import Speculation
 from minicpm_data.generation.thinking import ThinkingBudget
 from minicpm_data.sampling_defaults import OF_CHAT
 from minicpm_serve import backends
@@ -80,6 +82,8 @@ class ServingEngine(Generic[ModelT]):
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
         cache_tokens: int | None = None,
+        speculation: Speculation[ModelT] | None = None,
+        prompt_cache: PromptCache | None = None,
     ):
         """
         Arguments:
@@ -90,6 +94,7 @@ class ServingEngine(Generic[ModelT]):
             context: most tokens of a prompt and its answer; None: the model's, or fewer where memory is short.
             cache_options: of every request's cache.
             cache_tokens: tokens that the cache holds; None: as the memory allows.
+            speculation, prompt_cache: as for `BatchEngine`.
 
         Raises:
             InputError: as `BatchEngine`.
@@ -98,11 +103,15 @@ class ServingEngine(Generic[ModelT]):
         decoding: Decoding[ModelT] = backends.get(backend).generator.decoding
         slots = SLOTS if slots is None else slots
         try:
-            self._engine = decoding.engine(model, slots, context, cache_options, cache_tokens)
+            self._engine = decoding.engine(
+                model, slots, context, cache_options, cache_tokens, speculation, prompt_cache
+            )
         except OutOfMemory as error:
             if context is not None or cache_tokens is not None or error.context is None:
                 raise
-            self._engine = decoding.engine(model, slots, error.context, cache_options)
+            self._engine = decoding.engine(
+                model, slots, error.context, cache_options, speculation=speculation, prompt_cache=prompt_cache
+            )
         self._ends = end_ids(model, tokenizer)
         self.error: Exception | None = None  # the error that stopped the engine
         self._answers: dict[int, Answer] = {}  # of unfinished requests
@@ -240,6 +249,16 @@ class ServingEngine(Generic[ModelT]):
         """The fraction of the cache's pages that requests hold."""
         pool = self._engine.pool
         return 1 - pool.available / (pool.pages - 1)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that speculation guessed so far."""
+        return 0 if self._engine.guessing is None else self._engine.guessing.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Guessed tokens that were right."""
+        return 0 if self._engine.guessing is None else self._engine.guessing.accepted
 
     @property
     def programs(self) -> dict[str, int]:

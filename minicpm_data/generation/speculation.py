@@ -66,6 +66,10 @@ class Speculation(Generic[Source]):
             raise InputError(
                 "cannot rewind a wrong guess; leave it out, or leave out the speculation.", option="max_kv_size"
             )
+        self.check_draft(model)
+
+    def check_draft(self: "Speculation[ModelT]", model: ModelT) -> None:
+        """Raises `InputError` for a draft model of another vocabulary."""
         if self.draft_model is not None:
             check_model("draft_model", self.draft_model)
             draft, own = self.draft_model.config.vocab_size, model.config.vocab_size

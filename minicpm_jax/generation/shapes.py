@@ -21,6 +21,7 @@ from minicpm_jax.generation.decoding import State
 from minicpm_jax.generation.programs import Key
 from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.generation.slots import ENDS, insert, vacate
+from minicpm_jax.generation.verification import verify_rows
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.layers.paged_cache import PagedCache, PagedLatentCache
 from minicpm_jax.model import Model
@@ -105,8 +106,9 @@ class Shapes(Places):
         """The pool with the table of one prompt, and the hidden state of its last token."""
         return self._cache(1), self.hidden()
 
-    def lowered(self, key: Key, rows: int) -> Any:
-        """The traced program of a key, for ``rows`` slots. What the host passes has no place."""
+    def lowered(self, key: Key, rows: int, drafted: bool = False) -> Any:
+        """The traced program of a key, for ``rows`` slots. What the host passes has no place. ``drafted``: whether a
+        draft model guesses."""
         model, vocabulary = self.model, self.model.config.vocab_size
         number = jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -133,6 +135,11 @@ class Shapes(Places):
             case "decode":
                 sampled = params(rows), host(jnp.int32, decoding.STEPS, rows), allowed(rows)
                 return decoding.decode.lower(model, self.state(rows), number, *sampled)
+            case "verify":
+                proposed = self.array((rows, *key.sizes), jnp.int32) if drafted else None
+                given, forced = host(jnp.int32, rows, *key.sizes), host(jnp.int32, key.sizes[0] + 1, rows)
+                state = self.state(rows)
+                return verify_rows.lower(model, state, given, proposed, params(rows), forced, allowed(rows))
             case "vacate":
                 return vacate.lower(self.state(rows), number)
         raise AssertionError(key)
