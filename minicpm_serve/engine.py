@@ -251,6 +251,11 @@ class ServingEngine(Generic[ModelT]):
         return 1 - pool.available / (pool.pages - 1)
 
     @property
+    def speculates(self) -> bool:
+        """Whether tokens are guessed."""
+        return self._engine.guessing is not None
+
+    @property
     def drafted(self) -> int:
         """Tokens that speculation guessed so far."""
         return 0 if self._engine.guessing is None else self._engine.guessing.drafted

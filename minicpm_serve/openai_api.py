@@ -25,6 +25,7 @@ from minicpm_data.model_options import load_model, note_context, open_early
 from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.engine import ServingEngine
+from minicpm_serve.engine_options import Beside, EngineOptions
 from weights_io import command_line
 from weights_io.command_line import Former
 from weights_io.errors import InputError
@@ -40,7 +41,7 @@ NOTICED = 0.5  # seconds; programs that compile faster get no line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(backends.BackendOptions):
+class Options(EngineOptions):
     host: str = "127.0.0.1"
     """Address to listen at. 0.0.0.0 accepts other machines."""
     port: int = 8000
@@ -77,6 +78,7 @@ class Options(backends.BackendOptions):
 def main(options: Options) -> None:
     """Serve a MiniCPM (or Llama) model over HTTP, with OpenAI's API."""
     options.check_placement()
+    options.speculation(options.draft_model)  # checks the range before anything is loaded
     check_range(options, "max_num_seqs", "max_model_len", "cache_tokens", "prefill_step_size", least=1)
     check_range(options, "max_queued_requests", least=0)
     if not 0 <= options.port < 2**16:
@@ -90,6 +92,7 @@ def main(options: Options) -> None:
     with bound(options.host, options.port) as listening:
         backends.require(options.backend)
         here = open_early(options)
+        beside = Beside.opened(options, here)
         # The slow imports come after whatever a user is likely to mistype.
         from minicpm_serve.http.connections import most_connections
         from minicpm_serve.http.gate import checked_hosts, checked_key, checked_origins
@@ -103,9 +106,12 @@ def main(options: Options) -> None:
         LOG.info("loading %s in %s ...", options.model or "pico", backends.TITLES[options.backend])
         backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options, decoding=True, source=here)
-        cache_options = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
+        cache_options = beside.cache_options(
+            CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
+        )
         limits = options.max_num_seqs, options.max_model_len, cache_options, options.cache_tokens
-        engine = ServingEngine(options.backend, model, tokenizer, *limits)
+        more = beside.engine_arguments(backend, tokenizer)
+        engine = ServingEngine(options.backend, model, tokenizer, *limits, **more)
         try:
             backend.device.warn_idle_axes(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --max-model-len", options.rescaled)

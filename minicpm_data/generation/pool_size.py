@@ -78,7 +78,7 @@ def check_prompt_cache(file: PromptCache, rotates: bool) -> None:
         raise InputError(f"{file.path} holds a rotating cache, and an engine keeps all keys; {AGAIN}.")
     if rotates:
         raise InputError(
-            f"holds {file.length:,} tokens, for which RoPE is scaled, so that no other prompt has its keys; leave it out.",
+            f"holds {file.length:,} tokens, for which RoPE is scaled, so no other prompt has its keys; leave it out.",
             option="prompt_cache_file",
         )
 

@@ -242,9 +242,7 @@ class Engine(engine.BatchEngine[Model]):
             proposed = self._drafts.propose(self.rows, self._tables)
             proposed = self.shapes.placed(proposed, self.shapes.array(proposed.shape, proposed.dtype))
         params, allowed = self._sampled()
-        state, tokens, right = verify_rows(
-            self.model, self.state, plan.given, proposed, params, plan.forced, allowed
-        )
+        state, tokens, right = verify_rows(self.model, self.state, plan.given, proposed, params, plan.forced, allowed)
         self._keep(state)
         found, accepted = np.asarray(tokens), np.asarray(right)
         made = []

@@ -55,7 +55,7 @@ def verify_rows(
     nothing: Any = None  # the cache is not carried through the scan
     logits = model.head(hidden).swapaxes(0, 1)  # [W, B, V]
     _, states = jax.lax.scan(choose, dataclasses.replace(state, cache=nothing), (logits, forced))
-    right = jnp.sum(jnp.cumprod(states.token[:-1].T == guesses, axis=1), axis=1)
+    right = jnp.sum(jnp.cumprod(guesses == states.token[:-1].T, axis=1), axis=1)
     row = jnp.arange(rows)
     accepted = jnp.arange(width)[:, None] <= right
     seen, token_mask = jnp.where(accepted, states.token, model.config.vocab_size), state.token_mask

@@ -39,7 +39,9 @@ from weights_io.errors import InputError
 
 PAGE = 256  # tokens by which a cache of `mlx_lm` grows
 LEAST_SHARED = 16  # tokens; a copy of a cache for fewer does not pay
-LAST = 2  # tokens that a draft model runs before it guesses: the last accepted guess was not run, and a token came after
+LAST = (
+    2  # tokens that a draft model runs before it guesses: the last accepted guess was not run, and a token came after
+)
 SHARE = 0.8  # of the free memory, for caches: a copy of one, and a step's activations, need the rest
 
 
@@ -176,10 +178,10 @@ class Engine(engine.BatchEngine[Model]):
         return [(row.state.number, int(np.asarray(row.token)[0])) for row in made]
 
     def _speculated(self, guessing: Guessing[Model], room: int) -> list[tuple[int, list[int], int]] | None:
-        if made := [row for row in self.rows if row.ahead is not None]:  # of plain decoding
-            for row in made:
+        if ahead := [row for row in self.rows if row.ahead is not None]:  # of plain decoding
+            for row in ahead:
                 self._advance(row)
-            return [(row.state.number, [int(np.asarray(row.token)[0])], 0) for row in made]
+            return [(row.state.number, [int(np.asarray(row.token)[0])], 0) for row in ahead]
         plan = guessing.plan([row.state for row in self.rows], room)
         if plan is None:
             return None
@@ -187,29 +189,33 @@ class Engine(engine.BatchEngine[Model]):
         guesses = mx.array(np.maximum(given, 0))
         if self._draft_model is not None:
             guesses = mx.where(mx.array(given == PROPOSED), self._propose(self._draft_model, given.shape[1]), guesses)
+        runs = self._verified(guesses, plan.forced)
+        made: Any = mx.stack([mx.concatenate([token for token, _, _ in run]) for run in runs], axis=1)
+        mx.eval(made, guesses)
+        tokens, count = np.asarray(made), given.shape[1]
+        right = np.cumprod(np.where(given == NONE, NONE, np.asarray(guesses)) == tokens[:, :-1], axis=1).sum(axis=1)
+        found = []
+        for index, (row, accepted, guessed) in enumerate(zip(self.rows, map(int, right), plan.counts, strict=True)):
+            row.token, row.key, row.token_mask = runs[accepted][index]
+            trim_prompt_cache(row.cache, count - accepted)
+            if row.draft is not None:  # the last guess was not run; a row without guesses has them in its draft too
+                trim_prompt_cache(row.draft, max(0, count - 1 - (accepted if guessed else 0)))
+            found.append((row.state.number, tokens[index, : accepted + 1].tolist(), guessed))
+        return found
+
+    def _verified(self, guesses: mx.array, forced: np.ndarray) -> list[list[tuple[Any, ...]]]:
+        """Run the last token of each row and its guesses [B, K] through the model. Returns, after each of the W, what
+        `Row.ahead` holds of each row. ``forced``: [W, B], as in `_sample`."""
         ids = mx.concatenate([mx.stack([row.token for row in self.rows]).astype(mx.int32), guesses], axis=1)
         caches = self._caches(self.model, [row.cache for row in self.rows])
         logits = self.model.head(self.model.decode(ids, caches, _lengths(caches[0], ids.shape[1])))  # [B, W, V]
         runs = []
         for index in range(ids.shape[1]):
-            self._sample(self.rows, logits[:, index], plan.forced[index])
+            self._sample(self.rows, logits[:, index], forced[index])
             for row in self.rows:
                 self._advance(row)
             runs.append([(row.token, row.key, row.token_mask) for row in self.rows])
-        found: Any = mx.stack([mx.concatenate([token for token, _, _ in run]) for run in runs], axis=1)
-        mx.eval(found, guesses)
-        tokens, ids = np.asarray(found), np.where(given == NONE, NONE, np.asarray(guesses))
-        right = np.cumprod(tokens[:, :-1] == ids, axis=1).sum(axis=1)
-        made = []
-        for index, row in enumerate(self.rows):
-            row.token, row.key, row.token_mask = runs[right[index]][index]
-            trim_prompt_cache(row.cache, ids.shape[1] - int(right[index]))
-            if row.draft is not None and not plan.counts[index]:  # holds guesses that were not asked for
-                trim_prompt_cache(row.draft, row.draft[0].offset - len(row.state.text))
-            elif row.draft is not None:
-                trim_prompt_cache(row.draft, max(0, ids.shape[1] - 1 - int(right[index])))
-            made.append((row.state.number, tokens[index, : right[index] + 1].tolist(), plan.counts[index]))
-        return made
+        return runs
 
     def _propose(self, model: Model, count: int) -> mx.array:
         """[B, K] guesses of the draft model after each row's text, of which it runs the last two tokens again."""
@@ -219,7 +225,8 @@ class Engine(engine.BatchEngine[Model]):
             self._fill(row.draft, row.state.text, len(row.state.prompt), begun)
             trim_prompt_cache(row.draft, row.draft[0].offset - begun)
         caches = self._caches(model, [row.draft for row in self.rows if row.draft is not None])
-        ids, found = mx.array([row.state.text[-LAST:] for row in self.rows]), []
+        ids = mx.array([row.state.text[-LAST:] for row in self.rows])
+        found: list[mx.array] = []
         while len(found) < count:
             hidden = model.decode(ids, caches, _lengths(caches[0], ids.shape[1]), last=True)
             found.append(mx.argmax(model.head(hidden)[:, 0], axis=-1))
