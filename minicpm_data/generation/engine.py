@@ -24,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic
 
-from minicpm_data.generation.guessing import Guessing
+from minicpm_data.generation.guessing import FEW, Guessing
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.pages import PagePool, Row
 from minicpm_data.generation.pool_size import check_prompt_cache, pinned, pool_of
@@ -213,14 +213,16 @@ class BatchEngine(ABC, Generic[ModelT]):
             return self._plain()
         guesses, began = guessing.pace.pays(running), time.perf_counter()
         generated = self._guessed(guessing) if guesses else self._plain()
+        if generated is None:  # nothing is guessed
+            guesses, generated = False, self._plain(FEW)
         guessing.pace.record(running, guesses, len(generated), time.perf_counter() - began)
         return generated
 
-    def _guessed(self, guessing: Guessing[ModelT]) -> list[GeneratedToken]:
-        """Decode one run of guesses, or a step where there is none."""
+    def _guessed(self, guessing: Guessing[ModelT]) -> list[GeneratedToken] | None:
+        """Decode one run of guesses; None where there is none."""
         found = self._speculated(guessing, self._room(guessing.count + 1) - 1)
         if found is None:
-            return self._plain(1)
+            return None
         generated = []
         for number, tokens, guesses in found:
             guessing.count_run(guesses, len(tokens))
@@ -230,11 +232,11 @@ class BatchEngine(ABC, Generic[ModelT]):
         return generated
 
     def _plain(self, most: int = MOST_STEPS) -> list[GeneratedToken]:
-        """Decode as many steps as are quick and have pages."""
+        """Decode as many steps, at most ``most``, as are quick and have pages."""
         held = any(state.matcher for state in self.running.values())  # looks at each token
-        hurry = held or most == 1 or self.prefilling is not None or self._next() is not None
+        hurry = held or self.prefilling is not None or self._next() is not None
         left = min(state.left for state in self.running.values())
-        wanted = max(1, min(1 if hurry else self._steps, left))
+        wanted = max(1, min(1 if hurry else self._steps, left, most))
         steps = self._room(wanted)
         began = time.perf_counter()
         generated = [

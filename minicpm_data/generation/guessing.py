@@ -22,7 +22,8 @@ from minicpm_data.generation.speculation import PromptLookup, Speculation
 
 NONE, PROPOSED = -1, -2  # in place of a guess: there is none; it is that of the draft model
 TRIALS = 4  # calls of each way of decoding before the two are compared; the first, which may be slow, does not count
-AGAIN = 128  # calls of the faster way until the other one is tried again
+AGAIN, SELDOM = 256, 4096  # tokens of each request until the slower way is tried again: at first, and at most
+FEW = 4  # steps without a guess after which the text is searched again
 
 
 @dataclass
@@ -43,28 +44,47 @@ class _Speed:
 
 
 @dataclass
-class Pace:
-    """Whether guessing makes more tokens a second than plain decoding, for 1, 2 to 3, 4 to 7, ... running requests."""
+class _Race:
+    """The two ways of decoding. ``speeds``: plain, guessed. After ``wait`` tokens the slower one is tried again, and
+    if it is still slower, after twice as many."""
 
-    _speeds: dict[tuple[int, bool], _Speed] = field(default_factory=dict)
+    speeds: list[_Speed] = field(default_factory=lambda: [_Speed(), _Speed()])
+    since: float = 0.0
+    wait: int = AGAIN
+    best: bool | None = None  # when they were compared
 
-    def _of(self, running: int, guessed: bool) -> _Speed:
-        return self._speeds.setdefault((running.bit_length(), guessed), _Speed())
-
-    def pays(self, running: int) -> bool:
-        """Whether to guess in the next call: first to try it, then if it was faster."""
-        guessed, plain = self._of(running, True), self._of(running, False)
+    def pays(self) -> bool:
+        plain, guessed = self.speeds
         if guessed.calls < TRIALS or plain.calls < TRIALS:
             return guessed.calls < TRIALS
         return guessed.rate > plain.rate
 
+    def record(self, guessed: bool, tokens: int, seconds: float, steps: float) -> None:
+        self.speeds[guessed].add(tokens, seconds)
+        if min(speed.calls for speed in self.speeds) < TRIALS:
+            return
+        best, before = self.pays(), self.best
+        if best != before:  # also the first time
+            self.best, self.wait, self.since = best, AGAIN, 0.0
+        self.since += steps
+        if self.since >= self.wait:
+            self.speeds[not best], self.since, self.wait = _Speed(), 0.0, min(2 * self.wait, SELDOM)
+
+
+class Pace:
+    """Whether guessing makes more tokens a second than plain decoding, for 1, 2 to 3, 4 to 7, ... running requests."""
+
+    def __init__(self) -> None:
+        self._races: dict[int, _Race] = {}
+
+    def pays(self, running: int) -> bool:
+        """Whether to guess in the next call: first to try it, then if it was faster."""
+        return self._races.setdefault(running.bit_length(), _Race()).pays()
+
     def record(self, running: int, guessed: bool, tokens: int, seconds: float) -> None:
         """Take in a call, which made so many tokens."""
-        own = self._of(running, guessed)
-        own.add(tokens, seconds)
-        if own.calls >= TRIALS + AGAIN:
-            own.calls = TRIALS
-            self._speeds[running.bit_length(), not guessed] = _Speed()
+        race = self._races.setdefault(running.bit_length(), _Race())
+        race.record(guessed, tokens, seconds, tokens / running)
 
 
 @dataclass(frozen=True)
