@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from minicpm_data.conversation.answers import AnswerParser
 from minicpm_data.generation.api import Decoding
+from minicpm_data.generation.beginnings import Beginnings
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     CHAT_TOKENS,
@@ -25,7 +26,7 @@ from minicpm_data.generation.options import (
     Sampling,
 )
 from minicpm_data.generation.pool_size import OutOfMemory
-from minicpm_data.generation.prompt_cache import PromptCache
+from minicpm_data.generation.prompt_cache import CachedPrompt, PromptCache
 from minicpm_data.generation.request import (
     GenerationRequest,
     ModelT,
@@ -222,6 +223,17 @@ class ServingEngine(Generic[ModelT]):
     def cancel(self, number: int) -> None:
         """Drop a request. Nothing happens if it is finished."""
         self._asked.put(lambda: self._cancel(number))
+
+    def count_beginnings(self) -> None:
+        """Count what the prompts begin with, from now on."""
+        self._engine.beginnings = Beginnings()
+
+    def common_beginning(self) -> tuple[list[int], CachedPrompt] | None:
+        """What most prompts began with, as ids and as keys and values; None where nothing is, or it is not in the cache
+        any more. The engine must be closed."""
+        ids = self._engine.beginnings.common() if self._engine.beginnings is not None else []
+        found = self._engine.stored(ids) if ids and isinstance(self.error, EngineClosed) else None
+        return None if found is None else (ids[: found.length], found)
 
     def close(self) -> None:
         """Stop the threads; a program that is being compiled is waited for. Unfinished requests get `EngineClosed`."""

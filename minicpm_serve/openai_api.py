@@ -112,6 +112,8 @@ def main(options: Options) -> None:
         limits = options.max_num_seqs, options.max_model_len, cache_options, options.cache_tokens
         more = beside.engine_arguments(backend, tokenizer)
         engine = ServingEngine(options.backend, model, tokenizer, *limits, **more)
+        if beside.target is not None:
+            engine.count_beginnings()
         try:
             backend.device.warn_idle_axes(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --max-model-len", options.rescaled)
@@ -121,6 +123,7 @@ def main(options: Options) -> None:
             server(engine, name, key, options.max_queued_requests, hosts, origins).run(sockets=[listening])
         finally:
             engine.close()
+        beside.save(engine)
 
 
 def say_compiled(engine: ServingEngine, name: str, seconds: float) -> None:

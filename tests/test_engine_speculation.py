@@ -9,6 +9,7 @@ from documented_commands import typed
 
 from minicpm_data.fingerprint import fingerprint
 from minicpm_data.generation import guessing
+from minicpm_data.generation.beginnings import Beginnings
 from minicpm_data.generation.constraint import Constraint
 from minicpm_data.generation.guessing import AGAIN, TRIALS, Pace
 from minicpm_data.generation.options import Sampling
@@ -187,15 +188,29 @@ def test_the_text_of_a_file_is_not_run_again(backend, pico, plain, tmp_path, mon
     engine = make(backend, model, slots=4, cache_tokens=tokens, prompt_cache=file)  # the shapes of the other one
     asked = [GenerationRequest.of(model, None, [p], 8) for p in ([*text, 9, 8], [*text[:68], 5, 6, 7], [1, 9])]
     others = [GenerationRequest.of(model, None, [[3, i] * 120], 4) for i in range(12, 18)]
-    expected, ran = answers(plain, asked), []
+    expected = answers(plain, asked)
     decoding = importlib.import_module(f"{backend.__name__}.generation.decoding")
-    assert answers(engine, asked) == expected
-    answers(engine, others)  # take all other pages
     name = "prefill" if backend.__name__ == "minicpm_jax" else "prefill_chunks"
-    real = getattr(decoding, name)
-    monkeypatch.setattr(decoding, name, lambda *given: ran.append(given[1].shape[1]) or real(*given))
+
+    def check(engine):
+        """Of 72 + 71 + 2 tokens, no more are run than those after the file."""
+        real, ran = getattr(decoding, name), []
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, name, lambda *given: ran.append(given[1].shape[1]) or real(*given))
+            assert answers(engine, asked) == expected
+        assert len(ran) == 3 and sum(ran) <= 96
+
+    engine.beginnings = Beginnings()
     assert answers(engine, asked) == expected
-    assert len(ran) == 3 and sum(ran) <= 96  # 72 + 71 + 2 tokens without the file
+    whole, found = engine.beginnings.common(), engine.stored(engine.beginnings.common())
+    assert whole == text[:64] and found.length == 64  # whole blocks of 32 tokens
+    answers(engine, others)  # take all other pages
+    check(engine)
+    path = tmp_path / "saved.safetensors"
+    write_prompt_cache(path, found, "pico", fingerprint(open_checkpoint(PICO)), "text", whole)
+    engine = make(backend, model, slots=4, cache_tokens=tokens, prompt_cache=open_prompt_cache(path))
+    answers(engine, asked[2:])  # compiles
+    check(engine)
 
 
 def test_files_that_an_engine_cannot_use(backend, pico, tmp_path):
@@ -215,6 +230,7 @@ def test_files_that_an_engine_cannot_use(backend, pico, tmp_path):
         (["--draft-model", "pico", "--prompt-lookup"], "leave one of them out"),
         (["--num-draft-tokens", "0"], "--num-draft-tokens is 0"),
         (["--prompt-cache-file", "no.safetensors"], "no.safetensors"),
+        (["--save-prompt-cache", "no.bin"], "no.bin; the name must end with .safetensors"),
         (["--draft-model", "no-such-model"], "no-such-model"),
     ],
 )

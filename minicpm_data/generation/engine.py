@@ -24,11 +24,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic
 
+from minicpm_data.generation.beginnings import Beginnings
 from minicpm_data.generation.guessing import FEW, Guessing
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
 from minicpm_data.generation.pages import PagePool, Row
 from minicpm_data.generation.pool_size import check_prompt_cache, pinned, pool_of
-from minicpm_data.generation.prompt_cache import Prefix, PromptCache
+from minicpm_data.generation.prompt_cache import CachedPrompt, Prefix, PromptCache
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.generation.request_state import GeneratedToken, RequestState
 from minicpm_data.generation.speculation import Speculation
@@ -102,6 +103,7 @@ class BatchEngine(ABC, Generic[ModelT]):
         self._numbers = itertools.count()
         self._steps = 1
         self.preemptions = 0  # how often a request gave up its pages
+        self.beginnings: Beginnings | None = None  # of the prompts, where somebody wants to know
         self.guessing: Guessing[ModelT] | None = None
         if speculation is not None and speculation.active:
             speculation.check_draft(model)
@@ -196,6 +198,8 @@ class BatchEngine(ABC, Generic[ModelT]):
                 if request.group == chosen.group:
                     request.turn = next(self._numbers)
             self.prefilling = chosen, self._run(chosen)
+            if self.beginnings is not None and not chosen.generated:
+                self.beginnings.add(chosen.prompt)
         if self.prefilling is not None:
             state, pieces = self.prefilling
             token = next(pieces)
@@ -361,6 +365,11 @@ class BatchEngine(ABC, Generic[ModelT]):
 
     def _restore(self, prefix: Prefix, row: Row) -> None:
         """Write the keys and values of a file into the pages of a row."""
+        raise NotImplementedError
+
+    def stored(self, ids: Sequence[int]) -> CachedPrompt | None:
+        """The keys and values of the longest beginning of a text that is in the cache; None without any. It is read
+        while no other call is made."""
         raise NotImplementedError
 
     @abstractmethod

@@ -12,7 +12,7 @@ Dims: B slots (concurrent requests), W pages of a table, T width of a chunk, E e
 
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from minicpm_data.generation.constraint import allowed_rows
 from minicpm_data.generation.guessing import Guessing
 from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
 from minicpm_data.generation.pages import Row
-from minicpm_data.generation.prompt_cache import Prefix, PromptCache
+from minicpm_data.generation.prompt_cache import CachedPrompt, Prefix, PromptCache
 from minicpm_data.generation.request_state import RequestState
 from minicpm_data.generation.speculation import Speculation
 from minicpm_data.generation.thinking import forced_steps
@@ -33,7 +33,7 @@ from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import STEPS, State
 from minicpm_jax.generation.drafts import Drafts
 from minicpm_jax.generation.programs import Key, Programs
-from minicpm_jax.generation.prompt_cache import restore
+from minicpm_jax.generation.prompt_cache import restore, stored
 from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.generation.shapes import Shapes
 from minicpm_jax.generation.slots import ENDS, insert, vacate
@@ -80,8 +80,8 @@ class Engine(engine.BatchEngine[Model]):
         free = device.free_memory(model.mesh)
         if free is not None and platform() != "cpu":
             free -= RESERVED
-            if self.guessing is not None:  # the logits of all guesses
-                free -= 4 * slots * self.guessing.count * model.config.vocab_size
+            if self.guessing is not None:  # the logits after all guesses, and what is made of them to sample
+                free -= 2 * 4 * slots * (self.guessing.count + 1) * model.config.vocab_size
         self.pool = self._pool(page, bytes_of, free, most, cache_tokens)
         self._wide = decoding.prefill_chunk(self.context, cache_options)
         self._tables = np.zeros((slots, self._width), np.int32)
@@ -274,6 +274,12 @@ class Engine(engine.BatchEngine[Model]):
         held = self.state.cache
         own = self.shapes.placed(dataclasses.replace(held, table=table, lengths=lengths), self.shapes.row[0])
         self._keep(dataclasses.replace(self.state, cache=held.with_pool(restore(self.model, own, prefix))))
+
+    def stored(self, ids: Sequence[int]) -> CachedPrompt | None:
+        pages, _ = self.pool.shared([*ids, 0])
+        if not pages:
+            return None
+        return stored(self.model.config, self.state.cache.row_of(pages), len(pages) * self.pool.page)
 
     def _vacate(self, state: RequestState, again: bool) -> None:
         slot = self.rows.index(state)

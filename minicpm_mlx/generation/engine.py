@@ -25,12 +25,12 @@ from minicpm_data.generation.constraint import unpacked
 from minicpm_data.generation.guessing import NONE, PROPOSED, Guessing
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, seen_tokens
 from minicpm_data.generation.pages import Row as Pages
-from minicpm_data.generation.prompt_cache import AGAIN, Prefix, PromptCache
+from minicpm_data.generation.prompt_cache import AGAIN, CachedPrompt, Prefix, PromptCache
 from minicpm_data.generation.request_state import RequestState
 from minicpm_data.generation.speculation import Speculation
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
-from minicpm_mlx.generation.prompt_cache import restore
+from minicpm_mlx.generation.prompt_cache import restore, stored
 from minicpm_mlx.generation.sampling import sample
 from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.layers.row_caches import RowCaches
@@ -287,6 +287,16 @@ class Engine(engine.BatchEngine[Model]):
             return False
         self.pool.release(self.kept.popleft().pages)
         return True
+
+    def stored(self, ids: Sequence[int]) -> CachedPrompt | None:
+        best, found = 0, None
+        for kept in (*self.pinned, *self.kept):
+            same = next(
+                (i for i, (one, own) in enumerate(zip(ids, kept.text, strict=False)) if one != own),
+                min(len(ids), len(kept.text)),
+            )
+            best, found = (same, kept) if same > best else (best, found)
+        return None if found is None else stored(self.model.config, found.cache, best)
 
     def _restore(self, prefix: Prefix, row: Pages) -> None:
         if prefix.bits is not None:
