@@ -126,15 +126,17 @@ class Engine(engine.BatchEngine[Model]):
     @property
     def _needed(self) -> list[Key]:
         """The programs that every request needs, the one that takes longest first."""
-        more = [] if self.guessing is None else [Key("verify", (self.guessing.count,))]
-        more += [] if self._drafts is None else self._drafts.needed
+        more = [] if self._drafts is None else self._drafts.needed
+        if self.guessing is not None:
+            name = "verify" if self._drafts is None else "verify drafts"
+            more = [Key(name, (self.guessing.count,)), *more]
         return [Key("decode"), Key("prefill", (NARROW,)), *more, Key("first_token"), Key("insert"), Key("vacate")]
 
     def _compiled(self, key: Key) -> object:
         """The compiled program of a key."""
         if self._drafts is not None and key.name in Drafts.NAMES:
             return self._drafts.lowered(key).compile()
-        return self.shapes.lowered(key, self.slots, self._drafts is not None).compile()
+        return self.shapes.lowered(key, self.slots).compile()
 
     def programs(self) -> dict[str, int]:
         return self._programs.counts()

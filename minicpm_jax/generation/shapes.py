@@ -106,9 +106,8 @@ class Shapes(Places):
         """The pool with the table of one prompt, and the hidden state of its last token."""
         return self._cache(1), self.hidden()
 
-    def lowered(self, key: Key, rows: int, drafted: bool = False) -> Any:
-        """The traced program of a key, for ``rows`` slots. What the host passes has no place. ``drafted``: whether a
-        draft model guesses."""
+    def lowered(self, key: Key, rows: int) -> Any:
+        """The traced program of a key, for ``rows`` slots. What the host passes has no place."""
         model, vocabulary = self.model, self.model.config.vocab_size
         number = jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -135,8 +134,8 @@ class Shapes(Places):
             case "decode":
                 sampled = params(rows), host(jnp.int32, decoding.STEPS, rows), allowed(rows)
                 return decoding.decode.lower(model, self.state(rows), number, *sampled)
-            case "verify":
-                proposed = self.array((rows, *key.sizes), jnp.int32) if drafted else None
+            case "verify" | "verify drafts":
+                proposed = self.array((rows, *key.sizes), jnp.int32) if "drafts" in key.name else None
                 given, forced = host(jnp.int32, rows, *key.sizes), host(jnp.int32, key.sizes[0] + 1, rows)
                 state = self.state(rows)
                 return verify_rows.lower(model, state, given, proposed, params(rows), forced, allowed(rows))
