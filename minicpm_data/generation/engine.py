@@ -215,11 +215,11 @@ class BatchEngine(ABC, Generic[ModelT]):
         guessing, running = self.guessing, len(self.running)
         if guessing is None:
             return self._plain()
-        guesses, began = guessing.pace.pays(running), time.perf_counter()
-        generated = self._guessed(guessing) if guesses else self._plain()
+        before, began = guessing.drafted, time.perf_counter()
+        generated = self._guessed(guessing) if guessing.pace.pays(running) else self._plain()
         if generated is None:  # nothing is guessed
-            guesses, generated = False, self._plain(FEW)
-        guessing.pace.record(running, guesses, len(generated), time.perf_counter() - began)
+            generated = self._plain(FEW)
+        guessing.pace.record(running, guessing.drafted > before, len(generated), time.perf_counter() - began)
         return generated
 
     def _guessed(self, guessing: Guessing[ModelT]) -> list[GeneratedToken] | None:

@@ -9,7 +9,7 @@ Dims: B rows, K guesses, W pages of a table.
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class Drafts:
             count: K.
             cache_options, slots: of the engine.
             sizes: pages of its pool, tokens of a page, pages of a table.
-            chunk: tokens of a chunk, where what is missing is run.
+            chunk: tokens of the narrow chunk.
         """
         decoding.check_kind(model, slots, cache_options)
         self.model, self.count, self._slots, self._sizes, self._chunk = model, count, slots, sizes, chunk
@@ -93,15 +93,18 @@ class Drafts:
         self._held[state] = max(start, upto)
         self.mark(state)
 
-    def propose(self, rows: Sequence[RequestState | None], tables: Int[np.ndarray, "B W"]) -> Array:
-        """[B, K] guesses."""
+    def propose(
+        self, rows: Sequence[RequestState | None], tables: Int[np.ndarray, "B W"], chunk: Callable[[int], int]
+    ) -> Array:
+        """[B, K] guesses. ``chunk``: tokens of a chunk, where so many are missing."""
         last, start = np.zeros((len(rows), LAST), np.int32), np.zeros(len(rows), np.int32)
         for slot, state in enumerate(rows):
             if state is not None:
                 text = state.text
                 start[slot], last[slot] = len(text) - LAST, text[-LAST:]
-                if self._held.get(state, 0) < start[slot]:
-                    self.fill(state, int(start[slot]), self._chunk)
+                missing = int(start[slot]) - self._held.get(state, 0)
+                if missing > 0:
+                    self.fill(state, int(start[slot]), chunk(missing))
         cache = dataclasses.replace(self.cache, table=tables.copy())
         cache = self.shapes.placed(cache, self.shapes.state(len(rows)).cache)
         cache, guesses = propose_rows(self.model, cache, last, start, self.count)

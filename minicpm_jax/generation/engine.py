@@ -241,7 +241,7 @@ class Engine(engine.BatchEngine[Model]):
         self._place_tables()
         proposed = None
         if self._drafts is not None:
-            proposed = self._drafts.propose(self.rows, self._tables)
+            proposed = self._drafts.propose(self.rows, self._tables, self._chunk)
             proposed = self.shapes.placed(proposed, self.shapes.array(proposed.shape, proposed.dtype))
         params, allowed = self._sampled()
         state, tokens, right = verify_rows(self.model, self.state, plan.given, proposed, params, plan.forced, allowed)
