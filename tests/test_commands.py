@@ -29,7 +29,7 @@ COMMANDS = [
     f"{package}.{name}"
     for package in BACKENDS
     for name in ("generate", "chat", "evaluate", "parity", "kv_error", "fuse", "lora", "finetune", "pretrain")
-    + ("benchmark", "cache_prompt", "convert", "perplexity", "server")
+    + ("benchmark", "cache_prompt", "convert", "perplexity", "quantize", "server")
 ]
 COMMANDS += [
     "minicpm_jax.fit",
@@ -44,6 +44,7 @@ COMMANDS += [
     "minicpm_serve.retrieval",
     "minicpm_serve.openai_api",
     "minicpm_serve.perplexity",
+    "minicpm_serve.web",
 ]
 COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.fit_table"]
@@ -120,7 +121,7 @@ def test_help_costs_no_heavy_import(module, helpful):
 
 # What each command needs besides a mesh.
 PLACED = {f"minicpm_jax.{name}": {} for name in ("generate", "chat", "evaluate", "kv_error")}
-PLACED |= {f"minicpm_serve.{name}": {"backend": "jax"} for name in ("openai_api", "longcontext")}
+PLACED |= {f"minicpm_serve.{name}": {"backend": "jax"} for name in ("openai_api", "web", "longcontext")}
 PLACED |= {"minicpm_serve.history": {"backend": "jax", "model": "pico", "save_path": Path("out")}}
 PLACED |= {"minicpm_jax.parity": {"model": "pico", "reference": Path("x.npz")}}
 

@@ -71,7 +71,7 @@ def test_a_row_of_zeros_stays_one(source):
 def test_the_llama_of_it_has_the_same_logits(source, tmp_path, backend):
     save_adapter(tmp_path / "adapter", tiny_adapter.make(source), source.config, form="mlx_lm")
     for to in ("hf", "llama"):
-        main(Options(model=str(source.path), adapter_path=tmp_path / "adapter", save_path=tmp_path / to, to=to))
+        main(Options(model=str(source.path), adapter_path=(tmp_path / "adapter",), save_path=tmp_path / to, to=to))
     found = logits(backend, tmp_path / "hf")
     assert np.abs(found - logits(backend, source.path)).max() > 1
     np.testing.assert_allclose(logits(backend, tmp_path / "llama"), found, rtol=0, atol=1e-4)
@@ -88,7 +88,7 @@ def test_mlx_lm_opens_it_on_our_model(reference, tmp_path, name, dora):
     checkpoint = open_checkpoint(reference(name))
     adapter = tiny_adapter.make(checkpoint, ranks=(4,) if dora else (4, 2), layers=[1, 2], dora=dora)
     save_adapter(tmp_path / "adapter", adapter, checkpoint.config, form="mlx_lm")
-    main(Options(model=str(checkpoint.path), adapter_path=tmp_path / "adapter", save_path=tmp_path / "out"))
+    main(Options(model=str(checkpoint.path), adapter_path=(tmp_path / "adapter",), save_path=tmp_path / "out"))
     model = load_adapters(minicpm_mlx.load(checkpoint.path, dtype="float32")[0], str(tmp_path / "adapter"))
     expected = logits("minicpm_mlx", tmp_path / "out")
     assert np.abs(expected - logits("minicpm_mlx", checkpoint.path)).max() > 0.1
@@ -119,7 +119,7 @@ def test_a_quantised_source_is_told(reference, tmp_path, capsys):
     checkpoint = open_checkpoint(path)
     adapter = tiny_adapter.make(checkpoint, ["q_proj"])
     save_adapter(tmp_path / "adapter", adapter, checkpoint.config)
-    main(Options(model=str(path), adapter_path=tmp_path / "adapter", save_path=tmp_path / "out"))
+    main(Options(model=str(path), adapter_path=(tmp_path / "adapter",), save_path=tmp_path / "out"))
     assert re.search(
         r"is quantized \(.*Q4_0.*\): the fused weights carry that error, .* about 0\.0\d+ of", capsys.readouterr().out
     )
@@ -152,7 +152,7 @@ def test_an_adapter_of_a_packed_base(reference, tmp_path, flag, dtype):
 
 def test_what_is_refused_leaves_nothing(source, reference, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_adapter.make(source), source.config)
-    options = {"adapter_path": tmp_path / "adapter", "save_path": tmp_path / "out"}
+    options = {"adapter_path": (tmp_path / "adapter",), "save_path": tmp_path / "out"}
     with pytest.raises(InputError, match="use the adapter with the model"):
         main(Options(model=str(reference("dense_1b")), **options))
     with pytest.raises(InputError, match="Llama format already"):
@@ -178,3 +178,32 @@ def test_the_error_of_long_groups():
     error = np.sqrt(np.sum((read - weights) ** 2, dtype=np.float64))
     assert 0.9 < np.sqrt(step_error(read, "MLX 4-bit", 128)) / error < 1.1
     assert np.sqrt(step_error(read, "MLX 4-bit")) / error < 0.85
+
+
+def test_several_adapters_are_added_with_their_weights(source, tmp_path):
+    """Of different ranks, scales and targets. Against the definition, in float64."""
+    made = [
+        tiny_adapter.make(source, ["q_proj", "down_proj"], ranks=(4, 2)),
+        tiny_adapter.make(source, ["q_proj", "v_proj"], ranks=(3,), layers=[0]),
+    ]
+    for name, adapter in zip("ab", made, strict=True):
+        save_adapter(tmp_path / name, adapter, source.config)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    start = ("weights_io.fuse", "--model", source.path, "--adapter-path", *folders)
+    ran = typed(*start, "--weights", 0.7, -0.3, "--save-path", tmp_path / "out", "--dtype", "float32")
+    assert ran.returncode == 0, ran.stderr
+    found = open_checkpoint(tmp_path / "out")
+    for name, original in source.tensors.items():
+        expected = original.read().astype(np.float64)
+        for adapter, weight in zip(made, (0.7, -0.3), strict=True):
+            if (matrices := adapter.tensors.get(name.removesuffix(".weight"))) is not None:
+                expected = expected + weight * matrices.scale * matrices.b.astype(np.float64) @ matrices.a
+        np.testing.assert_allclose(found.tensors[name].read(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+    for flags, said in [
+        (("--weights", 0.7), "1 numbers for 2"),
+        (("--weights", 0.7, "nan"), "nan"),
+        (("--adapter-path", folders[0], folders[0]), "twice"),
+    ]:
+        ran = typed(*start, *flags, "--save-path", tmp_path / "not")
+        assert (ran.returncode, said in ran.stderr) == (2, True), ran.stderr

@@ -143,7 +143,7 @@ def test_adapters_train_on_it_and_fuse_into_the_source(tmp_path, capsys, backend
     kind = {"fine_tune_type": "dora" if dora else "lora", "targets": ("all-linear",), "dropout": 0.0}
     tiny_training.finetune(backend, tiny_training.lora(tmp_path, tmp_path / "adapter", iters=2, val_batches=0, **kind))
     for source, out in ((whole, "from-source"), (packed, "from-packed")):
-        fuse(Options(str(source), tmp_path / "adapter", tmp_path / out))
+        fuse(Options(str(source), (tmp_path / "adapter",), save_path=tmp_path / out))
     assert "packed is quantized (" in capsys.readouterr().out
     loaded = ((packed, {"adapter": tmp_path / "adapter"}), (tmp_path / "from-source", {}), (packed, {}))
     adapted, fused, base = (np.array(minicpm_mlx.load(path, "float32", **how)[0](IDS)) for path, how in loaded)

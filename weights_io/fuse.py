@@ -1,9 +1,9 @@
-"""Fuse an adapter into the weights of its model, and write the result as a Hugging Face folder.
+"""Fuse adapters into the weights of their model, and write the result as a Hugging Face folder.
 
     python -m weights_io.fuse --model openbmb/MiniCPM-2B-sft-bf16 --adapter-path adapters --save-path fused_model
 
-The adapter is in the format of PEFT or mlx_lm. The weights are computed in float32 and written unquantized, one tensor
-at a time. Needs neither JAX nor MLX.
+An adapter is in the format of PEFT or mlx_lm. Several are added up, each with its weight. The weights of the model are
+computed in float32 and written unquantized, one tensor at a time. Needs neither JAX nor MLX.
 """
 
 import math
@@ -20,6 +20,7 @@ from weights_io.casting import Rounding
 from weights_io.checkpoint import Checkpoint
 from weights_io.command_line import Former, Unneeded
 from weights_io.config import DTYPES
+from weights_io.errors import InputError
 from weights_io.lora import Adapter, UpdateStats
 from weights_io.progress import waiting
 from weights_io.write import Tensor
@@ -31,8 +32,10 @@ BLOCK = 32  # values of a row that share a scale in most GGUF types
 class Options:
     model: str | None = None
     """Model folder, GGUF file, hub id (owner/name) or short name from the catalogue (default: the built-in model)."""
-    adapter_path: Path = Path("adapters")
-    """Folder of the adapter, in the format of PEFT or mlx_lm."""
+    adapter_path: tuple[Path, ...] = (Path("adapters"),)
+    """Folder of the adapter, in the format of PEFT or mlx_lm; or folders of several, which are added up."""
+    weights: tuple[float, ...] = ()
+    """With several adapters: factor of each, such as 0.7 0.3. By default each counts fully."""
     save_path: Path = Path("fused_model")
     """Folder to write. It must be empty or not exist yet."""
     to: Literal["hf", "llama"] = "hf"
@@ -50,7 +53,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Fuse an adapter into the weights of its model and write the result as a Hugging Face folder."""
+    """Fuse adapters into the weights of their model and write the result as a Hugging Face folder."""
     from weights_io.command_line import command_above
 
     command_above("fuse")(options)
@@ -104,6 +107,20 @@ def fuse(checkpoint: Checkpoint, adapter: Adapter, options: Options, tokenizer_f
             "into the unquantized model where there is a choice"
         )
     return lines
+
+
+def check_weights(options: Options) -> None:
+    """Raises `InputError` unless there are no weights, or as many as adapters."""
+    if options.weights and len(options.weights) != len(options.adapter_path):
+        raise InputError(
+            f"has {len(options.weights)} numbers for {len(options.adapter_path)} of {{adapter_path}}; give one each.",
+            "weights",
+            ["adapter_path"],
+        )
+    if wrong := [weight for weight in options.weights if not math.isfinite(weight)]:
+        raise InputError(f"holds {wrong[0]}; give finite numbers.", "weights")
+    if len(set(options.adapter_path)) < len(options.adapter_path):
+        raise InputError("names a folder twice; give each once, with its weight.", "adapter_path")
 
 
 def quantized_kinds(checkpoint: Checkpoint) -> list[str]:

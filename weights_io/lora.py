@@ -10,7 +10,7 @@ Dims: r rank, I in, O out features of a matrix.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,32 @@ class Adapter:
 
     config: AdapterConfig
     tensors: Mapping[str, LoRAMatrices]  # by module name: "model.layers.3.mlp.experts.5.w1"; their scales may differ
+
+
+def combined(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """One adapter whose update of each matrix is the weighted sum of theirs. Its rank is the sum of their ranks.
+
+    Arguments:
+        adapters: of the same model.
+        weights: factor of each.
+
+    Returns:
+        The adapter; the given one, if it is one and its weight is 1.
+
+    Raises:
+        InputError: one of several is DoRA, whose update is not a sum.
+    """
+    if len(adapters) == 1 and weights[0] == 1:
+        return adapters[0]
+    if any(adapter.config.dora for adapter in adapters):
+        raise InputError("an adapter is DoRA, whose rescaled rows cannot be weighted or added; fuse it alone.")
+    tensors = {}
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter.tensors):
+        found = [(a.tensors[module], w) for a, w in zip(adapters, weights, strict=True) if module in a.tensors]
+        b = [np.float32(weight * matrices.scale) * matrices.b for matrices, weight in found]
+        tensors[module] = LoRAMatrices(np.concatenate([m.a for m, _ in found]), np.concatenate(b, axis=1))
+    rank = sum(adapter.config.rank for adapter in adapters)
+    return Adapter(AdapterConfig(rank, float(rank)), tensors)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from weights_io.files.tensor import LazyTensor, located
 from weights_io.parameters import EMBEDDING, HEAD, parameters, tensor_shapes
 from weights_io.progress import progress_bar
 from weights_io.quantization.writing import Affine
+from weights_io.quantization.zero_points import ZeroPoints
 
 Tensor = LazyTensor | Computed
 
@@ -46,7 +47,7 @@ def save_checkpoint(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     rounding: Rounding | None = None,
-    affine: Affine | None = None,
+    packing: Affine | ZeroPoints | None = None,
 ) -> list[Path]:
     """Write a model folder. It is written under a temporary name beside ``out`` and renamed when it is complete.
 
@@ -62,7 +63,7 @@ def save_checkpoint(
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         max_shard_bytes: the size above which the weights are split into several files.
         rounding: collects the rounding errors of the cast.
-        affine: quantize the matrices in MLX's format after the cast.
+        packing: quantize the matrices in this format after the cast.
 
     Returns:
         The files that were written, weights first.
@@ -76,9 +77,9 @@ def save_checkpoint(
     tensors = _of_the_table(config, tensors)
     dtypes = {name: numpy_dtype(dtype or tensor.dtype) for name, tensor in tensors.items()}
     parts = {name: _cast_tensor(name, tensor, dtypes[name], rounding) for name, tensor in tensors.items()}
-    if affine is not None:
-        parts = affine.parts(config, parts)
-        added_keys = {**(added_keys or {}), **affine.keys}
+    if packing is not None:
+        parts = packing.parts(config, parts)
+        added_keys = {**(added_keys or {}), **packing.keys}
     sizes = {name: int(np.prod(part.shape)) * part.dtype.itemsize for name, part in parts.items()}
     files = _side_files(config, dtype or _stated_dtype(raw_config, dtypes), raw_config, added_keys, copy_from) | dict(
         extra_files or {}
@@ -86,7 +87,7 @@ def save_checkpoint(
     shards = _shards(sizes, max_shard_bytes)
     try:
         with folder_to_fill(out.parent), partial(out, folder=True) as unfinished:
-            _check_space(out, sum(sizes.values()))
+            check_space(out, sum(sizes.values()))
             with progress_bar(out.name, sum(sizes.values())) as bar:
                 for shard, names in shards.items():
                     write_file(unfinished / shard, {name: _told(parts[name], bar.update) for name in names})
@@ -95,7 +96,7 @@ def save_checkpoint(
             for name, content in files.items():
                 (unfinished / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
     return [out / name for name in (*shards, *sorted(files))]
 
 
@@ -245,7 +246,8 @@ def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int) -> None:
+    """Raises `InputError` where the disk of ``out`` has fewer free bytes than ``needed``."""
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise InputError(
@@ -254,7 +256,8 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _unwritable(out: Path, error: OSError) -> InputError:
+def unwritable(out: Path, error: OSError) -> InputError:
+    """The error of writing ``out``, as a sentence."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(f"the disk of {out} is full (nothing was written); free some space or choose another disk.")
     where = f" ({error.filename})" if error.filename else ""

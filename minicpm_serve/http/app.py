@@ -47,7 +47,7 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
     app = FastAPI(title=f"{name} with OpenAI's API")
     app.router.route_class = JsonRoute
     limits = Limits.of(engine, waiting)
-    app.state.largest_body = limits.body
+    app.state.largest_body, app.state.limits = limits.body, limits
     add_handlers(app)
     add_gate(app, access or Access(), limits.body)
     app.state.metrics = metrics = Metrics(engine, name)

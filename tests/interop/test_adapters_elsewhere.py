@@ -51,7 +51,7 @@ def opened(folder):
 
 def fuse(base, adapter, out) -> np.ndarray:
     """The logits of the model that the command writes, in transformers."""
-    main(Options(model=str(base.path), adapter_path=adapter, save_path=out))
+    main(Options(model=str(base.path), adapter_path=(adapter,), save_path=out))
     return logits(opened(out))
 
 

@@ -1,0 +1,1 @@
+"""Quantize with calibration: texts run through the model layer by layer, and codes chosen by the layers' inputs."""

@@ -1,0 +1,1 @@
+"""The web page to chat with a model: ``python -m minicpm_serve.web``."""
