@@ -1,6 +1,7 @@
 """Speculation in an engine gives every request its tokens, whatever is guessed; so do the texts of prompt caches."""
 
 import importlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from minicpm_data.generation.pages import PagePool
 from minicpm_data.generation.prompt_cache import open_prompt_cache, write_prompt_cache
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.generation.speculation import Speculation, check_tokenizers
+from minicpm_serve import openai_api
+from minicpm_serve.http.metrics import Metrics
 from weights_io.built_in import FOLDER as PICO
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
@@ -222,6 +225,30 @@ def test_files_that_an_engine_cannot_use(backend, pico, tmp_path):
             make(backend, model, slots=1, prompt_cache=file)
     with pytest.raises(InputError, match=r"is 256, .* 256 beside the 3 of the prompt cache"):
         make(backend, model, cache_tokens=256, prompt_cache=file)
+
+
+def test_the_server_guesses_and_keeps_what_requests_begin_with(cut, always, tmp_path, monkeypatch, capsys):
+    """In MLX, which compiles nothing: what is said by the options is the same in both."""
+    pytest.importorskip("minicpm_mlx")
+    path, texts, counts = tmp_path / "kept.safetensors", [], []
+    prompt = "The fox and the hare went to the river. " * 3
+
+    def server(engine, *_):
+        def run(sockets):
+            texts.extend("".join(r.text for r in engine.stream_generate(prompt + end, 9)) for end in ("So", "12 +"))
+            metrics = Metrics(engine, "m").text().decode()
+            counts.append([line for line in metrics.splitlines() if line.startswith("minicpm:spec_decode")])
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(openai_api, "server", server)
+    options = {"backend": "mlx", "port": 0, "log_level": "warning"}
+    openai_api.main(openai_api.Options(**options, save_prompt_cache=str(path)))
+    assert f"{path}: 32 tokens" in capsys.readouterr().out and open_prompt_cache(path).text.startswith(prompt[:60])
+    openai_api.main(openai_api.Options(**options, prompt_cache_file=str(path), draft_model=str(cut[0])))
+    assert texts[:2] == texts[2:] and counts[0] == []
+    (drafted, accepted) = (float(line.split()[-1]) for line in counts[1])
+    assert drafted >= accepted >= 0 and drafted > 0
 
 
 @pytest.mark.parametrize(
