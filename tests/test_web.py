@@ -88,6 +88,10 @@ class Visitor:
         playwright.expect(texts).to_have_text([*turns], timeout=60_000)
         if turns:
             playwright.expect(self.page.get_by_role("button", name="Retry")).to_have_count(1, timeout=60_000)
+            # Gradio copies the conversation into its state after that, and then lets the next question in.
+            playwright.expect(self.page.locator(".submit-button")).to_be_visible(timeout=60_000)
+            playwright.expect(self.box).to_be_enabled(timeout=60_000)
+            self.page.wait_for_timeout(100)
 
     def copied(self, name):
         """What a button puts on the clipboard."""
