@@ -211,6 +211,7 @@ def test_a_key_is_the_password(visit):
             visitor.page.get_by_label("username").fill("minicpm")
             visitor.page.get_by_label("password").fill("secret")
             visitor.page.get_by_role("button", name="Login").click()
+            playwright.expect(visitor.page.get_by_text("Settings")).to_be_visible(timeout=60_000)
             visitor.ask(SUM)
             visitor.sees(SUM, "12 + 7 = 19")
             visitor.failed.clear()  # the 401 before the login
