@@ -1,6 +1,6 @@
 """Run tasks of lm-eval (EleutherAI's evaluation harness) on a model of either backend.
 
-    python -m minicpm_serve.evaluate --backend mlx --model minicpm-2b --tasks hellaswag --mode both --limit 100
+python -m minicpm_serve.evaluate --backend mlx --model minicpm-2b --tasks hellaswag --mode both --limit 100
 """
 
 import difflib
@@ -62,7 +62,9 @@ def main(options: Options) -> None:
     check_range(options, "num_fewshot", "seed", least=0)
     check_range(options, "batch_size", "max_length", least=1)
     if options.include_path is not None and not options.include_path.is_dir():
-        raise InputError(f"is {options.include_path}, which is no folder here; give one with .yaml files.", "include_path")
+        raise InputError(
+            f"is {options.include_path}, which is no folder here; give one with .yaml files.", "include_path"
+        )
     if options.output_path is not None:
         check_new_file(options.output_path, "output_path", ".json")
     if find_spec("lm_eval") is None:
@@ -103,7 +105,9 @@ def checked_tasks(given: Sequence[str], known: Sequence[str]) -> list[str]:
     for name in set(names) - set(known):
         near = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {listed(near)}?" if near else "`lm_eval ls tasks` lists them."
-        raise InputError(f"names {short(name)!r}, which is no task of lm-eval or {{include_path}}; {hint}", "tasks", ["include_path"])
+        raise InputError(
+            f"names {short(name)!r}, which is no task of lm-eval or {{include_path}}; {hint}", "tasks", ["include_path"]
+        )
     return list(dict.fromkeys(names))
 
 

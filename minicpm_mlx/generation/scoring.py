@@ -41,9 +41,7 @@ def _states(model: Model, ids: mx.array, lengths: np.ndarray) -> mx.array:
     return model.hidden_states(ids, positions_of(model.config, ids, length=length))
 
 
-def _scored(
-    model: Model, x: mx.array, rows: mx.array, at: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array]:
+def _scored(model: Model, x: mx.array, rows: mx.array, at: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     logits = model.head(x[rows, at][None])[0]
     target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return target - mx.logsumexp(logits, axis=-1), mx.argmax(logits, axis=-1) == targets

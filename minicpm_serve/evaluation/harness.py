@@ -63,7 +63,9 @@ class MiniCPM(TemplateLM):
         super().__init__()
         known = {field.name for field in fields(backends.BackendOptions)} - {"model", "backend"}
         if unknown := loading.keys() - known:
-            raise InputError(f"{listed(sorted(unknown))} is no argument of the model; it knows {', '.join(sorted(known))}.")
+            raise InputError(
+                f"{listed(sorted(unknown))} is no argument of the model; it knows {', '.join(sorted(known))}."
+            )
         try:
             self.batch_size = int(batch_size)
         except ValueError:

@@ -84,7 +84,9 @@ def test_the_same_numbers_and_answers_as_the_model_of_lm_eval(backend, folder, t
         model.close()
     expected, their_results = theirs
     # A run of bytes that is no UTF-8 becomes U+FFFD byte by byte there, and as in Python here.
-    answers = [pair for pair in zip(samples["tiny_answer"], expected["tiny_answer"], strict=True) if "�" not in str(pair)]
+    answers = [
+        pair for pair in zip(samples["tiny_answer"], expected["tiny_answer"], strict=True) if "�" not in str(pair)
+    ]
     assert len(answers) >= 3 and all(mine == other for mine, other in answers), answers
     for mine, other in zip(samples["tiny_choice"], expected["tiny_choice"], strict=True):
         assert [choice[0][1] for choice in mine] == [choice[0][1] for choice in other]
