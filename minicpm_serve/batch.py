@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from weights_io.checkpoint import Checkpoint
 
 # Options that decide the answers. A run with others does not go on with a file of results.
-DECIDING = ("backend", "model", "revision", "hub", "dtype", "adapter_path", "quantize", "head_bits", "rope_scaling")
-DECIDING += ("max_tokens", "temp", "top_p", "top_k", "repetition_penalty", "seed", "system_prompt")
-DECIDING += ("enable_thinking", "ignore_chat_template", "served_model_name", "kv_bits", "max_model_len")
+DECIDING = (
+    *("backend", "model", "revision", "hub", "dtype", "adapter_path", "quantize", "head_bits", "rope_scaling"),
+    *("max_tokens", "temp", "top_p", "top_k", "repetition_penalty", "seed", "system_prompt", "enable_thinking"),
+    *("ignore_chat_template", "served_model_name", "kv_bits", "max_model_len"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,8 @@ class Options(backends.BackendOptions):
     """File of prompts. In a .jsonl file each line is an object: {"prompt": "..."}, {"messages": [...]}, or a request of
     OpenAI's batch format. Of any other file each line is a prompt."""
     out: Path
-    """File of results, one JSON object a line, in the order in which the answers are finished. If it exists, the run that
-    wrote it is resumed."""
+    """File of results, one JSON object a line, in the order in which answers are finished. If it exists, the run that wrote
+    it is resumed."""
     max_tokens: int | None = None
     """Maximum number of tokens of an answer. By default 1024 in a chat and 256 without the chat template."""
     temp: Annotated[float | None, Former("temperature")] = None

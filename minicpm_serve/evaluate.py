@@ -29,7 +29,7 @@ Mode = Literal["ppl", "gen"]
 @dataclass(frozen=True, kw_only=True)
 class Options(backends.BackendOptions):
     tasks: tuple[str, ...]
-    """Names of tasks or groups of lm-eval, such as hellaswag gsm8k, or of --include-path. hellaswag,gsm8k is the same."""
+    """Names of tasks or groups of lm-eval or of --include-path: hellaswag gsm8k, or hellaswag,gsm8k."""
     mode: Literal["ppl", "gen", "both"] = "ppl"
     """How tasks with choices are scored. ppl: by the likelihood of each choice. gen: by the letter that the model
     answers. both: in the two ways, as in MiniCPM's README, and the better one is reported. Other tasks have one way."""
@@ -135,7 +135,7 @@ def evaluated(options: Options, model: "MiniCPM", names: list[str], manager: Any
         raise
     except (OSError, ValueError, ImportError) as error:  # no network, no data, a package of one task
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise InputError(f"the tasks cannot be run: {short(reason, 200)}.") from None
+        raise InputError(f"the tasks cannot be run: {short(reason)}.") from None
     assert results is not None
     return dict(results)
 

@@ -63,7 +63,7 @@ def opened(path: Path, last: int, settings: dict[str, Any]) -> Iterator[Results]
         settings: what decides the results, by the names of the options.
 
     Raises:
-        InputError: the file is not of such a run, or of one with other prompts or settings, or another process writes it.
+        InputError: the file is of something else, of other prompts or settings, or another process writes it.
     """
     beside = path.with_name(path.name + SETTINGS)
     if path.exists() and path.stat().st_size and not beside.exists():

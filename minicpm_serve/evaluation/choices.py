@@ -13,9 +13,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 ANSWER = {"until": ["\n\n"], "max_gen_toks": 32, "do_sample": False}
-# The letter at the beginning; after "answer is" or the same in Chinese; the first that stands alone, and is no article.
-PATTERNS = (r"^\W*({0})(?![A-Za-z]|\s+[a-z])", r"(?i:answer(?: is)?:?|答案(?:是|为)?[:：]?)\W*({0})(?![A-Za-z])")
-PATTERNS += (r"(?<![A-Za-z])({0})(?![A-Za-z]|\s+[a-z])",)
+# The letter at the beginning; after "answer is", also in Chinese; the first that stands alone and is no article.
+PATTERNS = (
+    r"^\W*({0})(?![A-Za-z]|\s+[a-z])",
+    r"(?i:answer(?: is)?:?|答案(?:是|为)?[:：]?)\W*({0})(?![A-Za-z])",
+    r"(?<![A-Za-z])({0})(?![A-Za-z]|\s+[a-z])",
+)
 
 
 class Tasks(TaskManager):

@@ -72,6 +72,8 @@ class MiniCPM(TemplateLM):
             raise InputError(f"is {short(batch_size)}; give a whole number.", "batch_size") from None
         options = backends.BackendOptions(model=pretrained, backend=self.backend_name, **loading)
         self._name = pretrained or "pico"
+        self.model: Any
+        self.tokenizer: Any
         self.model, self.tokenizer = loaded or load_model(backends.get(self.backend_name), options)
         self.max_length = max_length or self.model.config.max_position_embeddings
         self._scores = backends.module(self.backend_name, "generation.scoring").scores
@@ -105,8 +107,8 @@ class MiniCPM(TemplateLM):
         for pair, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 raise InputError(
-                    f"the continuation {short(repr(pair and pair[1]))} has {len(continuation)} tokens; it must have 1 to "
-                    f"{self.max_length}."
+                    f"the continuation {short(repr(pair and pair[1]))} has {len(continuation)} tokens; it must have "
+                    f"1 to {self.max_length}."
                 )
             texts.append(([*context, *continuation][-self.max_length - 1 :], len(continuation)))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
@@ -167,7 +169,7 @@ class MiniCPM(TemplateLM):
         stops = []
         with progress_bar("answers", len(requests), unit="answer") as bar:
             for number, request in enumerate(requests):
-                stops.append(self._submit(number, *request.args[:2], made))
+                stops.append(self._submit(number, request.args[0], request.args[1], made))
             left = len(requests)
             while left:
                 number, response = made.get()
