@@ -41,8 +41,8 @@ class Options(backends.BackendOptions):
     """File of prompts. In a .jsonl file each line is an object: {"prompt": "..."}, {"messages": [...]}, or a request of
     OpenAI's batch format. Of any other file each line is a prompt."""
     out: Path
-    """File of results, one JSON object a line, in the order in which answers are finished. If it exists, the run that wrote
-    it is resumed."""
+    """File of results, one JSON object a line, in the order in which answers are finished. If it exists, the run that
+    wrote it is resumed."""
     max_tokens: int | None = None
     """Maximum number of tokens of an answer. By default 1024 in a chat and 256 without the chat template."""
     temp: Annotated[float | None, Former("temperature")] = None

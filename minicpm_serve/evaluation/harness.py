@@ -210,17 +210,17 @@ class MiniCPM(TemplateLM):
             self._engine.close()
 
 
-@register_model("minicpm_jax")
 class MiniCPMJax(MiniCPM):
     backend_name = "jax"
 
 
-@register_model("minicpm_mlx")
 class MiniCPMMlx(MiniCPM):
     backend_name = "mlx"
 
 
 MODELS: dict[str, type[MiniCPM]] = {"jax": MiniCPMJax, "mlx": MiniCPMMlx}
+for _backend, _model in MODELS.items():
+    register_model(f"minicpm_{_backend}")(_model)
 
 
 def _shared(texts: Sequence[list[int]]) -> list[tuple[list[int], list[int]]]:
