@@ -12,7 +12,7 @@ Dims: B slots (concurrent requests), W pages of a table, T width of a chunk, E e
 
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -144,7 +144,8 @@ class Engine(engine.BatchEngine[Model]):
             # The keys of an answer that gave up its pages are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(width, dtype=np.int32) + 1)[None]
             cache, last = self.shapes.placed((own, last), self.shapes.row)
-            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(start), lengths, scaled)
+            adapters = self._adapters([state])
+            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(start), lengths, scaled, adapters)
             self._keep(dataclasses.replace(self.state, cache=held.with_pool(cache)))
             start += width
         slot = self.rows.index(None)
@@ -199,10 +200,17 @@ class Engine(engine.BatchEngine[Model]):
         params = SamplingParams.of_rows([row.request.sampling if row else GREEDY for row in self.rows], vocabulary)
         forced = forced_steps([row.thought if row else None for row in self.rows], STEPS)
         allowed = allowed_rows([row.matcher if row else None for row in self.rows], vocabulary)
-        state, tokens, count = decoding.decode(self.model, self.state, many, params, forced, allowed)
+        adapters = self._adapters(self.rows)
+        state, tokens, count = decoding.decode(self.model, self.state, many, params, forced, allowed, adapters)
         self._keep(state)
         found = np.asarray(tokens)[: int(count)]
         return [(row.number, int(step[slot])) for step in found for slot, row in here]
+
+    def _adapters(self, rows: Sequence[RequestState | None]) -> np.ndarray | None:
+        """The adapter of each row."""
+        if not self.model.adapters:
+            return None
+        return np.array([row.request.adapter if row else 0 for row in rows], np.int32)
 
     def _vacate(self, state: RequestState, again: bool) -> None:
         slot = self.rows.index(state)

@@ -119,10 +119,13 @@ class Shapes(Places):
         def allowed(count):
             return host(jnp.uint32, count, -(-vocabulary // BITS))
 
+        def adapters(count):
+            return host(jnp.int32, count) if model.adapters else None
+
         match key.name:
             case "prefill":
                 ids, lengths = host(jnp.int32, 1, key.sizes[0]), host(jnp.int32, 1)
-                return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids)
+                return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids, adapters(1))
             case "first_token":
                 last, nothing = self.hidden(), None
                 given = host(jnp.bool_, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
@@ -132,7 +135,7 @@ class Shapes(Places):
                 return insert.lower(self.state(rows), self.state(1, False), number, number)
             case "decode":
                 sampled = params(rows), host(jnp.int32, decoding.STEPS, rows), allowed(rows)
-                return decoding.decode.lower(model, self.state(rows), number, *sampled)
+                return decoding.decode.lower(model, self.state(rows), number, *sampled, adapters(rows))
             case "vacate":
                 return vacate.lower(self.state(rows), number)
         raise AssertionError(key)

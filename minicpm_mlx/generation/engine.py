@@ -29,6 +29,7 @@ from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.sampling import sample
 from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.layers.row_caches import RowCaches
+from minicpm_mlx.layers.row_lora import adapter_rows
 from minicpm_mlx.model import Model
 from weights_io.errors import InputError
 
@@ -81,7 +82,8 @@ class Engine(engine.BatchEngine[Model]):
         self.pool = self._pool(PAGE, bytes_of, None if free is None else int(SHARE * free), most, cache_tokens)
         self.rows: list[Row] = []
         self._keys: dict[int, mx.array] = {}  # random keys of requests that gave up their pages
-        self.kept: deque[tuple[Sequence[int], list[Any], Pages]] = deque()  # text and caches of finished requests
+        # Text, caches, pages and adapter of finished requests.
+        self.kept: deque[tuple[Sequence[int], list[Any], Pages, int]] = deque()
 
     def _shares(self, state: RequestState, length: int) -> bool:
         return False  # a cache has no pages that another could hold
@@ -96,7 +98,8 @@ class Engine(engine.BatchEngine[Model]):
             # The keys of an answer that gave up its memory are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(len(part)) + 1)[None]
             length = len(state.prompt) if start + len(part) <= len(state.prompt) else mx.array(scaled)
-            hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
+            with adapter_rows(self._adapters([state])):
+                hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
         key = self._keys.pop(state.number, None)
         key = mx.array(request.sampling.row_keys(1)[0]) if key is None else key
         seen = mx.array(seen_tokens([text], self.model.config.vocab_size)) if request.sampling.penalized else None
@@ -110,7 +113,9 @@ class Engine(engine.BatchEngine[Model]):
         """A cache that already holds the longest prefix which the text shares with a kept one."""
         text, best, found = state.text, 0, None
         if super()._shares(state, len(text)):
-            for kept, cache, _ in self.kept:
+            for kept, cache, _, adapter in self.kept:
+                if adapter != state.request.adapter:
+                    continue
                 most = min(len(text) - 1, len(kept))
                 same = next((i for i in range(most) if text[i] != kept[i]), most)
                 best, found = (same, cache) if same > max(best, LEAST_SHARED - 1) else (best, found)
@@ -134,7 +139,9 @@ class Engine(engine.BatchEngine[Model]):
         """Submit a step of all rows."""
         caches = [RowCaches([row.cache[layer] for row in self.rows]) for layer in range(len(self.model.layers))]
         ids = mx.concatenate([row.token for row in self.rows])[:, None]
-        self._sample(self.rows, self.model.head(self.model.decode(ids, caches))[:, 0])
+        with adapter_rows(self._adapters([row.state for row in self.rows])):
+            hidden = self.model.decode(ids, caches)
+        self._sample(self.rows, self.model.head(hidden)[:, 0])
         mx.async_eval([row.ahead for row in self.rows])
 
     def _sample(self, rows: list[Row], logits: mx.array) -> None:
@@ -161,6 +168,11 @@ class Engine(engine.BatchEngine[Model]):
         assert row.ahead is not None
         (row.token, row.key, row.token_mask), row.ahead = row.ahead, None
 
+    def _adapters(self, rows: Sequence[RequestState]) -> mx.array | None:
+        """The adapter of each row; None where no row has one."""
+        found = [row.request.adapter for row in rows]
+        return mx.array(found) if any(found) else None
+
     def _vacate(self, state: RequestState, again: bool) -> None:
         row = next(row for row in self.rows if row.state is state)
         self.rows.remove(row)
@@ -170,7 +182,7 @@ class Engine(engine.BatchEngine[Model]):
         trim_prompt_cache(row.cache, row.cache[0].offset - len(text))  # a step ahead
         assert state.row is not None
         pages = self.pool.fork(state.row)
-        self.kept.append((text, row.cache, pages))
+        self.kept.append((text, row.cache, pages, state.request.adapter))
 
     def _give_back(self) -> bool:
         if not self.kept:
