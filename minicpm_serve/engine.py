@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic
 
 from minicpm_data.conversation.answers import AnswerParser
@@ -42,7 +43,7 @@ from minicpm_data.generation.thinking import ThinkingBudget
 from minicpm_data.sampling_defaults import OF_CHAT
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -52,6 +53,18 @@ SLOTS = 8  # default number of concurrent requests
 WARM = 16  # tokens of the warm-up prompt
 
 Answered = Response | Exception
+
+
+def known(names: Sequence[str]) -> str:
+    """ "are 'a', 'b', 'c' and 2 more": at most three names and a count."""
+    if not names:
+        return "are none"
+    more = len(names) - 3
+    return (
+        f"{'is' if len(names) == 1 else 'are'} "
+        + ", ".join(map(repr, names[:3]))
+        + (f" and {more} more" if more > 0 else "")
+    )
 
 
 class EngineClosed(InputError):
@@ -147,6 +160,7 @@ class ServingEngine(Generic[ModelT]):
         max_tokens: int = ANSWER_TOKENS,
         stop: str | Sequence[str] = (),
         thinking_budget: int | None = None,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Iterator[Response]:
         """Generate from one prompt; blocks until each token arrives.
@@ -154,6 +168,7 @@ class ServingEngine(Generic[ModelT]):
         Arguments:
             prompt, max_tokens, stop, thinking_budget: as for
                 `minicpm_data.generation.api.Generator.stream_generate`.
+            adapter: name of one of the model's adapters; None: none.
             sampling: the fields of `Sampling`.
 
         Returns:
@@ -164,6 +179,7 @@ class ServingEngine(Generic[ModelT]):
         """
         answer: queue.SimpleQueue[Answered] = queue.SimpleQueue()
         request = self.request(self.prompt_ids(prompt), max_tokens, Sampling(**sampling), thinking_budget)
+        request = replace(request, adapter=self.adapter(adapter))
         number = self.submit(answer.put, request, stop)
         responses = self._responses(number, answer)
         next(responses)  # enters the generator, whose end cancels the request
@@ -215,6 +231,19 @@ class ServingEngine(Generic[ModelT]):
         return GenerationRequest(
             (ids,), max_tokens, sampling, self._ends, self._engine.cache_options, thinking=thinking
         )
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters of which each request may choose one."""
+        return self.model.adapters
+
+    def adapter(self, name: str | None) -> int:
+        """The ``adapter`` of a `GenerationRequest`. Raises `InputError` for an unknown name."""
+        if name is None:
+            return 0
+        if name not in self.adapters:
+            raise InputError(f"is {short(name)!r}; there {known(self.adapters)}.", option="adapter")
+        return 1 + self.adapters.index(name)
 
     def group(self) -> int:
         """The id of a new group of requests, which never takes all slots and takes turns with other groups."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from minicpm_data.generation.adapters import adapter_folders
 from minicpm_data.generation.options import CacheOptions
 from minicpm_data.model_options import load_model, note_context, open_early
 from minicpm_data.option_checks import check_range
@@ -64,6 +65,9 @@ class Options(EngineOptions):
     request of that length does not fit in memory."""
     served_model_name: str | None = None
     """Name of the model in /v1/models and in requests. By default that of --model, as it is given."""
+    adapters: str | None = None
+    """Folder that holds a folder for each LoRA adapter (of PEFT or mlx_lm). A request chooses one with the model
+    NAME:ADAPTER, or none with NAME; requests with different adapters share a batch."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level of what is logged to standard error. info: the start, and a line for each request; debug: also those
     to /health and /metrics."""
@@ -74,6 +78,9 @@ class Options(EngineOptions):
     """Bits of the quantized key/value cache (JAX)."""
     prefill_step_size: int = 512
     """Chunk size of a prompt in tokens. A smaller chunk delays the other answers less."""
+
+    def loading(self) -> dict[str, Any]:
+        return {**super().loading(), "adapters": self.adapters}
 
 
 def main(options: Options) -> None:
@@ -99,6 +106,10 @@ def serve(options: Options, site: Site | None = None) -> None:
         raise InputError(f"is {options.port}; it must be from 0 to 65535.", option="port")
     if options.served_model_name is not None and not options.served_model_name.strip():
         raise InputError("is empty; give a name, or leave it out.", option="served_model_name")
+    if options.adapters is not None:
+        if options.adapter_path is not None:
+            raise InputError("does not go with {adapter_path}; give one of the two.", "adapters", ["adapter_path"])
+        adapter_folders(options.adapters)
     if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
         raise InputError(
             "the server needs fastapi, uvicorn and prometheus-client: pip install 'minicpm-jax-mlx[serve]'."

@@ -106,6 +106,8 @@ class BatchEngine(ABC, Generic[ModelT]):
         self.beginnings: Beginnings | None = None  # of the prompts, where somebody wants to know
         self.guessing: Guessing[ModelT] | None = None
         if speculation is not None and speculation.active:
+            if model.adapters:
+                raise InputError("do not go together with guessed tokens; leave one of them out.", "adapters")
             speculation.check_draft(model)
             self.guessing = Guessing(speculation)
         if prompt_cache is not None:
@@ -138,10 +140,12 @@ class BatchEngine(ABC, Generic[ModelT]):
 
         Raises:
             PromptTooLong: prompt and answer do not fit the context.
-            InputError: the request's cache options differ from the engine's.
+            InputError: the request's cache options differ from the engine's, or the model has no such adapter.
         """
         if request.cache != self.cache_options:
             raise InputError("all requests of an engine share its cache_options; make the request with these.")
+        if not 0 <= request.adapter <= (most := len(self.model.adapters)):
+            raise InputError(f"is {request.adapter}; the model has {most} adapters, from 1 on.", option="adapter")
         self.check_context(len(request.prompt), request.max_tokens)
         number = next(self._numbers)
         return RequestState(number, request, number if group is None else group, number)
@@ -299,9 +303,10 @@ class BatchEngine(ABC, Generic[ModelT]):
                 self.failed(request.number, error)
         return None
 
-    def _wanted(self, state: RequestState) -> tuple[Sequence[int], bool, int]:
+    def _wanted(self, state: RequestState) -> tuple[Sequence[int], bool, int, int]:
         """The arguments of `PagePool.take` for a request. Some pages are left to the running answers."""
-        return state.text, self._shares(state, len(state.text)), int(SPARE * self.pool.pages) + 1 if self.running else 0
+        spare = int(SPARE * self.pool.pages) + 1 if self.running else 0
+        return state.text, self._shares(state, len(state.text)), spare, -state.request.adapter
 
     def _shares(self, state: RequestState, length: int) -> bool:
         """Whether the first ``length`` tokens of a request have the keys of every text that begins so: dynamic NTK and

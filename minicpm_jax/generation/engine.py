@@ -178,7 +178,8 @@ class Engine(engine.BatchEngine[Model]):
             # The keys of an answer that gave up its pages are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(width, dtype=np.int32) + 1)[None]
             cache, last = self.shapes.placed((own, last), self.shapes.row)
-            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(start), lengths, scaled)
+            adapters = self._adapters([state])
+            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(start), lengths, scaled, adapters)
             self._keep(dataclasses.replace(self.state, cache=held.with_pool(cache)))
             start += width
             if self._drafts is not None:
@@ -229,7 +230,9 @@ class Engine(engine.BatchEngine[Model]):
         self._place_tables()
         many, (params, allowed) = np.int32(min(steps, STEPS)), self._sampled()
         forced = forced_steps([row.thought if row else None for row in self.rows], STEPS)
-        state, tokens, count = decoding.decode(self.model, self.state, many, params, forced, allowed)
+        state, tokens, count = decoding.decode(
+            self.model, self.state, many, params, forced, allowed, self._adapters(self.rows)
+        )
         self._keep(state)
         found = np.asarray(tokens)[: int(count)]
         return [(row.number, int(step[slot])) for step in found for slot, row in here]
@@ -282,6 +285,12 @@ class Engine(engine.BatchEngine[Model]):
         if not pages:
             return None
         return stored(self.model.config, self.state.cache.row_of(pages), len(pages) * self.pool.page)
+
+    def _adapters(self, rows: Sequence[RequestState | None]) -> np.ndarray | None:
+        """The adapter of each row."""
+        if not self.model.adapters:
+            return None
+        return np.array([row.request.adapter if row else 0 for row in rows], np.int32)
 
     def _vacate(self, state: RequestState, again: bool) -> None:
         slot = self.rows.index(state)

@@ -34,6 +34,7 @@ from minicpm_mlx.generation.prompt_cache import restore, stored
 from minicpm_mlx.generation.sampling import sample
 from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.layers.row_caches import RowCaches
+from minicpm_mlx.layers.row_lora import adapter_rows
 from minicpm_mlx.model import Model
 from weights_io.errors import InputError
 
@@ -76,12 +77,14 @@ class Kept:
         text: what they hold.
         cache, draft: as in `Row`.
         pages: count what they hold.
+        adapter: with which they were computed; 0: none.
     """
 
     text: Sequence[int]
     cache: list[Any]
     draft: list[Any] | None
     pages: Pages
+    adapter: int = 0
 
 
 class Engine(engine.BatchEngine[Model]):
@@ -130,7 +133,8 @@ class Engine(engine.BatchEngine[Model]):
             # The keys of an answer that gave up its memory are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(len(part)) + 1)[None]
             length = len(state.prompt) if start + len(part) <= len(state.prompt) else mx.array(scaled)
-            hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
+            with adapter_rows(self._adapters([state])):
+                hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
         key = self._keys.pop(state.number, None)
         key = mx.array(request.sampling.row_keys(1)[0]) if key is None else key
         seen = mx.array(seen_tokens([text], self.model.config.vocab_size)) if request.sampling.penalized else None
@@ -148,6 +152,8 @@ class Engine(engine.BatchEngine[Model]):
         text, best, found = state.text, 0, None
         if super()._shares(state, len(text)):
             for kept in (*self.pinned, *self.kept):
+                if kept.adapter != state.request.adapter:
+                    continue
                 most = min(len(text) - 1, len(kept.text))
                 same = next((i for i in range(most) if text[i] != kept.text[i]), most)
                 best, found = (same, kept) if same > max(best, LEAST_SHARED - 1) else (best, found)
@@ -240,7 +246,9 @@ class Engine(engine.BatchEngine[Model]):
         """Submit a step of all rows."""
         caches = self._caches(self.model, [row.cache for row in self.rows])
         ids = mx.concatenate([row.token for row in self.rows])[:, None]
-        self._sample(self.rows, self.model.head(self.model.decode(ids, caches))[:, 0])
+        with adapter_rows(self._adapters([row.state for row in self.rows])):
+            hidden = self.model.decode(ids, caches)
+        self._sample(self.rows, self.model.head(hidden)[:, 0])
         mx.async_eval([row.ahead for row in self.rows])
 
     def _sample(self, rows: list[Row], logits: mx.array, forced: Sequence[int] | np.ndarray | None = None) -> None:
@@ -270,6 +278,11 @@ class Engine(engine.BatchEngine[Model]):
         assert row.ahead is not None
         (row.token, row.key, row.token_mask), row.ahead = row.ahead, None
 
+    def _adapters(self, rows: Sequence[RequestState]) -> mx.array | None:
+        """The adapter of each row; None where no row has one."""
+        found = [row.request.adapter for row in rows]
+        return mx.array(found) if any(found) else None
+
     def _vacate(self, state: RequestState, again: bool) -> None:
         row = next(row for row in self.rows if row.state is state)
         self.rows.remove(row)
@@ -280,7 +293,8 @@ class Engine(engine.BatchEngine[Model]):
         if row.draft is not None:
             trim_prompt_cache(row.draft, max(0, row.draft[0].offset - len(text)))
         assert state.row is not None
-        self.kept.append(Kept(text, row.cache, row.draft, self.pool.fork(state.row)))
+        pages = self.pool.fork(state.row)
+        self.kept.append(Kept(text, row.cache, row.draft, pages, state.request.adapter))
 
     def _give_back(self) -> bool:
         if not self.kept:
