@@ -50,7 +50,7 @@ class Scheduler(engine.BatchEngine[Any]):
 
     def __init__(self, slots: int, pool: PagePool):
         config = SimpleNamespace(max_position_embeddings=CONTEXT, rope_scaling=None)
-        super().__init__(SimpleNamespace(config=config), slots)
+        super().__init__(SimpleNamespace(adapters=(), config=config), slots)
         self.pool, self._random = pool, np.random.default_rng(0)
         self.computed = 0  # tokens of prompts, again after an interruption
 

@@ -35,6 +35,8 @@ class Options:
     """8: an int8 cache."""
     layers: int | None = None
     """Layers; by default all of the model's."""
+    num_draft_tokens: int = 0
+    """Guesses of each row, in place of the decoding step: they are verified."""
 
 
 def main(options: Options) -> None:
@@ -49,6 +51,7 @@ def main(options: Options) -> None:
     from minicpm_jax.aot.programs import compiled, config_of
     from minicpm_jax.generation.decoding import State, decode, prefill
     from minicpm_jax.generation.sampling import SamplingParams
+    from minicpm_jax.generation.verification import verify_rows
     from minicpm_jax.layers.kernels.paging import Paging
     from minicpm_jax.layers.kernels.tiling import Tiling
     from minicpm_jax.layers.paged_cache import PagedCache
@@ -70,6 +73,7 @@ def main(options: Options) -> None:
     def size(tree: Any) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
+    guesses = options.num_draft_tokens
     pages, width, number = options.pool // options.page + 1, options.context // options.page, array((), jnp.int32)
     model = placed(abstract(config))
     print("| program | compile | temporaries | arguments less weights and pool | HBM beside the kernel | of the need |")
@@ -83,6 +87,10 @@ def main(options: Options) -> None:
             state = State(cache, rows, None, keys, array((batch,), bool), array((1,), jnp.int32))
             params = placed(SamplingParams.of(Sampling(), config.vocab_size))
             lowered = decode.lower(model, state, number, params)
+            if guesses:
+                given, forced = array((batch, guesses), jnp.int32), array((guesses + 1, batch), jnp.int32)
+                allowed = array((batch, -(-config.vocab_size // 32)), jnp.uint32)
+                lowered = verify_rows.lower(model, state, given, given, params, forced, allowed)
         else:
             last, ids = array((1, 1, config.hidden_size), jnp.bfloat16), array((1, 512), jnp.int32)
             lowered = prefill.lower(model, ids, cache, last, number, rows)
@@ -91,10 +99,11 @@ def main(options: Options) -> None:
         seconds, memory = time.perf_counter() - began, program.memory_analysis()
         pool = size([getattr(cache, name) for name in ("k", "v", "k_scale", "v_scale")])
         weights, name = size(model), f"decode, {batch} rows" if batch else "512 tokens of a prompt"
+        name = f"verify {guesses} guesses, {batch} rows" if batch and guesses else name
         of_page = pool // pages
         tiling = Tiling.of(
             max(1, batch),
-            1 if batch else 512,
+            guesses + 1 if batch else 512,
             config.num_attention_heads,
             config.head_dim,
             options.context,

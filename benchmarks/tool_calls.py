@@ -77,7 +77,7 @@ def loop(client: Any, question: str, result: str) -> tuple[list[dict[str, Any]],
     """Ask, run the calls, and ask again: the calls and the last answer. The calculator computes; the timer says
     ``result``."""
     messages: list[Any] = [{"role": "user", "content": question}]
-    options = {"model": "taught", "tools": list(TOOLS), "temperature": 0}
+    options = {"model": client.models.list().data[0].id, "tools": list(TOOLS), "temperature": 0}
     message = client.chat.completions.create(messages=messages, **options).choices[0].message
     calls = message.tool_calls or []
     if not calls:

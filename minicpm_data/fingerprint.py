@@ -9,7 +9,6 @@ import numpy as np
 
 from weights_io.adapters import adapter_folder
 from weights_io.checkpoint import Checkpoint
-from weights_io.config import ModelConfig
 
 # Part of a fingerprint -> what is said where it differs.
 PARTS = {
@@ -22,7 +21,7 @@ PARTS = {
 
 
 def fingerprint(
-    checkpoint: Checkpoint, config: ModelConfig, adapter: Path | str | None = None, quantize: int | None = None
+    checkpoint: Checkpoint, adapter: Path | str | None = None, quantize: int | None = None
 ) -> dict[str, str]:
     """The fingerprint of a model that a command has opened, a short text for each of `PARTS`.
 
@@ -30,15 +29,14 @@ def fingerprint(
     have the same fingerprint.
 
     Arguments:
-        checkpoint: the open checkpoint.
-        config: its config, with the RoPE scaling of the command.
+        checkpoint: the open checkpoint; its config has the RoPE scaling of the command.
         adapter: the adapter's folder.
         quantize: bits that the command quantizes the weights to.
 
     Raises:
         InputError: a file cannot be read.
     """
-    numbers = config.to_dict()
+    numbers = checkpoint.config.to_dict()
     scaling = numbers.pop("rope_scaling", None)
     return {
         "config": _digest(json.dumps(numbers, sort_keys=True, default=str).encode()),

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from minicpm_data.arguments import check_path, named_keywords
+from minicpm_data.generation.adapters import read_adapters
 from minicpm_data.tokenizer.from_checkpoint import tokenizer_of
 from minicpm_jax import device
 from minicpm_jax.cpu.form import Packing, for_decoding, form_of
@@ -27,12 +28,13 @@ from minicpm_jax.quantization.kept import Form as KeptForm
 from minicpm_jax.quantization.kept import kept_bytes, kept_forms, kept_rows
 from minicpm_jax.quantization.model import axes_of, head_packing, packing
 from minicpm_jax.quantization.packed import in_tiles
-from minicpm_jax.training.adapters import attach, from_adapter
+from minicpm_jax.training.adapters import attach, attach_rows, from_adapter
 from weights_io.adapters import read_adapter
 from weights_io.casting import check_bits, check_head_bits
 from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.config import ModelConfig
 from weights_io.config_keys import note_sparse
+from weights_io.errors import InputError
 from weights_io.files.threaded_reader import read_stacked
 from weights_io.memory import check_weights, packed_bytes, weight_bytes
 from weights_io.parameters import Parameter, parameters
@@ -57,6 +59,7 @@ def load(
     head_bits: int | None = None,
     dequantize: bool = False,
     remedy: str | None = None,
+    adapters: str | Path | None = None,
     mesh: MeshChoice = None,
 ) -> "tuple[Model, Tokenizer | None]":
     """Load a released checkpoint, unmodified.
@@ -75,6 +78,7 @@ def load(
         head_bits: 8 quantizes the head, and with it a tied embedding; also of a checkpoint whose layers stay quantized.
         dequantize: hold the matrices of a quantized checkpoint in ``dtype``, to train them; otherwise they stay
             quantized.
+        adapters: folder with a folder for each adapter; each request to an engine chooses one.
         remedy: what an error advises if the weights do not fit into memory; None: fewer bits, or a smaller model.
         mesh: a `jax.sharding.Mesh` with any of the axes data, fsdp, tensor, expert, or a function that makes one (or
             None) from the model's config (`sharding.serving_mesh`).
@@ -83,18 +87,23 @@ def load(
 
     Raises: `InputError` with one sentence if something cannot be used.
     """
-    for name, value in (("path_or_repo", path_or_repo), ("adapter", adapter)):
+    for name, value in (("path_or_repo", path_or_repo), ("adapter", adapter), ("adapters", adapters)):
         if value is not None and not isinstance(value, Checkpoint):
             check_path(name, value)
+    if adapter is not None and adapters is not None:
+        raise InputError("does not go with {adapter}; give one of the two.", "adapters", ["adapter"])
     checkpoint = path_or_repo
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_model(checkpoint, revision, hub)
     tokenizer = tokenizer_of(checkpoint)
     found = None if adapter is None else read_adapter(Path(adapter), checkpoint.config)
+    several = None if adapters is None else read_adapters(adapters, checkpoint.config)
     how: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "head_bits": head_bits}
     model = load_weights(checkpoint, dtype, mesh, decoding=decoding, **how, dequantize=dequantize, remedy=remedy)
     if found is not None:
         model = attach(model, from_adapter(checkpoint.config, found), found.config.scale)
+    if several is not None:
+        model = attach_rows(model, *several)
     with waiting("arranging the weights"):
         return for_decoding(model) if decoding else model, tokenizer
 

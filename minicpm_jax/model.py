@@ -130,6 +130,7 @@ class Model(nnx.Module):
             mesh: the `automatic` mesh that holds the weights; the model's programs run over it.
         """
         self.config, self.eos_token_ids, self.mesh = config, eos_token_ids, mesh
+        self.adapters: tuple[str, ...] = ()  # of `layers.row_lora`
         self.model = Decoder(weights["model"], config)
         self.lm_head = None if config.tie_word_embeddings else Linear(weights["lm_head"]["weight"])
 

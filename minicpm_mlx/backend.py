@@ -12,7 +12,7 @@ from weights_io.progress import waiting
 if TYPE_CHECKING:
     import numpy as np
 
-    from minicpm_data.generation.prompt_cache import CachedPrompt
+    from minicpm_data.generation.prompt_cache import CachedPrompt, PromptCache
     from minicpm_data.training.options import FinetuneOptions, PretrainOptions
     from minicpm_mlx.generation.engine import Engine
     from minicpm_mlx.model import Model
@@ -70,10 +70,12 @@ class Decoding:
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
         cache_tokens: int | None = None,
+        speculation: "Speculation[Model] | None" = None,
+        prompt_cache: "PromptCache | None" = None,
     ) -> "Engine":
         from minicpm_mlx.generation.engine import Engine
 
-        return Engine(model, slots, context, cache_options, cache_tokens)
+        return Engine(model, slots, context, cache_options, cache_tokens, speculation, prompt_cache)
 
 
 def backend() -> "Backend[Model]":

@@ -148,6 +148,7 @@ class Model(nn.Module):
         """
         super().__init__()
         self.config, self.eos_token_ids = config, eos_token_ids
+        self.adapters: tuple[str, ...] = ()  # of `layers.row_lora`
         self.model_type = config.model_type
         self.model = Decoder(config)
         self.lm_head = None

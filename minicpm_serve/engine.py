@@ -13,11 +13,12 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic
 
 from minicpm_data.conversation.answers import AnswerParser
 from minicpm_data.generation.api import Decoding
-from minicpm_data.generation.engine import OutOfMemory
+from minicpm_data.generation.beginnings import Beginnings
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     CHAT_TOKENS,
@@ -25,6 +26,8 @@ from minicpm_data.generation.options import (
     CacheOptions,
     Sampling,
 )
+from minicpm_data.generation.pool_size import OutOfMemory
+from minicpm_data.generation.prompt_cache import CachedPrompt, PromptCache
 from minicpm_data.generation.request import (
     GenerationRequest,
     ModelT,
@@ -35,11 +38,12 @@ from minicpm_data.generation.request import (
     special_tokens_kept,
 )
 from minicpm_data.generation.responses import Response, stream_text
+from minicpm_data.generation.speculation import Speculation
 from minicpm_data.generation.thinking import ThinkingBudget
 from minicpm_data.sampling_defaults import OF_CHAT
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
-from weights_io.errors import InputError
+from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -49,6 +53,18 @@ SLOTS = 8  # default number of concurrent requests
 WARM = 16  # tokens of the warm-up prompt
 
 Answered = Response | Exception
+
+
+def known(names: Sequence[str]) -> str:
+    """ "are 'a', 'b', 'c' and 2 more": at most three names and a count."""
+    if not names:
+        return "are none"
+    more = len(names) - 3
+    return (
+        f"{'is' if len(names) == 1 else 'are'} "
+        + ", ".join(map(repr, names[:3]))
+        + (f" and {more} more" if more > 0 else "")
+    )
 
 
 class EngineClosed(InputError):
@@ -80,6 +96,8 @@ class ServingEngine(Generic[ModelT]):
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
         cache_tokens: int | None = None,
+        speculation: Speculation[ModelT] | None = None,
+        prompt_cache: PromptCache | None = None,
     ):
         """
         Arguments:
@@ -90,6 +108,7 @@ class ServingEngine(Generic[ModelT]):
             context: most tokens of a prompt and its answer; None: the model's, or fewer where memory is short.
             cache_options: of every request's cache.
             cache_tokens: tokens that the cache holds; None: as the memory allows.
+            speculation, prompt_cache: as for `BatchEngine`.
 
         Raises:
             InputError: as `BatchEngine`.
@@ -98,11 +117,15 @@ class ServingEngine(Generic[ModelT]):
         decoding: Decoding[ModelT] = backends.get(backend).generator.decoding
         slots = SLOTS if slots is None else slots
         try:
-            self._engine = decoding.engine(model, slots, context, cache_options, cache_tokens)
+            self._engine = decoding.engine(
+                model, slots, context, cache_options, cache_tokens, speculation, prompt_cache
+            )
         except OutOfMemory as error:
             if context is not None or cache_tokens is not None or error.context is None:
                 raise
-            self._engine = decoding.engine(model, slots, error.context, cache_options)
+            self._engine = decoding.engine(
+                model, slots, error.context, cache_options, speculation=speculation, prompt_cache=prompt_cache
+            )
         self._ends = end_ids(model, tokenizer)
         self.error: Exception | None = None  # the error that stopped the engine
         self._answers: dict[int, Answer] = {}  # of unfinished requests
@@ -137,6 +160,7 @@ class ServingEngine(Generic[ModelT]):
         max_tokens: int = ANSWER_TOKENS,
         stop: str | Sequence[str] = (),
         thinking_budget: int | None = None,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Iterator[Response]:
         """Generate from one prompt; blocks until each token arrives.
@@ -144,6 +168,7 @@ class ServingEngine(Generic[ModelT]):
         Arguments:
             prompt, max_tokens, stop, thinking_budget: as for
                 `minicpm_data.generation.api.Generator.stream_generate`.
+            adapter: name of one of the model's adapters; None: none.
             sampling: the fields of `Sampling`.
 
         Returns:
@@ -154,6 +179,7 @@ class ServingEngine(Generic[ModelT]):
         """
         answer: queue.SimpleQueue[Answered] = queue.SimpleQueue()
         request = self.request(self.prompt_ids(prompt), max_tokens, Sampling(**sampling), thinking_budget)
+        request = replace(request, adapter=self.adapter(adapter))
         number = self.submit(answer.put, request, stop)
         responses = self._responses(number, answer)
         next(responses)  # enters the generator, whose end cancels the request
@@ -206,6 +232,19 @@ class ServingEngine(Generic[ModelT]):
             (ids,), max_tokens, sampling, self._ends, self._engine.cache_options, thinking=thinking
         )
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters of which each request may choose one."""
+        return self.model.adapters
+
+    def adapter(self, name: str | None) -> int:
+        """The ``adapter`` of a `GenerationRequest`. Raises `InputError` for an unknown name."""
+        if name is None:
+            return 0
+        if name not in self.adapters:
+            raise InputError(f"is {short(name)!r}; there {known(self.adapters)}.", option="adapter")
+        return 1 + self.adapters.index(name)
+
     def group(self) -> int:
         """The id of a new group of requests, which never takes all slots and takes turns with other groups."""
         return self._engine.group()
@@ -213,6 +252,17 @@ class ServingEngine(Generic[ModelT]):
     def cancel(self, number: int) -> None:
         """Drop a request. Nothing happens if it is finished."""
         self._asked.put(lambda: self._cancel(number))
+
+    def count_beginnings(self) -> None:
+        """Count what the prompts begin with, from now on."""
+        self._engine.beginnings = Beginnings()
+
+    def common_beginning(self) -> tuple[list[int], CachedPrompt] | None:
+        """What most prompts began with, as ids and as keys and values; None where nothing is, or it is not in the cache
+        any more. The engine must be closed."""
+        ids = self._engine.beginnings.common() if self._engine.beginnings is not None else []
+        found = self._engine.stored(ids) if ids and isinstance(self.error, EngineClosed) else None
+        return None if found is None else (ids[: found.length], found)
 
     def close(self) -> None:
         """Stop the threads; a program that is being compiled is waited for. Unfinished requests get `EngineClosed`."""
@@ -240,6 +290,21 @@ class ServingEngine(Generic[ModelT]):
         """The fraction of the cache's pages that requests hold."""
         pool = self._engine.pool
         return 1 - pool.available / (pool.pages - 1)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are guessed."""
+        return self._engine.guessing is not None
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that speculation guessed so far."""
+        return 0 if self._engine.guessing is None else self._engine.guessing.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Guessed tokens that were right."""
+        return 0 if self._engine.guessing is None else self._engine.guessing.accepted
 
     @property
     def programs(self) -> dict[str, int]:

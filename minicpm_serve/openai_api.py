@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from minicpm_data.generation.adapters import adapter_folders
 from minicpm_data.generation.options import CacheOptions
 from minicpm_data.model_options import load_model, note_context, open_early
 from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.engine import ServingEngine
+from minicpm_serve.engine_options import Beside, EngineOptions
 from weights_io import command_line
 from weights_io.command_line import Former
 from weights_io.errors import InputError
@@ -41,7 +43,7 @@ NOTICED = 0.5  # seconds; programs that compile faster get no line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(backends.BackendOptions):
+class Options(EngineOptions):
     host: str = "127.0.0.1"
     """Address to listen at. 0.0.0.0 accepts other machines."""
     port: int = 8000
@@ -63,6 +65,9 @@ class Options(backends.BackendOptions):
     request of that length does not fit in memory."""
     served_model_name: str | None = None
     """Name of the model in /v1/models and in requests. By default that of --model, as it is given."""
+    adapters: str | None = None
+    """Folder that holds a folder for each LoRA adapter (of PEFT or mlx_lm). A request chooses one with the model
+    NAME:ADAPTER, or none with NAME; requests with different adapters share a batch."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level of what is logged to standard error. info: the start, and a line for each request; debug: also those
     to /health and /metrics."""
@@ -73,6 +78,9 @@ class Options(backends.BackendOptions):
     """Bits of the quantized key/value cache (JAX)."""
     prefill_step_size: int = 512
     """Chunk size of a prompt in tokens. A smaller chunk delays the other answers less."""
+
+    def loading(self) -> dict[str, Any]:
+        return {**super().loading(), "adapters": self.adapters}
 
 
 def main(options: Options) -> None:
@@ -91,12 +99,17 @@ def serve(options: Options, site: Site | None = None) -> None:
         InputError: an option is out of range, or the address is in use.
     """
     options.check_placement()
+    options.speculation(options.draft_model)  # checks the range before anything is loaded
     check_range(options, "max_num_seqs", "max_model_len", "cache_tokens", "prefill_step_size", least=1)
     check_range(options, "max_queued_requests", least=0)
     if not 0 <= options.port < 2**16:
         raise InputError(f"is {options.port}; it must be from 0 to 65535.", option="port")
     if options.served_model_name is not None and not options.served_model_name.strip():
         raise InputError("is empty; give a name, or leave it out.", option="served_model_name")
+    if options.adapters is not None:
+        if options.adapter_path is not None:
+            raise InputError("does not go with {adapter_path}; give one of the two.", "adapters", ["adapter_path"])
+        adapter_folders(options.adapters)
     if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
         raise InputError(
             "the server needs fastapi, uvicorn and prometheus-client: pip install 'minicpm-jax-mlx[serve]'."
@@ -104,6 +117,7 @@ def serve(options: Options, site: Site | None = None) -> None:
     with bound(options.host, options.port) as listening:
         backends.require(options.backend)
         here = open_early(options)
+        beside = Beside.opened(options, here)
         # The slow imports come after whatever a user is likely to mistype.
         from minicpm_serve.http.connections import most_connections
         from minicpm_serve.http.gate import checked_hosts, checked_key, checked_origins
@@ -117,9 +131,14 @@ def serve(options: Options, site: Site | None = None) -> None:
         LOG.info("loading %s in %s ...", options.model or "pico", backends.TITLES[options.backend])
         backend = backends.get(options.backend)
         model, tokenizer = load_model(backend, options, decoding=True, source=here)
-        cache_options = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
+        cache_options = beside.cache_options(
+            CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
+        )
         limits = options.max_num_seqs, options.max_model_len, cache_options, options.cache_tokens
-        engine = ServingEngine(options.backend, model, tokenizer, *limits)
+        more = beside.engine_arguments(backend, tokenizer)
+        engine = ServingEngine(options.backend, model, tokenizer, *limits, **more)
+        if beside.target is not None:
+            engine.count_beginnings()
         try:
             backend.device.warn_idle_axes(engine.model, engine.slots)
             note_context(model.config, engine.context, "; lower --max-model-len", options.rescaled)
@@ -129,6 +148,7 @@ def serve(options: Options, site: Site | None = None) -> None:
             server(engine, name, key, options.max_queued_requests, hosts, origins, site).run(sockets=[listening])
         finally:
             engine.close()
+        beside.save(engine)
 
 
 def say_compiled(engine: ServingEngine, name: str, seconds: float) -> None:

@@ -46,11 +46,19 @@ COMMANDS += [
     "minicpm_serve.openai_api",
     "minicpm_serve.perplexity",
     "minicpm_serve.web",
+    "minicpm_serve.batch",
+    "minicpm_serve.evaluate",
 ]
 COMMANDS += [f"weights_io.{name}" for name in ("convert", "inspect", "catalog", "adapters", "fuse", "upcycle")]
 COMMANDS += ["benchmarks.sparse_down", "benchmarks.prompt_memory", "benchmarks.fit_table"]
 COMMANDS += ["benchmarks.speculation", "benchmarks.concurrency", "benchmarks.graph_nodes", "benchmarks.throughput"]
-COMMANDS += ["benchmarks.loading", "benchmarks.tunix_peer", "benchmarks.paging", "benchmarks.paging_programs"]
+COMMANDS += [
+    "benchmarks.tool_calls",
+    "benchmarks.loading",
+    "benchmarks.tunix_peer",
+    "benchmarks.paging",
+    "benchmarks.paging_programs",
+]
 HEAVY = {"jax", "flax", "mlx.core", "mlx_lm", "transformers", "torch", "orbax", "optax", "grain", "tokenizers"}
 # Asks each command that it reads for its help, in a child that has imported nothing but what all of them need.
 ASKING_FOR_HELP = """
@@ -630,6 +638,10 @@ REFUSED += [f"minicpm_serve.{call}" for call in (
     "longcontext --backend mlx --model {0}/model --plot {0}/none/x.png",
     "history --backend jax --folders /nope --save-path {0}/new",
     "openai_api --backend mlx --model /nope --port 0",
+    "batch --backend mlx --prompts {0}/none.txt --out {0}/new.jsonl",
+    "batch --backend jax --model /nope --prompts {0}/data/train.jsonl --out {0}/new.jsonl",
+    "evaluate --backend mlx --tasks x --include-path {0}/none",
+    "evaluate --backend jax --tasks x --output-path {0}/none/x.json",
 )]  # fmt: skip
 REFUSED += ["minicpm_jax.fit --model /nope", "minicpm_jax.fit --plot {0}/none/x.png"]
 REFUSED += ["weights_io.convert --model /nope --to hf --save-path {0}/new"]

@@ -72,6 +72,7 @@ def given(tmp_path_factory):
     for split in ("train", "valid", "test"):
         row = {"prompt": "1 + 1 = ?", "completion": "1 + 1 = 2, so the answer is 2."}
         (folder / "data" / f"{split}.jsonl").write_text(32 * (json.dumps(row) + "\n"), encoding="utf-8")
+    (folder / "prompts.txt").write_text("12 + 7 = ?\n3 + 4 = ?\n")
     (folder / "lora.yaml").write_text(
         "data: data\nbatch_size: 4\nlora_parameters: {rank: 4, scale: 2.0, dropout: 0.0}\n"
     )

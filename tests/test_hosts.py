@@ -5,9 +5,9 @@ import os
 import threading
 import time
 
-import multiprocess
 import numpy as np
 import pytest
+import several_processes
 import tiny_training as tiny
 from documented_commands import typed
 
@@ -46,7 +46,7 @@ def test_flags_that_cannot_be(changes, said):
 
 def met(*processes, patience=0.5):
     """What each process, given as (how many there are, number), has to say about the others."""
-    with multiprocess.socket.create_server(("127.0.0.1", 0)) as free:
+    with several_processes.socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     said = ["" for _ in processes]
 
@@ -79,7 +79,7 @@ def test_processes_that_do_not_meet_say_why():
     assert met((3, 0), (2, 1)) == ["--num-processes is 3 in one process and 2 in another; give all the same."] * 2
     with pytest.raises(InputError, match=r"nowhere.invalid is not known here"):
         rendezvous.meet("nowhere.invalid:1234", 2, 1, 1)
-    with multiprocess.socket.create_server(("", 0)) as taken:
+    with several_processes.socket.create_server(("", 0)) as taken:
         with pytest.raises(InputError, match="cannot listen at port"):
             rendezvous.meet(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0, 1)
 
@@ -119,7 +119,7 @@ def ended(world, out):
         "answer": ["minicpm_jax.generate", "--model", world / "model", *BABBLE, "--mesh", "tensor=2,fsdp=2"],
         "other": typed("other", "tensor=4", resume=True),
     }
-    return multiprocess.in_turn(commands, {"seeds": [["--seed", "1"], ["--seed", "2"]]})
+    return several_processes.in_turn(commands, {"seeds": [["--seed", "1"], ["--seed", "2"]]})
 
 
 def test_pairs_in_two_processes_are_those_of_one(world, out, ended, tmp_path):
@@ -198,7 +198,7 @@ def test_each_process_reads_what_its_devices_hold(world):
     norms. These find each other by themselves, as they do on Cloud TPU."""
     checkpoint = open_checkpoint(world / "model")
     norms = sum(tensor.read().nbytes for name, tensor in checkpoint.tensors.items() if "norm" in name)
-    for process in multiprocess.run("-c", READING, world / "model", "--mesh", "fsdp=2,data=2", mpi=True):
+    for process in several_processes.run("-c", READING, world / "model", "--mesh", "fsdp=2,data=2", mpi=True):
         assert process.returncode == 0, process.stderr
         read, held = json.loads(process.stderr.splitlines()[-1])
         assert read == held == (checkpoint.nbytes + norms) // 2

@@ -88,7 +88,7 @@ def test_a_scale_of_a_quantised_block(load, reference, tmp_path):
     tensor = open_checkpoint(path).tensors[NAME]
     assert tensor.kind == "Q4_0"
     with open(path, "r+b") as file:
-        file.seek(tensor.packed.offset)
+        file.seek(tensor.whole.packed.offset)
         file.write(np.float16(np.nan).tobytes())
     refused(load, path, f"{NAME} in .*model.gguf holds NaN")
 

@@ -472,7 +472,8 @@ def test_an_engine_that_fails_is_told_and_logged(capfd):
 class Played:
     """An engine that takes requests, and does what it is told with them."""
 
-    slots, context, open, error, tokenizer = 2, 64, 0, None, None
+    adapters: tuple[str, ...] = ()
+    slots, context, open, error, tokenizer, speculates = 2, 64, 0, None, None, False
     model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9)), {}
 
     def __init__(self):

@@ -211,4 +211,4 @@ def test_what_an_engine_of_mlx_keeps_is_bounded():
         engine.add(GenerationRequest.of(pico, None, [[1, *[first] * 39]], 2))
         while not engine.idle:
             engine.step()
-    assert [text[1] for text, *_ in engine.kept] == [5, 6]  # a page each of two
+    assert [kept.text[1] for kept in engine.kept] == [5, 6]  # a page each of two

@@ -89,7 +89,9 @@ def test_the_data(tmp_path):
         function = call["tool_calls"][0]["function"]
         if function["name"] == "calculator":
             assert result["content"] == str(compute(function["arguments"]["expression"]))
-        assert result["content"] in answer["content"] and question["role"] == "user"
+            assert result["content"] in answer["content"]
+        else:
+            assert str(function["arguments"]["minutes"]) in question["content"] and "timer is set" in answer["content"]
     seen = {m["messages"][0]["content"] for m in lines["train"] if "tool_calls" in m["messages"][1]}
     new = {m["messages"][0]["content"] for m in lines["test"] if "tool_calls" in m["messages"][1]}
     assert not seen & new

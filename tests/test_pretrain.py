@@ -13,9 +13,9 @@ import time
 import types
 from pathlib import Path
 
-import multiprocess
 import numpy as np
 import pytest
+import several_processes
 import tiny_tokenizer
 import tiny_training as tiny
 from documented_commands import typed
@@ -252,13 +252,13 @@ def test_two_processes_train_as_one(corpus, whole, tmp_path):
     """Each of two devices; stopped in one of them, the run goes on in a single process of one device. Measured: losses
     within 1e-6."""
     out = tmp_path / "out"
-    running = multiprocess.start("-m", *command(corpus, out), "--mesh", "fsdp=2,tensor=2")
+    running = several_processes.start("-m", *command(corpus, out), "--mesh", "fsdp=2,tensor=2")
     deadline = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and figures(out)) and running[1].poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     running[1].send_signal(signal.SIGINT)
-    first, second = multiprocess.ends(running)
+    first, second = several_processes.ends(running)
     assert (first.returncode, second.returncode) == (130, 130), first.stderr + second.stderr
     step = int(re.search(r"stopped after step (\d+) of 24; the same command with --resume", first.stdout)[1])
     assert second.stdout == "" and "Traceback" not in first.stderr + second.stderr

@@ -12,6 +12,7 @@ from minicpm_data.training import processes
 from weights_io import progress
 from weights_io.checkpoint import open_checkpoint
 from weights_io.progress import awaited, doing, progress_bar, waiting
+from weights_io.quantization.packed import stored_bytes
 from weights_io.write import save_checkpoint
 
 
@@ -36,7 +37,7 @@ def bars(monkeypatch):
 
 def check(bars, checkpoint):
     (bar,) = bars
-    total = sum(tensor.read().nbytes for tensor in checkpoint.tensors.values())
+    total = sum(stored_bytes(tensor, tensor.read().size) for tensor in checkpoint.tensors.values())
     assert bar.options["total"] == sum(bar.moved) == total
     assert len(bar.moved) == len(checkpoint.tensors)
 

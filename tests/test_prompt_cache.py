@@ -44,7 +44,7 @@ def written(package, folder, path, cache_options=CacheOptions()):  # noqa: B008
     model, _ = backend.load(folder, dtype="float32")
     request = GenerationRequest.of(model, None, [STORED], 1, cache=cache_options)
     found, checkpoint = decoding.cached_prompt(model, request), open_checkpoint(folder)
-    write_prompt_cache(path, found, "tiny", fingerprint(checkpoint, checkpoint.config), "text", STORED)
+    write_prompt_cache(path, found, "tiny", fingerprint(checkpoint), "text", STORED)
     return path
 
 
@@ -55,7 +55,7 @@ def answers(package, folder, path, cache_options=CacheOptions(), **sampling):  #
     model, _ = backend.load(folder, dtype="float32")
     file = open_prompt_cache(path)
     checkpoint = open_checkpoint(folder)
-    file.check_model(checkpoint.config, "tiny", fingerprint(checkpoint, checkpoint.config))
+    file.check_model(checkpoint.config, "tiny", fingerprint(checkpoint))
     request = GenerationRequest.of(model, None, [PROMPT], 24, cache=file.cache_options(cache_options))
     same = file.shared(model.config, request.prompt)
     reusing = dataclasses.replace(request, prefix=Prefix(file, same))
@@ -157,7 +157,7 @@ def test_damaged_files(wide, tmp_path):
     """Cut anywhere, with flipped bits, or with other arrays: one sentence with the remedy."""
     path = written("minicpm_mlx", wide, tmp_path / "c.safetensors")
     whole, config = path.read_bytes(), open_checkpoint(wide)
-    mark = fingerprint(config, config.config)
+    mark = fingerprint(config)
 
     def read(file):
         found = open_prompt_cache(file)

@@ -10,8 +10,10 @@ import pytest
 import tiny_model
 from tiny_training import BACKENDS
 
+from minicpm_data.generation.guessing import Pace
 from minicpm_data.generation.options import Sampling
 from minicpm_data.generation.request import GenerationRequest
+from minicpm_data.generation.speculation import Speculation
 from minicpm_data.generation.thinking import CLOSING, ThinkingBudget, Thought
 from minicpm_data.sampling_defaults import CARDS, chat_sampling, family_named
 from minicpm_data.tokenizer.chat_template import MINICPM_TEMPLATE
@@ -86,10 +88,14 @@ def test_each_row_has_its_own_thought(backend, babbler):
     assert CLOSING not in "".join(r.text for r in rows[1])
 
 
-def test_requests_of_an_engine_have_their_own_budgets(backend, babbler):
+@pytest.mark.parametrize("guessing", [False, True])
+def test_requests_of_an_engine_have_their_own_budgets(backend, babbler, guessing, monkeypatch):
+    monkeypatch.setattr(Pace, "pays", lambda self, running: True)
     sampling = {"temperature": 0.8, "seed": 5, "repetition_penalty": 1.2}
     model, tokenizer = babbler
-    engine = importlib.import_module(f"{backend.__name__}.generation.engine").Engine(model, slots=3, context=200)
+    engine = importlib.import_module(f"{backend.__name__}.generation.engine").Engine(
+        model, slots=3, context=200, speculation=Speculation(model) if guessing else None
+    )
     asked = [(prompt_of(tokenizer), 0), (prompt_of(tokenizer), 5), (prompt_of(tokenizer), None)]
     requests = [
         GenerationRequest.of(model, tokenizer, [prompt], 20, Sampling(**sampling), thinking_budget=budget)

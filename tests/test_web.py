@@ -88,6 +88,10 @@ class Visitor:
         playwright.expect(texts).to_have_text([*turns], timeout=60_000)
         if turns:
             playwright.expect(self.page.get_by_role("button", name="Retry")).to_have_count(1, timeout=60_000)
+            # Gradio copies the conversation into its state after that, and then lets the next question in.
+            playwright.expect(self.page.locator(".submit-button")).to_be_visible(timeout=60_000)
+            playwright.expect(self.box).to_be_enabled(timeout=60_000)
+            self.page.wait_for_timeout(100)
 
     def copied(self, name):
         """What a button puts on the clipboard."""
@@ -207,6 +211,7 @@ def test_a_key_is_the_password(visit):
             visitor.page.get_by_label("username").fill("minicpm")
             visitor.page.get_by_label("password").fill("secret")
             visitor.page.get_by_role("button", name="Login").click()
+            playwright.expect(visitor.page.get_by_text("Settings")).to_be_visible(timeout=60_000)
             visitor.ask(SUM)
             visitor.sees(SUM, "12 + 7 = 19")
             visitor.failed.clear()  # the 401 before the login

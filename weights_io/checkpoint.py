@@ -25,7 +25,8 @@ from weights_io.files.near_keys import refuse_near_keys
 from weights_io.files.tensor import FileTensor, LazyTensor, located, same_numbers
 from weights_io.hub import resolve
 from weights_io.parameters import EMBEDDING, EXPERTS, HEAD, NORM, tensor_shapes
-from weights_io.quantization.packed import Packed, PackedTensor, arithmetic_dtype
+from weights_io.quantization.gguf import as_packed
+from weights_io.quantization.packed import Packed, PackedTensor, arithmetic_dtype, stored_bytes
 from weights_io.quantization.reading import as_matrices
 
 # Buffers that old files hold. The models compute them.
@@ -101,8 +102,8 @@ class Checkpoint:
     def packed(self, name: str, rows: slice = slice(None)) -> Packed | None:
         """A quantized matrix in packed form, or its ``rows``. `read` dequantizes it instead.
 
-        Returns None for a matrix that is not quantized, and for GGUF blocks. Raises `InputError` where the file
-        contradicts its format, or a scale or a table is NaN or infinite.
+        Returns None for a matrix that is not quantized, and for GGUF blocks of a rare kind. Raises `InputError` where
+        the file contradicts its format, or a scale or a table is NaN or infinite.
         """
         tensor = self.tensors[name]
         if not isinstance(tensor, PackedTensor):
@@ -113,7 +114,7 @@ class Checkpoint:
             if part is not None:
                 check_finite(located(name, tensor), part)
         if self.on_read is not None:
-            self.on_read(found.codes.size * tensor.dtype.itemsize)  # as counted by `nbytes`
+            self.on_read(stored_bytes(tensor, found.codes.size))
         return found
 
     def read_rows(self, name: str, start: int, rows: np.ndarray) -> None:
@@ -132,7 +133,7 @@ class Checkpoint:
         """
         self.check(name, dtype, values)
         if self.on_read is not None:
-            self.on_read(values.nbytes)
+            self.on_read(stored_bytes(self.tensors[name], values.size))
         return values
 
     def check(self, name: str, dtype: str, values: np.ndarray) -> None:
@@ -148,8 +149,8 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors in the dtypes that `read` returns."""
-        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors.values())
+        """Bytes of all tensors as they are stored; of quantized ones, those of the codes."""
+        return sum(stored_bytes(tensor, math.prod(tensor.shape)) for tensor in self.tensors.values())
 
 
 def open_model(
@@ -214,7 +215,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
         from weights_io.files import gguf
 
         file = gguf.open_file(path)
-        raw, tensors, metadata = file.config, file.tensors, file.metadata
+        raw, tensors, metadata = file.config, as_packed(file.tensors), file.metadata
         config = ModelConfig.from_dict(raw, str(path))
     else:
         from weights_io.files.folder import open_folder

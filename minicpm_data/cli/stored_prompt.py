@@ -25,7 +25,7 @@ def fingerprint_of(options: "ModelOptions", checkpoint: "Checkpoint | None") -> 
     processes are to open it."""
     if checkpoint is None:
         raise InputError("is for one process; leave it out.", option="prompt_cache_file")
-    return fingerprint(checkpoint, checkpoint.config, options.adapter_path, options.quantize)
+    return fingerprint(checkpoint, options.adapter_path, options.quantize)
 
 
 class Stored:
@@ -47,7 +47,7 @@ class Stored:
         here = fingerprint_of(options, None if several else checkpoint)
         assert checkpoint is not None
         found.file.check_model(checkpoint.config, options.model or "pico", here)
-        if found.file.text is None and options.system_prompt is not None:
+        if found.file.text is None and getattr(options, "system_prompt", None) is not None:
             raise InputError(f"does not go with {found.file.path}, which mlx_lm wrote; leave it out.", "system_prompt")
         return found
 

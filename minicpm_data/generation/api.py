@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from minicpm_data.generation.engine import BatchEngine
-    from minicpm_data.generation.prompt_cache import CachedPrompt
+    from minicpm_data.generation.prompt_cache import CachedPrompt, PromptCache
     from minicpm_data.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -81,6 +81,8 @@ class Decoding(Protocol[ModelT]):
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
         cache_tokens: int | None = None,
+        speculation: Speculation[ModelT] | None = None,
+        prompt_cache: "PromptCache | None" = None,
     ) -> "BatchEngine[ModelT]":
         """The engine for concurrent requests; arguments as for `minicpm_data.generation.engine.BatchEngine`."""
 

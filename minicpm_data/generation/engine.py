@@ -11,11 +11,12 @@ the queue; its tokens so far are then prefilled like a prompt. The oldest reques
 A backend that compiles programs for the shapes of a request compiles them beside the running requests. The request
 stays in the queue until they are ready, and others may pass it.
 
+With a `Speculation`, tokens are guessed and several are decoded in one run, where that is faster (`guessing`).
+
 Requests may form a group, such as several answers to one question. A group never takes the last slot, and waiting
 groups take turns.
 """
 
-import bisect
 import itertools
 import time
 from abc import ABC, abstractmethod
@@ -23,14 +24,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic
 
+from minicpm_data.generation.beginnings import Beginnings
+from minicpm_data.generation.guessing import FEW, Guessing
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
-from minicpm_data.generation.pages import PagePool
+from minicpm_data.generation.pages import PagePool, Row
+from minicpm_data.generation.pool_size import check_prompt_cache, pinned, pool_of
+from minicpm_data.generation.prompt_cache import CachedPrompt, Prefix, PromptCache
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.generation.request_state import GeneratedToken, RequestState
+from minicpm_data.generation.speculation import Speculation
 from weights_io.errors import InputError
-from weights_io.memory import no_room
 
-STEP = 256  # tokens; a context that does not fit memory is shortened to a multiple of this
 SPARE = 0.05  # of the pages: left to the running answers when a request is admitted
 MOST_STEPS = 32  # of a decode call: each running request gets pages for all of them before it
 PATIENCE = 0.05  # seconds; a longer decode call would be visible in streamed text
@@ -38,17 +42,6 @@ PATIENCE = 0.05  # seconds; a longer decode call would be visible in streamed te
 
 class PromptTooLong(InputError):
     """Prompt and answer together are longer than the context."""
-
-
-class OutOfMemory(InputError):
-    """The memory does not hold the key/value cache of one request.
-
-    ``context``: the longest context that fits; None if none fits.
-    """
-
-    def __init__(self, sentence: str, context: int | None):
-        super().__init__(sentence, others=["context", "cache_tokens"])
-        self.context = context
 
 
 class BatchEngine(ABC, Generic[ModelT]):
@@ -64,6 +57,8 @@ class BatchEngine(ABC, Generic[ModelT]):
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
         cache_tokens: int | None = None,
+        speculation: Speculation[ModelT] | None = None,
+        prompt_cache: PromptCache | None = None,
     ):
         """
         Arguments:
@@ -72,17 +67,24 @@ class BatchEngine(ABC, Generic[ModelT]):
             context: most tokens of a prompt and its answer; None: the model's ``max_position_embeddings``.
             cache_options: of every request's cache: unquantized, or 8 bits in JAX.
             cache_tokens: tokens for which there are pages; None: as the memory allows.
+            speculation: the source of guesses; None: nothing is guessed.
+            prompt_cache: a file of this model, whose keys and values stay in pages for prompts that begin with its
+                text.
 
         Raises:
-            InputError: a value is out of range, or the memory does not hold the cache of one request (`OutOfMemory`).
+            InputError: a value is out of range, speculation or file do not suit the model, or the memory does not hold
+                the cache of one request (`OutOfMemory`).
         """
         context = model.config.max_position_embeddings if context is None else context
         for name, value, least in (("slots", slots, 1), ("context", context, 2)):  # a prompt token and a new one
             if value != int(value) or value < least:
                 raise InputError(f"is {value}; it must be a whole number, at least {least}.", option=name)
-        if cache_tokens is not None and cache_tokens < context:
+        self._pinned_tokens = 0 if prompt_cache is None else prompt_cache.length
+        if cache_tokens is not None and cache_tokens < context + self._pinned_tokens:
+            beside = f" beside the {self._pinned_tokens} of the prompt cache" if prompt_cache else ""
             raise InputError(
-                f"is {cache_tokens}, and a request may have {{context}} {context}: raise it, or lower {{context}}.",
+                f"is {cache_tokens}, and a request may have {{context}} {context}{beside}: raise it, or lower "
+                "{context}.",
                 option="cache_tokens",
                 others=["context"],
             )
@@ -101,47 +103,27 @@ class BatchEngine(ABC, Generic[ModelT]):
         self._numbers = itertools.count()
         self._steps = 1
         self.preemptions = 0  # how often a request gave up its pages
+        self.beginnings: Beginnings | None = None  # of the prompts, where somebody wants to know
+        self.guessing: Guessing[ModelT] | None = None
+        if speculation is not None and speculation.active:
+            if model.adapters:
+                raise InputError("do not go together with guessed tokens; leave one of them out.", "adapters")
+            speculation.check_draft(model)
+            self.guessing = Guessing(speculation)
+        if prompt_cache is not None:
+            check_prompt_cache(prompt_cache, self._rotates(prompt_cache.length))
 
     def _pool(
-        self,
-        page: int,
-        bytes_of: Callable[[int], int],
-        free: int | None,
-        most: int,
-        cache_tokens: int | None,
+        self, page: int, bytes_of: Callable[[int], int], free: int | None, most: int, cache_tokens: int | None
     ) -> PagePool:
-        """The pool of pages.
+        """The pool of pages; arguments and errors as for `pool_of`."""
+        return pool_of(page, bytes_of, free, most, self.context, cache_tokens, self._pinned_tokens)
 
-        Arguments:
-            page: tokens of a page.
-            bytes_of: pages -> bytes of their keys and values.
-            free: bytes of free memory; None where unknown.
-            most: tokens that are more than enough.
-            cache_tokens: tokens to hold; None: ``most``, or as many as there is room for.
-
-        Raises:
-            OutOfMemory: the memory does not hold one request, or ``cache_tokens``.
-        """
-
-        def pages_of(tokens: int) -> int:
-            """With the page that is nobody's."""
-            return -(-tokens // page) + 1
-
-        least, pages = pages_of(cache_tokens or self.context), pages_of(max(self.context, most))
-        if cache_tokens is None and free is not None:
-            pages = min(pages, free * pages // max(1, bytes_of(pages)))
-        if free is None or bytes_of(least) <= free:
-            return PagePool(least if cache_tokens else max(least, pages), page)
-        sizes = range(STEP, self.context + 1, STEP)
-        fits = STEP * bisect.bisect_right(sizes, free, key=lambda tokens: bytes_of(pages_of(tokens))) or None
-        what = f"the keys and values of {cache_tokens or self.context:,} tokens"
-        if cache_tokens and bytes_of(pages_of(self.context)) <= free:
-            remedy = "lower {cache_tokens}, or leave it out"
-        elif fits is None:
-            remedy = "take a smaller model, or keep its weights in fewer bits"
-        else:
-            remedy = f"lower {{context}} (to {fits:,} tokens)"
-        raise OutOfMemory(no_room(what, bytes_of(least), free, remedy), fits)
+    def _pin(self, file: PromptCache, whole: bool) -> Row:
+        """Pages that hold the text of a file from now on. ``whole``: its whole pages alone."""
+        row = pinned(file, self.pool, whole)
+        self._restore(Prefix(file, self.pool.page * len(row.pages) if whole else file.length), row)
+        return row
 
     def add(self, request: GenerationRequest) -> int:
         """Queue a request, and return its number. Raises `InputError` as `admitted` does."""
@@ -158,10 +140,12 @@ class BatchEngine(ABC, Generic[ModelT]):
 
         Raises:
             PromptTooLong: prompt and answer do not fit the context.
-            InputError: the request's cache options differ from the engine's.
+            InputError: the request's cache options differ from the engine's, or the model has no such adapter.
         """
         if request.cache != self.cache_options:
             raise InputError("all requests of an engine share its cache_options; make the request with these.")
+        if not 0 <= request.adapter <= (most := len(self.model.adapters)):
+            raise InputError(f"is {request.adapter}; the model has {most} adapters, from 1 on.", option="adapter")
         self.check_context(len(request.prompt), request.max_tokens)
         number = next(self._numbers)
         return RequestState(number, request, number if group is None else group, number)
@@ -218,6 +202,8 @@ class BatchEngine(ABC, Generic[ModelT]):
                 if request.group == chosen.group:
                     request.turn = next(self._numbers)
             self.prefilling = chosen, self._run(chosen)
+            if self.beginnings is not None and not chosen.generated:
+                self.beginnings.add(chosen.prompt)
         if self.prefilling is not None:
             state, pieces = self.prefilling
             token = next(pieces)
@@ -229,11 +215,36 @@ class BatchEngine(ABC, Generic[ModelT]):
         return self._decoded() if self.running else []
 
     def _decoded(self) -> list[GeneratedToken]:
-        """Decode as many steps as are quick and have pages."""
+        """Decode, with guesses where that is faster."""
+        guessing, running = self.guessing, len(self.running)
+        if guessing is None:
+            return self._plain()
+        before, began = guessing.drafted, time.perf_counter()
+        generated = self._guessed(guessing) if guessing.pace.pays(running) else self._plain()
+        if generated is None:  # nothing is guessed
+            generated = self._plain(FEW)
+        guessing.pace.record(running, guessing.drafted > before, len(generated), time.perf_counter() - began)
+        return generated
+
+    def _guessed(self, guessing: Guessing[ModelT]) -> list[GeneratedToken] | None:
+        """Decode one run of guesses; None where there is none."""
+        found = self._speculated(guessing, self._room(guessing.count + 1) - 1)
+        if found is None:
+            return None
+        generated = []
+        for number, tokens, guesses in found:
+            guessing.count_run(guesses, len(tokens))
+            for token in tokens:
+                if number in self.running:  # else the request finished a few tokens earlier
+                    generated.append(self._record(self.running[number], token))
+        return generated
+
+    def _plain(self, most: int = MOST_STEPS) -> list[GeneratedToken]:
+        """Decode as many steps, at most ``most``, as are quick and have pages."""
         held = any(state.matcher for state in self.running.values())  # looks at each token
         hurry = held or self.prefilling is not None or self._next() is not None
         left = min(state.left for state in self.running.values())
-        wanted = max(1, min(1 if hurry else self._steps, left))
+        wanted = max(1, min(1 if hurry else self._steps, left, most))
         steps = self._room(wanted)
         began = time.perf_counter()
         generated = [
@@ -252,7 +263,7 @@ class BatchEngine(ABC, Generic[ModelT]):
         while True:
             held = [(state, len(state.prompt) + len(state.generated) - 1) for state in self.running.values()]
             for count in (steps >> i for i in range(steps.bit_length())):
-                wanted = [(state.row, self.pool.needed(cached + count)) for state, cached in held]
+                wanted = [(state.row, self.pool.needed(cached + min(count, state.left))) for state, cached in held]
                 if sum(max(0, pages - len(row.pages)) for row, pages in wanted if row) <= self.pool.available:
                     for row, pages in wanted:
                         assert row is not None
@@ -292,16 +303,20 @@ class BatchEngine(ABC, Generic[ModelT]):
                 self.failed(request.number, error)
         return None
 
-    def _wanted(self, state: RequestState) -> tuple[Sequence[int], bool, int]:
+    def _wanted(self, state: RequestState) -> tuple[Sequence[int], bool, int, int]:
         """The arguments of `PagePool.take` for a request. Some pages are left to the running answers."""
-        return state.text, self._shares(state, len(state.text)), int(SPARE * self.pool.pages) + 1 if self.running else 0
+        spare = int(SPARE * self.pool.pages) + 1 if self.running else 0
+        return state.text, self._shares(state, len(state.text)), spare, -state.request.adapter
 
     def _shares(self, state: RequestState, length: int) -> bool:
         """Whether the first ``length`` tokens of a request have the keys of every text that begins so: dynamic NTK and
         LongRoPE rotate the keys of a long prompt, and those behind a length, in another way."""
+        return not self._rotates(max(length, len(state.prompt)))
+
+    def _rotates(self, length: int) -> bool:
+        """Whether RoPE is scaled for the length of a text so long."""
         scaling = self.model.config.rope_scaling
-        length = max(length, len(state.prompt))
-        return scaling is None or not scaling.grows(self.model.config.max_position_embeddings, length)
+        return scaling is not None and scaling.grows(self.model.config.max_position_embeddings, length)
 
     def _name(self, state: RequestState, text: Sequence[int]) -> None:
         """Others may share the pages of this text, which is in the cache."""
@@ -347,6 +362,20 @@ class BatchEngine(ABC, Generic[ModelT]):
     def _decode(self, steps: int) -> list[tuple[int, int]]:
         """Decode up to ``steps`` steps, for which all running requests have pages. Returns (request number, token)
         pairs in order."""
+
+    def _speculated(self, guessing: Guessing[ModelT], room: int) -> list[tuple[int, list[int], int]] | None:
+        """Run the last token of all running requests and their guesses, at most ``room``, for which they have pages.
+        Returns (request number, tokens, guesses) of each; None where nothing is guessed."""
+        raise NotImplementedError
+
+    def _restore(self, prefix: Prefix, row: Row) -> None:
+        """Write the keys and values of a file into the pages of a row."""
+        raise NotImplementedError
+
+    def stored(self, ids: Sequence[int]) -> CachedPrompt | None:
+        """The keys and values of the longest beginning of a text that is in the cache; None without any. It is read
+        while no other call is made."""
+        raise NotImplementedError
 
     @abstractmethod
     def _vacate(self, state: RequestState, again: bool) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from weights_io.errors import InputError
 
 NOBODY = 0  # the page to which empty rows write
-NONE = 0  # the parent of a row's first page
+NONE = 0  # the parent of a row's first page, without an adapter
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Row:
         pages: their numbers, in the order of the text.
         shared: how many of them held the beginning of the text before the row came.
         named: how many have a key, or hold a text that another page has a key for.
-        parent: serial of the last of those; `NONE` without one.
+        parent: serial of the last of those; the root (see `PagePool.take`) without one.
     """
 
     pages: list[int]
@@ -63,12 +63,12 @@ class PagePool:
         """Pages of ``tokens`` tokens."""
         return -(-tokens // self.page)
 
-    def shared(self, text: Sequence[int]) -> tuple[list[int], int]:
-        """The pages that hold the beginning of a text, and the serial of the last.
+    def shared(self, text: Sequence[int], root: int = NONE) -> tuple[list[int], int]:
+        """The pages that hold the beginning of a text, and the serial of the last; ``root`` without one.
 
         Whole pages, and never all of the text, because its last token must be run.
         """
-        found, parent = [], NONE
+        found, parent = [], root
         for start in range(0, len(text) - self.page, self.page):
             page = self._known.get((parent, tuple(text[start : start + self.page])))
             if page is None:
@@ -77,23 +77,24 @@ class PagePool:
             parent = self._serials[page]
         return found, parent
 
-    def fits(self, text: Sequence[int], share: bool = True, spare: int = 0) -> bool:
+    def fits(self, text: Sequence[int], share: bool = True, spare: int = 0, root: int = NONE) -> bool:
         """Whether there are pages for a text; arguments as for `take`."""
-        return self._fits(self.shared(text)[0] if share else [], self.needed(len(text)), spare)
+        return self._fits(self.shared(text, root)[0] if share else [], self.needed(len(text)), spare)
 
     def _fits(self, shared: Sequence[int], count: int, spare: int) -> bool:
         kept = sum(page in self._kept for page in shared)
         return count - len(shared) <= self.available - kept - spare
 
-    def take(self, text: Sequence[int], share: bool = True, spare: int = 0) -> "Row | None":
+    def take(self, text: Sequence[int], share: bool = True, spare: int = 0, root: int = NONE) -> "Row | None":
         """A row with pages for a text; None if there are too few.
 
         Arguments:
             text: token ids.
             share: whether to look for pages that hold its beginning.
             spare: pages that must stay available.
+            root: parent of the first page: `NONE`, or a negative number for each adapter, as its keys are its own.
         """
-        shared, parent = self.shared(text) if share else ([], NONE)
+        shared, parent = self.shared(text, root) if share else ([], root)
         count = self.needed(len(text))
         if not self._fits(shared, count, spare):
             return None

@@ -65,15 +65,16 @@ class CachedPrompt:
     group_size: int | None = None
 
 
-def check_target(path: Path) -> Path:
-    """The path to write, absolute. Raises `InputError` where a prompt cache cannot or must not be written there."""
+def check_target(path: Path, option: str = "prompt_cache_file") -> Path:
+    """The path to write, absolute. Raises `InputError` where a prompt cache cannot or must not be written there.
+    ``option``: names it."""
     try:
         path = path.expanduser().resolve()
         exists, parent = path.exists(), path.parent.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{short(path)} cannot be written ({error}); choose another name.") from error
     if path.suffix != ENDING:
-        raise InputError(f"is {short(path)}; the name must end with {ENDING}.", "prompt_cache_file")
+        raise InputError(f"is {short(path)}; the name must end with {ENDING}.", option)
     if not parent:
         raise InputError(f"the folder {path.parent} does not exist; make it first.")
     if exists:

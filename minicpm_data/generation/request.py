@@ -31,10 +31,12 @@ class LanguageModel(Protocol):
     """The attributes of a backend's model that shared code uses.
 
     ``eos_token_ids``: the EOS ids of config.json and generation_config.json.
+    ``adapters``: the names of those of which each request may choose one.
     """
 
     config: "ModelConfig"
     eos_token_ids: tuple[int, ...]
+    adapters: tuple[str, ...]
 
 
 ModelT = TypeVar("ModelT", bound=LanguageModel)  # a backend's own class of models
@@ -114,6 +116,7 @@ class GenerationRequest:
         prefix: the beginning of the prompt whose keys and values are in a file; for one prompt.
         thinking: the most tokens of each thought; None: any number.
         constraint: what the answer may be, in a request to an engine; None: anything.
+        adapter: 1 + the index in the model's ``adapters``, in a request to an engine; 0: none.
 
     Raises:
         InputError: a value is out of range. A request that exists need not be checked again.
@@ -127,6 +130,7 @@ class GenerationRequest:
     prefix: "Prefix | None" = None
     thinking: ThinkingBudget | None = None
     constraint: Constraint | None = None
+    adapter: int = 0
 
     def __post_init__(self) -> None:
         check_number("max_tokens", self.max_tokens, whole=True)

@@ -7,16 +7,20 @@ only compared with it. Guesses come from a smaller draft model (arXiv 2211.17192
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from minicpm_data.arguments import check_model, check_number
 from minicpm_data.generation.request import GenerationRequest, ModelT
 from minicpm_data.generation.thinking import Thoughts
 from weights_io.errors import InputError
 
+if TYPE_CHECKING:
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
+
 GRAMS = (4, 3, 2)  # n-gram lengths of prompt lookup, longest first
 PAUSE = 15  # most tokens without a guess
 MOST = 64  # most guesses at once; with more, a step is bound by arithmetic and not by reading weights
+OTHERS = 0.01  # of the ids: at most so many of a draft model's may have other texts
 
 Source = TypeVar("Source")  # a model, or the name that it is loaded from
 
@@ -66,11 +70,28 @@ class Speculation(Generic[Source]):
             raise InputError(
                 "cannot rewind a wrong guess; leave it out, or leave out the speculation.", option="max_kv_size"
             )
+        self.check_draft(model)
+
+    def check_draft(self: "Speculation[ModelT]", model: ModelT) -> None:
+        """Raises `InputError` for a draft model of another vocabulary."""
         if self.draft_model is not None:
             check_model("draft_model", self.draft_model)
             draft, own = self.draft_model.config.vocab_size, model.config.vocab_size
             if draft != own:
                 raise InputError(f"the draft model has {draft} token ids, the model {own}; use one with its tokenizer.")
+
+
+def check_tokenizers(own: "Tokenizer", draft: "Tokenizer", vocab_size: int) -> None:
+    """Raises `InputError` where the ids of a draft model have other texts than those of the model. A few may: chat
+    tokens often have other names."""
+    pairs = zip(own.token_bytes(vocab_size), draft.token_bytes(vocab_size), strict=True)
+    others = sum(one != other for one, other in pairs)
+    if others > OTHERS * vocab_size:
+        raise InputError(
+            f"has another tokenizer: {others:,} of {vocab_size:,} token ids have other texts; use a model with the "
+            "same one.",
+            option="draft_model",
+        )
 
 
 class PromptLookup:

@@ -32,6 +32,7 @@ from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation.prompt_cache import restore, stored
 from minicpm_jax.generation.sampling import SamplingParams, only_allowed, sample
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
+from minicpm_jax.layers.row_lora import adapter_rows
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.processes import broadcast_from_main, fetch
 from weights_io import memory
@@ -105,16 +106,19 @@ def prefill(
     start: Int[Array, ""],
     lengths: Int[Array, "B"],
     scaled: Int[Array, "B T"] | None = None,
+    adapters: Int[Array, "B"] | None = None,
 ) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """Run one chunk of right-padded prompts of ``lengths`` tokens: the T tokens from position ``start`` on.
 
     Returns the cache and the hidden state of each prompt's last token: ``last``, or the new one if this chunk holds
-    it. ``scaled``: the length for which RoPE is scaled, per token; None is ``lengths``.
+    it. ``scaled``: the length for which RoPE is scaled, per token; None is ``lengths``. ``adapters``: of
+    each row, as in `adapter_rows`.
     """
     width = ids.shape[1]
     new = jnp.clip(lengths - start, 0, width)
     scaled = lengths if scaled is None else scaled
-    hidden, cache = model.decode(ids, cache, new, jnp.broadcast_to(start, lengths.shape), scaled)
+    with adapter_rows(adapters):
+        hidden, cache = model.decode(ids, cache, new, jnp.broadcast_to(start, lengths.shape), scaled)
     at = (lengths - 1 - start)[:, None, None]
     found = jnp.take_along_axis(hidden, jnp.clip(at, 0, width - 1), axis=1)
     return cache, jnp.where((at >= 0) & (at < width), found, last)
@@ -147,16 +151,19 @@ def decode(
     params: SamplingParams,
     forced: Int[Array, "N B"] | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
+    adapters: Int[Array, "B"] | None = None,
 ) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
     """Generate up to ``steps`` (at most `STEPS`) more tokens per row; fewer if all rows finish.
     ``forced`` [STEPS, B]: as in `sample_next`, for each step. ``allowed``: likewise, the same in all steps.
+    ``adapters``: of each row, as in `adapter_rows`.
 
     Returns the state, the tokens [STEPS, B] and how many of the STEPS rows are valid.
     """
 
     def step(carry):
         state, tokens, count = carry
-        hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.finished, 0, 1))
+        with adapter_rows(adapters):
+            hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.finished, 0, 1))
         now = None if forced is None else forced[count]
         state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params, now, allowed)
         return state, tokens.at[count].set(state.token), count + 1
@@ -224,6 +231,8 @@ def check(model: Model, request: GenerationRequest) -> None:
     """`minicpm_data.generation.api.Decoding.check`. Memory is checked when the prompts are prefilled."""
     if request.constraint is not None:
         raise InputError("is for requests to an engine; leave it out.", option="constraint")
+    if request.adapter:
+        raise InputError("is for requests to an engine; load the model with one adapter.", option="adapter")
     check_kind(model, len(request.prompts), request.cache)
 
 

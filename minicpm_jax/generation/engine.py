@@ -4,15 +4,15 @@ Prompts and answers live in the pages of one pool (`layers.paged_cache`), of whi
 prefilled in chunks straight into its pages; so no program depends on the slot, and decoding continues meanwhile. An
 empty slot is a finished row of length 0.
 
-Programs are compiled beside decoding (`programs`), and there are five: chunks of a prompt have one of two widths, and
-every kind of sampling is data.
+Programs are compiled beside decoding (`programs`), and there are six: chunks of a prompt have one of two widths, and
+every kind of sampling is data. Speculation adds one, and a draft model three.
 
 Dims: B slots (concurrent requests), W pages of a table, T width of a chunk, E end-of-text ids, V vocabulary.
 """
 
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,16 +21,23 @@ from jaxtyping import Array
 
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import allowed_rows
+from minicpm_data.generation.guessing import Guessing
 from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.pages import Row
+from minicpm_data.generation.prompt_cache import CachedPrompt, Prefix, PromptCache
 from minicpm_data.generation.request_state import RequestState
+from minicpm_data.generation.speculation import Speculation
 from minicpm_data.generation.thinking import forced_steps
 from minicpm_jax import device
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import STEPS, State
+from minicpm_jax.generation.drafts import Drafts
 from minicpm_jax.generation.programs import Key, Programs
+from minicpm_jax.generation.prompt_cache import restore, stored
 from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.generation.shapes import Shapes
 from minicpm_jax.generation.slots import ENDS, insert, vacate
+from minicpm_jax.generation.verification import verify_rows
 from minicpm_jax.model import Model
 from minicpm_jax.parallel.chips import platform
 from weights_io.errors import InputError
@@ -51,16 +58,21 @@ class Engine(engine.BatchEngine[Model]):
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
         cache_tokens: int | None = None,
+        speculation: Speculation[Model] | None = None,
+        prompt_cache: PromptCache | None = None,
     ):
-        super().__init__(model, slots, context, cache_options, cache_tokens)
+        super().__init__(model, slots, context, cache_options, cache_tokens, speculation, prompt_cache)
         decoding.check_kind(model, slots, cache_options)
         decoding.use_compilation_cache()
         page = page_size(model, cache_options)
         self._width = -(-self.context // page)
         self._check_tables()
 
+        draft = None if self.guessing is None else self.guessing.draft_model
+
         def bytes_of(pages: int) -> int:
-            return decoding.cache_bytes(model, pages, page, cache_options)
+            both = [model] if draft is None else [model, draft]
+            return sum(decoding.cache_bytes(each, pages, page, cache_options) for each in both)
 
         most = slots * self.context
         if platform() == "cpu":
@@ -68,18 +80,27 @@ class Engine(engine.BatchEngine[Model]):
         free = device.free_memory(model.mesh)
         if free is not None and platform() != "cpu":
             free -= RESERVED
+            if self.guessing is not None:  # the logits after all guesses, and what is made of them to sample
+                free -= 2 * 4 * slots * (self.guessing.count + 1) * model.config.vocab_size
         self.pool = self._pool(page, bytes_of, free, most, cache_tokens)
         self._wide = decoding.prefill_chunk(self.context, cache_options)
         self._tables = np.zeros((slots, self._width), np.int32)
         self.shapes = Shapes(model, cache_options, self.pool.pages, page, self._width)
         self.state = self.shapes.placed(self.shapes.empty(slots), self.shapes.state(slots))
         self.rows: list[RequestState | None] = [None] * slots
+        self._drafts: Drafts | None = None
+        if self.guessing is not None and draft is not None:
+            sizes = self.pool.pages, page, self._width
+            self._drafts = Drafts(draft, self.guessing.count, cache_options, slots, sizes, NARROW)
         self._keys: dict[int, np.ndarray] = {}  # random keys of requests that gave up their pages
         self._programs = Programs(self._compiled)
         self._programs.on_change = lambda: self.wake()
         self._programs.on_done = lambda key, seconds: self.compiled(str(key), seconds)
         # Requests that wait for programs -> `Programs.changes` when they were last looked at.
         self._looked: weakref.WeakKeyDictionary[RequestState, int] = weakref.WeakKeyDictionary()
+        if prompt_cache is not None:
+            row = self._pin(prompt_cache, whole=True)
+            self.pool.name(row, prompt_cache.ids[: len(row.pages) * page])
 
     def _check_tables(self) -> None:
         """Raises `InputError` where the tables do not fit the scalar memory of a TPU."""
@@ -105,17 +126,28 @@ class Engine(engine.BatchEngine[Model]):
     @property
     def _needed(self) -> list[Key]:
         """The programs that every request needs, the one that takes longest first."""
-        return [Key("decode"), Key("prefill", (NARROW,)), Key("first_token"), Key("insert"), Key("vacate")]
+        more = [] if self._drafts is None else self._drafts.needed
+        if self.guessing is not None:
+            name = "verify" if self._drafts is None else "verify drafts"
+            more = [Key(name, (self.guessing.count,)), *more]
+        return [Key("decode"), Key("prefill", (NARROW,)), *more, Key("first_token"), Key("insert"), Key("vacate")]
 
     def _compiled(self, key: Key) -> object:
         """The compiled program of a key."""
+        if self._drafts is not None and key.name in Drafts.NAMES:
+            return self._drafts.lowered(key).compile()
         return self.shapes.lowered(key, self.slots).compile()
 
     def programs(self) -> dict[str, int]:
         return self._programs.counts()
 
     def warm(self) -> None:
-        self._programs.warm([*self._needed, Key("prefill", (self._wide,))])
+        self._programs.warm([*self._needed, *self._wide_programs])
+
+    @property
+    def _wide_programs(self) -> list[Key]:
+        drafts = [] if self._drafts is None else [Key("draft prefill", (self._wide,))]
+        return [Key("prefill", (self._wide,)), *drafts]
 
     def close(self) -> None:
         self._programs.close()
@@ -132,6 +164,8 @@ class Engine(engine.BatchEngine[Model]):
         table[0, : len(row.pages)] = row.pages
         last: Any = np.zeros((1, 1, self.model.config.hidden_size), self.model.model.norm.weight.dtype)
         begun = start = row.shared * self.pool.page
+        if self._drafts is not None:
+            self._drafts.begin(state)
         while start < len(text):
             if start > begun:
                 yield None
@@ -144,9 +178,12 @@ class Engine(engine.BatchEngine[Model]):
             # The keys of an answer that gave up its pages are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(width, dtype=np.int32) + 1)[None]
             cache, last = self.shapes.placed((own, last), self.shapes.row)
-            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(start), lengths, scaled)
+            adapters = self._adapters([state])
+            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(start), lengths, scaled, adapters)
             self._keep(dataclasses.replace(self.state, cache=held.with_pool(cache)))
             start += width
+            if self._drafts is not None:
+                self._drafts.fill(state, min(start, len(text)), width)
         slot = self.rows.index(None)
         first = self._first_token(state, self.shapes.placed(last, self.shapes.row[1]))
         self._keep(insert(self.state, first, np.int32(slot), np.int32(len(text))))
@@ -159,10 +196,9 @@ class Engine(engine.BatchEngine[Model]):
         waited_for = platform() == "cpu" and bool(self.running)
         if self._wide == NARROW or left <= self._wide // 2 or waited_for:
             return NARROW
-        key = Key("prefill", (self._wide,))
-        if self._programs.has(key):
+        if all(map(self._programs.has, self._wide_programs)):
             return self._wide
-        self._programs.warm([key])
+        self._programs.warm(self._wide_programs)
         return NARROW
 
     def _first_token(self, state: RequestState, last: Array) -> State:
@@ -185,27 +221,81 @@ class Engine(engine.BatchEngine[Model]):
 
     def _decode(self, steps: int) -> list[tuple[int, int]]:
         here = [(slot, row) for slot, row in enumerate(self.rows) if row is not None]
-        for slot, row in here:
-            assert row.row is not None
-            self._tables[slot, : len(row.row.pages)] = row.row.pages
+        for _, row in here:
             row.look()
             if row.thought is not None:
                 steps = min(steps, row.thought.free)
             if row.matcher is not None:
                 steps = 1
-        cache = dataclasses.replace(self.state.cache, table=self._tables.copy())
-        self._keep(dataclasses.replace(self.state, cache=cache))
-        vocabulary, many = self.model.config.vocab_size, np.int32(min(steps, STEPS))
-        params = SamplingParams.of_rows([row.request.sampling if row else GREEDY for row in self.rows], vocabulary)
+        self._place_tables()
+        many, (params, allowed) = np.int32(min(steps, STEPS)), self._sampled()
         forced = forced_steps([row.thought if row else None for row in self.rows], STEPS)
-        allowed = allowed_rows([row.matcher if row else None for row in self.rows], vocabulary)
-        state, tokens, count = decoding.decode(self.model, self.state, many, params, forced, allowed)
+        state, tokens, count = decoding.decode(
+            self.model, self.state, many, params, forced, allowed, self._adapters(self.rows)
+        )
         self._keep(state)
         found = np.asarray(tokens)[: int(count)]
         return [(row.number, int(step[slot])) for step in found for slot, row in here]
 
+    def _speculated(self, guessing: Guessing[Model], room: int) -> list[tuple[int, list[int], int]] | None:
+        plan = guessing.plan(self.rows, room)
+        if plan is None:
+            return None
+        self._place_tables()
+        proposed = None
+        if self._drafts is not None:
+            proposed = self._drafts.propose(self.rows, self._tables, self._chunk)
+            proposed = self.shapes.placed(proposed, self.shapes.array(proposed.shape, proposed.dtype))
+        params, allowed = self._sampled()
+        state, tokens, right = verify_rows(self.model, self.state, plan.given, proposed, params, plan.forced, allowed)
+        self._keep(state)
+        found, accepted = np.asarray(tokens), np.asarray(right)
+        made = []
+        for slot, row in enumerate(self.rows):
+            if row is not None:
+                if self._drafts is not None:
+                    self._drafts.accept(row, int(accepted[slot]) if plan.counts[slot] else 0)
+                made.append((row.number, found[: accepted[slot] + 1, slot].tolist(), plan.counts[slot]))
+        return made
+
+    def _place_tables(self) -> None:
+        """Take the pages that the rows got since the last step into the state."""
+        for slot, row in enumerate(self.rows):
+            if row is not None:
+                assert row.row is not None
+                self._tables[slot, : len(row.row.pages)] = row.row.pages
+        cache = dataclasses.replace(self.state.cache, table=self._tables.copy())
+        self._keep(dataclasses.replace(self.state, cache=cache))
+
+    def _sampled(self) -> tuple[SamplingParams, np.ndarray]:
+        """How each row is sampled, and the tokens that may come next, [B, V / 32]."""
+        vocabulary = self.model.config.vocab_size
+        params = SamplingParams.of_rows([row.request.sampling if row else GREEDY for row in self.rows], vocabulary)
+        return params, allowed_rows([row.matcher if row else None for row in self.rows], vocabulary)
+
+    def _restore(self, prefix: Prefix, row: Row) -> None:
+        table, lengths = np.zeros((1, self._width), np.int32), np.zeros(1, np.int32)
+        table[0, : len(row.pages)] = row.pages
+        held = self.state.cache
+        own = self.shapes.placed(dataclasses.replace(held, table=table, lengths=lengths), self.shapes.row[0])
+        self._keep(dataclasses.replace(self.state, cache=held.with_pool(restore(self.model, own, prefix))))
+
+    def stored(self, ids: Sequence[int]) -> CachedPrompt | None:
+        pages, _ = self.pool.shared([*ids, 0])
+        if not pages:
+            return None
+        return stored(self.model.config, self.state.cache.row_of(pages), len(pages) * self.pool.page)
+
+    def _adapters(self, rows: Sequence[RequestState | None]) -> np.ndarray | None:
+        """The adapter of each row."""
+        if not self.model.adapters:
+            return None
+        return np.array([row.request.adapter if row else 0 for row in rows], np.int32)
+
     def _vacate(self, state: RequestState, again: bool) -> None:
         slot = self.rows.index(state)
+        if self._drafts is not None:
+            self._drafts.mark(state)
         if again:
             self._keys[state.number] = np.asarray(jax.random.key_data(self.state.rng))[slot : slot + 1]
         self.rows[slot], self._tables[slot] = None, 0

@@ -21,6 +21,7 @@ from minicpm_jax.generation.decoding import State
 from minicpm_jax.generation.programs import Key
 from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.generation.slots import ENDS, insert, vacate
+from minicpm_jax.generation.verification import verify_rows
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.layers.paged_cache import PagedCache, PagedLatentCache
 from minicpm_jax.model import Model
@@ -119,10 +120,13 @@ class Shapes(Places):
         def allowed(count):
             return host(jnp.uint32, count, -(-vocabulary // BITS))
 
+        def adapters(count):
+            return host(jnp.int32, count) if model.adapters else None
+
         match key.name:
             case "prefill":
                 ids, lengths = host(jnp.int32, 1, key.sizes[0]), host(jnp.int32, 1)
-                return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids)
+                return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids, adapters(1))
             case "first_token":
                 last, nothing = self.hidden(), None
                 given = host(jnp.bool_, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
@@ -132,7 +136,12 @@ class Shapes(Places):
                 return insert.lower(self.state(rows), self.state(1, False), number, number)
             case "decode":
                 sampled = params(rows), host(jnp.int32, decoding.STEPS, rows), allowed(rows)
-                return decoding.decode.lower(model, self.state(rows), number, *sampled)
+                return decoding.decode.lower(model, self.state(rows), number, *sampled, adapters(rows))
+            case "verify" | "verify drafts":
+                proposed = self.array((rows, *key.sizes), jnp.int32) if "drafts" in key.name else None
+                given, forced = host(jnp.int32, rows, *key.sizes), host(jnp.int32, key.sizes[0] + 1, rows)
+                state = self.state(rows)
+                return verify_rows.lower(model, state, given, proposed, params(rows), forced, allowed(rows))
             case "vacate":
                 return vacate.lower(self.state(rows), number)
         raise AssertionError(key)

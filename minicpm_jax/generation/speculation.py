@@ -1,4 +1,4 @@
-"""Speculative decoding: `minicpm_data.generation.speculation` on the programs of `decoding`, one row at a time.
+"""Speculative decoding of one row: `minicpm_data.generation.speculation` on the programs of `decoding`.
 
 Rejecting guesses is free: the cache's length is set back, and later tokens overwrite what is beyond it.
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from minicpm_jax.layers.lora import LoRALayer
 from minicpm_jax.layers.ops import Weight, linear, rows
+from minicpm_jax.layers.row_lora import RowLoRALayer
 
 
 class Linear(nnx.Module):
@@ -14,7 +15,7 @@ class Linear(nnx.Module):
 
     def __init__(self, weight: Float[Array, "O I"]):
         self.weight: nnx.Param | Weight = nnx.Param(weight)
-        self.adapter: LoRALayer | None = nnx.data(None)
+        self.adapter: LoRALayer | RowLoRALayer | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         y = linear(self.weight, x)

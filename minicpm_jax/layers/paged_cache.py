@@ -7,11 +7,13 @@ row's last page.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int, Int8
 
@@ -84,6 +86,24 @@ class PagedCache(Cache):
     def with_pool(self, other: "PagedCache") -> "PagedCache":
         """These rows, in the pool of another cache."""
         return dataclasses.replace(self, **{name: getattr(other, name) for name in STORED})
+
+    def row_of(self, pages: Sequence[int]) -> Cache:
+        """The text of these pages, in a cache of one row."""
+        at, lengths = np.array(pages), jnp.full(1, len(pages) * self.page, jnp.int32)
+
+        def joined(stored: Array | None, axis: int) -> Array | None:
+            """Pages side by side along an axis of a page, [L, 1, ..]."""
+            if stored is None:
+                return None
+            part = jnp.moveaxis(stored[:, at], 1, axis + 1)  # [L, .., n, P, ..]
+            shape = [*stored.shape[2:]]
+            shape[axis] *= len(pages)
+            return part.reshape(len(stored), 1, *shape)
+
+        found = {name: joined(getattr(self, name), 1 if name.endswith("scale") else 0) for name in STORED}
+        if isinstance(self, PagedLatentCache):
+            return LatentCache(lengths=lengths, rank=self.rank, **found)  # type: ignore[arg-type]
+        return Cache(lengths=lengths, **found)  # type: ignore[arg-type]
 
     def update(self, layer: ArrayLike, k: Array, v: Array, index: Int[Array, "B T"]) -> "PagedCache":
         """Write k and v [B, T, K, H] of one layer into the slots ``index`` of each row. Slots beyond a table go into
@@ -173,7 +193,7 @@ class PagedLatentCache(LatentCache):
     def grain(self) -> int:
         return self.page
 
-    with_pool = PagedCache.with_pool
+    with_pool, row_of = PagedCache.with_pool, PagedCache.row_of
 
     def places(self, row: Int[Array, "B 1"], entries: Int[Array, "B A"]) -> tuple[Array, Array]:
         return in_pages(self.table, entries, self.k.shape[2])

@@ -1,6 +1,6 @@
 """The matrices of a quantized checkpoint, kept quantized: from the codes of the files to the weights of a model.
 
-An embedding is kept only in MLX's format, the only one that quantizes it.
+An embedding is kept in MLX's and GGUF's formats, which alone quantize it.
 """
 
 import math
@@ -46,7 +46,7 @@ def kept_forms(checkpoint: Checkpoint) -> dict[str, Form]:
     for parameter in parameters(checkpoint.config):
         each = [_form_of(checkpoint.tensors[name]) for name in parameter.hf_names(checkpoint.config)]
         forms = [form for form in each if form is not None]
-        if len(forms) < len(each) or (parameter is EMBEDDING and forms[0].parts != {"biases"}):
+        if len(forms) < len(each) or (parameter is EMBEDDING and not forms[0].parts <= {"biases"}):
             continue
         parts = frozenset[str]().union(*(form.parts for form in forms))
         if "table" in parts and not all("table" in form.parts for form in forms):
@@ -108,7 +108,7 @@ def kept_rows(
             checkpoint.check(name, dtype, arrays[part])
         if parameter is EMBEDDING:
             named = {"table": "qweight", "scale": "scales", "bias": "biases"}
-            yield GroupedEmbedding(**{name: place(name, arrays[part]) for name, part in named.items()})
+            yield GroupedEmbedding(**{n: place(n, arrays[part]) for n, part in named.items() if part in arrays})
         elif "table" in form.parts:
             placed = {part: place(part, _transposed(array)) for part, array in arrays.items()}
             yield TableWeight(dtype=numpy_dtype(dtype), **placed)
@@ -141,8 +141,8 @@ def _arrays(packed: Packed, form: Form, shape: tuple[int, ...], dtype: str) -> d
         assert packed.zeros is not None
         arrays["zeros"] = each(packed.zeros - middle, kind)
     if "biases" in form.parts:
-        assert packed.biases is not None
-        arrays["biases"] = each(packed.biases.astype(np.float32) + middle * scales, numpy_dtype(dtype))
+        biases = 0 * scales if packed.biases is None else packed.biases.astype(np.float32)
+        arrays["biases"] = each(biases + middle * scales, numpy_dtype(dtype))
     if "order" in form.parts:
         order = np.arange(shape[1], dtype=order_dtype(shape[1]))
         if packed.order is not None:

@@ -143,10 +143,12 @@ class QuantizedEmbedding(Weight):
 
 
 class GroupedEmbedding(Weight):
-    """An embedding table [V, D] as integers with a scale and a bias per group of each row, as MLX stores it."""
+    """An embedding table [V, D] as integers with a scale, and perhaps a bias, per group of each row: that of MLX and
+    GGUF files."""
 
-    def __init__(self, table: Int[Array, "V D"], scale: Float[Array, "V G"], bias: Float[Array, "V G"]):
-        self.table, self.scale, self.bias = nnx.Param(table), nnx.Param(scale), nnx.Param(bias)
+    def __init__(self, table: Int[Array, "V D"], scale: Float[Array, "V G"], bias: Float[Array, "V G"] | None = None):
+        self.table, self.scale = nnx.Param(table), nnx.Param(scale)
+        self.bias = nnx.data(None) if bias is None else nnx.Param(bias)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,8 +159,10 @@ class GroupedEmbedding(Weight):
         return self.scale.dtype
 
     def __getitem__(self, index: Any) -> Array:
-        table, scale, bias = (part[...][index] for part in (self.table, self.scale, self.bias))
-        wide = table.astype(scale.dtype).reshape(*scale.shape, -1) * scale[..., None] + bias[..., None]
+        table, scale = (part[...][index] for part in (self.table, self.scale))
+        wide = table.astype(scale.dtype).reshape(*scale.shape, -1) * scale[..., None]
+        if self.bias is not None:
+            wide = wide + self.bias[...][index][..., None]
         return wide.reshape(table.shape)
 
 

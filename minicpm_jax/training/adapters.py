@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from minicpm_data.generation.adapters import AdapterArrays
 from minicpm_jax.layers.lora import LoRALayer, LoRAParams, _row_squares, ratio
+from minicpm_jax.layers.row_lora import RowLoRALayer
 from minicpm_jax.model import get_layer
 from minicpm_jax.parallel.processes import fetch
 from minicpm_jax.parallel.sharding import pad_or_trim
@@ -61,6 +64,21 @@ def attach(
         if key is not None and dropout:
             given["key"] = jax.random.split(jax.random.fold_in(key, index), len(params["a"]))
         layer.adapter = nnx.data(LoRALayer(given, scale, dropout, params["a"].shape[-1]))
+    return model
+
+
+def attach_rows(model: "Model", names: tuple[str, ...], arrays: AdapterArrays) -> "Model":
+    """The model with several adapters, of which each row of a batch has one (`layers.row_lora`)."""
+    model = jax.tree.map(lambda x: x, model)
+    place = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec())
+    for name, (a, b) in arrays.items():
+        layer = get_layer(model, name)
+        out, width = layer.weight.shape[-2:]
+        parts = _pad_like_weight(jnp.asarray(a), -1, width), _pad_like_weight(jnp.asarray(b), -2, out)
+        layer.adapter = nnx.data(
+            RowLoRALayer(*(part if place is None else jax.device_put(part, place) for part in parts))
+        )
+    model.adapters = names
     return model
 
 

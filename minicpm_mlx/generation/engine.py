@@ -4,9 +4,10 @@ A prompt is prefilled in a cache of its own, which no other request's joining or
 only count what the caches hold. The caches of finished requests are kept for prompts that begin alike, until their
 memory is needed.
 
-The graph of a step is built and submitted before the tokens of the step before it are read.
+The graph of a step is built and submitted before the tokens of the step before it are read. Where tokens are guessed, a
+run waits for the one before it. A draft model has a cache for each request too.
 
-Dims: B running requests, V vocabulary.
+Dims: B running requests, K guesses, W = K + 1, V vocabulary.
 """
 
 import copy
@@ -21,19 +22,27 @@ from mlx_lm.models.cache import trim_prompt_cache
 
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import unpacked
+from minicpm_data.generation.guessing import NONE, PROPOSED, Guessing
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, seen_tokens
 from minicpm_data.generation.pages import Row as Pages
+from minicpm_data.generation.prompt_cache import AGAIN, CachedPrompt, Prefix, PromptCache
 from minicpm_data.generation.request_state import RequestState
+from minicpm_data.generation.speculation import Speculation
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
+from minicpm_mlx.generation.prompt_cache import restore, stored
 from minicpm_mlx.generation.sampling import sample
 from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.layers.row_caches import RowCaches
+from minicpm_mlx.layers.row_lora import adapter_rows
 from minicpm_mlx.model import Model
 from weights_io.errors import InputError
 
 PAGE = 256  # tokens by which a cache of `mlx_lm` grows
 LEAST_SHARED = 16  # tokens; a copy of a cache for fewer does not pay
+LAST = (
+    2  # tokens that a draft model runs before it guesses: the last accepted guess was not run, and a token came after
+)
 SHARE = 0.8  # of the free memory, for caches: a copy of one, and a step's activations, need the rest
 
 
@@ -47,6 +56,7 @@ class Row:
         token: [1] the last token that was given out, not yet in the cache.
         key: [2] its random key after that token.
         token_mask: [1, V] the tokens so far, where they are penalized.
+        draft: the draft model's caches; they may hold less than the text.
         ahead: what is being computed: the values of ``token``, ``key`` and ``token_mask`` after the next token.
     """
 
@@ -55,7 +65,26 @@ class Row:
     token: mx.array
     key: mx.array
     token_mask: mx.array | None
+    draft: list[Any] | None = None
     ahead: tuple[mx.array, mx.array, mx.array | None] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The caches of a finished request, or of a file.
+
+    Attributes:
+        text: what they hold.
+        cache, draft: as in `Row`.
+        pages: count what they hold.
+        adapter: with which they were computed; 0: none.
+    """
+
+    text: Sequence[int]
+    cache: list[Any]
+    draft: list[Any] | None
+    pages: Pages
+    adapter: int = 0
 
 
 class Engine(engine.BatchEngine[Model]):
@@ -66,28 +95,36 @@ class Engine(engine.BatchEngine[Model]):
         context: int | None = None,
         cache_options: CacheOptions = PLAIN_CACHE,
         cache_tokens: int | None = None,
+        speculation: Speculation[Model] | None = None,
+        prompt_cache: PromptCache | None = None,
     ):
-        super().__init__(model, slots, context, cache_options, cache_tokens)
+        super().__init__(model, slots, context, cache_options, cache_tokens, speculation, prompt_cache)
         if cache_options.kv_bits is not None:
             raise InputError("is for one prompt at a time in MLX; leave it out for an engine.", option="kv_bits")
-        fuse(model)
-        mx.eval(model.parameters())  # lazy weights can only be read by the loading thread
+        self._draft_model = None if self.guessing is None else self.guessing.draft_model
+        both = [model] if self._draft_model is None else [model, self._draft_model]
+        for each in both:
+            fuse(each)
+            mx.eval(each.parameters())  # lazy weights can only be read by the loading thread
 
         def bytes_of(pages: int) -> int:
-            return decoding.cache_bytes(model, 1, pages * PAGE, cache_options)
+            return sum(decoding.cache_bytes(each, 1, pages * PAGE, cache_options) for each in both)
 
         most = (slots + 1) * self.context  # one more for those that are kept
         free = device.free_memory(model)
         self.pool = self._pool(PAGE, bytes_of, None if free is None else int(SHARE * free), most, cache_tokens)
         self.rows: list[Row] = []
         self._keys: dict[int, mx.array] = {}  # random keys of requests that gave up their pages
-        self.kept: deque[tuple[Sequence[int], list[Any], Pages]] = deque()  # text and caches of finished requests
+        self.kept: deque[Kept] = deque()  # of finished requests, the oldest first
+        self.pinned: list[Kept] = []  # never given back
+        if prompt_cache is not None:
+            self._pin(prompt_cache, whole=False)
 
     def _shares(self, state: RequestState, length: int) -> bool:
         return False  # a cache has no pages that another could hold
 
     def _run(self, state: RequestState) -> Iterator[int | None]:
-        request, text, cache = state.request, state.text, self._begun(state)
+        request, text, (cache, draft) = state.request, state.text, self._begun(state)
         begun, width = cache[0].offset, request.cache.prefill_step_size
         for start in range(begun, len(text), width):
             if start > begun:
@@ -96,29 +133,45 @@ class Engine(engine.BatchEngine[Model]):
             # The keys of an answer that gave up its memory are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(len(part)) + 1)[None]
             length = len(state.prompt) if start + len(part) <= len(state.prompt) else mx.array(scaled)
-            hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
+            with adapter_rows(self._adapters([state])):
+                hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
         key = self._keys.pop(state.number, None)
         key = mx.array(request.sampling.row_keys(1)[0]) if key is None else key
         seen = mx.array(seen_tokens([text], self.model.config.vocab_size)) if request.sampling.penalized else None
-        row = Row(state, cache, mx.array([text[-1]]), key, seen)
+        row = Row(state, cache, mx.array([text[-1]]), key, seen, draft)
+        if draft is not None:
+            self._fill(draft, text, len(state.prompt), len(text))
         self._sample([row], self.model.head(hidden)[:, 0])
         self._advance(row)
         self.rows.append(row)
         yield int(np.asarray(row.token)[0])
 
-    def _begun(self, state: RequestState) -> list[Any]:
-        """A cache that already holds the longest prefix which the text shares with a kept one."""
+    def _begun(self, state: RequestState) -> tuple[list[Any], list[Any] | None]:
+        """Caches that already hold the longest prefix which the text shares with a kept one, and those of the draft
+        model."""
         text, best, found = state.text, 0, None
         if super()._shares(state, len(text)):
-            for kept, cache, _ in self.kept:
-                most = min(len(text) - 1, len(kept))
-                same = next((i for i in range(most) if text[i] != kept[i]), most)
-                best, found = (same, cache) if same > max(best, LEAST_SHARED - 1) else (best, found)
-        if found is None:
-            return decoding.make_cache(self.model, [0], self.cache_options)
-        cache = copy.deepcopy(found)
-        trim_prompt_cache(cache, cache[0].offset - best)
-        return cache
+            for kept in (*self.pinned, *self.kept):
+                if kept.adapter != state.request.adapter:
+                    continue
+                most = min(len(text) - 1, len(kept.text))
+                same = next((i for i in range(most) if text[i] != kept.text[i]), most)
+                best, found = (same, kept) if same > max(best, LEAST_SHARED - 1) else (best, found)
+        draft = None if found is None else found.draft
+        if draft is None and self._draft_model is not None:
+            draft = decoding.make_cache(self._draft_model, [0], self.cache_options)
+        cache = decoding.make_cache(self.model, [0], self.cache_options) if found is None else found.cache
+        return _beginning(cache, best), None if draft is None else _beginning(draft, best)
+
+    def _fill(self, draft: list[Any], text: Sequence[int], prompt: int, upto: int) -> None:
+        """Run what is missing of the first ``upto`` tokens of a text through the draft model. ``prompt``: tokens of
+        the prompt at its beginning."""
+        assert self._draft_model is not None
+        width = self.cache_options.prefill_step_size
+        for start in range(draft[0].offset, upto, width):
+            part = text[start : min(start + width, upto)]
+            scaled = mx.array(np.maximum(prompt, start + np.arange(len(part)) + 1)[None])
+            decoding.prefill_chunks(self._draft_model, mx.array([part]), draft, len(part), scaled)
 
     def _decode(self, steps: int) -> list[tuple[int, int]]:
         if all(row.ahead is None for row in self.rows):
@@ -130,15 +183,77 @@ class Engine(engine.BatchEngine[Model]):
             self._submit()
         return [(row.state.number, int(np.asarray(row.token)[0])) for row in made]
 
+    def _speculated(self, guessing: Guessing[Model], room: int) -> list[tuple[int, list[int], int]] | None:
+        if ahead := [row for row in self.rows if row.ahead is not None]:  # of plain decoding
+            for row in ahead:
+                self._advance(row)
+            return [(row.state.number, [int(np.asarray(row.token)[0])], 0) for row in ahead]
+        plan = guessing.plan([row.state for row in self.rows], room)
+        if plan is None:
+            return None
+        given = plan.given[:, : int((plan.given != NONE).sum(axis=1).max())]
+        guesses = mx.array(np.maximum(given, 0))
+        if self._draft_model is not None:
+            guesses = mx.where(mx.array(given == PROPOSED), self._propose(self._draft_model, given.shape[1]), guesses)
+        runs = self._verified(guesses, plan.forced)
+        made: Any = mx.stack([mx.concatenate([token for token, _, _ in run]) for run in runs], axis=1)
+        mx.eval(made, guesses)
+        tokens, count = np.asarray(made), given.shape[1]
+        right = np.cumprod(np.where(given == NONE, NONE, np.asarray(guesses)) == tokens[:, :-1], axis=1).sum(axis=1)
+        found = []
+        for index, (row, accepted, guessed) in enumerate(zip(self.rows, map(int, right), plan.counts, strict=True)):
+            row.token, row.key, row.token_mask = runs[accepted][index]
+            trim_prompt_cache(row.cache, count - accepted)
+            if row.draft is not None:  # the last guess was not run; a row without guesses has them in its draft too
+                trim_prompt_cache(row.draft, max(0, count - 1 - (accepted if guessed else 0)))
+            found.append((row.state.number, tokens[index, : accepted + 1].tolist(), guessed))
+        return found
+
+    def _verified(self, guesses: mx.array, forced: np.ndarray) -> list[list[tuple[Any, ...]]]:
+        """Run the last token of each row and its guesses [B, K] through the model. Returns, after each of the W, what
+        `Row.ahead` holds of each row. ``forced``: [W, B], as in `_sample`."""
+        ids = mx.concatenate([mx.stack([row.token for row in self.rows]).astype(mx.int32), guesses], axis=1)
+        caches = self._caches(self.model, [row.cache for row in self.rows])
+        logits = self.model.head(self.model.decode(ids, caches, _lengths(caches[0], ids.shape[1])))  # [B, W, V]
+        runs = []
+        for index in range(ids.shape[1]):
+            self._sample(self.rows, logits[:, index], forced[index])
+            for row in self.rows:
+                self._advance(row)
+            runs.append([(row.token, row.key, row.token_mask) for row in self.rows])
+        return runs
+
+    def _propose(self, model: Model, count: int) -> mx.array:
+        """[B, K] guesses of the draft model after each row's text, of which it runs the last two tokens again."""
+        for row in self.rows:
+            assert row.draft is not None
+            begun = len(row.state.text) - LAST
+            self._fill(row.draft, row.state.text, len(row.state.prompt), begun)
+            trim_prompt_cache(row.draft, row.draft[0].offset - begun)
+        caches = self._caches(model, [row.draft for row in self.rows if row.draft is not None])
+        ids = mx.array([row.state.text[-LAST:] for row in self.rows])
+        found: list[mx.array] = []
+        while len(found) < count:
+            hidden = model.decode(ids, caches, _lengths(caches[0], ids.shape[1]), last=True)
+            found.append(mx.argmax(model.head(hidden)[:, 0], axis=-1))
+            ids = found[-1][:, None]
+        return mx.stack(found, axis=1).astype(mx.int32)
+
+    def _caches(self, model: Model, rows: Sequence[list[Any]]) -> list[RowCaches]:
+        return [RowCaches([row[layer] for row in rows]) for layer in range(len(model.layers))]
+
     def _submit(self) -> None:
         """Submit a step of all rows."""
-        caches = [RowCaches([row.cache[layer] for row in self.rows]) for layer in range(len(self.model.layers))]
+        caches = self._caches(self.model, [row.cache for row in self.rows])
         ids = mx.concatenate([row.token for row in self.rows])[:, None]
-        self._sample(self.rows, self.model.head(self.model.decode(ids, caches))[:, 0])
+        with adapter_rows(self._adapters([row.state for row in self.rows])):
+            hidden = self.model.decode(ids, caches)
+        self._sample(self.rows, self.model.head(hidden)[:, 0])
         mx.async_eval([row.ahead for row in self.rows])
 
-    def _sample(self, rows: list[Row], logits: mx.array) -> None:
-        """Sample the token after ``row.token`` in each row, from logits [B, V]. Greedy rows are sampled at once."""
+    def _sample(self, rows: list[Row], logits: mx.array, forced: Sequence[int] | np.ndarray | None = None) -> None:
+        """Sample the token after ``row.token`` in each row, from logits [B, V]. Greedy rows are sampled at once.
+        ``forced``: [B] ids to take in place of a sampled one, or -1; None: those of the thoughts."""
         greedy = mx.argmax(logits, axis=-1)
         for i, row in enumerate(rows):
             state, sampling, key, seen = row.state, row.state.request.sampling, row.key, row.token_mask
@@ -151,8 +266,10 @@ class Engine(engine.BatchEngine[Model]):
                 token = sample(own, seen, sampling, draw[None])
             elif sampling.penalized or state.matcher is not None:
                 token = sample(own, seen, sampling, None)
-            if state.thought is not None and state.thought.forced:
+            if forced is None and state.thought is not None and state.thought.forced:
                 token = mx.array(state.thought.forced[:1])
+            elif forced is not None and forced[i] >= 0:
+                token = mx.array([int(forced[i])])
             if seen is not None:
                 seen = mx.put_along_axis(seen, token[:, None], mx.array(True), axis=1)
             row.ahead = token, key, seen
@@ -161,6 +278,11 @@ class Engine(engine.BatchEngine[Model]):
         assert row.ahead is not None
         (row.token, row.key, row.token_mask), row.ahead = row.ahead, None
 
+    def _adapters(self, rows: Sequence[RequestState]) -> mx.array | None:
+        """The adapter of each row; None where no row has one."""
+        found = [row.request.adapter for row in rows]
+        return mx.array(found) if any(found) else None
+
     def _vacate(self, state: RequestState, again: bool) -> None:
         row = next(row for row in self.rows if row.state is state)
         self.rows.remove(row)
@@ -168,12 +290,47 @@ class Engine(engine.BatchEngine[Model]):
             self._keys[state.number] = row.key
         text = state.text[:-1]
         trim_prompt_cache(row.cache, row.cache[0].offset - len(text))  # a step ahead
+        if row.draft is not None:
+            trim_prompt_cache(row.draft, max(0, row.draft[0].offset - len(text)))
         assert state.row is not None
         pages = self.pool.fork(state.row)
-        self.kept.append((text, row.cache, pages))
+        self.kept.append(Kept(text, row.cache, row.draft, pages, state.request.adapter))
 
     def _give_back(self) -> bool:
         if not self.kept:
             return False
-        self.pool.release(self.kept.popleft()[2])
+        self.pool.release(self.kept.popleft().pages)
         return True
+
+    def stored(self, ids: Sequence[int]) -> CachedPrompt | None:
+        best, found = 0, None
+        for kept in (*self.pinned, *self.kept):
+            same = next(
+                (i for i, (one, own) in enumerate(zip(ids, kept.text, strict=False)) if one != own),
+                min(len(ids), len(kept.text)),
+            )
+            best, found = (same, kept) if same > best else (best, found)
+        return None if found is None else stored(self.model.config, found.cache, best)
+
+    def _restore(self, prefix: Prefix, row: Pages) -> None:
+        if prefix.bits is not None:
+            raise InputError(f"{prefix.source.path} is quantized, and an engine of MLX keeps whole keys; {AGAIN}.")
+        ids = prefix.source.ids[: prefix.length]
+        cache = restore(self.model, decoding.make_cache(self.model, [0], self.cache_options), prefix)
+        draft = None
+        if self._draft_model is not None:
+            draft = decoding.make_cache(self._draft_model, [0], self.cache_options)
+            self._fill(draft, ids, len(ids), len(ids))
+        self.pinned.append(Kept(ids, cache, draft, row))
+
+
+def _beginning(cache: list[Any], length: int) -> list[Any]:
+    """A copy of caches, with at most their first ``length`` tokens."""
+    copied = copy.deepcopy(cache)
+    trim_prompt_cache(copied, max(0, copied[0].offset - length))
+    return copied
+
+
+def _lengths(cache: RowCaches, width: int) -> mx.array:
+    """[B, T] the length at each of the next tokens, as in plain decoding: dynamic NTK and LongRoPE depend on it."""
+    return cache.offset[:, None] + 1 + mx.arange(width)

@@ -38,8 +38,8 @@ def quantize_model(model: Model, bits: int, head: bool = False) -> Model:
 def packed_layouts(checkpoint: Checkpoint) -> dict[str, Layout]:
     """The matrices of a checkpoint that the model keeps quantized as they are: name of the MLX tensor -> layout.
 
-    The experts of a layer are stacked, so they need one layout. An embedding is kept only in MLX's format, the only one
-    that quantizes it.
+    The experts of a layer are stacked, so they need one layout. An embedding is kept in MLX's and GGUF's formats, which
+    alone quantize it, where MLX has such an embedding.
     """
     found: dict[str, Layout] = {}
     for parameter in parameters(checkpoint.config):

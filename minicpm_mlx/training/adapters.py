@@ -11,10 +11,13 @@ from collections.abc import Collection
 import mlx.core as mx
 import numpy as np
 
+from minicpm_data.generation.adapters import AdapterArrays
 from minicpm_mlx.layers.lora import LoRALayer, LoRAParams, dense
+from minicpm_mlx.layers.row_lora import RowLoRALayer
 from minicpm_mlx.model import Model
 from weights_io.adapters import Adapter, AdapterConfig, adapter_by_layer, adapter_from_layers, target_parameters
 from weights_io.config import ModelConfig
+from weights_io.parameters import module_name, parameters
 
 
 def init_lora_params(
@@ -58,6 +61,18 @@ def attach(model: Model, weights: dict[str, LoRAParams], scale: float, dropout: 
         layer = LoRALayer(base, params, scale, dropout)
         layer.unfreeze(keys=list(params), recurse=False)
         setattr(found[parent], last, layer)
+    return model
+
+
+def attach_rows(model: Model, names: tuple[str, ...], arrays: AdapterArrays) -> Model:
+    """Add several adapters, of which each row of a batch has one (`layers.row_lora`), in place. Returns the model."""
+    found, table = dict(model.named_modules()), {p.name: p for p in parameters(model.config)}
+    for parameter, (a, b) in arrays.items():
+        for layer, weight in enumerate(table[parameter].mlx_names(model.config)):
+            name = module_name(weight)
+            parent, _, last = name.rpartition(".")
+            setattr(found[parent], last, RowLoRALayer(found[name], mx.array(a[layer]), mx.array(b[layer])))
+    model.adapters = names
     return model
 
 

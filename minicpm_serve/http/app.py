@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from minicpm_data.generation import responses
-from minicpm_serve.engine import Answered, ServingEngine
+from minicpm_serve.engine import Answered, ServingEngine, known
 from minicpm_serve.http.answers import CHAT, TEXT, Answer, Kind, delta_choice
 from minicpm_serve.http.choices import Choice, chat_choices, text_choices
 from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body, http_error
@@ -53,7 +53,8 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
     app.state.metrics = metrics = Metrics(engine, name)
     add_metrics(app, metrics)
     app.add_middleware(Recorder, metrics=metrics)  # added last, so it runs first
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minicpm-jax-mlx"}
+    kind_of_model = {"object": "model", "created": int(time.time()), "owned_by": "minicpm-jax-mlx"}
+    names = [name, *(f"{name}:{adapter}" for adapter in engine.adapters)]  # at the index of the adapter
     places, one_by_one = Places(engine, limits.places), asyncio.Semaphore()
 
     @app.get("/health")
@@ -64,12 +65,12 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
 
     @app.get("/v1/models")
     async def models() -> dict:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [{"id": each, **kind_of_model} for each in names]}
 
     @app.get("/v1/models/{asked:path}")
     async def the_model(asked: str) -> dict:
-        _require_model(name, asked)
-        return model
+        _require_model(names, asked)
+        return {"id": asked, **kind_of_model}
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: StrictRequest) -> Response:
@@ -80,18 +81,20 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
         return await answered(body, request, TEXT, text_choices)
 
     async def answered(body: Any, request: StrictRequest, kind: Kind, of_body: Callable) -> Response:
-        _require_model(name, body.model)
+        asked_for = name if body.model is None else body.model
+        adapter = _require_model(names, asked_for)
         _require_engine(engine)
         body.check()
         limits.check_choices(body.answers)
         with places.kept(body.answers):
             async with one_by_one if request.size > LARGE else contextlib.nullcontext():
-                prompts: list[Choice] = await run_in_threadpool(of_body, engine, body, limits)
+                made: list[Choice] = await run_in_threadpool(of_body, engine, body, limits)
+            prompts = [choice.adapted(adapter) for choice in made]
             _require_engine(engine)
             asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
             prompt_tokens = sum(len(choice.request.prompt) for choice in prompts)
             answers = Answers(engine, asked, prompt_tokens, record_of(request.scope))
-        frame = {"id": kind.prefix + secrets.token_hex(12), "created": int(time.time()), "model": name}
+        frame = {"id": kind.prefix + secrets.token_hex(12), "created": int(time.time()), "model": asked_for}
         if body.stream:
             return Events(answers, events(answers, {**frame, "object": kind.piece_name}, kind, body.with_usage))
         with contextlib.closing(answers):
@@ -224,8 +227,9 @@ def _require_engine(engine: ServingEngine) -> None:
         raise http_error(503, "the engine has ended; start the server again.", code="engine_ended")
 
 
-def _require_model(name: str, asked: str | None) -> None:
-    if asked not in (None, name):
-        raise http_error(
-            404, f"there is no model {asked!r} here; the one that is loaded is {name!r}.", "model", NO_MODEL
-        )
+def _require_model(names: Sequence[str], asked: str) -> int:
+    """The adapter of the model that is asked for. Raises an error 404 for an unknown one."""
+    if asked not in names:
+        one = f"the one that is loaded is {names[0]!r}" if len(names) == 1 else f"there {known(names)}"
+        raise http_error(404, f"there is no model {asked!r} here; {one}.", "model", NO_MODEL)
+    return names.index(asked)

@@ -34,6 +34,10 @@ class Choice:
     parser: Callable[[], AnswerParser | None] = lambda: None
     after_calls: str = "tool_calls"
 
+    def adapted(self, adapter: int) -> "Choice":
+        """The same answer with another adapter."""
+        return replace(self, request=replace(self.request, adapter=adapter))
+
     def drawn(self, number: int) -> "Choice":
         """The answer with this number of ``n`` equal ones. With a seed, each uses the next seed."""
         sampling = self.request.sampling

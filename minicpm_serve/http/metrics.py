@@ -1,9 +1,13 @@
 """The metrics of ``/metrics``, in the text format of Prometheus. The names after the colon are vLLM's."""
 
+from collections.abc import Iterator
+
 from fastapi import FastAPI
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from minicpm_serve.engine import ServingEngine
 
@@ -35,6 +39,8 @@ class Metrics:
         for metric, (said, value) in gauges.items():
             gauge = Gauge(*self._named(metric, said), registry=self._registry)
             gauge.labels(name).set_function(value)
+        if engine.speculates:
+            self._registry.register(_Guesses(engine, name))
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.").labels(name)
         self.generation_tokens = self._counter("generation_tokens", "Tokens of answers.").labels(name)
         self.first_token = self._timed("time_to_first_token_seconds", "From the request to its first token.")
@@ -67,6 +73,22 @@ class Metrics:
 
     def _named(self, metric: str, said: str, *labels: str) -> tuple[str, str, tuple[str, ...]]:
         return f"minicpm:{metric}", said, ("model_name", *labels)
+
+
+class _Guesses(Collector):
+    """The counters of speculation, which the engine keeps."""
+
+    def __init__(self, engine: ServingEngine, name: str):
+        self._engine, self._name = engine, name
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        for metric, said, value in (
+            ("draft", "Tokens that were guessed.", self._engine.drafted),
+            ("accepted", "Guessed tokens that were right.", self._engine.accepted),
+        ):
+            family = CounterMetricFamily(f"minicpm:spec_decode_num_{metric}_tokens", said, labels=["model_name"])
+            family.add_metric([self._name], value)
+            yield family
 
 
 def add_metrics(app: FastAPI, metrics: Metrics) -> None:

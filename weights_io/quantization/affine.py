@@ -81,8 +81,9 @@ def affine(packed: Packed, group: int, dtype: str) -> dict[str, np.ndarray]:
     """
     codes, scales = packed.codes, packed.scales.astype(np.float32) * np.float32(packed.factor)
     zeros = packed.zeros
-    if codes.dtype == np.int8:  # bitsandbytes: signed codes
-        codes, zeros = (codes.view(np.uint8) ^ 128), np.full(scales.shape, 128)
+    if codes.dtype == np.int8:  # signed codes, of bitsandbytes and GGUF
+        middle = 1 << (packed.bits - 1)
+        codes, zeros = codes.view(np.uint8) + np.uint8(middle), np.full(scales.shape, middle)  # modulo 256
     if packed.biases is not None:
         biases = packed.biases.astype(np.float32)
     else:

@@ -23,7 +23,7 @@ CHUNK = 1 << 22  # values dequantized at a time
 class Packed:
     """Rows of a quantized matrix [out, in], with one code per byte."""
 
-    codes: np.ndarray  # [out, in] uint8; int8 for bitsandbytes' int8, which is signed
+    codes: np.ndarray  # [out, in] uint8; int8 where they are signed (bitsandbytes' int8, GGUF's blocks without minima)
     scales: np.ndarray  # [out, G] float32, float16 or bfloat16
     bits: int  # bits per code
     group_size: int  # consecutive values of a row with one scale; G = in / group_size
@@ -128,6 +128,11 @@ class PackedTensor:
             last = min(first + rows, stop)
             result[first - start : last - start] = self.packed(first, last).dequantize()[:, left:right]
         return result
+
+
+def stored_bytes(tensor: LazyTensor, count: int) -> int:
+    """Bytes of ``count`` numbers of a tensor: of the codes, if it is quantized."""
+    return count * tensor.bits // 8 if isinstance(tensor, PackedTensor) else count * tensor.dtype.itemsize
 
 
 def arithmetic_dtype(tensor: object) -> str:
