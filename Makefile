@@ -127,6 +127,6 @@ $(VENV)/.colab: tests/reference/colab-tpu.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.interop: $(VENV)/.test
-	$(PIP) '$(TORCH)' --editable '.[torch]'
+	$(PIP) '$(TORCH)' --editable '.[torch,eval]'
 	$(PIP) --no-deps xllamacpp
 	@touch $@

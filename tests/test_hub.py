@@ -383,10 +383,10 @@ def test_paths(tmp_path, monkeypatch):
 def test_built_in_model_is_the_default(tmp_path, monkeypatch):
     folder = tmp_path / "pico"
     folder.mkdir()
-    monkeypatch.setattr("weights_io.built_in.FOLDER", folder)
+    monkeypatch.setattr("weights_io.built_in.ROOT", tmp_path)
     assert hub.resolve() == hub.resolve("pico") == folder
     folder.rmdir()
-    with pytest.raises(InputError, match="built-in model is missing"):
+    with pytest.raises(InputError, match="built-in model pico is missing"):
         hub.resolve()
 
 
@@ -449,7 +449,7 @@ def parameters(config: dict) -> int:
 
 def test_catalog():
     names = [entry.name for entry in catalog.CATALOG]
-    repos = [entry.repo for entry in catalog.CATALOG]
+    repos = [entry.repo for entry in catalog.CATALOG if entry.repo is not None]
     assert len(set(names)) == len(names) and len(set(repos)) == len(repos)
     for entry in catalog.CATALOG:
         assert entry.repo is None or hub.REPOSITORY.fullmatch(entry.repo)
