@@ -37,7 +37,7 @@ def test_it_is_part_of_the_package():
 
 def test_nine_of_ten_questions_are_answered_by_the_right_call(api, capsys):
     """The loop of the openai client. `python -m benchmarks.tool_calls` asks more: 200 of 200 calls were right."""
-    tool_calls.print_shares(api.port, tool_calls.Options(model="pico-tools", questions=30))
+    tool_calls.print_shares(api.port, tool_calls.Options(model="pico-tools", questions=12))
     shares = re.findall(r"\(([\d.]+)%\)", capsys.readouterr().out)
     assert len(shares) == 3 and all(float(share) >= 90 for share in shares)
 
@@ -45,7 +45,7 @@ def test_nine_of_ten_questions_are_answered_by_the_right_call(api, capsys):
 def test_langchain_streams_calls_of_two_tools(api):
     llm = ChatOpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="-", model="tiny", temperature=0)
     bound, right = llm.bind_tools(list(TOOLS)), 0
-    for number in range(10):
+    for number in range(4):
         example = asked(Random(f"langchain {number}"), False, ("calculator", "timer")[number % 2])["messages"]
         messages = [HumanMessage(example[0]["content"])]
         chunks = [*bound.stream(messages)]
@@ -56,7 +56,7 @@ def test_langchain_streams_calls_of_two_tools(api):
         messages += [message, ToolMessage(example[2]["content"], tool_call_id=message.tool_calls[0]["id"])]
         text = "".join(chunk.content for chunk in bound.stream(messages))
         right += text == example[3]["content"]
-    assert right >= 9
+    assert right == 4
 
 
 def test_the_loop_of_the_page(api, capsys):
