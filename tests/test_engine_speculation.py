@@ -20,10 +20,12 @@ from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.generation.speculation import Speculation, check_tokenizers
 from minicpm_serve import openai_api
 from minicpm_serve.http.metrics import Metrics
-from weights_io.built_in import FOLDER as PICO
+from weights_io.built_in import built_in
 from weights_io.checkpoint import open_checkpoint
 from weights_io.errors import InputError
 from weights_io.write import save_checkpoint
+
+PICO = built_in()
 
 SAMPLED = {"temperature": 0.9, "top_k": 6, "repetition_penalty": 1.3, "seed": 3}
 ASKS = [  # prompt, most tokens, sampling, grammar
