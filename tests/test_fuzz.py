@@ -53,7 +53,7 @@ def test_mutants_are_refused_with_a_sentence_or_read_as_they_should(name, reader
 
 
 def test_what_is_wrong_is_seen(tmp_path):
-    limits = pool.Limits(asleep=1, cpu=1, memory=200 * 2**20)
+    limits = pool.Limits(asleep=1, memory=200 * 2**20)
     with contextlib.closing(pool.Pool(tmp_path, "fuzzing.broken", limits)) as harness:
         found = harness.run((reader, 0) for reader in broken.READERS.values())
         assert {each.name.removesuffix(":0"): each.kind for each in found} == broken.KINDS
