@@ -129,6 +129,7 @@ def test_a_program_for_a_tpu_never_holds_a_table_dequantized(rows, most):
     ("backend", "name", "dora"),
     [
         ("minicpm_jax", "2b nf4 with its head", False),
+        ("minicpm_jax", "odd int8", False),
         ("minicpm_mlx", "2b mixed bits", False),
         ("minicpm_mlx", "2b gptq with act-order in odd groups", True),
         ("minicpm_mlx", "moe gptq with act-order", False),
