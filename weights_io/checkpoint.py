@@ -28,6 +28,7 @@ from weights_io.parameters import EMBEDDING, EXPERTS, HEAD, NORM, tensor_shapes
 from weights_io.quantization.gguf import as_packed
 from weights_io.quantization.packed import Packed, PackedTensor, arithmetic_dtype, stored_bytes
 from weights_io.quantization.reading import as_matrices
+from weights_io.vision.names import in_table_names
 
 # Buffers that old files hold. The models compute them.
 BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
@@ -226,7 +227,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
         if config is None:  # the model is refused before its weights are looked for
             config = ModelConfig.from_dict(raw, str(path / "config.json"))
         if weights:
-            found = open_folder(path)
+            found = in_table_names(open_folder(path), config)
             _check_names(dict(tensor_shapes(config)), found, path)  # packed matrices are looked for by their names
             _check_inner_names(found, path)
             config, tensors = as_matrices(config, raw, found, path)

@@ -32,8 +32,6 @@ class Tokenizer:
         sampling: the model's sampling defaults in a chat; those of MiniCPM-2B without a checkpoint.
         rows: rows of the model's embedding where some added tokens are beyond it; None otherwise.
         added_tokens: id -> text of all added tokens, special or not.
-        turn_markers: texts, not special tokens, with which the template starts a turn. A model may write one after its
-            answer, so a chat's answer ends there.
     """
 
     def __init__(
@@ -66,7 +64,6 @@ class Tokenizer:
         self.tool_template = tool_template
         self.sampling = ChatSampling("minicpm")
         self.rows: int | None = None
-        self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
         self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
         templates = self.chat_template + (tool_template or "")
         ends = [*eos_token_ids, *(fast.token_to_id(token) for token in chat.TURN_ENDS if token in templates)]
@@ -89,6 +86,11 @@ class Tokenizer:
             if token.special or i in self.eos_token_ids or (token.content[:2] == "<|" and token.content[-2:] == "|>")
         }
         self._spelled = chat.Markers(self._markers.values())
+
+    @property
+    def turn_markers(self) -> tuple[str, ...]:
+        """Texts, no special tokens, with which the template starts a turn; a model may write one after its answer."""
+        return tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
 
     def encode(self, text: str, add_bos: bool = True, trusted: bool = True) -> list[int]:
         """Encode a text.
@@ -221,6 +223,25 @@ class Tokenizer:
         asked = self._chat(messages, trusted, given)
         prompt = asked.text(add_generation_prompt, continue_final_message)
         return self._in_table(self._with_bos(self._undisguised(prompt, asked.disguise)))
+
+    def chat_pieces(
+        self,
+        messages: Sequence[Message],
+        marker: str,
+        tools: Sequence[Any] | None = None,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
+        """The ids of `apply_chat`, cut where the contents hold ``marker``, each piece encoded for itself. Other
+        arguments and errors as there."""
+        asked = self._chat(
+            messages, False, {"tools": tools, "enable_thinking": enable_thinking, "variables": variables}
+        )
+        pieces = asked.text(add_generation_prompt, continue_final_message).split(marker)
+        first, *others = (self._in_table(self._undisguised(piece, asked.disguise)) for piece in pieces)
+        return [self._with_bos(first), *others]
 
     def render_chat(
         self,

@@ -1,0 +1,163 @@
+"""A conversation with images as token ids, in which the tokens of an image have no id yet.
+
+MiniCPM-V puts all images of a message before its text, each followed by a line break:
+``<image>`` + a token for each query of the resampler + ``</image>``; then, where the image is cut,
+``<slice>`` + the same for each slice, a line break after each row + ``</slice>``. OmniLMM takes images inside a text
+too: ``<im_start>`` + the tokens + ``<im_end>``; its conversations begin with a system message of its own.
+
+Only parts of type image make these tokens. A text that spells them is encoded as text.
+
+Source: chat() of openbmb/MiniCPM-V and MiniCPM-V-2, chat.py of OmniLMM in OpenBMB/MiniCPM-V.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from minicpm_data.conversation.messages import Message, checked_list
+from minicpm_data.images.processing import ProcessedImage, process
+from minicpm_data.keys import escaped
+from weights_io.errors import InputError
+from weights_io.vision.config import VisionConfig
+
+if TYPE_CHECKING:
+    from minicpm_data.tokenizer.tokenizer import Tokenizer
+
+IMAGE = -1  # in place of the ids of an image's tokens
+OMNILMM_SYSTEM = (
+    "You are an artificial intelligence assistant, which gives helpful, detailed, and polite answers to the human's "
+    "questions."
+)
+MOST_IMAGES = 256  # of a conversation
+PARTS = ("image", "image_url", "input_image")  # the types of parts that are images
+DETAILS = ("detail", "cache_control")  # OpenAI's, which choose nothing here
+
+
+@dataclass(frozen=True)
+class ImageChat:
+    """A conversation as ids, with `IMAGE` at the tokens of its images, in their order."""
+
+    ids: list[int]
+    images: tuple[ProcessedImage, ...]
+
+
+def with_images(query: str, images: Sequence[Any]) -> str | list[dict[str, Any]]:
+    """The content of a message with images before its text."""
+    return (
+        [*({"type": "image", "image": image} for image in images), {"type": "text", "text": query}] if images else query
+    )
+
+
+def encode_chat(
+    tokenizer: "Tokenizer",
+    vision: VisionConfig,
+    messages: Sequence[Message],
+    max_slices: int | None = None,
+    **given: Any,
+) -> ImageChat:
+    """Encode a conversation.
+
+    Arguments:
+        tokenizer: of the model.
+        vision: of the model.
+        messages: as for `Tokenizer.apply_chat`. A content may be a list of parts, of which those of type image hold
+            ``image`` (a path, bytes, a PIL image or a processed one) or ``image_url`` (a ``data:`` URL, plain or as
+            ``{"url": ...}``).
+        max_slices: as for `process`.
+        given: the other arguments of `Tokenizer.apply_chat`.
+
+    Raises:
+        InputError: as `Tokenizer.apply_chat` and `process`; or a part cannot be used.
+    """
+    marker = f"\ue000{secrets.token_hex(8)}\ue001"
+    found: list[ProcessedImage] = []
+    texts = []
+    for i, message in enumerate(checked_list(messages)):
+        text, images = _split(message, f"message {i}", marker, vision, max_slices)
+        found += images
+        if len(found) > MOST_IMAGES:
+            raise InputError(f"there are more than {MOST_IMAGES} images; send fewer.", "messages")
+        texts.append(text)
+    if vision.variant == "omnilmm" and not any(message.get("role") in ("system", "developer") for message in texts):
+        texts.insert(0, {"role": "system", "content": OMNILMM_SYSTEM})
+    pieces = tokenizer.chat_pieces(texts, marker, **given)
+    if len(pieces) != len(found) + 1:
+        raise InputError("the chat template drops or repeats the place of an image; use the model's own template.")
+    ids = list(pieces[0])
+    for image, after in zip(found, pieces[1:], strict=True):
+        ids += [*places(tokenizer, image), *after]
+    return ImageChat(ids, tuple(found))
+
+
+def _split(
+    message: Any, what: str, marker: str, vision: VisionConfig, max_slices: int | None
+) -> tuple[Message, list[ProcessedImage]]:
+    """A message with markers in place of its images, and the images."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list):
+        return message, []
+    images = [part for part in content if isinstance(part, Mapping) and part.get("type") in PARTS]
+    if images and message.get("role") != "user":
+        raise InputError(
+            f"{what} is of the role {escaped(message.get('role'))} and has an image; only users send images."
+        )
+    rest = [part for part in content if part not in images]
+    found = [_processed(part, what, vision, max_slices) for part in images]
+    if vision.variant == "omnilmm" and images:  # in its place; a line break after one that begins the text
+        parts = [{"type": "text", "text": marker} if part in images else part for part in content]
+        first = next((i for i, part in enumerate(content) if part not in images), len(content))
+        parts[:first] = [{"type": "text", "text": f"{marker}\n"}] * first
+    else:
+        parts = [{"type": "text", "text": f"{marker}\n" * len(images)}, *rest] if images else rest
+    return {**message, "content": parts}, found
+
+
+def _processed(part: Mapping[str, Any], what: str, vision: VisionConfig, max_slices: int | None) -> ProcessedImage:
+    """The image of a part."""
+    kind = part["type"]
+    key = "image" if kind == "image" else "image_url"
+    if unknown := sorted(str(name) for name in part if name not in ("type", key, *DETAILS)):
+        raise InputError(f"{what} has a part of type {kind!r} with {escaped(unknown[0])!r}; it may have {key!r}.")
+    source = part.get(key)
+    if isinstance(source, Mapping) and kind == "image_url":
+        if unknown := sorted(str(name) for name in source if name not in ("url", *DETAILS)):
+            raise InputError(f"{what} has an image_url with {escaped(unknown[0])!r}; it may have 'url'.")
+        source = source.get("url")
+    if source is None:
+        raise InputError(f"{what} has a part of type {kind!r} without {key!r}; add it.")
+    return source if isinstance(source, ProcessedImage) else process(source, vision, max_slices)
+
+
+def places(tokenizer: "Tokenizer", image: ProcessedImage) -> list[int]:
+    """The ids of an image in a prompt, with `IMAGE` at its tokens.
+
+    Raises:
+        InputError: the tokenizer lacks a token.
+    """
+    if image.vision.variant == "omnilmm":  # added behind the vocabulary, in this order
+        last = tokenizer.vocab_size
+        start, end = (tokenizer.token_to_id(token) for token in ("<im_start>", "<im_end>"))
+        return [last + 1 if start is None else start, *_tokens(image), last + 2 if end is None else end]
+    start, end = _ids(tokenizer, "<image>", "</image>")
+    one = [start, *_tokens(image), end]
+    if image.grid is None:
+        return one
+    opening, closing = _ids(tokenizer, "<slice>", "</slice>")
+    columns, rows = image.grid
+    line = tokenizer.encode("\n", add_bos=False)
+    found = [*one, opening]
+    for row in range(rows):
+        found += [*(line if row else ()), *one * columns]
+    return [*found, closing]
+
+
+def _tokens(image: ProcessedImage) -> list[int]:
+    return [IMAGE] * image.vision.num_queries
+
+
+def _ids(tokenizer: "Tokenizer", *tokens: str) -> list[int]:
+    found = [tokenizer.token_to_id(token) for token in tokens]
+    if None in found:
+        raise InputError(f"the tokenizer has no {' or '.join(tokens)}; use the tokenizer files of the model.")
+    return [i for i in found if i is not None]
