@@ -143,7 +143,7 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
             for token in stored.eos_tokens if stored else ():
                 tokenizer.add_eos_token(token)
 
-            def answer(prompt: list[int], settings: Settings) -> "Iterator[Response]":
+            def answer(prompt: Sequence[int], settings: Settings) -> "Iterator[Response]":
                 most, budget = settings.max_tokens, settings.thinking_budget
                 request = GenerationRequest.of(
                     model, tokenizer, [prompt], most, settings.sampling, cache_options, budget
@@ -166,9 +166,10 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
             }
             settings = Settings(sampling, max_tokens, options.enable_thinking, options.thinking_budget, own)
             chat = Chat(
-                Conversation(options.system_prompt, stored.text if stored else ""),
+                Conversation(options.system_prompt, stored.text if stored else "", options.sight(model.config)),
                 settings,
                 tokenizer,
+                model.config,
                 answer,
                 lambda: Meter(running.device),
                 note,

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from weights_io.errors import InputError
 from weights_io.progress import waiting
 
 if TYPE_CHECKING:
+    from minicpm_data.images.processing import ProcessedImage
     from minicpm_data.tokenizer.tokenizer import Tokenizer
     from weights_io.config import ModelConfig
 
@@ -177,6 +178,8 @@ class GenerateOptions(KVCacheOptions, ThinkingOptions, SamplingOptions, ModelOpt
         """
         paths = [*chain(*self.image)]
         if not paths:
+            if self.max_slices is not None:
+                raise InputError("is for {image}; give one, or leave it out.", "max_slices", ["image"])
             return []
         for name in ("ignore_chat_template", "prompt_cache_file"):
             if getattr(self, name):
@@ -201,8 +204,21 @@ class ChatOptions(KVCacheOptions, ThinkingOptions, SamplingOptions, ModelOptions
     """Temperature; 0 takes the likeliest token. By default the model's own, which inspect shows."""
     top_p: float | None = None
     """Sample from the likeliest tokens that together have this probability. By default the model's own."""
+    max_slices: int | None = None
+    """Maximum number of slices of a large image (MiniCPM-V 2.0); 1 never cuts. By default the model's own number."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = CHAT_TOKENS
     """Maximum number of tokens of an answer, with its thought."""
+
+    def sight(self, config: "ModelConfig") -> "Callable[[str], ProcessedImage] | None":
+        """What opens the image of a path; None for a model that does not see."""
+        vision = config.vision
+        if vision is None:
+            if self.max_slices is not None:
+                raise InputError("needs a model that sees; such is openbmb/MiniCPM-V-2.", option="max_slices")
+            return None
+        from minicpm_data.images.processing import process
+
+        return lambda path: process(path, vision, self.max_slices)
 
 
 def _system(options: SamplingOptions) -> list[dict[str, str]]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Source = Any  # a PIL image, a path, the bytes of a file, or a data: URL
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 NAMES = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
 MOST_PIXELS = 100_000_000  # of an image, decoded in 300 MB
 MOST_BYTES = 256 << 20  # of a file
@@ -51,6 +51,7 @@ def open_image(source: Source, name: str | None = None) -> "Image.Image":
     data = _bytes(source, name)
 
     def decoded() -> "Image.Image":
+        Image.init()  # otherwise Pillow knows five formats until it meets another
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _upright(image, name)
 

@@ -71,6 +71,8 @@ def process(source: Source, vision: VisionConfig, max_slices: int | None = None)
     Raises:
         InputError: as `open_image`; or it is so long and narrow that it would have too many patches.
     """
+    if max_slices is not None and max_slices < 1:
+        raise InputError(f"is {max_slices}; it must be at least 1.", option="max_slices")
     image = open_image(source)
     if not vision.slice_mode:
         squashed = image.size if vision.adaptive else (vision.image_size,) * 2
