@@ -37,7 +37,7 @@ PAGE_URL = "http://127.0.0.1:8000/v1"
 SEEING = str(ROOT / "tests" / "reference" / "vision" / "v2")
 SHORTER = {
     r"--model minicpm-v-2": f"--model {SEEING} --max-tokens 8",
-    r"tests/reference/vision/v2": SEEING,
+    r"(?<![\w/])tests/reference/vision/v2": SEEING,
     r"--model minicpm5-1b (.*--thinking-budget) \d+( --max-tokens \d+)?": r"--model thinker \1 8 --max-tokens 24",
     rf"--(model|hf-path) {RELEASED}(?= |$)": r"--\1 pico",
     r"(\.benchmark --model \S+) .*": r"\1 -p 8 -g 2 -n 1",
