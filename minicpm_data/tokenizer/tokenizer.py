@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint: texts and chats to ids, and ids to text."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from minicpm_data.conversation.answers import TAGS
@@ -171,6 +171,19 @@ class Tokenizer:
         own = self._fast.vocabulary(added=False)
         added = sorted(self._fast.added_tokens().items())
         return {i: token.content for i, token in added if i >= first and token.content not in own}
+
+    def treat_as_text(self, tokens: Collection[str]) -> None:
+        """Let special tokens be text in answers, and become their ids in any text.
+
+        Arguments:
+            tokens: their texts; those that are no special tokens are passed over.
+        """
+        found = {i for i in self._special_ids if self.added_tokens[i] in tokens}
+        self._special_ids -= found
+        self._markers = {i: token for i, token in self._markers.items() if i not in found}
+        self._spelled = chat.Markers(self._markers.values())
+        for made in ("tag_ids", "_plain", "_inner"):  # from the earlier ones
+            self.__dict__.pop(made, None)
 
     def add_eos_token(self, token: str) -> None:
         """Let another token end answers.
