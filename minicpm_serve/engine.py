@@ -43,6 +43,7 @@ from minicpm_data.generation.thinking import ThinkingBudget
 from minicpm_data.sampling_defaults import OF_CHAT
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
+from minicpm_serve.http.image_access import NO_FILES, ImageAccess
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class ServingEngine(Generic[ModelT]):
         cache_tokens: int | None = None,
         speculation: Speculation[ModelT] | None = None,
         prompt_cache: PromptCache | None = None,
+        images: ImageAccess = NO_FILES,
     ):
         """
         Arguments:
@@ -109,11 +111,12 @@ class ServingEngine(Generic[ModelT]):
             cache_options: of every request's cache.
             cache_tokens: tokens that the cache holds; None: as the memory allows.
             speculation, prompt_cache: as for `BatchEngine`.
+            images: which images a request may name, where the model sees.
 
         Raises:
             InputError: as `BatchEngine`.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.images = model, tokenizer, images
         decoding: Decoding[ModelT] = backends.get(backend).generator.decoding
         slots = SLOTS if slots is None else slots
         try:

@@ -27,6 +27,7 @@ from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.engine import ServingEngine
 from minicpm_serve.engine_options import Beside, EngineOptions
+from minicpm_serve.http.image_access import ImageOptions
 from weights_io import command_line
 from weights_io.command_line import Former
 from weights_io.errors import InputError
@@ -43,7 +44,7 @@ NOTICED = 0.5  # seconds; programs that compile faster get no line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions):
+class Options(ImageOptions, EngineOptions):
     host: str = "127.0.0.1"
     """Address to listen at. 0.0.0.0 accepts other machines."""
     port: int = 8000
@@ -102,6 +103,7 @@ def serve(options: Options, site: Site | None = None) -> None:
     options.speculation(options.draft_model)  # checks the range before anything is loaded
     check_range(options, "max_num_seqs", "max_model_len", "cache_tokens", "prefill_step_size", least=1)
     check_range(options, "max_queued_requests", least=0)
+    images = options.image_access()
     if not 0 <= options.port < 2**16:
         raise InputError(f"is {options.port}; it must be from 0 to 65535.", option="port")
     if options.served_model_name is not None and not options.served_model_name.strip():
@@ -136,7 +138,7 @@ def serve(options: Options, site: Site | None = None) -> None:
         )
         limits = options.max_num_seqs, options.max_model_len, cache_options, options.cache_tokens
         more = beside.engine_arguments(backend, tokenizer)
-        engine = ServingEngine(options.backend, model, tokenizer, *limits, **more)
+        engine = ServingEngine(options.backend, model, tokenizer, *limits, **more, images=images)
         if beside.target is not None:
             engine.count_beginnings()
         try:

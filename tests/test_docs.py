@@ -23,7 +23,7 @@ import tyro
 from documented_commands import ROOT, blocks, commands, run, served
 
 import minicpm_jax
-from minicpm_data.cli.generate import GenerateOptions
+from minicpm_data.cli.generate_options import GenerateOptions
 from weights_io import catalog
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from minicpm_data.conversation.messages import with_images
 from minicpm_data.generation.image_prompt import chat_prompt
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
@@ -21,7 +22,6 @@ from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt
 from minicpm_data.generation.responses import Response, stop_strings, stream_text
 from minicpm_data.generation.speculation import Speculation
 from minicpm_data.generation.thinking import parser_of
-from minicpm_data.images.conversation import with_images
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
-from minicpm_data.conversation.messages import Message
+from minicpm_data.conversation.messages import IMAGE_PARTS, Message
 from minicpm_data.generation.request import IMAGE_IDS, PromptIds
-from minicpm_data.images.conversation import IMAGE, PARTS, ImageChat, encode_chat
+from minicpm_data.images.conversation import IMAGE, ImageChat, encode_chat
 from minicpm_data.images.processing import ProcessedImage
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
@@ -76,6 +76,7 @@ def chat_prompt(
     config: ModelConfig,
     messages: Sequence[Message],
     max_slices: int | None = None,
+    room: int | None = None,
     **given: Any,
 ) -> PromptIds:
     """The prompt of a conversation, with its images.
@@ -83,7 +84,7 @@ def chat_prompt(
     Arguments:
         tokenizer, config: of the model.
         messages: as for `encode_chat`; a model that does not see takes text alone.
-        max_slices: as for `encode_chat`.
+        max_slices, room: as for `encode_chat`.
         given: the other arguments of `Tokenizer.apply_chat`.
 
     Raises:
@@ -93,14 +94,14 @@ def chat_prompt(
         if any(_has_image(message) for message in messages):
             raise InputError(f"the model ({config.family.architecture}) takes no images; load one that sees.")
         return PromptIds(tokenizer.apply_chat(messages, **given), config.vocab_size)
-    chat = encode_chat(tokenizer, config.vision, messages, max_slices, **given)
+    chat = encode_chat(tokenizer, config.vision, messages, max_slices, room, **given)
     return ImagePrompt.of(chat, config.vocab_size, tokenizer.bos_token_id)
 
 
 def _has_image(message: Any) -> bool:
     content = message.get("content") if isinstance(message, Mapping) else None
     return isinstance(content, list) and any(
-        isinstance(part, Mapping) and part.get("type") in PARTS for part in content
+        isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS for part in content
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from minicpm_data.conversation.messages import Message, checked_list
+from minicpm_data.conversation.messages import IMAGE_PARTS, Message, checked_list
 from minicpm_data.images.processing import ProcessedImage, process
 from minicpm_data.keys import escaped
 from weights_io.errors import InputError
@@ -30,7 +30,6 @@ OMNILMM_SYSTEM = (
     "questions."
 )
 MOST_IMAGES = 256  # of a conversation
-PARTS = ("image", "image_url", "input_image")  # the types of parts that are images
 DETAILS = ("detail", "cache_control")  # OpenAI's, which choose nothing here
 
 
@@ -42,18 +41,12 @@ class ImageChat:
     images: tuple[ProcessedImage, ...]
 
 
-def with_images(query: str, images: Sequence[Any]) -> str | list[dict[str, Any]]:
-    """The content of a message with images before its text."""
-    return (
-        [*({"type": "image", "image": image} for image in images), {"type": "text", "text": query}] if images else query
-    )
-
-
 def encode_chat(
     tokenizer: "Tokenizer",
     vision: VisionConfig,
     messages: Sequence[Message],
     max_slices: int | None = None,
+    room: int | None = None,
     **given: Any,
 ) -> ImageChat:
     """Encode a conversation.
@@ -65,19 +58,25 @@ def encode_chat(
             ``image`` (a path, bytes, a PIL image or a processed one) or ``image_url`` (a ``data:`` URL, plain or as
             ``{"url": ...}``).
         max_slices: as for `process`.
+        room: tokens that images may have in all; None: any number.
         given: the other arguments of `Tokenizer.apply_chat`.
 
     Raises:
-        InputError: as `Tokenizer.apply_chat` and `process`; or a part cannot be used.
+        InputError: as `Tokenizer.apply_chat` and `process`; a part cannot be used; or the images have too many tokens.
     """
     marker = f"\ue000{secrets.token_hex(8)}\ue001"
     found: list[ProcessedImage] = []
     texts = []
     for i, message in enumerate(checked_list(messages)):
-        text, images = _split(message, f"message {i}", marker, vision, max_slices)
-        found += images
-        if len(found) > MOST_IMAGES:
-            raise InputError(f"there are more than {MOST_IMAGES} images; send fewer.", "messages")
+        text, images = _split(message, f"message {i}", marker, vision.variant == "omnilmm")
+        for part in images:  # one at a time: too many are refused before the rest are opened
+            found.append(_processed(part, f"message {i}", vision, max_slices))
+            taken = sum(image.tokens for image in found)
+            if len(found) > MOST_IMAGES or (room is not None and taken > room):
+                raise InputError(
+                    f"the first {len(found)} images have {taken:,} tokens, and there is room for "
+                    f"{room or MOST_IMAGES * vision.num_queries:,}; send fewer, or smaller ones."
+                )
         texts.append(text)
     if vision.variant == "omnilmm" and not any(message.get("role") in ("system", "developer") for message in texts):
         texts.insert(0, {"role": "system", "content": OMNILMM_SYSTEM})
@@ -90,27 +89,24 @@ def encode_chat(
     return ImageChat(ids, tuple(found))
 
 
-def _split(
-    message: Any, what: str, marker: str, vision: VisionConfig, max_slices: int | None
-) -> tuple[Message, list[ProcessedImage]]:
-    """A message with markers in place of its images, and the images."""
+def _split(message: Any, what: str, marker: str, in_place: bool) -> tuple[Message, list[Mapping[str, Any]]]:
+    """A message with markers for its images, and their parts. ``in_place``: not all before the text."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
         return message, []
-    images = [part for part in content if isinstance(part, Mapping) and part.get("type") in PARTS]
+    images = [part for part in content if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS]
     if images and message.get("role") != "user":
         raise InputError(
             f"{what} is of the role {escaped(message.get('role'))} and has an image; only users send images."
         )
     rest = [part for part in content if part not in images]
-    found = [_processed(part, what, vision, max_slices) for part in images]
-    if vision.variant == "omnilmm" and images:  # in its place; a line break after one that begins the text
+    if in_place and images:  # in its place; a line break after one that begins the text
         parts = [{"type": "text", "text": marker} if part in images else part for part in content]
         first = next((i for i, part in enumerate(content) if part not in images), len(content))
         parts[:first] = [{"type": "text", "text": f"{marker}\n"}] * first
     else:
         parts = [{"type": "text", "text": f"{marker}\n" * len(images)}, *rest] if images else rest
-    return {**message, "content": parts}, found
+    return {**message, "content": parts}, images
 
 
 def _processed(part: Mapping[str, Any], what: str, vision: VisionConfig, max_slices: int | None) -> ProcessedImage:

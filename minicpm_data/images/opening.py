@@ -12,23 +12,25 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from weights_io.errors import InputError, short
 from weights_io.files.regular import open_regular
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 Source = Any  # a PIL image, a path, the bytes of a file, or a data: URL
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 NAMES = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
 MOST_PIXELS = 100_000_000  # of an image, decoded in 300 MB
 MOST_BYTES = 256 << 20  # of a file
 DATA = "data:"
 
 
-def open_image(source: Source, name: str | None = None) -> Image.Image:
+def open_image(source: Source, name: str | None = None) -> "Image.Image":
     """Open an image.
 
     Arguments:
@@ -41,19 +43,23 @@ def open_image(source: Source, name: str | None = None) -> Image.Image:
     Raises:
         InputError: it cannot be read, is damaged, or is too large.
     """
-    name = name or (short(os.fspath(source)) if _is_path(source) else "the image")
+    from PIL import Image
+
+    name = name or (short(os.fspath(source)) if is_path(source) else "the image")
     if isinstance(source, Image.Image):
         return _guarded(name, lambda: _upright(source, name))
     data = _bytes(source, name)
 
-    def decoded() -> Image.Image:
+    def decoded() -> "Image.Image":
+        Image.init()  # otherwise Pillow knows five formats until it meets another
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _upright(image, name)
 
     return _guarded(name, decoded)
 
 
-def _is_path(source: Source) -> bool:
+def is_path(source: Source) -> bool:
+    """Whether an image is given by its path."""
     return isinstance(source, os.PathLike) or (isinstance(source, str) and not source.startswith(DATA))
 
 
@@ -63,7 +69,7 @@ def _bytes(source: Source, name: str) -> bytes:
         data = bytes(source)
     elif isinstance(source, str) and source.startswith(DATA):
         data = _of_url(source)
-    elif _is_path(source):
+    elif is_path(source):
         path = Path(os.fspath(source)).expanduser()
         with open_regular(path) as file:
             data = file.read(MOST_BYTES + 1)
@@ -89,8 +95,10 @@ def _of_url(url: str) -> bytes:
         raise InputError("the base64 text of a data: URL is damaged; encode the file again.") from None
 
 
-def _guarded(name: str, decode: Callable[[], Image.Image]) -> Image.Image:
+def _guarded(name: str, decode: "Callable[[], Image.Image]") -> "Image.Image":
     """What ``decode`` returns; Pillow's errors become one sentence."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a size between Pillow's limits, and damaged metadata
@@ -107,7 +115,9 @@ def _guarded(name: str, decode: Callable[[], Image.Image]) -> Image.Image:
         raise InputError(f"{name} is damaged ({short(str(error) or type(error).__name__)}); save it again.") from None
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
+def _upright(image: "Image.Image", name: str) -> "Image.Image":
+    from PIL import ImageOps
+
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise InputError(f"{name} has {width} x {height} pixels, more than {MOST_PIXELS:,}; make it smaller.")
@@ -117,8 +127,10 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     return _rgb(ImageOps.exif_transpose(image) or image, name)
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _rgb(image: "Image.Image", name: str) -> "Image.Image":
     """The image in 8 bits of red, green and blue."""
+    from PIL import Image
+
     if image.mode.startswith("I"):  # 16 bits of gray, in Pillow's 16 or 32
         values = np.asarray(image).astype(np.int64)
         high = 65535 if image.mode != "I" or values.max(initial=0) > 255 else 255

@@ -7,15 +7,18 @@ MiniCPM-V 1.0 and OmniLMM squash an image to a square. MiniCPM-V 2.0 cuts a larg
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 
-from minicpm_data.images.opening import Source, open_image
+from minicpm_data.images.opening import Source, is_path, open_image
 from minicpm_data.images.slicing import Cut, Size, cut_of
 from weights_io.errors import InputError
 from weights_io.vision.config import VisionConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MOST_PATCHES = 4096  # of an overview or slice, four times the usual: a strip of one patch's height has more
 
@@ -31,7 +34,7 @@ class ProcessedImage:
         tokens: of all parts in a prompt.
         digest: tells images with other pixels apart.
         vision: of the model.
-        name: of its file.
+        path: of its file, as it was given; empty where it has none.
     """
 
     size: Size
@@ -39,7 +42,7 @@ class ProcessedImage:
     parts: tuple[UInt8[np.ndarray, "H W 3"], ...]
     digest: bytes
     vision: VisionConfig
-    name: str = ""
+    path: str = ""
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +57,7 @@ class ProcessedImage:
         """``cat.jpg 1200x800: 6 slices + overview, 448 tokens``."""
         slices = len(self.parts) - 1
         what = f"{slices} slices + overview, " if slices else ""
-        return f"{self.name or 'image'} {self.size[0]}x{self.size[1]}: {what}{self.tokens} tokens"
+        return f"{Path(self.path).name or 'image'} {self.size[0]}x{self.size[1]}: {what}{self.tokens} tokens"
 
 
 def process(source: Source, vision: VisionConfig, max_slices: int | None = None) -> ProcessedImage:
@@ -68,10 +71,9 @@ def process(source: Source, vision: VisionConfig, max_slices: int | None = None)
     Raises:
         InputError: as `open_image`; or it is so long and narrow that it would have too many patches.
     """
+    if max_slices is not None and max_slices < 1:
+        raise InputError(f"is {max_slices}; it must be at least 1.", option="max_slices")
     image = open_image(source)
-    name = Path(source).name if isinstance(source, Path) else ""
-    if isinstance(source, str) and not source.startswith("data:"):
-        name = Path(source).name
     if not vision.slice_mode:
         squashed = image.size if vision.adaptive else (vision.image_size,) * 2
         cut = Cut(squashed)
@@ -88,10 +90,10 @@ def process(source: Source, vision: VisionConfig, max_slices: int | None = None)
     for array in arrays:
         digest.update(repr(array.shape).encode())
         digest.update(array.tobytes())
-    return ProcessedImage(image.size, cut.grid, arrays, digest.digest(), vision, name)
+    return ProcessedImage(image.size, cut.grid, arrays, digest.digest(), vision, str(source) if is_path(source) else "")
 
 
-def _check(cut: Cut, image: Image.Image, vision: VisionConfig) -> None:
+def _check(cut: Cut, image: "Image.Image", vision: VisionConfig) -> None:
     boxes = [cut.overview, *((right - left, bottom - top) for left, top, right, bottom in cut.boxes)]
     for width, height in boxes:
         if -(-width // vision.patch_size) * -(-height // vision.patch_size) > MOST_PATCHES:
@@ -101,5 +103,7 @@ def _check(cut: Cut, image: Image.Image, vision: VisionConfig) -> None:
             )
 
 
-def _resized(image: Image.Image, size: Size) -> Image.Image:
+def _resized(image: "Image.Image", size: Size) -> "Image.Image":
+    from PIL import Image
+
     return image.resize(size, Image.Resampling.BICUBIC)

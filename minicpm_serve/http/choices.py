@@ -1,12 +1,15 @@
 """From the body of a request to the answers that it asks of the engine."""
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from minicpm_data.conversation.answers import AnswerParser
 from minicpm_data.conversation.call_grammar import call_grammar
 from minicpm_data.generation.constraint import Constraint
+from minicpm_data.generation.image_prompt import chat_prompt
 from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TOKENS
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.generation.thinking import in_thought, parser_of
@@ -54,17 +57,19 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
         raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
     if len(body.messages) > limits.context:
         raise InputError(f"there are {len(body.messages):,} messages; send at most {limits.context:,}.")
-    messages, use = body.plain(), body.tool_use()
+    messages, use = body.plain(limits.images), body.tool_use()
     variables = body.chat_template_kwargs or {}
     given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are part of the prompt
-    limits.check_texts([message["content"] for message in messages] + given)
+    limits.check_texts([*itertools.chain.from_iterable(map(_texts, messages)), *given])
     asking = [name for name, value in variables.items() if value not in (None, False)]
     template = (use.tools and tokenizer.tool_template) or tokenizer.chat_template
     if asking and (unknown := set(asking) - variables_of(template)):
         raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
     if use.forced and tokenizer.features.thinking:  # unless it is asked for, no thought precedes the call
         variables = {"enable_thinking": False, **variables}
-    ids = engine.prompt_ids(tokenizer.apply_chat(messages, tools=use.tools or None, variables=variables))
+    more = {} if limits.images is None else {"max_slices": limits.images.max_slices, "room": limits.context}
+    config = engine.model.config
+    ids = chat_prompt(tokenizer, config, messages, tools=use.tools or None, variables=variables, **more)
     thinks = variables.get("enable_thinking")
     usual = tokenizer.sampling.of(thinks if isinstance(thinks, bool) else None)
     sampling = body.sampling(temperature=usual.temperature, top_p=usual.top_p)
@@ -74,6 +79,12 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
     if not use.tools:
         return [Choice(request, stops, lambda: parser_of(tokenizer, ids))]
     return [_with_tools(engine, tokenizer, request, stops, use)]
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    """The texts of a message's content."""
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _with_tools(
