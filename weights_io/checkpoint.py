@@ -19,6 +19,7 @@ from weights_io import config as config_module
 from weights_io.built_in import built_in
 from weights_io.casting import check_dtype, check_finite, numpy_dtype
 from weights_io.config import ModelConfig
+from weights_io.config_keys import token_ids
 from weights_io.errors import MOST_NAMES, InputError, listed, short
 from weights_io.files.json_text import read_json, read_optional_json
 from weights_io.files.near_keys import refuse_near_keys
@@ -247,15 +248,15 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
 def special_ids(path: Path, raw: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The BOS ids of config.json, and the union of the EOS ids of config.json and generation_config.json."""
     raw, source = dict(raw), str(path / "config.json") if path.is_dir() else str(path)
-    ends = config_module.token_ids(raw, "eos_token_id", vocab_size, source)
+    ends = token_ids(raw, "eos_token_id", vocab_size, source)
     if path.is_dir():
         generation = path / "generation_config.json"
         settings = read_optional_json(generation)
         if len(settings) > MAX_SETTINGS:
             raise InputError(f"{generation} has {len(settings)} keys (at most {MAX_SETTINGS}); download it again.")
         refuse_near_keys(settings, ("eos_token_id",), OTHER_IDS, generation)  # the only key that is used
-        ends += config_module.token_ids(settings, "eos_token_id", vocab_size, str(generation))
-    return config_module.token_ids(raw, "bos_token_id", vocab_size, source), tuple(dict.fromkeys(ends))
+        ends += token_ids(settings, "eos_token_id", vocab_size, str(generation))
+    return token_ids(raw, "bos_token_id", vocab_size, source), tuple(dict.fromkeys(ends))
 
 
 def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:

@@ -144,3 +144,17 @@ def other_model(raw: Mapping[str, Any], architectures: Sequence[str]) -> str | N
             "sentence-transformers and its own code in transformers run it."
         )
     return None
+
+
+def token_ids(raw: dict[str, Any], key: str, vocab_size: int, source: str = "config.json") -> tuple[int, ...]:
+    """The ids under a key such as ``eos_token_id``, which may be missing, one id or a list."""
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise InputError(f"{source}: {key} is {shown(value)}; it must be a token id or a list of them.")
+    if any(i >= vocab_size for i in ids):
+        raise InputError(
+            f"{source}: {key} is {shown(value)}, and the vocabulary has the ids 0 to {vocab_size - 1}; use the "
+            "tokenizer's id of that token."
+        )
+    return tuple(ids)

@@ -51,10 +51,13 @@ class Resampler(nnx.Module):
         """The tokens of pictures whose patches lie in a ``grid`` of (rows, columns)."""
         with jax.named_scope("resampler"):
             kv = self.ln_kv(x if self.kv_proj is None else self.kv_proj(x))
-            query = self.query[...].astype(x.dtype)[None]
-            q = self.ln_q(query) + self.pos_embed[...].astype(x.dtype)
-            x = self.attn(q, kv + self.key_positions(grid).astype(x.dtype), kv)
+            x = self.attend(kv, self.key_positions(grid).astype(x.dtype))
             return affine(self.ln_post(x), self.proj[...].T)
+
+    def attend(self, kv: Float[Array, "B T D"], positions: Float[Array, "T D"]) -> Float[Array, "B S D"]:
+        """The attention of the queries."""
+        query, own = (x[...].astype(kv.dtype) for x in (self.query, self.pos_embed))
+        return self.attn(self.ln_q(query[None]) + own, kv + positions, kv)
 
     def key_positions(self, grid: tuple[int, int]) -> Float[Array, "T D"]:
         """The positions of the patches: those of their own grid, or the stored table of the queries, interpolated."""

@@ -48,9 +48,12 @@ class Resampler(nn.Module):
     def __call__(self, x: mx.array, grid: tuple[int, int]) -> mx.array:
         """[B, T, W] to [B, S, D]: the tokens of pictures whose patches lie in a ``grid`` of (rows, columns)."""
         kv = self.ln_kv(self.kv_proj(x) if "kv_proj" in self else x)
-        q = self.ln_q(self.query[None]) + self.pos_embed
-        x = self.attn(q, kv + self.key_positions(grid).astype(x.dtype), kv)
+        x = self.attend(kv, self.key_positions(grid).astype(x.dtype))
         return self.ln_post(x) @ self.proj
+
+    def attend(self, kv: mx.array, positions: mx.array) -> mx.array:
+        """[B, T, D] to [B, S, D]: the attention of the queries."""
+        return self.attn(self.ln_q(self.query[None]) + self.pos_embed, kv + positions, kv)
 
     def key_positions(self, grid: tuple[int, int]) -> mx.array:
         """The positions [T, D] of the patches: those of their own grid, or the stored table of the queries,
