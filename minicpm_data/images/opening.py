@@ -180,7 +180,7 @@ def _rgb(image: "Image.Image", name: str) -> "Image.Image":
         raise InputError(f"{name} has floating-point pixels; save it with 8 bits a color.")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255)
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255)
     width, height = image.size
     made, rows = Image.new("RGB", image.size), max(1, STRIP // width)
     for top in range(0, height, rows):
