@@ -154,7 +154,7 @@ class Model(nnx.Module):
         Arguments:
             input_ids: [B, T] token ids.
             attention_mask: [B, T]; 1 for tokens, 0 for padding on either side. Logits at padding are meaningless.
-            features: [B, T, D]; where an id is the vocabulary's size, a token of a picture (`encode_images`) in place
+            features: [B, T, D]; where an id is the vocabulary's size, a token of a image (`encode_images`) in place
                 of an embedding.
 
         Returns: [B, T, V] logits in float32.
@@ -169,17 +169,17 @@ class Model(nnx.Module):
 
     @with_model_mesh
     def encode_images(self, pixels: Float[ArrayLike, "B 3 H W"]) -> Float[Array, "B S D"]:
-        """The tokens of pictures, or slices, of one size.
+        """The tokens of images, or slices, of one size.
 
         Arguments:
             pixels: normalized (`minicpm_data.images.processing`).
 
         Returns: S tokens of each, in float32.
 
-        Raises: `InputError` if the model takes no pictures.
+        Raises: `InputError` if the model takes no images.
         """
         if self.vpm is None:
-            raise InputError(f"the model ({self.config.family.architecture}) takes no pictures; load one that sees.")
+            raise InputError(f"the model ({self.config.family.architecture}) takes no images; load one that sees.")
         return _encoded(self, jnp.asarray(pixels, self.model.norm.weight.dtype))
 
     def hidden_states(self, ids: Int[Array, "B T"], positions: Positions, features: Array | None = None):

@@ -176,7 +176,7 @@ class Model(nn.Module):
         Arguments:
             input_ids: [B, T] token ids, an array or a list of lists.
             attention_mask: [B, T]; 1 for tokens, 0 for padding on either side. Logits at padding are meaningless.
-            features: [B, T, D]; where an id is the vocabulary's size, a token of a picture (`encode_images`) in place
+            features: [B, T, D]; where an id is the vocabulary's size, a token of a image (`encode_images`) in place
                 of an embedding.
             cache: one `mlx_lm` cache per layer, updated in place; the ids follow the cached tokens.
             input_embeddings: [B, T, D], used unscaled in place of the embeddings of the ids.
@@ -197,17 +197,17 @@ class Model(nn.Module):
         return self.head(self.model.norm(x))
 
     def encode_images(self, pixels: Any) -> mx.array:
-        """The tokens of pictures, or slices, of one size.
+        """The tokens of images, or slices, of one size.
 
         Arguments:
             pixels: [B, 3, H, W], normalized (`minicpm_data.images.processing`).
 
         Returns: [B, S, D], S tokens of each, in float32.
 
-        Raises: `InputError` if the model takes no pictures.
+        Raises: `InputError` if the model takes no images.
         """
         if self.vpm is None or self.resampler is None or self.config.vision is None:
-            raise InputError(f"the model ({self.config.family.architecture}) takes no pictures; load one that sees.")
+            raise InputError(f"the model ({self.config.family.architecture}) takes no images; load one that sees.")
         x = mx.array(pixels).astype(self.model.norm.weight.dtype)
         return self.resampler(self.vpm(x), grid_of(x.shape, self.config.vision.patch_size)).astype(mx.float32)
 

@@ -1,4 +1,4 @@
-"""Position tables of the towers and of the resampler, for pictures of any grid.
+"""Position tables of the towers and of the resampler, for images of any grid.
 
 There are two interpolations. A tower's table is resized with PyTorch's antialiased bicubic filter (a = -0.5, cut and
 normalized at the edge, as Pillow does), MiniCPM-V 1.0's and OmniLMM's resampler's with the plain one (a = -0.75, edge
@@ -11,7 +11,7 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-PICTURE_FREQUENCY = 10000.0
+BASE = 10000.0
 
 
 @functools.lru_cache(maxsize=64)
@@ -52,7 +52,7 @@ def sincos(rows: int, columns: int, width: int) -> Float[np.ndarray, "rows*colum
     """Sines and cosines of the positions of a grid, row by row: the first half of the width encodes the column, the
     second half the row, each as [sin, cos] of p / 10000^(i / (width / 4)). Computed as the original: angles in float64
     for numpy's sines, then float32."""
-    frequencies = 1.0 / PICTURE_FREQUENCY ** (np.arange(width // 4, dtype=np.float32) / (width / 4.0))
+    frequencies = 1.0 / BASE ** (np.arange(width // 4, dtype=np.float32) / (width / 4.0))
     row, column = np.meshgrid(np.arange(rows, dtype=np.float32), np.arange(columns, dtype=np.float32), indexing="ij")
     halves = []
     for position in (column, row):

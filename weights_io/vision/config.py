@@ -1,7 +1,7 @@
 """The vision config: the numbers of MiniCPM-V 1.0's, MiniCPM-V 2.0's and OmniLMM-12B's tower, resampler and slices.
 
 MiniCPM-V 1.0 and 2.0 have the same tensors, ``model_type`` and ``architectures``. A config without ``slice_mode``,
-``max_slice_nums`` and ``scale_resolution`` is 1.0's: its pictures are squashed to one square, and its resampler
+``max_slice_nums`` and ``scale_resolution`` is 1.0's: its images are squashed to one square, and its resampler
 interpolates a table of positions.
 Source: configuration_minicpm.py and modeling_minicpmv.py of openbmb/MiniCPM-V and MiniCPM-V-2, omnilmm/ of
 OpenBMB/MiniCPM-V, and the towers' definitions in timm 0.9.10.
@@ -48,7 +48,7 @@ NOTES: dict[str, dict[str, tuple[bool | None, ...]]] = {
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of a tower and a resampler, and how a picture becomes pixels."""
+    """Shape of a tower and a resampler, and how an image becomes pixels."""
 
     variant: str  # of `VARIANTS`
     hidden_size: int  # width of the tower
@@ -56,11 +56,11 @@ class VisionConfig:
     num_hidden_layers: int  # blocks that are stored and run: one less than timm's depth
     num_attention_heads: int
     patch_size: int  # pixels
-    image_size: int  # pixels of the square that pictures are squashed to where they are not sliced
+    image_size: int  # pixels of the square that images are squashed to where they are not sliced
     position_grid: int  # rows and columns of the stored table of positions
-    num_queries: int  # tokens of one picture or slice
+    num_queries: int  # tokens of one image or slice
     text_hidden_size: int  # width of the decoder
-    slice_mode: bool = False  # whether large pictures are cut into slices (MiniCPM-V 2.0)
+    slice_mode: bool = False  # whether large images are cut into slices (MiniCPM-V 2.0)
     max_slices: int = 9
     scale_resolution: int = 448  # pixels: a slice has about the area of this square
 
@@ -76,7 +76,7 @@ class VisionConfig:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the resampler's key positions are those of the picture's own grid (MiniCPM-V 2.0)."""
+        """Whether the resampler's key positions are those of the image's own grid (MiniCPM-V 2.0)."""
         return self.variant == "minicpm-v-2"
 
     @property

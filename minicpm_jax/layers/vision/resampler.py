@@ -1,6 +1,6 @@
-"""The resampler: a fixed number of queries attends to the patches of a picture, at the decoder's width.
+"""The resampler: a fixed number of queries attends to the patches of an image, at the decoder's width.
 
-Dims: B pictures or slices of one size, T patches, W width of the tower, S queries, D hidden of the decoder, N heads.
+Dims: B images or slices of one size, T patches, W width of the tower, S queries, D hidden of the decoder, N heads.
 
 Source: resampler.py of openbmb/MiniCPM-V-2 (``adaptive``), of openbmb/MiniCPM-V and of OmniLMM-12B.
 """
@@ -37,7 +37,7 @@ class CrossAttention(nnx.Module):
 
 
 class Resampler(nnx.Module):
-    """From the patches of a picture to its tokens."""
+    """From the patches of an image to its tokens."""
 
     def __init__(self, weights: dict[str, Any], config: VisionConfig):
         self.config = config
@@ -48,7 +48,7 @@ class Resampler(nnx.Module):
         self.proj = nnx.Param(weights["proj"])  # x @ proj, unlike a linear layer's weight
 
     def __call__(self, x: Float[Array, "B T W"], grid: tuple[int, int]) -> Float[Array, "B S D"]:
-        """The tokens of pictures whose patches lie in a ``grid`` of (rows, columns)."""
+        """The tokens of images whose patches lie in a ``grid`` of (rows, columns)."""
         with jax.named_scope("resampler"):
             kv = self.ln_kv(x if self.kv_proj is None else self.kv_proj(x))
             x = self.attend(kv, self.key_positions(grid).astype(x.dtype))

@@ -1,10 +1,10 @@
 """The towers: SigLIP so400m of MiniCPM-V 1.0 and 2.0, and EVA02-E of OmniLMM-12B.
 
-Dims: B pictures or slices of one size, T patches (and the class token), P pixels of a patch, W width, N heads.
+Dims: B images or slices of one size, T patches (and the class token), P pixels of a patch, W width, N heads.
 
 Source: timm 0.9.10, vit_so400m_patch14_siglip_384 (pre-norm blocks) and eva02_enormous_patch14_clip_224 (post-norm
 blocks, a class token, no bias of the keys). Both have GELU with erf, and learned positions, which are interpolated to
-the grid of the picture. timm's last block is not run, and its final norm is.
+the grid of the image. timm's last block is not run, and its final norm is.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""The resampler: a fixed number of queries attends to the patches of a picture, at the decoder's width.
+"""The resampler: a fixed number of queries attends to the patches of an image, at the decoder's width.
 
-Dims: B pictures or slices of one size, T patches, W width of the tower, S queries, D hidden of the decoder, N heads.
+Dims: B images or slices of one size, T patches, W width of the tower, S queries, D hidden of the decoder, N heads.
 
 Source: resampler.py of openbmb/MiniCPM-V-2 (``adaptive``), of openbmb/MiniCPM-V and of OmniLMM-12B.
 """
@@ -32,7 +32,7 @@ class CrossAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """From the patches of a picture to its tokens."""
+    """From the patches of an image to its tokens."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -46,7 +46,7 @@ class Resampler(nn.Module):
         self.proj = mx.zeros((width, width))  # x @ proj, unlike a linear layer's weight
 
     def __call__(self, x: mx.array, grid: tuple[int, int]) -> mx.array:
-        """[B, T, W] to [B, S, D]: the tokens of pictures whose patches lie in a ``grid`` of (rows, columns)."""
+        """[B, T, W] to [B, S, D]: the tokens of images whose patches lie in a ``grid`` of (rows, columns)."""
         kv = self.ln_kv(self.kv_proj(x) if "kv_proj" in self else x)
         x = self.attend(kv, self.key_positions(grid).astype(x.dtype))
         return self.ln_post(x) @ self.proj
