@@ -373,7 +373,10 @@ def test_sparse_config_that_is_not_understood(sparse, message):
             {"architectures": ["MiniCPMV"], "model_type": "minicpmv", "version": 2.6},
             "MiniCPMV is not supported",
         ),
-        ({"architectures": ["MiniCPMO"]}, "MiniCPMO is not supported: of the models that take images or sound, MiniCPM-V 1.0"),
+        (
+            {"architectures": ["MiniCPMO"]},
+            "MiniCPMO is not supported: of the models that take images or sound, MiniCPM-V 1.0",
+        ),
         ({"model_type": "minicpmv4_6"}, "minicpmv4_6 is not supported: of the models that take images"),
     ],
 )

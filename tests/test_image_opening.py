@@ -53,7 +53,7 @@ def corners(image):
     return [image.getpixel(at) for at in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
 
 
-@pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
 def test_formats(form, tmp_path):
     data = saved(half(), form, **({"lossless": True} if form == "WEBP" else {}))
     path = tmp_path / "image"
@@ -136,6 +136,7 @@ JPEG = saved(Image.new("L", (64, 64)), "JPEG", progressive=True)
 SCAN = JPEG[JPEG.rindex(b"\xff\xda") : -2]
 BIG = JPEG.replace(struct.pack(">HH", 64, 64), struct.pack(">HH", 9000, 9000), 1)  # the height and the width
 BMP = saved(Image.new("P", (8, 8)), "BMP")
+PPM = b"P3\n2000 2000\n255\n" + b"0 " * 9
 REFUSED = {
     "nothing": (b"", "empty"),
     "text": (b"name,size\n" * 99, "is no image in PNG"),
@@ -149,7 +150,8 @@ REFUSED = {
     "half a JPEG": (saved(Image.effect_noise((64, 64), 50), "JPEG")[:1500], "damaged"),
     "a header": (JPEG[:20], "no image"),
     "many scans": (BIG[:-2] + SCAN * 20 + JPEG[-2:], "scans"),
-    "run lengths": (BMP[:30] + struct.pack("<I", 1) + BMP[34:], "compressed BMP"),
+    "run lengths": (BMP[:18] + struct.pack("<IIHHI", 2000, 2000, 1, 8, 1) + BMP[34:], "too long"),
+    "numbers as text": (PPM, "too long"),
     "a URL": ("https://example.org/cat.png", "download"),
     "no path": ("", "0 characters"),
     "a long path": ("a" * 5000, "5,000 characters"),
@@ -176,7 +178,8 @@ def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(name):
     assert len(said) < 250 and "\n" not in said and said.endswith(".")
 
 
-def test_a_small_image_may_have_many_scans():
+def test_a_small_image_may_take_long_for_its_size():
+    assert open_image(b"P3\n1 1\n255\n255 0 0").getpixel((0, 0)) == RED
     assert open_image(JPEG[:-2] + SCAN * 20 + JPEG[-2:]).size == (64, 64)
 
 

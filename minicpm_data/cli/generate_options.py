@@ -116,7 +116,7 @@ class GenerateOptions(KVCacheOptions, ThinkingOptions, SamplingOptions, ModelOpt
     prompt: Annotated[str, tyro.conf.arg(aliases=("-p",))] = "Hello!"
     """The prompt. - reads it from standard input."""
     image: Texts = ()
-    """Images that belong to the prompt, for a model that sees: PNG, JPEG, WebP, GIF, BMP or TIFF files."""
+    """Images that belong to the prompt, for a model that sees: PNG, JPEG, WebP, GIF, BMP, TIFF or PPM files."""
     max_slices: int | None = None
     """Maximum number of slices of a large image (MiniCPM-V 2.0); 1 never cuts. By default the model's own number."""
     max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = ANSWER_TOKENS

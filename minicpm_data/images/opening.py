@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Source = Any  # a PIL image, a path, the bytes of a file, or a data: URL
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-NAMES = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+NAMES = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
 MOST_PIXELS = 100_000_000  # of an image, which takes 400 MB, or 800 where it is converted
 # Pixels that the scans of a JPEG may touch. A photo has about ten scans. One of 120 bytes costs 60 ms at 81 megapixels.
 MOST_WORK = 20 * MOST_PIXELS
 SCAN = b"\xff\xda"  # the marker before each scan; compressed data never holds it
+MOST_IN_PYTHON = (
+    1_000_000  # pixels that a decoder written in Python takes 2 s for: of a compressed BMP, of a PPM of text
+)
 STRIP = 4_000_000  # pixels that are converted together
 MOST_BYTES = 256 << 20  # of a file
 LONGEST_PATH = 4096  # characters
@@ -142,13 +145,16 @@ def _guarded(name: str, decode: "Callable[[], Image.Image]") -> "Image.Image":
 
 
 def _check_work(image: "Image.Image", data: bytes, name: str) -> None:
-    """Refuse a small file that would be decoded for minutes."""
+    """Refuse a file that would be decoded for minutes."""
+    from PIL import Image
+
     if data.startswith(b"\xff\xd8") or image.info.get("compression") == "jpeg":  # the latter in a TIFF
         scans = data.count(SCAN)
         if scans * image.width * image.height > MOST_WORK:
             raise InputError(f"{name} is a JPEG of {scans:,} scans, which take too long; save it again.")
-    if image.format == "BMP" and image.info.get("compression"):  # run lengths, which Pillow reads in Python
-        raise InputError(f"{name} is a compressed BMP, which takes too long to read; save it as PNG.")
+    in_python = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))
+    if in_python and image.width * image.height > MOST_IN_PYTHON:
+        raise InputError(f"{name} is written so that it takes too long to read; save it as PNG.")
 
 
 def _upright(image: "Image.Image", name: str) -> "Image.Image":
