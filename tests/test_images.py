@@ -13,7 +13,6 @@ from minicpm_data.conversation.messages import with_images
 from minicpm_data.generation.image_prompt import ImagePrompt, chat_prompt
 from minicpm_data.generation.request import IMAGE_IDS
 from minicpm_data.images.conversation import IMAGE, encode_chat
-from minicpm_data.images.opening import open_image
 from minicpm_data.images.processing import process
 from minicpm_data.images.slicing import best_resize, cut_of
 from minicpm_data.images.tags import with_parts, with_tags
@@ -143,54 +142,6 @@ def test_a_model_of_text_takes_no_images(reference):
 @pytest.fixture(scope="module")
 def vision(reference):
     return open_checkpoint(reference("vision/v2")).config.vision
-
-
-def test_every_kind_of_photo_is_opened():
-    color = Image.new("RGB", (6, 4), (200, 30, 40))
-    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
-        found = open_image(as_file(color, kind))
-        assert found.mode == "RGB" and found.size == (6, 4)
-        assert np.abs(np.asarray(found).astype(int) - np.asarray(color)).max() <= 12, kind
-    for mode in ("L", "1", "P", "CMYK", "RGBA", "LA"):
-        kind = "JPEG" if mode == "CMYK" else "PNG"
-        assert open_image(as_file(color.convert("RGB" if mode == "P" else "L").convert(mode), kind)).mode == "RGB"
-
-
-def test_transparent_parts_are_white_and_sixteen_bits_are_scaled():
-    clear = Image.new("RGBA", (3, 2), (10, 20, 30, 0))
-    assert np.asarray(open_image(as_file(clear))).min() == 255
-    deep = Image.fromarray(np.full((2, 2), 257 * 100, np.uint16))
-    assert {*np.asarray(open_image(as_file(deep))).reshape(-1).tolist()} == {100}
-
-
-def test_an_image_stands_upright_and_an_animation_stands_still():
-    wide = Image.new("RGB", (8, 2))
-    exif = wide.getexif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert open_image(as_file(wide, "JPEG", exif=exif)).size == (2, 8)
-    first, second = Image.new("P", (3, 3), 0), Image.new("P", (3, 3), 1)
-    moving = as_file(first, "GIF", save_all=True, append_images=[second])
-    assert open_image(moving).size == (3, 3)
-
-
-def test_what_is_no_image_is_refused_in_a_sentence(tmp_path):
-    whole = as_file(Image.effect_noise((64, 64), 90), "PNG")
-    text = tmp_path / "notes.png"
-    text.write_text("hello")
-    bomb = as_file(Image.new("1", (20000, 20000)))
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n(x) run\n"
-    wanted = {
-        text: "is no image in PNG",
-        whole[: len(whole) // 2]: "is damaged",
-        bomb: "400|pixels",
-        postscript: "is no image in PNG",
-        tmp_path / "nothing.png": "nothing.png",
-        b"": "is empty",
-    }
-    for source, said in wanted.items():
-        with pytest.raises(InputError, match=said) as caught:
-            open_image(source)
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 10), (3, 900)])

@@ -64,9 +64,69 @@ def encode_chat(
     Raises:
         InputError: as `Tokenizer.apply_chat` and `process`; a part cannot be used; or the images have too many tokens.
     """
-    marker = f"\ue000{secrets.token_hex(8)}\ue001"
+    marker = _new_marker()
+    texts, found = _texts(vision, messages, marker, max_slices, room)
+    pieces = tokenizer.chat_pieces(texts, marker, **given)
+    if len(pieces) != len(found) + 1:
+        raise InputError("the chat template drops or repeats the place of an image; use the model's own template.")
+    ids = list(pieces[0])
+    for image, after in zip(found, pieces[1:], strict=True):
+        ids += [*places(tokenizer, image), *after]
+    return ImageChat(ids, tuple(found))
+
+
+def encode_example(
+    tokenizer: "Tokenizer",
+    vision: VisionConfig,
+    messages: Sequence[Message],
+    trained: Sequence[bool],
+    prompts: bool = False,
+    trusted: bool = True,
+    tools: Sequence[Any] | None = None,
+    max_slices: int | None = None,
+) -> tuple[ImageChat, list[bool]]:
+    """Encode a conversation for training.
+
+    Arguments:
+        tokenizer, vision, messages, max_slices: as for `encode_chat`.
+        trained, prompts, trusted, tools: as for `Tokenizer.chat_example`.
+
+    Returns:
+        The conversation, and for each of its ids whether it is a target; the tokens of images never are.
+
+    Raises:
+        InputError: as `encode_chat` and `Tokenizer.chat_example`.
+    """
+    marker = _new_marker()
+    texts, found = _texts(vision, messages, marker, max_slices)
+    wanted = [False] * (len(texts) - len(messages)) + [*trained]
+    short, marked = tokenizer.chat_example(texts, wanted, prompts, trusted, tools, marker)
+    if short.count(IMAGE) != len(found):
+        raise InputError("an image comes after the last answer, where nothing is trained; remove it.")
+    ids: list[int] = []
+    targets: list[bool] = []
+    waiting = iter(found)
+    for i, target in zip(short, marked, strict=True):
+        new = places(tokenizer, next(waiting)) if i == IMAGE else [i]
+        ids += new
+        targets += [target and i != IMAGE] * len(new)
+    return ImageChat(ids, tuple(found)), targets
+
+
+def _new_marker() -> str:
+    return f"\ue000{secrets.token_hex(8)}\ue001"
+
+
+def _texts(
+    vision: VisionConfig,
+    messages: Sequence[Message],
+    marker: str,
+    max_slices: int | None,
+    room: int | None = None,
+) -> tuple[list[Message], list[ProcessedImage]]:
+    """The messages as the template is given them, with markers for images, and the images."""
     found: list[ProcessedImage] = []
-    texts = []
+    texts: list[Message] = []
     for i, message in enumerate(checked_list(messages)):
         text, images = _split(message, f"message {i}", marker, vision.variant == "omnilmm")
         for part in images:  # one at a time: too many are refused before the rest are opened
@@ -80,13 +140,7 @@ def encode_chat(
         texts.append(text)
     if vision.variant == "omnilmm" and not any(message.get("role") in ("system", "developer") for message in texts):
         texts.insert(0, {"role": "system", "content": OMNILMM_SYSTEM})
-    pieces = tokenizer.chat_pieces(texts, marker, **given)
-    if len(pieces) != len(found) + 1:
-        raise InputError("the chat template drops or repeats the place of an image; use the model's own template.")
-    ids = list(pieces[0])
-    for image, after in zip(found, pieces[1:], strict=True):
-        ids += [*places(tokenizer, image), *after]
-    return ImageChat(ids, tuple(found))
+    return texts, found
 
 
 def _split(message: Any, what: str, marker: str, in_place: bool) -> tuple[Message, list[Mapping[str, Any]]]:
@@ -94,19 +148,23 @@ def _split(message: Any, what: str, marker: str, in_place: bool) -> tuple[Messag
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
         return message, []
-    images = [part for part in content if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS]
+    images = [part for part in content if _is_image(part)]
     if images and message.get("role") != "user":
         raise InputError(
             f"{what} is of the role {escaped(message.get('role'))} and has an image; only users send images."
         )
-    rest = [part for part in content if part not in images]
+    rest = [part for part in content if not _is_image(part)]
     if in_place and images:  # in its place; a line break after one that begins the text
-        parts = [{"type": "text", "text": marker} if part in images else part for part in content]
-        first = next((i for i, part in enumerate(content) if part not in images), len(content))
+        parts = [{"type": "text", "text": marker} if _is_image(part) else part for part in content]
+        first = next((i for i, part in enumerate(content) if not _is_image(part)), len(content))
         parts[:first] = [{"type": "text", "text": f"{marker}\n"}] * first
     else:
         parts = [{"type": "text", "text": f"{marker}\n" * len(images)}, *rest] if images else rest
     return {**message, "content": parts}, images
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS
 
 
 def _processed(part: Mapping[str, Any], what: str, vision: VisionConfig, max_slices: int | None) -> ProcessedImage:

@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint: texts and chats to ids, and ids to text."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from minicpm_data.conversation.answers import TAGS
@@ -172,6 +172,19 @@ class Tokenizer:
         added = sorted(self._fast.added_tokens().items())
         return {i: token.content for i, token in added if i >= first and token.content not in own}
 
+    def treat_as_text(self, tokens: Collection[str]) -> None:
+        """Let special tokens be text in answers, and become their ids in any text.
+
+        Arguments:
+            tokens: their texts; those that are no special tokens are passed over.
+        """
+        found = {i for i in self._special_ids if self.added_tokens[i] in tokens}
+        self._special_ids -= found
+        self._markers = {i: token for i, token in self._markers.items() if i not in found}
+        self._spelled = chat.Markers(self._markers.values())
+        for made in ("tag_ids", "_plain", "_inner"):  # from the earlier ones
+            self.__dict__.pop(made, None)
+
     def add_eos_token(self, token: str) -> None:
         """Let another token end answers.
 
@@ -264,6 +277,7 @@ class Tokenizer:
         prompts: bool = False,
         trusted: bool = True,
         tools: Sequence[Any] | None = None,
+        marker: str | None = None,
     ) -> tuple[list[int], list[bool]]:
         """Encode a conversation for training, up to the end of its last answer.
 
@@ -277,6 +291,7 @@ class Tokenizer:
             trained: for each message, whether it is trained if it is an answer; None trains all answers.
             prompts: train everything that is not an answer, too.
             trusted: as in `apply_chat`.
+            marker: a text in the contents that becomes the id -1; what is before and after it is encoded for itself.
 
         Returns:
             The token ids, and for each whether it is a target.
@@ -299,9 +314,9 @@ class Tokenizer:
         text, before = "", list[int]()  # the text of the pieces so far, and its ids
         for k, piece in enumerate(pieces):
             text += piece
-            whole = self._undisguised(text, disguise) if piece else before
+            whole = self._marked(text, disguise, marker) if piece else before
             spans = whole[: len(before)] != before  # a token would span the boundary
-            new = self._undisguised(piece, disguise, begun=True) if spans else whole[len(before) :]
+            new = self._marked(piece, disguise, marker, begun=True) if spans else whole[len(before) :]
             before = whole
             if k == len(pieces) - 1:
                 ended = new[:1] if new and new[0] in self.eos_token_ids else [*self.eos_token_ids[:1]]
@@ -319,6 +334,14 @@ class Tokenizer:
         names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in special.items()}
         markers = chat.Markers(()) if trusted else self._spelled
         return ChatPrompt.of(messages, (self.chat_template, self.tool_template), names, markers, **given)
+
+    def _marked(self, prompt: str, disguise: chat.Disguise, marker: str | None, begun: bool = False) -> list[int]:
+        """`_undisguised` with -1 at each ``marker``."""
+        first, *others = [prompt] if marker is None else prompt.split(marker)
+        ids = self._undisguised(first, disguise, begun)
+        for piece in others:
+            ids += [-1, *self._undisguised(piece, disguise)]
+        return ids
 
     def _undisguised(self, prompt: str, disguise: chat.Disguise, begun: bool = False) -> list[int]:
         """The ids of a rendered prompt, with disguised special tokens encoded as text.

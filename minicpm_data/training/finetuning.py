@@ -270,4 +270,5 @@ def _fingerprint(split: "Split") -> str:
     for example in split.examples:
         for part in example.parts:
             digest.update(part.ids.tobytes() + part.trained.tobytes() + b"|")
+            digest.update(b"".join(image.digest for image in part.images))
     return digest.hexdigest()
