@@ -474,7 +474,7 @@ class Played:
 
     adapters: tuple[str, ...] = ()
     slots, context, open, error, tokenizer, speculates = 2, 64, 0, None, None, False
-    model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9)), {}
+    model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9, vision=None)), {}
 
     def __init__(self):
         self.delivers, self.asked = [], []

@@ -25,6 +25,7 @@ from weights_io.errors import InputError, short
 from weights_io.vision.config import VisionConfig
 
 KEYS = ("images", "image")
+PIXELS, PLACES = "pixels_", "places_"  # before a size, in the arrays of a training step
 MESSAGES = ("history", "messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")
 REPEATED_TAG = re.compile(
     r"^(?:<image>\n?)+|(?:\n?<image>)+$"
@@ -217,6 +218,31 @@ def image_arrays(ids: Int[np.ndarray, "B T"], images: Sequence[StoredImage]) -> 
     found = {}
     for size, parts in pixels.items():
         missing = (1 << (len(parts) - 1).bit_length()) - len(parts)
-        found[f"pixels_{size}"] = np.stack([*parts, *[np.zeros_like(parts[0])] * missing])
-        found[f"places_{size}"] = np.stack([*places[size], *[np.full_like(places[size][0], ids.size)] * missing])
+        found[f"{PIXELS}{size}"] = np.stack([*parts, *[np.zeros_like(parts[0])] * missing])
+        found[f"{PLACES}{size}"] = np.stack([*places[size], *[np.full_like(places[size][0], ids.size)] * missing])
+    return found
+
+
+def sizes_of(arrays: Mapping[str, Any]) -> list[str]:
+    """The sizes of the images in the arrays of a training step."""
+    return [name.removeprefix(PIXELS) for name in arrays if name.startswith(PIXELS)]
+
+
+def alike(batches: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The arrays of several batches, those of their images padded to the same sizes and numbers."""
+    most: dict[str, np.ndarray] = {}
+    for batch in batches:
+        for size in sizes_of(batch):
+            for name in (f"{PIXELS}{size}", f"{PLACES}{size}"):
+                if name not in most or len(most[name]) < len(batch[name]):
+                    most[name] = batch[name]
+    found = []
+    for batch in batches:
+        own = dict(batch)
+        for name, longest in most.items():
+            nothing = 0 if name.startswith(PIXELS) else batch["ids"].size
+            rows = own.get(name, longest[:0])
+            filling = np.full((len(longest) - len(rows), *longest.shape[1:]), nothing, longest.dtype)
+            own[name] = np.concatenate([rows, filling])
+        found.append(own)
     return found
