@@ -1,12 +1,17 @@
 """The regions that an answer names, as the maintainers of MiniCPM-V describe them."""
 
+import json
+
 import pytest
 import tiny_tokenizer as tiny
 from PIL import Image, ImageChops
 
 from minicpm_data import load_tokenizer
 from minicpm_data.conversation.regions import REGION_TAGS, Region, regions, without_tags
+from minicpm_data.generation.responses import Response
 from minicpm_data.images.drawing import draw
+from minicpm_serve.http.answers import Answer, message_choice, message_pieces
+from minicpm_serve.http.schemas import Message
 
 BOX = "<box>120 80 640 910</box>"
 
@@ -78,3 +83,18 @@ def test_tags_are_tokens_in_questions_and_text_in_answers(tmp_path):
     ids = tokenizer.apply_chat(question)
     assert [i for i in ids if i >= first] == [first, first + 1]
     assert tokenizer.decode([first, *tokenizer.encode("a", add_bos=False), first + 1, first + 2]) == "<ref> a</ref>"
+
+
+@pytest.mark.parametrize("of_images", [True, False])
+def test_the_server_sends_regions_of_images_beside_the_text(of_images):
+    responses = [Response("<ref>a cat</ref><box>1 2", 5), Response(" 3 4</box>", 6), Response("", 2, "stop")]
+    answer = Answer(of_images=of_images)
+    deltas = [piece["delta"] for response in responses for piece in message_pieces(0, answer, response)]
+    wanted = [{"kind": "box", "points": [[1, 2], [3, 4]], "label": "a cat", "start": 16, "end": 34}]
+    wanted = wanted if of_images else None
+    message = json.loads(json.dumps(message_choice(0, answer)))["message"]
+    assert message["content"] == "<ref>a cat</ref><box>1 2 3 4</box>" and message.get("regions") == wanted
+    found = [delta["regions"] for delta in json.loads(json.dumps(deltas)) if "regions" in delta]
+    assert found == ([wanted] if of_images else [])
+    assert deltas[-1] == {}
+    assert Message(**message).plain() == {"role": "assistant", "content": message["content"]}

@@ -95,7 +95,7 @@ class Run:
             self.errors += 1
             self._write(line, None, _error(error), 400, bar)
             return
-        asked = Asked(line, [Answer(c.after_calls) for c in choices], sum(len(c.request.prompt) for c in choices))
+        asked = Asked(line, [choice.answer() for choice in choices], sum(len(c.request.prompt) for c in choices))
         group = self._engine.group() if len(choices) > 1 else None
         self._open[line.number] = asked
         for index, choice in enumerate(choices):
@@ -169,6 +169,8 @@ def _own(asked: Asked | None) -> dict[str, Any]:
             made["reasoning_content"] = answer.reasoning
         if answer.calls:
             made["tool_calls"] = answer.calls
+        if regions := answer.regions():
+            made["regions"] = regions
         choices.append(made)
     answers = choices[0] if len(choices) == 1 else {"choices": choices}
     return {**answers, "usage": _usage(asked)}

@@ -2,10 +2,11 @@
 
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minicpm_data.conversation.answers import ToolCall
+from minicpm_data.conversation.regions import regions
 from minicpm_data.generation.responses import Response
 
 ID_BYTES = 12  # of the id of a call: 24 digits
@@ -17,11 +18,13 @@ class Answer:
 
     Attributes:
         after_calls: the finish reason where the model ended the answer and called.
+        of_images: whether the request has images, so that the text may name regions of them.
         text, reasoning, calls: of the responses so far.
         reason: why it ended; None while it has not.
     """
 
     after_calls: str = "tool_calls"
+    of_images: bool = False
     text: str = ""
     reasoning: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -37,6 +40,10 @@ class Answer:
             called = self.calls and response.finish_reason == "stop"
             self.reason = self.after_calls if called else response.finish_reason
         return calls
+
+    def regions(self) -> list[dict[str, Any]]:
+        """The regions that the text names (`Region`)."""
+        return [asdict(region) for region in regions(self.text)] if self.of_images else []
 
 
 def call_json(call: ToolCall) -> dict[str, Any]:
@@ -85,13 +92,16 @@ def message_choice(index: int, answer: Answer) -> dict:
         message["reasoning_content"] = answer.reasoning
     if answer.calls:
         message["tool_calls"] = answer.calls
+    if named := answer.regions():
+        message["regions"] = named
     if not answer.text and len(message) > 2:
         message["content"] = None
     return {"index": index, "message": message, "logprobs": None, "finish_reason": answer.reason}
 
 
 def message_pieces(index: int, answer: Answer, response: Response) -> Iterator[dict]:
-    """The thought, the text, each call in two deltas, and an empty delta with the finish reason."""
+    """The thought, the text, each call in two deltas, the regions at the end, and an empty delta with the finish
+    reason."""
     first = len(answer.calls)
     calls = answer.add(response)
     if response.reasoning:
@@ -104,6 +114,8 @@ def message_pieces(index: int, answer: Answer, response: Response) -> Iterator[d
         arguments = {"arguments": call["function"]["arguments"]}
         yield delta_choice(index, {"tool_calls": [{"index": number, "function": arguments}]})
     if answer.reason is not None:
+        if named := answer.regions():
+            yield delta_choice(index, {"regions": named})
         yield delta_choice(index, {}, answer.reason)
 
 

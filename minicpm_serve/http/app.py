@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from minicpm_data.generation import responses
 from minicpm_serve.engine import Answered, ServingEngine, known
-from minicpm_serve.http.answers import CHAT, TEXT, Answer, Kind, delta_choice
+from minicpm_serve.http.answers import CHAT, TEXT, Kind, delta_choice
 from minicpm_serve.http.choices import Choice, chat_choices, text_choices
 from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body, http_error
 from minicpm_serve.http.gate import Access, add_gate
@@ -111,7 +111,7 @@ class Answers:
 
     def __init__(self, engine: ServingEngine, choices: Sequence[Choice], prompt_tokens: int, record: Record):
         self.count = len(choices)
-        self.answers = [Answer(choice.after_calls) for choice in choices]
+        self.answers = [choice.answer() for choice in choices]
         self._left = set(range(self.count))  # unfinished answers
         self._why = "abort"  # they are unfinished
         self._usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}

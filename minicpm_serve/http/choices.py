@@ -9,13 +9,14 @@ from typing import Any
 from minicpm_data.conversation.answers import AnswerParser
 from minicpm_data.conversation.call_grammar import call_grammar
 from minicpm_data.generation.constraint import Constraint
-from minicpm_data.generation.image_prompt import chat_prompt
+from minicpm_data.generation.image_prompt import ImagePrompt, chat_prompt
 from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TOKENS
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.generation.thinking import in_thought, parser_of
 from minicpm_data.tokenizer.chat_template import variables_of
 from minicpm_data.tokenizer.tokenizer import Tokenizer
 from minicpm_serve.engine import ServingEngine
+from minicpm_serve.http.answers import Answer
 from minicpm_serve.http.limits import Limits
 from minicpm_serve.http.schemas import ChatBody, CompletionBody, ToolUse
 from weights_io.errors import InputError, short
@@ -36,6 +37,10 @@ class Choice:
     stop: tuple[str, ...]
     parser: Callable[[], AnswerParser | None] = lambda: None
     after_calls: str = "tool_calls"
+
+    def answer(self) -> Answer:
+        """The answer before its first response."""
+        return Answer(self.after_calls, isinstance(self.request.prompt, ImagePrompt))
 
     def adapted(self, adapter: int) -> "Choice":
         """The same answer with another adapter."""

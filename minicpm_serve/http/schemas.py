@@ -131,6 +131,7 @@ class Message(Strict):
     reasoning: str | None = None
     tool_calls: list[Any] | None = None
     tool_call_id: str | None = None
+    regions: list[Any] | None = None  # sent back with our answer, whose text has them
 
     @field_validator("content")
     @classmethod
