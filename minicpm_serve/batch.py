@@ -135,6 +135,7 @@ def answer(options: Options, here: "Checkpoint | None", reader: "Reader", result
     """Load the model, and answer the lines that have no result. Exits with code 1 where some could not be answered."""
     from minicpm_serve.batches.running import Run
     from minicpm_serve.engine import ServingEngine
+    from minicpm_serve.failure import end_if_failed
 
     backend = backends.get(options.backend)
     model, tokenizer = load_model(backend, options, decoding=True, source=here)
@@ -146,6 +147,9 @@ def answer(options: Options, here: "Checkpoint | None", reader: "Reader", result
         backend.device.warn_idle_axes(engine.model, engine.slots)
         run = Run(engine, options.name, results)
         run.answer(reader.lines(options.prompts), left)
+    except Exception:
+        end_if_failed(engine)  # the results so far are written, and the same command goes on
+        raise
     finally:
         engine.close()
     print(f"{run.lines:,} prompts: {run.tokens:,} tokens, {run.rate:,.0f} tokens/s; results in {options.out}")

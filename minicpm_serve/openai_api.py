@@ -27,6 +27,7 @@ from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.engine import ServingEngine
 from minicpm_serve.engine_options import Beside, EngineOptions
+from minicpm_serve.failure import end_if_failed, failed
 from minicpm_serve.http.image_access import ImageOptions
 from weights_io import command_line
 from weights_io.command_line import Former
@@ -150,6 +151,7 @@ def serve(options: Options, site: Site | None = None) -> None:
             server(engine, name, key, options.max_queued_requests, hosts, origins, site).run(sockets=[listening])
         finally:
             engine.close()
+        end_if_failed(engine)
         beside.save(engine)
 
 
@@ -207,7 +209,7 @@ def server(
     """The uvicorn server of the API.
 
     On a signal it waits up to `GRACE` seconds for unfinished answers. A second signal stops it at once, or after
-    `GOODBYE` seconds if a step is running.
+    `GOODBYE` seconds if a step is running. It also stops when the device has failed.
 
     Arguments:
         engine: runs the model.
@@ -239,6 +241,10 @@ def server(
                 f"ready at http://{host}:{port}{'/v1' if site is None else ''} (model {name}, {room}; Ctrl-C ends it)",
                 flush=True,
             )
+
+        async def on_tick(self, counter: int) -> bool:
+            self.should_exit = self.should_exit or failed(engine)
+            return await super().on_tick(counter)
 
         hurry = False
         last_signal = 0

@@ -113,6 +113,7 @@ CATALOG: tuple[Entry, ...] = (
     Entry(
         "pico-tools", None, "minicpm", 1_296_000, "bfloat16", "built in; pico taught to call a calculator and a timer"
     ),
+    Entry("pico-v", None, "minicpmv", 1_788_608, "bfloat16", "built in; pico taught to see drawn images"),
     Entry(
         "minicpm-2b",
         "openbmb/MiniCPM-2B-sft-bf16",
@@ -262,18 +263,9 @@ CATALOG: tuple[Entry, ...] = (
         "OpenBMB/MiniCPM-MoE-8x2B",
         _MOE | _BF16,
     ),
-    Entry(
-        "minicpm-v",
-        "openbmb/MiniCPM-V",
-        "minicpmv",
-        _NV,
-        "bfloat16",
-        "chat with images, not sliced",
-        "OpenBMB/MiniCPM-V",
-        _V1,
-    ),
-    Entry("minicpm-v-2", "openbmb/MiniCPM-V-2", "minicpmv", _NV, "bfloat16", "chat with images, sliced", config=_V2),
-    Entry("omnilmm-12b", "openbmb/OmniLMM-12B", "omnilmm", None, None, "chat with images; decoder of Mistral-7B"),
+    Entry("minicpm-v", "openbmb/MiniCPM-V", "minicpmv", _NV, "bfloat16", "images, whole", "OpenBMB/MiniCPM-V", _V1),
+    Entry("minicpm-v-2", "openbmb/MiniCPM-V-2", "minicpmv", _NV, "bfloat16", "images, sliced", config=_V2),
+    Entry("omnilmm-12b", "openbmb/OmniLMM-12B", "omnilmm", None, None, "images; its decoder is Mistral-7B's"),
     _text("minicpm3-4b", "MiniCPM3-4B", 4_073_875_968, "chat; latent attention, whose cache is small"),
     _text("minicpm4-0.5b", "MiniCPM4-0.5B", _N4_SMALL, "chat, LongRoPE"),
     _text("minicpm4-8b", "MiniCPM4-8B", _N4, "chat, LongRoPE; dense attention"),
