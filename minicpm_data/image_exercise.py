@@ -11,6 +11,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,14 @@ VISION = VisionConfig(
     patch_size=14,
     image_size=SIDE,
     position_grid=4,
-    num_queries=9,
+    num_queries=16,
     text_hidden_size=128,
     slice_mode=True,
     max_slices=4,
     scale_resolution=SIDE,
 )
 TOKENS = ("<image>", "</image>", "<ref>", "</ref>", "<box>", "</box>", "<slice>", "</slice>")
+HIGH, SHARPNESS, CONTENT, PATCH_SCALE = 4, 8.0, 0.3, 0.4  # of `_looking`
 COLORS = {
     "red": (215, 40, 40),
     "green": (40, 160, 60),
@@ -122,10 +124,11 @@ def write_start(folder: Path, seed: int) -> None:
 
 
 def _start_tensors(config: ModelConfig, source: Any, seed: int) -> dict[str, Any]:
-    """The tensors of the start, by Hugging Face names."""
+    """The tensors of the start, by Hugging Face names: those of the built-in model, random ones, and `_looking`."""
     from weights_io.write import Computed
 
-    random = np.random.default_rng(seed)
+    assert config.vision is not None
+    random, looking = np.random.default_rng(seed), _looking(config.vision)
     found = {}
     for parameter in parameters(config):
         shape = parameter.tensor_shape(config)
@@ -137,8 +140,30 @@ def _start_tensors(config: ModelConfig, source: Any, seed: int) -> dict[str, Any
             if not parameter.of_vision:
                 known = source.tensors[name].read().astype(np.float32)
                 array = np.concatenate([known, array[len(known) :]]) if name == EMBEDDING.hf_name else known
-            found[name] = Computed.of(array)
+            found[name] = Computed.of(looking.get(name, lambda array: array)(array))
     return found
+
+
+def _looking(vision: VisionConfig) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Changes of random weights with which each query looks at its own part of an image. Training alone finds them
+    late: the positions of neighbors differ only in the few highest frequencies."""
+    from minicpm_data.images.positions import sincos
+
+    width, grid = vision.text_hidden_size, math.isqrt(vision.num_queries)
+    own, high = vision.position_grid, np.arange(width) % (width // 4) < HIGH  # of each sine and cosine
+    sharp = np.diag(np.where(high, SHARPNESS, 0.0)).astype(np.float32)
+
+    def projections(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([sharp, sharp, array[2 * width :]])
+
+    return {
+        "vpm.pos_embed": lambda array: sincos(own, own, vision.hidden_size)[None],
+        "vpm.patch_embed.proj.weight": lambda array: array * PATCH_SCALE,
+        "resampler.pos_embed": lambda array: sincos(grid, grid, width),
+        "resampler.attn.in_proj_weight": projections,
+        "resampler.ln_q.weight": lambda array: array * 0,
+        "resampler.ln_kv.weight": lambda array: array * CONTENT,
+    }
 
 
 def conversation(random: Random) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import tiny_adapter
 from documented_commands import typed
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -15,6 +17,8 @@ from minicpm_data.conversation.messages import with_images
 from minicpm_data.generation.image_prompt import chat_prompt
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.speculation import Speculation
+from weights_io.adapters import read_adapter, save_adapter
+from weights_io.checkpoint import open_checkpoint
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 from weights_io.parameters import count
@@ -242,3 +246,39 @@ def test_configs_that_no_model_has(changes, said, reference):
     raw = json.loads((reference("vision/v2") / "config.json").read_text())
     with pytest.raises(InputError, match=said):
         ModelConfig.from_dict(raw | changes)
+
+
+def test_a_folder_that_sees_is_converted_and_inspected(reference, tmp_path):
+    folder = reference("vision/v2")
+    done = typed("weights_io.inspect", "--model", folder)
+    assert done.returncode == 0 and "temperature 0.7, top-p 0.8 (MiniCPM-V 2.0's chat())" in done.stdout, done.stderr
+    for name, more in (("mlx", ("-q", "--q-group-size", 32)), ("hf", ()), ("gptq", ("--q-group-size", 32))):
+        done = typed("weights_io.convert", "--model", folder, "--to", name, "--save-path", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+        written = open_checkpoint(tmp_path / name)
+        assert written.config == open_checkpoint(folder).config
+        assert {name.partition(".")[0] for name in written.tensors} == {"model", "lm_head", "vpm", "resampler"}
+    stored = safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors")
+    assert stored.keys() == safetensors.numpy.load_file(folder / "model.safetensors").keys()
+    done = typed("weights_io.convert", "--model", folder, "--to", "gguf", "--save-path", tmp_path / "x.gguf")
+    assert done.returncode == 2 and "a model that sees is not written as GGUF" in done.stderr
+
+
+def test_adapters_have_the_names_of_the_files(reference, tmp_path):
+    """PEFT puts an adapter beside ``llm.model.layers``, where the original's class has the decoder."""
+    checkpoint = open_checkpoint(reference("vision/v2"))
+    save_adapter(tmp_path / "adapter", tiny_adapter.make(checkpoint), checkpoint.config)
+    names = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert all(name.startswith("base_model.model.llm.model.layers.") for name in names)
+    again = read_adapter(tmp_path / "adapter", checkpoint.config)
+    assert again.tensors.keys() == tiny_adapter.make(checkpoint).tensors.keys()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_decoder_is_quantized_and_the_tower_is_not(backend, reference, bits):
+    model, tokenizer = backend.load(reference("vision/v2"), dtype="float32", quantize=bits)
+    pixels = np.load(reference("vision/v2") / "reference.npz")["tall.pixel0"]
+    whole, _ = backend.load(reference("vision/v2"), dtype="float32")
+    np.testing.assert_array_equal(*(np.asarray(each.encode_images(pixels[None])) for each in (model, whole)))
+    given = prompt(model, tokenizer, np.load(reference("vision/v2") / "reference.npz"), "small")
+    assert len([*backend.stream_generate(model, tokenizer, given, max_tokens=4)]) == 4
