@@ -173,6 +173,25 @@ def test_several_prompts_and_several_answers_to_each(api):
     assert answer["usage"]["prompt_tokens"] == 5 and answer["usage"]["completion_tokens"] == sum(map(len, expected))
 
 
+def test_penalties_and_a_bias_are_those_of_the_model_alone(api):
+    """Each row has its own, also beside one that has none."""
+    asked = {"frequency_penalty": 1.0, "presence_penalty": 0.5, "logit_bias": {"7": 3, "9": -100}}
+    expected = [api.alone([1, 5, 9], 24), api.alone([1, 5, 9], 24, **{**asked, "logit_bias": {7: 3, 9: -100}})]
+    assert text(expected[0]) != text(expected[1])
+    found: dict[bool, str] = {}
+
+    def ask_for(more):
+        body = {"prompt": [1, 5, 9], "max_tokens": 24, **more}
+        found[bool(more)] = ask(api.port, "/v1/completions", body)[1]["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask_for, args=(more,)) for more in ({}, asked)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {False: text(expected[0]), True: text(expected[1])}
+
+
 def test_an_answer_ends_where_a_text_of_stop_begins(api):
     whole = text(api.alone("The fox", 24))
     stop = whole[4:6]
@@ -295,7 +314,13 @@ def user(content="a", **more):
         ({**user(), "stop": [1]}, 400, "stop must be a text or a list of texts"),
         ({**user(), "stop": [""]}, 400, "stop holds an empty text"),
         ({**user(), "stop": ["a"] * 17}, 400, "17 texts"),
-        ({**user(), "presence_penalty": 0.5}, 400, "presence_penalty is not supported; leave it out or give 0"),
+        ({**user(), "presence_penalty": 2.5}, 400, "presence_penalty is 2.5; it must be from -2 to 2 (0 is none)"),
+        ({**user(), "frequency_penalty": "a"}, 400, "frequency_penalty: input should be a valid number"),
+        ({**user(), "logit_bias": {"1": 101}}, 400, "logit_bias gives token 1 101; it must be from -100 to 100"),
+        ({**user(), "logit_bias": {"fox": 1}}, 400, "logit_bias holds 'fox', which is no token id"),
+        ({**user(), "logit_bias": {"1": True}}, 400, "logit_bias gives token 1 True; give a number"),
+        ({**user(), "logit_bias": {"9999999": 1}}, 400, "logit_bias holds 9999999, outside the vocabulary"),
+        ({**user(), "logit_bias": {str(i): 1 for i in range(301)}}, 400, "logit_bias holds 301 tokens"),
         ({**user(), "logprobs": 0}, 400, "logprobs is not supported; leave it out or give false"),
         ({**user(), "tools": [{}]}, 400, "holds an item 0 that has no name"),
         ({**user(), "no_such_thing": 1}, 400, "no_such_thing is not supported; leave it out"),

@@ -89,8 +89,11 @@ def special_tokens_kept(
 ) -> Sampling:
     """``sampling`` with the ids that XTC keeps: the line break and ``ends``, where it names none.
 
-    Raises `InputError` for an id outside the vocabulary.
+    Raises `InputError` for an id outside the vocabulary, also in ``logit_bias``.
     """
+    for i, _ in sampling.bias:
+        if not 0 <= i < vocab_size:
+            raise InputError(f"holds {i}, outside the vocabulary of {vocab_size}.", option="logit_bias")
     if not sampling.excludes:
         return sampling
     kept = sampling.xtc_special_tokens

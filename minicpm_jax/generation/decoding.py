@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from minicpm_data.generation.options import CacheOptions, seen_tokens
+from minicpm_data.generation.options import IN_ANSWER, CacheOptions, count_tokens
 from minicpm_data.generation.prompt_cache import CachedPrompt
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.thinking import Thoughts
@@ -46,7 +46,7 @@ ROOM = 1024  # cache slots reserved for an answer; a longer answer grows the cac
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "token", "token_mask", "rng", "finished", "eos_ids"],
+    data_fields=["cache", "token", "token_counts", "rng", "finished", "eos_ids"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class State:
 
     cache: Cache
     token: Int[Array, "B"]  # the last sampled token, not yet in the cache
-    token_mask: Bool[Array, "B V"] | None  # tokens of prompt and answer, for the repetition penalty
+    token_counts: Int[Array, "B V"] | None  # from `count_tokens`, where rows are penalized
     rng: Array  # [B] keys of jax.random
     finished: Bool[Array, "B"]
     eos_ids: Int[Array, "E"] | Int[Array, "B E"]
@@ -129,7 +129,7 @@ def first_token(
     model: Model,
     cache: Cache,
     last: Float[Array, "B 1 D"],
-    token_mask: Bool[Array, "B V"] | None,
+    token_counts: Int[Array, "B V"] | None,
     rng: UInt32[Array, "B 2"],
     eos_ids: Int[Array, "E"] | Int[Array, "B E"],
     params: SamplingParams,
@@ -139,7 +139,7 @@ def first_token(
     """Sample each row's first token after its prompt; ``forced`` and ``allowed`` as in `sample_next`."""
     batch = len(last)
     draws = jax.random.wrap_key_data(rng)
-    state = State(cache, jnp.zeros(batch, jnp.int32), token_mask, draws, jnp.zeros(batch, bool), eos_ids)
+    state = State(cache, jnp.zeros(batch, jnp.int32), token_counts, draws, jnp.zeros(batch, bool), eos_ids)
     return sample_next(state, model.head(last)[:, 0], params, forced, allowed)
 
 
@@ -189,11 +189,13 @@ def sample_next(
     """
     logits = logits if allowed is None else only_allowed(logits, allowed)
     both = jax.vmap(jax.random.split)(state.rng)
-    token = sample(logits, state.token_mask, params, both[:, 1]).astype(jnp.int32)
+    token = sample(logits, state.token_counts, params, both[:, 1]).astype(jnp.int32)
     token = token if forced is None else jnp.where(forced >= 0, forced, token)
-    token_mask = None if state.token_mask is None else state.token_mask.at[jnp.arange(len(token)), token].set(True)
+    token_counts = state.token_counts
+    if token_counts is not None:
+        token_counts = token_counts.at[jnp.arange(len(token)), token].add(IN_ANSWER)
     finished = state.finished | jnp.any(token[:, None] == state.eos_ids, axis=1)
-    return State(state.cache, token, token_mask, both[:, 0], finished, state.eos_ids)
+    return State(state.cache, token, token_counts, both[:, 0], finished, state.eos_ids)
 
 
 def resize_state(state: State, slots: int) -> State:
@@ -272,10 +274,10 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     cache, last = prefill_prompts(model, request)
     sampling, vocab_size = request.sampling, model.config.vocab_size
     ends = np.array(sorted(request.end_ids) or [-1], np.int32)
-    token_mask = seen_tokens(request.prompts, vocab_size) if sampling.penalized else None
+    token_counts = count_tokens(request.prompts, vocab_size) if sampling.penalized else None
     rng = broadcast_from_main(sampling.row_keys(len(request.prompts)))
     params, forced = SamplingParams.of(sampling, vocab_size), Thoughts(request.thinking).forced(1)
-    return first_token(model, cache, last, token_mask, rng, ends, params, None if forced is None else forced[0])
+    return first_token(model, cache, last, token_counts, rng, ends, params, None if forced is None else forced[0])
 
 
 def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:

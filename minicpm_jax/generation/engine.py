@@ -22,7 +22,7 @@ from jaxtyping import Array
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import allowed_rows
 from minicpm_data.generation.guessing import Guessing
-from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, count_tokens
 from minicpm_data.generation.pages import Row
 from minicpm_data.generation.prompt_cache import CachedPrompt, Prefix, PromptCache
 from minicpm_data.generation.request_state import RequestState
@@ -209,11 +209,11 @@ class Engine(engine.BatchEngine[Model]):
         params = SamplingParams.of_rows([request.sampling], vocabulary)
         rng = self._keys.pop(state.number, None)
         rng = request.sampling.row_keys(1) if rng is None else rng
-        token_mask, nothing = seen_tokens([state.text], vocabulary), None
+        token_counts, nothing = count_tokens([state.prompt], vocabulary, [state.generated]), None
         state.look()
         forced = forced_steps([state.thought], 1)[0]
         allowed = allowed_rows([state.matcher], vocabulary)
-        row = decoding.first_token(self.model, nothing, last, token_mask, rng, eos_ids, params, forced, allowed)
+        row = decoding.first_token(self.model, nothing, last, token_counts, rng, eos_ids, params, forced, allowed)
         return self.shapes.placed(row, self.shapes.state(1, False))
 
     def _keep(self, state: State) -> None:

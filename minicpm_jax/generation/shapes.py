@@ -82,20 +82,20 @@ class Shapes(Places):
         """The state of B rows."""
         cache: Any = self._cache(rows) if with_cache else None
         token = self.array((rows,), jnp.int32)
-        token_mask = self.array((rows, self.model.config.vocab_size), jnp.bool_)
+        token_counts = self.array((rows, self.model.config.vocab_size), jnp.int32)
         rng = self.array((rows,), jax.random.key(0).dtype)
         finished, ends = self.array((rows,), jnp.bool_), self.array((rows, ENDS), jnp.int32)
-        return State(cache, token, token_mask, rng, finished, ends)
+        return State(cache, token, token_counts, rng, finished, ends)
 
     def empty(self, rows: int) -> State:
         """A state whose slots are empty."""
 
         def made() -> State:
             rng = jax.random.split(jax.random.key(0), rows)
-            token_mask = jnp.zeros((rows, self.model.config.vocab_size), bool)
+            token_counts = jnp.zeros((rows, self.model.config.vocab_size), jnp.int32)
             nobody = jnp.full((rows, ENDS), -1, jnp.int32)
             return State(
-                self._empty_cache(rows), jnp.zeros(rows, jnp.int32), token_mask, rng, jnp.ones(rows, bool), nobody
+                self._empty_cache(rows), jnp.zeros(rows, jnp.int32), token_counts, rng, jnp.ones(rows, bool), nobody
             )
 
         where = None if self._home is None else jax.tree.map(lambda x: x.sharding, self.state(rows))
@@ -129,7 +129,7 @@ class Shapes(Places):
                 return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids, adapters(1))
             case "first_token":
                 last, nothing = self.hidden(), None
-                given = host(jnp.bool_, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
+                given = host(jnp.int32, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
                 sampled = params(1), host(jnp.int32, 1), allowed(1)
                 return decoding.first_token.lower(model, nothing, last, *given, *sampled)
             case "insert":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt32
 
 from minicpm_data.generation.guessing import PROPOSED
+from minicpm_data.generation.options import IN_ANSWER
 from minicpm_jax.generation.decoding import State, sample_next
 from minicpm_jax.generation.sampling import SamplingParams
 from minicpm_jax.layers.kv_cache import Cache
@@ -50,7 +51,7 @@ def verify_rows(
     def choose(state, given):
         logits, now = given
         state = sample_next(state, logits, params, now, allowed)
-        return state, dataclasses.replace(state, token_mask=None)
+        return state, dataclasses.replace(state, token_counts=None)
 
     nothing: Any = None  # the cache is not carried through the scan
     logits = model.head(hidden).swapaxes(0, 1)  # [W, B, V]
@@ -58,12 +59,12 @@ def verify_rows(
     right = jnp.sum(jnp.cumprod(guesses == states.token[:-1].T, axis=1), axis=1)
     row = jnp.arange(rows)
     accepted = jnp.arange(width)[:, None] <= right
-    seen, token_mask = jnp.where(accepted, states.token, model.config.vocab_size), state.token_mask
-    token_mask = None if token_mask is None else token_mask.at[row, seen].set(True, mode="drop")
+    seen, token_counts = jnp.where(accepted, states.token, model.config.vocab_size), state.token_counts
+    token_counts = None if token_counts is None else token_counts.at[row, seen].add(IN_ANSWER, mode="drop")
     after = State(
         dataclasses.replace(cache, lengths=jnp.where(state.finished, before, before + right + 1)),
         states.token[right, row],
-        token_mask,
+        token_counts,
         states.rng[right, row],
         states.finished[right, row],
         state.eos_ids,

@@ -23,7 +23,7 @@ from mlx_lm.models.cache import trim_prompt_cache
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import unpacked
 from minicpm_data.generation.guessing import NONE, PROPOSED, Guessing
-from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.options import IN_ANSWER, PLAIN_CACHE, CacheOptions, count_tokens
 from minicpm_data.generation.pages import Row as Pages
 from minicpm_data.generation.prompt_cache import AGAIN, CachedPrompt, Prefix, PromptCache
 from minicpm_data.generation.request_state import RequestState
@@ -55,16 +55,16 @@ class Row:
         cache: its caches, one per layer.
         token: [1] the last token that was given out, not yet in the cache.
         key: [2] its random key after that token.
-        token_mask: [1, V] the tokens so far, where they are penalized.
+        token_counts: [1, V] from `count_tokens`, where they are penalized.
         draft: the draft model's caches; they may hold less than the text.
-        ahead: what is being computed: the values of ``token``, ``key`` and ``token_mask`` after the next token.
+        ahead: what is being computed: the values of ``token``, ``key`` and ``token_counts`` after the next token.
     """
 
     state: RequestState
     cache: list[Any]
     token: mx.array
     key: mx.array
-    token_mask: mx.array | None
+    token_counts: mx.array | None
     draft: list[Any] | None = None
     ahead: tuple[mx.array, mx.array, mx.array | None] | None = None
 
@@ -137,8 +137,10 @@ class Engine(engine.BatchEngine[Model]):
                 hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
         key = self._keys.pop(state.number, None)
         key = mx.array(request.sampling.row_keys(1)[0]) if key is None else key
-        seen = mx.array(seen_tokens([text], self.model.config.vocab_size)) if request.sampling.penalized else None
-        row = Row(state, cache, mx.array([text[-1]]), key, seen, draft)
+        counts = None
+        if request.sampling.penalized:
+            counts = mx.array(count_tokens([state.prompt], self.model.config.vocab_size, [state.generated]))
+        row = Row(state, cache, mx.array([text[-1]]), key, counts, draft)
         if draft is not None:
             self._fill(draft, text, len(state.prompt), len(text))
         self._sample([row], self.model.head(hidden)[:, 0])
@@ -202,7 +204,7 @@ class Engine(engine.BatchEngine[Model]):
         right = np.cumprod(np.where(given == NONE, NONE, np.asarray(guesses)) == tokens[:, :-1], axis=1).sum(axis=1)
         found = []
         for index, (row, accepted, guessed) in enumerate(zip(self.rows, map(int, right), plan.counts, strict=True)):
-            row.token, row.key, row.token_mask = runs[accepted][index]
+            row.token, row.key, row.token_counts = runs[accepted][index]
             trim_prompt_cache(row.cache, count - accepted)
             if row.draft is not None:  # the last guess was not run; a row without guesses has them in its draft too
                 trim_prompt_cache(row.draft, max(0, count - 1 - (accepted if guessed else 0)))
@@ -220,7 +222,7 @@ class Engine(engine.BatchEngine[Model]):
             self._sample(self.rows, logits[:, index], forced[index])
             for row in self.rows:
                 self._advance(row)
-            runs.append([(row.token, row.key, row.token_mask) for row in self.rows])
+            runs.append([(row.token, row.key, row.token_counts) for row in self.rows])
         return runs
 
     def _propose(self, model: Model, count: int) -> mx.array:
@@ -256,27 +258,27 @@ class Engine(engine.BatchEngine[Model]):
         ``forced``: [B] ids to take in place of a sampled one, or -1; None: those of the thoughts."""
         greedy = mx.argmax(logits, axis=-1)
         for i, row in enumerate(rows):
-            state, sampling, key, seen = row.state, row.state.request.sampling, row.key, row.token_mask
+            state, sampling, key, counts = row.state, row.state.request.sampling, row.key, row.token_counts
             state.look()
             token, own = greedy[i : i + 1], logits[i : i + 1]
             if state.matcher is not None:
                 own = mx.where(mx.array(unpacked(state.matcher.allowed(), own.shape[-1])), own, -mx.inf)
             if not sampling.greedy:
                 key, draw = mx.random.split(row.key)
-                token = sample(own, seen, sampling, draw[None])
+                token = sample(own, counts, sampling, draw[None])
             elif sampling.penalized or state.matcher is not None:
-                token = sample(own, seen, sampling, None)
+                token = sample(own, counts, sampling, None)
             if forced is None and state.thought is not None and state.thought.forced:
                 token = mx.array(state.thought.forced[:1])
             elif forced is not None and forced[i] >= 0:
                 token = mx.array([int(forced[i])])
-            if seen is not None:
-                seen = mx.put_along_axis(seen, token[:, None], mx.array(True), axis=1)
-            row.ahead = token, key, seen
+            if counts is not None:
+                counts = counts.at[mx.arange(1), token].add(IN_ANSWER)
+            row.ahead = token, key, counts
 
     def _advance(self, row: Row) -> None:
         assert row.ahead is not None
-        (row.token, row.key, row.token_mask), row.ahead = row.ahead, None
+        (row.token, row.key, row.token_counts), row.ahead = row.ahead, None
 
     def _adapters(self, rows: Sequence[RequestState]) -> mx.array | None:
         """The adapter of each row; None where no row has one."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from minicpm_data.conversation.tool_definitions import checked_tools, function_of
-from minicpm_data.generation.options import Sampling
+from minicpm_data.generation.options import MOST_BIASED, Sampling
 from minicpm_data.generation.responses import stop_strings
 from weights_io.errors import InputError, listed, short
 
@@ -25,9 +25,6 @@ UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -158,6 +155,9 @@ class Body(Strict):
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = None
     seed: int | None = None
     n: int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
@@ -199,6 +199,8 @@ class Body(Strict):
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k == NO_TOP_K:
             given["top_k"] = 0
+        if self.logit_bias:
+            given["logit_bias"] = token_biases(self.logit_bias)
         return Sampling(**{**usual, **given})
 
 
@@ -289,6 +291,18 @@ class CompletionBody(Body):
     @property
     def answers(self) -> int:
         return self.choices * len(self.prompts)
+
+
+def token_biases(given: dict[str, Any]) -> dict[int, float]:
+    """A ``logit_bias``, whose keys JSON makes texts. Raises `InputError` for what is no token id or no number."""
+    if len(given) > MOST_BIASED:
+        raise InputError(f"holds {len(given):,} tokens; give at most {MOST_BIASED}.", option="logit_bias")
+    for token, value in given.items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise InputError(f"holds {short(token)!r}, which is no token id.", option="logit_bias")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"gives token {token} {short(repr(value))}; give a number.", option="logit_bias")
+    return {int(token): value for token, value in given.items()}
 
 
 def _tool_name(choice: dict[str, Any]) -> str:
