@@ -439,7 +439,7 @@ TWINS = sorted(
     - {"programs", "shapes", "slots", "warming", "drafts", "verification"}
 )
 ONLY_JAX = {
-    "decoding.State": {"finished", "eos_ids"},  # its loop runs on the device
+    "decoding.State": {"finished", "eos_ids", "scores"},  # its loop runs on the device
     "decoding.sample_next": {"allowed"},  # its engine samples on the device
     "sparsity.Counting": {"neurons"},  # a mesh pads its layers
 }

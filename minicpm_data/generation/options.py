@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MOST = 2**31 - 1  # upper bound of every number of tokens
 MOST_SPECIAL = 64  # ids that XTC keeps: an array of this length is an input of JAX's programs
+MOST_LOGPROBS = 20  # likeliest tokens whose probabilities a request may ask for
 MOST_BIASED = 300  # ids of logit_bias: likewise
 
 ANSWER_TOKENS = 256  # default of max_tokens

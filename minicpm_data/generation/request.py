@@ -11,6 +11,7 @@ from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     GREEDY,
     MOST,
+    MOST_LOGPROBS,
     MOST_SPECIAL,
     PLAIN_CACHE,
     CacheOptions,
@@ -119,6 +120,8 @@ class GenerationRequest:
         prefix: the beginning of the prompt whose keys and values are in a file; for one prompt.
         thinking: the most tokens of each thought; None: any number.
         constraint: what the answer may be, in a request to an engine; None: anything.
+        logprobs: how many of the likeliest tokens are described with each token, in a request to an engine; None: no
+            probability is computed.
         adapter: 1 + the index in the model's ``adapters``, in a request to an engine; 0: none.
 
     Raises:
@@ -134,8 +137,11 @@ class GenerationRequest:
     thinking: ThinkingBudget | None = None
     constraint: Constraint | None = None
     adapter: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise InputError(f"is {self.logprobs}; it must be from 0 to {MOST_LOGPROBS}.", option="logprobs")
         check_number("max_tokens", self.max_tokens, whole=True)
         if not 1 <= self.max_tokens <= MOST:
             raise InputError(f"is {self.max_tokens}; it must be from 1 to {MOST}.", option="max_tokens")

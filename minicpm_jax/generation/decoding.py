@@ -30,7 +30,7 @@ from minicpm_data.generation.thinking import Thoughts
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation.prompt_cache import restore, stored
-from minicpm_jax.generation.sampling import SamplingParams, only_allowed, sample
+from minicpm_jax.generation.sampling import SamplingParams, Scores, no_scores, only_allowed, sample, score
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.layers.row_lora import adapter_rows
 from minicpm_jax.model import Model
@@ -46,7 +46,7 @@ ROOM = 1024  # cache slots reserved for an answer; a longer answer grows the cac
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "token", "token_counts", "rng", "finished", "eos_ids"],
+    data_fields=["cache", "token", "token_counts", "rng", "finished", "eos_ids", "scores"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class State:
     rng: Array  # [B] keys of jax.random
     finished: Bool[Array, "B"]
     eos_ids: Int[Array, "E"] | Int[Array, "B E"]
+    scores: Scores | None = None  # of ``token``, where `SamplingParams.scored` is given
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
@@ -152,28 +153,30 @@ def decode(
     forced: Int[Array, "N B"] | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
     adapters: Int[Array, "B"] | None = None,
-) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
+) -> tuple[State, Int[Array, "N B"], Int[Array, ""], Scores | None]:
     """Generate up to ``steps`` (at most `STEPS`) more tokens per row; fewer if all rows finish.
     ``forced`` [STEPS, B]: as in `sample_next`, for each step. ``allowed``: likewise, the same in all steps.
     ``adapters``: of each row, as in `adapter_rows`.
 
-    Returns the state, the tokens [STEPS, B] and how many of the STEPS rows are valid.
+    Returns the state, the tokens [STEPS, B], how many of the STEPS rows are valid, and the scores of the tokens.
     """
 
     def step(carry):
-        state, tokens, count = carry
+        state, made, count = carry
         with adapter_rows(adapters):
             hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.finished, 0, 1))
         now = None if forced is None else forced[count]
         state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params, now, allowed)
-        return state, tokens.at[count].set(state.token), count + 1
+        made = jax.tree.map(lambda all_steps, new: all_steps.at[count].set(new), made, (state.token, state.scores))
+        return state, made, count + 1
 
     def more(carry):
         state, _, count = carry
         return (count < steps) & ~jnp.all(state.finished)
 
-    tokens = jnp.zeros((STEPS, *state.token.shape), jnp.int32)
-    return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
+    made = jax.tree.map(lambda x: jnp.zeros((STEPS, *x.shape), x.dtype), (state.token, state.scores))
+    state, (tokens, scores), count = jax.lax.while_loop(more, step, (state, made, jnp.int32(0)))
+    return state, tokens, count, scores
 
 
 def sample_next(
@@ -187,15 +190,18 @@ def sample_next(
 
     ``forced``: ids to take in place of a sampled one, or -1. ``allowed``: the tokens to sample from, as bits.
     """
-    logits = logits if allowed is None else only_allowed(logits, allowed)
+    likely = logits if allowed is None else only_allowed(logits, allowed)
     both = jax.vmap(jax.random.split)(state.rng)
-    token = sample(logits, state.token_counts, params, both[:, 1]).astype(jnp.int32)
+    token = sample(likely, state.token_counts, params, both[:, 1]).astype(jnp.int32)
     token = token if forced is None else jnp.where(forced >= 0, forced, token)
     token_counts = state.token_counts
     if token_counts is not None:
         token_counts = token_counts.at[jnp.arange(len(token)), token].add(IN_ANSWER)
     finished = state.finished | jnp.any(token[:, None] == state.eos_ids, axis=1)
-    return State(state.cache, token, token_counts, both[:, 0], finished, state.eos_ids)
+    scores = None
+    if params.scored is not None:  # few requests ask for them
+        scores = jax.lax.cond(jnp.any(params.scored), lambda: score(logits, token), lambda: no_scores(*logits.shape))
+    return State(state.cache, token, token_counts, both[:, 0], finished, state.eos_ids, scores)
 
 
 def resize_state(state: State, slots: int) -> State:
@@ -233,6 +239,8 @@ def check(model: Model, request: GenerationRequest) -> None:
     """`minicpm_data.generation.api.Decoding.check`. Memory is checked when the prompts are prefilled."""
     if request.constraint is not None:
         raise InputError("is for requests to an engine; leave it out.", option="constraint")
+    if request.logprobs is not None:
+        raise InputError("is for requests to an engine; leave it out.", option="logprobs")
     if request.adapter:
         raise InputError("is for requests to an engine; load the model with one adapter.", option="adapter")
     check_kind(model, len(request.prompts), request.cache)
@@ -258,7 +266,7 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
             state = resize_state(state, slots)
         began = time.perf_counter()
         room = min(steps, max_tokens - made, slots - longest - made + 1, thoughts.free)
-        state, tokens, count = decode(model, state, np.int32(room), params, thoughts.forced(STEPS))
+        state, tokens, count, _ = decode(model, state, np.int32(room), params, thoughts.forced(STEPS))
         found = fetch(tokens)[: int(count)]
         for step in found:
             thoughts.add(step)

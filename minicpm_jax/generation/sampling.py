@@ -1,19 +1,20 @@
 """The next token from logits, with bias and penalties: greedy, or drawn from what temperature, top-k, top-p, min-p and
 XTC leave.
 
-Dims: B batch, V vocabulary.
+Dims: B batch, V vocabulary, K likeliest tokens that are described.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from minicpm_data.generation.options import IN_ANSWER, MOST_BIASED, MOST_SPECIAL, Sampling
+from minicpm_data.generation.options import IN_ANSWER, MOST_BIASED, MOST_LOGPROBS, MOST_SPECIAL, Sampling
 
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 HOTTEST = 1e38  # more overflows float32; either way all tokens are equally likely
@@ -36,7 +37,7 @@ NUMBERS = [
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=NUMBERS,
+    data_fields=[*NUMBERS, "scored"],
     meta_fields=["greedy", "penalized"],
 )
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class SamplingParams:
     xtc_special_tokens: Int[Array, "N"] | Int[Array, "B 1 N"]  # filled up with the size of the vocabulary
     greedy: bool | None
     penalized: bool
+    scored: Bool[Array, "B"] | None = None  # rows whose tokens get `Scores`; None: no program computes them
 
     @staticmethod
     def of(sampling: Sampling, vocab_size: int) -> "SamplingParams":
@@ -89,12 +91,15 @@ class SamplingParams:
         )
 
     @staticmethod
-    def of_rows(samplings: Sequence[Sampling], vocab_size: int) -> "SamplingParams":
+    def of_rows(
+        samplings: Sequence[Sampling], vocab_size: int, scored: Sequence[bool] | None = None
+    ) -> "SamplingParams":
         """The parameters of rows that differ, for the one program that serves every kind of sampling. Penalties and
         biases that are none change no bit of the logits."""
         each = [SamplingParams.of(sampling, vocab_size) for sampling in samplings]
         numbers = {name: np.stack([getattr(params, name) for params in each])[:, None] for name in NUMBERS}
-        return SamplingParams(**numbers, greedy=None, penalized=True)
+        wanted = np.zeros(len(samplings), bool) if scored is None else np.array(scored, bool)
+        return SamplingParams(**numbers, greedy=None, penalized=True, scored=wanted)
 
 
 def sample(
@@ -141,6 +146,27 @@ def penalized(
     others = (params.frequency_penalty != 0) | (params.presence_penalty != 0) | (params.repetition_penalty != 1)
     # Most batches have none of them.
     return jax.lax.cond(jnp.any(others) | jnp.any(params.biases != 0), changed, lambda: logits)
+
+
+class Scores(NamedTuple):
+    """How likely tokens are: their log probabilities, and ids and log probabilities of the likeliest."""
+
+    logprob: Float[Array, "B"]
+    ids: Int[Array, "B K"]
+    logprobs: Float[Array, "B K"]
+
+
+def score(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Scores:
+    """How likely the tokens are, by the model's own logits."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    likeliest, ids = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logits.shape[-1]))
+    return Scores(jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], ids.astype(jnp.int32), likeliest)
+
+
+def no_scores(rows: int, vocab_size: int) -> Scores:
+    """Zeros in place of `Scores`."""
+    shape = rows, min(MOST_LOGPROBS, vocab_size)
+    return Scores(jnp.zeros(rows), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
 
 
 def only_allowed(logits: Float[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Float[Array, "B V"]:

@@ -30,6 +30,7 @@ def insert(state: State, row: State, slot: Int[Array, ""], length: Int[Array, ""
         jax.random.wrap_key_data(rng),
         write(state.finished, row.finished),
         write(state.eos_ids, row.eos_ids),
+        jax.tree.map(write, state.scores, row.scores),
     )
 
 

@@ -158,6 +158,8 @@ def check(model: Model, request: GenerationRequest) -> None:
     """`minicpm_data.generation.api.Decoding.check`. Prompts and the beginning of the answer must fit into memory."""
     if request.constraint is not None:
         raise InputError("is for requests to an engine; leave it out.", option="constraint")
+    if request.logprobs is not None:
+        raise InputError("is for requests to an engine; leave it out.", option="logprobs")
     if request.adapter:
         raise InputError("is for requests to an engine; load the model with one adapter.", option="adapter")
     batch, kept = len(request.prompts), request.cache

@@ -1,12 +1,14 @@
 """Sample the next token from logits, with bias and penalties: greedy, or randomly with temperature, top-k, top-p, min-p
 and XTC.
 
-Dims: B batch, V vocabulary.
+Dims: B batch, V vocabulary, K likeliest tokens that are described.
 """
+
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from minicpm_data.generation.options import IN_ANSWER, Sampling
+from minicpm_data.generation.options import IN_ANSWER, MOST_LOGPROBS, Sampling
 
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 
@@ -35,6 +37,23 @@ def penalized(logits: mx.array, token_counts: mx.array, sampling: Sampling) -> m
     logits = mx.where(token_counts > 0, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
     answered = token_counts // IN_ANSWER
     return logits - (sampling.frequency_penalty * answered + sampling.presence_penalty * (answered > 0))
+
+
+class Scores(NamedTuple):
+    """How likely tokens are: their log probabilities [B], and ids and log probabilities [B, K] of the likeliest."""
+
+    logprob: mx.array
+    ids: mx.array
+    logprobs: mx.array
+
+
+def score(logits: mx.array, tokens: mx.array) -> Scores:
+    """How likely the tokens [B] are, by the model's own logits [B, V]."""
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    ids = mx.argsort(-logprobs, axis=-1)[:, : min(MOST_LOGPROBS, logits.shape[-1])]
+    likeliest = mx.take_along_axis(logprobs, ids, axis=-1)
+    return Scores(mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], ids, likeliest)
 
 
 def filtered(logits: mx.array, sampling: Sampling) -> mx.array:
