@@ -18,7 +18,7 @@ PROMPT := 12 + 7 = ?
 PICO   := runs/pico
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-lowest test-heavy test-fuzz test-interop test-colab test-wheel dist lint pico pico-tools pico-v badges clean
+.PHONY: help demo test test-quick test-lowest test-heavy test-fuzz test-interop test-colab test-wheel dist lint pico pico-tools badges clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -95,18 +95,6 @@ pico-tools: $(VENV)/.test ## teach the built-in model to call tools again, in te
 	  --lr-schedule cosine --save-dtype bfloat16 $$(test ! -e $(TOOLS)/training/settings.json || echo --resume)
 	$(VENV)/bin/python -m benchmarks.tool_calls --model $(TOOLS)/training/model
 	cp $(TOOLS)/training/model/* weights_io/pico_tools/
-
-IMAGES := runs/pico-v
-
-pico-v: $(VENV)/.test ## teach the built-in model to see again, in half an hour, and put it in place
-	test -d $(IMAGES)/data || $(VENV)/bin/python -m minicpm_data.image_exercise --save-path $(IMAGES)/data
-	$(VENV)/bin/python -m minicpm_jax.finetune --model $(IMAGES)/data/start --data $(IMAGES)/data \
-	  --save-path $(IMAGES)/training --iters 6000 --batch-size 16 --max-seq-length 96 --learning-rate 1e-3 \
-	  --lr-schedule cosine --val-batches 4 --save-dtype bfloat16 \
-	  $$(test ! -e $(IMAGES)/training/settings.json || echo --resume)
-	$(VENV)/bin/python -m minicpm_jax.evaluate --model $(IMAGES)/training/model --data $(IMAGES)/data/test.jsonl \
-	  --require exact=90
-	cp $(IMAGES)/training/model/* weights_io/pico_v/
 
 badges: ## write the repository that this clone came from into the notebooks' badges and install lines
 	$(PYTHON) notebooks/set_source.py

@@ -3,7 +3,8 @@ again. The open requests have got the error before."""
 
 import sys
 
-from minicpm_serve.engine import EngineClosed, ServingEngine
+from minicpm_serve.delivery import EngineClosed
+from minicpm_serve.engine import ServingEngine
 from weights_io.errors import short
 
 CODE = 1  # 2 is for bad input

@@ -27,7 +27,7 @@ from weights_io.write import save_checkpoint
 
 PICO = built_in()
 
-SAMPLED = {"temperature": 0.9, "top_k": 6, "repetition_penalty": 1.3, "seed": 3}
+SAMPLED = {"temperature": 0.9, "top_k": 6, "repetition_penalty": 1.3, "frequency_penalty": 0.3, "seed": 3}
 ASKS = [  # prompt, most tokens, sampling, grammar
     ("The fox and the fox and the fox and the", 40, {}, None),
     ("12 + 30 =", 12, {}, None),

@@ -11,7 +11,7 @@ def built_in(name: str = "pico") -> Path:
     """The folder of a built-in model. Raises `InputError` where the installation lacks it.
 
     Arguments:
-        name: ``pico``; ``pico-tools``, which was taught to call tools; or ``pico-v``, which was taught to see.
+        name: ``pico``, or ``pico-tools``, which was taught to call tools.
     """
     folder = ROOT / name.replace("-", "_")
     if not folder.is_dir():

@@ -113,7 +113,6 @@ CATALOG: tuple[Entry, ...] = (
     Entry(
         "pico-tools", None, "minicpm", 1_296_000, "bfloat16", "built in; pico taught to call a calculator and a timer"
     ),
-    Entry("pico-v", None, "minicpmv", 1_788_608, "bfloat16", "built in; pico taught to see drawn images"),
     Entry(
         "minicpm-2b",
         "openbmb/MiniCPM-2B-sft-bf16",

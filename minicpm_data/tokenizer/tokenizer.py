@@ -144,9 +144,13 @@ class Tokenizer:
         """The bytes of each token of an answer, for ``rows`` ids. Special tokens that are no tags begin with 0xFF,
         which no text has."""
         special = {*self._special_ids, *self.eos_token_ids} - self.tag_ids
-        pieces = [self._decoder.piece(i) for i in range(rows)]
-        found = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
+        found = map(self.piece, range(rows))
         return [b"\xff" + token if i in special else token for i, token in enumerate(found)]
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of a token, also of a special one; none where the vocabulary has no such token."""
+        piece = self._decoder.piece(token_id)
+        return piece.encode() if isinstance(piece, str) else piece
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token; None where the vocabulary does not have it."""

@@ -12,7 +12,8 @@ from fastapi.exceptions import RequestValidationError
 
 from minicpm_serve.batches.lines import Line
 from minicpm_serve.batches.results import ID, Results
-from minicpm_serve.engine import Answered, ServingEngine
+from minicpm_serve.delivery import Answered
+from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.answers import CHAT, TEXT, Answer
 from minicpm_serve.http.choices import Choice, chat_choices, text_choices
 from minicpm_serve.http.errors import body_of

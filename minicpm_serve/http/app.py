@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,8 +19,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from minicpm_data.generation import responses
-from minicpm_serve.engine import Answered, ServingEngine, known
-from minicpm_serve.http.answers import CHAT, TEXT, Kind, delta_choice
+from minicpm_serve.delivery import Answered, known
+from minicpm_serve.engine import ServingEngine
+from minicpm_serve.http.answers import CHAT, TEXT, Kind, delta_choice, prompt_piece
 from minicpm_serve.http.choices import Choice, chat_choices, text_choices
 from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body, http_error
 from minicpm_serve.http.gate import Access, add_gate
@@ -28,6 +30,7 @@ from minicpm_serve.http.limits import Limits, Places
 from minicpm_serve.http.metrics import Metrics, add_metrics
 from minicpm_serve.http.records import Record, Recorder, record_of
 from minicpm_serve.http.schemas import ChatBody, CompletionBody
+from minicpm_serve.http.tokenizing import add_tokenizing
 from weights_io.errors import InputError
 
 CLIENT_LEFT = 499  # nginx's status for a client that disconnected
@@ -72,6 +75,8 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
         _require_model(names, asked)
         return {"id": asked, **kind_of_model}
 
+    add_tokenizing(app, engine, limits, lambda asked: _require_model(names, name if asked is None else asked))
+
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: StrictRequest) -> Response:
         return await answered(body, request, CHAT, chat_choices)
@@ -91,6 +96,7 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
                 made: list[Choice] = await run_in_threadpool(of_body, engine, body, limits)
             prompts = [choice.adapted(adapter) for choice in made]
             _require_engine(engine)
+            prompts = await described(engine, prompts)
             asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
             prompt_tokens = sum(len(choice.request.prompt) for choice in prompts)
             answers = Answers(engine, asked, prompt_tokens, record_of(request.scope))
@@ -126,6 +132,9 @@ class Answers:
 
         try:
             for index, choice in enumerate(choices):
+                if choice.ends:
+                    deliver(index, responses.Response("", None, "length"))
+                    continue
                 to = functools.partial(deliver, index)
                 self._numbers.append(engine.submit(to, choice.request, choice.stop, group, choice.parser()))
         except Exception:
@@ -166,6 +175,20 @@ class Answers:
             self._engine.cancel(number)
 
 
+async def described(engine: ServingEngine, choices: Sequence[Choice]) -> list[Choice]:
+    """The choices, with the scores of the prompts that are part of an answer."""
+    found = []
+    for choice in choices:
+        request = choice.request
+        if choice.begin and request.logprobs is not None:
+            given = request.prompt, request.logprobs, request.adapter
+            future = await run_in_threadpool(engine.prompt_scores, *given)
+            scores = await asyncio.wrap_future(future)
+            choice = replace(choice, scores=tuple(scores))
+        found.append(choice)
+    return found
+
+
 async def whole(answers: Answers, frame: dict, kind: Kind, request: Request) -> Response:
     """The response with all answers, once they are finished."""
     watching = asyncio.create_task(answers.end_with(request))
@@ -203,6 +226,9 @@ async def events(answers: Answers, frame: dict, kind: Kind, with_usage: bool) ->
     if kind.first is not None:
         for index in range(answers.count):
             yield event(delta_choice(index, kind.first))
+    for index, answer in enumerate(answers.answers):
+        if answer.text:
+            yield event(prompt_piece(index, answer))
     try:
         async for index, response in answers:
             for piece in kind.pieces(index, answers.answers[index], response):

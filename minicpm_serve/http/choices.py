@@ -13,11 +13,13 @@ from minicpm_data.generation.image_prompt import ImagePrompt, chat_prompt
 from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TOKENS
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.generation.thinking import in_thought, parser_of
+from minicpm_data.generation.token_scores import TokenScore
 from minicpm_data.tokenizer.chat_template import variables_of
 from minicpm_data.tokenizer.tokenizer import Tokenizer
 from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.answers import Answer
 from minicpm_serve.http.limits import Limits
+from minicpm_serve.http.logprobs import ChatLog, TextLog, TokenLog
 from minicpm_serve.http.schemas import ChatBody, CompletionBody, ToolUse
 from weights_io.errors import InputError, short
 
@@ -31,16 +33,29 @@ class Choice:
         stop: strings that end the visible answer.
         parser: makes the parser of one answer, or None where all of it is text.
         after_calls: the finish reason of an answer that calls tools.
+        log: makes the log of the probabilities of one answer, or None where they are not asked for.
+        begin: the text of the prompt, with which the answer begins.
+        ends: nothing is generated after the prompt.
+        scores: of the tokens of the prompt but the first, where they are part of the answer.
     """
 
     request: GenerationRequest
     stop: tuple[str, ...]
     parser: Callable[[], AnswerParser | None] = lambda: None
     after_calls: str = "tool_calls"
+    log: Callable[[], TokenLog | None] = lambda: None
+    begin: str = ""
+    ends: bool = False
+    scores: tuple[TokenScore, ...] | None = None
 
     def answer(self) -> Answer:
-        """The answer before its first response."""
-        return Answer(self.after_calls, isinstance(self.request.prompt, ImagePrompt))
+        """A new answer."""
+        of_images = isinstance(self.request.prompt, ImagePrompt)
+        answer = Answer(self.after_calls, of_images, self.log(), self.begin)
+        if answer.log is not None and self.scores is not None:
+            for token, score in zip(self.request.prompt, (None, *self.scores), strict=True):
+                answer.log.add(token, score)
+        return answer
 
     def adapted(self, adapter: int) -> "Choice":
         """The same answer with another adapter."""
@@ -60,30 +75,45 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
-    if len(body.messages) > limits.context:
-        raise InputError(f"there are {len(body.messages):,} messages; send at most {limits.context:,}.")
+    limits.check_messages(body.messages)
     messages, use = body.plain(limits.images), body.tool_use()
     variables = body.chat_template_kwargs or {}
-    given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are part of the prompt
-    limits.check_texts([*itertools.chain.from_iterable(map(_texts, messages)), *given])
-    asking = [name for name, value in variables.items() if value not in (None, False)]
-    template = (use.tools and tokenizer.tool_template) or tokenizer.chat_template
-    if asking and (unknown := set(asking) - variables_of(template)):
-        raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
     if use.forced and tokenizer.features.thinking:  # unless it is asked for, no thought precedes the call
         variables = {"enable_thinking": False, **variables}
-    more = {} if limits.images is None else {"max_slices": limits.images.max_slices, "room": limits.context}
-    config = engine.model.config
-    ids = chat_prompt(tokenizer, config, messages, tools=use.tools or None, variables=variables, **more)
+    ids = chat_ids(engine, messages, variables, use.tools, limits)
     thinks = variables.get("enable_thinking")
     usual = tokenizer.sampling.of(thinks if isinstance(thinks, bool) else None)
     sampling = body.sampling(temperature=usual.temperature, top_p=usual.top_p)
     most = _room(engine, ids, body.most_tokens, CHAT_TOKENS)
     request = engine.request(ids, most, sampling, body.thinking_budget)
+    request = replace(request, logprobs=body.described)
+    ends = request.end_ids
+    log = (lambda: None) if body.described is None else (lambda: ChatLog(tokenizer, ends))
     stops = (*body.stops, *tokenizer.turn_markers)
     if not use.tools:
-        return [Choice(request, stops, lambda: parser_of(tokenizer, ids))]
-    return [_with_tools(engine, tokenizer, request, stops, use)]
+        return [Choice(request, stops, lambda: parser_of(tokenizer, ids), log=log)]
+    return [replace(_with_tools(engine, tokenizer, request, stops, use), log=log)]
+
+
+def chat_ids(
+    engine: ServingEngine,
+    messages: list[dict[str, Any]],
+    variables: dict[str, Any],
+    tools: tuple[Any, ...],
+    limits: Limits,
+    **how: bool,
+) -> PromptIds:
+    """The prompt of a chat. ``how``: as for `Tokenizer.apply_chat`. Raises `InputError`."""
+    tokenizer, config = engine.tokenizer, engine.model.config
+    assert tokenizer is not None
+    given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are part of the prompt
+    limits.check_texts([*itertools.chain.from_iterable(map(_texts, messages)), *given])
+    asking = [name for name, value in variables.items() if value not in (None, False)]
+    template = (tools and tokenizer.tool_template) or tokenizer.chat_template
+    if asking and (unknown := set(asking) - variables_of(template)):
+        raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
+    more = {} if limits.images is None else {"max_slices": limits.images.max_slices, "room": limits.context}
+    return chat_prompt(tokenizer, config, messages, tools=tools or None, variables=variables, **more, **how)
 
 
 def _texts(message: Mapping[str, Any]) -> list[str]:
@@ -116,10 +146,21 @@ def text_choices(engine: ServingEngine, body: CompletionBody, limits: Limits) ->
             limits.check_texts([prompt])
         else:
             limits.check_ids(prompt)
-    sampling = body.sampling()
+    sampling, tokenizer = body.sampling(), engine.tokenizer
+    if tokenizer is None and (body.echo or body.described is not None):
+        raise InputError("needs a tokenizer, and this checkpoint has none.", "echo" if body.echo else "logprobs")
     prompts = [engine.prompt_ids(prompt) for prompt in body.prompts]
-    most = [_room(engine, ids, body.max_tokens, ANSWER_TOKENS) for ids in prompts]
-    return [Choice(engine.request(ids, n, sampling), body.stops) for ids, n in zip(prompts, most, strict=True)]
+    most = [_room(engine, ids, body.max_tokens or (1 if body.ends else None), ANSWER_TOKENS) for ids in prompts]
+    choices = [Choice(engine.request(ids, n, sampling), body.stops) for ids, n in zip(prompts, most, strict=True)]
+    if tokenizer is not None and body.described is not None:
+        choices = [
+            replace(each, request=replace(each.request, logprobs=body.described), log=lambda: TextLog(tokenizer))
+            for each in choices
+        ]
+    if tokenizer is not None and body.echo:
+        said = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in body.prompts]
+        choices = [replace(each, begin=text, ends=body.ends) for each, text in zip(choices, said, strict=True)]
+    return choices
 
 
 def _room(engine: ServingEngine, ids: PromptIds, most: int | None, usual: int) -> int:

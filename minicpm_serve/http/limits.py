@@ -52,6 +52,10 @@ class Limits:
                 f"send less text (never more than {most:,} characters)."
             )
 
+    def check_messages(self, messages: Sequence[object]) -> None:
+        if len(messages) > self.context:
+            raise InputError(f"there are {len(messages):,} messages; send at most {self.context:,}.")
+
     def check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) >= self.context:
             room = f"there is room for {self.context:,} with the answer"
