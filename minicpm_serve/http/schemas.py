@@ -68,6 +68,7 @@ IGNORED_KEYS = {  # without effect on the answer
 SHAPES = {  # of fields that may be one thing or another
     "prompt": "a text, a list of texts, a list of token ids or a list of such lists",
     "stop": "a text or a list of texts",
+    "input": "a text or a list of messages",
     "logprobs": "true or false in a chat, and a number from 0 to 5 in a completion",
     "content": 'a text or a list of {"type": "text", "text": "..."}',
 }
@@ -136,7 +137,7 @@ class Message(Strict):
         self.check_rest()
         text = self.content or ""
         if not isinstance(text, str):
-            text = "".join(_valid(Part, part, "content", i).plain() for i, part in enumerate(text))
+            text = "".join(valid(Part, part, "content", i).plain() for i, part in enumerate(text))
         others = self.model_dump(include={"reasoning_content", "reasoning", "tool_calls", "tool_call_id"})
         return {"role": self.role, "content": text, **{key: value for key, value in others.items() if value}}
 
@@ -327,7 +328,7 @@ class CompletionBody(Body):
 
 def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """The messages of a body as `minicpm_data.conversation.messages` expects them."""
-    return [_valid(Message, message, "messages", i).plain() for i, message in enumerate(messages)]
+    return [valid(Message, message, "messages", i).plain() for i, message in enumerate(messages)]
 
 
 def token_biases(given: dict[str, Any]) -> dict[int, float]:
@@ -369,7 +370,7 @@ def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}.", path
 
 
-def _valid(kind: type[Model], value: Any, *place: Any) -> Model:
+def valid(kind: type[Model], value: Any, *place: Any) -> Model:
     """Validate ``value`` as a ``kind``. An error is reported with its place in the whole body."""
     try:
         return kind.model_validate(value)
