@@ -11,7 +11,6 @@ cancels the request. `submit` is for callers that must not block.
 import atexit
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -45,6 +44,8 @@ from minicpm_data.generation.token_scores import TokenScore
 from minicpm_data.sampling_defaults import OF_CHAT
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
+from minicpm_serve.delivery import Answer, Answered, EngineClosed, known
+from minicpm_serve.http.image_access import NO_FILES, ImageAccess
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
@@ -53,37 +54,6 @@ if TYPE_CHECKING:
 
 SLOTS = 8  # default number of concurrent requests
 WARM = 16  # tokens of the warm-up prompt
-
-Answered = Response | Exception
-
-
-def known(names: Sequence[str]) -> str:
-    """ "are 'a', 'b', 'c' and 2 more": at most three names and a count."""
-    if not names:
-        return "are none"
-    more = len(names) - 3
-    return (
-        f"{'is' if len(names) == 1 else 'are'} "
-        + ", ".join(map(repr, names[:3]))
-        + (f" and {more} more" if more > 0 else "")
-    )
-
-
-class EngineClosed(InputError):
-    """The engine was closed before a request was finished, or before it was submitted."""
-
-
-class Answer:
-    """Turns the tokens of a request into `Response`s. ``deliver`` is called with each."""
-
-    def __init__(self, deliver: Callable[[Answered], None], texts: Callable[[Iterator[int]], Iterator[Response]]):
-        self.deliver = deliver
-        self._tokens: deque[int] = deque()
-        self._responses = texts(iter(self._tokens.popleft, None))
-
-    def add(self, token: int) -> Response:
-        self._tokens.append(token)
-        return next(self._responses)  # pulls exactly one token
 
 
 class ServingEngine(Generic[ModelT]):
@@ -100,6 +70,7 @@ class ServingEngine(Generic[ModelT]):
         cache_tokens: int | None = None,
         speculation: Speculation[ModelT] | None = None,
         prompt_cache: PromptCache | None = None,
+        images: ImageAccess = NO_FILES,
     ):
         """
         Arguments:
@@ -111,11 +82,12 @@ class ServingEngine(Generic[ModelT]):
             cache_options: of every request's cache.
             cache_tokens: tokens that the cache holds; None: as the memory allows.
             speculation, prompt_cache: as for `BatchEngine`.
+            images: which images a request may name, where the model sees.
 
         Raises:
             InputError: as `BatchEngine`.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.images = model, tokenizer, images
         decoding: Decoding[ModelT] = backends.get(backend).generator.decoding
         slots = SLOTS if slots is None else slots
         try:

@@ -349,7 +349,11 @@ def test_unknown_arguments_name_the_near_one(backend, babbler):
         (backend.generate, {"prompt": "Hello", "temp": 1}, "'temp'; did you mean 'temperature'"),
         (backend.batch_generate, {"prompts": ["Hello"], "max_toknes": 1}, "'max_toknes'; did you mean 'max_tokens'"),
         (backend.chat, {"query": "Hello", "kv_bit": 8}, "'kv_bit'; did you mean 'kv_bits'"),
-        (backend.generate, {"prompt": "Hello", "verbose": True}, "'verbose'; the keywords are draft_model, kv_bits"),
+        (
+            backend.generate,
+            {"prompt": "Hello", "verbose": True},
+            "'verbose'; the keywords are draft_model, frequency_penalty",
+        ),
     ):
         with pytest.raises(TypeError, match=f"unexpected keyword argument {near}"):
             call(*babbler, **given)

@@ -18,7 +18,8 @@ from documented_commands import served, typed
 
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_serve import backends, openai_api
-from minicpm_serve.engine import EngineClosed, ServingEngine
+from minicpm_serve.delivery import EngineClosed
+from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.records import LOG
 from weights_io.errors import InputError
 
@@ -347,7 +348,8 @@ def test_a_response_is_the_answer_of_a_chat(api, client):
         ({"input": [5]}, "input holds item 0, which is no object; give messages."),
         ({"input": [{"type": "computer_call"}]}, "input holds item 0 of type 'computer_call'; the types are"),
         ({"input": [{"role": "user"}]}, "input holds item 0 without content; give it."),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "with a part that is no text"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "this model reads only text"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "with a part that is no text; give"),
         ({"input": [{"role": "user", "content": "a", "b": 1}]}, "input holds item 0 with b; leave it out."),
         ({"text": {"format": {"type": "grammar"}}}, "response_format"),
         ({"tools": [{"type": "web_search"}]}, "tools holds an item 0"),
@@ -662,7 +664,7 @@ class Played:
 
     adapters: tuple[str, ...] = ()
     slots, context, open, error, tokenizer, speculates = 2, 64, 0, None, None, False
-    model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9)), {}
+    model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9, vision=None)), {}
 
     def __init__(self):
         self.delivers, self.asked = [], []

@@ -43,6 +43,9 @@ class LanguageModel(Protocol):
 ModelT = TypeVar("ModelT", bound=LanguageModel)  # a backend's own class of models
 
 
+IMAGE_IDS = 1 << 30  # first id of an image's tokens, beyond any vocabulary (`image_prompt`)
+
+
 class PromptIds(tuple[int, ...]):
     """The token ids of a prompt, checked once. Several answers to one prompt share the object.
 
@@ -59,6 +62,11 @@ class PromptIds(tuple[int, ...]):
         return checked
 
 
+def text_ids(ids: Sequence[int]) -> list[int]:
+    """The ids with 0 in place of image tokens, for a model that does not see."""
+    return [0 if i >= IMAGE_IDS else i for i in ids]
+
+
 def _whole(ids: Iterable[int]) -> list[int]:
     """The ids as integers. Raises `InputError` where they are something else."""
     try:
@@ -73,6 +81,8 @@ def _whole(ids: Iterable[int]) -> list[int]:
 
 def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> PromptIds:
     """The token ids of a prompt. A text is encoded with BOS and without a template; ids are only checked."""
+    if isinstance(prompt, PromptIds):
+        return prompt
     if not isinstance(prompt, str):
         return PromptIds(prompt, vocab_size)
     if tokenizer is None:

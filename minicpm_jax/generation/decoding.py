@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from minicpm_data.generation.image_prompt import chunk_inputs, padded_inputs, penalized_ids
 from minicpm_data.generation.options import IN_ANSWER, CacheOptions, count_tokens
 from minicpm_data.generation.prompt_cache import CachedPrompt
 from minicpm_data.generation.request import GenerationRequest
@@ -108,18 +109,20 @@ def prefill(
     lengths: Int[Array, "B"],
     scaled: Int[Array, "B T"] | None = None,
     adapters: Int[Array, "B"] | None = None,
+    features: Float[Array, "B T D"] | None = None,
 ) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """Run one chunk of right-padded prompts of ``lengths`` tokens: the T tokens from position ``start`` on.
 
     Returns the cache and the hidden state of each prompt's last token: ``last``, or the new one if this chunk holds
     it. ``scaled``: the length for which RoPE is scaled, per token; None is ``lengths``. ``adapters``: of
-    each row, as in `adapter_rows`.
+    each row, as in `adapter_rows`. ``features``: image tokens, as in `Decoder.embed`.
     """
     width = ids.shape[1]
     new = jnp.clip(lengths - start, 0, width)
     scaled = lengths if scaled is None else scaled
     with adapter_rows(adapters):
-        hidden, cache = model.decode(ids, cache, new, jnp.broadcast_to(start, lengths.shape), scaled)
+        begun = jnp.broadcast_to(start, lengths.shape)
+        hidden, cache = model.decode(ids, cache, new, begun, scaled, features)
     at = (lengths - 1 - start)[:, None, None]
     found = jnp.take_along_axis(hidden, jnp.clip(at, 0, width - 1), axis=1)
     return cache, jnp.where((at >= 0) & (at < width), found, last)
@@ -282,7 +285,8 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     cache, last = prefill_prompts(model, request)
     sampling, vocab_size = request.sampling, model.config.vocab_size
     ends = np.array(sorted(request.end_ids) or [-1], np.int32)
-    token_counts = count_tokens(request.prompts, vocab_size) if sampling.penalized else None
+    counted = map(penalized_ids, request.prompts)
+    token_counts = count_tokens([*counted], vocab_size) if sampling.penalized else None
     rng = broadcast_from_main(sampling.row_keys(len(request.prompts)))
     params, forced = SamplingParams.of(sampling, vocab_size), Thoughts(request.thinking).forced(1)
     return first_token(model, cache, last, token_counts, rng, ends, params, None if forced is None else forced[0])
@@ -300,11 +304,8 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Fl
         cache = restore(model, cache, request.prefix)
     cache, last = at_home(model, (cache, last))
     for start in range(begun, longest, width):
-        ids = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in zip(ids, prompts, strict=True):
-            part = prompt[start : start + width]
-            row[: len(part)] = part
-        cache, last = prefill(model, ids, cache, last, np.int32(start), lengths)
+        ids, features = padded_inputs([chunk_inputs(model, p, p, start, start + width) for p in prompts], width)
+        cache, last = prefill(model, ids, cache, last, np.int32(start), lengths, features=features)
     return cache, last
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Array
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import allowed_rows
 from minicpm_data.generation.guessing import Guessing
+from minicpm_data.generation.image_prompt import ImagePrompt, chunk_inputs, padded_inputs, penalized_ids
 from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, count_tokens
 from minicpm_data.generation.pages import Row
 from minicpm_data.generation.prompt_cache import CachedPrompt, Prefix, PromptCache
@@ -118,7 +119,8 @@ class Engine(engine.BatchEngine[Model]):
         if self._looked.get(state) == changes:
             return False
         self._looked[state] = changes
-        ready = self._programs.ready(self._needed)
+        needed = [Key("prefill images", (NARROW,))] if isinstance(state.prompt, ImagePrompt) else []
+        ready = self._programs.ready([*self._needed, *needed])
         if ready:
             del self._looked[state]
         return ready
@@ -147,7 +149,8 @@ class Engine(engine.BatchEngine[Model]):
     @property
     def _wide_programs(self) -> list[Key]:
         drafts = [] if self._drafts is None else [Key("draft prefill", (self._wide,))]
-        return [Key("prefill", (self._wide,)), *drafts]
+        images = [] if self.model.config.vision is None else [Key("prefill images", (self._wide,))]
+        return [Key("prefill", (self._wide,)), *images, *drafts]
 
     def close(self) -> None:
         self._programs.close()
@@ -170,16 +173,16 @@ class Engine(engine.BatchEngine[Model]):
             if start > begun:
                 yield None
             width = self._chunk(len(text) - start)
-            ids = np.zeros((1, width), np.int32)
-            part = text[start : start + width]
-            ids[0, : len(part)] = part
+            ids, features = padded_inputs([chunk_inputs(self.model, state.prompt, text, start, start + width)], width)
             held = self.state.cache
             own = dataclasses.replace(held, table=table, lengths=np.array([start], np.int32))
             # The keys of an answer that gave up its pages are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(width, dtype=np.int32) + 1)[None]
             cache, last = self.shapes.placed((own, last), self.shapes.row)
             adapters = self._adapters([state])
-            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(start), lengths, scaled, adapters)
+            cache, last = decoding.prefill(
+                self.model, ids, cache, last, np.int32(start), lengths, scaled, adapters, features
+            )
             self._keep(dataclasses.replace(self.state, cache=held.with_pool(cache)))
             start += width
             if self._drafts is not None:
@@ -210,7 +213,7 @@ class Engine(engine.BatchEngine[Model]):
         params = SamplingParams.of_rows([request.sampling], vocabulary, [request.logprobs is not None])
         rng = self._keys.pop(state.number, None)
         rng = request.sampling.row_keys(1) if rng is None else rng
-        token_counts, nothing = count_tokens([state.prompt], vocabulary, [state.generated]), None
+        token_counts, nothing = count_tokens([penalized_ids(state.prompt)], vocabulary, [state.generated]), None
         state.look()
         forced = forced_steps([state.thought], 1)[0]
         allowed = allowed_rows([state.matcher], vocabulary)

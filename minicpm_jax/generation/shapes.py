@@ -128,9 +128,10 @@ class Shapes(Places):
             return host(jnp.int32, count) if model.adapters else None
 
         match key.name:
-            case "prefill":
+            case "prefill" | "prefill images":
                 ids, lengths = host(jnp.int32, 1, key.sizes[0]), host(jnp.int32, 1)
-                return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids, adapters(1))
+                seen = host(jnp.float32, *ids.shape, model.config.hidden_size) if "images" in key.name else None
+                return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids, adapters(1), seen)
             case "first_token":
                 last, nothing = self.hidden(), None
                 given = host(jnp.int32, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, QuantizedKVCache, make_prompt_cache
 
+from minicpm_data.generation.image_prompt import chunk_inputs, padded_inputs, penalized_ids
 from minicpm_data.generation.options import IN_ANSWER, PLAIN_CACHE, CacheOptions, Sampling, count_tokens
 from minicpm_data.generation.prompt_cache import CachedPrompt
 from minicpm_data.generation.request import GenerationRequest
@@ -98,11 +99,15 @@ def prefill_chunks(
     pieces: int,
     length: int | mx.array,
     cache_options: CacheOptions = PLAIN_CACHE,
+    features: mx.array | None = None,
 ) -> mx.array:
     """Run tokens [B, T], ``pieces`` at a time, through the cache. Returns the last token's hidden state [B, 1, D].
-    ``length``: of the whole prompt, if these tokens end one. ``cache_options``: say when the cache is quantized."""
+    ``length``: of the whole prompt, if these tokens end one. ``cache_options``: say when the cache is quantized.
+    ``features``: [B, T, D] image tokens, as in `Decoder.embed`."""
     for start in range(0, ids.shape[1], pieces):
-        hidden = model.decode(ids[:, start : start + pieces], cache, length, last=True)
+        now = slice(start, start + pieces)
+        seen = None if features is None else features[:, now]
+        hidden = model.decode(ids[:, now], cache, length, last=True, features=seen)
         quantize_late(model, cache, cache_options)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
@@ -195,7 +200,8 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     """Prefill the prompts and sample each row's first token."""
     cache, hidden = prefill_prompts(model, request)
     prompts, sampling = request.prompts, request.sampling
-    token_counts = mx.array(count_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
+    counted = [*map(penalized_ids, prompts)]
+    token_counts = mx.array(count_tokens(counted, model.config.vocab_size)) if sampling.penalized else None
     last = mx.array([prompt[-1] for prompt in prompts])
     state = State(cache, last, token_counts, mx.array(sampling.row_keys(len(prompts))))
     forced = Thoughts(request.thinking).forced(1)
@@ -212,9 +218,12 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[list[Any]
     if request.prefix is not None:
         cache = restore(model, cache, request.prefix)
         quantize_late(model, cache, options)
-    ids = [[0] * pad + list(prompt)[request.begun :] for pad, prompt in zip(padding, prompts, strict=True)]
+    begun = request.begun
+    rows = [chunk_inputs(model, prompt, prompt, begun, len(prompt)) for prompt in prompts]
+    ids, features = padded_inputs(rows, width - begun, left=True)
+    given, seen = mx.array(ids), None if features is None else mx.array(features)
     length = width if len(prompts) == 1 else mx.array(lengths)
-    return cache, prefill_chunks(model, mx.array(ids), cache, options.prefill_step_size, length, options)
+    return cache, prefill_chunks(model, given, cache, options.prefill_step_size, length, options, seen)
 
 
 def cached_prompt(model: Model, request: GenerationRequest) -> CachedPrompt:

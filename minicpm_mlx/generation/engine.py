@@ -23,9 +23,11 @@ from mlx_lm.models.cache import trim_prompt_cache
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import unpacked
 from minicpm_data.generation.guessing import NONE, PROPOSED, Guessing
+from minicpm_data.generation.image_prompt import chunk_inputs, penalized_ids
 from minicpm_data.generation.options import IN_ANSWER, PLAIN_CACHE, CacheOptions, count_tokens
 from minicpm_data.generation.pages import Row as Pages
 from minicpm_data.generation.prompt_cache import AGAIN, CachedPrompt, Prefix, PromptCache
+from minicpm_data.generation.request import text_ids
 from minicpm_data.generation.request_state import RequestState
 from minicpm_data.generation.speculation import Speculation
 from minicpm_mlx import device
@@ -132,17 +134,20 @@ class Engine(engine.BatchEngine[Model]):
         for start in range(begun, len(text), width):
             if start > begun:
                 yield None
-            part = text[start : start + width]
+            part, features = chunk_inputs(self.model, state.prompt, text, start, start + width)
             # The keys of an answer that gave up its memory are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(len(part)) + 1)[None]
             length = len(state.prompt) if start + len(part) <= len(state.prompt) else mx.array(scaled)
             with adapter_rows(self._adapters([state])):
-                hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
+                seen = None if features is None else mx.array(features[None])
+                ids = mx.array(part[None])
+                hidden = decoding.prefill_chunks(self.model, ids, cache, len(part), length, features=seen)
         key = self._keys.pop(state.number, None)
         key = mx.array(request.sampling.row_keys(1)[0]) if key is None else key
         counts = None
         if request.sampling.penalized:
-            counts = mx.array(count_tokens([state.prompt], self.model.config.vocab_size, [state.generated]))
+            counted = [penalized_ids(state.prompt)]
+            counts = mx.array(count_tokens(counted, self.model.config.vocab_size, [state.generated]))
         row = Row(state, cache, mx.array([text[-1]]), key, counts, draft)
         if draft is not None:
             self._fill(draft, text, len(state.prompt), len(text))
@@ -175,7 +180,7 @@ class Engine(engine.BatchEngine[Model]):
         assert self._draft_model is not None
         width = self.cache_options.prefill_step_size
         for start in range(draft[0].offset, upto, width):
-            part = text[start : min(start + width, upto)]
+            part = text_ids(text[start : min(start + width, upto)])
             scaled = mx.array(np.maximum(prompt, start + np.arange(len(part)) + 1)[None])
             decoding.prefill_chunks(self._draft_model, mx.array([part]), draft, len(part), scaled)
 

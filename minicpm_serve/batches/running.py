@@ -13,7 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from minicpm_data.generation.responses import Response
 from minicpm_serve.batches.lines import Line
 from minicpm_serve.batches.results import ID, Results
-from minicpm_serve.engine import Answered, ServingEngine
+from minicpm_serve.delivery import Answered
+from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.answers import CHAT, TEXT, Answer
 from minicpm_serve.http.choices import Choice, chat_choices, text_choices
 from minicpm_serve.http.errors import body_of
@@ -178,6 +179,8 @@ def _own(asked: Asked | None) -> dict[str, Any]:
             made["tool_calls"] = answer.calls
         if (logprobs := answer.logprobs()) is not None:
             made["logprobs"] = logprobs
+        if regions := answer.regions():
+            made["regions"] = regions
         choices.append(made)
     answers = choices[0] if len(choices) == 1 else {"choices": choices}
     return {**answers, "usage": _usage(asked)}

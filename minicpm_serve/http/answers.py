@@ -2,10 +2,11 @@
 
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minicpm_data.conversation.answers import ToolCall
+from minicpm_data.conversation.regions import regions
 from minicpm_data.generation.responses import Response
 from minicpm_serve.http.logprobs import TokenLog
 
@@ -18,12 +19,14 @@ class Answer:
 
     Attributes:
         after_calls: the finish reason where the model ended the answer and called.
+        of_images: whether the request has images, so that the text may name regions of them.
         log: of the probabilities of its tokens, where they are asked for.
         text, reasoning, calls: of the responses so far. The text may begin with the prompt.
         reason: why it ended; None while it has not.
     """
 
     after_calls: str = "tool_calls"
+    of_images: bool = False
     log: TokenLog | None = None
     text: str = ""
     reasoning: str = ""
@@ -42,6 +45,10 @@ class Answer:
             called = self.calls and response.finish_reason == "stop"
             self.reason = self.after_calls if called else response.finish_reason
         return calls
+
+    def regions(self) -> list[dict[str, Any]]:
+        """The regions that the text names (`Region`)."""
+        return [asdict(region) for region in regions(self.text)] if self.of_images else []
 
     def logprobs(self) -> dict[str, Any] | None:
         """The probabilities of the tokens since the last call."""
@@ -99,13 +106,16 @@ def message_choice(index: int, answer: Answer) -> dict:
         message["reasoning_content"] = answer.reasoning
     if answer.calls:
         message["tool_calls"] = answer.calls
+    if named := answer.regions():
+        message["regions"] = named
     if not answer.text and len(message) > 2:
         message["content"] = None
     return {"index": index, "message": message, "logprobs": answer.logprobs(), "finish_reason": answer.reason}
 
 
 def message_pieces(index: int, answer: Answer, response: Response) -> Iterator[dict]:
-    """The thought, the text, each call in two deltas, and an empty delta with the finish reason."""
+    """The thought, the text, each call in two deltas, the regions at the end, and an empty delta with the finish
+    reason."""
     first = len(answer.calls)
     calls = answer.add(response)
     if response.reasoning:
@@ -118,6 +128,8 @@ def message_pieces(index: int, answer: Answer, response: Response) -> Iterator[d
         arguments = {"arguments": call["function"]["arguments"]}
         yield delta_choice(index, {"tool_calls": [{"index": number, "function": arguments}]})
     if answer.reason is not None:
+        if named := answer.regions():
+            yield delta_choice(index, {"regions": named})
         yield delta_choice(index, {}, answer.reason, answer.logprobs())
 
 

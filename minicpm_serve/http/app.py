@@ -19,7 +19,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from minicpm_data.generation import responses
-from minicpm_serve.engine import Answered, ServingEngine, known
+from minicpm_serve.delivery import Answered, known
+from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.answers import CHAT, TEXT, Kind, delta_choice, prompt_piece
 from minicpm_serve.http.choices import Choice, chat_choices, text_choices
 from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body, http_error

@@ -1,7 +1,8 @@
 """From the body of a request to the answers that it asks of the engine."""
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from minicpm_data.conversation.answers import AnswerParser
 from minicpm_data.conversation.call_grammar import call_grammar
 from minicpm_data.generation.constraint import Constraint
+from minicpm_data.generation.image_prompt import ImagePrompt, chat_prompt
 from minicpm_data.generation.options import ANSWER_TOKENS, CHAT_TOKENS
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.generation.thinking import in_thought, parser_of
@@ -49,7 +51,8 @@ class Choice:
 
     def answer(self) -> Answer:
         """A new answer."""
-        answer = Answer(self.after_calls, self.log(), self.begin)
+        of_images = isinstance(self.request.prompt, ImagePrompt)
+        answer = Answer(self.after_calls, of_images, self.log(), self.begin)
         if answer.log is not None and self.scores is not None:
             for token, score in zip(self.request.prompt, (None, *self.scores), strict=True):
                 answer.log.add(token, score)
@@ -80,11 +83,11 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
     if tokenizer is None:
         raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
     limits.check_messages(body.messages)
-    messages, use = body.plain(), body.tool_use()
+    messages, use = body.plain(limits.images), body.tool_use()
     variables = body.chat_template_kwargs or {}
     if use.forced and tokenizer.features.thinking:  # unless it is asked for, no thought precedes the call
         variables = {"enable_thinking": False, **variables}
-    ids = engine.prompt_ids(chat_ids(tokenizer, messages, variables, use.tools, limits))
+    ids = chat_ids(engine, messages, variables, use.tools, limits)
     thinks = variables.get("enable_thinking")
     usual = tokenizer.sampling.of(thinks if isinstance(thinks, bool) else None)
     sampling = body.sampling(temperature=usual.temperature, top_p=usual.top_p)
@@ -100,21 +103,30 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
 
 
 def chat_ids(
-    tokenizer: Tokenizer,
+    engine: ServingEngine,
     messages: list[dict[str, Any]],
     variables: dict[str, Any],
     tools: tuple[Any, ...],
     limits: Limits,
     **how: bool,
-) -> list[int]:
+) -> PromptIds:
     """The prompt of a chat. ``how``: as for `Tokenizer.apply_chat`. Raises `InputError`."""
+    tokenizer, config = engine.tokenizer, engine.model.config
+    assert tokenizer is not None
     given = [json.dumps(variables, ensure_ascii=False)] if variables else []  # they are part of the prompt
-    limits.check_texts([message["content"] for message in messages] + given)
+    limits.check_texts([*itertools.chain.from_iterable(map(_texts, messages)), *given])
     asking = [name for name, value in variables.items() if value not in (None, False)]
     template = (tools and tokenizer.tool_template) or tokenizer.chat_template
     if asking and (unknown := set(asking) - variables_of(template)):
         raise InputError(f"the model's chat template knows no variable {short(min(unknown))!r}; leave it out.")
-    return tokenizer.apply_chat(messages, tools=tools or None, variables=variables, **how)
+    more = {} if limits.images is None else {"max_slices": limits.images.max_slices, "room": limits.context}
+    return chat_prompt(tokenizer, config, messages, tools=tools or None, variables=variables, **more, **how)
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    """The texts of a message's content."""
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _with_tools(

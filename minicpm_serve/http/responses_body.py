@@ -25,6 +25,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # of what is not supported, the values 
     "context_management": ([],),
     "n": (1,),
 }
+IMAGE = "input_image"  # the type of a part
 NO_EFFECT = ("id", "status", "phase")  # keys of an item of ``input`` that was an output
 
 
@@ -145,7 +146,20 @@ def _part(item: Any, what: str) -> dict[str, Any]:
         case "reasoning":
             thought = _text_of(item.get("content") or [], what)
             return {"role": "assistant", "content": None, "reasoning_content": thought or None}
-    return {"role": item["role"], "content": _text_of(item["content"], what)}
+    content = item["content"]
+    if isinstance(content, list) and any(isinstance(part, Mapping) and part.get("type") == IMAGE for part in content):
+        return {"role": item["role"], "content": [_chat_part(part, what) for part in content]}
+    return {"role": item["role"], "content": _text_of(content, what)}
+
+
+def _chat_part(part: Any, what: str) -> dict[str, Any]:
+    """A part of a message with images, as chats have it; there it is refused where the model does not see."""
+    if not isinstance(part, Mapping) or part.get("type") != IMAGE:
+        return {"type": "text", "text": _text_of([part], what)}
+    others = {key: value for key, value in part.items() if (key, value) != ("detail", "auto") and value is not None}
+    if unknown := sorted(others.keys() - {"type", "image_url"}):
+        raise InputError(f"holds {what} with a part with {listed(unknown)}; leave it out.", option="input")
+    return {"type": "image_url", "image_url": part.get("image_url")}
 
 
 def _text_of(content: Any, what: str) -> str:
@@ -157,7 +171,7 @@ def _text_of(content: Any, what: str) -> str:
         part = given if isinstance(given, Mapping) else {}
         kinds = "input_text", "output_text", "reasoning_text", "text"
         if part.get("type") not in kinds or not isinstance(part.get("text"), str):
-            raise InputError(f"holds {what} with a part that is no text; this model reads only text.", option="input")
+            raise InputError(f"holds {what} with a part that is no text; give input_text.", option="input")
         if unknown := sorted(part.keys() - {"type", "text", "annotations", "logprobs"}):
             raise InputError(f"holds {what} with a part with {listed(unknown)}; leave it out.", option="input")
         texts.append(part["text"])

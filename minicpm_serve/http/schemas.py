@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from minicpm_data.conversation.tool_definitions import checked_tools, function_of
 from minicpm_data.generation.options import MOST_BIASED, MOST_LOGPROBS, Sampling
 from minicpm_data.generation.responses import stop_strings
+from minicpm_serve.http.image_access import ImageAccess
 from weights_io.errors import InputError, listed, short
 
 # What is not supported, and the values with which it asks for nothing; null always does.
@@ -105,15 +106,21 @@ class Strict(BaseModel):
 class Part(Strict):
     type: str
     text: str | None = None
+    image_url: str | dict[str, Any] | None = None
 
-    def plain(self) -> str:
-        """The text of the part. Raises `InputError` for parts that are not text."""
+    def plain(self, images: ImageAccess | None) -> dict[str, Any]:
+        """The part as `minicpm_data.conversation.messages` expects it. Raises `InputError` for other parts than text,
+        and than images where the model sees."""
+        if self.type == "image_url" and images is not None:
+            self.check_rest()
+            return {"type": "image", "image": images.source({"image_url": self.image_url})}
         if self.type != "text":
-            raise InputError(f"a message holds a part of type {short(self.type)!r}; this model reads only text.")
+            kinds = "only text" if images is None else "text and image_url"
+            raise InputError(f"a message holds a part of type {short(self.type)!r}; this model reads {kinds}.")
         self.check_rest()
         if self.text is None:
             raise InputError('a part of type "text" has no text; give it one.')
-        return self.text
+        return {"type": "text", "text": self.text}
 
 
 class Message(Strict):
@@ -123,6 +130,7 @@ class Message(Strict):
     reasoning: str | None = None
     tool_calls: list[Any] | None = None
     tool_call_id: str | None = None
+    regions: list[Any] | None = None  # sent back with our answer, whose text has them
 
     @field_validator("content")
     @classmethod
@@ -132,12 +140,14 @@ class Message(Strict):
             raise PydanticCustomError("missing", "")
         return content
 
-    def plain(self) -> dict[str, Any]:
-        """The message as `minicpm_data.conversation.messages` expects it."""
+    def plain(self, images: ImageAccess | None = None) -> dict[str, Any]:
+        """The message as `minicpm_data.conversation.messages` expects it. ``images``: of a model that sees."""
         self.check_rest()
-        text = self.content or ""
+        text: Any = self.content or ""
         if not isinstance(text, str):
-            text = "".join(valid(Part, part, "content", i).plain() for i, part in enumerate(text))
+            parts = [valid(Part, part, "content", i).plain(images) for i, part in enumerate(text)]
+            only_text = all(part["type"] == "text" for part in parts)
+            text = "".join(part["text"] for part in parts) if only_text else parts
         others = self.model_dump(include={"reasoning_content", "reasoning", "tool_calls", "tool_call_id"})
         return {"role": self.role, "content": text, **{key: value for key, value in others.items() if value}}
 
@@ -267,9 +277,9 @@ class ChatBody(Body):
             raise InputError(f"names {short(name or '')!r}, which is none of the tools.", option="tool_choice")
         return use
 
-    def plain(self) -> list[dict[str, Any]]:
-        """The messages as `minicpm_data.conversation.messages` expects them."""
-        return plain_messages(self.messages)
+    def plain(self, images: ImageAccess | None = None) -> list[dict[str, Any]]:
+        """The messages as `minicpm_data.conversation.messages` expects them. ``images``: of a model that sees."""
+        return plain_messages(self.messages, images)
 
     @property
     def described(self) -> int | None:
@@ -326,9 +336,9 @@ class CompletionBody(Body):
         return self.choices * len(self.prompts)
 
 
-def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages of a body as `minicpm_data.conversation.messages` expects them."""
-    return [valid(Message, message, "messages", i).plain() for i, message in enumerate(messages)]
+def plain_messages(messages: Sequence[Any], images: ImageAccess | None = None) -> list[dict[str, Any]]:
+    """The messages of a body as `minicpm_data.conversation.messages` expects them. ``images``: of a model that sees."""
+    return [valid(Message, message, "messages", i).plain(images) for i, message in enumerate(messages)]
 
 
 def token_biases(given: dict[str, Any]) -> dict[int, float]:

@@ -8,6 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from minicpm_data.conversation.tool_definitions import checked_tools
+from minicpm_data.generation.request import text_ids
 from minicpm_data.tokenizer.tokenizer import Tokenizer
 from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.choices import chat_ids
@@ -87,7 +88,8 @@ def tokenized(engine: ServingEngine, body: TokenizeBody, limits: Limits) -> dict
         if how["continue_final_message"] and body.add_generation_prompt is None:
             how["add_generation_prompt"] = False
         tools = tuple(checked_tools(body.tools or None) or ())
-        ids = chat_ids(tokenizer, plain_messages(body.messages), body.chat_template_kwargs or {}, tools, limits, **how)
+        messages, variables = plain_messages(body.messages, limits.images), body.chat_template_kwargs or {}
+        ids = text_ids(chat_ids(engine, messages, variables, tools, limits, **how))
     strings = [text_of(tokenizer.piece(i)) for i in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": engine.context, "tokens": ids, "token_strs": strings}
 
