@@ -2,8 +2,8 @@
 
     python -m minicpm_serve.openai_api --model minicpm-2b --port 8000
 
-It serves ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health`` and ``/metrics``. It writes a line
-about each request to standard error. Ctrl-C stops it.
+It serves ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses``, ``/tokenize``, ``/detokenize``,
+``/v1/models``, ``/health`` and ``/metrics``. It writes a line about each request to standard error. Ctrl-C stops it.
 """
 
 import asyncio

@@ -297,6 +297,71 @@ def test_texts_and_chats_become_ids_and_texts_again(api):
     assert ask(api.port, "/detokenize", {"model": "other", "tokens": []})[0] == 404
 
 
+@pytest.fixture
+def client(api):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def test_a_response_is_the_answer_of_a_chat(api, client):
+    """As OpenAI's client asks for one, whole and in typed events."""
+    earlier = client.responses.create(model="tiny", input="你好", max_output_tokens=2, temperature=0)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
+    messages += [{"role": "assistant", "content": earlier.output_text}, {"role": "user", "content": "Why?"}]
+    expected = api.alone(api.tokenizer.apply_chat(messages), 8)
+    given = [*messages[1:2], *(item.model_dump(exclude_none=True) for item in earlier.output), *messages[3:]]
+    asked = {"model": "tiny", "input": given, "instructions": "Be brief.", "max_output_tokens": 8, "temperature": 0}
+    whole = client.responses.create(**asked, include=["message.output_text.logprobs"], top_logprobs=2)
+    (item,) = whole.output
+    assert whole.output_text == text(expected) and item.type == "message"
+    cut = expected[-1].finish_reason == "length"
+    assert (whole.status, item.status) == (("incomplete",) * 2 if cut else ("completed",) * 2)
+    assert (whole.incomplete_details.reason if cut else None) == ("max_output_tokens" if cut else None)
+    tokens = [r.token for r in expected if r.token not in api.tokenizer.eos_token_ids]
+    assert [bytes(entry.bytes) for entry in item.content[0].logprobs] == list(map(api.tokenizer.piece, tokens))
+    usage = whole.usage
+    assert (usage.output_tokens, usage.input_tokens) == (len(expected), len(api.tokenizer.apply_chat(messages)))
+    found = [*client.responses.create(**asked, stream=True)]
+    assert [event.sequence_number for event in found] == [*range(len(found))]
+    kinds = [event.type for event in found if event.type != "response.output_text.delta"]
+    places = ["output_item.added", "content_part.added", "output_text.done", "content_part.done", "output_item.done"]
+    ending = "incomplete" if cut else "completed"
+    assert kinds == [f"response.{name}" for name in ["created", "in_progress", *places, ending]]
+    assert "".join(event.delta for event in found if event.type == "response.output_text.delta") == text(expected)
+    assert found[-1].response.output_text == text(expected) and found[-1].response.usage == usage
+    with client.responses.stream(**asked) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == text(expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported, because no answer is kept here"),
+        ({"max_tokens": 3}, "max_tokens is a key of chats; here it is max_output_tokens."),
+        ({"nonsense": 3}, "nonsense is not supported; leave it out."),
+        ({"reasoning": {"effort": "high"}}, "reasoning is not supported; leave it out."),
+        ({"background": True}, "background is not supported; leave it out or give false."),
+        ({"include": ["web"]}, "include holds 'web'; it may hold"),
+        ({"input": 5}, "input must be a text or a list of messages."),
+        ({"input": [5]}, "input holds item 0, which is no object; give messages."),
+        ({"input": [{"type": "computer_call"}]}, "input holds item 0 of type 'computer_call'; the types are"),
+        ({"input": [{"role": "user"}]}, "input holds item 0 without content; give it."),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "this model reads only text"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "with a part that is no text; give"),
+        ({"input": [{"role": "user", "content": "a", "b": 1}]}, "input holds item 0 with b; leave it out."),
+        ({"text": {"format": {"type": "grammar"}}}, "response_format"),
+        ({"tools": [{"type": "web_search"}]}, "tools holds an item 0"),
+        ({"temperature": -1}, "temperature is -1"),
+    ],
+)
+def test_responses_that_are_refused(api, more, said):
+    status, answer = ask(api.port, "/v1/responses", {"input": "a", **more})
+    assert status == 400 and said in answer["error"]["message"], answer
+    assert answer["error"]["message"].endswith(".") and api.engine.open == 0
+
+
 def test_models_and_health(api):
     status, answer = ask(api.port, "/v1/models")
     assert status == 200 and [model["id"] for model in answer["data"]] == ["tiny"]

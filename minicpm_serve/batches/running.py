@@ -5,11 +5,12 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 
+from minicpm_data.generation.responses import Response
 from minicpm_serve.batches.lines import Line
 from minicpm_serve.batches.results import ID, Results
 from minicpm_serve.delivery import Answered
@@ -104,6 +105,9 @@ class Run:
             def deliver(made: Answered, index: int = index) -> None:  # on the engine's thread
                 self._made.put((line.number, index, made))
 
+            if choice.ends:
+                deliver(Response("", None, "length"))
+                continue
             asked.requests.append(self._engine.submit(deliver, choice.request, choice.stop, group, choice.parser()))
 
     def _choices(self, line: Line) -> list[Choice]:
@@ -112,6 +116,9 @@ class Run:
             prompts = chat_choices(self._engine, line.body, self._limits)
         else:
             prompts = text_choices(self._engine, line.body, self._limits)
+        for index, choice in enumerate(prompts):
+            if (scores := choice.scoring(self._engine)) is not None:
+                prompts[index] = replace(choice, scores=tuple(scores.result()))
         return [choice.drawn(number) for choice in prompts for number in range(line.body.choices)]
 
     def _take(self, bar: Any, total: int) -> None:
@@ -170,6 +177,8 @@ def _own(asked: Asked | None) -> dict[str, Any]:
             made["reasoning_content"] = answer.reasoning
         if answer.calls:
             made["tool_calls"] = answer.calls
+        if (logprobs := answer.logprobs()) is not None:
+            made["logprobs"] = logprobs
         if regions := answer.regions():
             made["regions"] = regions
         choices.append(made)

@@ -29,6 +29,8 @@ from minicpm_serve.http.json_route import JsonRoute, StrictRequest
 from minicpm_serve.http.limits import Limits, Places
 from minicpm_serve.http.metrics import Metrics, add_metrics
 from minicpm_serve.http.records import Record, Recorder, record_of
+from minicpm_serve.http.responses_body import ResponsesBody
+from minicpm_serve.http.responses_reply import Reply
 from minicpm_serve.http.schemas import ChatBody, CompletionBody
 from minicpm_serve.http.tokenizing import add_tokenizing
 from weights_io.errors import InputError
@@ -85,7 +87,17 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
     async def completions(body: CompletionBody, request: StrictRequest) -> Response:
         return await answered(body, request, TEXT, text_choices)
 
-    async def answered(body: Any, request: StrictRequest, kind: Kind, of_body: Callable) -> Response:
+    @app.post("/v1/responses")
+    async def responses_of(body: ResponsesBody, request: StrictRequest) -> Response:
+        answers, model = await begun(body.chat(), request, chat_choices)
+        reply = Reply(body, model)
+        if body.stream:
+            return Events(answers, reply_events(answers, reply))
+        with contextlib.closing(answers):
+            return await whole_reply(answers, reply, request)
+
+    async def begun(body: Any, request: StrictRequest, of_body: Callable) -> tuple[Answers, str]:
+        """The answers to a request, which are being generated, and the name of the model."""
         asked_for = name if body.model is None else body.model
         adapter = _require_model(names, asked_for)
         _require_engine(engine)
@@ -99,7 +111,10 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
             prompts = await described(engine, prompts)
             asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
             prompt_tokens = sum(len(choice.request.prompt) for choice in prompts)
-            answers = Answers(engine, asked, prompt_tokens, record_of(request.scope))
+            return Answers(engine, asked, prompt_tokens, record_of(request.scope)), asked_for
+
+    async def answered(body: Any, request: StrictRequest, kind: Kind, of_body: Callable) -> Response:
+        answers, asked_for = await begun(body, request, of_body)
         frame = {"id": kind.prefix + secrets.token_hex(12), "created": int(time.time()), "model": asked_for}
         if body.stream:
             return Events(answers, events(answers, {**frame, "object": kind.piece_name}, kind, body.with_usage))
@@ -179,10 +194,7 @@ async def described(engine: ServingEngine, choices: Sequence[Choice]) -> list[Ch
     """The choices, with the scores of the prompts that are part of an answer."""
     found = []
     for choice in choices:
-        request = choice.request
-        if choice.begin and request.logprobs is not None:
-            given = request.prompt, request.logprobs, request.adapter
-            future = await run_in_threadpool(engine.prompt_scores, *given)
+        if (future := await run_in_threadpool(choice.scoring, engine)) is not None:
             scores = await asyncio.wrap_future(future)
             choice = replace(choice, scores=tuple(scores))
         found.append(choice)
@@ -191,16 +203,37 @@ async def described(engine: ServingEngine, choices: Sequence[Choice]) -> list[Ch
 
 async def whole(answers: Answers, frame: dict, kind: Kind, request: Request) -> Response:
     """The response with all answers, once they are finished."""
+    if not await received(answers, request, lambda index, response: answers.answers[index].add(response)):
+        return Response(status_code=CLIENT_LEFT)
+    choices = [kind.choice(index, made) for index, made in enumerate(answers.answers)]
+    return JSONResponse({**frame, "choices": choices, "usage": answers.usage()})
+
+
+async def whole_reply(answers: Answers, reply: Reply, request: Request) -> Response:
+    """The response of ``/v1/responses``, once its answer is finished."""
+    (answer,) = answers.answers
+
+    def take(_: int, response: responses.Response) -> None:
+        for _event in reply.add(answer, response):
+            pass
+
+    if not await received(answers, request, take):
+        return Response(status_code=CLIENT_LEFT)
+    *_, last = reply.end(answer.reason, answers.usage())
+    return JSONResponse(last["response"])
+
+
+async def received(answers: Answers, request: Request, take: Callable[[int, responses.Response], object]) -> bool:
+    """Call ``take`` with the responses of all answers, until they are finished. False: the client disconnected."""
     watching = asyncio.create_task(answers.end_with(request))
     try:
         async for index, response in answers:
-            answers.answers[index].add(response)
+            take(index, response)
     except ClientDisconnect:
-        return Response(status_code=CLIENT_LEFT)
+        return False
     finally:
         watching.cancel()
-    choices = [kind.choice(index, made) for index, made in enumerate(answers.answers)]
-    return JSONResponse({**frame, "choices": choices, "usage": answers.usage()})
+    return True
 
 
 class Events(StreamingResponse):
@@ -244,8 +277,31 @@ async def events(answers: Answers, frame: dict, kind: Kind, with_usage: bool) ->
     yield "data: [DONE]\n\n"
 
 
+async def reply_events(answers: Answers, reply: Reply) -> AsyncIterator[str]:
+    """The events of ``/v1/responses``. An error ends the stream."""
+    (answer,) = answers.answers
+    for event in reply.begin():
+        yield _named(event)
+    try:
+        async for _, response in answers:
+            for event in reply.add(answer, response):
+                yield _named(event)
+    except InputError as error:
+        yield _named(reply.failed(body_of(error)[1]["error"]))
+        return
+    except Exception:
+        yield _named(reply.failed(error_body(500, DEFECT)["error"]))
+        raise
+    for event in reply.end(answer.reason, answers.usage()):
+        yield _named(event)
+
+
 def _event(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _named(value: dict) -> str:
+    return f"event: {value['type']}\n{_event(value)}"
 
 
 def _require_engine(engine: ServingEngine) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +57,12 @@ class Choice:
             for token, score in zip(self.request.prompt, (None, *self.scores), strict=True):
                 answer.log.add(token, score)
         return answer
+
+    def scoring(self, engine: ServingEngine) -> "Future[list[TokenScore]] | None":
+        """The scores of the prompt's tokens, where they are part of the answer."""
+        if not self.begin or self.request.logprobs is None:
+            return None
+        return engine.prompt_scores(self.request.prompt, self.request.logprobs, self.request.adapter)
 
     def adapted(self, adapter: int) -> "Choice":
         """The same answer with another adapter."""

@@ -69,6 +69,7 @@ IGNORED_KEYS = {  # without effect on the answer
 SHAPES = {  # of fields that may be one thing or another
     "prompt": "a text, a list of texts, a list of token ids or a list of such lists",
     "stop": "a text or a list of texts",
+    "input": "a text or a list of messages",
     "logprobs": "true or false in a chat, and a number from 0 to 5 in a completion",
     "content": 'a text or a list of {"type": "text", "text": "..."}',
 }
@@ -144,7 +145,7 @@ class Message(Strict):
         self.check_rest()
         text: Any = self.content or ""
         if not isinstance(text, str):
-            parts = [_valid(Part, part, "content", i).plain(images) for i, part in enumerate(text)]
+            parts = [valid(Part, part, "content", i).plain(images) for i, part in enumerate(text)]
             only_text = all(part["type"] == "text" for part in parts)
             text = "".join(part["text"] for part in parts) if only_text else parts
         others = self.model_dump(include={"reasoning_content", "reasoning", "tool_calls", "tool_call_id"})
@@ -337,7 +338,7 @@ class CompletionBody(Body):
 
 def plain_messages(messages: Sequence[Any], images: ImageAccess | None = None) -> list[dict[str, Any]]:
     """The messages of a body as `minicpm_data.conversation.messages` expects them. ``images``: of a model that sees."""
-    return [_valid(Message, message, "messages", i).plain(images) for i, message in enumerate(messages)]
+    return [valid(Message, message, "messages", i).plain(images) for i, message in enumerate(messages)]
 
 
 def token_biases(given: dict[str, Any]) -> dict[int, float]:
@@ -379,7 +380,7 @@ def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}.", path
 
 
-def _valid(kind: type[Model], value: Any, *place: Any) -> Model:
+def valid(kind: type[Model], value: Any, *place: Any) -> Model:
     """Validate ``value`` as a ``kind``. An error is reported with its place in the whole body."""
     try:
         return kind.model_validate(value)
