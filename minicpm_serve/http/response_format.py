@@ -2,14 +2,16 @@
 several texts.
 
 OpenAI's ``response_format`` takes json_object and json_schema. vLLM's ``structured_outputs`` and ``guided_*`` take a
-schema, a regular expression, or choices. The answer is held token by token (`minicpm_data.generation.constraint`), after
-the thought where the prompt opens one, so JSON always parses unless the answer is cut at ``max_tokens``.
+schema, a regular expression, or choices. The answer is held token by token (`minicpm_data.generation.constraint`),
+after the thought where the prompt opens one, so JSON always parses unless the answer is cut at ``max_tokens``.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from minicpm_data.conversation.answers import THINK_END
 from weights_io.errors import InputError, short
@@ -19,6 +21,22 @@ KINDS = ("json", "regex", "choice")  # of ``structured_outputs``; with guided_ b
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 LONGEST = 100_000  # characters of a schema or a regular expression
 MOST_CHOICES = 1000
+
+
+class Formatted(BaseModel):
+    """The fields of a body that say what the answer may be."""
+
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+
+    @property
+    def format(self) -> "Format | None":
+        """The format of the answer; None for any text. Raises `InputError`."""
+        guided = {kind: getattr(self, f"guided_{kind}") for kind in KINDS}
+        return format_of(self.response_format, self.structured_outputs, guided)
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,8 @@ def format_of(response_format: Any, structured: Any, guided: Mapping[str, Any]) 
     asked += [_of_kind(kind, value, f"guided_{kind}") for kind, value in guided.items() if value is not None]
     found = [each for each in asked if each is not None]
     if len(found) > 1:
-        raise InputError(f"and {{{found[1].option}}} both say what the answer is; give one.", found[0].option, [found[1].option])
+        first, second, *_ = (each.option for each in found)
+        raise InputError(f"and {{{second}}} both say what the answer is; give one.", first, [second])
     return found[0] if found else None
 
 
