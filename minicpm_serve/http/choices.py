@@ -21,6 +21,7 @@ from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.answers import Answer
 from minicpm_serve.http.limits import Limits
 from minicpm_serve.http.logprobs import ChatLog, TextLog, TokenLog
+from minicpm_serve.http.response_format import Format
 from minicpm_serve.http.schemas import ChatBody, CompletionBody, ToolUse
 from weights_io.errors import InputError, short
 
@@ -85,7 +86,10 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
     limits.check_messages(body.messages)
     messages, use = body.plain(limits.images), body.tool_use()
     variables = body.chat_template_kwargs or {}
-    if use.forced and tokenizer.features.thinking:  # unless it is asked for, no thought precedes the call
+    if body.format is not None and use.tools:
+        raise InputError("does not go with tools; leave one of them out.", option=body.format.option)
+    held = use.forced or body.format is not None
+    if held and tokenizer.features.thinking:  # unless it is asked for, no thought precedes the call or the format
         variables = {"enable_thinking": False, **variables}
     ids = chat_ids(engine, messages, variables, use.tools, limits)
     thinks = variables.get("enable_thinking")
@@ -93,10 +97,10 @@ def chat_choices(engine: ServingEngine, body: ChatBody, limits: Limits) -> list[
     sampling = body.sampling(temperature=usual.temperature, top_p=usual.top_p)
     most = _room(engine, ids, body.most_tokens, CHAT_TOKENS)
     request = engine.request(ids, most, sampling, body.thinking_budget)
-    request = replace(request, logprobs=body.described)
+    request = _formatted(engine, replace(request, logprobs=body.described), body.format)
     ends = request.end_ids
     log = (lambda: None) if body.described is None else (lambda: ChatLog(tokenizer, ends))
-    stops = (*body.stops, *tokenizer.turn_markers)
+    stops = (*body.stops, *(tokenizer.turn_markers if body.format is None else ()))  # a held text ends where it may
     if not use.tools:
         return [Choice(request, stops, lambda: parser_of(tokenizer, ids), log=log)]
     return [replace(_with_tools(engine, tokenizer, request, stops, use), log=log)]
@@ -129,6 +133,20 @@ def _texts(message: Mapping[str, Any]) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
+def _formatted(engine: ServingEngine, request: GenerationRequest, asked: Format | None) -> GenerationRequest:
+    """The request held to a format. Raises `InputError` where the format cannot be held."""
+    if asked is None:
+        return request
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise InputError("needs a tokenizer, and this checkpoint has none.", option=asked.option)
+    begun = parser_of(tokenizer, request.prompt) is not None and in_thought(tokenizer, request.prompt)
+    grammar = asked.grammar(begun)
+    vocabulary = engine.model.config.vocab_size
+    held = Constraint.of(grammar, tokenizer, vocabulary, request.end_ids, asked.option)
+    return replace(request, constraint=held)
+
+
 def _with_tools(
     engine: ServingEngine, tokenizer: Tokenizer, request: GenerationRequest, stops: tuple[str, ...], use: ToolUse
 ) -> Choice:
@@ -158,7 +176,8 @@ def text_choices(engine: ServingEngine, body: CompletionBody, limits: Limits) ->
         raise InputError("needs a tokenizer, and this checkpoint has none.", "echo" if body.echo else "logprobs")
     prompts = [engine.prompt_ids(prompt) for prompt in body.prompts]
     most = [_room(engine, ids, body.max_tokens or (1 if body.ends else None), ANSWER_TOKENS) for ids in prompts]
-    choices = [Choice(engine.request(ids, n, sampling), body.stops) for ids, n in zip(prompts, most, strict=True)]
+    requests = [engine.request(ids, n, sampling) for ids, n in zip(prompts, most, strict=True)]
+    choices = [Choice(_formatted(engine, request, body.format), body.stops) for request in requests]
     if tokenizer is not None and body.described is not None:
         choices = [
             replace(each, request=replace(each.request, logprobs=body.described), log=lambda: TextLog(tokenizer))

@@ -17,6 +17,7 @@ from minicpm_data.conversation.tool_definitions import checked_tools, function_o
 from minicpm_data.generation.options import MOST_BIASED, MOST_LOGPROBS, Sampling
 from minicpm_data.generation.responses import stop_strings
 from minicpm_serve.http.image_access import ImageAccess
+from minicpm_serve.http.response_format import Formatted
 from weights_io.errors import InputError, listed, short
 
 # What is not supported, and the values with which it asks for nothing; null always does.
@@ -25,7 +26,6 @@ UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "tool_calls": ([],),
@@ -156,7 +156,7 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class Body(Strict):
+class Body(Formatted, Strict):
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -179,6 +179,7 @@ class Body(Strict):
     def check(self) -> None:
         """Raises `InputError` for values that neither pydantic nor `Sampling` nor the engine checks."""
         self.check_rest()
+        _ = self.format
         if not 1 <= self.choices <= MOST_CHOICES:
             raise InputError(f"is {self.n}; it must be from 1 to {MOST_CHOICES}.", option="n")
         if len(self.stops) > MOST_STOPS:
