@@ -89,7 +89,7 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
 
     @app.post("/v1/responses")
     async def responses_of(body: ResponsesBody, request: StrictRequest) -> Response:
-        answers, model = await begun(body.chat(), request, chat_choices)
+        answers, model = await begun(await run_in_threadpool(body.chat), request, chat_choices)
         reply = Reply(body, model)
         if body.stream:
             return Events(answers, reply_events(answers, reply))

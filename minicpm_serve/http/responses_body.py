@@ -106,9 +106,11 @@ class ResponsesBody(Strict):
         for index, item in enumerate(self.input):
             made = _part(item, f"item {index}")
             if made["role"] != "assistant":
-                messages, answer = [*messages, made], None
+                messages.append(made)
+                answer = None
             elif answer is None or (answer.get("content") and made.get("content")):
-                messages, answer = [*messages, made], made
+                messages.append(made)
+                answer = made
             else:
                 if calls := made.pop("tool_calls", []):
                     answer.setdefault("tool_calls", []).extend(calls)

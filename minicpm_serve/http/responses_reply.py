@@ -21,6 +21,7 @@ class Reply:
         self._items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the item that is being written
         self._thought_tokens = 0
+        self._described: list[Any] = []  # tokens whose probabilities have not been sent
 
     def begin(self) -> Iterator[Event]:
         """The events before the first token."""
@@ -30,12 +31,14 @@ class Reply:
     def add(self, answer: Answer, response: Response) -> Iterator[Event]:
         """The events of the next token of an answer."""
         calls = answer.add(response)
-        logprobs = (answer.logprobs() or {}).get("content", [])
+        self._described += (answer.logprobs() or {}).get("content", [])
         if response.reasoning:
             self._thought_tokens += 1
+            self._described = []  # those of a thought
             yield from self._write("reasoning", response.reasoning, [])
-        if response.text or (logprobs and self._open is not None and self._open["type"] == "message"):
-            yield from self._write("message", response.text, logprobs)
+        if response.text or (self._described and self._open is not None and self._open["type"] == "message"):
+            described, self._described = self._described, []
+            yield from self._write("message", response.text, described)
         for call in calls:
             yield from self._close("completed")
             function = call["function"]
