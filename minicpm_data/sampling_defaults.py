@@ -22,6 +22,9 @@ CARDS: dict[str, tuple[Pair, Pair | None, str]] = {
     "minicpm4": ((0.8, 0.8), None, "generation_config.json as released"),
     "minicpm4.1": ((0.6, 0.95), (0.7, 0.8), "model card"),
     "minicpm5": ((0.9, 0.95), (0.7, 0.95), "model card"),
+    "minicpm-v-1": ((0.6, 0.8), None, "MiniCPM-V's chat()"),
+    "minicpm-v-2": ((0.7, 0.8), None, "MiniCPM-V 2.0's chat()"),
+    "omnilmm": ((0.6, 0.9), None, "OmniLMM-12B's chat()"),
 }
 # The files of MiniCPM3 and MiniCPM4 state this pair. In the file of another model of the family it does not replace the
 # pair of the 2B's `chat()`, which ignores the file, nor those of a card.
@@ -100,6 +103,8 @@ def chat_sampling(config: Mapping[str, Any], template: str, folder: Path | None)
 
 def family_of(config: Mapping[str, Any], template: str) -> str | None:
     """The key of `CARDS` that architecture and template point to; None for a model of another family."""
+    if config.get("vision") is not None:
+        return config["vision"]["variant"]
     if '<function name="' in template and "enable_thinking" in template:
         return "minicpm5"
     if config["model_type"] == "minicpm3":
@@ -114,6 +119,8 @@ def family_of(config: Mapping[str, Any], template: str) -> str | None:
 
 def family_named(name: str) -> str:
     """The key of `CARDS` for a short name of the catalogue."""
+    if name == "minicpm-v":
+        return "minicpm-v-1"
     found = [family for family in CARDS if name.removeprefix("bitcpm4").startswith(family)]
     return max(found, key=len, default="minicpm4")
 

@@ -7,7 +7,7 @@ Without ``--model`` the built-in model is used.
 
 from dataclasses import dataclass
 
-from minicpm_data.cli.generate import ChatOptions
+from minicpm_data.cli.generate_options import ChatOptions
 from minicpm_jax.backend import backend, generator
 from minicpm_jax.options import Serving
 

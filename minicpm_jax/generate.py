@@ -7,7 +7,7 @@ Without ``--model`` the built-in model is used. The prompt is formatted with the
 
 from dataclasses import dataclass
 
-from minicpm_data.cli.generate import GenerateOptions
+from minicpm_data.cli.generate_options import GenerateOptions
 from minicpm_jax.backend import backend, generator
 from minicpm_jax.options import Placement, Serving
 

@@ -28,10 +28,13 @@ from minicpm_jax.layers.moe import MoE
 from minicpm_jax.layers.ops import divide, gated_act, scale
 from minicpm_jax.layers.rope import Positions, positions_of
 from minicpm_jax.layers.stack import run_layers
+from minicpm_jax.layers.vision.resampler import Resampler
+from minicpm_jax.layers.vision.tower import Tower, grid_of
 from minicpm_jax.parallel.activations import all_gather_sequence, reduce_scatter_sequence
 from minicpm_jax.parallel.mesh import with_model_mesh
 from weights_io.config import ModelConfig
-from weights_io.parameters import parameters
+from weights_io.errors import InputError
+from weights_io.parameters import CONSTANTS, parameters
 
 
 class MLP(nnx.Module):
@@ -92,12 +95,15 @@ class Decoder(nnx.Module):
         layer = LAYERS.get(config.model_type, DecoderLayer)
         self.layers = layer(weights["layers"], config)  # stacked: every leaf has a leading axis L
         self.norm = RMSNorm(weights["norm"]["weight"], config.rms_norm_eps)
-        self.embedding_scale = config.embedding_scale
+        self.embedding_scale, self.vocab_size = config.embedding_scale, config.vocab_size
 
-    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, ids: Int[Array, "B T"], features: Float[Array, "B T D"] | None = None) -> Float[Array, "B T D"]:
+        """Scaled embeddings; where an id is beyond the vocabulary, the unscaled ``features`` at its place."""
         with jax.named_scope("embed"):
-            x = self.embed_tokens(ids).astype(self.norm.weight.dtype)  # an int8 table may have another dtype
-            return scale(x, self.embedding_scale)
+            known = ids if features is None else jnp.minimum(ids, self.vocab_size - 1)
+            x = self.embed_tokens(known).astype(self.norm.weight.dtype)  # an int8 table may have another dtype
+            x = scale(x, self.embedding_scale)
+            return x if features is None else jnp.where(ids[..., None] < self.vocab_size, x, features.astype(x.dtype))
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Positions, cache: Cache | None = None, remat: bool = False
@@ -133,35 +139,59 @@ class Model(nnx.Module):
         self.adapters: tuple[str, ...] = ()  # of `layers.row_lora`
         self.model = Decoder(weights["model"], config)
         self.lm_head = None if config.tie_word_embeddings else Linear(weights["lm_head"]["weight"])
+        vision = config.vision
+        self.vpm = nnx.data(None) if vision is None else Tower(weights["vpm"], vision)
+        self.resampler = nnx.data(None) if vision is None else Resampler(weights["resampler"], vision)
 
     def __call__(
-        self, input_ids: Int[ArrayLike, "B T"], attention_mask: Int[ArrayLike, "B T"] | None = None
+        self,
+        input_ids: Int[ArrayLike, "B T"],
+        attention_mask: Int[ArrayLike, "B T"] | None = None,
+        features: Float[ArrayLike, "B T D"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of a batch of token ids.
 
         Arguments:
             input_ids: [B, T] token ids.
             attention_mask: [B, T]; 1 for tokens, 0 for padding on either side. Logits at padding are meaningless.
+            features: [B, T, D]; where an id is the vocabulary's size, a token of a image (`encode_images`) in place
+                of an embedding.
 
         Returns: [B, T, V] logits in float32.
 
         Raises: `InputError` if ``input_ids`` is not a [B, T] array or (for host arrays) holds an id outside the
         vocabulary.
         """
-        ids = jnp.asarray(checked_ids(input_ids, self.config.vocab_size, jax.Array))
+        known = self.config.vocab_size + (features is not None)
+        ids = jnp.asarray(checked_ids(input_ids, known, jax.Array))
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
-        return _logits(self, ids, mask)
+        return _logits(self, ids, mask, None if features is None else jnp.asarray(features))
 
-    def hidden_states(self, ids: Int[Array, "B T"], positions: Positions):
+    @with_model_mesh
+    def encode_images(self, pixels: Float[ArrayLike, "B 3 H W"]) -> Float[Array, "B S D"]:
+        """The tokens of images, or slices, of one size.
+
+        Arguments:
+            pixels: normalized (`minicpm_data.images.processing`).
+
+        Returns: S tokens of each, in float32.
+
+        Raises: `InputError` if the model takes no images.
+        """
+        if self.vpm is None:
+            raise InputError(f"the model ({self.config.family.architecture}) takes no images; load one that sees.")
+        return _encoded(self, jnp.asarray(pixels, self.model.norm.weight.dtype))
+
+    def hidden_states(self, ids: Int[Array, "B T"], positions: Positions, features: Array | None = None):
         """[B, T, D] after the final norm: the input of `head`."""
-        return self.hidden_states_and_aux_loss(ids, positions)[0]
+        return self.hidden_states_and_aux_loss(ids, positions, features=features)[0]
 
     @with_model_mesh
     def hidden_states_and_aux_loss(
-        self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False
+        self, ids: Int[Array, "B T"], positions: Positions, remat: bool = False, features: Array | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """`hidden_states` and the mean of the layers' `moe.load_balancing_loss`, for training."""
-        x, _, aux_loss = self.model(self.model.embed(ids), positions, remat=remat)
+        x, _, aux_loss = self.model(self.model.embed(ids, features), positions, remat=remat)
         return self.model.norm(x), aux_loss
 
     @with_model_mesh
@@ -181,6 +211,7 @@ class Model(nnx.Module):
         new: Int[Array, "B"] | int,
         start: Int[Array, "B"] | None = None,
         length: Int[Array, "B #T"] | Int[Array, "B"] | None = None,
+        features: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Run more tokens through the cache.
 
@@ -192,20 +223,27 @@ class Model(nnx.Module):
                 ended).
             length: [B] length of the whole prompt, if these tokens are one chunk of it: dynamic NTK and LongRoPE scale
                 RoPE for the whole prompt. [B, T] if each token needs the scaling of its own length.
+            features: as in `Decoder.embed`.
 
         Returns: the hidden states [B, T, D] after the final norm, for `head`, and the updated cache.
         """
         start = cache.lengths if start is None else start
         length = cache.lengths + new if length is None else length
         positions = positions_of(self.config, ids.shape, start=start, length=length)
-        x, written, _ = self.model(self.model.embed(ids), positions, cache)
+        x, written, _ = self.model(self.model.embed(ids, features), positions, cache)
         assert written is not None  # as a cache went in
         return self.model.norm(x), dataclasses.replace(written, lengths=cache.lengths + new)
 
 
 @jax.jit
-def _logits(model: Model, ids, mask):
-    return model.head(model.hidden_states(ids, positions_of(model.config, ids.shape, mask=mask)))
+def _logits(model: Model, ids, mask, features):
+    return model.head(model.hidden_states(ids, positions_of(model.config, ids.shape, mask=mask), features))
+
+
+@jax.jit
+def _encoded(model: Model, pixels):
+    grid = grid_of(pixels.shape, model.vpm.config.patch_size)
+    return model.resampler(model.vpm(pixels), grid).astype(jnp.float32)
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -232,8 +270,8 @@ def initialize(config: ModelConfig, key: Array, dtype: str = "float32") -> Model
     leaves = {}
     for parameter, subkey in zip(table, jax.random.split(key, len(table)), strict=True):
         shape = parameter.shape(config)
-        if parameter.init == "ones":
-            leaves[parameter.name] = jnp.ones(shape, dtype)
+        if parameter.init in CONSTANTS:
+            leaves[parameter.name] = jnp.full(shape, CONSTANTS[parameter.init], dtype)
         else:
             leaves[parameter.name] = parameter.init_std(config) * jax.random.normal(subkey, shape, dtype)
     return Model(nested(leaves), config)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minicpm_data.diagnostics import parity
+from minicpm_data.diagnostics.vision_parity import VisionBackend
+from minicpm_jax.generation.image_stages import seen, stages
 from minicpm_jax.generation.teacher_forcing import continued, logits, states
 from minicpm_jax.options import Devices
 from weights_io import command_line
@@ -28,7 +30,7 @@ def main(options: parity.Options) -> None:
 
         return minicpm_jax.load(*where, **how)
 
-    parity.run(options, parity.ParityBackend(load, logits, states, continued))
+    parity.run(options, parity.ParityBackend(load, logits, states, continued, VisionBackend(stages, seen)))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ from minicpm_mlx.layers.latent_attention import LatentAttention
 from minicpm_mlx.layers.moe import MoE
 from minicpm_mlx.layers.ops import divide, gated_act, scale
 from minicpm_mlx.layers.rope import Positions, positions_of
+from minicpm_mlx.layers.vision.resampler import Resampler
+from minicpm_mlx.layers.vision.tower import Tower, grid_of
 from weights_io.checkpoint import BUFFERS
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
-from weights_io.parameters import HEAD, module_name, parameters
+from weights_io.parameters import CONSTANTS, HEAD, module_name, parameters
 
 
 class MLP(nn.Module):
@@ -107,11 +109,15 @@ class Decoder(nn.Module):
         layer = LAYERS.get(config.model_type, DecoderLayer)
         self.layers = [layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.embedding_scale = config.embedding_scale
+        self.embedding_scale, self.vocab_size = config.embedding_scale, config.vocab_size
 
-    def embed(self, ids: mx.array) -> mx.array:
-        """[B, T] to [B, T, D]."""
-        return scale(self.embed_tokens(ids), self.embedding_scale)
+    def embed(self, ids: mx.array, features: mx.array | None = None) -> mx.array:
+        """[B, T] to [B, T, D]: scaled embeddings; where an id is beyond the vocabulary, the unscaled ``features``
+        [B, T, D] at its place."""
+        if features is None:
+            return scale(self.embed_tokens(ids), self.embedding_scale)
+        x = scale(self.embed_tokens(mx.minimum(ids, self.vocab_size - 1)), self.embedding_scale)
+        return mx.where(ids[..., None] < self.vocab_size, x, features.astype(x.dtype))
 
     def __call__(
         self,
@@ -154,11 +160,14 @@ class Model(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.vpm = None if config.vision is None else Tower(config.vision)
+        self.resampler = None if config.vision is None else Resampler(config.vision)
 
     def __call__(
         self,
         input_ids: Any,
         attention_mask: Any | None = None,
+        features: Any | None = None,
         cache: Sequence[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
@@ -167,6 +176,8 @@ class Model(nn.Module):
         Arguments:
             input_ids: [B, T] token ids, an array or a list of lists.
             attention_mask: [B, T]; 1 for tokens, 0 for padding on either side. Logits at padding are meaningless.
+            features: [B, T, D]; where an id is the vocabulary's size, a token of a image (`encode_images`) in place
+                of an embedding.
             cache: one `mlx_lm` cache per layer, updated in place; the ids follow the cached tokens.
             input_embeddings: [B, T, D], used unscaled in place of the embeddings of the ids.
 
@@ -177,22 +188,38 @@ class Model(nn.Module):
         """
         if attention_mask is not None and cache is not None:
             raise InputError("attention_mask does not go with a cache; pad on the left and use a BatchKVCache.")
-        ids = mx.array(checked_ids(input_ids, self.config.vocab_size, mx.array))
+        ids = mx.array(checked_ids(input_ids, self.config.vocab_size + (features is not None), mx.array))
         mask = None if attention_mask is None else mx.array(attention_mask)
         positions = positions_of(self.config, ids, mask, None if cache is None else cache[0])
-        x = self.model.embed(ids) if input_embeddings is None else input_embeddings
+        features = None if features is None else mx.array(features)
+        x = self.model.embed(ids, features) if input_embeddings is None else input_embeddings
         x, _ = self.model(x, positions, cache)
         return self.head(self.model.norm(x))
 
-    def hidden_states(self, ids: mx.array, positions: Positions) -> mx.array:
+    def encode_images(self, pixels: Any) -> mx.array:
+        """The tokens of images, or slices, of one size.
+
+        Arguments:
+            pixels: [B, 3, H, W], normalized (`minicpm_data.images.processing`).
+
+        Returns: [B, S, D], S tokens of each, in float32.
+
+        Raises: `InputError` if the model takes no images.
+        """
+        if self.vpm is None or self.resampler is None or self.config.vision is None:
+            raise InputError(f"the model ({self.config.family.architecture}) takes no images; load one that sees.")
+        x = mx.array(pixels).astype(self.model.norm.weight.dtype)
+        return self.resampler(self.vpm(x), grid_of(x.shape, self.config.vision.patch_size)).astype(mx.float32)
+
+    def hidden_states(self, ids: mx.array, positions: Positions, features: mx.array | None = None) -> mx.array:
         """[B, T, D] after the final norm: the input of `head`."""
-        return self.hidden_states_and_aux_loss(ids, positions)[0]
+        return self.hidden_states_and_aux_loss(ids, positions, features=features)[0]
 
     def hidden_states_and_aux_loss(
-        self, ids: mx.array, positions: Positions, remat: bool = False
+        self, ids: mx.array, positions: Positions, remat: bool = False, features: mx.array | None = None
     ) -> tuple[mx.array, mx.array]:
         """`hidden_states` and the mean of the layers' `moe.load_balancing_loss`, for training."""
-        x, aux_loss = self.model(self.model.embed(ids), positions, remat=remat)
+        x, aux_loss = self.model(self.model.embed(ids, features), positions, remat=remat)
         return self.model.norm(x), aux_loss
 
     def head(self, x: mx.array) -> mx.array:
@@ -203,7 +230,12 @@ class Model(nn.Module):
         return logits.astype(mx.float32)
 
     def decode(
-        self, ids: mx.array, cache: Sequence[Any], length: int | mx.array | None = None, last: bool = False
+        self,
+        ids: mx.array,
+        cache: Sequence[Any],
+        length: int | mx.array | None = None,
+        last: bool = False,
+        features: mx.array | None = None,
     ) -> mx.array:
         """Run more tokens through the cache.
 
@@ -213,11 +245,12 @@ class Model(nn.Module):
             length: length of the whole prompt ([B] if rows differ), if these tokens are one chunk of it: dynamic NTK
                 and LongRoPE scale RoPE for the whole prompt. [B, T] if each token needs the scaling of its own length.
             last: compute only the last token's output, which spares the last layer work.
+            features: as in `Decoder.embed`.
 
         Returns: the hidden states [B, T, D] after the final norm, for `head` ([B, 1, D] with ``last``).
         """
         positions = positions_of(self.config, ids, cache=cache[0], length=length)
-        x, _ = self.model(self.model.embed(ids), positions, cache, last=last)
+        x, _ = self.model(self.model.embed(ids, features), positions, cache, last=last)
         return self.model.norm(x)
 
     @property
@@ -270,8 +303,8 @@ def initialize(config: ModelConfig, key: mx.array, dtype: str = "float32") -> Mo
     for parameter, subkey in zip(table, mx.random.split(key, len(table)), strict=True):
         names, shape = parameter.mlx_names(config), parameter.layer_shape(config)
         for name, layer_key in zip(names, mx.random.split(subkey, len(names)), strict=True):
-            if parameter.init == "ones":
-                leaves[name] = mx.ones(shape, getattr(mx, dtype))
+            if parameter.init in CONSTANTS:
+                leaves[name] = mx.full(shape, CONSTANTS[parameter.init], getattr(mx, dtype))
             else:
                 leaves[name] = parameter.init_std(config) * mx.random.normal(shape, getattr(mx, dtype), key=layer_key)
     model.load_weights(list(leaves.items()))

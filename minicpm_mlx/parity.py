@@ -9,6 +9,8 @@ do not, and 2 if the comparison is not possible.
 from typing import Any
 
 from minicpm_data.diagnostics import parity
+from minicpm_data.diagnostics.vision_parity import VisionBackend
+from minicpm_mlx.generation.image_stages import seen, stages
 from minicpm_mlx.generation.teacher_forcing import continued, logits, states
 from weights_io import command_line
 
@@ -21,7 +23,7 @@ def main(options: parity.Options) -> None:
 
         return minicpm_mlx.load(*where, **how)
 
-    parity.run(options, parity.ParityBackend(load, logits, states, continued))
+    parity.run(options, parity.ParityBackend(load, logits, states, continued, VisionBackend(stages, seen)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from minicpm_data.generation.options import CacheOptions, Sampling
 from minicpm_data.model_options import load_model, open_early
 from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
+from minicpm_serve.http.image_access import ImageOptions
 from weights_io import command_line
 from weights_io.cli.switches import Switch
 from weights_io.command_line import Former
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
 DECIDING = (
     *("backend", "model", "revision", "hub", "dtype", "adapter_path", "quantize", "head_bits", "rope_scaling"),
     *("max_tokens", "temp", "top_p", "top_k", "repetition_penalty", "seed", "system_prompt", "enable_thinking"),
-    *("ignore_chat_template", "served_model_name", "kv_bits", "max_model_len"),
+    *("ignore_chat_template", "served_model_name", "kv_bits", "max_model_len", "max_slices"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(backends.BackendOptions):
+class Options(ImageOptions, backends.BackendOptions):
     prompts: Path
     """File of prompts. In a .jsonl file each line is an object: {"prompt": "..."}, {"messages": [...]}, or a request of
     OpenAI's batch format. Of any other file each line is a prompt."""
@@ -79,7 +80,7 @@ class Options(backends.BackendOptions):
     def name(self) -> str:
         return self.served_model_name or self.model or "pico"
 
-    def reader(self) -> "Reader":
+    def reader(self, sees: bool) -> "Reader":
         """What a line asks where it does not say it itself. Raises `InputError` for a value out of range."""
         from minicpm_serve.batches.lines import Reader
 
@@ -91,7 +92,9 @@ class Options(backends.BackendOptions):
         thinking: dict[str, Any] = {}
         if self.enable_thinking is not None:
             thinking = {"chat_template_kwargs": {"enable_thinking": self.enable_thinking}}
-        return Reader(self.name, usual, thinking, self.seed, self.system_prompt, self.ignore_chat_template)
+        images = self.image_access()
+        more = self.seed, self.system_prompt, self.ignore_chat_template, images if sees else None
+        return Reader(self.name, usual, thinking, *more)
 
     def settings(self) -> dict[str, Any]:
         """What decides the results, beside the prompts."""
@@ -116,7 +119,7 @@ def main(options: Options) -> None:
     from minicpm_serve.batches.lines import survey
     from minicpm_serve.batches.results import digest, opened
 
-    reader = options.reader()
+    reader = options.reader(here is not None and here.config.vision is not None)
     with waiting(f"checking {prompts.name}"):
         count, last = survey(reader, prompts)
         settings = {"prompts": digest(prompts), **options.settings()}
@@ -132,17 +135,21 @@ def answer(options: Options, here: "Checkpoint | None", reader: "Reader", result
     """Load the model, and answer the lines that have no result. Exits with code 1 where some could not be answered."""
     from minicpm_serve.batches.running import Run
     from minicpm_serve.engine import ServingEngine
+    from minicpm_serve.failure import end_if_failed
 
     backend = backends.get(options.backend)
     model, tokenizer = load_model(backend, options, decoding=True, source=here)
     cache = CacheOptions(kv_bits=options.kv_bits, prefill_step_size=options.prefill_step_size)
     limits = options.max_num_seqs, options.max_model_len, cache, options.cache_tokens
     with waiting("making room for the prompts"):
-        engine = ServingEngine(options.backend, model, tokenizer, *limits)
+        engine = ServingEngine(options.backend, model, tokenizer, *limits, images=options.image_access())
     try:
         backend.device.warn_idle_axes(engine.model, engine.slots)
         run = Run(engine, options.name, results)
         run.answer(reader.lines(options.prompts), left)
+    except Exception:
+        end_if_failed(engine)  # the results so far are written, and the same command goes on
+        raise
     finally:
         engine.close()
     print(f"{run.lines:,} prompts: {run.tokens:,} tokens, {run.rate:,.0f} tokens/s; results in {options.out}")

@@ -11,8 +11,8 @@ cancels the request. `submit` is for callers that must not block.
 import atexit
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -40,9 +40,12 @@ from minicpm_data.generation.request import (
 from minicpm_data.generation.responses import Response, stream_text
 from minicpm_data.generation.speculation import Speculation
 from minicpm_data.generation.thinking import ThinkingBudget
+from minicpm_data.generation.token_scores import TokenScore
 from minicpm_data.sampling_defaults import OF_CHAT
 from minicpm_serve import backends
 from minicpm_serve.backends import BackendName
+from minicpm_serve.delivery import Answer, Answered, EngineClosed, known
+from minicpm_serve.http.image_access import NO_FILES, ImageAccess
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
@@ -51,37 +54,6 @@ if TYPE_CHECKING:
 
 SLOTS = 8  # default number of concurrent requests
 WARM = 16  # tokens of the warm-up prompt
-
-Answered = Response | Exception
-
-
-def known(names: Sequence[str]) -> str:
-    """ "are 'a', 'b', 'c' and 2 more": at most three names and a count."""
-    if not names:
-        return "are none"
-    more = len(names) - 3
-    return (
-        f"{'is' if len(names) == 1 else 'are'} "
-        + ", ".join(map(repr, names[:3]))
-        + (f" and {more} more" if more > 0 else "")
-    )
-
-
-class EngineClosed(InputError):
-    """The engine was closed before a request was finished, or before it was submitted."""
-
-
-class Answer:
-    """Turns the tokens of a request into `Response`s. ``deliver`` is called with each."""
-
-    def __init__(self, deliver: Callable[[Answered], None], texts: Callable[[Iterator[int]], Iterator[Response]]):
-        self.deliver = deliver
-        self._tokens: deque[int] = deque()
-        self._responses = texts(iter(self._tokens.popleft, None))
-
-    def add(self, token: int) -> Response:
-        self._tokens.append(token)
-        return next(self._responses)  # pulls exactly one token
 
 
 class ServingEngine(Generic[ModelT]):
@@ -98,6 +70,7 @@ class ServingEngine(Generic[ModelT]):
         cache_tokens: int | None = None,
         speculation: Speculation[ModelT] | None = None,
         prompt_cache: PromptCache | None = None,
+        images: ImageAccess = NO_FILES,
     ):
         """
         Arguments:
@@ -109,11 +82,12 @@ class ServingEngine(Generic[ModelT]):
             cache_options: of every request's cache.
             cache_tokens: tokens that the cache holds; None: as the memory allows.
             speculation, prompt_cache: as for `BatchEngine`.
+            images: which images a request may name, where the model sees.
 
         Raises:
             InputError: as `BatchEngine`.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.images = model, tokenizer, images
         decoding: Decoding[ModelT] = backends.get(backend).generator.decoding
         slots = SLOTS if slots is None else slots
         try:
@@ -131,6 +105,8 @@ class ServingEngine(Generic[ModelT]):
         self._answers: dict[int, Answer] = {}  # of unfinished requests
         self._lock = threading.Lock()
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._scoring = backends.module(backend, "generation.scoring")
+        self._scored: set[Future[list[TokenScore]]] = set()  # that are waited for
         self._engine.wake = lambda: self._asked.put(lambda: None)
         self._engine.failed = self._fail  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._work, name="minicpm-engine", daemon=True)
@@ -231,6 +207,36 @@ class ServingEngine(Generic[ModelT]):
         return GenerationRequest(
             (ids,), max_tokens, sampling, self._ends, self._engine.cache_options, thinking=thinking
         )
+
+    def prompt_scores(self, ids: PromptIds, count: int, adapter: int = 0) -> "Future[list[TokenScore]]":
+        """How likely each token of a prompt but the first is. The prompt is run by itself, between two steps.
+
+        Arguments:
+            ids: the prompt.
+            count: likeliest tokens that are described in each place.
+            adapter: as in `GenerationRequest`.
+
+        Returns:
+            A future, whose exception is the one that stopped the engine, or that of the computation.
+        """
+        self._scoring.prepare_scores(self.model, ids, adapter)
+        found: Future[list[TokenScore]] = Future()
+
+        def compute() -> None:
+            try:
+                logprob, likeliest, logprobs = self._scoring.prompt_scores(self.model, ids, adapter)
+                rows = zip(logprob, likeliest, logprobs, strict=True)
+                found.set_result([TokenScore.of(*row, count=count) for row in rows])
+            except Exception as error:  # for this request alone
+                found.set_exception(error)
+            self._scored.discard(found)
+
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            self._scored.add(found)
+        self._asked.put(compute)
+        return found
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -358,6 +364,7 @@ class ServingEngine(Generic[ModelT]):
                         continue
                     answer = self._answers[made.number]
                     response = answer.add(made.token)
+                    response = response if made.score is None else replace(response, score=made.score)
                     if response.finish_reason is not None:
                         self._cancel(made.number)
                     answer.deliver(response)
@@ -369,3 +376,5 @@ class ServingEngine(Generic[ModelT]):
             for answer in self._answers.values():
                 answer.deliver(error)
             self._answers.clear()
+            while self._scored:
+                self._scored.pop().set_exception(error)

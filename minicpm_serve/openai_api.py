@@ -2,8 +2,8 @@
 
     python -m minicpm_serve.openai_api --model minicpm-2b --port 8000
 
-It serves ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health`` and ``/metrics``. It writes a line
-about each request to standard error. Ctrl-C stops it.
+It serves ``/v1/chat/completions``, ``/v1/completions``, ``/v1/responses``, ``/tokenize``, ``/detokenize``,
+``/v1/models``, ``/health`` and ``/metrics``. It writes a line about each request to standard error. Ctrl-C stops it.
 """
 
 import asyncio
@@ -27,6 +27,8 @@ from minicpm_data.option_checks import check_range
 from minicpm_serve import backends
 from minicpm_serve.engine import ServingEngine
 from minicpm_serve.engine_options import Beside, EngineOptions
+from minicpm_serve.failure import end_if_failed, failed
+from minicpm_serve.http.image_access import ImageOptions
 from weights_io import command_line
 from weights_io.command_line import Former
 from weights_io.errors import InputError
@@ -43,7 +45,7 @@ NOTICED = 0.5  # seconds; programs that compile faster get no line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions):
+class Options(ImageOptions, EngineOptions):
     host: str = "127.0.0.1"
     """Address to listen at. 0.0.0.0 accepts other machines."""
     port: int = 8000
@@ -102,6 +104,7 @@ def serve(options: Options, site: Site | None = None) -> None:
     options.speculation(options.draft_model)  # checks the range before anything is loaded
     check_range(options, "max_num_seqs", "max_model_len", "cache_tokens", "prefill_step_size", least=1)
     check_range(options, "max_queued_requests", least=0)
+    images = options.image_access()
     if not 0 <= options.port < 2**16:
         raise InputError(f"is {options.port}; it must be from 0 to 65535.", option="port")
     if options.served_model_name is not None and not options.served_model_name.strip():
@@ -136,7 +139,7 @@ def serve(options: Options, site: Site | None = None) -> None:
         )
         limits = options.max_num_seqs, options.max_model_len, cache_options, options.cache_tokens
         more = beside.engine_arguments(backend, tokenizer)
-        engine = ServingEngine(options.backend, model, tokenizer, *limits, **more)
+        engine = ServingEngine(options.backend, model, tokenizer, *limits, **more, images=images)
         if beside.target is not None:
             engine.count_beginnings()
         try:
@@ -148,6 +151,7 @@ def serve(options: Options, site: Site | None = None) -> None:
             server(engine, name, key, options.max_queued_requests, hosts, origins, site).run(sockets=[listening])
         finally:
             engine.close()
+        end_if_failed(engine)
         beside.save(engine)
 
 
@@ -205,7 +209,7 @@ def server(
     """The uvicorn server of the API.
 
     On a signal it waits up to `GRACE` seconds for unfinished answers. A second signal stops it at once, or after
-    `GOODBYE` seconds if a step is running.
+    `GOODBYE` seconds if a step is running. It also stops when the device has failed.
 
     Arguments:
         engine: runs the model.
@@ -237,6 +241,10 @@ def server(
                 f"ready at http://{host}:{port}{'/v1' if site is None else ''} (model {name}, {room}; Ctrl-C ends it)",
                 flush=True,
             )
+
+        async def on_tick(self, counter: int) -> bool:
+            self.should_exit = self.should_exit or failed(engine)
+            return await super().on_tick(counter)
 
         hurry = False
         last_signal = 0

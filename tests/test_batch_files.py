@@ -49,6 +49,7 @@ def test_the_batch_format_of_openai(tmp_path):
         ("/v1/chat/completions", {"model": "pico", "messages": messages, "n": 2}),
         ("/v1/completions", {"prompt": "Hello", "max_tokens": 3}),
         ("/v1/completions", {"prompt": "Hello", "max_tokens": 3000}),
+        ("/v1/completions", {"prompt": "Hello", "max_tokens": 0, "echo": True, "logprobs": 1}),
     ]
     requests = [
         {"custom_id": f"request {i}", "method": "POST", "url": url, "body": body}
@@ -59,8 +60,10 @@ def test_the_batch_format_of_openai(tmp_path):
     ran = batch("--backend", "mlx", "--prompts", prompts, "--out", out)
     assert (ran.returncode, ran.stderr.count("1 of them have an error")) == (1, 1)
     found = {result.get("custom_id", result.get("line")): result for result in results(out)}
-    assert found.keys() == {"request 0", "request 1", "request 2", 4, 5}
-    chat, text, wrong = (found[f"request {i}"]["response"] for i in range(3))
+    assert found.keys() == {"request 0", "request 1", "request 2", "request 3", 5, 6}
+    chat, text, wrong, said = (found[f"request {i}"]["response"] for i in range(4))
+    (echo,) = said["body"]["choices"]
+    assert echo["text"] == "Hello" and len(echo["logprobs"]["tokens"]) == said["body"]["usage"]["prompt_tokens"]
     assert [choice["message"]["content"] for choice in chat["body"]["choices"]] == [ANSWERS[0]] * 2
     assert (chat["status_code"], chat["body"]["object"], text["body"]["object"]) == (
         200,
@@ -69,7 +72,7 @@ def test_the_batch_format_of_openai(tmp_path):
     )
     assert text["body"]["usage"]["completion_tokens"] == 3
     assert wrong["status_code"] == 400 and wrong["body"]["error"]["code"] == "context_length_exceeded"
-    assert found[4]["finish_reason"] == "length" and found[5]["text"] == ANSWERS[1]
+    assert found[5]["finish_reason"] == "length" and found[6]["text"] == ANSWERS[1]
 
 
 GOOD = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}'

@@ -38,6 +38,7 @@ COMMANDS += [
     "minicpm_data.vocabulary",
     "minicpm_data.exercise",
     "minicpm_data.tool_exercise",
+    "minicpm_data.image_exercise",
 ]
 COMMANDS += [
     "minicpm_serve.longcontext",

@@ -288,7 +288,6 @@ def test_a_packed_folder_becomes_one_of_floats_with_the_flags_of_mlx_lm(referenc
         np.testing.assert_array_equal(tensor.read(), source.tensors[name].read().astype(np.float16))
 
 
-
 @pytest.mark.slow
 def test_mlx_lm_and_transformers_open_the_llama_export(reference, tmp_path):
     import mlx.core as mx

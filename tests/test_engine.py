@@ -21,7 +21,7 @@ REQUESTS = [  # prompt, most tokens, sampling
     (LONG, 20, {}),
     ([1, 5], 9, SAMPLED),
     ([*LONG[:30], 4, 4], 14, {"temperature": 1.1, "xtc_probability": 0.5, "xtc_threshold": 0.02, "seed": 8}),
-    ([2, 3, 4], 5, {}),
+    ([2, 3, 4], 15, {"frequency_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": {9: 2.0, 60: -100}}),
 ]
 
 
@@ -145,7 +145,7 @@ def test_a_prompt_that_begins_alike_is_not_run_twice(backend, model, alone, monk
 
 def test_requests_that_give_up_their_pages_go_on_as_if_they_had_not(backend, model):
     """Four answers that grow to 53 tokens where there are pages for 96; the oldest is never interrupted."""
-    asks = [([1, 7, 9], {}), ([1, 5], SAMPLED), ([2, 3, 4], {"repetition_penalty": 1.3}), ([8], SAMPLED | {"seed": 5})]
+    asks = [([1, 7, 9], {}), ([1, 5], SAMPLED), ([2, 3, 4], {"frequency_penalty": 1.3}), ([8], SAMPLED | {"seed": 5})]
     runs = [backend.stream_generate(model, None, prompt, 50, **sampling) for prompt, sampling in asks]
     expected = [[r.token for r in run] for run in runs]
     engine = make(backend, model, slots=4, context=64)

@@ -11,7 +11,7 @@ import pytest
 import tiny_model
 from documented_commands import ROOT
 
-from minicpm_data.generation.options import Sampling
+from minicpm_data.generation.options import Sampling, count_tokens
 from minicpm_data.generation.request import GenerationRequest
 from weights_io.errors import InputError
 
@@ -176,6 +176,8 @@ def test_the_cache_of_jax_grows_with_the_answer(tmp_path, monkeypatch):
         {"temperature": 1.3, "top_p": 0.6},
         {"temperature": 1.0, "min_p": 0.3},
         {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {1: -0.5, 6: 2}},
+        {"temperature": 0.9, "presence_penalty": -0.7, "frequency_penalty": -0.2, "top_k": 5},
         {"temperature": 1.0, "min_p": 0.6, "min_tokens_to_keep": 3},
         {"temperature": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.12},
         {"temperature": 1.5, "xtc_probability": 0.5, "xtc_threshold": 0.05, "xtc_special_tokens": (1, 6)},
@@ -187,8 +189,9 @@ def test_the_cache_of_jax_grows_with_the_answer(tmp_path, monkeypatch):
 def test_draws_follow_the_distribution(backend, options):
     """2000 draws from 8 known logits against what transformers' chain of warpers, then mlx_lm's XTC leave of them."""
     logits = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0], np.float32)
-    seen = np.array([True, False, False, True, False, False, False, True])
-    expected = warped(logits, seen, **options)
+    prompt, answer = [0, 3, 7], [4, 3, 3, 4, 3]
+    seen = count_tokens([prompt], len(logits), [answer])[0]
+    expected = warped(logits, prompt, answer, **options)
     counts = Counter(draws(backend.__name__, logits, seen, 2000, Sampling(**options, seed=0)))
     assert set(counts) <= set(np.flatnonzero(expected))
     for token, probability in enumerate(expected):  # 4.5 standard deviations
@@ -197,7 +200,8 @@ def test_draws_follow_the_distribution(backend, options):
 
 def warped(
     logits,
-    seen,
+    prompt,
+    answer,
     temperature,
     top_k=0,
     top_p=1.0,
@@ -207,10 +211,17 @@ def warped(
     xtc_probability=0.0,
     xtc_threshold=0.1,
     xtc_special_tokens=(),
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
+    logit_bias=(),
 ):
-    """The probabilities that transformers draws from, worked out one token at a time, and `mlx_lm`'s XTC on them."""
+    """The probabilities that transformers draws from, worked out one token at a time, and `mlx_lm`'s XTC on them.
+    Before them come OpenAI's bias and penalties, in vLLM's order."""
+    logits = np.array([logit + dict(logit_bias).get(i, 0) for i, logit in enumerate(logits)])
     scores = np.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-    own = np.where(seen, scores, logits)
+    own = np.where(np.isin(np.arange(len(logits)), prompt + answer), scores, logits)
+    for token, count in Counter(answer).items():
+        own[token] -= presence_penalty + frequency_penalty * count
     scores = own / temperature
     order = np.argsort(-scores)
     kept = set(order[: top_k or len(order)].tolist())
@@ -243,7 +254,7 @@ def draws(package, logits, seen, count, sampling):
     if package == "minicpm_jax":
         import jax
 
-        params = sampler.SamplingParams.of(sampling, len(logits))
+        rows, params = jax.numpy.asarray(rows), sampler.SamplingParams.of(sampling, len(logits))
         return np.asarray(sampler.sample(rows, seen_rows, params, jax.random.split(jax.random.key(0), count))).tolist()
     import mlx.core as mx
 
@@ -252,13 +263,14 @@ def draws(package, logits, seen, count, sampling):
     return np.asarray(sampler.sample(mx.array(rows), seen_rows, sampling, keys)).tolist()
 
 
-def test_repetition_penalty_is_the_same_in_both(tmp_path):
+def test_penalties_are_the_same_in_both(tmp_path):
     folder = tiny_model.write(tmp_path)
     rows = []
     for package in BACKENDS:
         backend = importlib.import_module(package)
         model, tokenizer = backend.load(folder, "float32")
-        options = {"max_tokens": 40, "repetition_penalty": 1.3}
+        options = {"max_tokens": 40, "repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1}
+        options["logit_bias"] = {70: 0.5}
         rows.append(tokens_of(backend.stream_generate(model, tokenizer, "The fox and the dog", **options)))
     assert rows[0] == rows[1]
 
@@ -286,6 +298,13 @@ def test_chat_keeps_the_history(backend, babbler):
         ({"xtc_probability": 1, "xtc_special_tokens": (1, 99999)}, "xtc_special_tokens holds 99999"),
         ({"quantized_kv_start": 5}, "quantized_kv_start is for kv_bits"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; it must be from -2 to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3; it must be from -2 to 2"),
+        ({"logit_bias": {1: 101}}, "logit_bias gives token 1 101; it must be from -100 to 100"),
+        ({"logit_bias": {"a": 1}}, "logit_bias holds 'a', which is no token id"),
+        ({"logit_bias": {1: "a"}}, "logit_bias is {1: 'a'}; it must hold token ids with a number each"),
+        ({"logit_bias": {99999: 1}}, "logit_bias holds 99999, outside the vocabulary"),
+        ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias holds 301 tokens; give at most 300"),
         ({"seed": -1}, "seed is -1"),
         ({"stop": [""]}, "stop holds an empty text"),
     ],
@@ -330,7 +349,11 @@ def test_unknown_arguments_name_the_near_one(backend, babbler):
         (backend.generate, {"prompt": "Hello", "temp": 1}, "'temp'; did you mean 'temperature'"),
         (backend.batch_generate, {"prompts": ["Hello"], "max_toknes": 1}, "'max_toknes'; did you mean 'max_tokens'"),
         (backend.chat, {"query": "Hello", "kv_bit": 8}, "'kv_bit'; did you mean 'kv_bits'"),
-        (backend.generate, {"prompt": "Hello", "verbose": True}, "'verbose'; the keywords are draft_model, kv_bits"),
+        (
+            backend.generate,
+            {"prompt": "Hello", "verbose": True},
+            "'verbose'; the keywords are draft_model, frequency_penalty",
+        ),
     ):
         with pytest.raises(TypeError, match=f"unexpected keyword argument {near}"):
             call(*babbler, **given)
@@ -420,7 +443,7 @@ TWINS = sorted(
     - {"programs", "shapes", "slots", "warming", "drafts", "verification"}
 )
 ONLY_JAX = {
-    "decoding.State": {"finished", "eos_ids"},  # its loop runs on the device
+    "decoding.State": {"finished", "eos_ids", "scores"},  # its loop runs on the device
     "decoding.sample_next": {"allowed"},  # its engine samples on the device
     "sparsity.Counting": {"neurons"},  # a mesh pads its layers
 }

@@ -262,8 +262,8 @@ def test_the_catalogue_tells_sizes(capsys):
 
     catalog.main(catalog.Options())
     printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "bfloat16  27.75 GB  runs" in printed["minicpm-moe-8x2b"]
-    assert "unknown    unknown  runs" in printed["minicpm-2b-history"]
+    assert "bfloat16  27.75 GB  openbmb" in printed["minicpm-moe-8x2b"]
+    assert "unknown    unknown  openbmb" in printed["minicpm-2b-history"]
 
 
 def test_json_is_for_machines(reference, capsys):

@@ -11,13 +11,15 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_model
 from documented_commands import served, typed
 
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_serve import backends, openai_api
-from minicpm_serve.engine import EngineClosed, ServingEngine
+from minicpm_serve.delivery import EngineClosed
+from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.records import LOG
 from weights_io.errors import InputError
 
@@ -58,7 +60,7 @@ def api(request, tmp_path_factory):
 
     engine = ServingEngine(request.param, backend.load(folder, "float32")[0], tokenizer, SLOTS)
     with listening(engine, waiting=WAITING) as found:
-        found.alone, found.tokenizer, found.backend = alone, tokenizer, request.param
+        found.alone, found.tokenizer, found.backend, found.model = alone, tokenizer, request.param, model
         yield found
     engine.close()
 
@@ -173,6 +175,87 @@ def test_several_prompts_and_several_answers_to_each(api):
     assert answer["usage"]["prompt_tokens"] == 5 and answer["usage"]["completion_tokens"] == sum(map(len, expected))
 
 
+def test_penalties_and_a_bias_are_those_of_the_model_alone(api):
+    """Each row has its own, also beside one that has none."""
+    asked = {"frequency_penalty": 1.0, "presence_penalty": 0.5, "logit_bias": {"7": 3, "9": -100}}
+    expected = [api.alone([1, 5, 9], 24), api.alone([1, 5, 9], 24, **{**asked, "logit_bias": {7: 3, 9: -100}})]
+    assert text(expected[0]) != text(expected[1])
+    found: dict[bool, str] = {}
+
+    def ask_for(more):
+        body = {"prompt": [1, 5, 9], "max_tokens": 24, **more}
+        found[bool(more)] = ask(api.port, "/v1/completions", body)[1]["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask_for, args=(more,)) for more in ({}, asked)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {False: text(expected[0]), True: text(expected[1])}
+
+
+def log_softmax(api, ids):
+    logits = np.asarray(api.model(np.array([ids])))[0].astype(np.float64)
+    return (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
+
+
+def test_a_chat_tells_how_likely_its_tokens_are(api):
+    body = {**user("你好"), "max_tokens": 6, "temperature": 0.8, "seed": 3, "logit_bias": {"7": -3}}
+    prompt = api.tokenizer.apply_chat(body["messages"])
+    tokens = [r.token for r in api.alone(prompt, 6, temperature=0.8, top_p=0.8, seed=3, logit_bias={7: -3})]
+    likely = log_softmax(api, [*prompt, *tokens])[len(prompt) - 1 :]
+    body |= {"logprobs": True, "top_logprobs": 20}
+    (choice,) = ask(api.port, "/v1/chat/completions", body)[1]["choices"]
+    entries = choice["logprobs"]["content"]
+    tokens = [token for token in tokens if token not in api.tokenizer.eos_token_ids]
+    assert [bytes(entry["bytes"]) for entry in entries] == list(map(api.tokenizer.piece, tokens))
+    for entry, token, row in zip(entries, tokens, likely, strict=False):
+        assert abs(entry["logprob"] - row[token]) < 1e-4  # before bias and temperature
+        expected = np.sort(row)[::-1][:20]
+        assert np.abs(np.array([each["logprob"] for each in entry["top_logprobs"]]) - expected).max() < 1e-4
+    chunks = [event for event in events(api.port, "/v1/chat/completions", body) if event != "[DONE]"]
+    parts = [event["choices"][0]["logprobs"] for event in chunks]
+    assert [entry for part in parts if part for entry in part["content"]] == entries
+    (choice,) = ask(api.port, "/v1/chat/completions", {**body, "top_logprobs": 0})[1]["choices"]
+    assert [entry["top_logprobs"] for entry in choice["logprobs"]["content"]] == [[]] * len(tokens)
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_a_completion_tells_how_likely_its_prompt_is(api, most):
+    """As lm-eval's ``local-completions`` asks for it."""
+    prompt = api.tokenizer.encode("The fox 狐狸.")
+    tokens = [r.token for r in api.alone(prompt, 3)][:most]
+    body = {"prompt": [prompt, prompt], "max_tokens": most, "echo": True, "logprobs": 2}
+    answer = ask(api.port, "/v1/completions", body)[1]
+    assert answer["usage"]["completion_tokens"] == 2 * most
+    first, second = answer["choices"]
+    assert ask(api.port, "/v1/completions", {**body, "prompt": "The fox 狐狸."})[1]["choices"] == [first]
+    assert first["text"] == second["text"] == api.tokenizer.decode([*prompt, *tokens])
+    assert first["finish_reason"] == "length" and first["logprobs"] == second["logprobs"]
+    found, likely = first["logprobs"], log_softmax(api, [*prompt, *tokens])
+    expected = [row[token] for row, token in zip(likely, [*prompt, *tokens][1:], strict=False)]
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    assert np.abs(np.array(found["token_logprobs"][1:]) - expected).max() < 1e-4
+    assert [max(top.values()) for top in found["top_logprobs"][1:]] == pytest.approx(
+        likely.max(-1)[: len(expected)], 1e-4
+    )
+    assert any(name.startswith("bytes:\\x") for name in found["tokens"])
+    places = zip(found["text_offset"], found["tokens"], strict=True)
+    assert all(first["text"][at:].startswith(name) for at, name in places if name in (".", "fox"))
+    made = [event for event in events(api.port, "/v1/completions", {**body, "prompt": prompt}) if event != "[DONE]"]
+    assert "".join(event["choices"][0]["text"] for event in made) == first["text"]
+    parts = [part for event in made if (part := event["choices"][0]["logprobs"])]
+    values = [value for part in parts for value in part["token_logprobs"]]
+    assert values[0] is None and values[1:] == pytest.approx(found["token_logprobs"][1:], 1e-5)
+    assert [at for part in parts for at in part["text_offset"]] == found["text_offset"]
+    without = ask(api.port, "/v1/completions", {**body, "logprobs": None, "prompt": "The fox"})[1]["choices"][0]
+    assert without["logprobs"] is None and without["text"].startswith("The fox")
+
+
 def test_an_answer_ends_where_a_text_of_stop_begins(api):
     whole = text(api.alone("The fox", 24))
     stop = whole[4:6]
@@ -181,6 +264,102 @@ def test_an_answer_ends_where_a_text_of_stop_begins(api):
     assert not api.engine._engine.running  # its slot is free again
     assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
     assert ask(api.port, "/v1/completions", {**body, "stop": stop})[1]["choices"] == [choice]
+
+
+def test_texts_and_chats_become_ids_and_texts_again(api):
+    """With vLLM's fields."""
+    ids, context = api.tokenizer.encode("The 狐狸"), 4096
+    found = ask(api.port, "/tokenize", {"model": "tiny", "prompt": "The 狐狸", "return_token_strs": True})[1]
+    strings = found.pop("token_strs")
+    assert found == {"count": len(ids), "max_model_len": context, "tokens": ids}
+    assert strings[0] == "<s>" and "The" in "".join(strings)
+    assert ask(api.port, "/detokenize", {"tokens": ids})[1] == {"prompt": "<s> The 狐狸"}
+    bare = ask(api.port, "/tokenize", {"prompt": "The", "add_special_tokens": False})[1]["tokens"]
+    assert bare == api.tokenizer.encode("The", add_bos=False)
+    chat = api.tokenizer.apply_chat(user()["messages"])
+    assert ask(api.port, "/tokenize", user())[1]["tokens"] == chat
+    shorter = ask(api.port, "/tokenize", {**user(), "add_generation_prompt": False})[1]["tokens"]
+    assert shorter == api.tokenizer.apply_chat(user()["messages"], add_generation_prompt=False)
+    about = ask(api.port, "/tokenizer_info")[1]
+    assert (about["bos_token"], about["eos_token"]) == ("<s>", "</s>") and about["chat_template"]
+    for path, body, said in (
+        ("/tokenize", {}, "prompt and messages are what is tokenized; give one of them."),
+        ("/tokenize", {"prompt": "a", "tools": [{}]}, "tools is for messages; leave it out."),
+        ("/tokenize", {**user(), "add_special_tokens": True}, "add_special_tokens is for prompt; leave it out."),
+        ("/tokenize", {"prompt": "a", "nonsense": 1}, "nonsense is not supported; leave it out."),
+        ("/tokenize", {"prompt": "ab" * 400_000}, "send less text"),
+        ("/detokenize", {"tokens": [10**30]}, "outside the vocabulary of"),
+        ("/detokenize", {"tokens": [True]}, "tokens must be a list of token ids (whole numbers)."),
+        ("/detokenize", {}, "tokens is missing."),
+    ):
+        status, answer = ask(api.port, path, body)
+        assert status == 400 and said in answer["error"]["message"], answer
+    assert ask(api.port, "/detokenize", {"model": "other", "tokens": []})[0] == 404
+
+
+@pytest.fixture
+def client(api):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def test_a_response_is_the_answer_of_a_chat(api, client):
+    """As OpenAI's client asks for one, whole and in typed events."""
+    earlier = client.responses.create(model="tiny", input="你好", max_output_tokens=2, temperature=0)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
+    messages += [{"role": "assistant", "content": earlier.output_text}, {"role": "user", "content": "Why?"}]
+    expected = api.alone(api.tokenizer.apply_chat(messages), 8)
+    given = [*messages[1:2], *(item.model_dump(exclude_none=True) for item in earlier.output), *messages[3:]]
+    asked = {"model": "tiny", "input": given, "instructions": "Be brief.", "max_output_tokens": 8, "temperature": 0}
+    whole = client.responses.create(**asked, include=["message.output_text.logprobs"], top_logprobs=2)
+    (item,) = whole.output
+    assert whole.output_text == text(expected) and item.type == "message"
+    cut = expected[-1].finish_reason == "length"
+    assert (whole.status, item.status) == (("incomplete",) * 2 if cut else ("completed",) * 2)
+    assert (whole.incomplete_details.reason if cut else None) == ("max_output_tokens" if cut else None)
+    tokens = [r.token for r in expected if r.token not in api.tokenizer.eos_token_ids]
+    assert [bytes(entry.bytes) for entry in item.content[0].logprobs] == list(map(api.tokenizer.piece, tokens))
+    usage = whole.usage
+    assert (usage.output_tokens, usage.input_tokens) == (len(expected), len(api.tokenizer.apply_chat(messages)))
+    found = [*client.responses.create(**asked, stream=True)]
+    assert [event.sequence_number for event in found] == [*range(len(found))]
+    kinds = [event.type for event in found if event.type != "response.output_text.delta"]
+    places = ["output_item.added", "content_part.added", "output_text.done", "content_part.done", "output_item.done"]
+    ending = "incomplete" if cut else "completed"
+    assert kinds == [f"response.{name}" for name in ["created", "in_progress", *places, ending]]
+    assert "".join(event.delta for event in found if event.type == "response.output_text.delta") == text(expected)
+    assert found[-1].response.output_text == text(expected) and found[-1].response.usage == usage
+    with client.responses.stream(**asked) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == text(expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported, because no answer is kept here"),
+        ({"max_tokens": 3}, "max_tokens is a key of chats; here it is max_output_tokens."),
+        ({"nonsense": 3}, "nonsense is not supported; leave it out."),
+        ({"reasoning": {"effort": "high"}}, "reasoning is not supported; leave it out."),
+        ({"background": True}, "background is not supported; leave it out or give false."),
+        ({"include": ["web"]}, "include holds 'web'; it may hold"),
+        ({"input": 5}, "input must be a text or a list of messages."),
+        ({"input": [5]}, "input holds item 0, which is no object; give messages."),
+        ({"input": [{"type": "computer_call"}]}, "input holds item 0 of type 'computer_call'; the types are"),
+        ({"input": [{"role": "user"}]}, "input holds item 0 without content; give it."),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "this model reads only text"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "with a part that is no text; give"),
+        ({"input": [{"role": "user", "content": "a", "b": 1}]}, "input holds item 0 with b; leave it out."),
+        ({"text": {"format": {"type": "grammar"}}}, "response_format"),
+        ({"tools": [{"type": "web_search"}]}, "tools holds an item 0"),
+        ({"temperature": -1}, "temperature is -1"),
+    ],
+)
+def test_responses_that_are_refused(api, more, said):
+    status, answer = ask(api.port, "/v1/responses", {"input": "a", **more})
+    assert status == 400 and said in answer["error"]["message"], answer
+    assert answer["error"]["message"].endswith(".") and api.engine.open == 0
 
 
 def test_models_and_health(api):
@@ -295,8 +474,19 @@ def user(content="a", **more):
         ({**user(), "stop": [1]}, 400, "stop must be a text or a list of texts"),
         ({**user(), "stop": [""]}, 400, "stop holds an empty text"),
         ({**user(), "stop": ["a"] * 17}, 400, "17 texts"),
-        ({**user(), "presence_penalty": 0.5}, 400, "presence_penalty is not supported; leave it out or give 0"),
-        ({**user(), "logprobs": 0}, 400, "logprobs is not supported; leave it out or give false"),
+        ({**user(), "presence_penalty": 2.5}, 400, "presence_penalty is 2.5; it must be from -2 to 2 (0 is none)"),
+        ({**user(), "frequency_penalty": "a"}, 400, "frequency_penalty: input should be a valid number"),
+        ({**user(), "logit_bias": {"1": 101}}, 400, "logit_bias gives token 1 101; it must be from -100 to 100"),
+        ({**user(), "logit_bias": {"fox": 1}}, 400, "logit_bias holds 'fox', which is no token id"),
+        ({**user(), "logit_bias": {"1": True}}, 400, "logit_bias gives token 1 True; give a number"),
+        ({**user(), "logit_bias": {"9999999": 1}}, 400, "logit_bias holds 9999999, outside the vocabulary"),
+        ({**user(), "logit_bias": {str(i): 1 for i in range(301)}}, 400, "logit_bias holds 301 tokens"),
+        ({**user(), "logprobs": 0}, 400, "logprobs must be true or false in a chat"),
+        ({**user(), "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs is 21; it must be from 0 to 20"),
+        ({**user(), "top_logprobs": 2}, 400, "top_logprobs is for logprobs true"),
+        ({"prompt": "a", "logprobs": 6}, 400, "logprobs is 6; it must be from 0 to 5"),
+        ({"prompt": "a", "logprobs": True}, 400, "logprobs is true; it must be from 0 to 5"),
+        ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0, which is for echo true"),
         ({**user(), "tools": [{}]}, 400, "holds an item 0 that has no name"),
         ({**user(), "no_such_thing": 1}, 400, "no_such_thing is not supported; leave it out"),
         ({**user(), "echo": True, "a": 1, "b": 1, "c": 1, "d": 1}, 400, "echo, a, b and 2 more are not supported"),
@@ -305,7 +495,7 @@ def user(content="a", **more):
         ({"prompt": []}, 400, "the prompt is empty"),
         ({"prompt": [[1], "a"]}, 400, "prompt must be a text, a list"),
         ({"prompt": [[10**30]]}, 400, "outside the vocabulary"),
-        ({"prompt": "a", "echo": True}, 400, "echo is not supported"),
+        ({"prompt": "a", "echo": 1}, 400, "echo: input should be a valid boolean"),
     ],
 )
 def test_what_is_refused(api, body, status, said, capfd):
@@ -474,7 +664,7 @@ class Played:
 
     adapters: tuple[str, ...] = ()
     slots, context, open, error, tokenizer, speculates = 2, 64, 0, None, None, False
-    model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9)), {}
+    model, programs = SimpleNamespace(config=SimpleNamespace(vocab_size=9, vision=None)), {}
 
     def __init__(self):
         self.delivers, self.asked = [], []

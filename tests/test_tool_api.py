@@ -90,6 +90,43 @@ def test_a_stream_says_the_same(api):
     assert [choice["finish_reason"] for choice in choices] == [None, None, None, "stop"]
 
 
+def test_tools_of_responses(api):
+    """The call is an item of the output, which the next input repeats with its result."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="-")
+    tools = [{"type": "function", "strict": True, **function} for function in (ADD, NOW)]
+    choice = {"type": "function", "name": "add"}
+    options = {"model": "tiny", "tools": tools, "max_output_tokens": 200, "temperature": 1.0, "extra_body": {"seed": 3}}
+    made = client.responses.create(input="What is 2 + 2?", tool_choice=choice, **options)
+    (call,) = made.output
+    assert (call.type, call.name, made.status) == ("function_call", "add", "completed")
+    jsonschema.validate(json.loads(call.arguments), ADD["parameters"])
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "4"}
+    items = [*ASKED, *(item.model_dump(exclude_none=True) for item in made.output), result]
+    if api.form == "xml":  # one that thinks
+        items.insert(1, {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Two."}]})
+    called = [{"id": call.call_id, "type": "function", "function": {"name": "add", "arguments": call.arguments}}]
+    answer = {"role": "assistant", "content": None, "tool_calls": called}
+    answer |= {"reasoning_content": "Two."} if api.form == "xml" else {}
+    messages = [*ASKED, answer, {"role": "tool", "tool_call_id": call.call_id, "content": "4"}]
+    chat = {"messages": messages, "tools": TOOLS, "max_tokens": 12, "temperature": 0}
+    status, expected = ask(api.port, CHAT, chat)
+    assert status == 200, expected
+    options |= {"max_output_tokens": 12, "temperature": 0}
+    found = client.responses.create(input=items, **options)
+    thoughts = [item.content[0].text for item in found.output if item.type == "reasoning"]
+    message = expected["choices"][0]["message"]
+    assert found.output_text == (message["content"] or "")
+    assert "".join(thoughts) == message.get("reasoning_content", "")
+    assert found.usage.input_tokens == expected["usage"]["prompt_tokens"]
+    streamed = client.responses.create(input="What is 2 + 2?", tool_choice=choice, stream=True, **options)
+    kinds = [event.type for event in streamed]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] in (
+        "response.incomplete",
+        "response.completed",
+    )
+
+
 def test_held_and_free_answers_share_a_batch(api):
     """A free answer is the same alone and beside one that a grammar holds."""
     free = {"messages": ASKED, "max_tokens": 40, "temperature": 0}

@@ -7,7 +7,6 @@ sizes of the released files. ``None`` means unknown: config.json decides.
 """
 
 import difflib
-import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,14 +24,13 @@ class Entry:
 
     name: str  # the short name that every --model accepts
     repo: str | None  # Hugging Face repository; None: included in this package
-    architecture: str  # its model_type; one of `FAMILIES` if the entry runs
+    architecture: str  # its model_type; one of `FAMILIES`
     parameters: int | None  # exact; None: unknown
     dtype: str | None  # of the stored weights; None: unknown
     notes: str = ""
     modelscope: str | None = None  # repository on ModelScope; None: unknown
     config: Mapping[str, Any] | None = None  # the keys of config.json that are known; None: shape unknown
     quantization: Mapping[str, Any] | None = None  # what is known of its quantization_config; None: it has none
-    runs: bool = True  # whether this project can run it
 
     def model_config(self) -> ModelConfig | None:
         """The config that is known without a download, or None. Raises `InputError` for an unknown architecture."""
@@ -58,7 +56,10 @@ def _text(
 
 
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
-_later = functools.partial(Entry, runs=False)
+_V2 = _released("minicpm-v-2")
+_SLICED = ("slice_mode", "patch_size", "max_slice_nums", "scale_resolution", "mm_use_im_start_end")
+_V1 = {key: value for key, value in _V2.items() if key not in _SLICED} | {"max_position_embeddings": 2048}
+_NV = 3_434_965_792
 _SCALES = {"scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4}
 _COMMON = {
     "architectures": ["MiniCPMForCausalLM"],
@@ -261,16 +262,9 @@ CATALOG: tuple[Entry, ...] = (
         "OpenBMB/MiniCPM-MoE-8x2B",
         _MOE | _BF16,
     ),
-    _later("minicpm-v", "openbmb/MiniCPM-V", "minicpmv", None, None, "images, not sliced", "OpenBMB/MiniCPM-V"),
-    _later(
-        "minicpm-v-2",
-        "openbmb/MiniCPM-V-2",
-        "minicpmv",
-        3_434_965_792,
-        "bfloat16",
-        "images, sliced",
-        config=_released("minicpm-v-2"),
-    ),
+    Entry("minicpm-v", "openbmb/MiniCPM-V", "minicpmv", _NV, "bfloat16", "images, whole", "OpenBMB/MiniCPM-V", _V1),
+    Entry("minicpm-v-2", "openbmb/MiniCPM-V-2", "minicpmv", _NV, "bfloat16", "images, sliced", config=_V2),
+    Entry("omnilmm-12b", "openbmb/OmniLMM-12B", "omnilmm", None, None, "images; its decoder is Mistral-7B's"),
     _text("minicpm3-4b", "MiniCPM3-4B", 4_073_875_968, "chat; latent attention, whose cache is small"),
     _text("minicpm4-0.5b", "MiniCPM4-0.5B", _N4_SMALL, "chat, LongRoPE"),
     _text("minicpm4-8b", "MiniCPM4-8B", _N4, "chat, LongRoPE; dense attention"),
@@ -302,6 +296,9 @@ CHECKED = {
     "minicpm-1b": "dense_1b",
     "minicpm-s-1b": "s_1b",
     "minicpm-moe-8x2b": "moe_8x2b",
+    "minicpm-v": "vision/v1",
+    "minicpm-v-2": "vision/v2",
+    "omnilmm-12b": "vision/omnilmm",
     "minicpm3-4b": "minicpm3 minicpm3_scaled minicpm3_untied",
     "minicpm4-0.5b": "minicpm4_05b minicpm4_scaled",
     "minicpm4": "minicpm4_8b minicpm4_scaled minicpm4_sparse",
@@ -335,8 +332,8 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Print the short names that every --model accepts, each with parameters, dtype, bytes of all weights, whether it
-    runs, repository and notes."""
+    """Print the short names that every --model accepts, each with parameters, dtype, bytes of all weights,
+    repository and notes."""
     print("\n".join((*markdown(), "", *how_to_run()) if options.markdown else lines()))
 
 
@@ -344,31 +341,30 @@ def lines() -> Iterator[str]:
     """The table for a terminal."""
     for entry in CATALOG:
         count = "unknown" if entry.parameters is None else f"{entry.parameters / 1e6:,.0f} M"
-        where, runs = entry.repo or "built in", "runs" if entry.runs else "not yet"
-        held = size(_weights(entry))
-        line = f"{entry.name:22} {count:>9}  {entry.dtype or 'unknown':9} {held:>8}  {runs:8} {where:51} {entry.notes}"
+        held, where = size(_weights(entry)), entry.repo or "built in"
+        line = f"{entry.name:22} {count:>9}  {entry.dtype or 'unknown':9} {held:>8}  {where:51} {entry.notes}"
         yield line.rstrip()
 
 
 def markdown() -> Iterator[str]:
     """The first table of docs/models.md."""
-    yield "| `--model` | repository | parameters | weights as stored | cache of 1,000 tokens | runs in | |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| `--model` | repository | parameters | weights as stored | cache of 1,000 tokens | |"
+    yield "|---|---|---|---|---|---|"
     for entry in CATALOG:
         count = "unknown" if entry.parameters is None else f"{entry.parameters:,}"
         held, dtype = size(_weights(entry)), entry.dtype or "unknown"
         weights = dtype if held == "unknown" else f"{held}, {dtype}"
         config = _config(entry)
         cache = size(None if config is None else cache_bytes(config, 1000, "bfloat16"))
-        where, runs = entry.repo or "in this package", "JAX, MLX" if entry.runs else "not yet"
-        yield f"| `{entry.name}` | {where} | {count} | {weights} | {cache} | {runs} | {entry.notes} |"
+        where = entry.repo or "in this package"
+        yield f"| `{entry.name}` | {where} | {count} | {weights} | {cache} | {entry.notes} |"
 
 
 def how_to_run() -> Iterator[str]:
     """The second table of docs/models.md: memory with a conversation of 4,096 tokens, in bfloat16, 8 and 4 bits."""
     yield "| `--model` | command | bfloat16 | 8 bits | 4 bits | logits checked on |"
     yield "|---|---|---|---|---|---|"
-    for entry in (entry for entry in CATALOG if entry.runs):
+    for entry in CATALOG:
         flags = " ".join(["--model", entry.name, *FLAGS.get(entry.name, "").split(), '--prompt "Hello!"'])
         config, held = _config(entry), 3 * ["unknown"]
         if config is not None:
@@ -388,7 +384,7 @@ def _weights(entry: Entry) -> int | None:
 def _config(entry: Entry) -> ModelConfig | None:
     if entry.name in _SHAPES:
         return ModelConfig.from_dict(dict(_SHAPES[entry.name]))
-    return entry.model_config() if entry.runs else None
+    return entry.model_config()
 
 
 if __name__ == "__main__":

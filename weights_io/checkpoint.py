@@ -19,6 +19,7 @@ from weights_io import config as config_module
 from weights_io.built_in import built_in
 from weights_io.casting import check_dtype, check_finite, numpy_dtype
 from weights_io.config import ModelConfig
+from weights_io.config_keys import token_ids
 from weights_io.errors import MOST_NAMES, InputError, listed, short
 from weights_io.files.json_text import read_json, read_optional_json
 from weights_io.files.near_keys import refuse_near_keys
@@ -28,6 +29,7 @@ from weights_io.parameters import EMBEDDING, EXPERTS, HEAD, NORM, tensor_shapes
 from weights_io.quantization.gguf import as_packed
 from weights_io.quantization.packed import Packed, PackedTensor, arithmetic_dtype, stored_bytes
 from weights_io.quantization.reading import as_matrices
+from weights_io.vision.names import in_table_names, with_stored_queries
 
 # Buffers that old files hold. The models compute them.
 BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
@@ -226,7 +228,8 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
         if config is None:  # the model is refused before its weights are looked for
             config = ModelConfig.from_dict(raw, str(path / "config.json"))
         if weights:
-            found = open_folder(path)
+            found = in_table_names(open_folder(path), config)
+            config = with_stored_queries(config, raw, found)
             _check_names(dict(tensor_shapes(config)), found, path)  # packed matrices are looked for by their names
             _check_inner_names(found, path)
             config, tensors = as_matrices(config, raw, found, path)
@@ -246,15 +249,15 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
 def special_ids(path: Path, raw: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The BOS ids of config.json, and the union of the EOS ids of config.json and generation_config.json."""
     raw, source = dict(raw), str(path / "config.json") if path.is_dir() else str(path)
-    ends = config_module.token_ids(raw, "eos_token_id", vocab_size, source)
+    ends = token_ids(raw, "eos_token_id", vocab_size, source)
     if path.is_dir():
         generation = path / "generation_config.json"
         settings = read_optional_json(generation)
         if len(settings) > MAX_SETTINGS:
             raise InputError(f"{generation} has {len(settings)} keys (at most {MAX_SETTINGS}); download it again.")
         refuse_near_keys(settings, ("eos_token_id",), OTHER_IDS, generation)  # the only key that is used
-        ends += config_module.token_ids(settings, "eos_token_id", vocab_size, str(generation))
-    return config_module.token_ids(raw, "bos_token_id", vocab_size, source), tuple(dict.fromkeys(ends))
+        ends += token_ids(settings, "eos_token_id", vocab_size, str(generation))
+    return token_ids(raw, "bos_token_id", vocab_size, source), tuple(dict.fromkeys(ends))
 
 
 def check_tensors(config: ModelConfig, tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:

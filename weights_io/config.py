@@ -25,6 +25,7 @@ from weights_io.errors import InputError, short, shown
 from weights_io.files.json_text import read_json
 from weights_io.quantization.entries import KEYS, scheme_of_config
 from weights_io.rope_config import LongRoPE, RopeScaling, check_llama, check_scaling, rope_parameters, rope_scaling
+from weights_io.vision.config import VisionConfig, read_vision, vision_keys, within_window
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Family:
     heads_fill_hidden: bool = False  # its attention requires head_dim = hidden_size / num_attention_heads
     ignored: frozenset[str] = frozenset()  # keys that its original code does not use
     table: "Callable[[ModelConfig], Sequence[Any]] | None" = None  # its parameter table; None: the standard decoder's
+    renames: tuple[tuple[str, str], ...] = ()  # prefix of tensor names in the files -> prefix in the parameter table
 
 
 # Defaults: MiniCPM's class (configuration_minicpm.py of April 2024), MiniCPM3's (of September 2024) and Llama's
@@ -63,6 +65,20 @@ FAMILIES = {
         "LlamaForCausalLM",
         {"tie_word_embeddings": False},
         ignored=frozenset({"scale_emb", "scale_depth", "dim_model_base"}),
+    ),
+    # MiniCPM-V 1.0 and 2.0: MiniCPM's decoder behind a tower and a resampler. OmniLMM-12B's decoder is Mistral's.
+    "minicpmv": Family(
+        "MiniCPMV",
+        _SCALES,
+        scaled=True,
+        heads_fill_hidden=True,
+        ignored=frozenset({"head_dim"}),
+        renames=(("llm.", ""),),
+    ),
+    "omnilmm": Family(
+        "OmniLMMForCausalLM",
+        {"tie_word_embeddings": False},
+        renames=(("model.vision_tower.", "vpm."), ("model.resampler.", "resampler.")),
     ),
 }
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -126,6 +142,7 @@ class ModelConfig:
     scale_emb: float = 1.0
     scale_depth: float = 1.0
     dim_model_base: int = 1
+    vision: VisionConfig | None = None  # of a model that sees
 
     @property
     def family(self) -> Family:
@@ -187,14 +204,14 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that this class and transformers (for Llama) read back as this config."""
-        raw: dict[str, Any] = {
-            "architectures": [self.family.architecture],
-            **dataclasses.asdict(self),
-        }
-        absent = [] if self.family.scaled else ["scale_emb", "scale_depth", "dim_model_base"]
+        raw: dict[str, Any] = {"architectures": [self.family.architecture], **dataclasses.asdict(self)}
+        absent = ["vision"]
+        absent += [] if self.family.scaled else ["scale_emb", "scale_depth", "dim_model_base"]
         absent += list(self.family.ignored) if self.is_latent else list(LATENT)
         absent += [] if self.num_experts else ["num_experts", "num_experts_per_tok"]
         absent += ["hidden_act_param"] if self.hidden_act_param is None else []
+        if self.vision is not None:
+            raw |= self.vision.to_dict()
         if isinstance(self.rope_scaling, LongRoPE):  # MiniCPM3's code reads type, MiniCPM4's rope_type
             scaling = dataclasses.asdict(self.rope_scaling)
             lists = {key: list(value) for key, value in scaling.items() if isinstance(value, tuple)}
@@ -221,7 +238,7 @@ class _Reader:
         scheme_of_config(self.raw, self.source)
         ignored = FAMILIES[family].ignored
         values |= dict.fromkeys(ignored & values.keys())
-        self.refuse_unknown({*defaults, *KEYS, "sparse_config", *ignored})
+        self.refuse_unknown({*defaults, *KEYS, "sparse_config", *ignored, *vision_keys(family)})
         check_sparse(self.raw.get("sparse_config"), self.refuse)
         if "rope_parameters" in self.raw:
             values |= rope_parameters(self.raw, values["rope_theta"], self.refuse)
@@ -243,7 +260,11 @@ class _Reader:
         if not isinstance(values["tie_word_embeddings"], bool):
             raise self.refuse(f"tie_word_embeddings is {values['tie_word_embeddings']!r}; it must be true or false.")
         values["hidden_act_param"] = self.threshold(values["hidden_act"], values["hidden_act_param"])
-        config = ModelConfig(model_type=family, **values)
+        values["max_position_embeddings"] = within_window(
+            self.raw, family, values["max_position_embeddings"], self.refuse
+        )
+        vision = read_vision(self.raw, family, values["hidden_size"], self.refuse)
+        config = ModelConfig(model_type=family, vision=vision, **values)
         self.check_experts(config)
         if config.num_attention_heads % config.num_key_value_heads:
             raise self.refuse(
@@ -372,17 +393,3 @@ def stored_dtype(raw: dict[str, Any], source: str = "config.json") -> str | None
                 "removed."
             )
     return found
-
-
-def token_ids(raw: dict[str, Any], key: str, vocab_size: int, source: str = "config.json") -> tuple[int, ...]:
-    """The ids under a key such as ``eos_token_id``, which may be missing, one id or a list."""
-    value = raw.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise InputError(f"{source}: {key} is {shown(value)}; it must be a token id or a list of them.")
-    if any(i >= vocab_size for i in ids):
-        raise InputError(
-            f"{source}: {key} is {shown(value)}, and the vocabulary has the ids 0 to {vocab_size - 1}; use the "
-            "tokenizer's id of that token."
-        )
-    return tuple(ids)

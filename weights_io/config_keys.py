@@ -129,10 +129,12 @@ def other_model(raw: Mapping[str, Any], architectures: Sequence[str]) -> str | N
             f"{said if 'eagle' in said.lower() else 'this'} is a draft head (Eagle, FRSpec), which only proposes "
             "tokens for a larger model; SGLang, vLLM and CPM.cu run both together."
         )
-    if any(name.startswith(("minicpmv", "minicpmo", "minicpm_v", "minicpm_o")) for name in names):
+    later = [key for key in ("version", "vision_config", "audio_config", "tts_config") if raw.get(key) is not None]
+    others = [name for name in names if name.startswith(("minicpmv", "minicpmo", "minicpm_v", "minicpm_o"))]
+    if others and (later or set(others) != {"minicpmv"}):  # MiniCPM-V 1.0 and 2.0 have none of these keys
         return (
-            f"{said} is not supported: it takes images or sound; vLLM, SGLang, llama.cpp and its own code in "
-            "transformers run it."
+            f"{said} is not supported: of the models that take images or sound, MiniCPM-V 1.0, MiniCPM-V 2.0 and "
+            "OmniLMM-12B are; vLLM, SGLang, llama.cpp and its own code in transformers run it."
         )
     heads = """minicpm minicpmmodel minicpm3model minicpmforsequenceclassification minicpm3forsequenceclassification
         layerwiseminicpmforcausallm""".split()
@@ -142,3 +144,17 @@ def other_model(raw: Mapping[str, Any], architectures: Sequence[str]) -> str | N
             "sentence-transformers and its own code in transformers run it."
         )
     return None
+
+
+def token_ids(raw: dict[str, Any], key: str, vocab_size: int, source: str = "config.json") -> tuple[int, ...]:
+    """The ids under a key such as ``eos_token_id``, which may be missing, one id or a list."""
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise InputError(f"{source}: {key} is {shown(value)}; it must be a token id or a list of them.")
+    if any(i >= vocab_size for i in ids):
+        raise InputError(
+            f"{source}: {key} is {shown(value)}, and the vocabulary has the ids 0 to {vocab_size - 1}; use the "
+            "tokenizer's id of that token."
+        )
+    return tuple(ids)

@@ -134,11 +134,6 @@ def locate(
         return built_in(entry.name) if entry and not local else _local(path)
     if path.suffix == ".gguf":
         raise InputError(f"{given} does not exist: give the path of a .gguf file that is on this disk.")
-    if entry and check and not entry.runs:
-        raise InputError(
-            f"{entry.name} ({entry.notes}) is not supported yet: choose one that `python -m weights_io.catalog` says "
-            "runs."
-        )
     repo = entry.repo if entry else given
     if entry and hub == "modelscope" and given != entry.repo:
         if entry.modelscope is None:

@@ -25,6 +25,7 @@ from weights_io.parameters import EMBEDDING, HEAD, count, count_active
 from weights_io.quantization.packed import PackedTensor, arithmetic_dtype
 from weights_io.quantization.reading import as_matrices
 from weights_io.quantization.ternary import sampled_group
+from weights_io.vision.names import in_table_names
 
 UNKNOWN = "unknown"
 DEFAULT_TEMPLATE = "MiniCPM's default, <用户>{}<AI>"
@@ -104,7 +105,7 @@ def without_tokenizer(path: Path, downloaded: bool = False) -> tuple[Report, Map
         tensors: Mapping[str, LazyTensor] = {}
         missing = contradiction = None
         try:
-            tensors = open_folder(path)
+            tensors = in_table_names(open_folder(path), config)
         except InputError as error:
             missing = str(error)
         if tensors:

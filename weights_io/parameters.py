@@ -16,8 +16,11 @@ from dataclasses import dataclass
 
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError, listed
+from weights_io.vision.config import VisionConfig
 
 ALL_LINEAR = "all-linear"
+VISION = ("vpm.", "resampler.")  # before the names of a tower's and a resampler's weights
+CONSTANTS = {"ones": 1.0, "zeros": 0.0}  # initial values that are no random numbers
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Parameter:
     hf_name: str  # "model.layers.{layer}.mlp.experts.{expert}.w1.weight"
     dims: str  # one letter per dimension of the tensor in the files: "F D"
     axes: tuple[str, ...]  # the logical axis of each dimension, for the sharding rules
-    init: str  # embedding | matrix | ones
+    init: str  # embedding | matrix | ones | zeros
 
     @property
     def name(self) -> str:
@@ -35,8 +38,13 @@ class Parameter:
         return self.hf_name.replace(".{layer}", "").replace(".{expert}", "")
 
     @property
+    def of_vision(self) -> bool:
+        """Whether it belongs to the tower or the resampler of a model that sees."""
+        return self.hf_name.startswith(VISION)
+
+    @property
     def per_layer(self) -> bool:
-        """Whether each layer has its own."""
+        """Whether each layer, or each block of a tower, has its own."""
         return "{layer}" in self.hf_name
 
     @property
@@ -47,11 +55,11 @@ class Parameter:
     @property
     def adds_to_residual(self) -> bool:
         """Whether its output is added to the residual stream: o_proj, and down_proj or the experts' w2."""
-        return self.per_layer and self.init == "matrix" and self.axes[0] == "embed"
+        return self.per_layer and not self.of_vision and self.init == "matrix" and self.axes[0] == "embed"
 
     def mlx_names(self, config: ModelConfig) -> dict[str, list[str]]:
         """Name in the MLX model, one per layer -> the Hugging Face names of the tensors stacked under it."""
-        layers = range(config.num_hidden_layers if self.per_layer else 1)
+        layers = range(self.depth(config) if self.per_layer else 1)
         experts = range(config.num_experts if self.per_expert else 1)
         return {
             self.hf_name.replace(".{expert}", "").format(layer=i): [
@@ -64,9 +72,14 @@ class Parameter:
         """The names of its tensors in Hugging Face files, in stacking order."""
         return [hf_name for experts in self.mlx_names(config).values() for hf_name in experts]
 
+    def depth(self, config: ModelConfig) -> int:
+        """Layers of the part that it belongs to: the decoder, or a tower."""
+        vision = config.vision if self.of_vision else None
+        return config.num_hidden_layers if vision is None else vision.num_hidden_layers
+
     def stack(self, config: ModelConfig) -> tuple[int, ...]:
         """Sizes of the stacked axes, at most (L, E). ``np.ndindex(*stack)`` runs in the order of `hf_names`."""
-        return (config.num_hidden_layers,) * self.per_layer + (config.num_experts,) * self.per_expert
+        return (self.depth(config),) * self.per_layer + (config.num_experts,) * self.per_expert
 
     def tensor_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of one tensor in the files, without stacked axes."""
@@ -82,8 +95,8 @@ class Parameter:
 
     @property
     def is_decayed(self) -> bool:
-        """Whether fine-tuning applies weight decay to it. Norm weights, which start as ones, are not decayed."""
-        return self.init != "ones"
+        """Whether fine-tuning applies weight decay to it. Norm weights, which start as ones, and biases are not."""
+        return self.init not in CONSTANTS
 
     def logical_axes(self) -> tuple[str, ...]:
         """The logical axis of each dimension of `shape`."""
@@ -92,12 +105,12 @@ class Parameter:
     def init_std(self, config: ModelConfig) -> float:
         """Standard deviation of the initial values. muP divides a matrix's by sqrt(D / dim_model_base)
         (arXiv 2404.06395)."""
-        width = config.logit_divisor if self.init == "matrix" else 1.0
+        width = config.logit_divisor if self.init == "matrix" and not self.of_vision else 1.0
         return config.initializer_range / math.sqrt(width)
 
     def learning_rate_scale(self, config: ModelConfig) -> float:
         """muP's factor on the global learning rate: dim_model_base / D for matrices, 1 for the rest."""
-        return 1 / config.logit_divisor if self.init == "matrix" else 1.0
+        return 1 / config.logit_divisor if self.init == "matrix" and not self.of_vision else 1.0
 
 
 # V vocabulary, D hidden, F intermediate, N query heads, K key/value heads, H head dimension, E experts. For latent
@@ -143,6 +156,55 @@ HEAD = Parameter("lm_head.weight", "V D", ("vocab", "embed"), "embedding")
 DENSE = (EMBEDDING, *ATTENTION, *MLP, NORM)
 
 
+def _linear(name: str, out: str, width: str) -> tuple[Parameter, Parameter]:
+    """A weight [out, width] of a tower or a resampler, and its bias."""
+    axes = ("vision_out", "vision_in")
+    return Parameter(f"{name}.weight", f"{out} {width}", axes, "matrix"), _bias(f"{name}.bias", out)
+
+
+def _bias(name: str, width: str) -> Parameter:
+    return Parameter(name, width, ("norm",), "zeros")
+
+
+def _layer_norm(name: str, width: str) -> tuple[Parameter, Parameter]:
+    return Parameter(f"{name}.weight", width, ("norm",), "ones"), _bias(f"{name}.bias", width)
+
+
+# The tower of MiniCPM-V, which `vision_parameters` changes to OmniLMM's: W width, M intermediate, O stored positions.
+# The resampler: S queries.
+_BLOCK = "vpm.blocks.{layer}."
+_QKV = _linear(_BLOCK + "attn.qkv", "3W", "W")
+TOWER = (
+    Parameter("vpm.pos_embed", "1 O W", ("norm", "norm", "norm"), "embedding"),
+    Parameter("vpm.patch_embed.proj.weight", "W RGB PX PX", ("norm",) * 4, "matrix"),
+    _bias("vpm.patch_embed.proj.bias", "W"),
+    *_layer_norm(_BLOCK + "norm1", "W"),
+    *_QKV,
+    *_linear(_BLOCK + "attn.proj", "W", "W"),
+    *_layer_norm(_BLOCK + "norm2", "W"),
+    *_linear(_BLOCK + "mlp.fc1", "M", "W"),
+    *_linear(_BLOCK + "mlp.fc2", "W", "M"),
+    *_layer_norm("vpm.norm", "W"),
+)
+EVA = (
+    Parameter("vpm.cls_token", "1 1 W", ("norm",) * 3, "embedding"),
+    _bias(_BLOCK + "attn.q_bias", "W"),
+    _bias(_BLOCK + "attn.v_bias", "W"),
+)
+RESAMPLER = (
+    Parameter("resampler.query", "S D", ("norm", "norm"), "embedding"),
+    Parameter("resampler.pos_embed", "S D", ("norm", "norm"), "embedding"),
+    Parameter("resampler.proj", "D D", ("vision_in", "vision_out"), "matrix"),
+    Parameter("resampler.kv_proj.weight", "D W", ("vision_out", "vision_in"), "matrix"),
+    Parameter("resampler.attn.in_proj_weight", "3D D", ("vision_out", "vision_in"), "matrix"),
+    _bias("resampler.attn.in_proj_bias", "3D"),
+    *_linear("resampler.attn.out_proj", "D", "D"),
+    *_layer_norm("resampler.ln_q", "D"),
+    *_layer_norm("resampler.ln_kv", "D"),
+    *_layer_norm("resampler.ln_post", "D"),
+)
+
+
 def head_parameter(config: ModelConfig) -> Parameter:
     """The parameter that computes the logits: the embedding if it is tied."""
     return EMBEDDING if config.tie_word_embeddings else HEAD
@@ -154,12 +216,38 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
         return tuple(config.family.table(config))
     attention = LATENT_ATTENTION if config.is_latent else ATTENTION
     table = (EMBEDDING, *attention, *(MOE if config.num_experts else MLP), NORM)
-    return table if config.tie_word_embeddings else (*table, HEAD)
+    return (*table, *(() if config.tie_word_embeddings else (HEAD,)), *vision_parameters(config.vision))
+
+
+def vision_parameters(vision: VisionConfig | None) -> tuple[Parameter, ...]:
+    """The rows of a tower and a resampler. EVA's attention has biases of queries and values under their own names;
+    kv_proj is absent where the tower is as wide as the decoder."""
+    if vision is None:
+        return ()
+    tower = TOWER if vision.tower == "siglip" else (*(p for p in TOWER if p is not _QKV[1]), *EVA)
+    same = vision.hidden_size == vision.text_hidden_size
+    return (*tower, *(p for p in RESAMPLER if not (same and p.name == "resampler.kv_proj.weight")))
 
 
 def dimensions(config: ModelConfig) -> dict[str, int]:
     """The size of each letter of `Parameter.dims`."""
-    return {
+    vision = config.vision
+    seen = (
+        {}
+        if vision is None
+        else {
+            "1": 1,
+            "RGB": 3,
+            "PX": vision.patch_size,
+            "O": vision.positions,
+            "W": vision.hidden_size,
+            "3W": 3 * vision.hidden_size,
+            "M": vision.intermediate_size,
+            "S": vision.num_queries,
+            "3D": 3 * config.hidden_size,
+        }
+    )
+    return seen | {
         "V": config.vocab_size,
         "D": config.hidden_size,
         "F": config.intermediate_size,
@@ -213,7 +301,7 @@ def target_parameters(config: ModelConfig, targets: Sequence[str] | None) -> tup
     Raises:
         InputError: a target matches no matrix, or there is no target.
     """
-    matrices = [p for p in parameters(config) if p.per_layer and p.init == "matrix"]
+    matrices = _adaptable(config)
     found: set[str] = set()
     for target in default_targets(config) if targets is None else targets:
         hits = {p.name for p in matrices if target == ALL_LINEAR and not is_router(p)}
@@ -227,6 +315,11 @@ def target_parameters(config: ModelConfig, targets: Sequence[str] | None) -> tup
     if not found:
         raise InputError(f"an adapter needs at least one target; {ALL_LINEAR} selects every matrix of the layers.")
     return tuple(p for p in matrices if p.name in found)
+
+
+def _adaptable(config: ModelConfig) -> list[Parameter]:
+    """The matrices of the decoder's layers."""
+    return [p for p in parameters(config) if p.per_layer and p.init == "matrix" and not p.of_vision]
 
 
 def default_targets(config: ModelConfig) -> tuple[str, ...]:
@@ -251,5 +344,5 @@ def short_name(parameter: Parameter) -> str:
 
 def modules(config: ModelConfig) -> dict[str, Parameter]:
     """Module name -> row of the table, for every module that an adapter may change, the router included."""
-    matrices = [p for p in parameters(config) if p.per_layer and p.init == "matrix"]
+    matrices = _adaptable(config)
     return {module_name(hf_name): p for p in matrices for hf_name in p.hf_names(config)}

@@ -6,7 +6,7 @@ Meaning of the config keys: peft 0.21, tuners/lora/config.py.
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from weights_io.adapter_reader import (
@@ -26,6 +26,7 @@ from weights_io.files.safetensors import Computed
 from weights_io.files.tensor import LazyTensor, located
 from weights_io.lora import Adapter, AdapterConfig
 from weights_io.parameters import layer_of, modules, short_name
+from weights_io.vision.names import file_name, table_name
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the best first
 PREFIX = "base_model.model."
@@ -76,7 +77,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
                 f"{located(name, tensor)} is no matrix of a LoRA on a linear layer; merge the adapter into its model "
                 "with PEFT and load the result."
             )
-        module, part = match[1], PARTS[match[2]]
+        module, part = table_name(match[1], model), PARTS[match[2]]
         rows, columns = table_parameter(name, tensor, module, table).tensor_shape(model)
         shapes: dict[str, Shape] = {"a": (RANK, columns), "b": (rows, RANK), "magnitude": (rows,)}
         found.add(module, part, read_part(name, tensor, shapes[part]))
@@ -89,7 +90,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor], model: Model
                 f"{source} says rank {expected} for {module}, whose matrices have rank {actual}; save the adapter "
                 "again, config and tensors together."
             )
-    _check_targets(raw, ranks, source)
+    _check_targets(raw, [*ranks], model, source)
     root = raw.get("use_rslora") or False  # arXiv 2312.03732: alpha / sqrt(r)
     alpha = read_number(raw, "lora_alpha", 8, source)
     alpha_of = _by_pattern(raw, "alpha_pattern", alpha, source)
@@ -136,7 +137,7 @@ def files(adapter: Adapter, model: ModelConfig, base_model: str | None) -> tuple
     for module, m in adapter.tensors.items():
         for part, array in (("lora_A.weight", m.a), ("lora_B.weight", m.b), ("lora_magnitude_vector", m.magnitude)):
             if array is not None:
-                tensors[f"{PREFIX}{module}.{part}"] = Computed.of(array)
+                tensors[f"{PREFIX}{file_name(module, model)}.{part}"] = Computed.of(array)
     return raw, tensors
 
 
@@ -177,18 +178,19 @@ def _check(raw: Mapping[str, Any], source: str) -> None:
             )
 
 
-def _check_targets(raw: Mapping[str, Any], ranks: Mapping[str, int], source: str) -> None:
+def _check_targets(raw: Mapping[str, Any], adapted: Sequence[str], model: ModelConfig, source: str) -> None:
     """The config must not leave out a module that has tensors: PEFT would pass over them."""
     layers = raw.get("layers_to_transform")
     chosen = layers if isinstance(layers, list) else [] if layers is None else [layers]
     if not all(type(layer) is int for layer in chosen):
         raise InputError(f"{source} has layers_to_transform {shown(layers)}; it must be a list of whole numbers.")
     targets = raw.get("target_modules")
-    for module in ranks:
+    for module in adapted:
+        stored = file_name(module, model)
         left_out = "layers_to_transform" if chosen and layer_of(module) not in chosen else None
-        if targets is not None and targets != "all-linear" and not _named(raw, "target_modules", module, source):
+        if targets is not None and targets != "all-linear" and not _named(raw, "target_modules", stored, source):
             left_out = left_out or "target_modules"
-        if raw.get("exclude_modules") and _named(raw, "exclude_modules", module, source):
+        if raw.get("exclude_modules") and _named(raw, "exclude_modules", stored, source):
             left_out = left_out or "exclude_modules"
         if left_out:
             raise InputError(

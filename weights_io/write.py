@@ -26,6 +26,7 @@ from weights_io.parameters import EMBEDDING, HEAD, parameters, tensor_shapes
 from weights_io.progress import progress_bar
 from weights_io.quantization.writing import Affine
 from weights_io.quantization.zero_points import ZeroPoints
+from weights_io.vision.names import file_name
 
 Tensor = LazyTensor | Computed
 
@@ -80,6 +81,7 @@ def save_checkpoint(
     if packing is not None:
         parts = packing.parts(config, parts)
         added_keys = {**(added_keys or {}), **packing.keys}
+    parts = {file_name(name, config): part for name, part in parts.items()}
     sizes = {name: int(np.prod(part.shape)) * part.dtype.itemsize for name, part in parts.items()}
     files = _side_files(config, dtype or _stated_dtype(raw_config, dtypes), raw_config, added_keys, copy_from) | dict(
         extra_files or {}

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from minicpm_data.cli.generate import KVCacheOptions, read_stdin
+from minicpm_data.cli.generate import read_stdin
+from minicpm_data.cli.generate_options import KVCacheOptions
 from minicpm_data.cli.stored_prompt import fingerprint_of
 from minicpm_data.generation.api import Backend
 from minicpm_data.generation.prompt_cache import check_target, write_prompt_cache

@@ -4,13 +4,14 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minicpm_data.cli.meter import Meter
 from minicpm_data.cli.terminal import COMMANDS, Conversation, Message, printed
 from minicpm_data.cli.thoughts import ShownThought
 from minicpm_data.generation.api import answer_message
+from minicpm_data.generation.image_prompt import chat_prompt
 from minicpm_data.generation.options import MOST, Sampling
 from minicpm_data.generation.responses import Response
 from minicpm_data.generation.thinking import check_budget, check_thinks, thinks
@@ -19,6 +20,7 @@ from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
+    from weights_io.config import ModelConfig
 
 MODES = {"on": True, "off": False, "auto": None}  # /think -> enable_thinking
 
@@ -44,7 +46,7 @@ class Chat:
     Attributes:
         conversation: its messages.
         settings: of the next answers.
-        tokenizer: of the model.
+        tokenizer, config: of the model.
         answer: (ids, settings) -> the stream of the answer.
         meter: makes the meter of an answer.
         note: called with the tokens of the conversation; returns whether it printed a note about them.
@@ -54,7 +56,8 @@ class Chat:
     conversation: Conversation
     settings: Settings
     tokenizer: "Tokenizer"
-    answer: Callable[[list[int], Settings], Iterator[Response]]
+    config: "ModelConfig"
+    answer: Callable[[Sequence[int], Settings], Iterator[Response]]
     meter: Callable[[], Meter]
     note: Callable[[int], bool | None]
     show_thinking: bool | None = None
@@ -100,13 +103,14 @@ class Chat:
     def _ask(self, messages: list[Message]) -> bool:
         """Answer the last of the messages. A question without an answer is not kept. Returns whether there is one."""
         settings, thought = self.settings, ShownThought(self.show_thinking)
-        prompt = self.tokenizer.apply_chat(messages, enable_thinking=settings.enable_thinking)
+        prompt = chat_prompt(self.tokenizer, self.config, messages, enable_thinking=settings.enable_thinking)
         meter = self.meter()
         answer = self.answer(prompt, settings)
         said = "reading the prompt .." if self._stats else "compiling .."  # JAX compiles before its first answer
         reply = printed(meter.watch(answer), said, thought)
         if reply:
             self.conversation.messages = [*messages, answer_message(reply, thought.text)]
+            self.conversation.images = []
             self._stats = meter.report(len(prompt)).removeprefix("=" * 10).strip()
             if self._always:
                 print(f"({'; '.join(self._stats.splitlines())})")

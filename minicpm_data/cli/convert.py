@@ -7,6 +7,7 @@ from minicpm_data.tokenizer.writing import carried_files
 from weights_io.checkpoint import Checkpoint, open_model
 from weights_io.convert import Options, check, convert, convert_to_gguf
 from weights_io.errors import InputError
+from weights_io.files.gguf_writing import check_config
 from weights_io.write import check_output
 
 
@@ -35,6 +36,7 @@ def converted(checkpoint: Checkpoint, options: Options) -> list[str]:
     """
     if options.to != "gguf":
         return convert(checkpoint, options, carried_files(checkpoint))
+    check_config(checkpoint.config)
     tokenizer = tokenizer_of(checkpoint)
     if tokenizer is None:
         raise InputError(f"{checkpoint.path} has no tokenizer, without which llama.cpp loads no model; add its files.")

@@ -15,8 +15,9 @@ from minicpm_data.datasets.formats import Reader
 from minicpm_data.datasets.options import DataOptions
 from minicpm_data.datasets.turns import messages_of
 from minicpm_data.generation.api import Backend
+from minicpm_data.generation.image_prompt import chat_prompt
 from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions
-from minicpm_data.generation.request import GenerationRequest, ModelT
+from minicpm_data.generation.request import GenerationRequest, ModelT, Prompt
 from minicpm_data.keys import KeyRules, few
 from minicpm_data.model_options import ModelOptions, load_model, open_early
 from minicpm_data.option_checks import check_new_file, check_range
@@ -28,6 +29,7 @@ from weights_io.progress import progress_bar
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
+    from weights_io.vision.config import VisionConfig
 
 SHOWN = 5  # wrong answers that are printed
 
@@ -62,7 +64,7 @@ def replies(
     backend: Backend[ModelT],
     model: ModelT,
     tokenizer: "Tokenizer",
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     batch_size: int,
     max_tokens: int,
     stop: Sequence[str] = (),
@@ -130,7 +132,8 @@ def ask_questions(
     """
     from minicpm_data.corpus import questions
 
-    everything = list(questions(seed)) if data is None else questions_of(data, ignore_keys)
+    vision = model.config.vision
+    everything = list(questions(seed)) if data is None else questions_of(data, ignore_keys, vision)
     count = min(limit or len(everything), len(everything))
     asked = [everything[i * len(everything) // count] for i in range(count)]
     kinds = dict.fromkeys(q["kind"] for q in asked)
@@ -143,7 +146,11 @@ def ask_questions(
         asked = [{**q, "answer": _without_tokens(q["answer"], tokenizer)} for q in asked]
     messages = [q.get("messages", [{"role": "user", "content": q["prompt"]}]) for q in asked]
     tools = [q.get("tools") for q in asked]
-    prompts = [tokenizer.apply_chat(*each, trusted=trusted) for each in zip(messages, tools, strict=True)]
+    more = {"trusted": trusted} if vision is None else {}
+    prompts = [
+        chat_prompt(tokenizer, model.config, asked, tools=known, **more)
+        for asked, known in zip(messages, tools, strict=True)
+    ]
     said = replies(backend, model, tokenizer, prompts, batch_size, max_tokens, stop=tokenizer.turn_markers)
     return [Answered(q, reply, is_right(q, reply)) for q, reply in zip(asked, said, strict=True)]
 
@@ -154,14 +161,27 @@ def _without_tokens(answer: str, tokenizer: "Tokenizer") -> str:
     return tokenizer.decode(ids) if tokenizer.added_tokens.keys() & set(ids) else answer
 
 
-def questions_of(path: Path, ignore_keys: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The last question of each conversation in a file, with all messages up to it. Raises `InputError`."""
+def questions_of(
+    path: Path, ignore_keys: Collection[str] = (), vision: "VisionConfig | None" = None
+) -> list[dict[str, Any]]:
+    """The last question of each conversation in a file, with all messages up to it.
+
+    Arguments:
+        path: the file.
+        ignore_keys: keys of the data to ignore.
+        vision: of a model that sees; None refuses images.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    from minicpm_data.datasets.images import ImageData
     from minicpm_data.datasets.jsonl import read_items
 
     rules = KeyRules(ignore_keys)
+    reader = Reader(rules, None if vision is None else ImageData(vision, path.parent))
 
     def question(document: dict[str, Any]) -> dict[str, Any]:
-        found = Reader(rules).conversation(document)
+        found = reader.conversation(document)
         turns = [] if isinstance(found, str) else found.turns
         if isinstance(found, str) or turns[-1].role != "assistant":
             raise InputError("it does not end with an answer, with which a reply could be compared.")
@@ -169,7 +189,10 @@ def questions_of(path: Path, ignore_keys: Collection[str] = ()) -> list[dict[str
             raise InputError("its last answer has tool_calls, and a reply is compared as text; end with a text.")
         if turns[-1].weight is False:
             raise InputError("its last answer is not to be trained, so no reply is compared to it; delete the answer.")
-        *before, answer = messages_of(turns)
+        whole = messages_of(turns)
+        if reader.images is not None:
+            whole, _ = reader.images.messages(turns, found.images)
+        *before, answer = whole
         last = before[-1]["content"] if before else ""
         return {"prompt": last, "answer": answer["content"], "kind": "exact", "messages": before, "tools": found.tools}
 

@@ -1,15 +1,13 @@
 """The commands generate and chat of both backends: flags, output, and chat in a terminal."""
 
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING
 
 from minicpm_data.cli.chat import Chat, Settings, greet
+from minicpm_data.cli.generate_options import ChatOptions, GenerateOptions
 from minicpm_data.cli.meter import Meter
 from minicpm_data.cli.stored_prompt import Stored
 from minicpm_data.cli.terminal import Conversation, complain, typed_lines
@@ -17,179 +15,19 @@ from minicpm_data.cli.thoughts import ShownThought
 from minicpm_data.cli.wrapping import keys_unseen
 from minicpm_data.diagnostics import sparsity
 from minicpm_data.generation.api import Backend
+from minicpm_data.generation.image_prompt import chat_prompt
 from minicpm_data.generation.options import (
-    ANSWER_TOKENS,
-    CHAT_TOKENS,
-    CacheOptions,
     Sampling,
 )
 from minicpm_data.generation.request import GenerationRequest, ModelT
-from minicpm_data.generation.responses import stop_strings
-from minicpm_data.generation.speculation import Source, Speculation
-from minicpm_data.generation.thinking import check_budget, check_thinks
-from minicpm_data.model_options import ModelOptions, load_model, note_context, open_early
-from minicpm_data.sampling_defaults import OF_CHAT, SamplingDefaults
+from minicpm_data.generation.thinking import check_budget
+from minicpm_data.model_options import load_model, note_context, open_early
 from weights_io import command_line
-from weights_io.cli.switches import Switch
-from weights_io.command_line import Former, Unneeded
 from weights_io.errors import InputError, not_utf8
 from weights_io.progress import awaited, waiting
 
 if TYPE_CHECKING:
     from minicpm_data.generation.responses import Response
-    from minicpm_data.tokenizer.tokenizer import Tokenizer
-
-# "--stop a b", "--stop a --stop b", or both.
-Texts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    temp: Annotated[float | None, Former("temperature")] = 0.0
-    """Temperature; 0 takes the likeliest token."""
-    top_p: float | None = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
-    top_k: int = 0
-    """Sample from the K likeliest tokens. 0 samples from all tokens."""
-    min_p: float = 0.0
-    """Exclude tokens whose probability is below this fraction of the likeliest token's probability."""
-    min_tokens_to_keep: int = 1
-    """Number of the likeliest tokens that --min-p never excludes."""
-    xtc_probability: float = 0.0
-    """How often a token is sampled with XTC, which excludes the likeliest choices: 0 is never, 1 is always."""
-    xtc_threshold: float = 0.1
-    """XTC excludes the tokens above this probability, except the least likely of them."""
-    repetition_penalty: float = 1.0
-    """Values above 1 make tokens of the prompt and the answer less likely to be repeated."""
-    seed: int | None = None
-    """Random seed. The same seed gives the same answer. By default each run uses a new seed."""
-    system_prompt: str | None = None
-    """System message before the first question."""
-    stop: Texts = ()
-    """Texts that end the answer. They are not printed."""
-
-    def stops(self, *more: str) -> tuple[str, ...]:
-        """The texts of --stop, checked, and ``more``."""
-        return stop_strings([*chain(*self.stop), *more])
-
-    def sampling(self, defaults: SamplingDefaults = OF_CHAT) -> Sampling:
-        """The sampling parameters, with the defaults of a model where no temperature or top-p is given."""
-        return Sampling(
-            temperature=defaults.temperature if self.temp is None else self.temp,
-            top_p=defaults.top_p if self.top_p is None else self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            xtc_probability=self.xtc_probability,
-            xtc_threshold=self.xtc_threshold,
-            min_tokens_to_keep=self.min_tokens_to_keep,
-        )
-
-
-@dataclass(frozen=True)
-class ThinkingOptions:
-    enable_thinking: Annotated[bool | None, Switch()] = None
-    """Let the model think before it answers, or not. By default its chat template decides."""
-    thinking_budget: int | None = None
-    """Maximum number of tokens of a thought. It is then closed, and the answer begins."""
-    show_thinking: Annotated[bool | None, Switch()] = None
-    """Print the thought too, or not. By default it is printed on a terminal only."""
-
-    def check_thinking(self, tokenizer: "Tokenizer") -> None:
-        """Raises `InputError` where the chat template does not think, and an option asks for it."""
-        if self.enable_thinking:
-            check_thinks(tokenizer, "enable_thinking")
-        if self.thinking_budget is not None:
-            check_thinks(tokenizer, "thinking_budget")
-
-
-@dataclass(frozen=True)
-class KVCacheOptions:
-    kv_bits: Literal[4, 8] | None = None
-    """Bits of the quantized key/value cache (JAX: 8)."""
-    kv_group_size: int | None = None
-    """Group size of --kv-bits. MLX: 64 by default, or 32 if the head dimension is not a multiple of 64. JAX: a head."""
-    quantized_kv_start: int = 0
-    """Quantize the cache of --kv-bits once it holds this many tokens (MLX). By default from the first token on."""
-    max_kv_size: int | None = None
-    """Maximum number of tokens in the cache: the first 4 and the latest ones (MLX)."""
-    prefill_step_size: int = 512
-    """Chunk size of the prompt in tokens. A smaller chunk takes less memory."""
-
-    def cache_options(self) -> CacheOptions:
-        return CacheOptions(**{field.name: getattr(self, field.name) for field in fields(KVCacheOptions)})
-
-
-@dataclass(frozen=True)
-class GenerateOptions(KVCacheOptions, ThinkingOptions, SamplingOptions, ModelOptions):
-    prompt_cache_file: str | None = None
-    """File of cache_prompt. Its text comes before the prompt, and need not be computed again."""
-    prompt: Annotated[str, tyro.conf.arg(aliases=("-p",))] = "Hello!"
-    """The prompt. - reads it from standard input."""
-    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = ANSWER_TOKENS
-    """Maximum number of tokens of the answer."""
-    ignore_chat_template: bool = False
-    """Continue the prompt as raw text, without the chat template."""
-    prefill_response: str | None = None
-    """Text that the answer begins with. Only the model's continuation is printed."""
-    chat_template_config: str | None = None
-    """Additional variables for the chat template, as a JSON object."""
-    extra_eos_token: Texts = ()
-    """Additional tokens that end the answer, such as <|im_end|>."""
-    use_default_chat_template: Annotated[
-        bool, tyro.conf.Suppress, Unneeded("a model without a chat template gets a default one")
-    ] = False
-    """Accepted for scripts of mlx_lm; it changes nothing, as a model without a chat template gets a default one."""
-    draft_model: str | None = None
-    """Smaller model with the same tokenizer that guesses the next tokens. The answer is the same, and comes sooner."""
-    num_draft_tokens: int = 3
-    """Number of tokens that are guessed at a time."""
-    prompt_lookup: bool = False
-    """Find the last tokens earlier in the text, and guess that the same tokens follow. Speeds up repetitive text."""
-    verbose: Annotated[bool, tyro.conf.FlagConversionOff] = True
-    """Print speed and memory at the end."""
-    report_sparsity: bool = False
-    """At the end, print the fraction of MLP neurons that the activation sets to 0 over prompt and answer, before the
-    product with up_proj. For models with relu or fatrelu, such as MiniCPM-S-1B."""
-
-    def speculation(self, draft_model: Source | None) -> Speculation[Source]:
-        """The options of speculative decoding. ``draft_model``: the name from the flag, or the loaded model."""
-        return Speculation(draft_model, self.prompt_lookup, self.num_draft_tokens)
-
-    def template_variables(self) -> dict[str, Any]:
-        """The object of --chat-template-config. Raises `InputError` for a wrong value, and for flags of the template
-        together with --ignore-chat-template."""
-        for name in ("system_prompt", "prefill_response", "chat_template_config", "enable_thinking"):
-            if self.ignore_chat_template and getattr(self, name) is not None:
-                raise InputError(
-                    f"needs the chat template; leave out {{ignore_chat_template}} or {{{name}}}.",
-                    option=name,
-                    others=["ignore_chat_template", name],
-                )
-        try:
-            variables = json.loads(self.chat_template_config or "{}")
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"is not JSON ({error}); give an object.", option="chat_template_config") from None
-        if not isinstance(variables, dict):
-            raise InputError('--chat-template-config must be a JSON object such as {"enable_thinking": false}.')
-        return variables
-
-    def messages(self, prompt: str) -> list[dict[str, str]]:
-        begun = [] if self.prefill_response is None else [{"role": "assistant", "content": self.prefill_response}]
-        return [*_system(self), {"role": "user", "content": prompt}, *begun]
-
-
-@dataclass(frozen=True)
-class ChatOptions(KVCacheOptions, ThinkingOptions, SamplingOptions, ModelOptions):
-    prompt_cache_file: str | None = None
-    """File of cache_prompt. Its text comes before the first question, and need not be computed again."""
-    temp: Annotated[float | None, Former("temperature")] = None
-    """Temperature; 0 takes the likeliest token. By default the model's own, which inspect shows."""
-    top_p: float | None = None
-    """Sample from the likeliest tokens that together have this probability. By default the model's own."""
-    max_tokens: Annotated[int, tyro.conf.arg(aliases=("-m",))] = CHAT_TOKENS
-    """Maximum number of tokens of an answer, with its thought."""
 
 
 def run_generate(
@@ -221,6 +59,7 @@ def run_generate(
             else replace(options, model=options.draft_model, revision=None, adapter_path=None, rope_scaling=None)
         )
         drafter = None if drafting is None else open_early(drafting)
+        images = options.images(None if here is None else here.config)
         running = backend()
         # The form for decoding does not let the layers be inspected.
         model, tokenizer = load_model(running, options, decoding=not options.report_sparsity, source=here)
@@ -231,14 +70,16 @@ def run_generate(
         for token in chain(*options.extra_eos_token, stored.eos_tokens if stored else ()):
             tokenizer.add_eos_token(token)
 
-        def encoded(prompt: str) -> list[int]:
+        def encoded(prompt: str) -> Sequence[int]:
             if options.ignore_chat_template:
                 return tokenizer.encode(prompt)
             begun = options.prefill_response is not None
-            return tokenizer.apply_chat(
-                options.messages(prompt),
-                tools,
-                options.enable_thinking,
+            return chat_prompt(
+                tokenizer,
+                model.config,
+                options.messages(prompt, images),
+                tools=tools,
+                enable_thinking=options.enable_thinking,
                 continue_final_message=begun,
                 variables=variables,
             )
@@ -260,6 +101,8 @@ def run_generate(
         print_answer(awaited(f"reading the prompt of {left} tokens", meter.watch(answer)), options.show_thinking)
         said = [meter.report(left)] if options.verbose else []
         if options.report_sparsity:
+            if images:
+                raise InputError("does not go with {image}; leave one of them out.", "report_sparsity", ["image"])
             run = [*ids, *meter.tokens[:-1]]  # the model never saw the last token
             with waiting("counting neurons"):
                 said.append(sparsity.line(running.activation_sparsity(model, run)))
@@ -300,7 +143,7 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
             for token in stored.eos_tokens if stored else ():
                 tokenizer.add_eos_token(token)
 
-            def answer(prompt: list[int], settings: Settings) -> "Iterator[Response]":
+            def answer(prompt: Sequence[int], settings: Settings) -> "Iterator[Response]":
                 most, budget = settings.max_tokens, settings.thinking_budget
                 request = GenerationRequest.of(
                     model, tokenizer, [prompt], most, settings.sampling, cache_options, budget
@@ -323,9 +166,10 @@ def run_chat(backend: Callable[[], Backend[ModelT]], prog: str, options: type[Ch
             }
             settings = Settings(sampling, max_tokens, options.enable_thinking, options.thinking_budget, own)
             chat = Chat(
-                Conversation(options.system_prompt, stored.text if stored else ""),
+                Conversation(options.system_prompt, stored.text if stored else "", options.sight(model.config)),
                 settings,
                 tokenizer,
+                model.config,
                 answer,
                 lambda: Meter(running.device),
                 note,
@@ -374,10 +218,6 @@ def _note_unused(sampling: Sampling) -> None:
     """Print a note about flags that change nothing, because nothing is sampled."""
     if sampling.greedy and sampling.excludes:
         print("note: --temp 0 takes the likeliest token, so --xtc-probability changes nothing", file=sys.stderr)
-
-
-def _system(options: SamplingOptions) -> list[dict[str, str]]:
-    return [] if options.system_prompt is None else [{"role": "system", "content": options.system_prompt}]
 
 
 def _positive(max_tokens: int) -> int:

@@ -1,7 +1,7 @@
 """``--prompt-cache-file`` of the commands: the text and the keys and values that come before a prompt."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,13 +62,13 @@ class Stored:
         if self.file.text is None:
             raise InputError(f"{self.file.path} is of mlx_lm and holds no text, which a chat needs; {AGAIN}.")
 
-    def ids(self, prompt: str, encoded: Callable[[str], list[int]]) -> list[int]:
+    def ids(self, prompt: str, encoded: Callable[[str], Sequence[int]]) -> Sequence[int]:
         """The ids of the stored text and the prompt; zeros for those of a text that the file does not hold."""
         if self.file.text is not None:
             return encoded(self.text + prompt)
         whole, other = encoded(prompt), encoded("." if prompt[0] != "." else "-")
         same = next((i for i, pair in enumerate(zip(whole, other, strict=False)) if pair[0] != pair[1]), len(other) - 1)
-        return [0] * self.file.length + whole[same:]
+        return [0] * self.file.length + [*whole[same:]]
 
     def begun(self, config: "ModelConfig", request: "GenerationRequest") -> "GenerationRequest":
         """The request with what the file holds of its prompt. A note says where that is not all of the file."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -10,17 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from minicpm_data.cli.thoughts import ShownThought
 from minicpm_data.cli.wrapping import Wrapper, waiting
+from minicpm_data.conversation.messages import with_images
 from minicpm_data.datasets.jsonl import read_documents
 from minicpm_data.datasets.preview import CONTROLS
 from minicpm_data.datasets.turns import messages_of, read_turns
+from minicpm_data.images.tags import with_parts, with_tags
 from minicpm_data.keys import KeyRules
 from weights_io.errors import InputError, short
 
 if TYPE_CHECKING:
     from minicpm_data.generation.responses import Response
+    from minicpm_data.images.processing import ProcessedImage
 
 # At most 60 columns wide.
 HELP = """/retry         ask the last question again
+/image FILE    show the model an image with the next
+               question; a dragged file works too
 /reset         forget the conversation
 /system TEXT   begin anew with this system message, or none
 /set           show the settings
@@ -36,7 +42,7 @@ HELP = """/retry         ask the last question again
 /quit          end, as Ctrl-D; Ctrl-C stops an answer
 A line that begins with a space is a question, even if a
 slash follows."""
-COMMANDS = "/retry /reset /system /set /think /stats /save /load /help /quit /exit".split()
+COMMANDS = "/retry /image /reset /system /set /think /stats /save /load /help /quit /exit".split()
 LONGEST = 16 << 20  # bytes of a file of conversations
 
 Message = dict[str, Any]
@@ -48,11 +54,13 @@ class Conversation:
     Arguments:
         system: the system message.
         before: a text that the first question continues.
+        see: opens and cuts the image of a path; None for a model that does not see.
     """
 
-    def __init__(self, system: str | None, before: str = ""):
-        self.system, self.before = system, before
+    def __init__(self, system: str | None, before: str = "", see: "Callable[[str], ProcessedImage] | None" = None):
+        self.system, self.before, self.see = system, before, see
         self.messages = self._beginning()
+        self.images: list[ProcessedImage] = []  # that belong to the next question
         self._saved: dict[Path, tuple[int, int]] = {}  # files saved by this chat: inode and bytes
 
     def _beginning(self) -> list[Message]:
@@ -61,10 +69,33 @@ class Conversation:
     def asked(self, question: str) -> list[Message]:
         """The messages with one more question."""
         first = not any(message["role"] == "user" for message in self.messages)
-        return [*self.messages, {"role": "user", "content": (self.before if first else "") + question}]
+        content = with_images((self.before if first else "") + question, self.images)
+        return [*self.messages, {"role": "user", "content": content}]
 
     def reset(self) -> None:
-        self.messages = self._beginning()
+        self.messages, self.images = self._beginning(), []
+
+    def show(self, names: str) -> None:
+        """Open the images of /image, which belong to the next question.
+
+        Arguments:
+            names: a path, or several with the quotes or backslashes of a shell, as a terminal writes a dragged file.
+
+        Raises:
+            InputError: the model does not see, or as `process`.
+        """
+        if self.see is None:
+            raise InputError("this model takes no images; load one that sees, such as openbmb/MiniCPM-V-2.")
+        if not names:
+            raise InputError("/image needs the name of a file: /image FILE.")
+        try:
+            paths = [names] if Path(names).expanduser().is_file() else shlex.split(names)
+        except (ValueError, OSError, RuntimeError):  # a quote that is not closed; no such user
+            paths = [names]
+        found = [self.see(path) for path in paths]
+        self.images += found
+        for image in found:
+            print(f"({image})")
 
     def command(self, line: str) -> bool:
         """Run a slash command, and return whether the chat continues. Raises `InputError` where a file cannot be
@@ -81,6 +112,8 @@ class Conversation:
                 self.system = rest or None
                 self.reset()
                 print(f"(begun anew with {'this' if rest else 'no'} system message)")
+            case "/image":
+                self.show(rest)
             case "/save" | "/load" if not rest:
                 raise InputError(f"{name} needs the name of a file: {name} FILE.")
             case "/save":
@@ -110,10 +143,18 @@ class Conversation:
             raise InputError(f"{path} cannot be read ({reason}); give another file.") from error
         if not found:
             raise InputError(f"{path} is empty; give a file that /save wrote.")
-        if unknown := sorted(found[-1].keys() - {"messages"}):
+        if unknown := sorted(found[-1].keys() - {"messages", "images"}):
             raise InputError(f"{path} has the key {short(unknown[0])!r}; give a file that /save wrote.")
         turns = read_turns(found[-1].get("messages"), KeyRules())
-        self.messages = messages_of(turns)
+        images = found[-1].get("images", [])
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise InputError(f"{path} has images that are no paths; give a file that /save wrote.")
+        if images and self.see is None:
+            raise InputError(f"{path} holds images, and this model takes none; load one that sees.")
+        messages = messages_of(turns)
+        if images and self.see is not None:
+            messages = with_parts(messages, [*map(self.see, images)], str(path))
+        self.messages, self.images = messages, []
         self.system = next((turn.content for turn in turns[:1] if turn.role == "system"), None)
         which = f"the last of {len(found)} conversations, " if len(found) > 1 else ""
         more = "" if turns[-1].role == "assistant" else "; /retry answers the last question"
@@ -127,7 +168,9 @@ class Conversation:
         """
         if not any(message["role"] == "assistant" for message in self.messages):
             raise InputError("there is no answer to save yet; ask something first.")
-        line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+        messages, images = with_tags(self.messages)
+        whole = {"messages": messages, **({"images": images} if images else {})}
+        line = json.dumps(whole, ensure_ascii=False) + "\n"
         try:
             path = path.expanduser().resolve()
             if path.exists() and not path.is_file():

@@ -18,6 +18,7 @@ RENAMED = {"developer": "system"}  # OpenAI's newer name
 THOUGHTS = ("reasoning_content", "reasoning", "thought", "thinking")  # names of an answer's thought, ours first
 KEYS_OF = {"assistant": ("tool_calls", *THOUGHTS), "tool": ("tool_call_id", "name")}  # beside role and content
 PART_NOTES = ("cache_control",)
+IMAGE_PARTS = ("image", "image_url", "input_image")  # types of parts that are images (`minicpm_data.images`)
 
 
 def clean_messages(messages: Sequence[Message], rules: KeyRules | None = None) -> list[dict[str, Any]]:
@@ -41,6 +42,13 @@ def clean_messages(messages: Sequence[Message], rules: KeyRules | None = None) -
     """
     cleaned = [clean_message(message, f"message {i}", rules) for i, message in enumerate(checked_list(messages))]
     return [cleaned[i] for i in call_order(cleaned)]
+
+
+def with_images(query: str, images: Sequence[Any]) -> str | list[dict[str, Any]]:
+    """The content of a message with images before its text."""
+    return (
+        [*({"type": "image", "image": image} for image in images), {"type": "text", "text": query}] if images else query
+    )
 
 
 def checked_list(messages: Any) -> Sequence[Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minicpm_data.datasets.examples import IGNORED, Example, LocalRows, Pair
+from minicpm_data.datasets.images import StoredImage, image_arrays
 from weights_io.errors import InputError
 
 MULTIPLE = 32  # widths are multiples of it
@@ -36,16 +37,17 @@ class Batch:
     several processes, the arrays hold only the rows of this process.
     """
 
-    ids: np.ndarray  # [B, T] int32
+    ids: np.ndarray  # [B, T] int32; `IMAGE` at the tokens of images
     labels: np.ndarray  # [B, T] int32: the token id where it is a target, else -100; position t - 1 predicts t
     segments: np.ndarray  # [B, T] int32: 1, 2, ... for the examples of a row, 0 for padding
     size: int  # B over all processes
     length: int  # tokens over all processes, targets or not
     trained: int  # targets over all processes
     index: np.ndarray | None = None  # [B] int32, for pairs only: the index of each row's pair, -1 for padding rows
+    images: tuple[StoredImage, ...] = ()  # in the order of their tokens, row by row
 
     def arrays(self, references: np.ndarray | None = None, local_rows: LocalRows = range) -> dict[str, np.ndarray]:
-        """The arrays of a training step, by name.
+        """The arrays of a training step, by name; with images those of `image_arrays` too.
 
         Arguments:
             references: [n + 1, 2], the reference log-probabilities of every pair's answers, and of a padding row.
@@ -56,7 +58,7 @@ class Batch:
             assert self.index is not None
             both = references[self.index].T.reshape(-1)  # chosen answers first
             found["reference"] = both[list(local_rows(self.size))]
-        return found
+        return {**found, **image_arrays(self.ids, self.images)} if self.images else found
 
     @property
     def tokens(self) -> int:
@@ -241,6 +243,7 @@ def _assemble(
     made = local_rows(sides * len(rows))
     shape = (len(made), width)
     ids, labels, segments = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32), np.zeros(shape, np.int32)
+    images: list[StoredImage] = []
     for b, place in enumerate(made):
         side, row = divmod(place, len(rows))
         at = 0
@@ -251,7 +254,8 @@ def _assemble(
             labels[b, here] = np.where(part.trained, part.ids, IGNORED)
             labels[b, at] = IGNORED  # the first token has no predecessor in its example
             at = here.stop
+            images += part.images
     index = np.array([row[0] if row else -1 for row in rows], np.int32) if sides == 2 else None
     parts = [part for row in rows for i in row for part in examples[i].parts]
     length, trained = sum(part.length for part in parts), sum(int(part.trained[1:].sum()) for part in parts)
-    return Batch(ids, labels, segments, sides * len(rows), length, trained, index)
+    return Batch(ids, labels, segments, sides * len(rows), length, trained, index, tuple(images))

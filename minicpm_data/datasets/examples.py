@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from minicpm_data.datasets.formats import Reader
+from minicpm_data.datasets.images import ImageData, StoredImage
 from minicpm_data.datasets.jsonl import read_items
 from minicpm_data.datasets.preview import show
-from minicpm_data.datasets.turns import Turn, messages_of
+from minicpm_data.datasets.turns import Conversation, Turn, messages_of
+from minicpm_data.images.conversation import IMAGE, encode_example
 from minicpm_data.keys import KeyRules, few
 from weights_io.errors import InputError
+from weights_io.vision.config import VisionConfig
 
 if TYPE_CHECKING:
     from minicpm_data.tokenizer.tokenizer import Tokenizer
@@ -31,10 +34,11 @@ SUFFIXES = (".jsonl", ".json")
 class Example:
     """A conversation or a text. It starts with BOS where the tokenizer adds it. The first token is never a target."""
 
-    ids: np.ndarray  # [T] int32
+    ids: np.ndarray  # [T] int32; `IMAGE` at the tokens of images
     trained: np.ndarray  # [T] bool: which tokens are targets
     empty: bool = False  # one of the trained answers has no text
     unanswered: bool = False  # messages after its last answer were left out
+    images: tuple[StoredImage, ...] = ()  # in the order of their tokens
 
     @property
     def length(self) -> int:
@@ -76,8 +80,10 @@ class Split:
         """One line for the user: the number of examples and tokens, and what the window cut off."""
         parts = [part for item in self.examples for part in item.parts]
         tokens, trained = sum(part.length for part in parts), sum(int(part.trained.sum()) for part in parts)
+        images = sum(len(part.images) for part in parts)
         kind = ("pair" if isinstance(self.examples[0], Pair) else "example") + "s" * (len(self.examples) != 1)
         line = f"{self.path.name}: {len(self.examples):,} {kind}, {tokens:,} tokens, {trained:,} of them trained"
+        line += f"; {images:,} image{'s' * (images != 1)}" if images else ""
         line += f"; {self.cut:,} cut at the window's end" if self.cut else ""
         line += f"; {self.dropped:,} dropped, nothing trained in the window" if self.dropped else ""
         empty, unanswered = sum(part.empty for part in parts), sum(part.unanswered for part in parts)
@@ -97,6 +103,8 @@ def load_split(
     required: bool = True,
     ignore_keys: Collection[str] = (),
     trusted: bool = True,
+    vision: VisionConfig | None = None,
+    max_slices: int | None = None,
 ) -> Split | None:
     """Load the examples of one split.
 
@@ -111,6 +119,8 @@ def load_split(
         required: whether a missing split is an error.
         ignore_keys: keys of the data to ignore.
         trusted: special tokens that the data spells out become their ids.
+        vision: of a model that sees; None refuses images.
+        max_slices: most slices of an image; None: the model's own number.
 
     Returns:
         The split; None where it is missing and not ``required``.
@@ -125,7 +135,8 @@ def load_split(
         return None
     make = make_pair if pairs else make_example
     rules = KeyRules(ignore_keys)
-    items = read_items(path, lambda document: make(document, tokenizer, mask_prompt, Reader(rules), trusted))
+    reader = Reader(rules, None if vision is None else ImageData(vision, path.parent, max_slices))
+    items = read_items(path, lambda document: make(document, tokenizer, mask_prompt, reader, trusted))
     lengths = [item.length for item in items]
     within = [_within(item, max_seq_length) for item in items]
     kept = [item for item in within if any(part.trained.any() for part in item.parts)]
@@ -183,7 +194,8 @@ def make_example(
     Raises:
         InputError: the document cannot be used.
     """
-    found = (reader or Reader()).conversation(document)
+    reader = reader or Reader()
+    found = reader.conversation(document)
     if isinstance(found, str):
         if not found:
             raise InputError("its text is empty; delete it.")
@@ -199,7 +211,7 @@ def make_example(
     answers = [flag for flag, turn in zip(trained, turns, strict=True) if turn.role == "assistant"]
     if answers and not any(answers) and mask_prompt:
         raise InputError("it has no answer to train; delete it, or the weights of its messages.")
-    example = _example(*tokenizer.chat_example(messages_of(turns), trained, not mask_prompt, trusted, found.tools))
+    example = _encoded(found, tokenizer, reader, trained, not mask_prompt, trusted)
     return replace(example, empty=_is_empty(turns, trained), unanswered=turns[-1].role != "assistant")
 
 
@@ -211,18 +223,29 @@ def make_pair(
     trusted: bool = True,
 ) -> Pair:
     """Tokenize a preference pair. Only the last answer of each conversation is trained, whatever ``mask_prompt`` is."""
+    reader = reader or Reader()
     chosen, rejected = (
         replace(
-            _example(
-                *tokenizer.chat_example(
-                    messages_of(found.turns), _only_last(found.turns), trusted=trusted, tools=found.tools
-                )
-            ),
+            _encoded(found, tokenizer, reader, _only_last(found.turns), False, trusted),
             empty=_is_empty(found.turns, _only_last(found.turns)),
         )
-        for found in (reader or Reader()).pair(document)
+        for found in reader.pair(document)
     )
     return Pair(chosen, rejected)
+
+
+def _encoded(
+    found: Conversation, tokenizer: "Tokenizer", reader: Reader, trained: list[bool], prompts: bool, trusted: bool
+) -> Example:
+    """A conversation as an example. Arguments as for `Tokenizer.chat_example`."""
+    if reader.images is None:
+        messages = messages_of(found.turns)
+        return _example(*tokenizer.chat_example(messages, trained, prompts, trusted, found.tools))
+    messages, sources = reader.images.messages(found.turns, found.images)
+    vision, most = reader.images.vision, reader.images.max_slices
+    chat, targets = encode_example(tokenizer, vision, messages, trained, prompts, trusted, found.tools, most)
+    stored = map(reader.images.stored, sources, chat.images)
+    return replace(_example(chat.ids, targets), images=tuple(stored))
 
 
 def _is_empty(turns: Sequence[Turn], trained: Sequence[bool]) -> bool:
@@ -238,8 +261,21 @@ def _example(ids: list[int], trained: list[bool]) -> Example:
 
 
 def _within(item: Example | Pair, width: int) -> Example | Pair:
-    parts = [replace(part, ids=part.ids[:width], trained=part.trained[:width]) for part in item.parts]
+    parts = [_cut(part, width) for part in item.parts]
     return Pair(*parts) if isinstance(item, Pair) else parts[0]
+
+
+def _cut(part: Example, width: int) -> Example:
+    """The first ``width`` tokens of an example, or fewer: an image that does not fit is left out whole."""
+    images = part.images
+    if images and part.length > width:
+        at = np.flatnonzero(part.ids == IMAGE)
+        ends = np.cumsum([image.tokens for image in images])
+        fitting = int(np.searchsorted(at[ends - 1], width))
+        if fitting < len(images):
+            width = min(width, int(at[ends[fitting] - images[fitting].tokens]) - 1)
+        images = images[:fitting]
+    return replace(part, ids=part.ids[:width], trained=part.trained[:width], images=images)
 
 
 def ended(ids: list[int], tokenizer: "Tokenizer") -> list[int]:

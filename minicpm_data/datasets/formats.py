@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from minicpm_data.datasets.images import ImageData
 from minicpm_data.datasets.turns import (
     Conversation,
+    Named,
     Turn,
     asked,
     messages_of,
@@ -115,24 +117,33 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads lines. ``rules`` decides about keys that are not used."""
+    """Reads lines.
+
+    Attributes:
+        rules: decide about keys that are not used.
+        images: for a model that sees; None refuses images.
+    """
 
     rules: KeyRules = field(default_factory=KeyRules)
+    images: ImageData | None = None
 
     def conversation(self, document: Document) -> Conversation | str:
         """The conversation in a document of any format, or its text. Raises `InputError` for an unknown format or
         key."""
-        document = self._kept(document)
+        named, document = self._taken(self._kept(document))
         if all(key in document for key in ANSWERS):
             raise InputError('it has "chosen" and "rejected": these are preference pairs, for --loss dpo or orpo.')
         form, used = self._form(document, FORMS, "messages, prompt and completion, text")
         if form.keys == ("text",):
+            if named.sources:
+                raise InputError('it has images beside a "text", in which they have no place; give it as messages.')
             return _text(used, "text")
-        return Conversation(self._whole(used, form.read(used, self.rules)), _tools(used))
+        return Conversation(self._whole(used, form.read(used, self.rules)), _tools(used), named)
 
     def pair(self, document: Document) -> tuple[Conversation, Conversation]:
         """The chosen and the rejected conversation, which differ in the last turn, an answer. Raises `InputError`."""
-        form, used = self._form(self._kept(document), PAIRS, "prompt, chosen and rejected", PAIR_NOTES)
+        named, document = self._taken(self._kept(document))
+        form, used = self._form(document, PAIRS, "prompt, chosen and rejected", PAIR_NOTES)
         chosen, rejected = ([*response(used, key, "assistant", self.rules)] for key in ANSWERS)
         prompt = form.read(used, self.rules)
         if form.keys == ANSWERS:
@@ -144,7 +155,11 @@ class Reader:
                 )
         whole = self._whole(used, prompt)
         both = (_answered(whole, prompt, chosen, "chosen"), _answered(whole, prompt, rejected, "rejected"))
-        return Conversation(both[0], _tools(used)), Conversation(both[1], _tools(used))
+        return Conversation(both[0], _tools(used), named), Conversation(both[1], _tools(used), named)
+
+    def _taken(self, document: Document) -> tuple[Named, Document]:
+        """The images of a document, and the document without them."""
+        return (Named(), document) if self.images is None else self.images.taken(document)
 
     def _kept(self, document: Document) -> Document:
         """The document without keys that the user wants ignored and keys that only repeat others.

@@ -28,7 +28,7 @@ def show(title: str, ids: Sequence[int], trained: Sequence[bool], tokenizer: "To
 
     Arguments:
         title: the name of the example.
-        ids: token ids.
+        ids: token ids, negative where they are tokens of an image.
         trained: for each id, whether it is trained.
         tokenizer: decodes the ids.
     """
@@ -43,11 +43,24 @@ def show(title: str, ids: Sequence[int], trained: Sequence[bool], tokenizer: "To
 def _stretches(ids: Sequence[int], trained: Sequence[bool], tokenizer: "Tokenizer") -> Iterator[Stretch]:
     """Yields the text, split where trained tokens start and end."""
     detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
-    pieces = [(bool(t), detokenizer.add(int(i))) for i, t in zip(ids, trained, strict=True)]
+    pieces: list[Stretch] = []
+    for i, t in zip(*_without_images(ids, trained), strict=True):
+        pieces.append((bool(t), i if isinstance(i, str) else detokenizer.add(i)))
     if pieces:
         pieces.append((pieces[-1][0], detokenizer.finish()))
     for is_trained, group in groupby(pieces, key=lambda piece: piece[0]):
         yield is_trained, "".join(text for _, text in group)
+
+
+def _without_images(ids: Sequence[int], trained: Sequence[bool]) -> tuple[list[int | str], list[bool]]:
+    """The ids with a text in place of the tokens of each part of an image, which have none."""
+    found: list[int | str] = []
+    flags: list[bool] = []
+    for (of_image, flag), run in groupby(zip(ids, trained, strict=True), lambda pair: (pair[0] < 0, bool(pair[1]))):
+        tokens: list[int | str] = [int(i) for i, _ in run]
+        found += [f"({len(tokens)} tokens of an image)"] if of_image else tokens
+        flags += [flag] if of_image else [flag] * len(tokens)
+    return found, flags
 
 
 def _lines(stretches: Iterable[Stretch]) -> Iterator[Stretch]:

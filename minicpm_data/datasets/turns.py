@@ -47,8 +47,21 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Named:
+    """The images that a line names.
+
+    Attributes:
+        sources: in the order of their places, or of the line.
+        names: the tags of the sources; empty where all have the tag ``<image>``.
+    """
+
+    sources: tuple[Any, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Conversation:
-    """Messages, and the tools that they may call.
+    """Messages, the tools that they may call, and the images that belong to their tags.
 
     Attributes:
         tools: their definitions; None where there are none.
@@ -56,6 +69,7 @@ class Conversation:
 
     turns: list[Turn]
     tools: list[dict[str, Any]] | None = None
+    images: Named = Named()
 
 
 def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -15,21 +15,20 @@ requested dtype, its other results come from other runs and are skipped.
 
 import itertools
 import math
-import os
 import sys
-import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from minicpm_data.diagnostics.arrays_file import read_arrays
+from minicpm_data.diagnostics.vision_parity import Following, VisionBackend, has_images
+from minicpm_data.diagnostics.vision_parity import compared as compared_images
 from minicpm_data.model_options import open_early
 from weights_io.config import ModelConfig
-from weights_io.errors import InputError, short
-from weights_io.files.regular import open_regular
+from weights_io.errors import InputError
 from weights_io.memory import SMALLER
 from weights_io.progress import waiting
 
@@ -39,8 +38,6 @@ SUFFIXES = {"float32": "_f32", "bfloat16": "_bf16", "float16": "_f16"}
 # as between the original's own runs in bfloat16 and float32; 0.012 in float16, and 0.02 on hidden states after the
 # scaling.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
-MOST_PACKED = 20  # bytes that one byte of an archive may unpack to: floats stay as they are, ids of 8 bytes take 1 or 2
-SMALL = 2**26  # bytes that any archive may unpack to
 KEYS = "input_ids with logits, or prompt_ids with greedy_ids"
 
 
@@ -74,6 +71,7 @@ class ParityBackend:
     states: Callable[[Any, np.ndarray], tuple[np.ndarray, np.ndarray]]  # model, ids [1, T] -> [L + 1, T, D], [T, D]
     continued: Callable[[Any, list[np.ndarray], np.ndarray], np.ndarray]
     """model, B prompts, tokens [B, N] -> [B, N, V]: the logits that each token is chosen from, through a cache"""
+    vision: VisionBackend
 
 
 @dataclass(frozen=True)
@@ -133,13 +131,11 @@ def run(options: Options, backend: ParityBackend) -> None:
     with waiting("loading the model"):
         source = {"revision": options.revision, "hub": options.hub, "remedy": SMALLER, **options.placement()}
         model, _ = backend.load(here or options.model, options.dtype, **source)
-    passes, continuations = reference.passes(model.config), reference.continuations(model.config)
-    if not passes and not continuations:
+    compared = comparisons(reference, backend, model, tolerance)
+    if not compared:
         raise InputError(f"{options.reference} has no numbers to compare in {options.dtype}; it needs {KEYS}.")
     print(f"{'case':24} {'worst difference':>16} {'allowed':>9}")
     results = []
-    compared = [compare_pass(part, backend, model, tolerance) for part in passes]
-    compared += [compare_continuation(part, backend, model, tolerance) for part in continuations]
     with np.errstate(all="ignore"):  # logits that overflow FAIL; a warning would add nothing
         for result in _patiently(itertools.chain(*compared)):
             print(result.line(), flush=True)
@@ -150,6 +146,25 @@ def run(options: Options, backend: ParityBackend) -> None:
         sys.exit(1)
     held = "the one case holds" if len(results) == 1 else f"all {len(results)} cases hold"
     print(f"{options.model} in {options.dtype}: {held}")
+
+
+def comparisons(reference: "Reference", backend: ParityBackend, model: Any, tolerance: float) -> list[Iterator[Result]]:
+    """Iterators over the results of all that the reference has."""
+    if has_images(reference.arrays):
+        return [compare_images(reference, backend, model, tolerance)]
+    passes, continuations = reference.passes(model.config), reference.continuations(model.config)
+    found = [compare_pass(part, backend, model, tolerance) for part in passes]
+    return found + [compare_continuation(part, backend, model, tolerance) for part in continuations]
+
+
+def compare_images(reference: "Reference", backend: ParityBackend, model: Any, tolerance: float) -> Iterator[Result]:
+    """Yields the results of a model that sees (`vision_parity`)."""
+    for part in compared_images(reference.arrays, model.config, backend.vision, model):
+        if isinstance(part, Following):
+            yield compare_tokens(part.case, part.tokens, part.logits, 2 * allowed(part.logits, tolerance))
+            continue
+        found = difference(part.case, part.ours, part.expected, tolerance)
+        yield found if part.allowed is None else replace(found, allowed=part.allowed)
 
 
 def _patiently(results: Iterator[Result]) -> Iterator[Result]:
@@ -188,17 +203,22 @@ def compare_continuation(part: Continuation, backend: ParityBackend, model: Any,
     """
     logits = backend.continued(model, part.prompts, part.tokens)
     scale = part.logits if part.logits is not None else logits
+    yield compare_tokens(part.name, part.tokens, logits, 2 * allowed(scale, tolerance))
+    if part.logits is not None:
+        yield difference(part.name.replace("greedy_ids", "greedy_logits"), logits, part.logits, tolerance)
+
+
+def compare_tokens(case: str, tokens: np.ndarray, logits: np.ndarray, most: float) -> Result:
+    """The result of tokens [B, N] that we choose from logits [B, N, V]; another one may lead by at most ``most``."""
     ours = np.argmax(logits, axis=-1)
-    lead = np.take_along_axis(logits, ours[..., None], -1) - np.take_along_axis(logits, part.tokens[..., None], -1)
-    other = np.argwhere(ours != part.tokens)
-    note = f"{part.tokens.size} tokens"
+    lead = np.take_along_axis(logits, ours[..., None], -1) - np.take_along_axis(logits, tokens[..., None], -1)
+    other = np.argwhere(ours != tokens)
+    note = f"{tokens.size} tokens"
     if other.size:
         row, step = other[0]
         at = f"row {row}, " if len(ours) > 1 else ""
-        note += f", {len(other)} differ: {at}new token {step} is {ours[row, step]}, not {part.tokens[row, step]}"
-    yield Result(part.name, float(np.max(lead)), 2 * allowed(scale, tolerance), note)
-    if part.logits is not None:
-        yield difference(part.name.replace("greedy_ids", "greedy_logits"), logits, part.logits, tolerance)
+        note += f", {len(other)} differ: {at}new token {step} is {ours[row, step]}, not {tokens[row, step]}"
+    return Result(case, float(np.max(lead)), most, note)
 
 
 def difference(case: str, ours: np.ndarray, expected: np.ndarray, tolerance: float) -> Result:
@@ -228,7 +248,7 @@ class Reference:
 
     def __init__(self, path: Path, dtype: str):
         self.path = path
-        self.arrays = _arrays(path)
+        self.arrays = read_arrays(path)
         suffix = SUFFIXES[dtype]
         results = [key.removesuffix(suffix) for key in self.arrays if key.endswith(suffix)]
         self.suffix = suffix if any(self.has_ids(result) for result in results) else ""
@@ -339,62 +359,3 @@ class Reference:
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise self.refuse(key + self.suffix, "does not hold finite floating-point numbers alone")
         return array
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a .npz file. Pickled objects in it are not read. Raises `InputError` where it cannot be used."""
-    if not os.path.lexists(path):
-        raise InputError(f"{path} does not exist; give the .npz file with the reference's numbers.")
-    try:
-        with open_regular(path) as file:
-            if zipfile.is_zipfile(file):
-                _check_entries(path, file)
-            file.seek(0)
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                raise InputError(f"{path} holds a single array; save arrays by name with numpy.savez.")
-            arrays = {key: loaded[key] for key in loaded.files}
-    except InputError:
-        raise
-    except Exception as error:  # numpy evaluates headers, so a damaged file raises anything from TokenError to KeyError
-        if "allow_pickle" in str(error):
-            raise InputError(f"{path} is no .npz file of plain arrays (Python objects are not read).") from error
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be read as .npz ({reason:.200}); save it again with numpy.savez.") from error
-    for key, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # numpy returns other members of the archive as bytes
-            raise InputError(f"{short(key)} in {path} is no array; save the file again with numpy.savez.")
-    return arrays
-
-
-def _check_entries(path: Path, file: BinaryIO) -> None:
-    """Raises `InputError` where an entry cannot be used, or the entries would take much more memory than the file."""
-    with zipfile.ZipFile(file) as archive:
-        infos = archive.infolist()
-        if twice := [name for name, count in Counter(info.filename for info in infos).items() if count > 1]:
-            raise InputError(f"{path} has two entries {short(twice[0])}; save it again with numpy.savez.")
-        unpacked = sum(info.file_size for info in infos)
-        if unpacked > max(SMALL, MOST_PACKED * os.fstat(file.fileno()).st_size):
-            raise InputError(
-                f"{path} unpacks to {unpacked} bytes, which no numbers do; save it again with numpy.savez."
-            )
-        for info in infos:
-            with archive.open(info) as entry:
-                if not info.filename.endswith(".npy"):
-                    raise InputError(
-                        f"{short(info.filename)} in {path} is no array; save the file again with numpy.savez."
-                    )
-                _check_header(path, info, entry)
-
-
-def _check_header(path: Path, info: zipfile.ZipInfo, entry: IO[bytes]) -> None:
-    """Check the size in a header: numpy allocates the array that it describes before it reads one byte of the array."""
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(entry)
-    if version not in read:
-        raise ValueError(f"{short(info.filename)} has the version {version} of the format")
-    shape, _, dtype = read[version](entry)
-    if dtype.hasobject:
-        raise InputError(f"{path} is no .npz file of plain arrays (Python objects are not read).")
-    if entry.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-        raise ValueError(f"the header of {short(info.filename)} does not fit its {info.file_size} bytes")

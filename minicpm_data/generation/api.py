@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from minicpm_data.conversation.messages import with_images
+from minicpm_data.generation.image_prompt import chat_prompt
 from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     CHAT_TOKENS,
@@ -227,6 +229,7 @@ class Generator(Generic[ModelT]):
         tokenizer: "Tokenizer",
         query: str,
         history: Sequence[Message] | None = None,
+        images: Sequence[Any] | None = None,
         max_tokens: int = CHAT_TOKENS,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -241,6 +244,7 @@ class Generator(Generic[ModelT]):
         Arguments:
             query: the user's message.
             history: the earlier messages, as ``Tokenizer.apply_chat`` takes them.
+            images: that belong to the message, for a model that sees: paths, bytes, PIL images or ``data:`` URLs.
             temperature, top_p: None takes the model's own defaults for the thinking mode (``tokenizer.sampling``);
                 those of MiniCPM-2B are 0.3 and 0.8.
             enable_thinking: whether the model thinks before it answers; None leaves it to the chat template.
@@ -258,8 +262,10 @@ class Generator(Generic[ModelT]):
             raise InputError("a chat needs a tokenizer, and this checkpoint has none.")
         if not isinstance(history, list | tuple | None):
             raise InputError(f"is {short(repr(history))}; it must be a list of messages.", option="history")
-        messages = [*(history or ()), {"role": "user", "content": query}]
-        prompt = tokenizer.apply_chat(messages, enable_thinking=enable_thinking)
+        if isinstance(images, str | bytes) or not isinstance(images, Sequence | None):
+            raise InputError(f"is {short(repr(images))}; it must be a list of images.", option="images")
+        messages = [*(history or ()), {"role": "user", "content": with_images(query, images or ())}]
+        prompt = chat_prompt(tokenizer, model.config, messages, enable_thinking=enable_thinking)
         usual = tokenizer.sampling.of(enable_thinking)
         options["temperature"] = usual.temperature if temperature is None else temperature
         options["top_p"] = usual.top_p if top_p is None else top_p

@@ -351,7 +351,8 @@ class BatchEngine(ABC, Generic[ModelT]):
         state.generated.append(token)
         if state.finished:
             self._end(self.running.pop(state.number))
-        return GeneratedToken(state.number, token, state.finished)
+        score = state.scores.popleft() if state.scores else None
+        return GeneratedToken(state.number, token, state.finished, score)
 
     @abstractmethod
     def _run(self, state: RequestState) -> Iterator[int | None]:

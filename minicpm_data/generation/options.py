@@ -14,17 +14,40 @@ if TYPE_CHECKING:
 
 MOST = 2**31 - 1  # upper bound of every number of tokens
 MOST_SPECIAL = 64  # ids that XTC keeps: an array of this length is an input of JAX's programs
+MOST_LOGPROBS = 20  # likeliest tokens whose probabilities a request may ask for
+MOST_BIASED = 300  # ids of logit_bias: likewise
 
 ANSWER_TOKENS = 256  # default of max_tokens
 CHAT_TOKENS = 1024  # of a chat
+IN_ANSWER = 2  # in `count_tokens`, for each time that the answer has a token
+
+
+def _pairs(bias: Any) -> tuple[tuple[int, float], ...]:
+    """A ``logit_bias`` as sorted pairs. Raises `InputError`."""
+    try:
+        pairs = [(i, float(value)) for i, value in (bias.items() if isinstance(bias, Mapping) else bias)]
+    except (TypeError, ValueError):
+        raise InputError(f"is {short(repr(bias))}; it must hold token ids with a number each.", "logit_bias") from None
+    if len(pairs) > MOST_BIASED:
+        raise InputError(f"holds {len(pairs):,} tokens; give at most {MOST_BIASED}.", option="logit_bias")
+    for i, value in pairs:
+        if not isinstance(i, int) or isinstance(i, bool):
+            raise InputError(f"holds {short(repr(i))}, which is no token id; give whole numbers.", option="logit_bias")
+        if not -100 <= value <= 100:
+            raise InputError(f"gives token {i} {value:g}; it must be from -100 to 100.", option="logit_bias")
+    return tuple(sorted(dict(pairs).items()))
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled. The steps are applied in the order of transformers, then XTC.
+    """How the next token is sampled. The logits are changed in the order of vLLM and mlx_lm, then filtered in that of
+    transformers, then XTC.
 
     Arguments, in that order:
+        logit_bias: token id -> number, -100 to 100, that is added to its logit. It is kept as sorted pairs.
         repetition_penalty: on every token of the prompt and of the answer so far; 1 is none.
+        frequency_penalty: taken off a token's logit for each time that the answer so far has the token; 0 is none.
+        presence_penalty: taken off once for each token that the answer so far has; 0 is none.
         temperature: 0 is greedy.
         top_k: 0 keeps all tokens.
         top_p: 1 keeps all tokens.
@@ -50,10 +73,17 @@ class Sampling:
     xtc_threshold: float = 0.1
     xtc_special_tokens: tuple[int, ...] | None = None
     min_tokens_to_keep: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "xtc_probability", "xtc_threshold"):
             check_number(name, getattr(self, name))
+        for name in ("presence_penalty", "frequency_penalty"):
+            check_number(name, getattr(self, name))
+            self._require(name, -2 <= getattr(self, name) <= 2, "from -2 to 2 (0 is none)")
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         for name in ("top_k", "min_tokens_to_keep"):
             check_number(name, getattr(self, name), whole=True)
         if self.seed is not None:
@@ -85,7 +115,14 @@ class Sampling:
 
     @property
     def penalized(self) -> bool:
-        return self.repetition_penalty != 1
+        """Whether logits are changed before anything is filtered."""
+        none = self.presence_penalty == self.frequency_penalty == 0 and not self.logit_bias
+        return self.repetition_penalty != 1 or not none
+
+    @property
+    def bias(self) -> tuple[tuple[int, float], ...]:
+        """``logit_bias`` as pairs of id and number."""
+        return tuple(self.logit_bias)  # type: ignore[arg-type]  # it was made so
 
     @property
     def excludes(self) -> bool:
@@ -160,11 +197,16 @@ def cache_and_others(options: Mapping[str, Any], own: Collection[str]) -> tuple[
     return kept, {name: value for name, value in options.items() if name in of_sampling}
 
 
-def seen_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> "np.ndarray":
-    """Which tokens of the vocabulary each prompt holds, [B, V] bool, for the repetition penalty."""
+def count_tokens(
+    prompts: Sequence[Sequence[int]], vocab_size: int, answers: Sequence[Sequence[int]] | None = None
+) -> "np.ndarray":
+    """What the penalties need to know of each text, [B, V] int32: 1 where the prompt has the token, and 2 more for each
+    time that the answer has it."""
     import numpy as np
 
-    seen = np.zeros((len(prompts), vocab_size), bool)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[list(prompt)] = True
-    return seen
+    counts = np.zeros((len(prompts), vocab_size), np.int32)
+    for row, prompt in zip(counts, prompts, strict=True):
+        row[list(prompt)] = 1
+    for row, answer in zip(counts, answers or (), strict=False):
+        np.add.at(row, np.array(answer, int), IN_ANSWER)
+    return counts

@@ -11,6 +11,7 @@ from minicpm_data.generation.options import (
     ANSWER_TOKENS,
     GREEDY,
     MOST,
+    MOST_LOGPROBS,
     MOST_SPECIAL,
     PLAIN_CACHE,
     CacheOptions,
@@ -42,6 +43,9 @@ class LanguageModel(Protocol):
 ModelT = TypeVar("ModelT", bound=LanguageModel)  # a backend's own class of models
 
 
+IMAGE_IDS = 1 << 30  # first id of an image's tokens, beyond any vocabulary (`image_prompt`)
+
+
 class PromptIds(tuple[int, ...]):
     """The token ids of a prompt, checked once. Several answers to one prompt share the object.
 
@@ -58,6 +62,11 @@ class PromptIds(tuple[int, ...]):
         return checked
 
 
+def text_ids(ids: Sequence[int]) -> list[int]:
+    """The ids with 0 in place of image tokens, for a model that does not see."""
+    return [0 if i >= IMAGE_IDS else i for i in ids]
+
+
 def _whole(ids: Iterable[int]) -> list[int]:
     """The ids as integers. Raises `InputError` where they are something else."""
     try:
@@ -72,6 +81,8 @@ def _whole(ids: Iterable[int]) -> list[int]:
 
 def prompt_ids(tokenizer: "Tokenizer | None", prompt: Prompt, vocab_size: int) -> PromptIds:
     """The token ids of a prompt. A text is encoded with BOS and without a template; ids are only checked."""
+    if isinstance(prompt, PromptIds):
+        return prompt
     if not isinstance(prompt, str):
         return PromptIds(prompt, vocab_size)
     if tokenizer is None:
@@ -89,8 +100,11 @@ def special_tokens_kept(
 ) -> Sampling:
     """``sampling`` with the ids that XTC keeps: the line break and ``ends``, where it names none.
 
-    Raises `InputError` for an id outside the vocabulary.
+    Raises `InputError` for an id outside the vocabulary, also in ``logit_bias``.
     """
+    for i, _ in sampling.bias:
+        if not 0 <= i < vocab_size:
+            raise InputError(f"holds {i}, outside the vocabulary of {vocab_size}.", option="logit_bias")
     if not sampling.excludes:
         return sampling
     kept = sampling.xtc_special_tokens
@@ -116,6 +130,8 @@ class GenerationRequest:
         prefix: the beginning of the prompt whose keys and values are in a file; for one prompt.
         thinking: the most tokens of each thought; None: any number.
         constraint: what the answer may be, in a request to an engine; None: anything.
+        logprobs: how many of the likeliest tokens are described with each token, in a request to an engine; None: no
+            probability is computed.
         adapter: 1 + the index in the model's ``adapters``, in a request to an engine; 0: none.
 
     Raises:
@@ -131,8 +147,11 @@ class GenerationRequest:
     thinking: ThinkingBudget | None = None
     constraint: Constraint | None = None
     adapter: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise InputError(f"is {self.logprobs}; it must be from 0 to {MOST_LOGPROBS}.", option="logprobs")
         check_number("max_tokens", self.max_tokens, whole=True)
         if not 1 <= self.max_tokens <= MOST:
             raise InputError(f"is {self.max_tokens}; it must be from 1 to {MOST}.", option="max_tokens")

@@ -1,11 +1,14 @@
 """A request in an engine, and a token that it got."""
 
+from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from minicpm_data.generation.constraint import Matcher
 from minicpm_data.generation.pages import Row
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.generation.thinking import Thought
+from minicpm_data.generation.token_scores import TokenScore
 
 
 @dataclass(eq=False)
@@ -21,6 +24,7 @@ class RequestState:
         row: the pages of the request; None while it is queued.
         thought: the thought, where the request has a thinking budget.
         matcher: the state of its constraint, where it has one.
+        scores: of the next tokens to be recorded, where the request asks for probabilities.
     """
 
     number: int
@@ -31,6 +35,7 @@ class RequestState:
     row: Row | None = None
     thought: Thought | None = field(init=False, default=None)
     matcher: Matcher | None = field(init=False, default=None)
+    scores: deque[TokenScore] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
         if (budget := self.request.thinking) is not None:
@@ -43,6 +48,11 @@ class RequestState:
         for each in (self.thought, self.matcher):
             if each is not None:
                 each.see(self.generated)
+
+    def score(self, logprob: Any, ids: Any, logprobs: Any) -> None:
+        """Take in the probabilities of a new token, in arrays of the host."""
+        assert self.request.logprobs is not None
+        self.scores.append(TokenScore.of(logprob, ids, logprobs, self.request.logprobs))
 
     @property
     def looks(self) -> bool:
@@ -70,8 +80,10 @@ class RequestState:
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """A token of the request with this number. ``last``: the request is finished."""
+    """A token of the request with this number. ``last``: the request is finished. ``score``: its probability, where
+    the request asks for it."""
 
     number: int
     token: int
     last: bool
+    score: TokenScore | None = None

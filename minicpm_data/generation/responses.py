@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from minicpm_data.conversation.answers import AnswerParser, Content, Reasoning, ToolCall
+from minicpm_data.generation.token_scores import TokenScore
 from minicpm_data.tokenizer.detokenizer import Detokenizer
 from weights_io.errors import InputError, short
 
@@ -14,7 +15,8 @@ class Response:
     """One generated token.
 
     ``text`` and ``reasoning`` are the text of the answer and of the thought that it completes; either may be empty.
-    ``tool_calls`` are the calls of tools that it completes.
+    ``tool_calls`` are the calls of tools that it completes. ``score`` is its probability, where a request to an engine
+    asks for it.
     """
 
     text: str
@@ -23,6 +25,7 @@ class Response:
     from_draft: bool = False  # an accepted draft token of speculative decoding
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    score: TokenScore | None = None
 
 
 def stream_text(

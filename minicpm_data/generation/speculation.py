@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from minicpm_data.arguments import check_model, check_number
-from minicpm_data.generation.request import GenerationRequest, ModelT
+from minicpm_data.generation.request import IMAGE_IDS, GenerationRequest, ModelT, text_ids
 from minicpm_data.generation.thinking import Thoughts
 from weights_io.errors import InputError
 
@@ -111,6 +111,9 @@ class PromptLookup:
             start = self._after.get(tuple(tokens[-size:]))
             if start is not None:
                 found = list(tokens[start : start + count])
+                seen = next((i for i, token in enumerate(found) if token >= IMAGE_IDS), None)
+                if seen is not None:  # no answer has tokens of an image
+                    return found[:seen]
                 while len(found) < count:  # the text repeats itself: so does the guess
                     found.append(found[start - len(tokens) + len(found)])
                 return found
@@ -136,7 +139,7 @@ class Draft:
             max(2, 1 << (len(tokens) - same - 1).bit_length()), len(tokens)
         )  # few sizes, so few programs are compiled
         start = len(tokens) - few
-        found = self._propose(tokens[start:], start, count)
+        found = self._propose(text_ids(tokens[start:]), start, count)
         self._held, self._sure = [*tokens, *found[:-1]], len(tokens)
         return found
 

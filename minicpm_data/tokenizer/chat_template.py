@@ -14,6 +14,17 @@ MINICPM_TEMPLATE = (
     "{{'<用户>' + message['content'].strip() + '<AI>'}}"
     "{% else %}{{message['content'].strip()}}{% endif %}{% endfor %}"
 )
+# The prompts of the models that see. MiniCPM-V strips no spaces; OmniLMM-12B was tuned from Zephyr.
+MINICPM_V_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ {'user': '<用户>', 'assistant': '<AI>'}.get(message['role'], '') + message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}<AI>{% endif %}"
+)
+OMNILMM_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # the contents only
 TURN_MARKERS = ("<用户>", "<AI>")  # plain text, not special tokens: a model may write one and start a turn
 # Tokens with which chat templates end a turn, whatever the tokenizer's EOS is. llama.cpp finds them by their text too.

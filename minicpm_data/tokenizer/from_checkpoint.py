@@ -6,7 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minicpm_data.conversation.regions import REGION_TAGS
 from minicpm_data.sampling_defaults import chat_sampling
+from minicpm_data.tokenizer.chat_template import MINICPM_V_TEMPLATE, OMNILMM_TEMPLATE
 from weights_io.checkpoint import Checkpoint
 from weights_io.errors import InputError, listed
 
@@ -32,6 +34,11 @@ def tokenizer_of(checkpoint: Checkpoint) -> "Tokenizer | None":
     """
     tokenizer, note = tokenizer_in(checkpoint.folder, checkpoint.metadata, checkpoint.config.vocab_size)
     if tokenizer is not None:
+        if checkpoint.config.vision is not None:
+            tokenizer.treat_as_text(REGION_TAGS)
+        if checkpoint.config.vision is not None and not tokenizer.chat_template_given:
+            omnilmm = checkpoint.config.vision.variant == "omnilmm"
+            tokenizer.chat_template = OMNILMM_TEMPLATE if omnilmm else MINICPM_V_TEMPLATE
         folder = checkpoint.folder if checkpoint.metadata is None else None
         tokenizer.sampling = chat_sampling(asdict(checkpoint.config), tokenizer.chat_template, folder)
     if note is not None and note not in _noted:

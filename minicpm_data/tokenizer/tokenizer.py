@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint: texts and chats to ids, and ids to text."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from minicpm_data.conversation.answers import TAGS
@@ -32,8 +32,6 @@ class Tokenizer:
         sampling: the model's sampling defaults in a chat; those of MiniCPM-2B without a checkpoint.
         rows: rows of the model's embedding where some added tokens are beyond it; None otherwise.
         added_tokens: id -> text of all added tokens, special or not.
-        turn_markers: texts, not special tokens, with which the template starts a turn. A model may write one after its
-            answer, so a chat's answer ends there.
     """
 
     def __init__(
@@ -66,7 +64,6 @@ class Tokenizer:
         self.tool_template = tool_template
         self.sampling = ChatSampling("minicpm")
         self.rows: int | None = None
-        self.turn_markers = tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
         self.bos_token_id, self.pad_token_id, self.unk_token_id = bos_token_id, pad_token_id, unk_token_id
         templates = self.chat_template + (tool_template or "")
         ends = [*eos_token_ids, *(fast.token_to_id(token) for token in chat.TURN_ENDS if token in templates)]
@@ -89,6 +86,11 @@ class Tokenizer:
             if token.special or i in self.eos_token_ids or (token.content[:2] == "<|" and token.content[-2:] == "|>")
         }
         self._spelled = chat.Markers(self._markers.values())
+
+    @property
+    def turn_markers(self) -> tuple[str, ...]:
+        """Texts, no special tokens, with which the template starts a turn; a model may write one after its answer."""
+        return tuple(marker for marker in chat.TURN_MARKERS if marker in self.chat_template)
 
     def encode(self, text: str, add_bos: bool = True, trusted: bool = True) -> list[int]:
         """Encode a text.
@@ -142,9 +144,13 @@ class Tokenizer:
         """The bytes of each token of an answer, for ``rows`` ids. Special tokens that are no tags begin with 0xFF,
         which no text has."""
         special = {*self._special_ids, *self.eos_token_ids} - self.tag_ids
-        pieces = [self._decoder.piece(i) for i in range(rows)]
-        found = [piece.encode() if isinstance(piece, str) else piece for piece in pieces]
+        found = map(self.piece, range(rows))
         return [b"\xff" + token if i in special else token for i, token in enumerate(found)]
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of a token, also of a special one; none where the vocabulary has no such token."""
+        piece = self._decoder.piece(token_id)
+        return piece.encode() if isinstance(piece, str) else piece
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token; None where the vocabulary does not have it."""
@@ -169,6 +175,19 @@ class Tokenizer:
         own = self._fast.vocabulary(added=False)
         added = sorted(self._fast.added_tokens().items())
         return {i: token.content for i, token in added if i >= first and token.content not in own}
+
+    def treat_as_text(self, tokens: Collection[str]) -> None:
+        """Let special tokens be text in answers, and become their ids in any text.
+
+        Arguments:
+            tokens: their texts; those that are no special tokens are passed over.
+        """
+        found = {i for i in self._special_ids if self.added_tokens[i] in tokens}
+        self._special_ids -= found
+        self._markers = {i: token for i, token in self._markers.items() if i not in found}
+        self._spelled = chat.Markers(self._markers.values())
+        for made in ("tag_ids", "_plain", "_inner"):  # from the earlier ones
+            self.__dict__.pop(made, None)
 
     def add_eos_token(self, token: str) -> None:
         """Let another token end answers.
@@ -222,6 +241,25 @@ class Tokenizer:
         prompt = asked.text(add_generation_prompt, continue_final_message)
         return self._in_table(self._with_bos(self._undisguised(prompt, asked.disguise)))
 
+    def chat_pieces(
+        self,
+        messages: Sequence[Message],
+        marker: str,
+        tools: Sequence[Any] | None = None,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
+        """The ids of `apply_chat`, cut where the contents hold ``marker``, each piece encoded for itself. Other
+        arguments and errors as there."""
+        asked = self._chat(
+            messages, False, {"tools": tools, "enable_thinking": enable_thinking, "variables": variables}
+        )
+        pieces = asked.text(add_generation_prompt, continue_final_message).split(marker)
+        first, *others = (self._in_table(self._undisguised(piece, asked.disguise)) for piece in pieces)
+        return [self._with_bos(first), *others]
+
     def render_chat(
         self,
         messages: Sequence[Message],
@@ -243,6 +281,7 @@ class Tokenizer:
         prompts: bool = False,
         trusted: bool = True,
         tools: Sequence[Any] | None = None,
+        marker: str | None = None,
     ) -> tuple[list[int], list[bool]]:
         """Encode a conversation for training, up to the end of its last answer.
 
@@ -256,6 +295,7 @@ class Tokenizer:
             trained: for each message, whether it is trained if it is an answer; None trains all answers.
             prompts: train everything that is not an answer, too.
             trusted: as in `apply_chat`.
+            marker: a text in the contents that becomes the id -1; what is before and after it is encoded for itself.
 
         Returns:
             The token ids, and for each whether it is a target.
@@ -278,9 +318,9 @@ class Tokenizer:
         text, before = "", list[int]()  # the text of the pieces so far, and its ids
         for k, piece in enumerate(pieces):
             text += piece
-            whole = self._undisguised(text, disguise) if piece else before
+            whole = self._marked(text, disguise, marker) if piece else before
             spans = whole[: len(before)] != before  # a token would span the boundary
-            new = self._undisguised(piece, disguise, begun=True) if spans else whole[len(before) :]
+            new = self._marked(piece, disguise, marker, begun=True) if spans else whole[len(before) :]
             before = whole
             if k == len(pieces) - 1:
                 ended = new[:1] if new and new[0] in self.eos_token_ids else [*self.eos_token_ids[:1]]
@@ -298,6 +338,14 @@ class Tokenizer:
         names = {name: "" if i is None else self._fast.id_to_token(i) for name, i in special.items()}
         markers = chat.Markers(()) if trusted else self._spelled
         return ChatPrompt.of(messages, (self.chat_template, self.tool_template), names, markers, **given)
+
+    def _marked(self, prompt: str, disguise: chat.Disguise, marker: str | None, begun: bool = False) -> list[int]:
+        """`_undisguised` with -1 at each ``marker``."""
+        first, *others = [prompt] if marker is None else prompt.split(marker)
+        ids = self._undisguised(first, disguise, begun)
+        for piece in others:
+            ids += [-1, *self._undisguised(piece, disguise)]
+        return ids
 
     def _undisguised(self, prompt: str, disguise: chat.Disguise, begun: bool = False) -> list[int]:
         """The ids of a rendered prompt, with disguised special tokens encoded as text.

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from minicpm_data.datasets.batches import Batches
     from minicpm_data.datasets.examples import Split, SplitName
     from weights_io.checkpoint import Checkpoint
+    from weights_io.vision.config import VisionConfig
 
 
 class FinetuneTrainer(loop.Trainer, Protocol):
@@ -82,10 +83,11 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
     check_layers(options, model.config)
     if options.ignore_chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    train = read_split(options, tokenizer, "train") if options.training else None
+    vision = model.config.vision
+    train = read_split(options, tokenizer, "train", vision=vision) if options.training else None
     validating = options.training and options.val_batches != 0
-    valid = read_split(options, tokenizer, "valid", required=False) if validating else None
-    test = read_split(options, tokenizer, "test") if options.test else None
+    valid = read_split(options, tokenizer, "valid", False, vision) if validating else None
+    test = read_split(options, tokenizer, "test", vision=vision) if options.test else None
     worker = trainer(model, options, source.checkpoint)  # refuses a batch that the mesh does not divide
     running.device.warn_idle_axes(model, options.batch_size)
     del model  # full fine-tuning does not keep it
@@ -101,7 +103,13 @@ def finetune(options: FinetuneOptions, backend: Callable[[], Backend], trainer: 
             print(f"Test loss {loss:.3f}, {more}.")
 
 
-def read_split(options: FinetuneOptions, tokenizer: Any, name: "SplitName", required: bool = True) -> "Split | None":
+def read_split(
+    options: FinetuneOptions,
+    tokenizer: Any,
+    name: "SplitName",
+    required: bool = True,
+    vision: "VisionConfig | None" = None,
+) -> "Split | None":
     """Load a split of the data, and print a summary of it."""
     from minicpm_data.datasets.examples import load_split, show_first
 
@@ -115,6 +123,7 @@ def read_split(options: FinetuneOptions, tokenizer: Any, name: "SplitName", requ
         required=required,
         ignore_keys=options.ignore_keys,
         trusted=not options.special_tokens_as_text,
+        vision=vision,
     )
     if found is not None:
         print(f"{name}: {found.summary()}")
@@ -270,4 +279,5 @@ def _fingerprint(split: "Split") -> str:
     for example in split.examples:
         for part in example.parts:
             digest.update(part.ids.tobytes() + part.trained.tobytes() + b"|")
+            digest.update(b"".join(image.digest for image in part.images))
     return digest.hexdigest()

@@ -23,14 +23,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from minicpm_data.generation.options import CacheOptions, seen_tokens
+from minicpm_data.generation.image_prompt import chunk_inputs, padded_inputs, penalized_ids
+from minicpm_data.generation.options import IN_ANSWER, CacheOptions, count_tokens
 from minicpm_data.generation.prompt_cache import CachedPrompt
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.thinking import Thoughts
 from minicpm_jax import device
 from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation.prompt_cache import restore, stored
-from minicpm_jax.generation.sampling import SamplingParams, only_allowed, sample
+from minicpm_jax.generation.sampling import SamplingParams, Scores, no_scores, only_allowed, sample, score
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
 from minicpm_jax.layers.row_lora import adapter_rows
 from minicpm_jax.model import Model
@@ -46,7 +47,7 @@ ROOM = 1024  # cache slots reserved for an answer; a longer answer grows the cac
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "token", "token_mask", "rng", "finished", "eos_ids"],
+    data_fields=["cache", "token", "token_counts", "rng", "finished", "eos_ids", "scores"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ class State:
 
     cache: Cache
     token: Int[Array, "B"]  # the last sampled token, not yet in the cache
-    token_mask: Bool[Array, "B V"] | None  # tokens of prompt and answer, for the repetition penalty
+    token_counts: Int[Array, "B V"] | None  # from `count_tokens`, where rows are penalized
     rng: Array  # [B] keys of jax.random
     finished: Bool[Array, "B"]
     eos_ids: Int[Array, "E"] | Int[Array, "B E"]
+    scores: Scores | None = None  # of ``token``, where `SamplingParams.scored` is given
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "slots", "bits"))
@@ -107,18 +109,20 @@ def prefill(
     lengths: Int[Array, "B"],
     scaled: Int[Array, "B T"] | None = None,
     adapters: Int[Array, "B"] | None = None,
+    features: Float[Array, "B T D"] | None = None,
 ) -> tuple[Cache, Float[Array, "B 1 D"]]:
     """Run one chunk of right-padded prompts of ``lengths`` tokens: the T tokens from position ``start`` on.
 
     Returns the cache and the hidden state of each prompt's last token: ``last``, or the new one if this chunk holds
     it. ``scaled``: the length for which RoPE is scaled, per token; None is ``lengths``. ``adapters``: of
-    each row, as in `adapter_rows`.
+    each row, as in `adapter_rows`. ``features``: image tokens, as in `Decoder.embed`.
     """
     width = ids.shape[1]
     new = jnp.clip(lengths - start, 0, width)
     scaled = lengths if scaled is None else scaled
     with adapter_rows(adapters):
-        hidden, cache = model.decode(ids, cache, new, jnp.broadcast_to(start, lengths.shape), scaled)
+        begun = jnp.broadcast_to(start, lengths.shape)
+        hidden, cache = model.decode(ids, cache, new, begun, scaled, features)
     at = (lengths - 1 - start)[:, None, None]
     found = jnp.take_along_axis(hidden, jnp.clip(at, 0, width - 1), axis=1)
     return cache, jnp.where((at >= 0) & (at < width), found, last)
@@ -129,7 +133,7 @@ def first_token(
     model: Model,
     cache: Cache,
     last: Float[Array, "B 1 D"],
-    token_mask: Bool[Array, "B V"] | None,
+    token_counts: Int[Array, "B V"] | None,
     rng: UInt32[Array, "B 2"],
     eos_ids: Int[Array, "E"] | Int[Array, "B E"],
     params: SamplingParams,
@@ -139,7 +143,7 @@ def first_token(
     """Sample each row's first token after its prompt; ``forced`` and ``allowed`` as in `sample_next`."""
     batch = len(last)
     draws = jax.random.wrap_key_data(rng)
-    state = State(cache, jnp.zeros(batch, jnp.int32), token_mask, draws, jnp.zeros(batch, bool), eos_ids)
+    state = State(cache, jnp.zeros(batch, jnp.int32), token_counts, draws, jnp.zeros(batch, bool), eos_ids)
     return sample_next(state, model.head(last)[:, 0], params, forced, allowed)
 
 
@@ -152,28 +156,30 @@ def decode(
     forced: Int[Array, "N B"] | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
     adapters: Int[Array, "B"] | None = None,
-) -> tuple[State, Int[Array, "N B"], Int[Array, ""]]:
+) -> tuple[State, Int[Array, "N B"], Int[Array, ""], Scores | None]:
     """Generate up to ``steps`` (at most `STEPS`) more tokens per row; fewer if all rows finish.
     ``forced`` [STEPS, B]: as in `sample_next`, for each step. ``allowed``: likewise, the same in all steps.
     ``adapters``: of each row, as in `adapter_rows`.
 
-    Returns the state, the tokens [STEPS, B] and how many of the STEPS rows are valid.
+    Returns the state, the tokens [STEPS, B], how many of the STEPS rows are valid, and the scores of the tokens.
     """
 
     def step(carry):
-        state, tokens, count = carry
+        state, made, count = carry
         with adapter_rows(adapters):
             hidden, cache = model.decode(state.token[:, None], state.cache, jnp.where(state.finished, 0, 1))
         now = None if forced is None else forced[count]
         state = sample_next(dataclasses.replace(state, cache=cache), model.head(hidden)[:, 0], params, now, allowed)
-        return state, tokens.at[count].set(state.token), count + 1
+        made = jax.tree.map(lambda all_steps, new: all_steps.at[count].set(new), made, (state.token, state.scores))
+        return state, made, count + 1
 
     def more(carry):
         state, _, count = carry
         return (count < steps) & ~jnp.all(state.finished)
 
-    tokens = jnp.zeros((STEPS, *state.token.shape), jnp.int32)
-    return jax.lax.while_loop(more, step, (state, tokens, jnp.int32(0)))
+    made = jax.tree.map(lambda x: jnp.zeros((STEPS, *x.shape), x.dtype), (state.token, state.scores))
+    state, (tokens, scores), count = jax.lax.while_loop(more, step, (state, made, jnp.int32(0)))
+    return state, tokens, count, scores
 
 
 def sample_next(
@@ -187,13 +193,18 @@ def sample_next(
 
     ``forced``: ids to take in place of a sampled one, or -1. ``allowed``: the tokens to sample from, as bits.
     """
-    logits = logits if allowed is None else only_allowed(logits, allowed)
+    likely = logits if allowed is None else only_allowed(logits, allowed)
     both = jax.vmap(jax.random.split)(state.rng)
-    token = sample(logits, state.token_mask, params, both[:, 1]).astype(jnp.int32)
+    token = sample(likely, state.token_counts, params, both[:, 1]).astype(jnp.int32)
     token = token if forced is None else jnp.where(forced >= 0, forced, token)
-    token_mask = None if state.token_mask is None else state.token_mask.at[jnp.arange(len(token)), token].set(True)
+    token_counts = state.token_counts
+    if token_counts is not None:
+        token_counts = token_counts.at[jnp.arange(len(token)), token].add(IN_ANSWER)
     finished = state.finished | jnp.any(token[:, None] == state.eos_ids, axis=1)
-    return State(state.cache, token, token_mask, both[:, 0], finished, state.eos_ids)
+    scores = None
+    if params.scored is not None:  # few requests ask for them
+        scores = jax.lax.cond(jnp.any(params.scored), lambda: score(logits, token), lambda: no_scores(*logits.shape))
+    return State(state.cache, token, token_counts, both[:, 0], finished, state.eos_ids, scores)
 
 
 def resize_state(state: State, slots: int) -> State:
@@ -231,6 +242,8 @@ def check(model: Model, request: GenerationRequest) -> None:
     """`minicpm_data.generation.api.Decoding.check`. Memory is checked when the prompts are prefilled."""
     if request.constraint is not None:
         raise InputError("is for requests to an engine; leave it out.", option="constraint")
+    if request.logprobs is not None:
+        raise InputError("is for requests to an engine; leave it out.", option="logprobs")
     if request.adapter:
         raise InputError("is for requests to an engine; load the model with one adapter.", option="adapter")
     check_kind(model, len(request.prompts), request.cache)
@@ -256,7 +269,7 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
             state = resize_state(state, slots)
         began = time.perf_counter()
         room = min(steps, max_tokens - made, slots - longest - made + 1, thoughts.free)
-        state, tokens, count = decode(model, state, np.int32(room), params, thoughts.forced(STEPS))
+        state, tokens, count, _ = decode(model, state, np.int32(room), params, thoughts.forced(STEPS))
         found = fetch(tokens)[: int(count)]
         for step in found:
             thoughts.add(step)
@@ -272,10 +285,11 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     cache, last = prefill_prompts(model, request)
     sampling, vocab_size = request.sampling, model.config.vocab_size
     ends = np.array(sorted(request.end_ids) or [-1], np.int32)
-    token_mask = seen_tokens(request.prompts, vocab_size) if sampling.penalized else None
+    counted = map(penalized_ids, request.prompts)
+    token_counts = count_tokens([*counted], vocab_size) if sampling.penalized else None
     rng = broadcast_from_main(sampling.row_keys(len(request.prompts)))
     params, forced = SamplingParams.of(sampling, vocab_size), Thoughts(request.thinking).forced(1)
-    return first_token(model, cache, last, token_mask, rng, ends, params, None if forced is None else forced[0])
+    return first_token(model, cache, last, token_counts, rng, ends, params, None if forced is None else forced[0])
 
 
 def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Float[Array, "B 1 D"]]:
@@ -290,11 +304,8 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Fl
         cache = restore(model, cache, request.prefix)
     cache, last = at_home(model, (cache, last))
     for start in range(begun, longest, width):
-        ids = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in zip(ids, prompts, strict=True):
-            part = prompt[start : start + width]
-            row[: len(part)] = part
-        cache, last = prefill(model, ids, cache, last, np.int32(start), lengths)
+        ids, features = padded_inputs([chunk_inputs(model, p, p, start, start + width) for p in prompts], width)
+        cache, last = prefill(model, ids, cache, last, np.int32(start), lengths, features=features)
     return cache, last
 
 

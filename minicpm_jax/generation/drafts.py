@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from minicpm_data.generation.options import CacheOptions
+from minicpm_data.generation.request import text_ids
 from minicpm_data.generation.request_state import RequestState
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.programs import Key
@@ -81,7 +82,7 @@ class Drafts:
         table = np.zeros((1, self._sizes[2]), np.int32)
         table[0, : len(row.pages)] = row.pages
         while start < upto:
-            ids, part = np.zeros((1, chunk), np.int32), text[start : min(start + chunk, upto)]
+            ids, part = np.zeros((1, chunk), np.int32), text_ids(text[start : min(start + chunk, upto)])
             ids[0, : len(part)] = part
             own = dataclasses.replace(self.cache, table=table, lengths=np.array([start], np.int32))
             last = np.zeros((1, 1, self.model.config.hidden_size), self.model.model.norm.weight.dtype)

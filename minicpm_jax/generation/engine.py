@@ -22,7 +22,8 @@ from jaxtyping import Array
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import allowed_rows
 from minicpm_data.generation.guessing import Guessing
-from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.image_prompt import ImagePrompt, chunk_inputs, padded_inputs, penalized_ids
+from minicpm_data.generation.options import GREEDY, PLAIN_CACHE, CacheOptions, count_tokens
 from minicpm_data.generation.pages import Row
 from minicpm_data.generation.prompt_cache import CachedPrompt, Prefix, PromptCache
 from minicpm_data.generation.request_state import RequestState
@@ -34,7 +35,7 @@ from minicpm_jax.generation.decoding import STEPS, State
 from minicpm_jax.generation.drafts import Drafts
 from minicpm_jax.generation.programs import Key, Programs
 from minicpm_jax.generation.prompt_cache import restore, stored
-from minicpm_jax.generation.sampling import SamplingParams
+from minicpm_jax.generation.sampling import SamplingParams, Scores
 from minicpm_jax.generation.shapes import Shapes
 from minicpm_jax.generation.slots import ENDS, insert, vacate
 from minicpm_jax.generation.verification import verify_rows
@@ -118,7 +119,8 @@ class Engine(engine.BatchEngine[Model]):
         if self._looked.get(state) == changes:
             return False
         self._looked[state] = changes
-        ready = self._programs.ready(self._needed)
+        needed = [Key("prefill images", (NARROW,))] if isinstance(state.prompt, ImagePrompt) else []
+        ready = self._programs.ready([*self._needed, *needed])
         if ready:
             del self._looked[state]
         return ready
@@ -147,7 +149,8 @@ class Engine(engine.BatchEngine[Model]):
     @property
     def _wide_programs(self) -> list[Key]:
         drafts = [] if self._drafts is None else [Key("draft prefill", (self._wide,))]
-        return [Key("prefill", (self._wide,)), *drafts]
+        images = [] if self.model.config.vision is None else [Key("prefill images", (self._wide,))]
+        return [Key("prefill", (self._wide,)), *images, *drafts]
 
     def close(self) -> None:
         self._programs.close()
@@ -170,16 +173,16 @@ class Engine(engine.BatchEngine[Model]):
             if start > begun:
                 yield None
             width = self._chunk(len(text) - start)
-            ids = np.zeros((1, width), np.int32)
-            part = text[start : start + width]
-            ids[0, : len(part)] = part
+            ids, features = padded_inputs([chunk_inputs(self.model, state.prompt, text, start, start + width)], width)
             held = self.state.cache
             own = dataclasses.replace(held, table=table, lengths=np.array([start], np.int32))
             # The keys of an answer that gave up its pages are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(width, dtype=np.int32) + 1)[None]
             cache, last = self.shapes.placed((own, last), self.shapes.row)
             adapters = self._adapters([state])
-            cache, last = decoding.prefill(self.model, ids, cache, last, np.int32(start), lengths, scaled, adapters)
+            cache, last = decoding.prefill(
+                self.model, ids, cache, last, np.int32(start), lengths, scaled, adapters, features
+            )
             self._keep(dataclasses.replace(self.state, cache=held.with_pool(cache)))
             start += width
             if self._drafts is not None:
@@ -188,6 +191,7 @@ class Engine(engine.BatchEngine[Model]):
         first = self._first_token(state, self.shapes.placed(last, self.shapes.row[1]))
         self._keep(insert(self.state, first, np.int32(slot), np.int32(len(text))))
         self.rows[slot], self._tables[slot] = state, table[0]
+        self._score([(state, (0,))], first.scores)
         yield int(np.asarray(first.token)[0])
 
     def _chunk(self, left: int) -> int:
@@ -206,14 +210,14 @@ class Engine(engine.BatchEngine[Model]):
         request, vocabulary = state.request, self.model.config.vocab_size
         found = sorted(request.end_ids)[:ENDS]
         eos_ids = np.array([found + [-1] * (ENDS - len(found))], np.int32)
-        params = SamplingParams.of_rows([request.sampling], vocabulary)
+        params = SamplingParams.of_rows([request.sampling], vocabulary, [request.logprobs is not None])
         rng = self._keys.pop(state.number, None)
         rng = request.sampling.row_keys(1) if rng is None else rng
-        token_mask, nothing = seen_tokens([state.text], vocabulary), None
+        token_counts, nothing = count_tokens([penalized_ids(state.prompt)], vocabulary, [state.generated]), None
         state.look()
         forced = forced_steps([state.thought], 1)[0]
         allowed = allowed_rows([state.matcher], vocabulary)
-        row = decoding.first_token(self.model, nothing, last, token_mask, rng, eos_ids, params, forced, allowed)
+        row = decoding.first_token(self.model, nothing, last, token_counts, rng, eos_ids, params, forced, allowed)
         return self.shapes.placed(row, self.shapes.state(1, False))
 
     def _keep(self, state: State) -> None:
@@ -230,11 +234,12 @@ class Engine(engine.BatchEngine[Model]):
         self._place_tables()
         many, (params, allowed) = np.int32(min(steps, STEPS)), self._sampled()
         forced = forced_steps([row.thought if row else None for row in self.rows], STEPS)
-        state, tokens, count = decoding.decode(
+        state, tokens, count, scores = decoding.decode(
             self.model, self.state, many, params, forced, allowed, self._adapters(self.rows)
         )
         self._keep(state)
         found = np.asarray(tokens)[: int(count)]
+        self._score([(row, (step, slot)) for step in range(len(found)) for slot, row in here], scores)
         return [(row.number, int(step[slot])) for step in found for slot, row in here]
 
     def _speculated(self, guessing: Guessing[Model], room: int) -> list[tuple[int, list[int], int]] | None:
@@ -247,9 +252,13 @@ class Engine(engine.BatchEngine[Model]):
             proposed = self._drafts.propose(self.rows, self._tables, self._chunk)
             proposed = self.shapes.placed(proposed, self.shapes.array(proposed.shape, proposed.dtype))
         params, allowed = self._sampled()
-        state, tokens, right = verify_rows(self.model, self.state, plan.given, proposed, params, plan.forced, allowed)
+        state, tokens, right, scores = verify_rows(
+            self.model, self.state, plan.given, proposed, params, plan.forced, allowed
+        )
         self._keep(state)
         found, accepted = np.asarray(tokens), np.asarray(right)
+        here = [(row, int(accepted[slot]) + 1, slot) for slot, row in enumerate(self.rows) if row is not None]
+        self._score([(row, (step, slot)) for row, count, slot in here for step in range(count)], scores)
         made = []
         for slot, row in enumerate(self.rows):
             if row is not None:
@@ -270,8 +279,18 @@ class Engine(engine.BatchEngine[Model]):
     def _sampled(self) -> tuple[SamplingParams, np.ndarray]:
         """How each row is sampled, and the tokens that may come next, [B, V / 32]."""
         vocabulary = self.model.config.vocab_size
-        params = SamplingParams.of_rows([row.request.sampling if row else GREEDY for row in self.rows], vocabulary)
+        samplings = [row.request.sampling if row else GREEDY for row in self.rows]
+        scored = [row is not None and row.request.logprobs is not None for row in self.rows]
+        params = SamplingParams.of_rows(samplings, vocabulary, scored)
         return params, allowed_rows([row.matcher if row else None for row in self.rows], vocabulary)
+
+    def _score(self, made: Sequence[tuple[RequestState, tuple[int, ...]]], scores: Scores | None) -> None:
+        """Give requests the scores of their new tokens, each with its place in ``scores``."""
+        made = [(row, at) for row, at in made if row.request.logprobs is not None]
+        if made and scores is not None:
+            found = [np.asarray(values) for values in scores]
+            for row, at in made:
+                row.score(*(values[at] for values in found))
 
     def _restore(self, prefix: Prefix, row: Row) -> None:
         table, lengths = np.zeros((1, self._width), np.int32), np.zeros(1, np.int32)

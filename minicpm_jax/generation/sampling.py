@@ -1,18 +1,20 @@
-"""The next token from logits: greedy, or drawn from what temperature, top-k, top-p, min-p and XTC leave.
+"""The next token from logits, with bias and penalties: greedy, or drawn from what temperature, top-k, top-p, min-p and
+XTC leave.
 
-Dims: B batch, V vocabulary.
+Dims: B batch, V vocabulary, K likeliest tokens that are described.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from minicpm_data.generation.options import MOST_SPECIAL, Sampling
+from minicpm_data.generation.options import IN_ANSWER, MOST_BIASED, MOST_LOGPROBS, MOST_SPECIAL, Sampling
 
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 HOTTEST = 1e38  # more overflows float32; either way all tokens are equally likely
@@ -22,7 +24,11 @@ NUMBERS = [
     "top_k",
     "min_p",
     "min_tokens_to_keep",
+    "biased_tokens",
+    "biases",
     "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
     "xtc_probability",
     "xtc_threshold",
     "xtc_special_tokens",
@@ -31,13 +37,13 @@ NUMBERS = [
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=NUMBERS,
+    data_fields=[*NUMBERS, "scored"],
     meta_fields=["greedy", "penalized"],
 )
 @dataclass(frozen=True)
 class SamplingParams:
     """`Sampling` as inputs of a compiled program, [B, 1] if rows differ. Only whether any row samples and whether
-    any row has a repetition penalty are static.
+    any row may have penalties or a bias are static.
 
     ``greedy`` of None serves every kind of sampling with one program: the device looks whether any row samples.
     """
@@ -47,24 +53,36 @@ class SamplingParams:
     top_k: Int[Array, ""] | Int[Array, "B 1"]
     min_p: Float[Array, ""] | Float[Array, "B 1"]
     min_tokens_to_keep: Int[Array, ""] | Int[Array, "B 1"]
+    biased_tokens: Int[Array, "M"] | Int[Array, "B 1 M"]  # filled up with the size of the vocabulary
+    biases: Float[Array, "M"] | Float[Array, "B 1 M"]
     repetition_penalty: Float[Array, ""] | Float[Array, "B 1"]
+    frequency_penalty: Float[Array, ""] | Float[Array, "B 1"]
+    presence_penalty: Float[Array, ""] | Float[Array, "B 1"]
     xtc_probability: Float[Array, ""] | Float[Array, "B 1"]
     xtc_threshold: Float[Array, ""] | Float[Array, "B 1"]
     xtc_special_tokens: Int[Array, "N"] | Int[Array, "B 1 N"]  # filled up with the size of the vocabulary
     greedy: bool | None
     penalized: bool
+    scored: Bool[Array, "B"] | None = None  # rows whose tokens get `Scores`; None: no program computes them
 
     @staticmethod
     def of(sampling: Sampling, vocab_size: int) -> "SamplingParams":
         special = np.full(MOST_SPECIAL, vocab_size, np.int32)
         special[: len(sampling.xtc_special_tokens or ())] = sampling.xtc_special_tokens or ()
+        biased, biases = np.full(MOST_BIASED, vocab_size, np.int32), np.zeros(MOST_BIASED, np.float32)
+        for place, pair in enumerate(sampling.bias):
+            biased[place], biases[place] = pair
         return SamplingParams(
             np.float32(min(max(sampling.temperature, COLDEST), HOTTEST)),
             np.float32(sampling.top_p),
             np.int32(min(sampling.top_k or vocab_size, vocab_size)),
             np.float32(sampling.min_p),
             np.int32(min(sampling.min_tokens_to_keep, vocab_size)),
+            biased,
+            biases,
             np.float32(sampling.repetition_penalty),
+            np.float32(sampling.frequency_penalty),
+            np.float32(sampling.presence_penalty),
             np.float32(sampling.xtc_probability),
             np.float32(sampling.xtc_threshold),
             special,
@@ -73,23 +91,25 @@ class SamplingParams:
         )
 
     @staticmethod
-    def of_rows(samplings: Sequence[Sampling], vocab_size: int) -> "SamplingParams":
-        """The parameters of rows that differ, for the one program that serves every kind of sampling. A repetition
-        penalty of 1 changes no bit of the logits."""
+    def of_rows(
+        samplings: Sequence[Sampling], vocab_size: int, scored: Sequence[bool] | None = None
+    ) -> "SamplingParams":
+        """The parameters of rows that differ, for the one program that serves every kind of sampling. Penalties and
+        biases that are none change no bit of the logits."""
         each = [SamplingParams.of(sampling, vocab_size) for sampling in samplings]
         numbers = {name: np.stack([getattr(params, name) for params in each])[:, None] for name in NUMBERS}
-        return SamplingParams(**numbers, greedy=None, penalized=True)
+        wanted = np.zeros(len(samplings), bool) if scored is None else np.array(scored, bool)
+        return SamplingParams(**numbers, greedy=None, penalized=True, scored=wanted)
 
 
 def sample(
-    logits: Float[Array, "B V"], token_mask: Bool[Array, "B V"] | None, params: SamplingParams, keys: Array
+    logits: Float[Array, "B V"], token_counts: Int[Array, "B V"] | None, params: SamplingParams, keys: Array
 ) -> Int[Array, "B"]:
     """One token for each row.
 
-    ``token_mask``: the tokens of prompt and answer, for the repetition penalty. ``keys``: [B] random keys."""
-    if params.penalized:
-        penalized = jnp.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-        logits = jnp.where(token_mask, penalized, logits)
+    ``token_counts``: from `count_tokens`, where rows are penalized. ``keys``: [B] random keys."""
+    if params.penalized and token_counts is not None:
+        logits = penalized(logits, token_counts, params)
     likeliest = jnp.argmax(logits, axis=-1)
     if params.greedy:
         return likeliest
@@ -106,6 +126,47 @@ def sample(
     if params.greedy is None:
         return jax.lax.cond(jnp.any(params.temperature > COLDEST), drawn, lambda: likeliest)
     return drawn()
+
+
+def penalized(
+    logits: Float[Array, "B V"], token_counts: Int[Array, "B V"], params: SamplingParams
+) -> Float[Array, "B V"]:
+    """The logits with bias, repetition penalty, frequency penalty and presence penalty, in this order."""
+
+    def changed() -> Array:
+        rows = len(logits)
+        tokens = jnp.broadcast_to(params.biased_tokens, (rows, 1, MOST_BIASED))[:, 0]
+        biases = jnp.broadcast_to(params.biases, (rows, 1, MOST_BIASED))[:, 0]
+        biased = logits.at[jnp.arange(rows)[:, None], tokens].add(biases, mode="drop")
+        repeated = jnp.where(biased > 0, biased / params.repetition_penalty, biased * params.repetition_penalty)
+        answered = token_counts // IN_ANSWER
+        taken = params.frequency_penalty * answered + params.presence_penalty * (answered > 0)
+        return jnp.where(token_counts > 0, repeated, biased) - taken
+
+    others = (params.frequency_penalty != 0) | (params.presence_penalty != 0) | (params.repetition_penalty != 1)
+    # Most batches have none of them.
+    return jax.lax.cond(jnp.any(others) | jnp.any(params.biases != 0), changed, lambda: logits)
+
+
+class Scores(NamedTuple):
+    """How likely tokens are: their log probabilities, and ids and log probabilities of the likeliest."""
+
+    logprob: Float[Array, "B"]
+    ids: Int[Array, "B K"]
+    logprobs: Float[Array, "B K"]
+
+
+def score(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Scores:
+    """How likely the tokens are, by the model's own logits."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    likeliest, ids = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logits.shape[-1]))
+    return Scores(jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], ids.astype(jnp.int32), likeliest)
+
+
+def no_scores(rows: int, vocab_size: int) -> Scores:
+    """Zeros in place of `Scores`."""
+    shape = rows, min(MOST_LOGPROBS, vocab_size)
+    return Scores(jnp.zeros(rows), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
 
 
 def only_allowed(logits: Float[Array, "B V"], allowed: UInt32[Array, "B W"]) -> Float[Array, "B V"]:

@@ -3,12 +3,18 @@
 Dims: B rows, T tokens, N scored tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from minicpm_data.generation.options import MOST_LOGPROBS
+from minicpm_jax.generation.decoding import bucket_length, home_of
+from minicpm_jax.generation.sampling import Scores, score
 from minicpm_jax.layers.rope import positions_of
+from minicpm_jax.layers.row_lora import adapter_rows
 from minicpm_jax.model import Model
 
 SCORED = 256  # tokens whose logits exist at once: 126 MB with a vocabulary of 122,753
@@ -38,10 +44,61 @@ def scores(
     return likely, best
 
 
+def prompt_scores(model: Model, ids: Sequence[int], adapter: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How likely each token of a prompt but the first is.
+
+    Arguments:
+        ids: N tokens.
+        adapter: as in `GenerationRequest`.
+
+    Returns:
+        `Scores` of N - 1 tokens, in arrays of the host.
+    """
+    count, found = len(ids) - 1, list[list[np.ndarray]]()
+    shape = 0, min(MOST_LOGPROBS, model.config.vocab_size)
+    if count == 0:
+        return np.zeros(0, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    x = _states(model, *_padded(model, ids, adapter))
+    for start in range(0, count, SCORED):
+        at = np.minimum(np.arange(start, start + SCORED, dtype=np.int32), count - 1)
+        made = _described(model, x, np.zeros_like(at), at, np.array(ids, np.int32)[at + 1])
+        found.append([np.asarray(values)[: count - start] for values in made])
+    logprob, likeliest, logprobs = (np.concatenate(values) for values in zip(*found, strict=True))
+    return logprob, likeliest, logprobs
+
+
+def prepare_scores(model: Model, ids: Sequence[int], adapter: int = 0) -> None:
+    """Compile the programs that `prompt_scores` needs for these arguments; on any thread."""
+    given = _padded(model, ids, adapter)
+    x = jax.eval_shape(_states, model, *given)
+    _states.lower(model, *given).compile()
+    at = np.zeros(SCORED, np.int32)
+    home = home_of(model) if model.mesh is None else None
+    x = x if home is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home)
+    _described.lower(model, x, at, at, at).compile()
+
+
+def _padded(model: Model, ids: Sequence[int], adapter: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The arguments of `_states` for one text: few lengths, so that few programs are compiled."""
+    padded = np.zeros((1, bucket_length(len(ids))), np.int32)
+    padded[0, : len(ids)] = ids
+    return padded, np.array([len(ids)], np.int32), np.array([adapter], np.int32) if model.adapters else None
+
+
 @jax.jit
-def _states(model: Model, ids: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Float[Array, "B T D"]:
+def _states(
+    model: Model, ids: Int[Array, "B T"], lengths: Int[Array, "B"], adapters: Int[Array, "B"] | None = None
+) -> Float[Array, "B T D"]:
     positions = positions_of(model.config, ids.shape, start=jnp.zeros_like(lengths), length=lengths)
-    return model.hidden_states(ids, positions)
+    with adapter_rows(adapters):
+        return model.hidden_states(ids, positions)
+
+
+@jax.jit
+def _described(
+    model: Model, x: Float[Array, "B T D"], rows: Int[Array, "N"], at: Int[Array, "N"], targets: Int[Array, "N"]
+) -> Scores:
+    return score(model.head(x[rows, at][None])[0], targets)
 
 
 @jax.jit

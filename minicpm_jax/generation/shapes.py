@@ -19,7 +19,7 @@ from minicpm_jax.cpu.form import form_of_model
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import State
 from minicpm_jax.generation.programs import Key
-from minicpm_jax.generation.sampling import SamplingParams
+from minicpm_jax.generation.sampling import SamplingParams, Scores, no_scores
 from minicpm_jax.generation.slots import ENDS, insert, vacate
 from minicpm_jax.generation.verification import verify_rows
 from minicpm_jax.layers.kv_cache import Cache, cache_specs
@@ -82,21 +82,25 @@ class Shapes(Places):
         """The state of B rows."""
         cache: Any = self._cache(rows) if with_cache else None
         token = self.array((rows,), jnp.int32)
-        token_mask = self.array((rows, self.model.config.vocab_size), jnp.bool_)
+        token_counts = self.array((rows, self.model.config.vocab_size), jnp.int32)
         rng = self.array((rows,), jax.random.key(0).dtype)
         finished, ends = self.array((rows,), jnp.bool_), self.array((rows, ENDS), jnp.int32)
-        return State(cache, token, token_mask, rng, finished, ends)
+        scores = jax.eval_shape(lambda: no_scores(rows, self.model.config.vocab_size))
+        return State(cache, token, token_counts, rng, finished, ends, self._placed_scores(scores))
+
+    def _placed_scores(self, scores: Scores) -> Scores:
+        return Scores(*(self.array(x.shape, x.dtype) for x in scores))
 
     def empty(self, rows: int) -> State:
         """A state whose slots are empty."""
 
         def made() -> State:
             rng = jax.random.split(jax.random.key(0), rows)
-            token_mask = jnp.zeros((rows, self.model.config.vocab_size), bool)
+            token_counts = jnp.zeros((rows, self.model.config.vocab_size), jnp.int32)
             nobody = jnp.full((rows, ENDS), -1, jnp.int32)
-            return State(
-                self._empty_cache(rows), jnp.zeros(rows, jnp.int32), token_mask, rng, jnp.ones(rows, bool), nobody
-            )
+            token, finished = jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool)
+            scores = no_scores(rows, self.model.config.vocab_size)
+            return State(self._empty_cache(rows), token, token_counts, rng, finished, nobody, scores)
 
         where = None if self._home is None else jax.tree.map(lambda x: x.sharding, self.state(rows))
         return jax.jit(made, out_shardings=where)()  # each device makes its own part
@@ -124,12 +128,13 @@ class Shapes(Places):
             return host(jnp.int32, count) if model.adapters else None
 
         match key.name:
-            case "prefill":
+            case "prefill" | "prefill images":
                 ids, lengths = host(jnp.int32, 1, key.sizes[0]), host(jnp.int32, 1)
-                return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids, adapters(1))
+                seen = host(jnp.float32, *ids.shape, model.config.hidden_size) if "images" in key.name else None
+                return decoding.prefill.lower(model, ids, *self.row, number, lengths, ids, adapters(1), seen)
             case "first_token":
                 last, nothing = self.hidden(), None
-                given = host(jnp.bool_, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
+                given = host(jnp.int32, 1, vocabulary), host(jnp.uint32, 1, 2), host(jnp.int32, 1, ENDS)
                 sampled = params(1), host(jnp.int32, 1), allowed(1)
                 return decoding.first_token.lower(model, nothing, last, *given, *sampled)
             case "insert":

@@ -26,10 +26,11 @@ def insert(state: State, row: State, slot: Int[Array, ""], length: Int[Array, ""
     return State(
         dataclasses.replace(state.cache, lengths=state.cache.lengths.at[slot].set(length)),
         write(state.token, row.token),
-        write(state.token_mask, row.token_mask),
+        write(state.token_counts, row.token_counts),
         jax.random.wrap_key_data(rng),
         write(state.finished, row.finished),
         write(state.eos_ids, row.eos_ids),
+        jax.tree.map(write, state.scores, row.scores),
     )
 
 

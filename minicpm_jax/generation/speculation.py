@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from minicpm_data.generation.options import MOST
-from minicpm_data.generation.request import GenerationRequest
+from minicpm_data.generation.request import GenerationRequest, PromptIds, text_ids
 from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_jax.generation import decoding
 from minicpm_jax.generation.decoding import ROOM, State, bucket_length, sample_next
@@ -88,7 +88,8 @@ def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Dra
     """Guesses of a draft model. It always proposes the full number, because another number would be another program."""
     model, count = speculation.draft_model, speculation.num_draft_tokens
     assert model is not None
-    own = dataclasses.replace(reserve_guesses(request, count), prefix=None)  # a prefix is of the other model
+    prompts = (PromptIds(text_ids(request.prompt), model.config.vocab_size),)  # a draft model need not see
+    own = dataclasses.replace(reserve_guesses(request, count), prompts=prompts, prefix=None)  # of the other model
     cache, _ = decoding.prefill_prompts(model, own)
 
     def proposed(last: Sequence[int], start: int, wanted: int) -> list[int]:

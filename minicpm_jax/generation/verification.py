@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt32
 
 from minicpm_data.generation.guessing import PROPOSED
+from minicpm_data.generation.options import IN_ANSWER
 from minicpm_jax.generation.decoding import State, sample_next
-from minicpm_jax.generation.sampling import SamplingParams
+from minicpm_jax.generation.sampling import SamplingParams, Scores
 from minicpm_jax.layers.kv_cache import Cache
 from minicpm_jax.model import Model
 
@@ -30,7 +31,7 @@ def verify_rows(
     params: SamplingParams,
     forced: Int[Array, "W B"],
     allowed: UInt32[Array, "B V/32"],
-) -> tuple[State, Int[Array, "W B"], Int[Array, "B"]]:
+) -> tuple[State, Int[Array, "W B"], Int[Array, "B"], Scores | None]:
     """Run the last token of each row and its guesses through the model.
 
     Arguments:
@@ -38,8 +39,8 @@ def verify_rows(
         proposed: the draft model's guesses.
         allowed: the tokens that may come next. It is right for the first one, and rows that have a grammar no guess.
 
-    Returns the state after each row's accepted guesses and one further token, the token sampled after each input, and
-    the number of accepted guesses.
+    Returns the state after each row's accepted guesses and one further token, the token sampled after each input, the
+    number of accepted guesses, and the scores of the tokens.
     """
     guesses = given if proposed is None else jnp.where(given == PROPOSED, proposed, given)
     ids = jnp.concatenate([state.token[:, None], jnp.maximum(guesses, 0)], axis=1)
@@ -50,7 +51,7 @@ def verify_rows(
     def choose(state, given):
         logits, now = given
         state = sample_next(state, logits, params, now, allowed)
-        return state, dataclasses.replace(state, token_mask=None)
+        return state, dataclasses.replace(state, token_counts=None)
 
     nothing: Any = None  # the cache is not carried through the scan
     logits = model.head(hidden).swapaxes(0, 1)  # [W, B, V]
@@ -58,17 +59,18 @@ def verify_rows(
     right = jnp.sum(jnp.cumprod(guesses == states.token[:-1].T, axis=1), axis=1)
     row = jnp.arange(rows)
     accepted = jnp.arange(width)[:, None] <= right
-    seen, token_mask = jnp.where(accepted, states.token, model.config.vocab_size), state.token_mask
-    token_mask = None if token_mask is None else token_mask.at[row, seen].set(True, mode="drop")
+    seen, token_counts = jnp.where(accepted, states.token, model.config.vocab_size), state.token_counts
+    token_counts = None if token_counts is None else token_counts.at[row, seen].add(IN_ANSWER, mode="drop")
     after = State(
         dataclasses.replace(cache, lengths=jnp.where(state.finished, before, before + right + 1)),
         states.token[right, row],
-        token_mask,
+        token_counts,
         states.rng[right, row],
         states.finished[right, row],
         state.eos_ids,
+        jax.tree.map(lambda each: each[right, row], states.scores),
     )
-    return after, states.token, right
+    return after, states.token, right, states.scores
 
 
 @functools.partial(jax.jit, static_argnames="count", donate_argnames="cache")

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from minicpm_data.generation import api
-from minicpm_data.generation.options import seen_tokens
+from minicpm_data.generation.image_prompt import penalized_ids
+from minicpm_data.generation.options import count_tokens
 from minicpm_data.generation.request import GenerationRequest, PromptIds
 from minicpm_data.generation.thinking import Thoughts
 from minicpm_jax import device
@@ -80,10 +81,11 @@ class Warming(api.Warming[Model]):
         """The arguments of `decoding.first_token` after the model."""
         sampling, vocab_size = request.sampling, self.model.config.vocab_size
         ends = np.array(sorted(request.end_ids) or [-1], np.int32)
-        token_mask = seen_tokens(request.prompts, vocab_size) if sampling.penalized else None
+        counted = map(penalized_ids, request.prompts)
+        token_counts = count_tokens([*counted], vocab_size) if sampling.penalized else None
         params = SamplingParams.of(sampling, vocab_size)
         forced = Thoughts(request.thinking).forced(1)
-        row = *self._row(request, places, slots), token_mask, sampling.row_keys(1), ends
+        row = *self._row(request, places, slots), token_counts, sampling.row_keys(1), ends
         return *row, params, None if forced is None else forced[0]
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from minicpm_data.datasets.images import PIXELS, PLACES, sizes_of
 from weights_io.config import ModelConfig
 from weights_io.errors import InputError
 
@@ -109,7 +110,11 @@ def shard_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh | None, rows: int) -
 
         return jax.make_array_from_callback((len(array), rows, *array.shape[2:]), sharding, part)
 
-    return {name: placed(array) for name, array in arrays.items()}
+    images = {name: arrays[name] for size in sizes_of(arrays) for name in (f"{PIXELS}{size}", f"{PLACES}{size}")}
+    if images and jax.process_count() > 1:
+        raise InputError("images are trained on by one process; run the command on one host.")
+    whole = jax.device_put(images, NamedSharding(mesh, PartitionSpec()))  # every device encodes all of them
+    return {name: placed(array) for name, array in arrays.items() if name not in images} | whole
 
 
 def row_axes(mesh: Mesh | AbstractMesh, rows: int) -> tuple[str, ...]:

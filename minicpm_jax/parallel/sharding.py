@@ -30,6 +30,8 @@ RULES = {
     "from_latent": "fsdp",
     "expert": "expert",
     "router": None,
+    "vision_out": "tensor",
+    "vision_in": "fsdp",
     "layers": None,
 }
 

@@ -17,6 +17,7 @@ from minicpm_data.training.objectives import Batch, ObjectiveOptions, Sums, docu
 from minicpm_jax.layers.rope import positions_of
 from minicpm_jax.model import Model
 from minicpm_jax.training.cross_entropy import _backward, _chunked, _forward, token_losses
+from minicpm_jax.training.images import with_images
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
@@ -27,8 +28,9 @@ class Objective(ObjectiveOptions):
 
     def __call__(self, model: Model, batch: Batch) -> Sums:
         """`ObjectiveOptions.sums` of a batch."""
-        positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
-        states, aux_loss = model.hidden_states_and_aux_loss(batch["ids"], positions, remat=self.remat)
+        ids, seen = with_images(model, batch)
+        positions = positions_of(model.config, ids.shape, segments=batch["segments"])
+        states, aux_loss = model.hidden_states_and_aux_loss(ids, positions, remat=self.remat, features=seen)
         losses = token_losses(model, states, batch["labels"])
         return self.sums(jnp, losses, batch, aux_loss if model.config.num_experts else None)
 

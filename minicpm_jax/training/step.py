@@ -20,6 +20,7 @@ from minicpm_jax.parallel.mesh import ambient_mesh
 from minicpm_jax.parallel.sharding import pad_config, pad_or_trim_params, partition_spec, replicated, shardings
 from minicpm_jax.training import adapters
 from minicpm_jax.training.cross_entropy import token_losses
+from minicpm_jax.training.images import with_images
 from minicpm_jax.training.losses import Batch, Objective, PackedObjective
 from weights_io.config import ModelConfig
 from weights_io.parameters import parameters
@@ -169,8 +170,9 @@ def evaluation(weights: Weights, base: Model | None, batch: Batch, *, trained: T
 def log_probabilities(weights: Weights, base: Model | None, batch: Batch, *, trained: Trainable) -> Float[Array, "B"]:
     """Log-probability of each row's targets, summed over the row."""
     model = trained.model(base, weights)
-    positions = positions_of(model.config, batch["ids"].shape, segments=batch["segments"])
-    hidden = model.hidden_states(batch["ids"], positions)
+    ids, seen = with_images(model, batch)
+    positions = positions_of(model.config, ids.shape, segments=batch["segments"])
+    hidden = model.hidden_states(ids, positions, seen)
     return -jnp.sum(token_losses(model, hidden, batch["labels"]), axis=1)
 
 

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from minicpm_data.datasets.batches import one_of_few
+from minicpm_data.datasets.images import alike
 from minicpm_data.training.finished_model import export_finetuned
 from minicpm_data.training.options import FinetuneOptions, FullOptions, LoraOptions, adapted_layers, given_adapter
 from minicpm_jax import device
@@ -155,4 +156,5 @@ class Trainer(BaseTrainer):
 
 def stack_batches(batches: Sequence[Arrays]) -> dict[str, np.ndarray]:
     """Stack batches [B, T] to [A, B, T]."""
+    batches = alike(batches)
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -16,7 +16,8 @@ import numpy as np
 from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, QuantizedKVCache, make_prompt_cache
 
-from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, Sampling, seen_tokens
+from minicpm_data.generation.image_prompt import chunk_inputs, padded_inputs, penalized_ids
+from minicpm_data.generation.options import IN_ANSWER, PLAIN_CACHE, CacheOptions, Sampling, count_tokens
 from minicpm_data.generation.prompt_cache import CachedPrompt
 from minicpm_data.generation.request import GenerationRequest
 from minicpm_data.generation.thinking import Thoughts
@@ -40,7 +41,7 @@ class State:
 
     cache: list[Any]  # one per layer, updated in place
     token: mx.array  # [B], the last sampled token, not yet in the cache
-    token_mask: mx.array | None  # [B, V] bool, tokens of prompt and answer, for the repetition penalty
+    token_counts: mx.array | None  # [B, V] from `count_tokens`, where rows are penalized
     rng: mx.array  # [B, 2] keys of mx.random
 
 
@@ -98,11 +99,15 @@ def prefill_chunks(
     pieces: int,
     length: int | mx.array,
     cache_options: CacheOptions = PLAIN_CACHE,
+    features: mx.array | None = None,
 ) -> mx.array:
     """Run tokens [B, T], ``pieces`` at a time, through the cache. Returns the last token's hidden state [B, 1, D].
-    ``length``: of the whole prompt, if these tokens end one. ``cache_options``: say when the cache is quantized."""
+    ``length``: of the whole prompt, if these tokens end one. ``cache_options``: say when the cache is quantized.
+    ``features``: [B, T, D] image tokens, as in `Decoder.embed`."""
     for start in range(0, ids.shape[1], pieces):
-        hidden = model.decode(ids[:, start : start + pieces], cache, length, last=True)
+        now = slice(start, start + pieces)
+        seen = None if features is None else features[:, now]
+        hidden = model.decode(ids[:, now], cache, length, last=True, features=seen)
         quantize_late(model, cache, cache_options)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
@@ -122,18 +127,18 @@ def sample_next(state: State, logits: mx.array, sampling: Sampling, forced: np.n
     if not sampling.greedy:
         both = mx.stack([mx.random.split(key) for key in state.rng])
         rng, draws = both[:, 0], both[:, 1]
-    token = sample(logits, state.token_mask, sampling, draws)
-    return with_token(replace(state, token=token, rng=rng), state.token_mask, forced)
+    token = sample(logits, state.token_counts, sampling, draws)
+    return with_token(replace(state, token=token, rng=rng), state.token_counts, forced)
 
 
-def with_token(state: State, token_mask: mx.array | None, forced: np.ndarray | None = None) -> State:
-    """The state with ``token_mask``, that of the state before, extended by its token, or by the ``forced`` one."""
+def with_token(state: State, token_counts: mx.array | None, forced: np.ndarray | None = None) -> State:
+    """The state with ``token_counts``, that of the state before, extended by its token, or by the ``forced`` one."""
     token = state.token
     if forced is not None and (forced >= 0).any():
         token = mx.where(mx.array(forced >= 0), mx.array(forced).astype(token.dtype), token)
-    seen = None if token_mask is None else mx.put_along_axis(token_mask, token[:, None], mx.array(True), axis=1)
+    counts = None if token_counts is None else token_counts.at[mx.arange(len(token)), token].add(IN_ANSWER)
     mx.async_eval(token)
-    return replace(state, token=token, token_mask=seen)
+    return replace(state, token=token, token_counts=counts)
 
 
 def check_kind(model: Model, batch: int, cache_options: CacheOptions) -> None:
@@ -158,6 +163,8 @@ def check(model: Model, request: GenerationRequest) -> None:
     """`minicpm_data.generation.api.Decoding.check`. Prompts and the beginning of the answer must fit into memory."""
     if request.constraint is not None:
         raise InputError("is for requests to an engine; leave it out.", option="constraint")
+    if request.logprobs is not None:
+        raise InputError("is for requests to an engine; leave it out.", option="logprobs")
     if request.adapter:
         raise InputError("is for requests to an engine; load the model with one adapter.", option="adapter")
     batch, kept = len(request.prompts), request.cache
@@ -179,7 +186,7 @@ def stream_tokens(model: Model, request: GenerationRequest) -> Iterator[np.ndarr
             tokens = np.asarray(state.token)
             thoughts.add(tokens)
             if (forced := thoughts.forced(1)) is not None:
-                following = with_token(following, state.token_mask, forced[0])
+                following = with_token(following, state.token_counts, forced[0])
             yield tokens
             finished |= np.isin(tokens, ends)
             if finished.all():
@@ -193,9 +200,10 @@ def prefill_and_sample(model: Model, request: GenerationRequest) -> State:
     """Prefill the prompts and sample each row's first token."""
     cache, hidden = prefill_prompts(model, request)
     prompts, sampling = request.prompts, request.sampling
-    token_mask = mx.array(seen_tokens(prompts, model.config.vocab_size)) if sampling.penalized else None
+    counted = [*map(penalized_ids, prompts)]
+    token_counts = mx.array(count_tokens(counted, model.config.vocab_size)) if sampling.penalized else None
     last = mx.array([prompt[-1] for prompt in prompts])
-    state = State(cache, last, token_mask, mx.array(sampling.row_keys(len(prompts))))
+    state = State(cache, last, token_counts, mx.array(sampling.row_keys(len(prompts))))
     forced = Thoughts(request.thinking).forced(1)
     return sample_next(state, model.head(hidden)[:, 0], sampling, None if forced is None else forced[0])
 
@@ -210,9 +218,12 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[list[Any]
     if request.prefix is not None:
         cache = restore(model, cache, request.prefix)
         quantize_late(model, cache, options)
-    ids = [[0] * pad + list(prompt)[request.begun :] for pad, prompt in zip(padding, prompts, strict=True)]
+    begun = request.begun
+    rows = [chunk_inputs(model, prompt, prompt, begun, len(prompt)) for prompt in prompts]
+    ids, features = padded_inputs(rows, width - begun, left=True)
+    given, seen = mx.array(ids), None if features is None else mx.array(features)
     length = width if len(prompts) == 1 else mx.array(lengths)
-    return cache, prefill_chunks(model, mx.array(ids), cache, options.prefill_step_size, length, options)
+    return cache, prefill_chunks(model, given, cache, options.prefill_step_size, length, options, seen)
 
 
 def cached_prompt(model: Model, request: GenerationRequest) -> CachedPrompt:

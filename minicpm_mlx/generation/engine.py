@@ -23,15 +23,17 @@ from mlx_lm.models.cache import trim_prompt_cache
 from minicpm_data.generation import engine
 from minicpm_data.generation.constraint import unpacked
 from minicpm_data.generation.guessing import NONE, PROPOSED, Guessing
-from minicpm_data.generation.options import PLAIN_CACHE, CacheOptions, seen_tokens
+from minicpm_data.generation.image_prompt import chunk_inputs, penalized_ids
+from minicpm_data.generation.options import IN_ANSWER, PLAIN_CACHE, CacheOptions, count_tokens
 from minicpm_data.generation.pages import Row as Pages
 from minicpm_data.generation.prompt_cache import AGAIN, CachedPrompt, Prefix, PromptCache
+from minicpm_data.generation.request import text_ids
 from minicpm_data.generation.request_state import RequestState
 from minicpm_data.generation.speculation import Speculation
 from minicpm_mlx import device
 from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.prompt_cache import restore, stored
-from minicpm_mlx.generation.sampling import sample
+from minicpm_mlx.generation.sampling import Scores, sample, score
 from minicpm_mlx.layers.fused_linear import fuse
 from minicpm_mlx.layers.row_caches import RowCaches
 from minicpm_mlx.layers.row_lora import adapter_rows
@@ -55,18 +57,21 @@ class Row:
         cache: its caches, one per layer.
         token: [1] the last token that was given out, not yet in the cache.
         key: [2] its random key after that token.
-        token_mask: [1, V] the tokens so far, where they are penalized.
+        token_counts: [1, V] from `count_tokens`, where they are penalized.
         draft: the draft model's caches; they may hold less than the text.
-        ahead: what is being computed: the values of ``token``, ``key`` and ``token_mask`` after the next token.
+        ahead: what is being computed: the values of ``token``, ``key``, ``token_counts`` and ``scores`` after the next
+            token.
+        scores: of ``token``, where the request asks for them.
     """
 
     state: RequestState
     cache: list[Any]
     token: mx.array
     key: mx.array
-    token_mask: mx.array | None
+    token_counts: mx.array | None
     draft: list[Any] | None = None
-    ahead: tuple[mx.array, mx.array, mx.array | None] | None = None
+    ahead: tuple[mx.array, mx.array, mx.array | None, Scores | None] | None = None
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,21 +134,27 @@ class Engine(engine.BatchEngine[Model]):
         for start in range(begun, len(text), width):
             if start > begun:
                 yield None
-            part = text[start : start + width]
+            part, features = chunk_inputs(self.model, state.prompt, text, start, start + width)
             # The keys of an answer that gave up its memory are rotated as they were: each token by its own length.
             scaled = np.maximum(len(state.prompt), start + np.arange(len(part)) + 1)[None]
             length = len(state.prompt) if start + len(part) <= len(state.prompt) else mx.array(scaled)
             with adapter_rows(self._adapters([state])):
-                hidden = decoding.prefill_chunks(self.model, mx.array([part]), cache, len(part), length)
+                seen = None if features is None else mx.array(features[None])
+                ids = mx.array(part[None])
+                hidden = decoding.prefill_chunks(self.model, ids, cache, len(part), length, features=seen)
         key = self._keys.pop(state.number, None)
         key = mx.array(request.sampling.row_keys(1)[0]) if key is None else key
-        seen = mx.array(seen_tokens([text], self.model.config.vocab_size)) if request.sampling.penalized else None
-        row = Row(state, cache, mx.array([text[-1]]), key, seen, draft)
+        counts = None
+        if request.sampling.penalized:
+            counted = [penalized_ids(state.prompt)]
+            counts = mx.array(count_tokens(counted, self.model.config.vocab_size, [state.generated]))
+        row = Row(state, cache, mx.array([text[-1]]), key, counts, draft)
         if draft is not None:
             self._fill(draft, text, len(state.prompt), len(text))
         self._sample([row], self.model.head(hidden)[:, 0])
         self._advance(row)
         self.rows.append(row)
+        _score(state, row.scores)
         yield int(np.asarray(row.token)[0])
 
     def _begun(self, state: RequestState) -> tuple[list[Any], list[Any] | None]:
@@ -169,7 +180,7 @@ class Engine(engine.BatchEngine[Model]):
         assert self._draft_model is not None
         width = self.cache_options.prefill_step_size
         for start in range(draft[0].offset, upto, width):
-            part = text[start : min(start + width, upto)]
+            part = text_ids(text[start : min(start + width, upto)])
             scaled = mx.array(np.maximum(prompt, start + np.arange(len(part)) + 1)[None])
             decoding.prefill_chunks(self._draft_model, mx.array([part]), draft, len(part), scaled)
 
@@ -181,12 +192,15 @@ class Engine(engine.BatchEngine[Model]):
             self._advance(row)
         if not any(row.state.looks for row in self.rows):
             self._submit()
+        for row in made:
+            _score(row.state, row.scores)
         return [(row.state.number, int(np.asarray(row.token)[0])) for row in made]
 
     def _speculated(self, guessing: Guessing[Model], room: int) -> list[tuple[int, list[int], int]] | None:
         if ahead := [row for row in self.rows if row.ahead is not None]:  # of plain decoding
             for row in ahead:
                 self._advance(row)
+                _score(row.state, row.scores)
             return [(row.state.number, [int(np.asarray(row.token)[0])], 0) for row in ahead]
         plan = guessing.plan([row.state for row in self.rows], room)
         if plan is None:
@@ -196,13 +210,15 @@ class Engine(engine.BatchEngine[Model]):
         if self._draft_model is not None:
             guesses = mx.where(mx.array(given == PROPOSED), self._propose(self._draft_model, given.shape[1]), guesses)
         runs = self._verified(guesses, plan.forced)
-        made: Any = mx.stack([mx.concatenate([token for token, _, _ in run]) for run in runs], axis=1)
+        made: Any = mx.stack([mx.concatenate([token for token, *_ in run]) for run in runs], axis=1)
         mx.eval(made, guesses)
         tokens, count = np.asarray(made), given.shape[1]
         right = np.cumprod(np.where(given == NONE, NONE, np.asarray(guesses)) == tokens[:, :-1], axis=1).sum(axis=1)
         found = []
         for index, (row, accepted, guessed) in enumerate(zip(self.rows, map(int, right), plan.counts, strict=True)):
-            row.token, row.key, row.token_mask = runs[accepted][index]
+            row.token, row.key, row.token_counts, row.scores = runs[accepted][index]
+            for run in runs[: accepted + 1]:
+                _score(row.state, run[index][3])
             trim_prompt_cache(row.cache, count - accepted)
             if row.draft is not None:  # the last guess was not run; a row without guesses has them in its draft too
                 trim_prompt_cache(row.draft, max(0, count - 1 - (accepted if guessed else 0)))
@@ -220,7 +236,7 @@ class Engine(engine.BatchEngine[Model]):
             self._sample(self.rows, logits[:, index], forced[index])
             for row in self.rows:
                 self._advance(row)
-            runs.append([(row.token, row.key, row.token_mask) for row in self.rows])
+            runs.append([(row.token, row.key, row.token_counts, row.scores) for row in self.rows])
         return runs
 
     def _propose(self, model: Model, count: int) -> mx.array:
@@ -256,27 +272,28 @@ class Engine(engine.BatchEngine[Model]):
         ``forced``: [B] ids to take in place of a sampled one, or -1; None: those of the thoughts."""
         greedy = mx.argmax(logits, axis=-1)
         for i, row in enumerate(rows):
-            state, sampling, key, seen = row.state, row.state.request.sampling, row.key, row.token_mask
+            state, sampling, key, counts = row.state, row.state.request.sampling, row.key, row.token_counts
             state.look()
             token, own = greedy[i : i + 1], logits[i : i + 1]
             if state.matcher is not None:
                 own = mx.where(mx.array(unpacked(state.matcher.allowed(), own.shape[-1])), own, -mx.inf)
             if not sampling.greedy:
                 key, draw = mx.random.split(row.key)
-                token = sample(own, seen, sampling, draw[None])
+                token = sample(own, counts, sampling, draw[None])
             elif sampling.penalized or state.matcher is not None:
-                token = sample(own, seen, sampling, None)
+                token = sample(own, counts, sampling, None)
             if forced is None and state.thought is not None and state.thought.forced:
                 token = mx.array(state.thought.forced[:1])
             elif forced is not None and forced[i] >= 0:
                 token = mx.array([int(forced[i])])
-            if seen is not None:
-                seen = mx.put_along_axis(seen, token[:, None], mx.array(True), axis=1)
-            row.ahead = token, key, seen
+            if counts is not None:
+                counts = counts.at[mx.arange(1), token].add(IN_ANSWER)
+            scores = None if state.request.logprobs is None else score(logits[i : i + 1], token)
+            row.ahead = token, key, counts, scores
 
     def _advance(self, row: Row) -> None:
         assert row.ahead is not None
-        (row.token, row.key, row.token_mask), row.ahead = row.ahead, None
+        (row.token, row.key, row.token_counts, row.scores), row.ahead = row.ahead, None
 
     def _adapters(self, rows: Sequence[RequestState]) -> mx.array | None:
         """The adapter of each row; None where no row has one."""
@@ -322,6 +339,12 @@ class Engine(engine.BatchEngine[Model]):
             draft = decoding.make_cache(self._draft_model, [0], self.cache_options)
             self._fill(draft, ids, len(ids), len(ids))
         self.pinned.append(Kept(ids, cache, draft, row))
+
+
+def _score(state: RequestState, scores: Scores | None) -> None:
+    """Give a request the scores of its new token."""
+    if scores is not None:
+        state.score(*(np.asarray(values)[0] for values in scores))
 
 
 def _beginning(cache: list[Any], length: int) -> list[Any]:

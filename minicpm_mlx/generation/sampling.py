@@ -1,22 +1,25 @@
-"""Sample the next token from logits: greedy, or randomly with temperature, top-k, top-p, min-p and XTC.
+"""Sample the next token from logits, with bias and penalties: greedy, or randomly with temperature, top-k, top-p, min-p
+and XTC.
 
-Dims: B batch, V vocabulary.
+Dims: B batch, V vocabulary, K likeliest tokens that are described.
 """
+
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from minicpm_data.generation.options import Sampling
+from minicpm_data.generation.options import IN_ANSWER, MOST_LOGPROBS, Sampling
 
 COLDEST = 1e-6  # temperature; logits divided by less overflow float32
 
 
-def sample(logits: mx.array, token_mask: mx.array | None, sampling: Sampling, keys: mx.array | None) -> mx.array:
+def sample(logits: mx.array, token_counts: mx.array | None, sampling: Sampling, keys: mx.array | None) -> mx.array:
     """One token [B] for each row of ``logits`` [B, V].
 
-    ``token_mask`` [B, V]: the tokens of prompt and answer, for the repetition penalty. ``keys`` [B, 2]: random keys, or
-    None to take the likeliest token."""
-    if token_mask is not None:
-        logits = penalized(logits, token_mask, sampling)
+    ``token_counts`` [B, V]: from `count_tokens`, where rows are penalized. ``keys`` [B, 2]: random keys, or None to
+    take the likeliest token."""
+    if token_counts is not None:
+        logits = penalized(logits, token_counts, sampling)
     if sampling.greedy or keys is None:
         return mx.argmax(logits, axis=-1)
     kept = filtered(logits / max(sampling.temperature, COLDEST), sampling)
@@ -25,10 +28,32 @@ def sample(logits: mx.array, token_mask: mx.array | None, sampling: Sampling, ke
     return mx.stack([mx.random.categorical(row, key=key) for row, key in zip(kept, keys, strict=True)])
 
 
-def penalized(logits: mx.array, token_mask: mx.array, sampling: Sampling) -> mx.array:
-    """Apply the repetition penalty to the tokens in ``token_mask`` [B, V]."""
+def penalized(logits: mx.array, token_counts: mx.array, sampling: Sampling) -> mx.array:
+    """The logits with bias, repetition penalty, frequency penalty and presence penalty, in this order."""
+    if sampling.bias:
+        tokens, biases = zip(*sampling.bias, strict=True)
+        logits = logits.at[:, mx.array(tokens)].add(mx.array(biases))
     penalty = sampling.repetition_penalty
-    return mx.where(token_mask, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+    logits = mx.where(token_counts > 0, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+    answered = token_counts // IN_ANSWER
+    return logits - (sampling.frequency_penalty * answered + sampling.presence_penalty * (answered > 0))
+
+
+class Scores(NamedTuple):
+    """How likely tokens are: their log probabilities [B], and ids and log probabilities [B, K] of the likeliest."""
+
+    logprob: mx.array
+    ids: mx.array
+    logprobs: mx.array
+
+
+def score(logits: mx.array, tokens: mx.array) -> Scores:
+    """How likely the tokens [B] are, by the model's own logits [B, V]."""
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    ids = mx.argsort(-logprobs, axis=-1)[:, : min(MOST_LOGPROBS, logits.shape[-1])]
+    likeliest = mx.take_along_axis(logprobs, ids, axis=-1)
+    return Scores(mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], ids, likeliest)
 
 
 def filtered(logits: mx.array, sampling: Sampling) -> mx.array:

@@ -3,10 +3,15 @@
 Dims: B rows, T tokens, N scored tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
+from minicpm_data.generation.options import MOST_LOGPROBS
+from minicpm_mlx.generation.sampling import Scores, score
 from minicpm_mlx.layers.rope import positions_of
+from minicpm_mlx.layers.row_lora import adapter_rows
 from minicpm_mlx.model import Model
 
 SCORED = 256  # tokens whose logits exist at once: 126 MB with a vocabulary of 122,753
@@ -33,6 +38,38 @@ def scores(
         made = _scored(model, x, *(mx.array(values[part]) for values in (rows, at, targets)))
         likely[part], best[part] = map(np.asarray, made)
     return likely, best
+
+
+def prompt_scores(model: Model, ids: Sequence[int], adapter: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How likely each token of a prompt but the first is.
+
+    Arguments:
+        ids: N tokens.
+        adapter: as in `GenerationRequest`.
+
+    Returns:
+        `Scores` of N - 1 tokens, in arrays of the host.
+    """
+    count, found = len(ids) - 1, list[list[np.ndarray]]()
+    shape = 0, min(MOST_LOGPROBS, model.config.vocab_size)
+    if count == 0:
+        return np.zeros(0, np.float32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    with adapter_rows(mx.array([adapter]) if adapter else None):
+        x = _states(model, mx.array([ids]), np.array([len(ids)]))
+    for start in range(0, count, SCORED):
+        at = np.arange(start, min(start + SCORED, count))
+        made = _described(model, x, *map(mx.array, (np.zeros_like(at), at, np.array(ids)[at + 1])))
+        found.append([np.asarray(values) for values in made])
+    logprob, likeliest, logprobs = (np.concatenate(values) for values in zip(*found, strict=True))
+    return logprob, likeliest, logprobs
+
+
+def prepare_scores(model: Model, ids: Sequence[int], adapter: int = 0) -> None:
+    """Compile the programs that `prompt_scores` needs for these arguments. MLX has none."""
+
+
+def _described(model: Model, x: mx.array, rows: mx.array, at: mx.array, targets: mx.array) -> Scores:
+    return score(model.head(x[rows, at][None])[0], targets)
 
 
 def _states(model: Model, ids: mx.array, lengths: np.ndarray) -> mx.array:

@@ -14,7 +14,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import trim_prompt_cache
 
 from minicpm_data.generation.options import PLAIN_CACHE, Sampling
-from minicpm_data.generation.request import GenerationRequest
+from minicpm_data.generation.request import GenerationRequest, text_ids
 from minicpm_data.generation.speculation import Draft, PromptLookup, Speculation, speculate
 from minicpm_mlx.generation import decoding
 from minicpm_mlx.generation.decoding import State, sample_next
@@ -58,7 +58,7 @@ def draft_of(request: GenerationRequest, speculation: Speculation[Model]) -> Dra
     assert model is not None
     fuse(model)
     cache = decoding.make_cache(model, [0], PLAIN_CACHE)
-    decoding.prefill_chunks(model, mx.array([list(prompt)]), cache, request.cache.prefill_step_size, len(prompt))
+    decoding.prefill_chunks(model, mx.array([text_ids(prompt)]), cache, request.cache.prefill_step_size, len(prompt))
 
     def likeliest(hidden: mx.array) -> mx.array:
         token = mx.argmax(model.head(hidden[:, -1:])[:, 0], axis=-1)

@@ -16,6 +16,7 @@ from minicpm_data.training.objectives import Batch, ObjectiveOptions, Sums, docu
 from minicpm_mlx.layers.rope import positions_of
 from minicpm_mlx.model import Model
 from minicpm_mlx.training.cross_entropy import token_losses
+from minicpm_mlx.training.images import with_images
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Objective(ObjectiveOptions):
 
     def __call__(self, model: Model, batch: Batch) -> Sums:
         """`ObjectiveOptions.sums` of a batch."""
-        positions = positions_of(model.config, batch["ids"], segments=batch["segments"])
-        states, aux_loss = model.hidden_states_and_aux_loss(batch["ids"], positions, remat=self.remat)
+        ids, seen = with_images(model, batch)
+        positions = positions_of(model.config, ids, segments=batch["segments"])
+        states, aux_loss = model.hidden_states_and_aux_loss(ids, positions, remat=self.remat, features=seen)
         losses = token_losses(model, states, batch["labels"])
         return self.sums(mx, losses, batch, aux_loss if model.config.num_experts else None)
 

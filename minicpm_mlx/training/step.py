@@ -13,6 +13,7 @@ from minicpm_mlx.layers.rope import positions_of
 from minicpm_mlx.model import Model
 from minicpm_mlx.training.adapters import set_dropout_keys
 from minicpm_mlx.training.cross_entropy import token_losses
+from minicpm_mlx.training.images import with_images
 from minicpm_mlx.training.losses import Batch, Objective, PackedObjective
 
 Weights = dict[str, mx.array]  # parameter name -> trained array, float32
@@ -118,5 +119,6 @@ class Step:
 
 def log_probabilities(model: Model, batch: Batch) -> mx.array:
     """[B]: log-probability of each row's targets, summed over the row."""
-    positions = positions_of(model.config, batch["ids"], segments=batch["segments"])
-    return -token_losses(model, model.hidden_states(batch["ids"], positions), batch["labels"]).sum(axis=1)
+    ids, seen = with_images(model, batch)
+    positions = positions_of(model.config, ids, segments=batch["segments"])
+    return -token_losses(model, model.hidden_states(ids, positions, seen), batch["labels"]).sum(axis=1)

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from minicpm_data.datasets.jsonl import BOM, LONGEST_LINE, scan_lines
+from minicpm_serve.http.image_access import ImageAccess
 from minicpm_serve.http.schemas import Body, ChatBody, CompletionBody, sentence
 from weights_io.errors import InputError, listed, not_utf8, short
 
@@ -47,6 +48,7 @@ class Reader:
         seed: of line 0; each line has the next one. None: a random one.
         system_prompt: before the messages of a line that has no system message.
         raw: "prompt" is continued without the chat template.
+        images: which images a line may name; None: the model takes none.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Reader:
     seed: int | None = None
     system_prompt: str | None = None
     raw: bool = False
+    images: ImageAccess | None = None
 
     def lines(self, path: Path) -> Iterator[Line]:
         """The lines of a file. Raises `InputError` at a wrong one."""
@@ -94,7 +97,7 @@ class Reader:
         if self.system_prompt is not None and kind is ChatBody and isinstance(messages, list):
             if not any(isinstance(message, dict) and message.get("role") == "system" for message in messages):
                 given["messages"] = [{"role": "system", "content": self.system_prompt}, *messages]
-        body = validated(kind, given)
+        body = validated(kind, given, self.images)
         if body.model not in (None, self.name):
             raise InputError(
                 f"model is {short(body.model)!r}, and {short(self.name)!r} runs; give {{served_model_name}} "
@@ -106,13 +109,13 @@ class Reader:
         return body
 
 
-def validated(kind: type[Body], given: dict[str, Any]) -> Any:
+def validated(kind: type[Body], given: dict[str, Any], images: ImageAccess | None = None) -> Any:
     """A request of this kind, checked as far as it can be without the model. Raises `InputError`."""
     try:
         body = kind.model_validate(given)
         body.check()
         if isinstance(body, ChatBody):
-            body.plain()
+            body.plain(images)
             body.tool_use()
     except ValidationError as error:
         raise InputError(sentence([{**e, "loc": ("body", *e["loc"])} for e in error.errors()])[0]) from None

@@ -5,14 +5,16 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 
+from minicpm_data.generation.responses import Response
 from minicpm_serve.batches.lines import Line
 from minicpm_serve.batches.results import ID, Results
-from minicpm_serve.engine import Answered, ServingEngine
+from minicpm_serve.delivery import Answered
+from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.answers import CHAT, TEXT, Answer
 from minicpm_serve.http.choices import Choice, chat_choices, text_choices
 from minicpm_serve.http.errors import body_of
@@ -95,7 +97,7 @@ class Run:
             self.errors += 1
             self._write(line, None, _error(error), 400, bar)
             return
-        asked = Asked(line, [Answer(c.after_calls) for c in choices], sum(len(c.request.prompt) for c in choices))
+        asked = Asked(line, [choice.answer() for choice in choices], sum(len(c.request.prompt) for c in choices))
         group = self._engine.group() if len(choices) > 1 else None
         self._open[line.number] = asked
         for index, choice in enumerate(choices):
@@ -103,6 +105,9 @@ class Run:
             def deliver(made: Answered, index: int = index) -> None:  # on the engine's thread
                 self._made.put((line.number, index, made))
 
+            if choice.ends:
+                deliver(Response("", None, "length"))
+                continue
             asked.requests.append(self._engine.submit(deliver, choice.request, choice.stop, group, choice.parser()))
 
     def _choices(self, line: Line) -> list[Choice]:
@@ -111,6 +116,9 @@ class Run:
             prompts = chat_choices(self._engine, line.body, self._limits)
         else:
             prompts = text_choices(self._engine, line.body, self._limits)
+        for index, choice in enumerate(prompts):
+            if (scores := choice.scoring(self._engine)) is not None:
+                prompts[index] = replace(choice, scores=tuple(scores.result()))
         return [choice.drawn(number) for choice in prompts for number in range(line.body.choices)]
 
     def _take(self, bar: Any, total: int) -> None:
@@ -169,6 +177,10 @@ def _own(asked: Asked | None) -> dict[str, Any]:
             made["reasoning_content"] = answer.reasoning
         if answer.calls:
             made["tool_calls"] = answer.calls
+        if (logprobs := answer.logprobs()) is not None:
+            made["logprobs"] = logprobs
+        if regions := answer.regions():
+            made["regions"] = regions
         choices.append(made)
     answers = choices[0] if len(choices) == 1 else {"choices": choices}
     return {**answers, "usage": _usage(asked)}

@@ -23,7 +23,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from minicpm_data.generation.options import MOST, Sampling
 from minicpm_data.model_options import load_model
 from minicpm_serve import backends
-from minicpm_serve.engine import Answered, ServingEngine
+from minicpm_serve.delivery import Answered
+from minicpm_serve.engine import ServingEngine
 from weights_io.errors import InputError, listed, short
 from weights_io.progress import progress_bar
 

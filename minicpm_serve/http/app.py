@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,8 +19,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from minicpm_data.generation import responses
-from minicpm_serve.engine import Answered, ServingEngine, known
-from minicpm_serve.http.answers import CHAT, TEXT, Answer, Kind, delta_choice
+from minicpm_serve.delivery import Answered, known
+from minicpm_serve.engine import ServingEngine
+from minicpm_serve.http.answers import CHAT, TEXT, Kind, delta_choice, prompt_piece
 from minicpm_serve.http.choices import Choice, chat_choices, text_choices
 from minicpm_serve.http.errors import DEFECT, add_handlers, body_of, error_body, http_error
 from minicpm_serve.http.gate import Access, add_gate
@@ -27,7 +29,10 @@ from minicpm_serve.http.json_route import JsonRoute, StrictRequest
 from minicpm_serve.http.limits import Limits, Places
 from minicpm_serve.http.metrics import Metrics, add_metrics
 from minicpm_serve.http.records import Record, Recorder, record_of
+from minicpm_serve.http.responses_body import ResponsesBody
+from minicpm_serve.http.responses_reply import Reply
 from minicpm_serve.http.schemas import ChatBody, CompletionBody
+from minicpm_serve.http.tokenizing import add_tokenizing
 from weights_io.errors import InputError
 
 CLIENT_LEFT = 499  # nginx's status for a client that disconnected
@@ -72,6 +77,8 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
         _require_model(names, asked)
         return {"id": asked, **kind_of_model}
 
+    add_tokenizing(app, engine, limits, lambda asked: _require_model(names, name if asked is None else asked))
+
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: StrictRequest) -> Response:
         return await answered(body, request, CHAT, chat_choices)
@@ -80,7 +87,17 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
     async def completions(body: CompletionBody, request: StrictRequest) -> Response:
         return await answered(body, request, TEXT, text_choices)
 
-    async def answered(body: Any, request: StrictRequest, kind: Kind, of_body: Callable) -> Response:
+    @app.post("/v1/responses")
+    async def responses_of(body: ResponsesBody, request: StrictRequest) -> Response:
+        answers, model = await begun(await run_in_threadpool(body.chat), request, chat_choices)
+        reply = Reply(body, model)
+        if body.stream:
+            return Events(answers, reply_events(answers, reply))
+        with contextlib.closing(answers):
+            return await whole_reply(answers, reply, request)
+
+    async def begun(body: Any, request: StrictRequest, of_body: Callable) -> tuple[Answers, str]:
+        """The answers to a request, which are being generated, and the name of the model."""
         asked_for = name if body.model is None else body.model
         adapter = _require_model(names, asked_for)
         _require_engine(engine)
@@ -91,9 +108,13 @@ def application(engine: ServingEngine, name: str, waiting: int = 256, access: Ac
                 made: list[Choice] = await run_in_threadpool(of_body, engine, body, limits)
             prompts = [choice.adapted(adapter) for choice in made]
             _require_engine(engine)
+            prompts = await described(engine, prompts)
             asked = [choice.drawn(number) for choice in prompts for number in range(body.choices)]
             prompt_tokens = sum(len(choice.request.prompt) for choice in prompts)
-            answers = Answers(engine, asked, prompt_tokens, record_of(request.scope))
+            return Answers(engine, asked, prompt_tokens, record_of(request.scope)), asked_for
+
+    async def answered(body: Any, request: StrictRequest, kind: Kind, of_body: Callable) -> Response:
+        answers, asked_for = await begun(body, request, of_body)
         frame = {"id": kind.prefix + secrets.token_hex(12), "created": int(time.time()), "model": asked_for}
         if body.stream:
             return Events(answers, events(answers, {**frame, "object": kind.piece_name}, kind, body.with_usage))
@@ -111,7 +132,7 @@ class Answers:
 
     def __init__(self, engine: ServingEngine, choices: Sequence[Choice], prompt_tokens: int, record: Record):
         self.count = len(choices)
-        self.answers = [Answer(choice.after_calls) for choice in choices]
+        self.answers = [choice.answer() for choice in choices]
         self._left = set(range(self.count))  # unfinished answers
         self._why = "abort"  # they are unfinished
         self._usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0}
@@ -126,6 +147,9 @@ class Answers:
 
         try:
             for index, choice in enumerate(choices):
+                if choice.ends:
+                    deliver(index, responses.Response("", None, "length"))
+                    continue
                 to = functools.partial(deliver, index)
                 self._numbers.append(engine.submit(to, choice.request, choice.stop, group, choice.parser()))
         except Exception:
@@ -166,18 +190,50 @@ class Answers:
             self._engine.cancel(number)
 
 
+async def described(engine: ServingEngine, choices: Sequence[Choice]) -> list[Choice]:
+    """The choices, with the scores of the prompts that are part of an answer."""
+    found = []
+    for choice in choices:
+        if (future := await run_in_threadpool(choice.scoring, engine)) is not None:
+            scores = await asyncio.wrap_future(future)
+            choice = replace(choice, scores=tuple(scores))
+        found.append(choice)
+    return found
+
+
 async def whole(answers: Answers, frame: dict, kind: Kind, request: Request) -> Response:
     """The response with all answers, once they are finished."""
+    if not await received(answers, request, lambda index, response: answers.answers[index].add(response)):
+        return Response(status_code=CLIENT_LEFT)
+    choices = [kind.choice(index, made) for index, made in enumerate(answers.answers)]
+    return JSONResponse({**frame, "choices": choices, "usage": answers.usage()})
+
+
+async def whole_reply(answers: Answers, reply: Reply, request: Request) -> Response:
+    """The response of ``/v1/responses``, once its answer is finished."""
+    (answer,) = answers.answers
+
+    def take(_: int, response: responses.Response) -> None:
+        for _event in reply.add(answer, response):
+            pass
+
+    if not await received(answers, request, take):
+        return Response(status_code=CLIENT_LEFT)
+    *_, last = reply.end(answer.reason, answers.usage())
+    return JSONResponse(last["response"])
+
+
+async def received(answers: Answers, request: Request, take: Callable[[int, responses.Response], object]) -> bool:
+    """Call ``take`` with the responses of all answers, until they are finished. False: the client disconnected."""
     watching = asyncio.create_task(answers.end_with(request))
     try:
         async for index, response in answers:
-            answers.answers[index].add(response)
+            take(index, response)
     except ClientDisconnect:
-        return Response(status_code=CLIENT_LEFT)
+        return False
     finally:
         watching.cancel()
-    choices = [kind.choice(index, made) for index, made in enumerate(answers.answers)]
-    return JSONResponse({**frame, "choices": choices, "usage": answers.usage()})
+    return True
 
 
 class Events(StreamingResponse):
@@ -203,6 +259,9 @@ async def events(answers: Answers, frame: dict, kind: Kind, with_usage: bool) ->
     if kind.first is not None:
         for index in range(answers.count):
             yield event(delta_choice(index, kind.first))
+    for index, answer in enumerate(answers.answers):
+        if answer.text:
+            yield event(prompt_piece(index, answer))
     try:
         async for index, response in answers:
             for piece in kind.pieces(index, answers.answers[index], response):
@@ -218,8 +277,31 @@ async def events(answers: Answers, frame: dict, kind: Kind, with_usage: bool) ->
     yield "data: [DONE]\n\n"
 
 
+async def reply_events(answers: Answers, reply: Reply) -> AsyncIterator[str]:
+    """The events of ``/v1/responses``. An error ends the stream."""
+    (answer,) = answers.answers
+    for event in reply.begin():
+        yield _named(event)
+    try:
+        async for _, response in answers:
+            for event in reply.add(answer, response):
+                yield _named(event)
+    except InputError as error:
+        yield _named(reply.failed(body_of(error)[1]["error"]))
+        return
+    except Exception:
+        yield _named(reply.failed(error_body(500, DEFECT)["error"]))
+        raise
+    for event in reply.end(answer.reason, answers.usage()):
+        yield _named(event)
+
+
 def _event(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _named(value: dict) -> str:
+    return f"event: {value['type']}\n{_event(value)}"
 
 
 def _require_engine(engine: ServingEngine) -> None:

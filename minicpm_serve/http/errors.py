@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from minicpm_data.generation.engine import PromptTooLong
-from minicpm_serve.engine import EngineClosed
+from minicpm_serve.delivery import EngineClosed
 from minicpm_serve.http.schemas import sentence
 from weights_io.errors import InputError
 

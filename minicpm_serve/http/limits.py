@@ -8,6 +8,7 @@ from minicpm_data.generation.engine import PromptTooLong
 from minicpm_data.tokenizer.text_bound import TextBound
 from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.errors import http_error
+from minicpm_serve.http.image_access import IMAGES_BODY, ImageAccess
 from weights_io.errors import InputError
 
 # Bytes of a body per token of the context: three prompts in Chinese, with every character written as \uXXXX.
@@ -24,14 +25,16 @@ class Limits:
     places: int  # most answers that are running or queued
     body: int  # most bytes of a body
     bound: TextBound | None  # least tokens of a text; None without a tokenizer
+    images: ImageAccess | None  # None: the model takes none
 
     @staticmethod
     def of(engine: ServingEngine, waiting: int) -> "Limits":
         """The limits for an engine. ``waiting``: most queued answers. A request may use half of all places."""
         places = engine.slots + waiting
         bound = None if engine.tokenizer is None else TextBound.of(engine.tokenizer)
-        body = LEAST_BODY + BYTES_PER_TOKEN * engine.context
-        return Limits(engine.context, max(1, places // 2), places, body, bound)
+        images = None if engine.model.config.vision is None else engine.images
+        body = LEAST_BODY + BYTES_PER_TOKEN * engine.context + (0 if images is None else IMAGES_BODY)
+        return Limits(engine.context, max(1, places // 2), places, body, bound, images)
 
     def check_choices(self, asked: int) -> None:
         if asked > self.choices:
@@ -48,6 +51,10 @@ class Limits:
                 f"the prompt has at least {least:,} tokens, and there is room for {self.context:,} with the answer; "
                 f"send less text (never more than {most:,} characters)."
             )
+
+    def check_messages(self, messages: Sequence[object]) -> None:
+        if len(messages) > self.context:
+            raise InputError(f"there are {len(messages):,} messages; send at most {self.context:,}.")
 
     def check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) >= self.context:

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from minicpm_data.conversation.tool_definitions import checked_tools, function_of
-from minicpm_data.generation.options import Sampling
+from minicpm_data.generation.options import MOST_BIASED, MOST_LOGPROBS, Sampling
 from minicpm_data.generation.responses import stop_strings
+from minicpm_serve.http.image_access import ImageAccess
+from minicpm_serve.http.response_format import Formatted
 from weights_io.errors import InputError, listed, short
 
 # What is not supported, and the values with which it asks for nothing; null always does.
@@ -23,12 +25,7 @@ UNSUPPORTED_UNLESS: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
     "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "tool_calls": ([],),
@@ -72,10 +69,13 @@ IGNORED_KEYS = {  # without effect on the answer
 SHAPES = {  # of fields that may be one thing or another
     "prompt": "a text, a list of texts, a list of token ids or a list of such lists",
     "stop": "a text or a list of texts",
+    "input": "a text or a list of messages",
+    "logprobs": "true or false in a chat, and a number from 0 to 5 in a completion",
     "content": 'a text or a list of {"type": "text", "text": "..."}',
 }
 TOOL_CHOICES = '"none", "auto", "required" or {"type": "function", "function": {"name": "..."}}'
 NO_TOP_K = -1  # vLLM's default; 0 here
+MOST_TEXT_LOGPROBS = 5  # of a completion, as OpenAI's
 MOST_CHOICES = 128
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters; each token of an answer is compared with every beginning of it
@@ -106,15 +106,21 @@ class Strict(BaseModel):
 class Part(Strict):
     type: str
     text: str | None = None
+    image_url: str | dict[str, Any] | None = None
 
-    def plain(self) -> str:
-        """The text of the part. Raises `InputError` for parts that are not text."""
+    def plain(self, images: ImageAccess | None) -> dict[str, Any]:
+        """The part as `minicpm_data.conversation.messages` expects it. Raises `InputError` for other parts than text,
+        and than images where the model sees."""
+        if self.type == "image_url" and images is not None:
+            self.check_rest()
+            return {"type": "image", "image": images.source({"image_url": self.image_url})}
         if self.type != "text":
-            raise InputError(f"a message holds a part of type {short(self.type)!r}; this model reads only text.")
+            kinds = "only text" if images is None else "text and image_url"
+            raise InputError(f"a message holds a part of type {short(self.type)!r}; this model reads {kinds}.")
         self.check_rest()
         if self.text is None:
             raise InputError('a part of type "text" has no text; give it one.')
-        return self.text
+        return {"type": "text", "text": self.text}
 
 
 class Message(Strict):
@@ -124,6 +130,7 @@ class Message(Strict):
     reasoning: str | None = None
     tool_calls: list[Any] | None = None
     tool_call_id: str | None = None
+    regions: list[Any] | None = None  # sent back with our answer, whose text has them
 
     @field_validator("content")
     @classmethod
@@ -133,12 +140,14 @@ class Message(Strict):
             raise PydanticCustomError("missing", "")
         return content
 
-    def plain(self) -> dict[str, Any]:
-        """The message as `minicpm_data.conversation.messages` expects it."""
+    def plain(self, images: ImageAccess | None = None) -> dict[str, Any]:
+        """The message as `minicpm_data.conversation.messages` expects it. ``images``: of a model that sees."""
         self.check_rest()
-        text = self.content or ""
+        text: Any = self.content or ""
         if not isinstance(text, str):
-            text = "".join(_valid(Part, part, "content", i).plain() for i, part in enumerate(text))
+            parts = [valid(Part, part, "content", i).plain(images) for i, part in enumerate(text)]
+            only_text = all(part["type"] == "text" for part in parts)
+            text = "".join(part["text"] for part in parts) if only_text else parts
         others = self.model_dump(include={"reasoning_content", "reasoning", "tool_calls", "tool_call_id"})
         return {"role": self.role, "content": text, **{key: value for key, value in others.items() if value}}
 
@@ -147,7 +156,7 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class Body(Strict):
+class Body(Formatted, Strict):
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -158,6 +167,9 @@ class Body(Strict):
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = None
     seed: int | None = None
     n: int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
@@ -167,6 +179,7 @@ class Body(Strict):
     def check(self) -> None:
         """Raises `InputError` for values that neither pydantic nor `Sampling` nor the engine checks."""
         self.check_rest()
+        _ = self.format
         if not 1 <= self.choices <= MOST_CHOICES:
             raise InputError(f"is {self.n}; it must be from 1 to {MOST_CHOICES}.", option="n")
         if len(self.stops) > MOST_STOPS:
@@ -199,6 +212,8 @@ class Body(Strict):
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k == NO_TOP_K:
             given["top_k"] = 0
+        if self.logit_bias:
+            given["logit_bias"] = token_biases(self.logit_bias)
         return Sampling(**{**usual, **given})
 
 
@@ -232,9 +247,15 @@ class ChatBody(Body):
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
     def check(self) -> None:
         super().check()
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MOST_LOGPROBS:
+            raise InputError(f"is {self.top_logprobs}; it must be from 0 to {MOST_LOGPROBS}.", option="top_logprobs")
+        if self.top_logprobs and not self.logprobs:
+            raise InputError("is for {logprobs} true; give it too, or leave it out.", "top_logprobs", ["logprobs"])
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InputError(
                 "and {max_completion_tokens} mean the same; give one of them.", "max_tokens", ["max_completion_tokens"]
@@ -257,9 +278,14 @@ class ChatBody(Body):
             raise InputError(f"names {short(name or '')!r}, which is none of the tools.", option="tool_choice")
         return use
 
-    def plain(self) -> list[dict[str, Any]]:
-        """The messages as `minicpm_data.conversation.messages` expects them."""
-        return [_valid(Message, message, "messages", i).plain() for i, message in enumerate(self.messages)]
+    def plain(self, images: ImageAccess | None = None) -> list[dict[str, Any]]:
+        """The messages as `minicpm_data.conversation.messages` expects them. ``images``: of a model that sees."""
+        return plain_messages(self.messages, images)
+
+    @property
+    def described(self) -> int | None:
+        """How many likeliest tokens are described with each token; None: no probability is asked for."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def most_tokens(self) -> int | None:
@@ -268,6 +294,26 @@ class ChatBody(Body):
 
 class CompletionBody(Body):
     prompt: Any
+    echo: bool | None = None
+    logprobs: int | bool | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.logprobs is True or (self.described is not None and not 0 <= self.described <= MOST_TEXT_LOGPROBS):
+            given = json.dumps(self.logprobs)
+            raise InputError(f"is {given}; it must be from 0 to {MOST_TEXT_LOGPROBS}.", option="logprobs")
+        if self.max_tokens == 0 and not self.echo:
+            raise InputError("is 0, which is for {echo} true; give at least 1.", "max_tokens", ["echo"])
+
+    @property
+    def described(self) -> int | None:
+        """As in `ChatBody`."""
+        return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
+
+    @property
+    def ends(self) -> bool:
+        """The answer is the prompt alone."""
+        return self.max_tokens == 0
 
     @field_validator("prompt", mode="plain")
     @classmethod
@@ -289,6 +335,23 @@ class CompletionBody(Body):
     @property
     def answers(self) -> int:
         return self.choices * len(self.prompts)
+
+
+def plain_messages(messages: Sequence[Any], images: ImageAccess | None = None) -> list[dict[str, Any]]:
+    """The messages of a body as `minicpm_data.conversation.messages` expects them. ``images``: of a model that sees."""
+    return [valid(Message, message, "messages", i).plain(images) for i, message in enumerate(messages)]
+
+
+def token_biases(given: dict[str, Any]) -> dict[int, float]:
+    """A ``logit_bias``, whose keys JSON makes texts. Raises `InputError` for what is no token id or no number."""
+    if len(given) > MOST_BIASED:
+        raise InputError(f"holds {len(given):,} tokens; give at most {MOST_BIASED}.", option="logit_bias")
+    for token, value in given.items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise InputError(f"holds {short(token)!r}, which is no token id.", option="logit_bias")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"gives token {token} {short(repr(value))}; give a number.", option="logit_bias")
+    return {int(token): value for token, value in given.items()}
 
 
 def _tool_name(choice: dict[str, Any]) -> str:
@@ -318,7 +381,7 @@ def sentence(errors: Sequence[Any]) -> tuple[str, str | None]:
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}.", path
 
 
-def _valid(kind: type[Model], value: Any, *place: Any) -> Model:
+def valid(kind: type[Model], value: Any, *place: Any) -> Model:
     """Validate ``value`` as a ``kind``. An error is reported with its place in the whole body."""
     try:
         return kind.model_validate(value)

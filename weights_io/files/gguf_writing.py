@@ -43,6 +43,8 @@ class GGUFTensor:
 
 def check_config(config: ModelConfig) -> None:
     """Raises `InputError` where GGUF has no place for a setting of the model."""
+    if config.vision is not None:
+        raise InputError("a model that sees is not written as GGUF; use --to hf or --to mlx.")
     if config.num_experts:
         raise InputError("llama.cpp has no experts in its MiniCPM; --to gguf writes dense models.")
     if config.hidden_act != "silu":

@@ -41,7 +41,7 @@ class Affine:
         Raises:
             InputError: the group size divides the rows of no matrix.
         """
-        wide = [p for p in parameters(config) if len(p.tensor_shape(config)) == 2 and not is_router(p)]
+        wide = [p for p in parameters(config) if len(p.tensor_shape(config)) == 2 and not (is_router(p) or p.of_vision)]
         names = [n for p in wide if p.tensor_shape(config)[-1] % self.group_size == 0 for n in p.hf_names(config)]
         if not names:
             raise InputError(

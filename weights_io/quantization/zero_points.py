@@ -108,7 +108,8 @@ class ZeroPoints:
         names = []
         for parameter in parameters(config):
             shape = parameter.tensor_shape(config)
-            if len(shape) != 2 or is_router(parameter) or parameter.hf_name in (EMBEDDING.hf_name, HEAD.hf_name):
+            whole = is_router(parameter) or parameter.of_vision
+            if len(shape) != 2 or whole or parameter.hf_name in (EMBEDDING.hf_name, HEAD.hf_name):
                 continue
             self._check(parameter.hf_names(config)[0], *shape)
             names += parameter.hf_names(config)
