@@ -7,6 +7,7 @@ they are written there (`_placed_packed`).
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,6 +247,11 @@ def _stacked(
         own = (*stack, *part.shape)
         return _zeros(own, part.dtype, _where(axes_of(path, axes, len(own)), own, mesh))
 
+    first = next(rows)
+    rows = itertools.chain([first], rows)
+    if mesh is None and jax.default_backend() == "cpu" and any(x.dtype == jnp.int4 for x in jax.tree.leaves(first)):
+        # XLA:CPU copies the whole stack for each row of int4: 0.84 s for 6 layers of [2048, 5632], 2 ms in int8.
+        return jax.tree.map(lambda *parts: _stacked_on_host(parts, stack), *rows)
     whole: list[jax.Array] = []
     for place, row in zip(np.ndindex(*stack), rows, strict=True):
         whole = whole or jax.tree.leaves(jax.tree_util.tree_map_with_path(zeros, row))
@@ -253,6 +259,10 @@ def _stacked(
         parts, form = jax.tree.flatten(row)
         whole = [_set_row(stacked, part, place, stacked.sharding) for stacked, part in zip(whole, parts, strict=True)]
     return jax.tree.unflatten(form, whole)
+
+
+def _stacked_on_host(parts: tuple[jax.Array, ...], stack: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(np.stack([np.asarray(part) for part in parts]).reshape(*stack, *parts[0].shape))
 
 
 def _read(
