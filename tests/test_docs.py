@@ -25,6 +25,7 @@ from PIL import Image
 
 import minicpm_jax
 from minicpm_data.cli.generate_options import GenerateOptions
+from minicpm_serve import openai_api
 from weights_io import catalog
 from weights_io.adapters import save_adapter
 from weights_io.checkpoint import open_checkpoint
@@ -115,6 +116,19 @@ def test_python(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
     for block in blocks(f"docs/{page}", "python"):
         exec(re.sub(f'"{RELEASED}"', '"pico"', block).replace("minicpm-v-2", SEEING), {})
+
+
+def test_services_start_the_server_with_flags_that_there_are():
+    """Of the systemd unit and of the Dockerfile."""
+    (unit,), (image,) = blocks("docs/serve.md", "ini"), blocks("docs/serve.md", "dockerfile")
+    line = re.search(r"^ExecStart=\S+/python -m minicpm_serve\.openai_api (.*)$", unit, re.MULTILINE)
+    entry, command = (
+        json.loads(re.search(rf"^{word} (\[.*\])$", image, re.MULTILINE)[1]) for word in ("ENTRYPOINT", "CMD")
+    )
+    assert line is not None and entry[:3] == ["python", "-m", "minicpm_serve.openai_api"]
+    for arguments in (shlex.split(line[1]), [*entry[3:], *command]):
+        options = tyro.cli(openai_api.Options, args=arguments)
+        assert options.backend == "jax" and catalog.find(options.model) is not None
 
 
 @pytest.mark.slow

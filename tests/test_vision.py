@@ -282,3 +282,13 @@ def test_the_decoder_is_quantized_and_the_tower_is_not(backend, reference, bits)
     np.testing.assert_array_equal(*(np.asarray(each.encode_images(pixels[None])) for each in (model, whole)))
     given = prompt(model, tokenizer, np.load(reference("vision/v2") / "reference.npz"), "small")
     assert len([*backend.stream_generate(model, tokenizer, given, max_tokens=4)]) == 4
+
+
+def test_the_number_of_queries_is_read_from_the_files(reference, tmp_path):
+    """OmniLMM-12B's released config is not known to state it."""
+    for file in reference("vision/omnilmm").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["num_query"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert open_checkpoint(tmp_path).config == open_checkpoint(reference("vision/omnilmm")).config

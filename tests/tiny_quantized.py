@@ -130,10 +130,10 @@ def gptq(bits: int = 4, group: int = 32, sym: bool = False, act_order: bool = Fa
 
     def tool(random: np.random.Generator, out: int, inputs: int) -> tuple[Parts, np.ndarray]:
         size = inputs if group == -1 else group
-        codes = random.integers(0, 1 << bits, (inputs, out))
-        zeros = random.integers(1, 1 << bits, (inputs // size, out))
+        codes, count = random.integers(0, 1 << bits, (inputs, out)), -(-inputs // size)  # the last may be smaller
+        zeros = random.integers(1, 1 << bits, (count, out))
         zeros = np.full_like(zeros, 1 << (bits - 1)) if sym else zeros
-        scales, g_idx = _scales(random, bits, inputs // size, out), np.arange(inputs) // size
+        scales, g_idx = _scales(random, bits, count, out), np.arange(inputs) // size
         g_idx = random.permutation(g_idx) if act_order else g_idx
         stored = zeros - (version == "gptq")
         parts = {

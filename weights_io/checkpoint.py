@@ -29,7 +29,7 @@ from weights_io.parameters import EMBEDDING, EXPERTS, HEAD, NORM, tensor_shapes
 from weights_io.quantization.gguf import as_packed
 from weights_io.quantization.packed import Packed, PackedTensor, arithmetic_dtype, stored_bytes
 from weights_io.quantization.reading import as_matrices
-from weights_io.vision.names import in_table_names
+from weights_io.vision.names import in_table_names, with_stored_queries
 
 # Buffers that old files hold. The models compute them.
 BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".attn.masked_bias")
@@ -229,6 +229,7 @@ def open_checkpoint(path: Path, config: ModelConfig | None = None, weights: bool
             config = ModelConfig.from_dict(raw, str(path / "config.json"))
         if weights:
             found = in_table_names(open_folder(path), config)
+            config = with_stored_queries(config, raw, found)
             _check_names(dict(tensor_shapes(config)), found, path)  # packed matrices are looked for by their names
             _check_inner_names(found, path)
             config, tensors = as_matrices(config, raw, found, path)

@@ -8,10 +8,13 @@ Layout of a matrix [N out, K in] with G groups:
 - ``scales`` [G, N].
 - ``g_idx`` int32 [K]: the group of each input.
 
+G is K / group size rounded up: the last group of a row may have fewer inputs than the others.
+
 The first format ("gptq") stores zero points minus 1, "gptq_v2" without an offset. Act-order permutes only g_idx; the
 inputs keep their order. Source: auto_gptq 0.7.1, nn_modules/qlinear/qlinear_cuda_old.py (pack, forward).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +23,10 @@ from weights_io.errors import InputError, short
 from weights_io.files.tensor import LazyTensor
 from weights_io.quantization.entries import BEFORE_MARLIN, LABELS, Scheme
 from weights_io.quantization.packed import Packed, PackedTensor, unpack, words_of_columns
-from weights_io.quantization.parts import check_parts, groups_in
+from weights_io.quantization.parts import check_parts
 
 REQUIRED, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx",)
+SMALLEST_PART = 8  # inputs; smaller parts would have more bytes of scales than of codes
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,17 @@ class GPTQTensor(PackedTensor):
     scales: LazyTensor
     g_idx: LazyTensor | None
     zero_offset: int
+    stored_group: int  # inputs per stored group; group_size divides it where the last one has fewer
 
     parts = ("zeros",)
 
     @property
     def kind(self) -> str:
         return f"{LABELS['gptq']} {self.bits}-bit {self.grouping}"
+
+    @property
+    def grouping(self) -> str:
+        return "in whole rows" if self.stored_group >= self.shape[1] else f"in groups of {self.stored_group}"
 
     @property
     def arithmetic(self) -> str:
@@ -55,13 +64,17 @@ class GPTQTensor(PackedTensor):
                 "cannot store (its readers disagree on them); quantize again with checkpoint_format gptq_v2, or "
                 "symmetrically."
             )
+        scales, zeros = np.ascontiguousarray(self.scales.read(columns).T), zeros.T.astype(np.int32) + self.zero_offset
+        groups, parts = self._parts()
+        if parts is not None:
+            scales, zeros = scales[:, parts], zeros[:, parts]
         return Packed(
             codes=unpack(words.view(np.uint8), self.bits),
-            scales=np.ascontiguousarray(self.scales.read(columns).T),
+            scales=scales,
             bits=self.bits,
             group_size=self.group_size,
-            zeros=np.ascontiguousarray(zeros.T).astype(np.int32) + self.zero_offset,
-            groups=self.groups(),
+            zeros=np.ascontiguousarray(zeros),
+            groups=groups,
         )
 
     def symmetric(self) -> bool:
@@ -69,16 +82,32 @@ class GPTQTensor(PackedTensor):
         return bool((zeros == (1 << self.bits - 1) - self.zero_offset).all())
 
     def groups(self) -> np.ndarray | None:
-        if self.g_idx is None:
-            return None
-        groups, inputs = self.g_idx.read().astype(np.int32), self.shape[1]
-        count = inputs // self.group_size
+        return self._parts()[0]
+
+    def _parts(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """`groups`, and the stored group of each group; None: they are the same."""
+        inputs = self.shape[1]
+        in_order = np.arange(inputs, dtype=np.int32)
+        stored = self._stored_groups() if self.g_idx is not None else in_order // self.stored_group
+        contiguous = np.array_equal(stored, in_order // self.stored_group)
+        if self.stored_group == self.group_size and inputs % self.group_size == 0:
+            return (None if contiguous else stored), None
+        if (np.bincount(stored) % self.group_size).any():
+            return stored, None  # a model cannot keep it quantized
+        order = np.argsort(stored, kind="stable")
+        groups = np.empty_like(stored)
+        groups[order] = in_order // self.group_size
+        return (None if contiguous else groups), stored[order][:: self.group_size]
+
+    def _stored_groups(self) -> np.ndarray:
+        assert self.g_idx is not None
+        groups, count = self.g_idx.read().astype(np.int32), -(-self.shape[1] // self.stored_group)
         if groups.min() < 0 or groups.max() >= count:
             raise InputError(
                 f"{short(self.name)}.g_idx in {self.source} names group "
                 f"{groups.min() if groups.min() < 0 else groups.max()} of {count}; download it again."
             )
-        return None if np.array_equal(groups, np.arange(inputs) // self.group_size) else groups
+        return groups
 
 
 def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int], scheme: Scheme) -> GPTQTensor:
@@ -94,7 +123,8 @@ def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int],
         InputError: the parts do not fit the shape and the scheme.
     """
     outputs, inputs = shape
-    group, count = groups_in(name, inputs, scheme)
+    stored = inputs if scheme.group_size == -1 else scheme.group_size
+    group, count = math.gcd(inputs, stored), -(-inputs // stored)
     bits, words = scheme.bits, np.dtype(np.int32)
     if inputs * bits % 32 or outputs * bits % 32:
         raise InputError(
@@ -119,11 +149,12 @@ def open_tensor(name: str, parts: dict[str, LazyTensor], shape: tuple[int, int],
         shape=shape,
         source=parts["qweight"].source,
         bits=bits,
-        group_size=group,
+        group_size=group if group >= min(SMALLEST_PART, stored) else stored,
         name=name,
         qweight=parts["qweight"],
         qzeros=parts["qzeros"],
         scales=parts["scales"],
         g_idx=parts.get("g_idx"),
         zero_offset=scheme.zero_offset,
+        stored_group=stored,
     )

@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from weights_io.config import ModelConfig
 from weights_io.files.tensor import LazyTensor
+from weights_io.vision.config import NAMES
 
 # Tensors that timm's EVA02-E has and OmniLMM never reads: its last block, which the original replaces by an identity,
 # the classifier, and the bias of the keys, which is zero.
@@ -19,6 +22,14 @@ def in_table_names(tensors: Mapping[str, LazyTensor], config: ModelConfig) -> di
     found = {table_name(name, config): tensor for name, tensor in tensors.items()}
     last = f"vpm.blocks.{vision.num_hidden_layers}."
     return {name: tensor for name, tensor in found.items() if not (name.startswith(last) or UNUSED.fullmatch(name))}
+
+
+def with_stored_queries(config: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> ModelConfig:
+    """The config with as many queries as the files hold, where config.json (``raw``) does not state their number."""
+    vision, query = config.vision, tensors.get("resampler.query")
+    if vision is None or query is None or raw.get(NAMES[config.model_type][2]) is not None or len(query.shape) != 2:
+        return config
+    return replace(config, vision=replace(vision, num_queries=query.shape[0]))
 
 
 def table_name(name: str, config: ModelConfig) -> str:
