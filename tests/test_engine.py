@@ -133,7 +133,7 @@ def test_a_prompt_that_begins_alike_is_not_run_twice(backend, model, alone, monk
     ran, decoding = [], importlib.import_module(f"{backend.__name__}.generation.decoding")
     name = "prefill" if backend.__name__ == "minicpm_jax" else "prefill_chunks"
     real = getattr(decoding, name)
-    monkeypatch.setattr(decoding, name, lambda *arguments: ran.append(1) or real(*arguments))
+    monkeypatch.setattr(decoding, name, lambda *given, **named: ran.append(1) or real(*given, **named))
     assert run_one(engine, 3) == alone[3]  # 30 of 32 tokens are there
     assert run_one(engine, 1) == alone[1]  # all 41
     assert len(ran) <= 2  # a piece each, if any; without pages that are shared they would be 2 and 3

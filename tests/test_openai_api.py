@@ -333,6 +333,10 @@ def test_a_response_is_the_answer_of_a_chat(api, client):
     with client.responses.stream(**asked) as stream:
         deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
     assert "".join(deltas) == text(expected)
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "name": "numbers", "schema": schema, "strict": True}
+    held = client.responses.create(**{**asked, "max_output_tokens": 40}, text={"format": form})
+    assert json.loads(held.output_text)["a"] in (1, 2) and held.status == "completed"
 
 
 @pytest.mark.parametrize(
@@ -352,6 +356,7 @@ def test_a_response_is_the_answer_of_a_chat(api, client):
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "with a part that is no text; give"),
         ({"input": [{"role": "user", "content": "a", "b": 1}]}, "input holds item 0 with b; leave it out."),
         ({"text": {"format": {"type": "grammar"}}}, "response_format"),
+        ({"text": {"size": 1}}, "text holds size; it may hold format and verbosity."),
         ({"tools": [{"type": "web_search"}]}, "tools holds an item 0"),
         ({"temperature": -1}, "temperature is -1"),
     ],
