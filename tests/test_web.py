@@ -5,28 +5,36 @@ import json
 import re
 import shutil
 import urllib.request
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_model
 from documented_commands import typed
+from PIL import Image
 from test_openai_api import ask, listening, wait_until
 
 from minicpm_serve import backends
 from minicpm_serve.engine import ServingEngine
 from minicpm_serve.http.gate import checked_hosts
+from weights_io.errors import InputError
 
 gradio = pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 
 from minicpm_serve.page.answering import Shown  # noqa: E402
 from minicpm_serve.page.blocks import messages_of, request  # noqa: E402
+from minicpm_serve.page.pictures import drawn, uploads  # noqa: E402
 from minicpm_serve.page.site import site  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 # The machine may be closed to the outside, at which Chromium's own requests would wait.
 FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync".split()
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync "
+    "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream".split()  # a camera
 )
+QUERIES = 9  # tokens of an image of tests/reference/vision/v2
+REFERENCE = Path(__file__).parent / "reference"
 SUM = "12 + 7 = ?"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not here: apt-get install chromium")
@@ -87,11 +95,15 @@ class Visitor:
         texts = self.page.locator("[data-testid=user], [data-testid=bot]")
         playwright.expect(texts).to_have_text([*turns], timeout=60_000)
         if turns:
-            playwright.expect(self.page.get_by_role("button", name="Retry")).to_have_count(1, timeout=60_000)
-            # Gradio copies the conversation into its state after that, and then lets the next question in.
-            playwright.expect(self.page.locator(".submit-button")).to_be_visible(timeout=60_000)
-            playwright.expect(self.box).to_be_enabled(timeout=60_000)
-            self.page.wait_for_timeout(100)
+            self.answered()
+
+    def answered(self):
+        """Wait until no answer goes on."""
+        playwright.expect(self.page.get_by_role("button", name="Retry")).to_have_count(1, timeout=60_000)
+        # Gradio copies the conversation into its state after that, and then lets the next question in.
+        playwright.expect(self.page.locator(".submit-button")).to_be_visible(timeout=60_000)
+        playwright.expect(self.box).to_be_enabled(timeout=60_000)
+        self.page.wait_for_timeout(100)
 
     def copied(self, name):
         """What a button puts on the clipboard."""
@@ -246,6 +258,88 @@ def test_a_thought_is_folded_and_sent_back():
     assert folded.metadata == {"title": "Thought", "status": "done", "duration": 1.2} and text.content == "a"
     (open_,) = messages_of(Shown("", "hm", True, 1.0, 2, 10.0))
     assert open_.metadata["status"] == "pending"
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    with page_of("mlx", REFERENCE / "vision" / "v2") as found:
+        yield found
+
+
+def prompt_tokens(port):
+    metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    return sum(map(float, re.findall(r"^\S*prompt_tokens_total\S* (\S+)$", metrics, re.M)))
+
+
+def test_images_are_in_the_conversation(seeing, visit, tmp_path):
+    Image.linear_gradient("L").save(tmp_path / "gray.png")
+    with visit(seeing.port, viewport={"width": 390, "height": 844}) as visitor:
+        page, shown = visitor.page, visitor.page.locator("[data-testid=user] img")
+        page.get_by_text("Settings").click()
+        page.get_by_label("number input for Maximum tokens").fill("3")
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "gray.png")
+        playwright.expect(page.get_by_role("button", name="Remove")).to_have_count(1)
+        costs = []
+        for question in ("What?", "And now?"):
+            before = prompt_tokens(seeing.port)
+            visitor.ask(question)
+            playwright.expect(page.get_by_test_id("user").last).to_have_text(question)
+            visitor.answered()
+            playwright.expect(shown).to_have_count(1)
+            costs.append(prompt_tokens(seeing.port) - before)
+        assert costs[1] > costs[0] > QUERIES
+        visitor.click("Retry")
+        visitor.answered()
+        visitor.click("Edit", 0)
+        page.locator("[role=log] textarea").fill("Which?")
+        visitor.click("Submit", 0)
+        playwright.expect(page.get_by_test_id("user").last).to_have_text("Which?")
+        visitor.answered()
+        copied = json.loads(visitor.copied("Copy as JSON"))
+        assert (copied["messages"][0], copied["images"]) == (
+            {"role": "user", "content": "<image>\nWhich?"},
+            ["gray.png"],
+        )
+        assert page.get_by_role("button", name="Share").count() == 0  # it would upload the image
+        page.get_by_text("Camera", exact=True).click()
+        page.get_by_text("Click to Access Webcam").click()
+        page.get_by_role("button", name="capture photo").click()
+        playwright.expect(page.get_by_role("button", name="Remove")).to_have_count(1)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_what_is_no_image_is_refused_on_the_page(seeing, visit, tmp_path):
+    (tmp_path / "cat.png").write_text("no image")
+    with visit(seeing.port) as visitor:
+        visitor.page.locator("input[type=file]").first.set_input_files(tmp_path / "cat.png")
+        playwright.expect(visitor.page.get_by_role("button", name="Remove")).to_have_count(1)
+        visitor.ask("What is this?")
+        playwright.expect(visitor.page.get_by_text("is no image")).to_be_visible()
+        visitor.failed.clear()  # the browser cannot show it either
+
+
+def test_regions_of_an_answer_are_drawn(tmp_path):
+    answer, path = "A <ref>cat</ref><box>100 100 900 900</box>.", str(tmp_path / "cat.png")
+    Image.new("RGB", (64, 64)).save(path)
+    assert drawn("no region", [path]) is None and drawn(answer, []) is None
+    text, picture = (message := drawn(answer, [path])).content
+    assert text == "A cat." and np.ptp(np.asarray(Image.open(picture.path))) > 0
+    file = {"type": "file", "file": {"path": path}}
+    history = [
+        {"role": "user", "content": [file]},
+        {"role": "user", "content": [{"type": "text", "text": "Where?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": text}, file], "metadata": message.metadata},
+    ]
+    settings = {"system": "", "seed": None, "max_tokens": 0}
+    asked = request({"text": "And this?", "files": [path]}, history, settings)["messages"]
+    part = {"type": "image_url", "image_url": {"url": (tmp_path / "cat.png").as_uri()}}
+    assert asked == [
+        {"role": "user", "content": [part, {"type": "text", "text": "Where?"}]},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": [part, {"type": "text", "text": "And this?"}]},
+    ]
+    with pytest.raises(InputError, match="outside the folder"):  # only what was uploaded is read
+        uploads(None).source(part)
 
 
 def test_the_command_says_what_is_missing(monkeypatch):

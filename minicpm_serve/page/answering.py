@@ -50,6 +50,7 @@ class Answering:
     """Answers the page's conversations."""
 
     def __init__(self, engine: ServingEngine, metrics: Metrics, limits: Limits):
+        """``limits``: of the page's requests."""
         self.engine, self._metrics, self._limits = engine, metrics, limits
         self._places = Places(engine, limits.places)
 
@@ -64,6 +65,11 @@ class Answering:
         """Whether the chat template has thoughts that can be turned on and off."""
         assert self.engine.tokenizer is not None
         return self.engine.tokenizer.features.thinking
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes images."""
+        return self._limits.images is not None
 
     @property
     def context(self) -> int:
