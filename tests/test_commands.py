@@ -239,7 +239,6 @@ def test_the_prompt_comes_from_standard_input(package, folder):
         (["--temp", "-1"], "--temp is -1"),
         (["--top-p", "1.5"], "error: --top-p is 1.5"),
         (["--model", "no/such-folder-here"], "no/such-folder-here"),
-        (["--model", "openbmb/MiniCPM-V"], "minicpm-v (images, not sliced) is not supported yet"),
         (["--model", "{folder}/config.json"], "config.json is neither a model folder"),
         (["--no-such-flag"], "no-such-flag"),
         (["--dtype", "float64"], "float64"),

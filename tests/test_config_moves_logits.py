@@ -128,7 +128,8 @@ def base_logits(backend):
 
 
 def test_every_field_is_changed_below():
-    assert {field.name for field in dataclasses.fields(ModelConfig)} == CHANGES.keys()
+    fields = {field.name for field in dataclasses.fields(ModelConfig)} - {"vision"}  # tests/test_vision.py
+    assert fields == CHANGES.keys()
     assert all(getattr(BASES.get(name, BASE), name) != value for name, value in CHANGES.items())
 
 

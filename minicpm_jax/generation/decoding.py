@@ -305,7 +305,8 @@ def prefill_prompts(model: Model, request: GenerationRequest) -> tuple[Cache, Fl
     cache, last = at_home(model, (cache, last))
     for start in range(begun, longest, width):
         ids, features = padded_inputs([chunk_inputs(model, p, p, start, start + width) for p in prompts], width)
-        cache, last = prefill(model, ids, cache, last, np.int32(start), lengths, features=features)
+        seen = {} if features is None else {"features": features}  # no other program for a text
+        cache, last = prefill(model, ids, cache, last, np.int32(start), lengths, **seen)
     return cache, last
 
 
