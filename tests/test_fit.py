@@ -393,7 +393,7 @@ def test_what_does_not_fit_and_what_would():
         pytest.param(["--mesh", "fsdp=3"], "--mesh fsdp=3 is for 3 devices; there are 1", marks=pytest.mark.tpu),
         pytest.param(["--mesh", "rows=1"], "the axes are data, fsdp", marks=pytest.mark.tpu),
         pytest.param(["--model", "minicpm-3b"], "did you mean", marks=pytest.mark.tpu),
-        pytest.param(["--model", "minicpm-v"], "does not hold the config.json", marks=pytest.mark.tpu),
+        pytest.param(["--model", "omnilmm-12b"], "does not hold the config.json", marks=pytest.mark.tpu),
         pytest.param(["--batch-size", "0"], "at least 1", marks=pytest.mark.tpu),
         pytest.param(
             ["--model", "pico", "--topology", "v5e:2x2", "--job", "lora", "--batch-size", "3"],
