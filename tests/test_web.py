@@ -37,6 +37,7 @@ QUERIES = 9  # tokens of an image of tests/reference/vision/v2
 REFERENCE = Path(__file__).parent / "reference"
 SUM = "12 + 7 = ?"
 
+playwright.expect.set_options(timeout=60_000)  # a machine that does much else
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not here: apt-get install chromium")
 
 
