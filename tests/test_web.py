@@ -281,31 +281,44 @@ def test_images_are_in_the_conversation(seeing, visit, tmp_path):
         page.locator("input[type=file]").first.set_input_files(tmp_path / "gray.png")
         playwright.expect(page.get_by_role("button", name="Remove")).to_have_count(1)
         costs = []
+
+        def reached(before):  # until then the page still shows the answer before as the last one
+            wait_until(lambda: prompt_tokens(seeing.port) > before)
+            visitor.answered()
+
         for question in ("What?", "And now?"):
             before = prompt_tokens(seeing.port)
             visitor.ask(question)
             playwright.expect(page.get_by_test_id("user").last).to_have_text(question)
-            visitor.answered()
+            reached(before)
             playwright.expect(shown).to_have_count(1)
             costs.append(prompt_tokens(seeing.port) - before)
         assert costs[1] > costs[0] > QUERIES
+        before = prompt_tokens(seeing.port)
         visitor.click("Retry")
-        visitor.answered()
+        reached(before)
+        before = prompt_tokens(seeing.port)
         visitor.click("Edit", 0)
         page.locator("[role=log] textarea").fill("Which?")
         visitor.click("Submit", 0)
         playwright.expect(page.get_by_test_id("user").last).to_have_text("Which?")
-        visitor.answered()
+        reached(before)
         copied = json.loads(visitor.copied("Copy as JSON"))
         assert (copied["messages"][0], copied["images"]) == (
             {"role": "user", "content": "<image>\nWhich?"},
             ["gray.png"],
         )
         assert page.get_by_role("button", name="Share").count() == 0  # it would upload the image
+
+
+def test_a_photo_is_put_beside_the_question(seeing, visit):
+    with visit(seeing.port, viewport={"width": 390, "height": 844}) as visitor:
+        page = visitor.page
         page.get_by_text("Camera", exact=True).click()
         page.get_by_text("Click to Access Webcam").click()
+        page.wait_for_function("document.querySelector('video').readyState >= 2")  # there is a frame to take
         page.get_by_role("button", name="capture photo").click()
-        playwright.expect(page.get_by_role("button", name="Remove")).to_have_count(1)
+        playwright.expect(page.get_by_role("button", name="Remove")).to_have_count(1, timeout=60_000)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
